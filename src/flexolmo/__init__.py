@@ -1,0 +1,1 @@
+"""FlexOlmo: train experts apart, merge them, switch each data source on or off."""
