@@ -258,7 +258,10 @@ def _clean_all(
     pieces = []
     start = 0
     with progress(f"Cleaning {corpus['name']}", corpus["documents"], "documents") as meter:
-        for file in corpus["files"]:
+        for file, found in corpus["files"].items():
+            if digest_file(raw / file) != found["digest"]:
+                raise DataError(f"{raw / file} is not the file its card.json describes: fetch "
+                                "the set again.")
             for document in read_documents(raw / file):
                 meter.advance()
                 text = clean_text(document.text)
