@@ -1,0 +1,492 @@
+"""What an expert bundle claims: its manifest, and the tensor table of its weights.
+
+Both are read from bytes that may be hostile. Knows nothing of keys, of files on a disk, or of
+what an anchor expects; `docs/bundle_format.md` is the norm. Longer than most files here because the
+manifest's tensor table and the weights' own must be told by the same words.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+)
+
+from flexolmo.errors import BundleError
+from flexolmo.files import canonical_json, digest_bytes
+
+FORMAT_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe, not for a corpus
+MAX_HEADER_BYTES = 16 << 20
+RESERVED_NAMES = ("anchor", "public")  # these two words mean the anchor's own FFN in a mixture
+# Bits of the exponent: a float is infinite or NaN exactly when all of them are set.
+_EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
+    "BF16": (np.dtype("<u2"), 0x7F80),
+    "F16": (np.dtype("<u2"), 0x7C00),
+    "F32": (np.dtype("<u4"), 0x7F80_0000),
+    "F64": (np.dtype("<u8"), 0x7FF0_0000_0000_0000),
+}
+_TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
+_FINITE_CHUNK = 1 << 20
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in `data`; ValueError if not UTF-8, if a key repeats, or if not a number."""
+
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"key {key[:100]!r} appears twice")
+            value[key] = item
+        return value
+
+    def refuse_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=build_object, parse_constant=refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def raise_listed(error: type[BundleError], opening: str, lines: Sequence[str], advice: str) -> None:
+    """Raise `error` naming each difference, or return if there is none."""
+    if lines:
+        shown = [f"  - {line}" for line in lines[:50]]
+        if len(lines) > len(shown):
+            shown.append(f"  - and {len(lines) - len(shown)} more")
+        raise error("\n".join([opening, *shown, advice]))
+
+
+# --- the manifest's fields ---------------------------------------------------------------------
+
+
+def check_owner(owner: str) -> str:
+    """`owner` unchanged; ValueError unless it can name a file `<owner>.pub` on any system."""
+    if not 1 <= len(owner) <= 100:
+        raise ValueError("an owner's name has 1 to 100 characters")
+    if owner != owner.strip() or owner.startswith("."):
+        raise ValueError("an owner's name starts and ends with no space and does not start with .")
+    if not owner.isprintable() or "/" in owner or "\\" in owner:
+        raise ValueError("an owner's name has printable characters only, without / and \\")
+    if owner != unicodedata.normalize("NFC", owner):
+        raise ValueError("an owner's name must be in Unicode's NFC form")
+    return owner
+
+
+def _check_name(name: str) -> str:
+    if name in RESERVED_NAMES:
+        raise ValueError(f"{name!r} is reserved for the anchor; choose another name")
+    return name
+
+
+def _check_licence(text: str) -> str:
+    """Light check of an SPDX expression: its grammar, not its list of identifiers."""
+    identifier = re.compile(
+        r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+|[A-Za-z0-9][A-Za-z0-9.-]*\+?"
+    )
+    depth, wants_operand = 0, True
+    for word in re.findall(r"[()]|[^\s()]+", text):
+        is_operator = word in ("AND", "OR", "WITH")
+        if word == "(" and wants_operand:
+            depth += 1
+        elif word == ")" and not wants_operand and depth > 0:
+            depth -= 1
+        elif is_operator and not wants_operand:
+            wants_operand = True
+        elif wants_operand and not is_operator and identifier.fullmatch(word):
+            wants_operand = False
+        else:
+            raise ValueError(f"not an SPDX licence expression at {word!r}")
+    if wants_operand or depth:
+        raise ValueError("not a complete SPDX licence expression, such as Apache-2.0")
+    return text
+
+
+def _check_created(text: str) -> str:
+    moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
+    if moment.strftime("%Y-%m-%dT%H:%M:%SZ") != text:
+        raise ValueError("expected a UTC time like 2026-01-31T12:00:00Z")
+    return text
+
+
+def _check_date(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        raise ValueError("a date like 2026-01-31, or null")  # pydantic also takes Unix seconds
+    return value
+
+
+def _check_free_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if len(canonical_json(value)) > MAX_FREE_JSON_BYTES:
+        raise ValueError(f"longer than {MAX_FREE_JSON_BYTES} bytes as JSON")
+    return value
+
+
+Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
+Positive = Annotated[int, Field(ge=1, lt=2**53)]
+FreeJson = Annotated[dict[str, JsonValue], AfterValidator(_check_free_json)]
+Name = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$"), AfterValidator(_check_name)
+]
+TensorName = Annotated[str, StringConstraints(pattern=_TENSOR_NAME)]
+
+
+class _Claim(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class TensorEntry(_Claim):
+    """One tensor: dtype as safetensors writes it, shape, digest of its data bytes."""
+
+    dtype: Literal["BF16", "F16", "F32", "F64"]
+    shape: tuple[Positive, ...]
+    digest: Digest
+
+
+class Architecture(_Claim):
+    """Sizes of the expert; d_ff may differ from the anchor's."""
+
+    num_layers: Positive
+    d_model: Positive
+    d_ff: Positive
+
+
+class Router(_Claim):
+    """How the expert's router embedding was made and is to be used."""
+
+    kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    settings: FreeJson
+
+
+class Terms(_Claim):
+    """What the coordinator may do; `expires` is the last day of use (UTC), null for no end."""
+
+    text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
+    expires: Annotated[datetime.date | None, BeforeValidator(_check_date)]
+
+
+class Manifest(_Claim):
+    """Everything an expert bundle claims about itself. No field has a default."""
+
+    format_version: Literal[1]
+    name: Name
+    owner: Annotated[str, AfterValidator(check_owner)]
+    anchor_digest: Digest
+    architecture: Architecture
+    router: Router
+    tensors: Annotated[dict[TensorName, TensorEntry], Field(min_length=1)]
+    weights_digest: Digest
+    recipe: FreeJson
+    tokens_seen: Annotated[int, Field(ge=0, lt=2**63)]
+    data_card_digest: Digest
+    licence: Annotated[str, StringConstraints(max_length=1000), AfterValidator(_check_licence)]
+    terms: Terms
+    created: Annotated[str, AfterValidator(_check_created)]
+    software: Annotated[dict[str, str], Field(min_length=1)]
+
+
+# --- canonical bytes ---------------------------------------------------------------------------
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The only byte string that states this manifest. Source: ours."""
+    return canonical_json(manifest.model_dump(mode="json"))
+
+
+def _walk_strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield where, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield f"a key of {where or 'the manifest'}", key
+            yield from _walk_strings(item, f"{where}.{key}" if where else key)
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _walk_strings(item, f"{where}.{i}")
+
+
+def _find_hidden_characters(value: Any) -> list[str]:
+    """Characters that could fool a terminal, so that what a person reads is what was signed."""
+    lines = []
+    for where, text in _walk_strings(value, ""):
+        bad = {c for c in text if c in _BIDI or unicodedata.category(c) in ("Cc", "Cs")}
+        if bad := bad - {"\n", "\t"}:
+            codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(bad))
+            lines.append(f"{where[:100]!a}: control characters {codes}")
+    return lines
+
+
+def _describe_field_error(error: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"missing field: {where}"
+    if error["type"] == "extra_forbidden":
+        return f"unknown field: {where}"
+    found = ascii(error["input"])
+    found = found if len(found) <= 80 else found[:77] + "..."
+    return f"{where}: found {found}, expected: {error['msg'].removeprefix('Value error, ')}"
+
+
+def read_manifest(data: bytes) -> Manifest:
+    """The manifest in `data`, if these are its canonical bytes.
+
+    Raises:
+        BundleError: too long, not JSON, another format version (checked before any other field,
+            since only the version says what the rest means), not canonical, or fields that are
+            unknown, missing or malformed, each named.
+    """
+    advice = "Ask the owner to pack the bundle again."
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"manifest.json has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read. {advice}"
+        )
+    try:
+        value = parse_json(data)
+    except ValueError as e:
+        raise BundleError(f"manifest.json is not JSON as expected: {e}. {advice}") from None
+    if not isinstance(value, dict):
+        raise BundleError(f"manifest.json holds {type(value).__name__}, not an object. {advice}")
+    found = value.get("format_version")
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise BundleError(
+            f"manifest.json: found format_version {ascii(found)[:80]}, expected {FORMAT_VERSION}. "
+            "Use the FlexOlmo release that wrote this bundle, or ask the owner to pack it again."
+        )
+    opening = "manifest.json is not a valid manifest:"
+    raise_listed(BundleError, opening, _find_hidden_characters(value), advice)
+    try:
+        is_canonical = canonical_json(value) == data
+    except (ValueError, RecursionError):  # a number too large for a float
+        is_canonical = False
+    if not is_canonical:
+        raise BundleError(
+            "manifest.json is not in canonical form: found other spacing, key order, escapes or "
+            f"number spelling than canonical JSON has (docs/bundle_format.md). {advice}"
+        )
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as e:
+        raise_listed(BundleError, opening, [_describe_field_error(x) for x in e.errors()], advice)
+        raise
+    if encode_manifest(manifest) != data:  # should pydantic ever accept a second spelling
+        raise BundleError(f"manifest.json spells a value in other than its canonical way. {advice}")
+    return manifest
+
+
+def build_manifest(
+    weights: bytes,
+    *,
+    name: str,
+    owner: str,
+    anchor_digest: str,
+    num_layers: int,
+    d_model: int,
+    d_ff: int,
+    router_kind: str,
+    router_settings: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    tokens_seen: int,
+    data_card_digest: str,
+    licence: str,
+    terms_text: str,
+    terms_expire: datetime.date | None = None,
+    created: str | None = None,
+    software: Mapping[str, str] | None = None,
+) -> Manifest:
+    """The manifest for `weights` (a safetensors file), through the same gate as one received.
+
+    `created` defaults to now; `software` to this package's, torch's and safetensors' versions.
+    """
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    packages = ("flexolmo", "safetensors", "torch")
+    claims = {
+        "format_version": FORMAT_VERSION,
+        "name": name,
+        "owner": owner,
+        "anchor_digest": anchor_digest,
+        "architecture": {"num_layers": num_layers, "d_model": d_model, "d_ff": d_ff},
+        "router": {"kind": router_kind, "settings": router_settings},
+        "tensors": {k: e.model_dump(mode="json") for k, e in describe_tensors(weights).items()},
+        "weights_digest": digest_bytes(weights),
+        "recipe": recipe,
+        "tokens_seen": tokens_seen,
+        "data_card_digest": data_card_digest,
+        "licence": licence,
+        "terms": {"text": terms_text, "expires": terms_expire and terms_expire.isoformat()},
+        "created": created or now,
+        "software": software or {p: importlib.metadata.version(p) for p in packages},
+    }
+    try:
+        data = canonical_json(claims)
+    except (TypeError, ValueError) as e:
+        raise BundleError(
+            f"The manifest of expert {name!r} cannot be written as JSON: {e}. "
+            "Recipe and router settings may hold only finite numbers, text, lists and tables."
+        ) from None
+    return read_manifest(data)
+
+
+# --- the tensor table of a safetensors file ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Span:
+    """One tensor's place: bytes `begin` to `end` of the whole file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def _read_span(name: str, entry: Any, data_begin: int, size: int) -> _Span | str:
+    """The place of one tensor, or a line that says what is wrong with it."""
+    if not re.fullmatch(_TENSOR_NAME, name):
+        return f"{name[:200]!a}: a tensor's name has 1 to 200 of A-Z a-z 0-9 _ . -"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return f"{name}: expected exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _EXPONENT_BITS:
+        return f"{name}: found dtype {ascii(dtype)[:40]}, expected one of {sorted(_EXPONENT_BITS)}"
+    if not isinstance(shape, list) or not all(type(n) is int and 1 <= n < 2**53 for n in shape):
+        return f"{name}: found shape {ascii(shape)[:80]}, expected whole numbers of at least 1"
+    if len(shape) > 8:
+        return f"{name}: found {len(shape)} dimensions, expected at most 8"
+    if (
+        not isinstance(offsets, list)
+        or len(offsets) != 2
+        or not all(type(n) is int for n in offsets)
+        or not 0 <= offsets[0] <= offsets[1] <= size - data_begin
+    ):
+        return (
+            f"{name}: found data_offsets {ascii(offsets)[:80]}, "
+            f"expected [begin, end] within the {size - data_begin} bytes of data"
+        )
+    begin, end = offsets
+    expected = prod(shape) * _EXPONENT_BITS[dtype][0].itemsize
+    if end - begin != expected:
+        return f"{name}: found {end - begin} bytes, expected {expected} for {dtype} {shape}"
+    return _Span(dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def _read_table(weights: bytes) -> dict[str, _Span]:
+    """The checked header of a safetensors file: every byte of the file is accounted for."""
+    opening = "The weights are not a safetensors file that a bundle may hold:"
+    advice = "Write them with safetensors, float tensors only, without metadata."
+
+    def refuse(line: str) -> BundleError:
+        return BundleError(f"{opening}\n  - {line}\n{advice}")
+
+    if len(weights) < 8:
+        raise refuse(f"found {len(weights)} bytes, expected at least the 8 of the header's length")
+    header_bytes = int.from_bytes(weights[:8], "little")
+    data_begin = 8 + header_bytes
+    if header_bytes > MAX_HEADER_BYTES or data_begin > len(weights):
+        raise refuse(
+            f"found a header length of {header_bytes} bytes, expected at most "
+            f"{min(MAX_HEADER_BYTES, len(weights) - 8)}"
+        )
+    raw = weights[8:data_begin]
+    try:
+        table = parse_json(raw)
+    except ValueError as e:
+        raise refuse(f"the header is not JSON of the expected kind: {e}") from None
+    if not isinstance(table, dict):
+        raise refuse(f"the header holds {type(table).__name__}, not an object")
+    # One spelling only, so that nothing can be written between the words.
+    try:
+        compact = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        raise refuse("the header holds text that is not Unicode") from None
+    if raw != compact + b" " * (-len(compact) % 8):
+        raise refuse("the header has other spacing or escapes than the safetensors library writes")
+    lines = []
+    metadata = table.pop("__metadata__", {})
+    if metadata != {}:
+        keys = sorted(metadata) if isinstance(metadata, dict) else metadata
+        lines.append(f"__metadata__: found {ascii(keys)[:200]}, expected none (text could leave)")
+    spans: dict[str, _Span] = {}
+    for name, entry in table.items():
+        span = _read_span(name, entry, data_begin, len(weights))
+        if isinstance(span, str):
+            lines.append(span)
+        else:
+            spans[name] = span
+    raise_listed(BundleError, opening, lines, advice)
+    if not spans:
+        raise refuse("found no tensor, expected at least one")
+    end = data_begin
+    for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
+        if span.begin != end:
+            kind = "overlaps the tensor before it" if span.begin < end else "leaves a gap before it"
+            lines.append(f"{name}: starts at byte {span.begin}, expected {end}: {kind}")
+        end = span.end
+    if end != len(weights):
+        lines.append(f"{len(weights) - end} bytes after the last tensor, expected none")
+    raise_listed(BundleError, opening, lines, advice)
+    return spans
+
+
+def describe_tensors(weights: bytes) -> dict[str, TensorEntry]:
+    """Every tensor of a safetensors file by name, in the file's order; no array is built.
+
+    Raises:
+        BundleError: the header is malformed, or any byte belongs to no tensor or to two.
+    """
+    view = memoryview(weights)
+    return {
+        name: TensorEntry(
+            dtype=span.dtype,  # type: ignore[arg-type]  # one of the keys of _EXPONENT_BITS
+            shape=span.shape,
+            digest="sha256:" + hashlib.sha256(view[span.begin : span.end]).hexdigest(),
+        )
+        for name, span in _read_table(weights).items()
+    }
+
+
+def find_nonfinite(weights: bytes) -> list[str]:
+    """Names of the tensors that hold an infinity or NaN, in the file's order."""
+    names = []
+    for name, span in _read_table(weights).items():
+        dtype, mask = _EXPONENT_BITS[span.dtype]
+        bits = np.frombuffer(weights, dtype=dtype, count=prod(span.shape), offset=span.begin)
+        for i in range(0, len(bits), _FINITE_CHUNK):  # in pieces: no second copy of the weights
+            if np.any((bits[i : i + _FINITE_CHUNK] & mask) == mask):
+                names.append(name)
+                break
+    return names
+
+
+def compare_tensors(
+    found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """One line for each tensor that is missing, extra or of another shape; empty if none is."""
+    lines = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"extra: {name}" for name in sorted(found.keys() - expected.keys())]
+    lines += [
+        f"shape of {name}: found {list(found[name].shape)}, expected {list(expected[name])}"
+        for name in sorted(found.keys() & expected.keys())
+        if tuple(found[name].shape) != tuple(expected[name])
+    ]
+    return lines

@@ -1,0 +1,503 @@
+"""Bundles are opened whole and unchanged, or refused by name."""
+
+import datetime
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo.bundle import bundle as room
+from flexolmo.bundle.bundle import (
+    MAX_FILE_BYTES,
+    inspect_bundle,
+    open_bundle,
+    write_bundle,
+)
+from flexolmo.bundle.manifest import build_manifest, describe_tensors, encode_manifest
+from flexolmo.bundle.signing import TrustedOwners, create_key, key_id, read_public_key, sign_files
+from flexolmo.errors import BundleError, SignatureError
+from flexolmo.files import digest_bytes
+
+DIGEST = "sha256:" + "ab" * 32
+FILES = sorted(MAX_FILE_BYTES)
+TODAY = datetime.date(2026, 11, 22)
+
+
+def make_weights(seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    tensors = {f"layers.{i}.up": rng.normal(size=(3, 4)).astype("f4") for i in range(2)}
+    return safetensors.numpy.save({**tensors, **changes})
+
+
+def make_manifest(weights, **changes):
+    claims = {
+        "name": "maths",
+        "owner": "Ann",
+        "anchor_digest": DIGEST,
+        "num_layers": 2,
+        "d_model": 4,
+        "d_ff": 3,
+        "router_kind": "linear",
+        "router_settings": {},
+        "recipe": {"lr": 1e-3},
+        "tokens_seen": 1000,
+        "data_card_digest": DIGEST,
+        "licence": "Apache-2.0",
+        "terms_text": "Research only.",
+        "created": "2026-11-22T04:30:00Z",
+        "software": {"flexolmo": "0.1.0"},
+    }
+    return build_manifest(weights, **{**claims, **changes})
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("keys")
+    for name in ("Ann", "Bob"):
+        create_key(directory / name)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trusted(keys):
+    return TrustedOwners.from_keys({"Ann": (keys / "Ann.pub").read_bytes()})
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory, keys):
+    """A valid bundle's directory; tests copy it before they touch it."""
+    path = tmp_path_factory.mktemp("valid") / "maths.bundle"
+    weights = make_weights()
+    return write_bundle(path, weights, make_manifest(weights), keys / "Ann")
+
+
+@pytest.fixture
+def copy(valid, tmp_path):
+    return shutil.copytree(valid, tmp_path / "maths.bundle")
+
+
+def sign_as(path, manifest_bytes, weights, key, subject="maths.bundle"):
+    """A directory signed by its owner, whatever it holds: what a careless owner could send."""
+    path.mkdir()
+    files = {
+        "expert.safetensors": weights,
+        "manifest.json": manifest_bytes,
+        "signer.pub": read_public_key(key),
+    }
+    digests = {name: digest_bytes(data) for name, data in files.items()}
+    files["signature.sig"] = sign_files(subject, digests, key)
+    for name, data in files.items():
+        (path / name).write_bytes(data)
+    return path
+
+
+# --- a valid bundle ----------------------------------------------------------------------------
+
+
+def test_what_was_written_is_what_is_opened(valid, trusted, keys):
+    opened = open_bundle(valid, trusted)
+    assert opened.weights == make_weights()
+    assert opened.manifest == make_manifest(make_weights())
+    assert opened.signer == "Ann"
+    assert opened.key_id == key_id((keys / "Ann.pub").read_bytes())
+    assert sorted(p.name for p in valid.iterdir()) == FILES
+    assert sorted(p.name for p in valid.parent.iterdir()) == ["maths.bundle"]
+    assert str(opened.weights[:20]) not in repr(opened)
+
+
+def test_a_bundle_may_be_moved_and_renamed(copy, trusted):
+    assert open_bundle(copy.rename(copy.parent / "elsewhere"), trusted).manifest.name == "maths"
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    shapes=st.dictionaries(
+        st.from_regex(r"[a-z][a-z.]{0,9}", fullmatch=True),
+        st.lists(st.integers(1, 4), max_size=3),
+        min_size=1,
+        max_size=4,
+    ),
+    dtype=st.sampled_from(["f2", "f4", "f8"]),
+)
+def test_any_tensor_table_survives_a_round_trip(tmp_path_factory, keys, trusted, shapes, dtype):
+    weights = safetensors.numpy.save({n: np.ones(s, dtype) for n, s in shapes.items()})
+    path = tmp_path_factory.mktemp("any") / "maths.bundle"
+    opened = open_bundle(write_bundle(path, weights, make_manifest(weights), keys / "Ann"), trusted)
+    assert opened.weights == weights
+    assert opened.manifest.tensors == describe_tensors(weights)
+
+
+def test_the_stock_model_signing_package_accepts_the_signature(valid, keys):
+    from model_signing import hashing, verifying
+
+    def verify(path):
+        config = verifying.Config().use_elliptic_key_verifier(public_key=keys / "Ann.pub")
+        ignored = hashing.Config().set_ignored_paths(
+            paths=[path / "signature.sig"], ignore_git_paths=False
+        )
+        config.set_hashing_config(ignored).verify(path, path / "signature.sig")
+
+    verify(valid)
+
+
+# --- tampering ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_one_flipped_bit_anywhere_is_refused_naming_the_file(
+    valid, trusted, tmp_path_factory, data
+):
+    path = shutil.copytree(valid, tmp_path_factory.mktemp("flip") / "maths.bundle")
+    file = path / data.draw(st.sampled_from(FILES))
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    content[at] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    with pytest.raises(BundleError) as e:
+        open_bundle(path, trusted)
+    assert file.name in str(e.value)
+    with pytest.raises(BundleError):
+        open_bundle(path, None, allow_unknown_signer=True)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "change",
+    [lambda d: b"", lambda d: d[:-1], lambda d: d[1:], lambda d: d + b"\n", lambda d: d + b"\0"],
+)
+def test_a_truncated_or_extended_file_is_refused_by_name(copy, trusted, name, change):
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    with pytest.raises(BundleError) as e:
+        open_bundle(copy, trusted)
+    assert name in str(e.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused_by_name(copy, trusted, name):
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"missing: {name}"):
+        open_bundle(copy, trusted)
+
+
+def test_everything_extra_and_missing_is_listed_at_once(copy, trusted):
+    (copy / "optimizer.pt").write_bytes(b"state")
+    (copy / ".gitignore").write_text("*")
+    (copy / ".git").mkdir()
+    (copy / os.fsdecode(b"\xff\x1b")).write_text("")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(BundleError) as e:
+        open_bundle(copy, trusted)
+    for name in ("optimizer.pt", ".gitignore", ".git'", "\\udcff\\x1b", "missing: manifest.json"):
+        assert name in str(e.value)
+    str(e.value).encode()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_is_refused_by_name_even_to_the_right_bytes(copy, trusted, name):
+    (copy / name).rename(copy.parent / name)
+    (copy / name).symlink_to(copy.parent / name)
+    with pytest.raises(BundleError, match=f"{name}: found a link"):
+        open_bundle(copy, trusted)
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+@pytest.mark.parametrize("name", FILES)
+def test_a_directory_or_pipe_is_refused_by_name(copy, trusted, name, make):
+    (copy / name).unlink()
+    make(copy / name)
+    with pytest.raises(BundleError, match=f"{name}: found something other"):
+        open_bundle(copy, trusted)
+
+
+def test_a_file_that_is_too_large_is_refused_unread(copy, trusted):
+    for name in FILES:
+        os.truncate(copy / name, MAX_FILE_BYTES[name] + 1)  # sparse: takes no disk
+    with pytest.raises(BundleError) as e:
+        open_bundle(copy, trusted)
+    assert all(f"{name}: found {MAX_FILE_BYTES[name] + 1} bytes" in str(e.value) for name in FILES)
+
+
+def test_a_file_that_grows_while_read_is_refused(copy, trusted, monkeypatch):
+    real = os.fstat
+
+    def fstat(fd):
+        status = real(fd)
+        with open(copy / "manifest.json", "ab") as f:
+            f.write(b" ")
+        return status
+
+    monkeypatch.setattr(room.os, "fstat", fstat)
+    with pytest.raises(BundleError, match=r"manifest\.json: changed its size"):
+        open_bundle(copy, trusted)
+
+
+def test_files_changed_after_opening_do_not_change_what_was_opened(copy, trusted):
+    opened = open_bundle(copy, trusted)
+    (copy / "expert.safetensors").write_bytes(b"evil")
+    assert opened.weights == make_weights()
+
+
+@pytest.mark.parametrize("names", [["expert.safetensors"], ["manifest.json"], ["signature.sig"],
+                                   ["signer.pub"], ["signature.sig", "signer.pub"],
+                                   ["manifest.json", "expert.safetensors"]])  # fmt: skip
+def test_files_swapped_in_from_another_bundle_are_refused(copy, trusted, keys, tmp_path, names):
+    weights = make_weights(seed=1)
+    key = keys / ("Bob" if "signer.pub" in names else "Ann")
+    other = sign_as(tmp_path / "other", encode_manifest(make_manifest(weights)), weights, key)
+    for name in names:
+        shutil.copy(other / name, copy / name)
+    with pytest.raises(BundleError) as e:
+        open_bundle(copy, trusted)
+    if names == ["signature.sig"]:
+        # A genuine signature by the same key: what differs is the files it was made for.
+        assert "expert.safetensors" in str(e.value) and "manifest.json" in str(e.value)
+    elif names != ["signature.sig", "signer.pub"]:
+        assert all(name in str(e.value) for name in names)
+
+
+def test_what_is_no_directory_is_refused(copy, trusted, tmp_path):
+    for path in (tmp_path / "none", copy / "manifest.json"):
+        with pytest.raises(BundleError, match="cannot be opened as a directory"):
+            open_bundle(path, trusted)
+
+
+# --- signers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trust_nobody", [None, TrustedOwners.from_keys({})])
+def test_an_unknown_signer_is_refused_unless_let_in(valid, keys, trust_nobody):
+    with pytest.raises(SignatureError, match="unknown key") as e:
+        open_bundle(valid, trust_nobody)
+    assert key_id((keys / "Ann.pub").read_bytes()) in str(e.value)
+    opened = open_bundle(valid, trust_nobody, allow_unknown_signer=True)
+    assert opened.signer is None
+
+
+def test_a_trusted_key_under_another_name_is_refused(valid, keys):
+    trusted = TrustedOwners.from_keys({"Anna": (keys / "Ann.pub").read_bytes()})
+    for allow in (False, True):
+        with pytest.raises(SignatureError, match=r"'Ann', but the signing key.*'Anna'"):
+            open_bundle(valid, trusted, allow_unknown_signer=allow)
+
+
+def test_an_unknown_key_cannot_pass_for_a_trusted_owner(keys, trusted, tmp_path):
+    weights = make_weights()
+    manifest = encode_manifest(make_manifest(weights))
+    forged = sign_as(tmp_path / "forged", manifest, weights, keys / "Bob")
+    with pytest.raises(SignatureError, match="unknown key"):
+        open_bundle(forged, trusted)
+    with pytest.raises(SignatureError, match="claims to be by 'Ann'"):
+        open_bundle(forged, trusted, allow_unknown_signer=True)
+
+
+# --- signed, and still refused -----------------------------------------------------------------
+
+
+def test_signed_tensors_that_differ_from_the_manifest_are_all_listed(keys, trusted, tmp_path):
+    claimed = make_weights(a=np.ones(2, "f4"), b=np.ones(2, "f4"), c=np.ones(4, "f2"))
+    sent = make_weights(
+        a=np.ones(3, "f4"), c=np.ones(4, "f4"), d=np.ones(1, "f4"), e=np.array([np.nan], "f4")
+    )
+    manifest = encode_manifest(make_manifest(claimed, terms_expire=datetime.date(2026, 11, 21)))
+    path = sign_as(tmp_path / "b", manifest, sent, keys / "Ann", subject="poems.bundle")
+    with pytest.raises(BundleError) as e:
+        open_bundle(path, trusted, today=TODAY)
+    for line in (
+        "expert.safetensors: found digest",
+        "missing: b",
+        "extra: d",
+        "extra: e",
+        "shape of a: found [3], expected [2]",
+        "dtype of c: found F32, expected F16",
+        "data of a: found sha256:",
+        "data of c: found sha256:",
+        "not finite: e",
+        "terms: expired on 2026-11-21",
+        "signature.sig: found the name 'poems.bundle', expected maths.bundle",
+    ):
+        assert line in str(e.value)
+    assert "layers.0.up" not in str(e.value)
+
+
+def test_signed_weights_that_are_no_safetensors_are_refused(keys, trusted, tmp_path):
+    manifest = encode_manifest(make_manifest(make_weights()))
+    with_text = safetensors.numpy.save({"a": np.ones(1, "f4")}, metadata={"text": "secret"})
+    for i, weights in enumerate((b"\x80\x04K\x01.", struct.pack("<Q", 2) + b"{}", with_text)):
+        path = sign_as(tmp_path / f"b{i}", manifest, weights, keys / "Ann")
+        with pytest.raises(BundleError, match=r"expert\.safetensors"):
+            open_bundle(path, trusted)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.replace(b'"format_version":1', b'"format_version":2'), "expected 1"),
+        (lambda m: m.replace(b'"tokens_seen":1000,', b""), "missing field: tokens_seen"),
+        (lambda m: m + b"\n", "canonical"),
+    ],
+)
+def test_a_signed_manifest_is_held_to_the_format(keys, trusted, tmp_path, change, message):
+    weights = make_weights()
+    manifest = change(encode_manifest(make_manifest(weights)))
+    path = sign_as(tmp_path / "b", manifest, weights, keys / "Ann")
+    with pytest.raises(BundleError, match=rf"manifest\.json.*(?s:.*){message}"):
+        open_bundle(path, trusted)
+
+
+def test_terms_hold_through_their_last_day(keys, trusted, tmp_path):
+    weights = make_weights()
+    manifest = make_manifest(weights, terms_expire=TODAY)
+    path = write_bundle(tmp_path / "maths.bundle", weights, manifest, keys / "Ann", today=TODAY)
+    assert open_bundle(path, trusted, today=TODAY).manifest.terms.expires == TODAY
+    with pytest.raises(BundleError, match="expired"):
+        open_bundle(path, trusted, today=TODAY + datetime.timedelta(days=1))
+
+
+def test_no_weights_are_parsed_before_the_signature_holds(copy, trusted, monkeypatch):
+    def parse(*_):
+        raise RuntimeError("parsed unverified bytes")
+
+    for name in ("describe_tensors", "find_nonfinite", "read_manifest"):
+        monkeypatch.setattr(room, name, parse)
+    (copy / "expert.safetensors").write_bytes(b"evil")
+    with pytest.raises(SignatureError):
+        open_bundle(copy, trusted)
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sent, changes, message",
+    [
+        ({"a": np.ones(1, "f4")}, {}, "extra: a"),
+        ({"layers.0.up": np.ones((3, 4), "f4")}, {}, "data of layers.0.up"),
+        (None, {"terms_expire": datetime.date(2026, 11, 21)}, "expired"),
+    ],
+)
+def test_an_expert_unlike_its_manifest_is_not_written(tmp_path, keys, sent, changes, message):
+    manifest = make_manifest(make_weights(), **changes)
+    with pytest.raises(BundleError, match=f"was not written(?s:.*){message}"):
+        write_bundle(
+            tmp_path / "maths.bundle", make_weights(**sent or {}), manifest, keys / "Ann", TODAY
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_that_is_not_finite_is_not_written(tmp_path, keys):
+    weights = make_weights(a=np.array([np.inf], "f4"))
+    with pytest.raises(BundleError, match="not finite: a"):
+        write_bundle(tmp_path / "maths.bundle", weights, make_manifest(weights), keys / "Ann")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_is_never_overwritten_nor_misnamed(copy, keys):
+    weights = make_weights()
+    before = (copy / "signature.sig").read_bytes()
+    with pytest.raises(BundleError, match="not overwritten"):
+        write_bundle(copy, weights, make_manifest(weights), keys / "Ann")
+    with pytest.raises(BundleError, match=r"expected the directory name maths\.bundle"):
+        write_bundle(copy.parent / "other", weights, make_manifest(weights), keys / "Ann")
+    assert (copy / "signature.sig").read_bytes() == before
+
+
+def test_a_manifest_changed_behind_its_checks_is_not_written(tmp_path, keys):
+    weights = make_weights()
+    manifest = make_manifest(weights).model_copy(update={"licence": "do what you like"})
+    with pytest.raises(BundleError, match="licence"):
+        write_bundle(tmp_path / "maths.bundle", weights, manifest, keys / "Ann")
+
+
+def test_a_disk_that_gives_back_other_bytes_is_noticed(tmp_path, keys, monkeypatch):
+    real = room.open_bundle
+
+    def spoil_then_open(path, *args, **kwargs):
+        file = path / "expert.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(room, "open_bundle", spoil_then_open)
+    weights = make_weights()
+    with pytest.raises(BundleError, match=r"expert\.safetensors"):
+        write_bundle(tmp_path / "maths.bundle", weights, make_manifest(weights), keys / "Ann")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, keys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(room, "open_bundle", fail)
+    weights = make_weights()
+    with pytest.raises(BundleError, match="No space left"):
+        write_bundle(tmp_path / "maths.bundle", weights, make_manifest(weights), keys / "Ann")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_writing_leaves_nothing_at_the_path(tmp_path, keys, valid):
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from flexolmo.bundle import bundle
+        from flexolmo.bundle.manifest import read_manifest
+        valid, path, key = map(Path, sys.argv[1:])
+        bundle.open_bundle = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        manifest = read_manifest((valid / "manifest.json").read_bytes())
+        bundle.write_bundle(path, (valid / "expert.safetensors").read_bytes(), manifest, key)
+    """
+    path = tmp_path / "maths.bundle"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), valid, path, keys / "Ann"],
+        capture_output=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert not path.exists()
+    weights = make_weights()
+    assert write_bundle(path, weights, make_manifest(weights), keys / "Ann") == path
+
+
+# --- inspecting --------------------------------------------------------------------------------
+
+
+def test_inspecting_a_trusted_bundle_says_verified(valid, trusted, keys):
+    report = inspect_bundle(valid, trusted)
+    assert report["verified"] is True
+    assert report["why_not"] is None
+    assert report["signer"] == "Ann"
+    assert report["key_id"] == key_id((keys / "Ann.pub").read_bytes())
+    assert report["claims"]["name"] == "maths"
+    assert report["file_bytes"]["expert.safetensors"] == len(make_weights())
+    json.dumps(report)
+
+
+def test_inspecting_an_unknown_signers_bundle_shows_claims_as_unverified(valid):
+    report = inspect_bundle(valid)
+    assert report["verified"] is False
+    assert "unknown key" in report["why_not"]
+    assert report["key_id"] in report["why_not"]
+    assert report["claims"]["owner"] == "Ann"
+
+
+def test_inspecting_a_damaged_bundle_says_why(copy, trusted):
+    (copy / "expert.safetensors").write_bytes(b"evil")
+    report = inspect_bundle(copy, trusted)
+    assert report["verified"] is False
+    assert "expert.safetensors" in report["why_not"]
+    assert report["key_id"] is None
+    (copy / "manifest.json").write_bytes(b"evil")
+    (copy / "extra").mkdir()
+    report = inspect_bundle(copy, trusted)
+    assert report["claims"] is None
+    assert "extra" in report["why_not"]
+    assert "directory" in inspect_bundle(copy / "none")["why_not"]
