@@ -131,10 +131,12 @@ def _check_created(text: str) -> str:
     return text
 
 
-def _check_date(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
-        raise ValueError("a date like 2026-01-31, or null")  # pydantic also takes Unix seconds
-    return value
+def _read_date(value: Any) -> Any:
+    if isinstance(value, datetime.date):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
+        return datetime.date.fromisoformat(value)
+    raise ValueError("a date like 2026-01-31, or null")  # pydantic's own also takes Unix seconds
 
 
 def _check_free_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -183,7 +185,7 @@ class Terms(_Claim):
     """What the coordinator may do; `expires` is the last day of use (UTC), null for no end."""
 
     text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
-    expires: Annotated[datetime.date | None, BeforeValidator(_check_date)]
+    expires: Annotated[datetime.date, BeforeValidator(_read_date)] | None
 
 
 class Manifest(_Claim):
