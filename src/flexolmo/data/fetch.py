@@ -102,7 +102,7 @@ def fetch_set(
 
     def check() -> None:
         if not card["sources"]:
-            reasons = "; ".join(f"{s['source']}: {s['reason']}" for s in card["skipped"])
+            reasons = "; ".join(f"{s['source']}: {s['reason'].rstrip('.')}" for s in card["skipped"])
             raise SourceUnavailable(f"None of the sources of {name} could be had"
                                     + (f" ({reasons})." if reasons else
                                        f" with {', '.join(clients or ())} alone."))
@@ -189,7 +189,7 @@ def _download_command(
     if client == "pip":
         wanted = f"{package}=={version}" if version else package
         pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [
-            _program("pip3", "pip is missing from this Python and from the path")]
+            shutil.which("pip") or _program("pip3", "pip is missing here and on the path")]
         return [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps",
                 *_PIP_TARGET, "--dest", str(directory), wanted]
     if client == "npm":
