@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
@@ -111,11 +111,50 @@ def _to_document(
     )
 
 
+class _ZstandardReader(io.RawIOBase):
+    """Decompressed bytes of a .zst file: all its frames, and an error if the last is cut off.
+
+    The library's own reader stops after the first frame, and silently at a missing end.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._frame: Any = None
+        self._ready = memoryview(b"")
+        self._pending = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            compressed = self._pending or self._file.read(1 << 17)
+            self._pending = b""
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the last Zstandard frame has no end")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = memoryview(self._frame.decompress(compressed))
+            if self._frame.eof:
+                self._pending, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def _open_text(file: Path) -> io.TextIOBase:
     if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8-sig", newline="\n")  # type: ignore[return-value]
+        return io.TextIOWrapper(gzip.open(file), encoding="utf-8-sig", newline="\n")
     if file.name.endswith(".zst"):
-        return zstandard.open(file, "rt", encoding="utf-8-sig", newline="\n")
+        return io.TextIOWrapper(io.BufferedReader(_ZstandardReader(open(file, "rb"))),
+                                encoding="utf-8-sig", newline="\n")
     return open(file, encoding="utf-8-sig", newline="\n")
 
 

@@ -14,7 +14,6 @@ from flexolmo.data.archives import Archive
 from flexolmo.data.extract import Texts
 from flexolmo.data.markup import plain_brown, plain_html, plain_mail
 
-
 _INDEX = re.compile(r"Jump to:|Documentation Categories|Hide navigation")
 
 

@@ -102,7 +102,8 @@ def fetch_set(
 
     def check() -> None:
         if not card["sources"]:
-            reasons = "; ".join(f"{s['source']}: {s['reason'].rstrip('.')}" for s in card["skipped"])
+            reasons = "; ".join(f"{skipped['source']}: {skipped['reason'].rstrip('.')}"
+                                for skipped in card["skipped"])
             raise SourceUnavailable(f"None of the sources of {name} could be had"
                                     + (f" ({reasons})." if reasons else
                                        f" with {', '.join(clients or ())} alone."))

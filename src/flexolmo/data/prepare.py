@@ -129,7 +129,10 @@ def prepare_set(
         with open(spill, "wb") as f:
             pieces = _clean_all(raw, corpus, f, settings, removed)
         pieces = _deduplicate(name, pieces, public, disjoint_from, removed)
-        splits = split_by_hash(pieces, settings, name)
+        try:
+            splits = split_by_hash(pieces, settings, name)
+        except DataError as e:
+            raise DataError(f"{e} Removed: {asdict(removed)}.") from None
         with open(spill, "rb") as f:
             if tokenizer is None:
                 texts = (_text(f, piece) for piece in splits["train"])

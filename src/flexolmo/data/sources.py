@@ -56,7 +56,8 @@ SETS = {corpus_set.name: corpus_set for corpus_set in (
               ("by pip alone it is nearly one book", "no text after 1961")),
     CorpusSet("news", "convention speeches and debates of 2012 and 2016, ABC news of 2001; "
               "with npm also the press of 1961", PIP_ALONE,
-              ("small", "more speech than report", "nothing after 2016; with npm, a third of 1961")),
+              ("small", "more speech than report",
+               "nothing after 2016; with npm, a third of 1961")),
     CorpusSet("forum", "mailing lists of 2002, film reviews, questions and answers", CLIENTS,
               ("mailing lists of 2002 rather than a forum of today",
                "reviews are single sentences by critics")),
