@@ -73,6 +73,7 @@ def progress(label: str, total: float, unit: str, done: float = 0) -> Iterator[M
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
                   TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True),
                   console=console, transient=False) as bar:
-        bar.add_task(label, total=total, completed=done, text="")
+        task = bar.add_task(label, total=total, text="")
+        bar.update(task, completed=done)
         meter._bar = bar
         yield meter

@@ -1,0 +1,81 @@
+"""Recipes: a TOML file and overrides to a validated, frozen settings object.
+
+Knows no setting by name; each room declares its own as a pydantic model that forbids unknown keys.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from flexolmo.errors import ConfigError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read_recipe(path: Path | None, schema: type[Settings],
+                overrides: Sequence[str] = ()) -> Settings:
+    """The recipe in `path` (none: all defaults) with `overrides` such as "train.steps=10".
+
+    Raises ConfigError that lists every unknown key and bad value.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"Recipe {path} does not exist.") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+            raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
+    for text in overrides:
+        _override(values, text)
+    return parse_settings(values, schema, str(path or "the command line"))
+
+
+def parse_settings(values: dict[str, Any], schema: type[Settings], where: str) -> Settings:
+    """`values` as a `schema`; ConfigError names every key that does not fit."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as e:
+        lines = [_explain(problem, schema) for problem in e.errors()]
+        raise ConfigError(f"In {where}:\n  " + "\n  ".join(lines)) from None
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, sign, raw = text.partition("=")
+    if not sign or not key.strip():
+        raise ConfigError(f"Override {text!r} is not of the form section.key=value.")
+    try:
+        value = tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = raw  # a bare word is a string
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"Override {text!r}: {section} is a value, not a section.")
+    values[last] = value
+
+
+def _explain(problem: Any, schema: type[BaseModel]) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']}, found {problem.get('input')!r}."
+    known = _known_keys(schema)
+    near = difflib.get_close_matches(where, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."
+    return f"{where}: unknown key.{hint}"
+
+
+def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += _known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys

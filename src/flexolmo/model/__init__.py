@@ -1,0 +1,1 @@
+"""The anchor's decoder, the mixture around it, and their files."""

@@ -1,0 +1,63 @@
+"""The process: threads, seeds, and what a result must say about where it came from."""
+
+import os
+import platform
+import random
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def set_up(seed: int, num_threads: int | None = None) -> None:
+    """Seed every generator we use and set torch's threads (none: leave torch's choice)."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for package in ("flexolmo", "torch", "numpy", "safetensors", "tokenizers", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def source_commit() -> str | None:
+    """Commit of the checkout this package runs from, with "+changes"; None outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True,
+                              check=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def run_record(config: dict[str, Any], seed: int, data: dict[str, str]) -> dict[str, Any]:
+    """What is saved beside every result: config, seed, data digests, commit, versions, machine."""
+    return {
+        "config": config,
+        "seed": seed,
+        "data": data,
+        "commit": source_commit(),
+        "software": software_versions(),
+        "machine": {"cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
+                    "platform": platform.platform()},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

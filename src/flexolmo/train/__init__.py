@@ -1,0 +1,1 @@
+"""Training: the loop, a small anchor, and an owner's expert."""

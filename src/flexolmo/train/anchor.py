@@ -1,0 +1,111 @@
+"""A small public anchor, trained on public text, or imported from a stock checkpoint."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from flexolmo.data.batches import TokenSet, training_batches
+from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
+from flexolmo.files import write_json
+from flexolmo.model.checkpoint import (
+    Anchor,
+    build_anchor,
+    build_transformer,
+    mean_hidden_state,
+    read_stock_config,
+    read_tensors,
+)
+from flexolmo.model.statistics import describe_public
+from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
+from flexolmo.runtime import run_record, set_up
+from flexolmo.train.loop import TrainSettings, train
+
+EMBEDDING_WINDOWS = 64  # windows of text whose mean hidden state stands for a domain
+
+
+class AnchorShape(BaseModel):
+    """The anchor's sizes; the vocabulary is the tokenizer's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    d_model: int = Field(192, description="width of the residual stream")
+    num_layers: int = Field(4, description="blocks")
+    num_heads: int = Field(3, description="attention heads")
+    num_kv_heads: int | None = Field(None, description="key-value heads; none: as many as heads")
+    d_ff: int = Field(512, description="width of the FFN")
+    max_seq_len: int = Field(1024, description="positions, in tokens")
+
+
+class AnchorRecipe(BaseModel):
+    """Everything that decides a trained anchor, beside its data."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    seed: int = Field(0, ge=0, description="of initial weights and batch order")
+    num_clusters: int = Field(16, ge=1, description="clusters that describe public text to the "
+                                                    "evidence router")
+    model: AnchorShape = AnchorShape()
+    train: TrainSettings = TrainSettings(steps=700)
+
+
+def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
+                 run_dir: Path | None = None, num_threads: int | None = None) -> Anchor:
+    """Train an anchor on the public set's training split.
+
+    With `run_dir`, resumes a run that was cut off there and leaves its record beside the metrics.
+    """
+    set_up(recipe.seed, num_threads)
+    config = ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id,
+                         **recipe.model.model_dump())
+    model = Transformer(config)
+    model.initialise(recipe.seed)
+    record = run_record(recipe.model_dump(mode="json"), recipe.seed, {public.name: public.digest})
+    if run_dir is not None:
+        write_json(run_dir / "run.json", record)
+    batches = training_batches(public, "train", recipe.train.batch_size, recipe.train.seq_len,
+                               recipe.seed)
+
+    def loss_of_step(step: int) -> Tensor:
+        return language_model_loss(model, torch.from_numpy(batches.batch(step)))
+
+    result = train(dict(model.named_parameters()), loss_of_step, recipe.train, run_dir, "anchor",
+                   {"config": record["config"], "data": record["data"],
+                    "threads": torch.get_num_threads()})
+    record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
+    return describe_anchor(model, tokenizer, public, recipe.num_clusters, record)
+
+
+def import_anchor(directory: Path, public: TokenSet, num_clusters: int = 16) -> Anchor:
+    """An anchor from any stock `Olmo2ForCausalLM` checkpoint.
+
+    `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
+    that owners' experts are held against.
+    """
+    config, _ = read_stock_config(directory, "olmo2")
+    tokenizer = load_tokenizer(directory)
+    model = build_transformer(config.model_copy(update={"eos_token_id": tokenizer.eos_id}),
+                              read_tensors(directory), str(directory))
+    record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
+    return describe_anchor(model, tokenizer, public, num_clusters, record)
+
+
+def describe_anchor(model: Transformer, tokenizer: Tokenizer, public: TokenSet,
+                    num_clusters: int, record: dict[str, Any]) -> Anchor:
+    """Add to a dense model what owners need of public text: its statistics, its embedding."""
+    open_text = public.splits["train"].tokens
+    statistics = describe_public(open_text, model.config.vocab_size, num_clusters)
+    return build_anchor(model, tokenizer, statistics,
+                        mean_hidden_state(model.eval(), embedding_windows(public, model.config)),
+                        copy.deepcopy(record))
+
+
+def embedding_windows(token_set: TokenSet, config: ModelConfig):
+    """The windows of text that stand for a set's domain: int64 [1,T], at most 64."""
+    seq_len = min(256, config.max_seq_len - 1, len(token_set.splits["train"].tokens) - 1)
+    batches = training_batches(token_set, "train", 1, seq_len, seed=0)
+    for step in range(min(EMBEDDING_WINDOWS, batches.num_windows)):
+        yield batches.batch(step)[:, :-1]

@@ -1,0 +1,200 @@
+"""The one training loop: seeded, checkpointed, and after a kill bit for bit as if never stopped.
+
+Knows a loss and a list of parameters; anchors, experts and rivals all come through here.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flexolmo.errors import CheckpointError
+from flexolmo.files import canonical_json, digest_bytes, write_aside, write_json
+from flexolmo.progress import progress
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class TrainSettings(BaseModel):
+    """How long and how fast to train."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(8, ge=1, description="sequences a step")
+    seq_len: int = Field(256, ge=2, description="predicted tokens a sequence (paper: 4,096)")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "muon", description="muon for matrices inside the blocks with AdamW for the rest (ours), "
+        "or adamw for all (paper)")
+    learning_rate: float = Field(4e-3, gt=0, description="AdamW's peak rate (paper: 9e-4)")
+    muon_learning_rate: float = Field(0.02, gt=0, description="Muon's peak rate")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up (paper: 2,000)")
+    final_rate: float = Field(0.05, ge=0, le=1, description="last rate as a fraction of the peak, "
+                                                            "reached along a cosine")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay (paper: 0 for experts)")
+    grad_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
+    z_loss: float = Field(1e-3, ge=0, description="weight of the squared log-partition of the "
+                                                  "linear router's logits (paper: 1e-3)")
+    checkpoint_every_seconds: float = Field(30.0, gt=0, description="time between checkpoints")
+
+    @model_validator(mode="after")
+    def _warm_up_ends(self) -> "TrainSettings":
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        return self
+
+    @property
+    def tokens(self) -> int:
+        """Tokens predicted over the whole run."""
+        return self.steps * self.batch_size * self.seq_len
+
+
+@dataclass
+class TrainResult:
+    """What a finished run reports."""
+
+    losses_nats: list[float] = field(default_factory=list)  # one a step, nats per token
+    seconds: float = 0.0  # training time, summed over resumptions
+    tokens: int = 0
+
+
+def rate_fraction(step: int, settings: TrainSettings) -> float:
+    """Learning rate at `step` (from 0) as a fraction of the peak: linear up, cosine down."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    span = max(settings.steps - settings.warmup_steps, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / span))
+    return settings.final_rate + (1 - settings.final_rate) * cosine
+
+
+def build_optimizers(parameters: Mapping[str, nn.Parameter], settings: TrainSettings
+                     ) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Optimizers with their peak rates; every parameter is in exactly one."""
+    inner = {n: p for n, p in parameters.items()
+             if settings.optimizer == "muon" and n.startswith("layers.") and min(p.shape) > 1
+             and p.dim() == 2}
+    outer = [p for n, p in parameters.items() if n not in inner]
+    built: list[tuple[torch.optim.Optimizer, float]] = []
+    if inner:
+        built.append((torch.optim.Muon(inner.values(), lr=settings.muon_learning_rate,
+                                       weight_decay=settings.weight_decay, momentum=0.95,
+                                       adjust_lr_fn="original"), settings.muon_learning_rate))
+    if outer:
+        built.append((torch.optim.AdamW(outer, lr=settings.learning_rate, betas=(0.9, 0.95),
+                                        weight_decay=settings.weight_decay),
+                      settings.learning_rate))
+    return built
+
+
+def train(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of_step: Callable[[int], Tensor],
+    settings: TrainSettings,
+    run_dir: Path | None,
+    label: str,
+    identity: Mapping[str, Any],
+) -> TrainResult:
+    """Minimise `loss_of_step(step)` over `parameters`, in place.
+
+    With a `run_dir` the state is written there every so often, and a later call with the same
+    `identity` (config, seed, data: anything that decides the numbers) goes on from it; a call
+    with another identity is refused. Losses are also written to `metrics.jsonl` when done.
+    """
+    optimizers = build_optimizers(parameters, settings)
+    identity_digest = digest_bytes(canonical_json(dict(identity)))
+    result = TrainResult(tokens=settings.tokens)
+    if run_dir is not None:
+        _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
+    tokens_a_step = settings.batch_size * settings.seq_len
+    first = len(result.losses_nats)
+    last_save = start = time.monotonic()
+    before = result.seconds
+    with progress(label, settings.tokens, "tok", first * tokens_a_step) as meter:
+        for step in range(first, settings.steps):
+            loss = loss_of_step(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip)
+            for optimizer, peak in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = peak * rate_fraction(step, settings)
+                optimizer.step()
+                optimizer.zero_grad()
+            result.losses_nats.append(float(loss.detach()))
+            if not math.isfinite(result.losses_nats[-1]):
+                raise CheckpointError(f"{label}: the loss is {result.losses_nats[-1]} at step "
+                                      f"{step}. Lower the learning rate.")
+            meter.advance(tokens_a_step, f"loss {result.losses_nats[-1]:.3f}")
+            result.seconds = before + time.monotonic() - start
+            if run_dir is not None and (
+                    step + 1 == settings.steps
+                    or time.monotonic() - last_save > settings.checkpoint_every_seconds):
+                _save(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
+                last_save = time.monotonic()
+    if run_dir is not None:
+        write_json(run_dir / "metrics.json", {
+            "loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens})
+    return result
+
+
+def _optimizer_tensors(parameters: Mapping[str, nn.Parameter],
+                       optimizers: list[tuple[torch.optim.Optimizer, float]]) -> dict[str, Tensor]:
+    name_of = {id(p): n for n, p in parameters.items()}
+    return {
+        f"optimizer.{name_of[id(p)]}.{key}": value
+        for optimizer, _ in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _save(path: Path, parameters: Mapping[str, nn.Parameter],
+          optimizers: list[tuple[torch.optim.Optimizer, float]], result: TrainResult,
+          identity_digest: str) -> None:
+    tensors = {f"parameter.{n}": p.detach() for n, p in parameters.items()}
+    tensors |= _optimizer_tensors(parameters, optimizers)
+    state = {"losses_nats": result.losses_nats, "seconds": result.seconds,
+             "identity": identity_digest}
+    with write_aside(path) as aside:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, aside,
+                  metadata={"state": json.dumps(state)})
+
+
+def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
+            optimizers: list[tuple[torch.optim.Optimizer, float]], result: TrainResult,
+            identity_digest: str) -> None:
+    if not path.exists():
+        return
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            state = json.loads(f.metadata()["state"])
+            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{path} is not a checkpoint of this loop: {e}. Remove it to start "
+                              "again.") from None
+    if state["identity"] != identity_digest:
+        raise CheckpointError(
+            f"{path} belongs to a run with another recipe, seed, anchor or data. Give this run "
+            "a directory of its own, or remove the old one.")
+    with torch.no_grad():
+        for n, p in parameters.items():
+            p.copy_(tensors.pop(f"parameter.{n}"))
+    for optimizer, _ in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                name = next(n for n, q in parameters.items() if q is p)
+                prefix = f"optimizer.{name}."
+                saved = {n.removeprefix(prefix): t for n, t in tensors.items()
+                         if n.startswith(prefix)}
+                if saved:
+                    optimizer.state[p] = saved
+    result.losses_nats[:] = state["losses_nats"]
+    result.seconds = state["seconds"]
