@@ -29,7 +29,8 @@ def expert_shapes(config: ModelConfig, d_ff: int, router: RouterSettings
         shapes[f"layers.{i}.down_proj.weight"] = (config.d_model, d_ff)
         if isinstance(router, LinearSettings):
             shapes[f"layers.{i}.router.weight"] = (1, config.d_model)
-            shapes[f"layers.{i}.router.raw_bias"] = (1,)
+            if router.has_bias:
+                shapes[f"layers.{i}.router.raw_bias"] = (1,)
     if isinstance(router, EvidenceSettings):
         shapes["router.evidence"] = (config.vocab_size,)
     return shapes
@@ -73,7 +74,8 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
             found[f"layers.{i}.{part}.weight"] = getattr(mixture.experts[name], part).weight
         if mixture.router is not None:
             found[f"layers.{i}.router.weight"] = mixture.router.row(name).weight
-            found[f"layers.{i}.router.raw_bias"] = mixture.router.raw_bias[name]
+            if name in mixture.router.raw_bias:
+                found[f"layers.{i}.router.raw_bias"] = mixture.router.raw_bias[name]
     if model.router is not None:
         found["router.evidence"] = model.router.tables[name]
     return found
@@ -90,7 +92,7 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
                 source[f"layers.{i}.mlp.{part}.weight"])
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are
-            mixture.router.row(PUBLIC).weight.copy_(anchor.domain_embedding[None])
+            mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
     if model.router is not None:
         model.router.float()
         settings = model.router.settings

@@ -214,7 +214,7 @@ class Anchor:
     model: Transformer
     tokenizer: Tokenizer
     public: PublicStatistics
-    domain_embedding: Tensor  # [D] mean last hidden state over public text, unit length
+    router_rows: Tensor  # [L,D] the public expert's rows for the linear router, float32
     digest: str
     record: dict[str, Any]
 
@@ -224,7 +224,7 @@ class Anchor:
 
 
 def build_anchor(model: Transformer, tokenizer: Tokenizer, public: PublicStatistics,
-                 domain_embedding: Tensor, record: dict[str, Any]) -> Anchor:
+                 router_rows: Tensor, record: dict[str, Any]) -> Anchor:
     """An anchor in memory; its digest covers weights, tokenizer and public statistics."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(f"The tokenizer has {tokenizer.vocab_size} ids, the model's "
@@ -233,21 +233,21 @@ def build_anchor(model: Transformer, tokenizer: Tokenizer, public: PublicStatist
         raise CheckpointError(f"The tokenizer ends texts with id {tokenizer.eos_id}, the model's "
                               f"config says {model.config.eos_token_id}.")
     digest = digest_tensors(
-        [*model.state_dict().items(), *_public_tensors(public, domain_embedding).items()],
+        [*model.state_dict().items(), *_public_tensors(public, router_rows).items()],
         tokenizer=tokenizer.digest,
         config=digest_bytes(canonical_json(
             {**model.config.model_dump(exclude={"max_seq_len"}),
              "num_kv_heads": model.config.kv_heads})),
     )
     model.requires_grad_(False)
-    return Anchor(model.eval(), tokenizer, public, domain_embedding, digest, record)
+    return Anchor(model.eval(), tokenizer, public, router_rows, digest, record)
 
 
-def _public_tensors(public: PublicStatistics, domain_embedding: Tensor) -> dict[str, Tensor]:
+def _public_tensors(public: PublicStatistics, router_rows: Tensor) -> dict[str, Tensor]:
     return {
         "public.token_counts": torch.from_numpy(public.token_counts),
         "public.cluster_counts": torch.from_numpy(public.cluster_counts),
-        "public.domain_embedding": domain_embedding.float(),
+        "public.router_rows": router_rows.float(),
     }
 
 
@@ -257,7 +257,7 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
     dtype = next(iter(tensors.values())).dtype
     with write_directory_aside(directory) as aside:
         write_stock(aside, stock_config(anchor.config, dtype), tensors, anchor.tokenizer)
-        save_file(_public_tensors(anchor.public, anchor.domain_embedding),
+        save_file(_public_tensors(anchor.public, anchor.router_rows),
                   aside / "public.safetensors")
         write_json(aside / "anchor.json", {"format": "flexolmo-anchor", "format_version": 1,
                                            "digest": anchor.digest, "record": anchor.record})
@@ -278,10 +278,10 @@ def load_anchor(directory: Path) -> Anchor:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
         public = PublicStatistics(found["public.token_counts"].numpy().copy(),
                                   found["public.cluster_counts"].numpy().copy())
-        embedding = found["public.domain_embedding"]
+        rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
-    anchor = build_anchor(model, load_tokenizer(directory), public, embedding, about["record"])
+    anchor = build_anchor(model, load_tokenizer(directory), public, rows, about["record"])
     if anchor.digest != about.get("digest"):
         raise CheckpointError(
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "

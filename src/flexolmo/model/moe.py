@@ -21,6 +21,7 @@ from flexolmo.model.router import (
     PUBLIC,
     EvidenceRouter,
     LinearRouter,
+    LinearSettings,
     RouterSettings,
     mixture_weights,
 )
@@ -90,8 +91,8 @@ class MixtureModel(Transformer):
         widths = {PUBLIC: config.d_ff, **experts}
         for block in self.layers:
             ffns = {n: FeedForward(config.d_model, widths[n]) for n in self.expert_names}
-            own = None if self.router is not None else LinearRouter(self.expert_names,
-                                                                   config.d_model)
+            own = (LinearRouter(router, self.expert_names, config.d_model)
+                   if isinstance(router, LinearSettings) else None)
             block.mlp = Mixture(ffns, own, top_k)
 
     def mixtures(self) -> list[Mixture]:

@@ -23,6 +23,7 @@ from flexolmo.model.statistics import EvidenceSettings
 
 PUBLIC = "public"
 EvidenceState = tuple[Tensor, list[Tensor], Tensor]
+FIRST_RAW_BIAS = -2.0  # b_i starts at -softplus(-2) = -0.13
 _CHUNK = 256  # positions for which the decay matrix is written out
 
 
@@ -32,6 +33,8 @@ class LinearSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["linear"] = "linear"
+    has_bias: bool = Field(True, description="negative bias on owners' experts (paper); the stock "
+                                             "format has none")
 
 
 RouterSettings = Annotated[EvidenceSettings | LinearSettings, Field(discriminator="kind")]
@@ -115,21 +118,18 @@ class LinearRouter(nn.Module):
     nothing. We write b_i = -softplus(raw_i) instead. Source: §3.3.2; the bias's form is ours.
     """
 
-    def __init__(self, names: list[str], d_model: int):
+    def __init__(self, settings: LinearSettings, names: list[str], d_model: int):
         super().__init__()
         self.names = names
         self.rows = nn.ModuleDict({n: nn.Linear(d_model, 1, bias=False) for n in names})
         self.raw_bias = nn.ParameterDict({
-            n: nn.Parameter(torch.full((1,), -2.0)) for n in names if n != PUBLIC
+            n: nn.Parameter(torch.full((1,), FIRST_RAW_BIAS)) for n in names
+            if n != PUBLIC and settings.has_bias
         })
 
     def row(self, name: str) -> nn.Linear:
         """The row of one expert; its weight is [1,D]."""
         return cast(nn.Linear, self.rows[name])
-
-    def bias(self, name: str) -> Tensor:
-        """The bias b_i <= 0 of one expert, shape [1]."""
-        return -nn.functional.softplus(self.raw_bias[name].float())
 
     def forward(self, h: Tensor) -> list[Tensor]:
         """Logits [B,T], one for each of `names`; h [B,T,D]."""
@@ -137,7 +137,9 @@ class LinearRouter(nn.Module):
         logits = []
         for name in self.names:
             logit = nn.functional.linear(x, self.row(name).weight.float())[..., 0]  # [B,T]
-            logits.append(logit if name == PUBLIC else logit + self.bias(name))
+            if name in self.raw_bias:
+                logit = logit - nn.functional.softplus(self.raw_bias[name].float())
+            logits.append(logit)
         return logits
 
 

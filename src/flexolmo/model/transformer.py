@@ -240,7 +240,8 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
             bias = bias if bias.dim() == 4 else bias[None, None]
         cos, sin = self._angles(positions, dtype)
-        return ForwardContext(cos, sin, bias, is_token, active, cache=None if cache is None else cache.layers)
+        return ForwardContext(cos, sin, bias, is_token, active,
+                              cache=None if cache is None else cache.layers)
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         c = self.config.d_head

@@ -98,8 +98,8 @@ def describe_anchor(model: Transformer, tokenizer: Tokenizer, public: TokenSet,
     """Add to a dense model what owners need of public text: its statistics, its embedding."""
     open_text = public.splits["train"].tokens
     statistics = describe_public(open_text, model.config.vocab_size, num_clusters)
-    return build_anchor(model, tokenizer, statistics,
-                        mean_hidden_state(model.eval(), embedding_windows(public, model.config)),
+    row = mean_hidden_state(model.eval(), embedding_windows(public, model.config))
+    return build_anchor(model, tokenizer, statistics, row.repeat(model.config.num_layers, 1),
                         copy.deepcopy(record))
 
 

@@ -26,7 +26,7 @@ from flexolmo.files import read_json, write_aside, write_json
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import FFN_PARTS, Anchor, mean_hidden_state
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import RouterSettings
+from flexolmo.model.router import FIRST_RAW_BIAS, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings, owner_table
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.runtime import run_record, set_up
@@ -76,7 +76,8 @@ def start_expert(anchor: Anchor, data: TokenSet, name: str, router: RouterSettin
     row = mean_hidden_state(anchor.model, embedding_windows(data, anchor.config))
     for i in range(anchor.config.num_layers):
         tensors[f"layers.{i}.router.weight"] = row[None].clone()
-        tensors[f"layers.{i}.router.raw_bias"] = torch.full((1,), -2.0)
+        if router.has_bias:
+            tensors[f"layers.{i}.router.raw_bias"] = torch.full((1,), FIRST_RAW_BIAS)
     return tensors
 
 
