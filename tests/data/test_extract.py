@@ -90,17 +90,17 @@ def test_code_has_no_tests_and_no_tables():
     assert list(extract.python_modules(package)) == [("a.py", "x = 1\n")]
 
 
-def test_papers_come_once_without_questions_or_citation_marks():
+def test_papers_come_once_without_questions():
     def doc(number, full):
         return json.dumps({"doc": {
             "id": f"1.2_{number}", "title": "On x", "abstract": "We show.", "full_text": full,
             "question": "SECRET", "answer": "Yes"}})
     full = {"section_name": [None, "Intro ::: Why"],
-            "paragraphs": [["1.1em"], ["As in BIBREF3 (BIBREF4; BIBREF5), x.", ""]]}
+            "paragraphs": [["1.1em"], ["As in BIBREF3, Table TABREF5, INLINEFORM0 x.", ""]]}
     requests = "\n".join([doc(0, str(full)), doc(1, str(full))]).encode()
     [(name, text)] = extract.qasper_papers(Package(
         {"o/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz": gzip.compress(requests)}))
-    assert (name, text) == ("1.2", "On x\n\nAbstract\nWe show.\n\nWhy\nAs in , x.")
+    assert (name, text) == ("1.2", "On x\n\nAbstract\nWe show.\n\nWhy\nAs in [3], Table 5, x.")
 
 
 def test_news_gives_lines_speeches_and_debates():

