@@ -95,6 +95,10 @@ class MixtureModel(Transformer):
                    if isinstance(router, LinearSettings) else None)
             block.mlp = Mixture(ffns, own, top_k)
 
+    def expert_width(self, name: str) -> int:
+        """FFN width F of one expert."""
+        return cast(FeedForward, self.mixtures()[0].experts[name]).gate_proj.out_features
+
     def mixtures(self) -> list[Mixture]:
         """The mixture of every layer, from the first."""
         return [cast(Mixture, block.mlp) for block in self.layers]

@@ -1,0 +1,163 @@
+"""Bits per byte on held-out documents: of the anchor, each pair, the mixture, and without each.
+
+Bits per byte do not depend on the tokenizer: nats of all predicted tokens / ln 2 / UTF-8 bytes of
+the text. A document is read in windows of at most `seq_len` tokens; every token is predicted
+exactly once, from the tokens before it in its window. Source: paper §7 conventions, ours.
+
+B batch, T positions, E experts, L layers.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexolmo.data.batches import TokenSet, evaluation_windows
+from flexolmo.merge.mixture import LoadedMixture
+from flexolmo.model.moe import MixtureModel
+from flexolmo.model.transformer import Transformer
+from flexolmo.progress import Meter, progress
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What reading a text gave."""
+
+    bits: float
+    bytes: int
+    tokens: int
+    routing: list[list[float]] | None  # [L][E] mean weight over tokens, of a mixture
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits / self.bytes
+
+
+def measure_likelihood(model: Transformer, token_set: TokenSet, split: str, *,
+                       enabled: Iterable[str] | None = None, seq_len: int = 256,
+                       max_bytes: int | None = None, meter: Meter | None = None) -> Likelihood:
+    """Read `split` of a prepared set; `enabled` names a mixture's active experts (None: all)."""
+    windows = list(evaluation_windows(token_set, split, seq_len, max_bytes))
+    return read_windows(model, windows, enabled=enabled, meter=meter)
+
+
+def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], *,
+                 enabled: Iterable[str] | None = None, meter: Meter | None = None) -> Likelihood:
+    """Read (ids, bytes) windows, as `evaluation_windows` gives them, batched by length."""
+    ordered = sorted(windows, key=lambda w: len(w[0]))
+    nats, tokens = 0.0, 0
+    weights: Tensor | None = None  # [L,E] summed over tokens
+    start = 0
+    with torch.inference_mode():
+        while start < len(ordered):
+            longest = len(ordered[min(start + BATCH_TOKENS // len(ordered[start][0]),
+                                      len(ordered) - 1)][0])
+            batch = [ids for ids, _ in ordered[start:start + max(1, BATCH_TOKENS // longest)]]
+            start += len(batch)
+            ids, real = _pad(batch)
+            active = None
+            if isinstance(model, MixtureModel) and enabled is not None:
+                active = model.expert_mask([list(enabled)] * len(batch))
+            routing: list[Tensor] = []
+            logits = model(ids[:, :-1], active=active, routing=routing)  # [B,T,V]
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(),
+                                   reduction="none").view(real.shape)
+            nats += float(loss[real].double().sum())
+            tokens += int(real.sum())
+            if routing:
+                step = torch.stack([w[real].double().sum(0) for w in routing])
+                weights = step if weights is None else weights + step
+            if meter is not None:
+                meter.advance(int(real.sum()))
+    return Likelihood(nats / math.log(2), sum(size for _, size in windows), tokens,
+                      None if weights is None else (weights / tokens).tolist())
+
+
+def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Right-pad to one length: ids [B,T+1], and which targets are real [B,T]."""
+    length = max(len(ids) for ids in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    real = torch.zeros(len(batch), length - 1, dtype=torch.bool)
+    for i, row in enumerate(batch):
+        ids[i, :len(row)] = torch.from_numpy(row)
+        real[i, :len(row) - 1] = True
+    return ids, real
+
+
+def evaluate_mixture(mixture: LoadedMixture, sets: Mapping[str, TokenSet], split: str, *,
+                     seq_len: int = 256, max_bytes: int | None = None,
+                     label: str = "evaluate") -> dict[str, Any]:
+    """Bits per byte of every arrangement on every set, the routing, and a summary.
+
+    Arrangements: `anchor`, `expert NAME` (with the anchor alone), `mixture`, `mixture without
+    NAME`. Routing is the whole mixture's mean weight, by set, layer and expert.
+    """
+    names = mixture.expert_names
+    arrangements: dict[str, list[str]] = {"anchor": []}
+    arrangements |= {f"expert {n}": [n] for n in names}
+    arrangements["mixture"] = names
+    arrangements |= {f"mixture without {n}": [m for m in names if m != n] for n in names}
+    windows = {s: list(evaluation_windows(t, split, seq_len, max_bytes)) for s, t in sets.items()}
+    total = sum(len(ids) - 1 for w in windows.values() for ids, _ in w) * len(arrangements)
+    table: dict[str, dict[str, float]] = {}
+    routing: dict[str, Any] = {}
+    with progress(label, total, "tok") as meter:
+        for arrangement, enabled in arrangements.items():
+            table[arrangement] = {}
+            for set_name, parts in windows.items():
+                meter.note = f"{arrangement} on {set_name}"
+                found = read_windows(mixture.model, parts, enabled=enabled, meter=meter)
+                table[arrangement][set_name] = found.bits_per_byte
+                if arrangement == "mixture":
+                    routing[set_name] = found.routing
+    return {
+        "bits_per_byte": table,
+        "routing": {"sets": list(sets), "experts": mixture.model.expert_names, "weights": routing},
+        "summary": summarise(table, names),
+        "split": split, "seq_len": seq_len,
+        "bytes": {s: sum(size for _, size in w) for s, w in windows.items()},
+    }
+
+
+def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
+    """What the table says of merging and opting out; needs a set named as each expert.
+
+    kept_of_pair_gain: (anchor - mixture) / (anchor - own pair) on the owner's own set.
+    public_change: mixture over anchor on public text, minus one. optout_vs_anchor: the owner's
+    set without its expert, over the anchor, minus one. optout_side_effect: the largest relative
+    loss of any other set when the owner is off.
+    """
+    anchor, merged = table["anchor"], table["mixture"]
+    own = [n for n in names if n in anchor]
+    kept = {n: (anchor[n] - merged[n]) / (anchor[n] - table[f"expert {n}"][n]) for n in own
+            if anchor[n] != table[f"expert {n}"][n]}
+    away = {n: table[f"mixture without {n}"][n] / anchor[n] - 1 for n in own}
+    side = {n: max((table[f"mixture without {n}"][s] / merged[s] - 1 for s in merged if s != n),
+                   default=0.0) for n in names}
+    better = sum(merged[n] < anchor[n] for n in own)
+    mean_kept = sum(kept.values()) / len(kept) if kept else 0.0
+    bars = []
+
+    def bar(text: str, met: bool, value: str) -> None:
+        bars.append({"text": text, "met": bool(met), "value": value})
+
+    bar("The mixture is better than the anchor on every owner's set", better == len(own),
+        f"{better} of {len(own)}")
+    bar("It keeps on average at least 60 % of what anchor + own expert gains", mean_kept >= 0.6,
+        f"{mean_kept:.0%}")
+    public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
+    if public is not None:
+        bar("On public text it is within 2 % of the anchor", public <= 0.02, f"{public:+.2%}")
+    bar("With an owner off, that owner's set is at most 2 % worse than the anchor",
+        all(x <= 0.02 for x in away.values()), f"worst {max(away.values(), default=0):+.2%}")
+    bar("With an owner off, no other set is more than 1 % worse than before",
+        all(x <= 0.01 for x in side.values()), f"worst {max(side.values(), default=0):+.2%}")
+    return {"kept_of_pair_gain": {**kept, "mean": mean_kept}, "public_change": public,
+            "optout_vs_anchor": away, "optout_side_effect": side, "bars": bars}

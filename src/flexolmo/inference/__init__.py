@@ -1,0 +1,1 @@
+"""Running a mixture: which experts may speak, and what they say."""

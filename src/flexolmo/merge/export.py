@@ -1,0 +1,249 @@
+"""Out to, and in from, the checkpoint that stock transformers loads as `FlexOlmoForCausalLM`.
+
+The stock router is linear and has no bias. A mixture with such a router is written exactly; any
+other router is refit in closed form, and what that costs is measured. Narrow experts are padded
+with zeros, which is exact.
+
+N tokens, D d_model, E experts, L layers, F the widest FFN.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor
+
+from flexolmo.bundle.bundle import write_bundle
+from flexolmo.bundle.manifest import build_manifest
+from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.errors import CheckpointError, MergeError
+from flexolmo.files import canonical_json, digest_bytes, write_directory_aside, write_json
+from flexolmo.merge.mixture import LoadedMixture, build_mixture
+from flexolmo.model.checkpoint import (
+    FFN_PARTS,
+    build_anchor,
+    build_transformer,
+    read_stock_config,
+    read_tensors,
+    save_anchor,
+    stock_config,
+    stock_name,
+    write_stock,
+)
+from flexolmo.model.moe import MixtureModel
+from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.statistics import PublicStatistics
+from flexolmo.model.transformer import Transformer
+from flexolmo.runtime import run_record
+
+LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty is not chased
+
+
+def is_stock_router(model: MixtureModel) -> bool:
+    """Whether the stock format can hold this router exactly."""
+    return isinstance(model.settings, LinearSettings) and not model.settings.has_bias
+
+
+def own_windows(mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
+                ) -> list[tuple[np.ndarray, int]]:
+    """Text that the mixture itself writes, each expert by itself, to refit and measure on.
+
+    A coordinator holds no owner's text. Every expert (and public) speaks alone from its own FFN,
+    whatever the router would say, and so samples its owner's domain. Returns (ids, bytes) as
+    `data.batches.evaluation_windows` does. Source: ours.
+    """
+    windows = []
+    eos = mixture.tokenizer.eos_id
+    generator = torch.Generator().manual_seed(seed)
+    for name in mixture.model.expert_names:
+        alone = _speak_alone(mixture.model, name)
+        cache = alone.new_cache()
+        ids = torch.full((sequences, 1), eos)
+        with torch.inference_mode():
+            for _ in range(min(tokens, alone.config.max_seq_len - 1)):
+                logits = alone(ids[:, -1:], cache=cache)[:, -1].float()
+                logits[:, eos] = -math.inf
+                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+                ids = torch.cat([ids, drawn], dim=1)
+        for row in ids.numpy():
+            size = len(mixture.tokenizer.decode(row[1:].tolist()).encode())
+            windows.append((row.astype(np.int64), size))
+    return windows
+
+
+def _speak_alone(model: MixtureModel, name: str) -> Transformer:
+    """The dense decoder whose FFNs are those of one expert."""
+    dense = Transformer(model.config.model_copy(update={"d_ff": model.expert_width(name)}))
+    dense.to(model.embed_tokens.weight.dtype)
+    state = {k: v for k, v in model.state_dict().items()
+             if ".mlp." not in k and not k.startswith("router.")}
+    for i, mixture in enumerate(model.mixtures()):
+        for part in FFN_PARTS:
+            state[f"layers.{i}.mlp.{part}.weight"] = getattr(mixture.experts[name], part).weight
+    dense.load_state_dict(state)
+    return dense.requires_grad_(False).eval()
+
+
+def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
+                 ridge: float = 1e-3) -> list[Tensor]:
+    """Rows of the stock router closest to this model's own, one [E,D] a layer, float32.
+
+    Least squares from each layer's residual stream to the log weights of the mixture's router,
+    less their mean over experts (which a softmax ignores); the ridge is a fraction of the mean
+    squared feature. Solved in float64. Source: ours, after DUME (arXiv 2603.29765).
+    """
+    D, E = model.config.d_model, len(model.expert_names)
+    gram = [torch.zeros(D, D, dtype=torch.float64) for _ in model.layers]
+    cross = [torch.zeros(D, E, dtype=torch.float64) for _ in model.layers]
+    seen: list[Tensor] = []
+    hooks = [m.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+             for m in model.mixtures()]
+    try:
+        with torch.inference_mode():
+            for ids, _ in windows:
+                seen.clear()
+                routing: list[Tensor] = []
+                model.hidden(torch.from_numpy(ids)[None, :-1], routing=routing)
+                for i, (h, w) in enumerate(zip(seen, routing, strict=True)):
+                    x = h.flatten(0, 1).double()  # [N,D]
+                    y = w.flatten(0, 1).double().clamp(min=math.exp(-2 * LARGEST_LOG_ODDS)).log()
+                    y = (y - y.mean(-1, keepdim=True)).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
+                    gram[i] += x.T @ x
+                    cross[i] += x.T @ y
+    finally:
+        for hook in hooks:
+            hook.remove()
+    rows = []
+    for g, c in zip(gram, cross, strict=True):
+        g = g + ridge * g.diagonal().mean() * torch.eye(D, dtype=torch.float64)
+        rows.append(torch.linalg.solve(g, c).T.float().contiguous())
+    return rows
+
+
+def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureModel:
+    """The same experts under a linear router without bias; `rows` are [E,D], one a layer."""
+    widths = {n: model.expert_width(n) for n in model.expert_names if n != PUBLIC}
+    stock = MixtureModel(model.config, widths, LinearSettings(has_bias=False), top_k=model.top_k)
+    stock.to(model.embed_tokens.weight.dtype)
+    kept = {k: v for k, v in model.state_dict().items()
+            if not k.startswith("router.") and ".mlp.router." not in k}
+    for i, layer_rows in enumerate(rows):
+        for e, name in enumerate(model.expert_names):
+            kept[f"layers.{i}.mlp.router.rows.{name}.weight"] = layer_rows[e][None]
+    for mixture in stock.mixtures():
+        assert mixture.router is not None
+        mixture.router.float()
+    stock.load_state_dict(kept)
+    return stock.requires_grad_(False).eval()
+
+
+def router_rows(model: MixtureModel) -> list[Tensor]:
+    """A linear router's rows, [E,D] a layer."""
+    found = []
+    for mixture in model.mixtures():
+        assert mixture.router is not None
+        found.append(torch.cat([mixture.router.row(n).weight for n in model.expert_names]))
+    return found
+
+
+def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
+                 about: dict[str, Any]) -> None:
+    """Write `model` (its router must be stock) to `out` for `FlexOlmoForCausalLM`.
+
+    Experts get contiguous numbers: public is 0, the owners follow alphabetically; the names are
+    in flexolmo.json beside the weights.
+    """
+    if not is_stock_router(model):
+        raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
+    names = model.expert_names
+    tensors: dict[str, Tensor] = {
+        stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k}
+    width = max(model.expert_width(n) for n in names)
+    for i, (m, rows) in enumerate(zip(model.mixtures(), router_rows(model), strict=True)):
+        prefix = f"model.layers.{i}.mlp."
+        tensors[prefix + "gate.weight"] = rows.to(model.embed_tokens.weight.dtype)
+        for e, name in enumerate(names):
+            for part in FFN_PARTS:
+                w = getattr(m.experts[name], part).weight
+                short = width - w.shape[1 if part == "down_proj" else 0]
+                w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
+                tensors[f"{prefix}experts.{e}.{part}.weight"] = w
+    config = stock_config(
+        model.config, model.embed_tokens.weight.dtype, architectures=["FlexOlmoForCausalLM"],
+        model_type="flex_olmo", intermediate_size=width, num_experts=len(names),
+        num_experts_per_tok=min(model.top_k or len(names), len(names)), norm_topk_prob=False,
+        output_router_logits=False, router_aux_loss_coef=0.01)
+    with write_directory_aside(out) as aside:
+        write_stock(aside, config, tensors, mixture.tokenizer)
+        write_json(aside / "flexolmo.json", {"experts": names, **about})
+
+
+def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: Path, *,
+                 owner: str, licence: str, terms: str) -> dict[str, Any]:
+    """A mixture of ours from a stock FlexOlmo checkpoint; expert 0 becomes the public anchor.
+
+    `names` are the other experts' names, in the checkpoint's order. Each is signed with the
+    importer's key, for whom `owner` stands: the checkpoint itself carries no signature.
+    """
+    config, raw = read_stock_config(directory, "flex_olmo")
+    count = int(raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"])
+    if len(names) != count - 1 or len(set(names)) != len(names):
+        raise CheckpointError(f"{directory} has {count} experts, the first of them public: give "
+                              f"{count - 1} different names, found {len(names)}: "
+                              f"{', '.join(names)}.")
+    tensors = read_tensors(directory)
+    tokenizer = load_tokenizer(directory)
+    config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
+    top_k = int(raw.get("num_experts_per_tok", count))
+    gates = [_take(tensors, f"model.layers.{i}.mlp.gate.weight", directory)
+             for i in range(config.num_layers)]  # [E,D] each
+    if any(len(g) != count for g in gates):
+        raise CheckpointError(f"{directory}: a router has not {count} rows.")
+    dense = {k: v for k, v in tensors.items() if ".mlp." not in k}
+    experts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for i in range(config.num_layers):
+        for e in range(count):
+            for part in FFN_PARTS:
+                key = f"model.layers.{i}.mlp.experts.{e}.{part}.weight"
+                w = _take(tensors, key, directory)
+                if e == 0:
+                    dense[f"model.layers.{i}.mlp.{part}.weight"] = w
+                else:
+                    experts[e][f"layers.{i}.{part}.weight"] = w.contiguous()
+            if e > 0:
+                experts[e][f"layers.{i}.router.weight"] = gates[i][e:e + 1].float().contiguous()
+    model = build_transformer(config, dense, str(directory))
+    nothing = np.zeros(config.vocab_size, dtype=np.int64)
+    record = run_record({"imported_from": Path(directory).name}, 0, {})
+    anchor = build_anchor(model, tokenizer, PublicStatistics(nothing, nothing[None]),
+                          torch.stack([g[0].float() for g in gates]), record)
+    router = LinearSettings(has_bias=False).model_dump(mode="json")
+    source_digest = digest_bytes(canonical_json(raw))
+    with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as temporary:
+        aside = Path(temporary)
+        save_anchor(anchor, aside / "anchor")
+        bundles = []
+        for name, expert in zip(names, experts[1:], strict=True):
+            weights = save(expert)
+            manifest = build_manifest(
+                weights, name=name, owner=owner, anchor_digest=anchor.digest,
+                num_layers=config.num_layers, d_model=config.d_model, d_ff=config.d_ff,
+                router_kind="linear", router_settings=router,
+                recipe={"imported_from": Path(directory).name}, tokens_seen=0,
+                data_card_digest=source_digest, licence=licence, terms_text=terms)
+            bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
+        about = build_mixture(aside / "anchor", bundles, Path(out), allow_unknown_signers=True,
+                              top_k=top_k)
+    return about
+
+
+def _take(tensors: dict[str, Tensor], name: str, directory: Path) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{directory} has no {name}.")
+    return tensors[name]

@@ -1,0 +1,231 @@
+"""A mixture on disk: the anchor, the bundles it was built from, and what was checked.
+
+    model/mixture.json            digests, router, owners, terms
+    model/anchor/                 the anchor, whole
+    model/experts/NAME.bundle/    each owner's bundle, whole and still signed
+
+Nothing is trained and nothing is rewritten, so adding and removing an owner is adding and removing
+a directory, and any owner can check what the coordinator publishes. Source: §3.3.3, layout ours.
+"""
+
+import datetime
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+from safetensors.torch import load as load_bytes
+
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
+from flexolmo.bundle.manifest import Manifest, compare_tensors, read_manifest
+from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.data.tokenizer import Tokenizer
+from flexolmo.errors import MergeError
+from flexolmo.files import digest_bytes, read_json, write_directory_aside, write_json
+from flexolmo.model.assemble import assemble_mixture, expert_shapes
+from flexolmo.model.checkpoint import Anchor, load_anchor
+from flexolmo.model.moe import MixtureModel
+from flexolmo.model.router import RouterSettings
+
+ABOUT = "mixture.json"
+_ROUTER = TypeAdapter(RouterSettings)
+
+
+@dataclass(frozen=True)
+class LoadedMixture:
+    """A mixture ready to run."""
+
+    model: MixtureModel
+    tokenizer: Tokenizer
+    about: dict[str, Any]  # mixture.json
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Owners' experts, alphabetically; `public` is not among them."""
+        return self.model.expert_names[1:]
+
+
+def build_mixture(anchor_dir: Path, bundles: Sequence[Path], out: Path,
+                  trusted: TrustedOwners | None = None, *, allow_unknown_signers: bool = False,
+                  top_k: int | None = None) -> dict[str, Any]:
+    """Check `bundles` against the anchor and each other, and write the mixture to `out`.
+
+    `top_k` experts (public included) are active per token; None: all enabled ones.
+
+    Raises:
+        BundleError, SignatureError: a bundle that does not hold up by itself.
+        MergeError: bundles that do not fit the anchor or each other; lists every difference.
+    """
+    anchor = load_anchor(anchor_dir)
+    opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
+    _refuse_misfits(anchor, [b for _, b in opened])
+    sources = {b.manifest.name: p for p, b in opened}
+    experts = {b.manifest.name: _describe_expert(p, b) for p, b in opened}
+    router = opened[0][1].manifest.router.settings if opened else {"kind": "evidence"}
+    return _write(out, Path(anchor_dir), anchor, sources, experts,
+                  _ROUTER.validate_python(router).model_dump(mode="json"), top_k)
+
+
+def add_experts(model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners | None = None, *,
+                allow_unknown_signers: bool = False) -> dict[str, Any]:
+    """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`."""
+    about = read_about(model_dir)
+    anchor = load_anchor(Path(model_dir) / "anchor")
+    held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
+    manifests = [_reopen(path, about["experts"][n])[0] for n, path in held.items()]
+    opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
+    _refuse_misfits(anchor, [b for _, b in opened], manifests)
+    sources = held | {b.manifest.name: p for p, b in opened}
+    experts = about["experts"] | {b.manifest.name: _describe_expert(p, b) for p, b in opened}
+    router = about["router"] if held else opened[0][1].manifest.router.settings
+    return _write(Path(model_dir), Path(model_dir) / "anchor", anchor, sources, experts, router,
+                  about["top_k"])
+
+
+def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
+    """Remove owners' experts, files and all, from the mixture in `model_dir`."""
+    about = read_about(model_dir)
+    gone = set(names)
+    _refuse_unknown(gone, about)
+    kept = {n: e for n, e in about["experts"].items() if n not in gone}
+    sources = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in kept}
+    anchor_dir = Path(model_dir) / "anchor"
+    return _write(Path(model_dir), anchor_dir, load_anchor(anchor_dir), sources, kept,
+                  about["router"], about["top_k"])
+
+
+def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> LoadedMixture:
+    """The mixture in `model_dir`, with all its experts or only those named.
+
+    Every byte is held against the digests taken when the bundles were verified; an expert whose
+    terms have expired since is refused by name.
+    """
+    about = read_about(model_dir)
+    anchor = load_anchor(Path(model_dir) / "anchor")
+    if anchor.digest != about["anchor_digest"]:
+        raise MergeError(f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
+                         f"on {about['anchor_digest']}. Build it again.")
+    chosen = set(about["experts"]) if experts is None else set(experts)
+    _refuse_unknown(chosen, about)
+    tensors, late = {}, []
+    today = datetime.datetime.now(datetime.UTC).date()
+    for name in sorted(chosen):
+        path = Path(model_dir) / "experts" / f"{name}.bundle"
+        manifest, weights = _reopen(path, about["experts"][name])
+        if manifest.terms.expires is not None and manifest.terms.expires < today:
+            late.append(f"{name}: terms expired on {manifest.terms.expires}")
+        tensors[name] = load_bytes(weights)
+    if late:
+        raise MergeError(f"{model_dir} may not be used as it is:\n  " + "\n  ".join(late)
+                         + "\nRemove these experts (flexolmo mix remove) or ask their owners.")
+    model = assemble_mixture(anchor, tensors, _ROUTER.validate_python(about["router"]),
+                             top_k=about["top_k"])
+    return LoadedMixture(model, anchor.tokenizer, about)
+
+
+def read_about(model_dir: Path) -> dict[str, Any]:
+    """What `mixture.json` says: anchor digest, router, top_k, and each expert's claims."""
+    about = read_json(Path(model_dir) / ABOUT, MergeError)
+    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
+        raise MergeError(f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
+                         f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1.")
+    return about
+
+
+def _describe_expert(path: Path, bundle: Bundle) -> dict[str, Any]:
+    m = bundle.manifest
+    return {
+        "owner": m.owner, "signer": bundle.signer, "key_id": bundle.key_id,
+        "licence": m.licence, "terms": m.terms.model_dump(mode="json"),
+        "d_ff": m.architecture.d_ff, "tokens_seen": m.tokens_seen,
+        "weights_bytes": len(bundle.weights), "data_card_digest": m.data_card_digest,
+        "files": {name: digest_bytes(bundle.weights if name == WEIGHTS_FILE
+                                     else (path / name).read_bytes())
+                  for name in sorted(MAX_FILE_BYTES)},
+    }
+
+
+def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
+                    held: Sequence[Manifest] = ()) -> None:
+    manifests = [b.manifest for b in bundles]
+    lines: list[str] = []
+    seen = {m.name for m in held}
+    for m in manifests:
+        if m.name in seen:
+            lines.append(f"{m.name}: two experts have this name")
+        seen.add(m.name)
+        if m.anchor_digest != anchor.digest:
+            lines.append(f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is "
+                         f"{anchor.digest}")
+            continue
+        try:
+            router = _ROUTER.validate_python(m.router.settings)
+        except ValueError as e:
+            lines.append(f"{m.name}: router settings are not understood: {e}")
+            continue
+        expected = expert_shapes(anchor.config, m.architecture.d_ff, router)
+        lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
+    first = [*held, *manifests][0] if (held or manifests) else None
+    for m in manifests:
+        if first is not None and m.router != first.router:
+            lines.append(f"{m.name}: router is {m.router.settings}, that of {first.name} is "
+                         f"{first.router.settings}")
+    if lines:
+        raise MergeError("These experts cannot be merged:\n  " + "\n  ".join(lines)
+                         + "\nAsk their owners to train again on this anchor with one router.")
+
+
+def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
+    unknown = sorted(names - set(about["experts"]))
+    if unknown:
+        raise MergeError(f"No expert {', '.join(unknown)} here: the mixture holds "
+                         f"{', '.join(sorted(about['experts'])) or 'none'}.")
+
+
+def _reopen(path: Path, entry: Mapping[str, Any]) -> tuple[Manifest, bytes]:
+    """Manifest and weights of a bundle inside a mixture, byte for byte as once verified."""
+    contents, wrong = {}, []
+    for name, digest in entry["files"].items():
+        try:
+            contents[name] = (path / name).read_bytes()
+        except OSError as e:
+            wrong.append(f"{name}: {e.strerror}")
+            continue
+        if digest_bytes(contents[name]) != digest:
+            wrong.append(f"{name}: changed since the mixture was built")
+    if wrong:
+        raise MergeError(f"{path} is not the bundle that was verified:\n  " + "\n  ".join(wrong)
+                         + "\nBuild the mixture again from the owner's bundle.")
+    return read_manifest(contents["manifest.json"]), contents[WEIGHTS_FILE]
+
+
+def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Path],
+           experts: Mapping[str, Any], router: Any, top_k: int | None) -> dict[str, Any]:
+    about = {
+        "format": "flexolmo-mixture", "format_version": 1, "anchor_digest": anchor.digest,
+        "router": router, "top_k": top_k,
+        "experts": {n: experts[n] for n in sorted(experts)},
+    }
+    with write_directory_aside(Path(out)) as aside:
+        _place(anchor_dir, aside / "anchor")
+        (aside / "experts").mkdir()
+        for name, source in sources.items():
+            target = aside / "experts" / f"{name}.bundle"
+            _place(source, target)
+            _reopen(target, about["experts"][name])
+        write_json(aside / ABOUT, about)
+    return about
+
+
+def _place(source: Path, target: Path) -> None:
+    """Copy a directory of plain files; by hard link where the file system allows."""
+    target.mkdir()
+    for file in sorted(Path(source).iterdir()):
+        try:
+            os.link(file, target / file.name)
+        except OSError:
+            shutil.copyfile(file, target / file.name)
+
