@@ -1,0 +1,198 @@
+"""A pico anchor, prepared sets, keys and experts that the tests of all rooms share.
+
+The anchor is real but tiny: 2 layers, width 32, a tokenizer of 300 ids learned from made text,
+trained for a few steps. Everything is made here, in about two seconds, with no network.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flexolmo.bundle.signing import create_key
+from flexolmo.data.batches import TokenSet, open_set
+from flexolmo.data.fetch import fetch_local
+from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.model.assemble import assemble_mixture, expert_shapes
+from flexolmo.model.checkpoint import Anchor, build_anchor, save_anchor
+from flexolmo.model.moe import MixtureModel
+from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
+from flexolmo.train.loop import TrainSettings
+
+torch.set_num_threads(1)
+
+WORDS = {  # "common" ones stand in every set, the others in one
+    "common": "the of and to in that it was for on with as at by from or an this not but",
+    "public": "time year people way day man thing woman life child world school state family "
+              "house water room mother area money story fact month lot right study book eye "
+              "job word business issue side kind head night point home",
+    "maths": "sum proof lemma prime root angle graph limit ring field group norm matrix vector "
+             "axiom set map kernel",
+    "news": "minister vote court budget strike police mayor border report union party crisis "
+            "summit bank reform storm",
+}
+SMALL_SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
+                             validation_share=0.05, heldout_share=0.05, vocab_size=300)
+ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(),
+           "linear without bias": LinearSettings(has_bias=False)}
+
+
+def write_documents(domain: str, count: int, seed: int) -> list[str]:
+    """`count` texts of 80 words; half of the words are the domain's own.
+
+    Public texts come in two kinds, so that k-means has clusters to find.
+    """
+    rng = random.Random(f"{domain} {seed}")
+    texts, common = [], WORDS["common"].split()
+    for i in range(count):
+        own = WORDS[domain].split()
+        if domain == "public":
+            own = own[:len(own) // 2] if i % 2 else own[len(own) // 2:]
+        words = [rng.choice(own if rng.random() < 0.5 else common) for _ in range(80)]
+        texts.append(".\n".join(" ".join(words[j:j + 16]) for j in range(0, 80, 16)))
+    return texts
+
+
+def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:
+    """The prepared set of `texts`, in `where`/prepared."""
+    (where / "in").mkdir(parents=True)
+    (where / "in" / "all.jsonl").write_text(
+        "\n".join(json.dumps({"text": t, "id": f"d{i}"}) for i, t in enumerate(texts)))
+    fetch_local(where / "in", name, where / "raw", licence="CC0-1.0")
+    prepare_set(where / "raw" / name, where / "prepared", public=public, settings=SMALL_SETS)
+    return where / "prepared"
+
+
+@pytest.fixture(scope="session")
+def pico_set_dirs(tmp_path_factory) -> dict[str, Path]:
+    """Prepared sets by name: public, maths, news; each owner's in a directory of its own."""
+    here = tmp_path_factory.mktemp("pico_sets")
+    public = prepare_made_set(here / "public", "public", write_documents("public", 150, 0), None)
+    return {"public": public} | {
+        name: prepare_made_set(here / name, name, write_documents(name, 40, 0), public)
+        for name in ("maths", "news")}
+
+
+@pytest.fixture(scope="session")
+def pico_sets(pico_set_dirs) -> dict[str, TokenSet]:
+    """The sets of `pico_set_dirs`, opened."""
+    return {name: open_set(path) for name, path in pico_set_dirs.items()}
+
+
+@pytest.fixture(scope="session")
+def pico_recipe() -> AnchorRecipe:
+    """What `pico_anchor` is trained by: 2 layers, width 32, 2 public clusters."""
+    return AnchorRecipe(
+        num_clusters=2,
+        model=AnchorShape(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48,
+                          max_seq_len=512),
+        train=TrainSettings(steps=30, batch_size=4, seq_len=32, warmup_steps=3))
+
+
+@pytest.fixture(scope="session")
+def pico_anchor(pico_sets, pico_set_dirs, pico_recipe) -> Anchor:
+    """An anchor of 2 layers and width 32, trained for 30 steps."""
+    tokenizer = load_tokenizer(pico_set_dirs["public"])
+    return train_anchor(pico_sets["public"], tokenizer, pico_recipe, num_threads=1)
+
+
+@pytest.fixture(scope="session")
+def pico_anchor_dir(pico_anchor, tmp_path_factory) -> Path:
+    """`pico_anchor`, saved; do not change it in place."""
+    directory = tmp_path_factory.mktemp("pico_anchor") / "anchor"
+    save_anchor(pico_anchor, directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def owner_keys(tmp_path_factory) -> dict[str, Path]:
+    """Private signing keys by owner; the public one lies beside it as <owner>.pub."""
+    directory = tmp_path_factory.mktemp("keys")
+    for owner in ("Ann", "Bob"):
+        create_key(directory / owner)
+    return {owner: directory / owner for owner in ("Ann", "Bob")}
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Random weights large enough that no part of a model is near zero or near uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.3 * noise)
+
+
+@dataclass
+class Wild:
+    """An untrained anchor with large random weights, and experts for it.
+
+    A trained pico model routes almost uniformly; laws are tested where every term matters.
+    """
+
+    anchor: Anchor
+
+    def expert(self, router: RouterSettings, seed: int, d_ff: int | None = None
+               ) -> dict[str, torch.Tensor]:
+        """Random tensors of one expert, in the anchor's dtype (router parts in float32)."""
+        generator = torch.Generator().manual_seed(1000 + seed)
+        config = self.anchor.config
+        dtype = self.anchor.model.lm_head.weight.dtype
+        tensors = {}
+        for name, shape in expert_shapes(config, d_ff or config.d_ff, router).items():
+            t = torch.randn(shape, generator=generator)
+            if name == "router.evidence":
+                t[config.eos_token_id] = 0.0
+            elif name.endswith("_proj.weight"):
+                t = (t * shape[-1] ** -0.5).to(dtype)
+            elif name.endswith("router.weight"):
+                t = t * 0.5
+            tensors[name] = t
+        return tensors
+
+    def mixture(self, router: RouterSettings, names: str | list[str], top_k: int | None = None
+                ) -> MixtureModel:
+        """A mixture of experts by name; an expert's tensors depend on its name alone."""
+        experts = {n: self.expert(router, sum(n.encode()), 48 if sum(n.encode()) % 2 else 20)
+                   for n in names}
+        return assemble_mixture(self.anchor, experts, router, top_k=top_k)
+
+    def ids(self, batch: int, length: int, seed: int = 0, eos_every: int = 9) -> torch.Tensor:
+        """Random ids [batch,length]; about one in `eos_every` ends a document."""
+        rng = np.random.default_rng([seed, batch, length])
+        ids = rng.integers(0, self.anchor.config.vocab_size, (batch, length))
+        ids[rng.random(ids.shape) < 1 / eos_every] = self.anchor.config.eos_token_id
+        return torch.from_numpy(ids)
+
+
+@pytest.fixture(scope="session")
+def make_wild(pico_anchor):
+    """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32."""
+    def make(dtype: torch.dtype = torch.float32, **changes) -> Wild:
+        config = ModelConfig.model_validate(pico_anchor.config.model_dump() | changes)
+        model = Transformer(config)
+        draw_weights(model, seed=1)
+        rows = torch.randn(config.num_layers, config.d_model,
+                           generator=torch.Generator().manual_seed(2)) * 0.5
+        return Wild(build_anchor(model.to(dtype), pico_anchor.tokenizer, pico_anchor.public, rows,
+                                 {}))
+    return make
+
+
+@pytest.fixture(scope="session")
+def wild(make_wild) -> Wild:
+    """A Wild anchor in float32."""
+    return make_wild()
+
+
+@pytest.fixture(scope="session", params=ROUTERS)
+def router(request) -> RouterSettings:
+    """Each kind of router in turn."""
+    return ROUTERS[request.param]

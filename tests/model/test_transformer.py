@@ -1,0 +1,213 @@
+"""The decoder against stock transformers, against itself through a cache, and its loss."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from flexolmo.model.assemble import assemble_mixture
+from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
+from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.transformer import (
+    ModelConfig,
+    Transformer,
+    _ChunkedLoss,
+    language_model_loss,
+)
+
+SHAPES = {"as many key-value heads": {"num_kv_heads": None}, "grouped": {"num_kv_heads": 2},
+          "one key-value head": {"num_kv_heads": 1, "rope_theta": 1000.0, "norm_eps": 1e-4}}
+UNTIL_CLOSE = {"rtol": 0, "atol": 1e-4}
+IN_SESSION = settings(deadline=None, derandomize=True, max_examples=25,
+                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# --- stock transformers -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_anchor_is_stock_olmo2(make_wild, tmp_path, shape):
+    from transformers import Olmo2ForCausalLM
+    wild = make_wild(**SHAPES[shape])
+    save_anchor(wild.anchor, tmp_path / "anchor")
+    stock, info = Olmo2ForCausalLM.from_pretrained(tmp_path / "anchor", output_loading_info=True)
+    assert not any(info.values())
+    ids = wild.ids(3, 40)
+    with torch.no_grad():
+        theirs = stock(ids, labels=ids)
+    torch.testing.assert_close(wild.anchor.model(ids), theirs.logits, **UNTIL_CLOSE)
+    torch.testing.assert_close(language_model_loss(wild.anchor.model, ids), theirs.loss,
+                               rtol=1e-6, atol=1e-6)
+
+
+def save_as_stock_mixture(model, directory, tokenizer):
+    """Write a bias-free linear mixture whose experts all have the anchor's width."""
+    tensors = {}
+    for name, t in model.state_dict().items():
+        if ".mlp." not in name:
+            tensors[stock_name(name)] = t
+    for i, mixture in enumerate(model.mixtures()):
+        rows = [mixture.router.row(n).weight for n in model.expert_names]
+        tensors[f"model.layers.{i}.mlp.gate.weight"] = torch.cat(rows)
+        for e, name in enumerate(model.expert_names):
+            for part, t in mixture.experts[name].state_dict().items():
+                tensors[f"model.layers.{i}.mlp.experts.{e}.{part}"] = t
+    directory.mkdir()
+    write_stock(directory, stock_config(
+        model.config, torch.float32, architectures=["FlexOlmoForCausalLM"],
+        model_type="flex_olmo", num_experts=len(model.expert_names),
+        num_experts_per_tok=model.top_k or len(model.expert_names), norm_topk_prob=False,
+        output_router_logits=False), tensors, tokenizer)
+
+
+@pytest.mark.parametrize("top_k", [None, 2, 1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_linear_mixture_is_stock_flex_olmo(make_wild, tmp_path, shape, top_k):
+    from transformers import FlexOlmoForCausalLM
+    wild, router = make_wild(**SHAPES[shape]), LinearSettings(has_bias=False)
+    experts = {n: wild.expert(router, i) for i, n in enumerate("abc")}
+    model = assemble_mixture(wild.anchor, experts, router, top_k=top_k)
+    save_as_stock_mixture(model, tmp_path / "stock", wild.anchor.tokenizer)
+    stock, info = FlexOlmoForCausalLM.from_pretrained(tmp_path / "stock",
+                                                      output_loading_info=True)
+    assert not any(info.values())
+    ids, routing = wild.ids(3, 40), []
+    ours = model(ids, routing=routing)
+    with torch.no_grad():
+        theirs = stock(ids, labels=ids)
+    weights = torch.stack(routing)
+    assert (weights.std(dim=2) > 0.05).any(dim=1).all(), "routing must vary over positions"
+    torch.testing.assert_close(ours, theirs.logits, **UNTIL_CLOSE)
+    torch.testing.assert_close(language_model_loss(model, ids), theirs.loss, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bias_moves_weight_from_the_expert_to_the_public_one(wild):
+    weight_of_public = []
+    for raw_bias in (-30.0, 0.0, 4.0):
+        expert = wild.expert(LinearSettings(), 0)
+        expert |= {n: torch.full_like(t, raw_bias) for n, t in expert.items() if "raw_bias" in n}
+        model, routing = assemble_mixture(wild.anchor, {"a": expert}, LinearSettings()), []
+        model(wild.ids(2, 10), routing=routing)
+        assert model.expert_names[0] == PUBLIC
+        weight_of_public.append(routing[0][..., 0])
+    assert (weight_of_public[0] < weight_of_public[1]).all()
+    assert (weight_of_public[1] < weight_of_public[2]).all()
+
+
+# --- cache and padding --------------------------------------------------------------------------
+
+
+@given(cuts=st.sets(st.integers(1, 29)), seed=st.integers(0, 99))
+@IN_SESSION
+def test_reading_in_pieces_is_reading_at_once(wild, router, cuts, seed):
+    ids = wild.ids(2, 30, seed)
+    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"])):
+        edges, cache = [0, *sorted(cuts), 30], model.new_cache()
+        pieces = [model(ids[:, a:b], cache=cache) for a, b in pairwise(edges)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), **UNTIL_CLOSE)
+        assert cache.num_positions == 30
+
+
+@given(padding=st.lists(st.integers(0, 7), min_size=3, max_size=3), seed=st.integers(0, 99),
+       fill=st.sampled_from(["eos", "word"]))
+@IN_SESSION
+def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
+    """In one pass and through the cache, whatever id the padding has."""
+    texts = [wild.ids(1, 12 - p, seed + i) for i, p in enumerate(padding)]
+    after = wild.ids(3, 4, seed)
+    filler = wild.anchor.config.eos_token_id if fill == "eos" else 7
+    ids = torch.cat([F.pad(t, (p, 0), value=filler)
+                     for t, p in zip(texts, padding, strict=True)])
+    is_token = torch.arange(12)[None] >= torch.tensor(padding)[:, None]
+    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"], top_k=2)):
+        plain, cache = model(ids, is_token=is_token), model.new_cache()
+        first = model(ids, is_token=is_token, cache=cache)
+        rest = torch.cat([model(after[:, :1], cache=cache), model(after[:, 1:], cache=cache)], 1)
+        for i, (text, p) in enumerate(zip(texts, padding, strict=True)):
+            alone = model(torch.cat([text, after[i:i + 1]], dim=1))[0]
+            torch.testing.assert_close(plain[i, p:], alone[:12 - p], **UNTIL_CLOSE)
+            torch.testing.assert_close(first[i, p:], alone[:12 - p], **UNTIL_CLOSE)
+            torch.testing.assert_close(rest[i], alone[12 - p:], **UNTIL_CLOSE)
+
+
+def test_no_position_sees_a_later_one(wild, router):
+    model, ids = wild.mixture(router, ["a", "b"]), wild.ids(1, 20)
+    changed = ids.clone()
+    changed[0, 12:] = (changed[0, 12:] + 1) % wild.anchor.config.vocab_size
+    assert torch.equal(model(ids)[0, :12], model(changed)[0, :12])
+    assert not torch.equal(model(ids)[0, 12:], model(changed)[0, 12:])
+
+
+# --- loss ---------------------------------------------------------------------------------------
+
+
+@given(num=st.integers(1, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99),
+       scale=st.sampled_from([1.0, -3.0, 0.01]))
+@IN_SESSION
+def test_chunked_loss_is_cross_entropy_with_its_gradients(num, chunk, seed, scale):
+    rng = np.random.default_rng(seed)
+    h = torch.from_numpy(rng.normal(size=(num, 8)) * 3)
+    weight = torch.from_numpy(rng.normal(size=(13, 8)))
+    targets = torch.from_numpy(rng.integers(0, 13, num))
+    found, expected = [], []
+    for out, loss_of in ((found, lambda h, w: _ChunkedLoss.apply(h, w, targets, chunk)),
+                         (expected, lambda h, w: F.cross_entropy(h @ w.T, targets))):
+        leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_of(*leaves)
+        (loss * scale).backward()
+        out += [loss.detach().double(), leaves[0].grad, leaves[1].grad]
+    for a, b in zip(found, expected, strict=True):  # the sums are taken in float32
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", ["h", "weight"])
+def test_chunked_loss_computes_only_the_gradients_asked_for(which):
+    torch.manual_seed(0)
+    leaves = {"h": torch.randn(6, 8), "weight": torch.randn(13, 8)}
+    leaves[which].requires_grad_()
+    loss = _ChunkedLoss.apply(*leaves.values(), torch.arange(6), 4)
+    loss.backward()
+    asked = leaves[which].grad
+    for leaf in leaves.values():
+        leaf.requires_grad_().grad = None
+    F.cross_entropy(leaves["h"] @ leaves["weight"].T, torch.arange(6)).backward()
+    torch.testing.assert_close(asked, leaves[which].grad)
+
+
+def test_loss_does_not_depend_on_the_chunk(wild):
+    ids = wild.ids(3, 21)
+    losses = [language_model_loss(wild.anchor.model, ids, chunk=c) for c in (1, 7, 60, 1024)]
+    logits = wild.anchor.model(ids[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    for loss in losses:
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+
+
+# --- the shape ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"num_heads": 5}, "multiple of num_heads"), ({"num_heads": 32}, "must be even"),
+    ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
+    ({"eos_token_id": 300}, "outside the vocabulary"), ({"layers": 3}, "Extra inputs")])
+def test_a_shape_that_cannot_be_built_is_refused(change, message):
+    shape = {"vocab_size": 300, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48}
+    with pytest.raises(ValidationError, match=message):
+        ModelConfig.model_validate(shape | change)
+
+
+def test_initial_weights_depend_on_the_seed_alone(wild):
+    models = [Transformer(wild.anchor.config) for _ in range(3)]
+    for i, (model, seed) in enumerate(zip(models, (3, 3, 4), strict=True)):
+        torch.manual_seed(i)
+        model.initialise(seed)
+    a, b, c = (m.state_dict() for m in models)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    assert (a["norm.weight"] == 1).all()
+    assert a["lm_head.weight"].abs().max() <= 0.06
