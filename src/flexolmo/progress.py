@@ -3,15 +3,21 @@
 Both say what is being done, how much is done, the rate, and the time left.
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_SECONDS = 15.0
+# A parent process that shows the progress of several children names a file here, one for each;
+# the child then writes its state there and prints nothing.
+PROGRESS_FILE = "FLEXOLMO_PROGRESS_FILE"
 
 
 def format_count(n: float) -> str:
@@ -39,6 +45,7 @@ class Meter:
         self.note = ""
         self._start = self._last_line = time.monotonic()
         self._bar: Progress | None = None
+        self._file = os.environ.get(PROGRESS_FILE)
 
     def rate(self) -> float:
         """Units finished per second since this meter started."""
@@ -48,15 +55,30 @@ class Meter:
         """Add `n` finished units; `note` (a loss, a file name) is shown at the end of the line."""
         self.done += n
         self.note = note or self.note
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self.done, text=self._text())
+        if self._file is not None:
+            if time.monotonic() - self._last_line >= 0.5 or self.done >= self.total:
+                self._last_line = time.monotonic()
+                self._report(self._file)
+        elif self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, text=self.describe())
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            left = (self.total - self.done) / max(self.rate(), 1e-9)
-            print(f"{self.label}: {self._text()}, {format_seconds(left)} left", file=sys.stderr,
-                  flush=True)
+            print(f"{self.label}: {self.describe()}, {format_seconds(self.seconds_left())} left",
+                  file=sys.stderr, flush=True)
 
-    def _text(self) -> str:
+    def _report(self, path: str) -> None:
+        state = {"label": self.label, "done": self.done, "total": self.total,
+                 "text": self.describe(), "seconds_left": self.seconds_left()}
+        aside = Path(f"{path}.new")
+        aside.write_text(json.dumps(state), encoding="utf-8")
+        aside.replace(path)
+
+    def seconds_left(self) -> float:
+        """Seconds to the end at the rate so far."""
+        return (self.total - self.done) / max(self.rate(), 1e-9)
+
+    def describe(self) -> str:
+        """Count, rate and note, in words."""
         count = f"{format_count(self.done)}/{format_count(self.total)} {self.unit}"
         text = f"{count}, {format_count(self.rate())}/s"
         return f"{text}, {self.note}" if self.note else text
@@ -67,7 +89,7 @@ def progress(label: str, total: float, unit: str, done: float = 0) -> Iterator[M
     """Show progress towards `total` units (`done` of them finished earlier, by a run resumed)."""
     meter = Meter(label, total, unit, done)
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or PROGRESS_FILE in os.environ:
         yield meter
         return
     with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),

@@ -1,1 +1,64 @@
-"""The command line: one file per noun, one function per verb."""
+"""The command line: one verb, one function. Errors are printed, not traced.
+
+Heavy imports stand inside the verbs, so that `--help` answers at once.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from flexolmo.cli import anchor, data, expert, mix, run
+from flexolmo.errors import FlexOlmoError
+
+app = typer.Typer(
+    name="flexolmo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="""Language models for flexible data use.
+
+    Owners of text each train one expert beside a frozen public model (the anchor) and share only
+    a signed bundle. A coordinator merges bundles into one mixture. Whoever runs it switches each
+    source on or off, per request and completely.
+
+    The whole story on real text, in about a quarter of an hour:  flexolmo demo
+    """,
+)
+app.add_typer(data.app, name="data")
+app.add_typer(anchor.app, name="anchor")
+app.add_typer(expert.app, name="expert")
+app.add_typer(mix.app, name="mix")
+app.command()(run.generate)
+app.command("eval")(run.evaluate)
+app.command()(run.demo)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("flexolmo"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_show_version, is_eager=True,
+        help="Show the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; exit 2 with a message when someone must act, 130 on Ctrl-C."""
+    try:
+        app()
+    except FlexOlmoError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped. Run the same command again to go on from the last checkpoint.",
+              file=sys.stderr)
+        sys.exit(130)

@@ -14,14 +14,14 @@ from typing import Any
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.manifest import build_manifest
+from flexolmo.bundle.manifest import Name, build_manifest
 from flexolmo.data.batches import TokenSet, training_batches
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, write_aside, write_json
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import FFN_PARTS, Anchor, mean_hidden_state
@@ -87,6 +87,7 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
 
     With `run_dir`, resumes a run that was cut off there. Source: §3.3.1.
     """
+    _refuse_bad_name(name)
     set_up(recipe.seed, num_threads)
     pair = assemble_mixture(anchor, {name: start_expert(anchor, data, name, recipe.router)},
                             recipe.router)
@@ -115,6 +116,15 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     tensors = {n: t.detach().clone() for n, t in expert_tensors(pair, name).items()}
     return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest)
+
+
+def _refuse_bad_name(name: str) -> None:
+    try:
+        TypeAdapter(Name).validate_python(name)
+    except ValidationError as e:
+        raise ConfigError(f"{name!r} cannot name an expert: {e.errors()[0]['msg']}. Use lower-case "
+                          "letters, digits, - and _, at most 64, starting with a letter or digit."
+                          ) from None
 
 
 def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Parameter]:

@@ -1,0 +1,5 @@
+"""`python -m flexolmo` is the same as `flexolmo`."""
+
+from flexolmo.cli import main
+
+main()

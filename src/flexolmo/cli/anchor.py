@@ -1,0 +1,78 @@
+"""`flexolmo anchor`: make or import the public model everyone starts from."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True,
+                  help="Train, import or inspect the anchor: the public model all owners share.")
+Threads = Annotated[int | None, typer.Option(
+    help="CPU threads. Another number gives slightly different floats.")]
+Overrides = Annotated[list[str] | None, typer.Option(
+    "--set", help="Override one value of the recipe, for example --set train.steps=100. "
+    "May be repeated.")]
+
+
+@app.command("train")
+def train(
+    data: Annotated[Path, typer.Option(
+        help="The prepared public set (see flexolmo data prepare).")],
+    out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
+    run: Annotated[Path | None, typer.Option(
+        help="Directory for checkpoints and metrics. Default: OUT.run")] = None,
+    recipe: Annotated[Path | None, typer.Option(
+        help="TOML recipe; what it leaves out has defaults.")] = None,
+    overrides: Overrides = None,
+    threads: Threads = None,
+) -> None:
+    """Train a small anchor on public text. Resumes after a kill.
+
+    Example: flexolmo anchor train --data prepared/public --out anchor
+    """
+    from flexolmo.config import read_recipe
+    from flexolmo.data.batches import open_set
+    from flexolmo.data.tokenizer import load_tokenizer
+    from flexolmo.model.checkpoint import save_anchor
+    from flexolmo.train.anchor import AnchorRecipe, train_anchor
+
+    settings = read_recipe(recipe, AnchorRecipe, overrides or ())
+    made = train_anchor(open_set(data), load_tokenizer(data), settings,
+                        run or out.with_name(out.name + ".run"), threads)
+    save_anchor(made, out)
+    typer.echo(f"{out}: anchor {made.digest}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(
+        help="Directory of a stock Olmo2ForCausalLM checkpoint (safetensors).")],
+    data: Annotated[Path, typer.Option(
+        help="A public set prepared with that checkpoint's tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
+) -> None:
+    """Make an anchor from any stock OLMo 2 checkpoint.
+
+    Example: flexolmo anchor import OLMo-2-1B/ --data prepared/public --out anchor
+    """
+    from flexolmo.data.batches import open_set
+    from flexolmo.model.checkpoint import save_anchor
+    from flexolmo.train.anchor import import_anchor
+
+    made = import_anchor(checkpoint, open_set(data))
+    save_anchor(made, out)
+    typer.echo(f"{out}: anchor {made.digest}")
+
+
+@app.command("inspect")
+def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.")]) -> None:
+    """Check an anchor's digest and print what it is, as JSON."""
+    import json
+
+    from flexolmo.model.checkpoint import load_anchor
+
+    found = load_anchor(anchor)
+    typer.echo(json.dumps({
+        "digest": found.digest, "config": found.config.model_dump(),
+        "parameters": sum(p.numel() for p in found.model.parameters()),
+        "public_clusters": len(found.public.cluster_counts), "record": found.record}, indent=2))

@@ -1,0 +1,154 @@
+"""`flexolmo mix`: the coordinator's verbs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexolmo.cli.expert import TrustDirectory
+
+app = typer.Typer(no_args_is_help=True,
+                  help="Merge bundles into one mixture; add, remove, inspect, export, import.")
+TrustAny = Annotated[bool, typer.Option(
+    "--trust-any-signer", help="Accept signers you do not know. Every other check stays.")]
+Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
+
+
+@app.command("build")
+def build(
+    anchor: Annotated[Path, typer.Argument(help="Directory of the anchor.")],
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles, in any order.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+    top_k: Annotated[int | None, typer.Option(
+        min=1, help="Experts active per token, public included. Default: all enabled ones.")
+    ] = None,
+) -> None:
+    """Check bundles and merge them. Nothing is trained.
+
+    Example: flexolmo mix build anchor math.bundle code.bundle --trust trusted/ -o model
+    """
+    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.merge.mixture import build_mixture
+
+    about = build_mixture(anchor, bundles, out, TrustedOwners.load(trust) if trust else None,
+                          allow_unknown_signers=trust_any_signer, top_k=top_k)
+    typer.echo(f"{out}: public + {', '.join(about['experts'])}")
+
+
+@app.command("add")
+def add(
+    model: Model,
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles to add.")],
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+) -> None:
+    """Add owners' bundles to a mixture."""
+    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.merge.mixture import add_experts
+
+    about = add_experts(model, bundles, TrustedOwners.load(trust) if trust else None,
+                        allow_unknown_signers=trust_any_signer)
+    typer.echo(f"{model}: public + {', '.join(about['experts'])}")
+
+
+@app.command("remove")
+def remove(
+    model: Model,
+    names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")],
+) -> None:
+    """Remove owners' experts, files and all."""
+    from flexolmo.merge.mixture import remove_experts
+
+    about = remove_experts(model, names)
+    typer.echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
+
+
+@app.command("inspect")
+def inspect(model: Model) -> None:
+    """Print what a mixture is built from, as JSON."""
+    import json
+
+    from flexolmo.merge.mixture import read_about
+
+    typer.echo(json.dumps(read_about(model), indent=2))
+
+
+@app.command("export")
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoint.")],
+    to: Annotated[str, typer.Option(help="Format: hf (transformers' FlexOlmoForCausalLM).")
+                  ] = "hf",
+    data: Annotated[list[Path] | None, typer.Option(
+        help="Prepared sets to refit the router on (their validation split) and to measure the "
+        "cost on (their held-out split). Default: text the mixture itself writes.")] = None,
+) -> None:
+    """Write a stock checkpoint.
+
+    The stock router is linear without bias. A mixture with another router gets the best such
+    router in closed form, and the cost in bits per byte is printed.
+
+    Example: flexolmo mix export model --to hf -o model-hf
+    """
+    from flexolmo.data.batches import evaluation_windows, open_set
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.likelihood import read_windows
+    from flexolmo.merge.export import (
+        export_stock,
+        is_stock_router,
+        own_windows,
+        refit_router,
+        with_stock_router,
+    )
+    from flexolmo.merge.mixture import load_mixture
+
+    if to != "hf":
+        raise ConfigError(f"Format {to!r} is not known; hf is.")
+    mixture = load_mixture(model)
+    if is_stock_router(mixture.model):
+        export_stock(mixture, mixture.model, out, {"exact": True})
+        typer.echo(f"{out}: exact, the router is of the stock kind")
+        return
+    seq_len = min(256, mixture.model.config.max_seq_len - 1)
+    if data:
+        sets = [open_set(d, mixture.tokenizer.digest) for d in data]
+        fit = [w for s in sets for w in evaluation_windows(s, "validation", seq_len, 60_000)]
+        held = {s.name: list(evaluation_windows(s, "heldout", seq_len, 60_000)) for s in sets}
+    else:
+        fit = own_windows(mixture, seed=0)
+        held = {"text of its own": own_windows(mixture, sequences=4, seed=1)}
+    stock = with_stock_router(mixture.model, refit_router(mixture.model, fit))
+    cost = {}
+    typer.echo("bits per byte    ours   stock")
+    for name, windows in held.items():
+        ours = read_windows(mixture.model, windows).bits_per_byte
+        theirs = read_windows(stock, windows).bits_per_byte
+        cost[name] = {"ours": ours, "stock": theirs}
+        typer.echo(f"{name:<15} {ours:6.3f}  {theirs:6.3f}   ({theirs / ours - 1:+.1%})")
+    export_stock(mixture, stock, out, {"exact": False, "bits_per_byte": cost})
+    typer.echo(f"{out}: the stock format has no place for the {mixture.model.settings.kind} "
+               "router; the table shows what its closest linear router costs")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(
+        help="Directory of a stock FlexOlmoForCausalLM checkpoint.")],
+    names: Annotated[str, typer.Option(
+        help="Names of its experts after the first (public), in order, comma-separated.")],
+    key: Annotated[Path, typer.Option(help="Your private key: you vouch for the import.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
+    owner: Annotated[str, typer.Option(help="Who you are.")] = "importer",
+    licence: Annotated[str, typer.Option(help="Licence of the checkpoint.")] = "Apache-2.0",
+) -> None:
+    """Make a mixture from a stock FlexOlmo checkpoint.
+
+    Example: flexolmo mix import FlexOlmo-7x7B/ --names math,code --key me.pem -o model
+    """
+    from flexolmo.merge.export import import_stock
+
+    import_stock(checkpoint, [n.strip() for n in names.split(",") if n.strip()], out, key,
+                 owner=owner, licence=licence, terms=f"As licensed by the checkpoint: {licence}.")
+    typer.echo(f"{out}: imported; with its linear router, without bias")
