@@ -1,0 +1,153 @@
+"""The direction of imports: a file imports only from files above it in ORDER."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+# From the top. A line is one level: a file, a whole room ("data."), or several that do not see
+# each other. A room's own files may import one another as long as there is no circle.
+ORDER = [
+    ["errors"],
+    ["files"],
+    ["progress"],
+    ["config"],
+    ["runtime"],
+    ["bundle.manifest"],
+    ["bundle.signing"],
+    ["bundle.bundle"],
+    ["data."],
+    ["model.statistics"],
+    ["model.router", "model.transformer"],
+    ["model.moe"],
+    ["model.checkpoint"],
+    ["model.assemble"],
+    ["model.parallel"],
+    ["train.dp_sgd"],
+    ["train.loop"],
+    ["train.anchor"],
+    ["train.expert"],
+    ["merge."],
+    ["inference."],
+    ["evaluation."],
+    ["audit."],
+    ["plots", "report"],
+    ["demo", "demo."],
+    ["cli", "cli.", "__main__"],
+]
+NETWORK = {"socket", "ssl", "urllib", "urllib3", "http", "requests", "httpx", "aiohttp", "ftplib",
+           "asyncio", "huggingface_hub", "datasets"}
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal",
+              "shelve"}
+
+
+def name_of(path: Path) -> str:
+    """`model.moe` for src/flexolmo/model/moe.py, `model` for its __init__."""
+    parts = path.relative_to(SOURCE / "flexolmo").with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {name_of(p): p for p in sorted((SOURCE / "flexolmo").rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """Every dotted name imported, anywhere in the file, functions included."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_imported_by(name: str) -> set[str]:
+    """Our own files that `name` imports, as keys of FILES."""
+    found = set()
+    for dotted in imported_by(TREES[name]):
+        parts = dotted.split(".")
+        if parts[0] == "flexolmo":
+            candidates = [".".join(parts[1:n]) for n in range(len(parts), 1, -1)]
+            found |= {next((c for c in candidates if c in FILES), "__init__")}
+    return found - {name}
+
+
+def level(name: str) -> int:
+    """Where `name` stands in ORDER."""
+    for i, entries in enumerate(ORDER):
+        if any(name == e or (e.endswith(".") and (name + ".").startswith(e)) for e in entries):
+            return i
+    raise AssertionError(f"src/flexolmo has a file {name} without a place in ORDER; give it one.")
+
+
+def is_empty_room(name: str) -> bool:
+    """A package's __init__ with nothing but a docstring."""
+    return FILES[name].name == "__init__.py" and not imported_by(TREES[name])
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if not is_empty_room(n)])
+def test_a_file_imports_only_from_above(name):
+    own = level(name)
+    for other in rooms_imported_by(name) - {"__init__"}:
+        assert level(other) < own or (level(other) == own and f"{name.split('.')[0]}." in
+                                      ORDER[own]), f"{name} imports {other}"
+
+
+def test_there_is_no_circle():
+    graph = {name: rooms_imported_by(name) for name in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
+
+
+def uses(name: str, forbidden: set[str]) -> set[str]:
+    return {dotted for dotted in imported_by(TREES[name]) if dotted.split(".")[0] in forbidden}
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] == "data"])
+def test_data_uses_no_network_library(name):
+    assert not uses(name, NETWORK)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] == "data"])
+def test_only_fetching_runs_other_programs(name):
+    may_run = {"data.fetch": {"subprocess"}, "data.archives": {"subprocess"}}
+    found = {d.split(".")[0] for d in uses(name, {"subprocess", "multiprocessing", "pty"})}
+    assert found <= may_run.get(name, set())
+    calls = {ast.unparse(n.func) for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)}
+    assert not {c for c in calls if c.startswith(("os.system", "os.popen", "os.exec", "os.spawn"))}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_is_ever_unpickled(name):
+    assert not uses(name, UNPICKLING)
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) != "torch.load", f"{name}:{node.lineno}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+            options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert options.get("allow_pickle") == "False", f"{name}:{node.lineno}"
+    assert "torch.load" not in imported_by(TREES[name])
+
+
+def test_bundles_data_and_policy_come_without_torch():
+    """Asked of Python itself, so that nothing they import brings it along either."""
+    names = [n for n in FILES if n.split(".")[0] in ("bundle", "data")]
+    names += [n for n in ("inference.policy",) if n in FILES]
+    code = "import sys\n" + "".join(f"import flexolmo.{n}\n" for n in names) + (
+        "sys.exit('torch came along' if 'torch' in sys.modules else 0)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_these_checks_can_fail():
+    tree = ast.parse("def f():\n    import torch.nn as nn\n    from urllib import request\n")
+    assert imported_by(tree) == {"torch.nn", "urllib.request"}
+    assert rooms_imported_by("train.expert") >= {"train.loop", "bundle.bundle", "model.moe"}
+    assert level("train.expert") > level("train.loop") > level("model.moe") > level("data.batches")
+    with pytest.raises(AssertionError, match="without a place"):
+        level("utils")
