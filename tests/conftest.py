@@ -94,12 +94,13 @@ def pico_recipe() -> AnchorRecipe:
         num_clusters=2,
         model=AnchorShape(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48,
                           max_seq_len=512),
-        train=TrainSettings(steps=30, batch_size=4, seq_len=32, warmup_steps=3))
+        train=TrainSettings(steps=60, batch_size=8, seq_len=32, warmup_steps=3,
+                            learning_rate=0.02))
 
 
 @pytest.fixture(scope="session")
 def pico_anchor(pico_sets, pico_set_dirs, pico_recipe) -> Anchor:
-    """An anchor of 2 layers and width 32, trained for 30 steps."""
+    """An anchor of 2 layers and width 32, trained for 60 steps."""
     tokenizer = load_tokenizer(pico_set_dirs["public"])
     return train_anchor(pico_sets["public"], tokenizer, pico_recipe, num_threads=1)
 
