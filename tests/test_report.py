@@ -45,7 +45,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -68,7 +68,7 @@ def plain(sentences: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Reader]:
     directory = tmp_path_factory.mktemp("report")
-    return directory, *read_page(make_page(), directory)
+    return directory, *read_page(make_page(SHORT[:2]), directory)
 
 
 def test_the_report_is_html_png_and_figures(page: tuple[Path, str, Reader]) -> None:
@@ -176,6 +176,11 @@ def test_a_missing_part_leaves_its_section_out(left_out: str) -> None:
 
 def test_no_results_make_an_empty_report(tmp_path: Path) -> None:
     read_page({}, tmp_path)
+
+
+def test_a_sample_of_line_ends_does_not_make_the_png_endless() -> None:
+    sample = report._Sample("code", "#0072B2", "", ("\n" * 100_000, "x" * 100_000), False)
+    assert report._draw_page([sample]).get_figheight() * 100 < 1200
 
 
 def test_lines_are_cut_at_the_width_and_blanks_kept() -> None:

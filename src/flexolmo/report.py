@@ -30,7 +30,7 @@ from flexolmo.files import write_bytes
 from flexolmo.plots import INK, MUTED, RULE, Results, make_printable, percent
 
 _PAGE_PX, _MARGIN_PX, _BODY_PX = 1600, 60, 18
-_MAX_DRAWN_LETTERS = 900  # of one sample, in the PNG; the HTML has all of it
+_MAX_DRAWN_LETTERS, _MAX_DRAWN_LINES = 900, 30  # of a sample in the PNG; the HTML has all of it
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _GOOD, _BAD = "#009E73", "#D55E00"
 
@@ -385,7 +385,7 @@ _CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-main{max-width:1120px;margin:0 auto;padding:2rem 1.25rem 4rem}
+main{max-width:1180px;margin:0 auto;padding:2rem 1.25rem 4rem}
 h1{font-size:2rem;line-height:1.2;margin:.5rem 0 1.25rem}
 h2{font-size:1.3rem;margin:3rem 0 .75rem;padding-top:1rem;border-top:1px solid var(--rule)}
 p{max-width:78ch;margin:.6rem 0}.lead{font-size:1.12rem}.note,figcaption,caption{color:var(--muted)}
@@ -443,11 +443,12 @@ def _block_html(block: _Block, images: Mapping[str, bytes]) -> str:
         return f'<p class="{block.kind}">{_e(block.text)}</p>'
     if isinstance(block, _Table):
         numbers = [any(r[i].number for r in block.rows) for i in range(len(block.head))]
-        head = "".join(f'<th scope="col" class="{"n" * is_n}">{_e(h)}</th>'
+        head = "".join(f'<th scope="col" class="{"n" * is_n}">{_e(h).replace("_", "_<wbr>")}</th>'
                        for h, is_n in zip(block.head, numbers, strict=True))
         rows = "\n".join("<tr>" + "".join(_cell_html(c, i == 0) for i, c in enumerate(r)) + "</tr>"
                          for r in block.rows)
-        return (f'<div class="scroll"><table><caption>{_e(block.caption)}</caption>\n<thead><tr>'
+        return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(block.caption)}">'
+                f'<table><caption>{_e(block.caption)}</caption>\n<thead><tr>'
                 f"{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>")
     if isinstance(block, _Picture):
         data = base64.b64encode(images[block.name]).decode()
@@ -470,7 +471,8 @@ def _cell_html(cell: _Cell, is_heading: bool) -> str:
     classes = " ".join(c for c, on in (("n", cell.number), ("b", cell.bold), ("mono", cell.mono))
                        if on)
     tint = f' style="background:{cell.tint}33"' if cell.tint else ""
-    return f'<{tag} class="{classes}"{tint}>{_e(cell.text)}</{tag[:2]}>'
+    text = _e(cell.text).replace("_", "_<wbr>")  # long names may break there
+    return f'<{tag} class="{classes}"{tint}>{text}</{tag[:2]}>'
 
 
 # --- blocks -> PNG ---------------------------------------------------------------------------
@@ -615,7 +617,8 @@ def _draw_sample(sheet: _Sheet, sample: _Sample, wide: float) -> None:
         x = _MARGIN_PX + i * (column + 30)
         y = sheet.write(f"{word} {sample.source}", x + 16, top + 14, column - 32, 17, bold=True)
         for part, colour in ((sample.prompt.removesuffix("\n"), MUTED), (text, INK)):
-            short = part if len(part) <= _MAX_DRAWN_LETTERS else part[:_MAX_DRAWN_LETTERS] + " …"
+            short = "\n".join(part[:_MAX_DRAWN_LETTERS].split("\n")[:_MAX_DRAWN_LINES])
+            short += " …" if len(short) < len(part) else ""
             y = sheet.write(short, x + 16, y + 4, column - 32, 15.5, colour, sample.mono)
         bottom = max(bottom, y + 14)
     for i, colour in enumerate((sample.colour, RULE)):
