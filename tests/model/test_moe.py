@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexolmo.model.moe import Mixture
+from flexolmo.model.moe import Mixture, MixtureModel
 from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
 
@@ -102,7 +102,11 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
 
 
 def test_experts_are_public_first_then_by_name(wild, router):
-    assert wild.mixture(router, ["cobalt", "amber"]).expert_names == [PUBLIC, "amber", "cobalt"]
+    model = MixtureModel(wild.anchor.config, {"cobalt": 8, "amber": 4}, router)
+    assert model.expert_names == [PUBLIC, "amber", "cobalt"]
+    assert [list(m.experts) for m in model.mixtures()] == [model.expert_names] * 2
+    widths = [e.gate_proj.out_features for e in model.mixtures()[0].experts.values()]
+    assert widths == [wild.anchor.config.d_ff, 4, 8]
 
 
 def test_a_mixture_without_weights_is_a_programming_error(wild):

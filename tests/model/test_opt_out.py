@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import PolicyError
 from flexolmo.model.assemble import assemble_mixture
-from flexolmo.model.router import LinearSettings
+from flexolmo.model.router import LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
 
 OWNERS = ("amber", "basalt", "cobalt")
@@ -159,6 +159,29 @@ def test_what_a_disabled_expert_holds_changes_no_bit(wild, router):
     assert not torch.equal(outputs[0][1], outputs[1][1])
 
 
+@given(data=st.data(), experts=st.integers(9, 40), top_k=st.sampled_from([None, 3]))
+@IN_SESSION
+def test_weights_keep_their_bits_when_many_experts_are_dropped(data, experts, top_k):
+    """Sums over more experts than a vector register holds are no longer taken one by one."""
+    active = torch.tensor([True, *data.draw(
+        st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))])
+    generator = torch.Generator().manual_seed(experts)
+    logits = [torch.randn(2, 7, generator=generator) for _ in range(experts)]
+    masked = mixture_weights(logits, active.expand(2, -1), top_k)
+    dropped = mixture_weights([z for z, on in zip(logits, active, strict=True) if on], None, top_k)
+    assert same_bits(masked[..., active], dropped)
+    assert (masked[..., ~active] == 0).all()
+
+
+def test_disabled_is_never_merged_among_twenty_owners(wild, router):
+    owners = [f"owner{i:02}" for i in range(20)]
+    ids, merged = wild.ids(3, 12), wild.mixture(router, owners, 6)
+    masks = [owners[::2], owners[3:], owners[7:9]]
+    got = merged(ids, active=merged.expert_mask(masks))
+    for row, names in enumerate(masks):
+        assert same_bits(got[row], wild.mixture(router, names, 6)(ids)[row])
+
+
 def count_runs(model, name):
     """Inputs that the expert's FFN was given, over all layers."""
     seen = []
@@ -177,6 +200,9 @@ def test_an_expert_that_no_sequence_enables_is_never_run(wild, router):
     layers = len(model.layers)
     assert {n: len(r) for n, r in runs.items()} == {
         "public": 2 * layers, "amber": 2 * layers, "basalt": 0, "cobalt": 2 * layers}
+    model.train()(wild.ids(2, 8), active=active)  # nor while a router is being calibrated
+    assert len(runs["cobalt"]) == 3 * layers
+    assert not runs["basalt"]
 
 
 def test_an_expert_sees_zeros_for_sequences_that_disable_it(wild, router):
