@@ -110,21 +110,25 @@ class _Demo:
         print(f"== {label}", flush=True)
         spent = done.get("seconds", 0.0) if done.get("identity") == identity else 0.0
         start = time.monotonic()
-        finished = False
-        try:
-            run()
-            finished = True
-        finally:
+
+        def note(finished: bool) -> None:
             self.stages[label] = {"identity": identity, "finished": finished,
                                   "seconds": spent + time.monotonic() - start}
             write_json(self.out / "stages.json", self.stages)
+
+        note(finished=False)  # so that after a kill the next run knows what was under way
+        try:
+            run()
+        except BaseException:
+            note(finished=False)
+            raise
+        note(finished=True)
 
     def _clear(self, label: str) -> None:
         """Remove what an earlier run with another recipe left of this step."""
         for path in {
             "train the anchor": [self.coordinator / "anchor", self.coordinator / "anchor.run"],
-            "train experts": [p for p in self.out.glob("owners/*/expert*.run")],
-            "sign and merge": [*self.out.glob("owners/*/*bundles"), *self.out.glob("model*")],
+            "sign and merge": [*self.out.glob("owners/*/outbox*"), *self.out.glob("model*")],
             "measure": [*self.out.glob("coordinator/eval*")],
         }.get(label, []):
             shutil.rmtree(path, ignore_errors=True)
@@ -186,12 +190,13 @@ class _Demo:
                     write_toml(house / f"expert{suffix}.toml", {
                         "seed": recipe.seed, "router": {"kind": kind},
                         "train": recipe.expert_train})
-                    jobs.append(Job(f"expert {name}{suffix}", (
-                        "expert", "train", "--anchor", "anchor", "--data", f"prepared/{name}",
-                        "--name", name, "--recipe", f"expert{suffix}.toml", "--out",
-                        f"expert{suffix}.run", "--threads", "1"), house))
-            # a job whose result is there already has nothing to do
-            run_jobs([j for j in jobs if not self._is_trained(j)], recipe.processes)
+                    if not self._is_trained(name, suffix):
+                        jobs.append(Job(f"expert {name}{suffix}", (
+                            "expert", "train", "--anchor", "anchor", "--data",
+                            f"prepared/{name}", "--name", name, "--recipe",
+                            f"expert{suffix}.toml", "--out", f"expert{suffix}.run",
+                            "--threads", "1"), house))
+            run_jobs(jobs, recipe.processes)
 
         card = read_card(self.coordinator / "prepared/public")
         self.step("train the anchor", [recipe.anchor.model_dump(mode="json"), recipe.seed,
@@ -204,9 +209,18 @@ class _Demo:
         self.step("train experts", [recipe.expert_train.model_dump(mode="json"), self.names],
                   experts)
 
-    def _is_trained(self, job: Job) -> bool:
-        out = job.arguments[job.arguments.index("--out") + 1]
-        return (job.directory / out / "expert.json").exists()
+    def _is_trained(self, name: str, suffix: str) -> bool:
+        """Whether the expert is there; removes a run with another recipe, anchor or text."""
+        house = self.house(name)
+        run = house / f"expert{suffix}.run"
+        wanted = digest_bytes(b"".join(p.read_bytes() for p in (
+            house / f"expert{suffix}.toml", house / "anchor/anchor.json",
+            house / "prepared" / name / "card.json")))
+        mark = house / f"expert{suffix}.wanted.json"
+        if not mark.exists() or read_json(mark) != wanted:
+            shutil.rmtree(run, ignore_errors=True)
+            write_json(mark, wanted)
+        return (run / "expert.json").exists()
 
     def merge_and_measure(self) -> None:
         """Owners sign; the coordinator checks, merges, and reads held-out text."""
@@ -215,26 +229,28 @@ class _Demo:
             trusted = self.coordinator / "trusted"
             shutil.rmtree(trusted, ignore_errors=True)
             trusted.mkdir(parents=True)
+            run_jobs([Job(f"key {name}", ("expert", "key", "key.pem"), self.house(name))
+                      for name in self.names if not (self.house(name) / "key.pem").exists()],
+                     self.recipe.processes)
+            packs, merges = [], []
             for name in self.names:
-                house = self.house(name)
-                if not (house / "key.pem").exists():
-                    run_jobs([Job(f"key {name}", ("expert", "key", "key.pem"), house)], 1)
-                shutil.copy(house / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
+                shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
             for suffix in ROUTERS.values():
-                bundles = []
-                for name in self.names:
-                    place = self.house(name) / f"outbox{suffix}" / f"{name}.bundle"
-                    shutil.rmtree(place, ignore_errors=True)
-                    place.parent.mkdir(exist_ok=True)
-                    run_jobs([Job(f"pack {name}{suffix}", (
+                bundles = [self.house(n) / f"outbox{suffix}" / f"{n}.bundle" for n in self.names]
+                for name, bundle in zip(self.names, bundles, strict=True):
+                    shutil.rmtree(bundle, ignore_errors=True)
+                    bundle.parent.mkdir(exist_ok=True)
+                    packs.append(Job(f"pack {name}{suffix}", (
                         "expert", "pack", f"expert{suffix}.run", "--key", "key.pem", "--owner",
                         owner_of(name), "--licence", "LicenseRef-Demo", "--terms",
                         "For this demonstration.", "--out", f"outbox{suffix}/{name}.bundle"),
-                        self.house(name))], 1)
-                    bundles.append(str(place.resolve()))
-                run_jobs([Job(f"merge{suffix}", (
-                    "mix", "build", "anchor", *bundles, "--trust", "trusted", "-o",
-                    str((self.out / f"model{suffix}").resolve())), self.coordinator)], 1)
+                        self.house(name)))
+                merges.append(Job(f"merge{suffix}", (
+                    "mix", "build", "anchor", *(str(b.resolve()) for b in bundles), "--trust",
+                    "trusted", "-o", str((self.out / f"model{suffix}").resolve())),
+                    self.coordinator))
+            run_jobs(packs, self.recipe.processes)
+            run_jobs(merges, self.recipe.processes)
 
         def measure() -> None:
             data = [self.coordinator / "prepared/public",

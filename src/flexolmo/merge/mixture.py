@@ -128,6 +128,9 @@ def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> Loade
 
 def read_about(model_dir: Path) -> dict[str, Any]:
     """What `mixture.json` says: anchor digest, router, top_k, and each expert's claims."""
+    if not (Path(model_dir) / ABOUT).is_file():
+        raise MergeError(f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with "
+                         "flexolmo mix build.")
     about = read_json(Path(model_dir) / ABOUT, MergeError)
     if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
         raise MergeError(f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
