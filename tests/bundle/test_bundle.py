@@ -23,8 +23,9 @@ from flexolmo.bundle.bundle import (
     open_bundle,
     write_bundle,
 )
-from flexolmo.bundle.manifest import build_manifest, describe_tensors, encode_manifest
+from flexolmo.bundle.manifest import build_manifest, encode_manifest
 from flexolmo.bundle.signing import TrustedOwners, create_key, key_id, read_public_key, sign_files
+from flexolmo.bundle.tensors import describe_tensors
 from flexolmo.errors import BundleError, SignatureError
 from flexolmo.files import digest_bytes
 

@@ -16,12 +16,7 @@ from typing import Any
 from flexolmo.bundle.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
-    TensorEntry,
-    compare_tensors,
-    describe_tensors,
     encode_manifest,
-    find_nonfinite,
-    raise_listed,
     read_manifest,
 )
 from flexolmo.bundle.signing import (
@@ -30,6 +25,13 @@ from flexolmo.bundle.signing import (
     read_public_key,
     sign_files,
     verify_files,
+)
+from flexolmo.bundle.strict import raise_listed
+from flexolmo.bundle.tensors import (
+    TensorEntry,
+    compare_tensors,
+    describe_tensors,
+    find_nonfinite,
 )
 from flexolmo.errors import BundleError, SignatureError
 from flexolmo.files import digest_bytes, write_directory_aside

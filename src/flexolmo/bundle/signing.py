@@ -17,7 +17,8 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from flexolmo.bundle.manifest import check_owner, parse_json, raise_listed
+from flexolmo.bundle.manifest import check_owner
+from flexolmo.bundle.strict import parse_json, raise_listed
 from flexolmo.errors import SignatureError
 
 _ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."

@@ -20,8 +20,9 @@ from pydantic import TypeAdapter
 from safetensors.torch import load as load_bytes
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
-from flexolmo.bundle.manifest import Manifest, compare_tensors, read_manifest
+from flexolmo.bundle.manifest import Manifest, read_manifest
 from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.tensors import compare_tensors
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import MergeError
 from flexolmo.files import digest_bytes, read_json, write_directory_aside, write_json

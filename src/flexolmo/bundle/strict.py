@@ -1,0 +1,49 @@
+"""Strict reading of bytes that may be hostile: one meaning each, refusals that name everything.
+
+For all files of a bundle. Knows nothing of what they claim.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from flexolmo.errors import BundleError
+
+
+class Claim(BaseModel):
+    """Fields someone states about a bundle: none unknown, none coerced, none changed later."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value in `data`; ValueError if not UTF-8, if a key repeats, or if not a number."""
+
+    def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"key {key[:100]!r} appears twice")
+            value[key] = item
+        return value
+
+    def refuse_constant(text: str) -> Any:
+        raise ValueError(f"{text} is not a JSON number")
+
+    try:
+        return json.loads(
+            data.decode("utf-8"), object_pairs_hook=build_object, parse_constant=refuse_constant
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def raise_listed(error: type[BundleError], opening: str, lines: Sequence[str], advice: str) -> None:
+    """Raise `error` naming each difference, or return if there is none."""
+    if lines:
+        shown = [f"  - {line}" for line in lines[:50]]
+        if len(lines) > len(shown):
+            shown.append(f"  - and {len(lines) - len(shown)} more")
+        raise error("\n".join([opening, *shown, advice]))
