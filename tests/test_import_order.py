@@ -21,8 +21,6 @@ ORDER = [
     ["runtime"],
     ["bundle.strict"],
     ["bundle.tensors"],
-    ["bundle.strict"],
-    ["bundle.tensors"],
     ["bundle.manifest"],
     ["bundle.signing"],
     ["bundle.bundle"],
