@@ -28,6 +28,7 @@ from flexolmo.files import canonical_json, digest_bytes, read_json, write_json
 from flexolmo.inference.generate import Sampling, generate
 from flexolmo.jobs import Job, JobFailed, run_jobs
 from flexolmo.merge.mixture import load_mixture
+from flexolmo.model.router import slot
 from flexolmo.progress import format_seconds
 from flexolmo.report import write_report
 from flexolmo.runtime import run_record
@@ -284,7 +285,7 @@ class _Demo:
             "anchor": {
                 "parameters": sum(p.numel() for n, p in mixture.model.named_parameters()
                                   if not n.startswith("router.")
-                                  and not any(f".experts.{e}." in n for e in self.names)),
+                                  and not any(f".{slot(e)}." in n for e in self.names)),
                 "digest": anchor["digest"], "tokens": anchor["record"]["tokens"],
                 "seconds": anchor["record"]["seconds"],
                 "config": mixture.model.config.model_dump()},

@@ -165,7 +165,8 @@ def test_a_missing_file_is_named(copied, file, message):
 @pytest.mark.parametrize(("change", "message"), [
     ({"format": "x"}, "expected 'flexolmo-anchor' version 1"),
     ({"format_version": 2}, "expected 'flexolmo-anchor' version 1"),
-    ({"digest": "sha256:0"}, "was changed"), ({"digest": None}, "was changed")])
+    ({"digest": "sha256:0"}, "was changed"), ({"digest": None}, "not an anchor's description"),
+    ({"record": None}, "not an anchor's description")])
 def test_an_anchor_json_that_does_not_fit_is_refused(copied, change, message):
     edit_json(copied / "anchor.json", **change)
     with pytest.raises(CheckpointError, match=message):
@@ -220,7 +221,6 @@ def test_a_feature_this_decoder_lacks_is_refused_by_name(copied, change, message
         read_stock_config(copied, "olmo2")
 
 
-@pytest.mark.xfail(strict=True, reason="reported: the older key `type` is not looked at")
 def test_a_rope_type_under_its_older_key_is_refused(copied):
     """transformers reads `type` where there is no `rope_type`."""
     edit_json(copied / "config.json", rope_parameters=None,
@@ -234,14 +234,19 @@ def test_an_older_config_gives_its_angle_base_at_the_top(copied):
     assert read_stock_config(copied, "olmo2")[0].rope_theta == 1234.0
 
 
-@pytest.mark.xfail(strict=True, reason="reported: theta 500,000 for 10,000, eps 1e-6 for 1e-5")
-def test_what_a_config_leaves_out_is_what_transformers_takes_it_for(copied):
-    from transformers import Olmo2Config
-    edit_json(copied / "config.json", rope_parameters=None, rms_norm_eps=None,
-              num_key_value_heads=None)
-    ours, theirs = read_stock_config(copied, "olmo2")[0], Olmo2Config.from_pretrained(copied)
-    assert (ours.rope_theta, ours.norm_eps, ours.kv_heads) == (
-        theirs.rope_parameters["rope_theta"], theirs.rms_norm_eps, theirs.num_key_value_heads)
+@pytest.mark.parametrize(("gone", "named"), [("rope_parameters", "rope_theta"),
+                                             ("rms_norm_eps", "rms_norm_eps")])
+def test_a_number_that_decides_the_logits_is_not_guessed(copied, gone, named):
+    """Versions of transformers differ in what they take it for."""
+    edit_json(copied / "config.json", **{gone: None})
+    with pytest.raises(CheckpointError, match=f"has no '{named}'"):
+        read_stock_config(copied, "olmo2")
+
+
+def test_key_value_heads_left_out_are_as_many_as_heads(copied):
+    edit_json(copied / "config.json", num_key_value_heads=None)
+    config = read_stock_config(copied, "olmo2")[0]
+    assert config.kv_heads == config.num_heads
 
 
 def shard(directory, parts):

@@ -54,7 +54,7 @@ def test_the_linear_router_reads_the_state_before_its_norm(wild, top_k):
     model(wild.ids(3, 10), active=mask, routing=routing)
     for i, mixture in enumerate(model.mixtures()):
         rows = torch.cat([mixture.router.row(n).weight for n in model.expert_names]).double()
-        bias = torch.tensor([0.0] + [mixture.router.raw_bias[n].item() for n in OWNERS])
+        bias = torch.tensor([0.0] + [mixture.router.bias(n).item() for n in OWNERS])
         bias = -torch.nn.functional.softplus(bias.double()) * torch.tensor([0, 1, 1, 1])
         z = (inputs[i].double() @ rows.T + bias).masked_fill(~mask[:, None], -torch.inf)
         weights = z.softmax(-1)
@@ -93,7 +93,7 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
             runs[name] += 1
         return hook
     for name in model.expert_names:
-        model.mixtures()[0].experts[name].register_forward_hook(count(name))
+        model.mixtures()[0].expert(name).register_forward_hook(count(name))
     ids = wild.ids(1, 2)
     still = model(ids)
     assert sum(runs.values()) < len(runs)
@@ -104,8 +104,9 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
 def test_experts_are_public_first_then_by_name(wild, router):
     model = MixtureModel(wild.anchor.config, {"cobalt": 8, "amber": 4}, router)
     assert model.expert_names == [PUBLIC, "amber", "cobalt"]
-    assert [list(m.experts) for m in model.mixtures()] == [model.expert_names] * 2
-    widths = [e.gate_proj.out_features for e in model.mixtures()[0].experts.values()]
+    for mixture in model.mixtures():
+        assert list(mixture.experts.values()) == [mixture.expert(n) for n in model.expert_names]
+    widths = [model.expert_width(n) for n in model.expert_names]
     assert widths == [wild.anchor.config.d_ff, 4, 8]
 
 

@@ -186,7 +186,7 @@ def count_runs(model, name):
     """Inputs that the expert's FFN was given, over all layers."""
     seen = []
     for mixture in model.mixtures():
-        mixture.experts[name].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        mixture.expert(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     return seen
 
 

@@ -37,7 +37,7 @@ def loop_over_positions(router, ids):
     """The router's definition, word for word: {name: [T]} for one text, in Python floats."""
     settings = router.settings
     decay = 0.5 ** (1 / settings.half_life_tokens)
-    tables = {n: t.tolist() for n, t in router.tables.items()}
+    tables = {n: router.table(n).tolist() for n in router.names[1:]}
     clusters = router.public_clusters.tolist()
     logits = {n: [] for n in NAMES}
     for t in range(len(ids)):
@@ -132,10 +132,10 @@ def test_evidence_has_nothing_to_train():
 def test_linear_logits_are_rows_against_the_state_less_a_softplus():
     torch.manual_seed(0)
     router = LinearRouter(LinearSettings(), NAMES, 8)
-    router.raw_bias["a"].data.fill_(1.5)
+    router.bias("a").data.fill_(1.5)
     h = torch.randn(2, 3, 8)
     for name, found in zip(NAMES, router(h), strict=True):
-        row = router.rows[name].weight[0].double()
+        row = router.row(name).weight[0].double()
         raw = {"a": 1.5, "b": -2.0}.get(name)
         bias = 0.0 if raw is None else math.log1p(math.exp(raw))
         torch.testing.assert_close(found.double(), h.double() @ row - bias, rtol=1e-5, atol=1e-6)

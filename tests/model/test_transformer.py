@@ -55,7 +55,7 @@ def save_as_stock_mixture(model, directory, tokenizer):
         rows = [mixture.router.row(n).weight for n in model.expert_names]
         tensors[f"model.layers.{i}.mlp.gate.weight"] = torch.cat(rows)
         for e, name in enumerate(model.expert_names):
-            for part, t in mixture.experts[name].state_dict().items():
+            for part, t in mixture.expert(name).state_dict().items():
                 tensors[f"model.layers.{i}.mlp.experts.{e}.{part}"] = t
     directory.mkdir()
     write_stock(directory, stock_config(

@@ -49,7 +49,7 @@ def run_toy(settings, run_dir, identity=None, spoil=None):
         if spoil:
             spoil(step)
         return loss_of_step(step)
-    result = train(parameters, loss, settings, run_dir, "toy", identity or {"seed": 0})
+    result = train(parameters, loss, settings, run_dir, "toy", identity or {"seed": 0}, {})
     return parameters, result
 
 
@@ -104,7 +104,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_warm_up_rate():
         if step == 1:
             seen.update({n: p.detach().clone() for n, p in live.items()})
     live, loss = make_toy()
-    train(live, lambda step: (look(step), loss(step))[1], s, None, "toy", {})
+    train(live, lambda step: (look(step), loss(step))[1], s, None, "toy", {}, {})
     move = (seen["layers.0.up"] - before["layers.0.up"]).abs()
     torch.testing.assert_close(move, torch.full_like(move, 0.1), rtol=1e-3, atol=0)
 
@@ -173,7 +173,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
         parameters, loss = make_toy()
         train(parameters, lambda step: (time.sleep(0.02), loss(step))[1],
               TrainSettings.model_validate_json('''{settings.model_dump_json()}'''),
-              Path({str(tmp_path)!r}), "toy", {{"seed": 0}})
+              Path({str(tmp_path)!r}), "toy", {{"seed": 0}}, {{}})
     """)
     child = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -212,7 +212,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="disk full"):
             run_toy(settings, tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT], "nothing half-written is left"
+    assert {p.name for p in tmp_path.iterdir()} == {CHECKPOINT, "run.json"}, "nothing half-written"
     expected, _ = run_toy(settings, None)
     assert same(run_toy(settings, tmp_path)[0], expected)
 
@@ -240,9 +240,9 @@ def test_a_spoilt_checkpoint_is_refused_in_words(tmp_path, spoil):
 def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path):
     settings = BASE.model_copy(update={"checkpoint_every_seconds": 1e-9})
     parameters, loss_of_step = make_toy()
-    with pytest.raises(CheckpointError, match="toy: the loss is nan at step 4"):
+    with pytest.raises(CheckpointError, match="toy: at step 4 the loss is nan"):
         train(parameters, lambda s: loss_of_step(s) * (float("nan") if s == 4 else 1), settings,
-              tmp_path, "toy", {"seed": 0})
+              tmp_path, "toy", {"seed": 0}, {})
     with safetensors.safe_open(tmp_path / CHECKPOINT, framework="pt") as f:
         tensors = [f.get_tensor(n) for n in f.keys()]  # noqa: SIM118
         assert len(json.loads(f.metadata()["state"])["losses_nats"]) == 4

@@ -76,7 +76,6 @@ def test_another_runs_directory_is_refused(train_briefly, tmp_path, change):
     assert (tmp_path / loop.CHECKPOINT).read_bytes() == checkpoint
 
 
-@pytest.mark.xfail(strict=True, reason="reported: run.json is written before the run is refused")
 def test_a_refused_run_leaves_the_other_runs_record(train_briefly, tmp_path):
     train_briefly(tmp_path)
     record = (tmp_path / "run.json").read_bytes()

@@ -37,7 +37,7 @@ from flexolmo.model.checkpoint import (
     write_stock,
 )
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.router import PUBLIC, LinearSettings, slot
 from flexolmo.model.statistics import PublicStatistics
 from flexolmo.model.transformer import Transformer
 from flexolmo.runtime import run_record
@@ -85,7 +85,7 @@ def _speak_alone(model: MixtureModel, name: str) -> Transformer:
              if ".mlp." not in k and not k.startswith("router.")}
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
-            state[f"layers.{i}.mlp.{part}.weight"] = getattr(mixture.experts[name], part).weight
+            state[f"layers.{i}.mlp.{part}.weight"] = getattr(mixture.expert(name), part).weight
     dense.load_state_dict(state)
     return dense.requires_grad_(False).eval()
 
@@ -135,7 +135,7 @@ def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureMod
             if not k.startswith("router.") and ".mlp.router." not in k}
     for i, layer_rows in enumerate(rows):
         for e, name in enumerate(model.expert_names):
-            kept[f"layers.{i}.mlp.router.rows.{name}.weight"] = layer_rows[e][None]
+            kept[f"layers.{i}.mlp.router.rows.{slot(name)}.weight"] = layer_rows[e][None]
     for mixture in stock.mixtures():
         assert mixture.router is not None
         mixture.router.float()
@@ -170,7 +170,7 @@ def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
         tensors[prefix + "gate.weight"] = rows.to(model.embed_tokens.weight.dtype)
         for e, name in enumerate(names):
             for part in FFN_PARTS:
-                w = getattr(m.experts[name], part).weight
+                w = getattr(m.expert(name), part).weight
                 short = width - w.shape[1 if part == "down_proj" else 0]
                 w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
                 tensors[f"{prefix}experts.{e}.{part}.weight"] = w

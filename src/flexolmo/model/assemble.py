@@ -45,6 +45,8 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
     """
     config = anchor.config
     lines, widths = [], {}
+    if PUBLIC in experts:
+        lines.append(f"{PUBLIC}: this name is the anchor's own")
     for name, tensors in sorted(experts.items()):
         gate = tensors.get("layers.0.gate_proj.weight")
         widths[name] = config.d_ff if gate is None else int(gate.shape[0])
@@ -71,13 +73,14 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
-            found[f"layers.{i}.{part}.weight"] = getattr(mixture.experts[name], part).weight
+            found[f"layers.{i}.{part}.weight"] = getattr(mixture.expert(name), part).weight
         if mixture.router is not None:
             found[f"layers.{i}.router.weight"] = mixture.router.row(name).weight
-            if name in mixture.router.raw_bias:
-                found[f"layers.{i}.router.raw_bias"] = mixture.router.raw_bias[name]
+            bias = mixture.router.bias(name)
+            if bias is not None:
+                found[f"layers.{i}.router.raw_bias"] = bias
     if model.router is not None:
-        found["router.evidence"] = model.router.tables[name]
+        found["router.evidence"] = model.router.table(name)
     return found
 
 
@@ -88,7 +91,7 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
             target.copy_(source[name])
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
-            getattr(mixture.experts[PUBLIC], part).weight.copy_(
+            getattr(mixture.expert(PUBLIC), part).weight.copy_(
                 source[f"layers.{i}.mlp.{part}.weight"])
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are

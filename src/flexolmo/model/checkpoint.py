@@ -82,8 +82,8 @@ def read_stock_config(directory: Path, model_type: str) -> tuple[ModelConfig, di
         wrong.append(f"hidden_act {raw['hidden_act']!r} (only silu)")
     if raw.get("attention_bias"):
         wrong.append("attention_bias true (only false)")
-    if rope.get("rope_type", "default") != "default":
-        wrong.append(f"rope type {rope['rope_type']!r} (only default)")
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        wrong.append(f"rope type {rope.get('rope_type', rope.get('type'))!r} (only default)")
     if raw.get("norm_topk_prob"):
         wrong.append("norm_topk_prob true (only false)")
     if wrong:
@@ -99,12 +99,12 @@ def read_stock_config(directory: Path, model_type: str) -> tuple[ModelConfig, di
             num_kv_heads=raw.get("num_key_value_heads"),
             d_ff=raw["intermediate_size"],
             max_seq_len=raw.get("max_position_embeddings", 4096),
-            rope_theta=rope.get("rope_theta", raw.get("rope_theta", 500_000.0)),
-            norm_eps=raw.get("rms_norm_eps", 1e-6),
+            rope_theta=rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"],
+            norm_eps=raw["rms_norm_eps"],
             eos_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
         ), raw
     except KeyError as e:
-        raise CheckpointError(f"{path} has no {e.args[0]!r}.") from None
+        raise CheckpointError(f"{path} has no {e.args[0]!r}; it is not guessed.") from None
     except ValueError as e:
         raise CheckpointError(f"{path}: {e}") from None
 
@@ -267,6 +267,8 @@ def load_anchor(directory: Path) -> Anchor:
     """The anchor in `directory`; refuses one whose content does not have its stated digest."""
     directory = Path(directory)
     about = read_json(directory / "anchor.json", CheckpointError)
+    if not isinstance(about, dict) or "record" not in about or "digest" not in about:
+        raise CheckpointError(f"{directory}/anchor.json is not an anchor's description.")
     if about.get("format") != "flexolmo-anchor" or about.get("format_version") != 1:
         raise CheckpointError(
             f"{directory}/anchor.json is format {about.get('format')!r} version "

@@ -24,6 +24,7 @@ from flexolmo.model.router import (
     LinearSettings,
     RouterSettings,
     mixture_weights,
+    slot,
 )
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import (
@@ -41,9 +42,13 @@ class Mixture(nn.Module):
     def __init__(self, experts: Mapping[str, nn.Module], router: LinearRouter | None,
                  top_k: int | None):
         super().__init__()
-        self.experts = nn.ModuleDict(experts)
+        self.experts = nn.ModuleDict({slot(n): e for n, e in experts.items()})
         self.router = router
         self.top_k = top_k
+
+    def expert(self, name: str) -> FeedForward:
+        """One expert's FFN."""
+        return cast(FeedForward, self.experts[slot(name)])
 
     def forward(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         weights = ctx.weights  # [B,T,E]
@@ -97,7 +102,7 @@ class MixtureModel(Transformer):
 
     def expert_width(self, name: str) -> int:
         """FFN width F of one expert."""
-        return cast(FeedForward, self.mixtures()[0].experts[name]).gate_proj.out_features
+        return self.mixtures()[0].expert(name).gate_proj.out_features
 
     def mixtures(self) -> list[Mixture]:
         """The mixture of every layer, from the first."""

@@ -40,6 +40,12 @@ class LinearSettings(BaseModel):
 RouterSettings = Annotated[EvidenceSettings | LinearSettings, Field(discriminator="kind")]
 
 
+def slot(name: str) -> str:
+    """The key of an expert in torch's dictionaries, whose own attributes (`training`, `values`)
+    would otherwise be names no expert could have."""
+    return f"expert_{name}"
+
+
 class EvidenceRouter(nn.Module):
     """Log odds of each owner's domain against public text, from token frequencies.
 
@@ -60,9 +66,13 @@ class EvidenceRouter(nn.Module):
         self.public_clusters: Tensor
         self.register_buffer("public_clusters", torch.zeros(num_clusters, vocab_size))  # [R,V]
         self.tables = nn.ParameterDict({
-            name: nn.Parameter(torch.zeros(vocab_size), requires_grad=False)
-            for name in names if name != PUBLIC
+            slot(n): nn.Parameter(torch.zeros(vocab_size), requires_grad=False)
+            for n in names if n != PUBLIC
         })
+
+    def table(self, name: str) -> nn.Parameter:
+        """One owner's evidence table, [V]."""
+        return self.tables[slot(name)]
 
     def forward(self, ids: Tensor, is_token: Tensor | None,
                 past: EvidenceState | None) -> tuple[list[Tensor], EvidenceState]:
@@ -71,7 +81,7 @@ class EvidenceRouter(nn.Module):
         `past` is None, or the second result of the call that read the positions before: decayed
         sums of the clusters [B,R] and of each owner [B], and the decayed token count [B].
         """
-        B, owners = len(ids), [self.tables[n] for n in self.names if n != PUBLIC]
+        B, owners = len(ids), [self.table(n) for n in self.names if n != PUBLIC]
         if past is None:
             zeros = torch.zeros(B, device=ids.device)
             past = (torch.zeros(B, len(self.public_clusters), device=ids.device),
@@ -121,15 +131,19 @@ class LinearRouter(nn.Module):
     def __init__(self, settings: LinearSettings, names: list[str], d_model: int):
         super().__init__()
         self.names = names
-        self.rows = nn.ModuleDict({n: nn.Linear(d_model, 1, bias=False) for n in names})
+        self.rows = nn.ModuleDict({slot(n): nn.Linear(d_model, 1, bias=False) for n in names})
         self.raw_bias = nn.ParameterDict({
-            n: nn.Parameter(torch.full((1,), FIRST_RAW_BIAS)) for n in names
+            slot(n): nn.Parameter(torch.full((1,), FIRST_RAW_BIAS)) for n in names
             if n != PUBLIC and settings.has_bias
         })
 
     def row(self, name: str) -> nn.Linear:
         """The row of one expert; its weight is [1,D]."""
-        return cast(nn.Linear, self.rows[name])
+        return cast(nn.Linear, self.rows[slot(name)])
+
+    def bias(self, name: str) -> nn.Parameter | None:
+        """The free parameter [1] of one expert's bias, if it has one."""
+        return self.raw_bias[slot(name)] if slot(name) in self.raw_bias else None
 
     def forward(self, h: Tensor) -> list[Tensor]:
         """Logits [B,T], one for each of `names`; h [B,T,D]."""
@@ -137,8 +151,9 @@ class LinearRouter(nn.Module):
         logits = []
         for name in self.names:
             logit = nn.functional.linear(x, self.row(name).weight.float())[..., 0]  # [B,T]
-            if name in self.raw_bias:
-                logit = logit - nn.functional.softplus(self.raw_bias[name].float())
+            raw = self.bias(name)
+            if raw is not None:
+                logit = logit - nn.functional.softplus(raw.float())
             logits.append(logit)
         return logits
 

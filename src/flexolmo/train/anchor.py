@@ -10,7 +10,6 @@ from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
-from flexolmo.files import write_json
 from flexolmo.model.checkpoint import (
     Anchor,
     build_anchor,
@@ -64,8 +63,6 @@ def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
     model = Transformer(config)
     model.initialise(recipe.seed)
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, {public.name: public.digest})
-    if run_dir is not None:
-        write_json(run_dir / "run.json", record)
     batches = training_batches(public, "train", recipe.train.batch_size, recipe.train.seq_len,
                                recipe.seed)
 
@@ -73,10 +70,16 @@ def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
         return language_model_loss(model, torch.from_numpy(batches.batch(step)))
 
     result = train(dict(model.named_parameters()), loss_of_step, recipe.train, run_dir, "anchor",
-                   {"config": record["config"], "data": record["data"],
-                    "threads": torch.get_num_threads()})
+                   identity_of(recipe, data=public.digest), record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return describe_anchor(model, tokenizer, public, recipe.num_clusters, record)
+
+
+def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
+    """Everything that decides a run's numbers: recipe, digests of its inputs, threads."""
+    config = recipe.model_dump(mode="json")
+    del config["train"]["checkpoint_every_seconds"]
+    return {"config": config, "inputs": inputs, "threads": torch.get_num_threads()}
 
 
 def import_anchor(directory: Path, public: TokenSet, num_clusters: int = 16) -> Anchor:

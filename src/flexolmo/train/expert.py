@@ -30,7 +30,7 @@ from flexolmo.model.router import FIRST_RAW_BIAS, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings, owner_table
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.anchor import embedding_windows
+from flexolmo.train.anchor import embedding_windows, identity_of
 from flexolmo.train.loop import TrainSettings, train
 
 
@@ -96,8 +96,6 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
         p.requires_grad_(True)
     record = run_record(recipe.model_dump(mode="json"), recipe.seed,
                         {data.name: data.digest, "anchor": anchor.digest})
-    if run_dir is not None:
-        write_json(run_dir / "run.json", record)
     batches = training_batches(data, "train", recipe.train.batch_size, recipe.train.seq_len,
                                recipe.seed)
 
@@ -111,8 +109,7 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
 
     pair.train()
     result = train(parameters, loss_of_step, recipe.train, run_dir, f"expert {name}",
-                   {"config": record["config"], "data": record["data"], "name": name,
-                    "threads": torch.get_num_threads()})
+                   identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name), record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     tensors = {n: t.detach().clone() for n, t in expert_tensors(pair, name).items()}
     return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest)

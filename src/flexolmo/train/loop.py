@@ -102,18 +102,22 @@ def train(
     run_dir: Path | None,
     label: str,
     identity: Mapping[str, Any],
+    record: Mapping[str, Any],
 ) -> TrainResult:
     """Minimise `loss_of_step(step)` over `parameters`, in place.
 
     With a `run_dir` the state is written there every so often, and a later call with the same
     `identity` (config, seed, data: anything that decides the numbers) goes on from it; a call
-    with another identity is refused. Losses are also written to `metrics.jsonl` when done.
+    with another identity is refused. The first call leaves `record` there as `run.json`, the
+    last one the losses as `metrics.json`.
     """
     optimizers = build_optimizers(parameters, settings)
     identity_digest = digest_bytes(canonical_json(dict(identity)))
     result = TrainResult(tokens=settings.tokens)
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
+        if not result.losses_nats:
+            write_json(run_dir / "run.json", dict(record))
     tokens_a_step = settings.batch_size * settings.seq_len
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
@@ -122,17 +126,18 @@ def train(
         for step in range(first, settings.steps):
             loss = loss_of_step(step)
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip)
+            norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip))
+            nats = float(loss.detach())
+            if not math.isfinite(nats + norm):
+                raise CheckpointError(f"{label}: at step {step} the loss is {nats} and the "
+                                      f"gradient's norm {norm}. Lower the learning rate.")
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate_fraction(step, settings)
                 optimizer.step()
                 optimizer.zero_grad()
-            result.losses_nats.append(float(loss.detach()))
-            if not math.isfinite(result.losses_nats[-1]):
-                raise CheckpointError(f"{label}: the loss is {result.losses_nats[-1]} at step "
-                                      f"{step}. Lower the learning rate.")
-            meter.advance(tokens_a_step, f"loss {result.losses_nats[-1]:.3f}")
+            result.losses_nats.append(nats)
+            meter.advance(tokens_a_step, f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
             if run_dir is not None and (
                     step + 1 == settings.steps
