@@ -1,0 +1,119 @@
+"""Bundles and mixtures of untrained experts with large random weights, for the tests.
+
+An expert's tensors depend on its name alone, so the same name gives the same expert in every
+bundle. Two owners have keys: Ann signs names that start with a to m, Bob the others.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from flexolmo.bundle.bundle import write_bundle
+from flexolmo.bundle.manifest import build_manifest
+from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.merge.mixture import LoadedMixture, build_mixture, load_mixture
+from flexolmo.model.checkpoint import Anchor, save_anchor
+from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.statistics import EvidenceSettings
+
+ROUTERS: dict[str, RouterSettings] = {
+    "evidence": EvidenceSettings(), "linear": LinearSettings(),
+    "stock": LinearSettings(has_bias=False)}
+
+
+def owner_of(name: str) -> str:
+    """Who signs the expert."""
+    return "Ann" if name[0] <= "m" else "Bob"
+
+
+@dataclass(repr=False)
+class House:
+    """An anchor on disk, owners' keys, and a workshop for bundles and mixtures."""
+
+    wild: Any  # conftest.Wild
+    keys: dict[str, Path]
+    root: Path
+    _made: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def anchor(self) -> Anchor:
+        """The anchor, in memory."""
+        return self.wild.anchor
+
+    @cached_property
+    def anchor_dir(self) -> Path:
+        """The anchor, saved; do not change it in place."""
+        save_anchor(self.anchor, self.root / "anchor")
+        return self.root / "anchor"
+
+    @property
+    def trusted(self) -> TrustedOwners:
+        """Ann's and Bob's public keys."""
+        return TrustedOwners.from_keys(
+            {o: Path(f"{k}.pub").read_bytes() for o, k in self.keys.items()})
+
+    def tensors(self, name: str, router: str) -> dict[str, Tensor]:
+        """The expert's tensors; some experts are narrower than the anchor's FFN."""
+        number = sum(name.encode())
+        return self.wild.expert(ROUTERS[router], number, 48 if number % 2 else 20)
+
+    def write(self, where: Path, name: str, tensors: dict[str, Tensor], router: str,
+              **changes: Any) -> Path:
+        """Sign `tensors` into `where`/NAME.bundle; `changes` are of the manifest, or `key`."""
+        config = self.anchor.config
+        weights = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
+        settings = ROUTERS[router]
+        key = changes.pop("key", self.keys[owner_of(name)])
+        today = changes.pop("today", None)
+        claims = {
+            "owner": owner_of(name), "anchor_digest": self.anchor.digest,
+            "num_layers": config.num_layers, "d_model": config.d_model,
+            "d_ff": tensors["layers.0.gate_proj.weight"].shape[0],
+            "router_kind": settings.kind, "router_settings": settings.model_dump(mode="json"),
+            "recipe": {}, "tokens_seen": 7, "data_card_digest": "sha256:" + "0" * 64,
+            "licence": "MIT", "terms_text": "For tests."} | changes
+        manifest = build_manifest(weights, name=name, **claims)
+        return write_bundle(where / f"{name}.bundle", weights, manifest, key, today=today)
+
+    def bundle(self, name: str, router: str = "evidence") -> Path:
+        """A good bundle, signed once; do not change it in place."""
+        if (name, router) not in self._made:
+            self._made[name, router] = self.write(
+                self.root / f"out-{router}", name, self.tensors(name, router), router)
+        return self._made[name, router]
+
+    def bundles(self, names: Any, router: str = "evidence") -> list[Path]:
+        """Good bundles of several names."""
+        return [self.bundle(n, router) for n in names]
+
+    def build(self, names: Any, out: Path, router: str = "evidence", top_k: int | None = None
+              ) -> Path:
+        """A mixture of its own at `out`, free to change: no file is shared with a bundle."""
+        build_mixture(self.anchor_dir, self.bundles(names, router), out, self.trusted, top_k=top_k)
+        for file in out.rglob("*"):
+            if file.is_file():  # break hard links
+                data = file.read_bytes()
+                file.unlink()
+                file.write_bytes(data)
+        return out
+
+    def mixture_dir(self, names: Any, router: str = "evidence", top_k: int | None = None) -> Path:
+        """A mixture built once; do not change it in place."""
+        key = ("mixture", tuple(names), router, top_k)
+        if key not in self._made:
+            out = self.root / f"model{len(self._made)}"
+            build_mixture(self.anchor_dir, self.bundles(names, router), out, self.trusted,
+                          top_k=top_k)
+            self._made[key] = SimpleNamespace(path=out, loaded=load_mixture(out))
+        return self._made[key].path
+
+    def mixture(self, names: Any, router: str = "evidence", top_k: int | None = None
+                ) -> LoadedMixture:
+        """The mixture of `mixture_dir`, loaded once."""
+        self.mixture_dir(names, router, top_k)
+        return self._made["mixture", tuple(names), router, top_k].loaded
