@@ -40,6 +40,8 @@ ORDER = [
     ["evaluation."],
     ["audit."],
     ["plots"],
+    ["page"],
+    ["page_png"],
     ["report"],
     ["demo", "demo."],
     ["cli", "cli."],

@@ -167,8 +167,8 @@ def plot_bits_per_byte(results: Results) -> Figure:
     bits, sets, colours = bits_table(results), set_names(results), owner_colours(results)
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.55 * max(len(sets), 1)), layout="constrained")
     ax = fig.subplots()
-    kinds = [("anchor", "anchor", "|", 260), ("that set's expert alone", "expert {}", "D", 70),
-             ("mixture, all on", "mixture", "o", 80),
+    kinds = [("anchor", "anchor", "|", 260), ("that set's expert alone", "expert {}", "D", 130),
+             ("mixture, all on", "mixture", "o", 40),
              ("mixture without that set's expert", "mixture without {}", "x", 60)]
     for y, s in enumerate(sets):
         own = colours.get(s, GREY)
