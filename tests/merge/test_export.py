@@ -219,7 +219,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(exported, house, tmp_path, ex
         import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **TERMS)
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the temporary directory is made beside --out, whose "
+@pytest.mark.xfail(strict=True, reason="defect: a temporary directory is made beside --out, whose "
                                        "parent may not exist yet; ends in a traceback")
 def test_an_import_makes_the_directories_it_needs(exported, house, tmp_path):
     import_stock(exported[1], NAMES, tmp_path / "new" / "m", house.keys["Ann"], **TERMS)

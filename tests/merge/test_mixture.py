@@ -299,7 +299,7 @@ def test_only_the_final_set_of_owners_matters(house, tmp_path_factory, steps):
     assert found == expected
 
 
-@pytest.mark.xfail(strict=True, reason="defect: adding to a mixture of no owner writes the router's "
+@pytest.mark.xfail(strict=True, reason="defect: adding to a mixture of no owner writes router "
                                        "settings in the manifest's order of keys")
 def test_adding_to_a_mixture_of_no_owner_is_building_byte_for_byte(house, tmp_path):
     build_mixture(house.anchor_dir, [], tmp_path / "m", house.trusted)
