@@ -65,12 +65,17 @@ def write_aside(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def write_directory_aside(path: Path) -> Iterator[Path]:
+def write_directory_aside(path: Path, marker: str) -> Iterator[Path]:
     """Yield an empty directory beside `path`; on success rename it to `path`.
 
-    A directory already at `path` is replaced only when the new one is complete.
+    A directory already at `path` is replaced, once the new one is complete, only if it is empty
+    or holds the file `marker`, which says that it is one of the same kind; FlexOlmoError if not.
     """
     path = Path(path)
+    if path.exists() and not (path.is_dir() and ((path / marker).is_file()
+                                                 or not any(path.iterdir()))):
+        raise FlexOlmoError(f"{path} exists and is not replaced: it has no {marker}, so it is "
+                            "something else. Choose another place.")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

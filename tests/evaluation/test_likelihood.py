@@ -251,8 +251,6 @@ def test_an_owner_whose_set_was_not_read_is_left_out_of_its_own_bars():
     assert set(found["optout_side_effect"]) == {"math", "code"}
 
 
-@pytest.mark.xfail(strict=True, reason="defect: an expert that harms counts as 100 % kept when the "
-                                       "mixture is as bad as the pair")
 def test_an_expert_that_harms_has_no_gain_to_keep():
     table = {"anchor": {"a": 2.0}, "expert a": {"a": 2.1}, "mixture": {"a": 2.1},
              "mixture without a": {"a": 2.0}}

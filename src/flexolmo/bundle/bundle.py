@@ -129,7 +129,7 @@ def write_bundle(
     files[SIGNATURE_FILE] = sign_files(path.name, digests, private_key)
     owner = TrustedOwners.from_keys({manifest.owner: public_pem})
     try:
-        with write_directory_aside(path) as aside:
+        with write_directory_aside(path, MANIFEST_FILE) as aside:
             for name, data in files.items():
                 (aside / name).write_bytes(data)
             open_bundle(aside, owner, today=today)

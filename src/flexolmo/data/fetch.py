@@ -163,7 +163,7 @@ def download(client: str, package: str, version: str | None, cache: Path) -> tup
         file = kept / entry["file"]
         if digest_file(file) == entry["digest"]:
             return file, entry["version"], entry["digest"]
-    with write_directory_aside(kept) as aside:
+    with write_directory_aside(kept, "entry.json") as aside:
         command = _download_command(client, package, version, aside)
         try:
             done = subprocess.run(command, cwd=aside, capture_output=True, text=True,
@@ -271,7 +271,7 @@ def _write_set(
             count[1] += len(document.text.encode())
             yield document
 
-    with write_directory_aside(target) as aside:
+    with write_directory_aside(target, "card.json") as aside:
         card["documents"] = write_documents(aside / DOCUMENTS, counted())
         check()
         for source in card["sources"]:

@@ -123,7 +123,7 @@ def prepare_set(
     if done is not None:
         return done
 
-    with write_directory_aside(out) as aside:
+    with write_directory_aside(out, "card.json") as aside:
         spill = aside / "spill"
         removed = _Removed()
         with open(spill, "wb") as f:

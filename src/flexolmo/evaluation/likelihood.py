@@ -136,8 +136,10 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     """
     anchor, merged = table["anchor"], table["mixture"]
     own = [n for n in names if n in anchor]
-    kept = {n: (anchor[n] - merged[n]) / (anchor[n] - table[f"expert {n}"][n]) for n in own
-            if anchor[n] != table[f"expert {n}"][n]}
+    kept = {}
+    for n in own:
+        gain = anchor[n] - table[f"expert {n}"][n]
+        kept[n] = (anchor[n] - merged[n]) / gain if gain > 0 else 0.0  # no gain, nothing kept
     away = {n: table[f"mixture without {n}"][n] / anchor[n] - 1 for n in own}
     side = {n: max((table[f"mixture without {n}"][s] / merged[s] - 1 for s in merged if s != n),
                    default=0.0) for n in names}

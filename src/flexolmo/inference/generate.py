@@ -84,6 +84,8 @@ def generate(mixture: LoadedMixture, prompts: Sequence[str], *,
     `without` and `only` name experts, for all prompts (`["news"]`) or for each prompt its own
     (`[["news"], []]`). Raises PolicyError for an unknown name.
     """
+    if not prompts:
+        return []
     sampling = sampling or Sampling()
     left_out = _for_each(without, len(prompts))
     alone = [None] * len(prompts) if only is None else _for_each(only, len(prompts))

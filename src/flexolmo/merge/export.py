@@ -179,7 +179,7 @@ def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
         model_type="flex_olmo", intermediate_size=width, num_experts=len(names),
         num_experts_per_tok=min(model.top_k or len(names), len(names)), norm_topk_prob=False,
         output_router_logits=False, router_aux_loss_coef=0.01)
-    with write_directory_aside(out) as aside:
+    with write_directory_aside(out, "flexolmo.json") as aside:
         write_stock(aside, config, tensors, mixture.tokenizer)
         write_json(aside / "flexolmo.json", {"experts": names, **about})
 
@@ -225,6 +225,11 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
                           torch.stack([g[0].float() for g in gates]), record)
     router = LinearSettings(has_bias=False).model_dump(mode="json")
     source_digest = digest_bytes(canonical_json(raw))
+    left = sorted(k for k in tensors if ".mlp." in k)
+    if left:
+        raise CheckpointError(f"{directory} has tensors this format has no place for; left out, "
+                              f"the model would silently differ: {', '.join(left)}.")
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as temporary:
         aside = Path(temporary)
         save_anchor(anchor, aside / "anchor")
@@ -246,4 +251,4 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
 def _take(tensors: dict[str, Tensor], name: str, directory: Path) -> Tensor:
     if name not in tensors:
         raise CheckpointError(f"{directory} has no {name}.")
-    return tensors[name]
+    return tensors.pop(name)

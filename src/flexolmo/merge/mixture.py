@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load as load_bytes
 
@@ -32,7 +33,8 @@ from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
 
 ABOUT = "mixture.json"
-_ROUTER = TypeAdapter(RouterSettings)
+_ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def build_mixture(anchor_dir: Path, bundles: Sequence[Path], out: Path,
         BundleError, SignatureError: a bundle that does not hold up by itself.
         MergeError: bundles that do not fit the anchor or each other; lists every difference.
     """
+    if top_k is not None and top_k < 1:
+        raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     anchor = load_anchor(anchor_dir)
     opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened])
@@ -74,16 +78,16 @@ def add_experts(model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners
                 allow_unknown_signers: bool = False) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`."""
     about = read_about(model_dir)
-    anchor = load_anchor(Path(model_dir) / "anchor")
+    anchor = _load_own_anchor(model_dir, about)
     held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
     manifests = [_reopen(path, about["experts"][n])[0] for n, path in held.items()]
     opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened], manifests)
     sources = held | {b.manifest.name: p for p, b in opened}
     experts = about["experts"] | {b.manifest.name: _describe_expert(p, b) for p, b in opened}
-    router = about["router"] if held else opened[0][1].manifest.router.settings
-    return _write(Path(model_dir), Path(model_dir) / "anchor", anchor, sources, experts, router,
-                  about["top_k"])
+    router = about["router"] if held or not opened else opened[0][1].manifest.router.settings
+    return _write(Path(model_dir), Path(model_dir) / "anchor", anchor, sources, experts,
+                  _ROUTER.validate_python(router).model_dump(mode="json"), about["top_k"])
 
 
 def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -93,9 +97,8 @@ def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
     _refuse_unknown(gone, about)
     kept = {n: e for n, e in about["experts"].items() if n not in gone}
     sources = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in kept}
-    anchor_dir = Path(model_dir) / "anchor"
-    return _write(Path(model_dir), anchor_dir, load_anchor(anchor_dir), sources, kept,
-                  about["router"], about["top_k"])
+    return _write(Path(model_dir), Path(model_dir) / "anchor", _load_own_anchor(model_dir, about),
+                  sources, kept, about["router"], about["top_k"])
 
 
 def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> LoadedMixture:
@@ -105,10 +108,7 @@ def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> Loade
     terms have expired since is refused by name.
     """
     about = read_about(model_dir)
-    anchor = load_anchor(Path(model_dir) / "anchor")
-    if anchor.digest != about["anchor_digest"]:
-        raise MergeError(f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
-                         f"on {about['anchor_digest']}. Build it again.")
+    anchor = _load_own_anchor(model_dir, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
     tensors, late = {}, []
@@ -133,10 +133,20 @@ def read_about(model_dir: Path) -> dict[str, Any]:
         raise MergeError(f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with "
                          "flexolmo mix build.")
     about = read_json(Path(model_dir) / ABOUT, MergeError)
+    if not isinstance(about, dict):
+        raise MergeError(f"{model_dir}/{ABOUT} does not describe a mixture.")
     if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
         raise MergeError(f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
                          f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1.")
     return about
+
+
+def _load_own_anchor(model_dir: Path, about: Mapping[str, Any]) -> Anchor:
+    anchor = load_anchor(Path(model_dir) / "anchor")
+    if anchor.digest != about["anchor_digest"]:
+        raise MergeError(f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
+                         f"on {about['anchor_digest']}. Build it again.")
+    return anchor
 
 
 def _describe_expert(path: Path, bundle: Bundle) -> dict[str, Any]:
@@ -155,6 +165,7 @@ def _describe_expert(path: Path, bundle: Bundle) -> dict[str, Any]:
 def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
                     held: Sequence[Manifest] = ()) -> None:
     manifests = [b.manifest for b in bundles]
+    dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
     lines: list[str] = []
     seen = {m.name for m in held}
     for m in manifests:
@@ -172,6 +183,9 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
             continue
         expected = expert_shapes(anchor.config, m.architecture.d_ff, router)
         lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
+        lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {wanted}"
+                  for key, entry in m.tensors.items()
+                  if entry.dtype != (wanted := "F32" if "router." in key else dtype)]
     first = [*held, *manifests][0] if (held or manifests) else None
     for m in manifests:
         if first is not None and m.router != first.router:
@@ -213,7 +227,7 @@ def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Pa
         "router": router, "top_k": top_k,
         "experts": {n: experts[n] for n in sorted(experts)},
     }
-    with write_directory_aside(Path(out)) as aside:
+    with write_directory_aside(Path(out), ABOUT) as aside:
         _place(anchor_dir, aside / "anchor")
         (aside / "experts").mkdir()
         for name, source in sources.items():
@@ -229,7 +243,7 @@ def _place(source: Path, target: Path) -> None:
     target.mkdir()
     for file in sorted(Path(source).iterdir()):
         try:
-            os.link(file, target / file.name)
+            os.link(file.resolve(), target / file.name)
         except OSError:
             shutil.copyfile(file, target / file.name)
 

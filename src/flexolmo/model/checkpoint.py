@@ -245,8 +245,8 @@ def build_anchor(model: Transformer, tokenizer: Tokenizer, public: PublicStatist
 
 def _public_tensors(public: PublicStatistics, router_rows: Tensor) -> dict[str, Tensor]:
     return {
-        "public.token_counts": torch.from_numpy(public.token_counts),
-        "public.cluster_counts": torch.from_numpy(public.cluster_counts),
+        "public.token_counts": torch.from_numpy(public.token_counts.copy()),
+        "public.cluster_counts": torch.from_numpy(public.cluster_counts.copy()),
         "public.router_rows": router_rows.float(),
     }
 
@@ -255,7 +255,7 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
     """Write the anchor to `directory`, all or nothing."""
     tensors = {stock_name(n): t for n, t in anchor.model.state_dict().items()}
     dtype = next(iter(tensors.values())).dtype
-    with write_directory_aside(directory) as aside:
+    with write_directory_aside(directory, "anchor.json") as aside:
         write_stock(aside, stock_config(anchor.config, dtype), tensors, anchor.tokenizer)
         save_file(_public_tensors(anchor.public, anchor.router_rows),
                   aside / "public.safetensors")

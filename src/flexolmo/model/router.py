@@ -143,7 +143,7 @@ class LinearRouter(nn.Module):
 
     def bias(self, name: str) -> nn.Parameter | None:
         """The free parameter [1] of one expert's bias, if it has one."""
-        return self.raw_bias[slot(name)] if slot(name) in self.raw_bias else None
+        return self.raw_bias.get(slot(name))
 
     def forward(self, h: Tensor) -> list[Tensor]:
         """Logits [B,T], one for each of `names`; h [B,T,D]."""
