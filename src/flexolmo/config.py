@@ -7,7 +7,7 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -32,7 +32,8 @@ def read_recipe(path: Path | None, schema: type[Settings],
             raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
     for text in overrides:
         _override(values, text)
-    return parse_settings(values, schema, str(path or "the command line"))
+    return parse_settings(_merge(_defaults(schema), values), schema,
+                          str(path or "the command line"))
 
 
 def parse_settings(values: dict[str, Any], schema: type[Settings], where: str) -> Settings:
@@ -60,8 +61,27 @@ def _override(values: dict[str, Any], text: str) -> None:
     values[last] = value
 
 
+def _defaults(schema: type[BaseModel]) -> dict[str, Any]:
+    try:
+        return schema().model_dump(mode="json")
+    except ValidationError:  # something in it must be given
+        return {}
+
+
+def _merge(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`given` over `defaults`, section by section; a section of another kind has none of these."""
+    if given.get("kind", defaults.get("kind")) != defaults.get("kind"):
+        return given
+    merged = {**defaults, **given}
+    for key, value in given.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            merged[key] = _merge(defaults[key], value)
+    return merged
+
+
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    tags = {"evidence", "linear"}  # pydantic names a section's kind as if it were one more
+    where = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] != "extra_forbidden":
         return f"{where}: {problem['msg']}, found {problem.get('input')!r}."
     known = _known_keys(schema)
@@ -73,9 +93,10 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
 def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            keys += _known_keys(inner, f"{prefix}{name}.")
-        else:
+        inner = [t for t in (field.annotation, *get_args(field.annotation))
+                 if isinstance(t, type) and issubclass(t, BaseModel)]
+        for section in inner:
+            keys += [k for k in _known_keys(section, f"{prefix}{name}.") if k not in keys]
+        if not inner:
             keys.append(prefix + name)
     return keys

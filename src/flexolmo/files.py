@@ -88,7 +88,12 @@ def write_directory_aside(path: Path, marker: str) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             os.replace(path, old / "old")
-            os.replace(aside, path)
+            try:
+                os.replace(aside, path)
+            except BaseException:
+                os.replace(old / "old", path)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             os.replace(aside, path)

@@ -79,7 +79,7 @@ def _start(job: Job) -> subprocess.Popen:
     state = _state_file(job)
     state.unlink(missing_ok=True)
     environment = {**os.environ, PROGRESS_FILE: str(state.resolve()), "COLUMNS": "100"}
-    with open(job.log, "ab") as log:
+    with open(job.log, "wb") as log:
         return subprocess.Popen([sys.executable, "-m", "flexolmo", *job.arguments],
                                 cwd=job.directory, stdin=subprocess.DEVNULL, stdout=log,
                                 stderr=log, env=environment)
