@@ -83,7 +83,8 @@ def test_no_jobs_take_no_time():
 
 def test_a_failing_job_gives_its_last_words_and_stops_the_others(tmp_path):
     jobs = [Job("long", ("sleep", "60"), tmp_path / "long"),
-            Job("bad", ("fail",), tmp_path / "bad"), Job("later", ("sleep", "0"), tmp_path / "later")]
+            Job("bad", ("fail",), tmp_path / "bad"),
+            Job("later", ("sleep", "0"), tmp_path / "later")]
     started = time.monotonic()
     with pytest.raises(JobFailed) as caught:
         run_jobs(jobs, 2)
