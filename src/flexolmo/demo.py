@@ -296,7 +296,7 @@ class _Demo:
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json"),
             "versions": self.record["software"], "commit": self.record["commit"],
-            "machine": self.record["machine"],
+            "machine": self.record["machine"], "started": self.record["started"],
             "digests": {"anchor": anchor["digest"], **{
                 f"set {n}": open_set(d).digest for n, d in sets.items()}, **{
                 f"bundle {n}": e["files"]["expert.safetensors"]

@@ -165,8 +165,8 @@ def _origin_section(results: Results) -> Iterator[Block]:
                     [[Cell(words.get(k, str(k))), Cell(_count(v, 1), number=True)]
                      for k, v in stages.items()])
     yield Table("Seed, commit, versions and digests", ["What", "Value"], [
-        [Cell(k), Cell(v, mono=True)] for key in ("seed", "commit", "versions", "machine",
-                                                  "digests")
+        [Cell(k), Cell(v, mono=True)] for key in ("started", "seed", "commit", "versions",
+                                                  "machine", "digests")
         if results.get(key) is not None for k, v in _flatten(results[key], key)] + [
         [Cell(f"signing key of {o.get('name')}"), Cell(str(o["key_id"]), mono=True)]
         for o in results.get("owners") or [] if o.get("key_id")])

@@ -216,7 +216,7 @@ def test_the_summary_of_a_table_worked_by_hand():
     assert found["optout_side_effect"] == pytest.approx({"math": 0.005, "code": 3.23 / 3.2 - 1})
     assert [b["met"] for b in found["bars"]] == [True] * 5
     assert [b["value"] for b in found["bars"]] == [
-        "2 of 2", "65%", "+1.00%", "worst +1.00%", "worst +0.94%"]
+        "2 of 2", "65 %", "+1.00 %", "worst +1.00 %", "worst +0.94 %"]
 
 
 @pytest.mark.parametrize("bar, changes", [

@@ -106,7 +106,7 @@ def print_table(results) -> None:
     console.print(table)
     for bar in results["summary"]["bars"]:
         mark = "[green]met[/green]    " if bar["met"] else "[red]missed[/red] "
-        console.print(f"{mark} {bar['text']}: {bar['value']}")
+        console.print(f"{mark} {bar['text']}: {bar['value']}", soft_wrap=True)
 
 
 def demo(

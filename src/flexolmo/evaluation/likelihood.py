@@ -145,6 +145,8 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
                    default=0.0) for n in names}
     better = sum(merged[n] < anchor[n] for n in own)
     mean_kept = sum(kept.values()) / len(kept) if kept else 0.0
+    public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
+    worst_away, worst_side = max(away.values(), default=0.0), max(side.values(), default=0.0)
     bars = []
 
     def bar(text: str, met: bool, value: str) -> None:
@@ -153,13 +155,13 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     bar("The mixture is better than the anchor on every owner's set", better == len(own),
         f"{better} of {len(own)}")
     bar("It keeps on average at least 60 % of what anchor + own expert gains", mean_kept >= 0.6,
-        f"{mean_kept:.0%}")
-    public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
+        f"{100 * mean_kept:.0f} %")
     if public is not None:
-        bar("On public text it is within 2 % of the anchor", public <= 0.02, f"{public:+.2%}")
+        bar("On public text it is within 2 % of the anchor", public <= 0.02,
+            f"{100 * public:+.2f} %")
     bar("With an owner off, that owner's set is at most 2 % worse than the anchor",
-        all(x <= 0.02 for x in away.values()), f"worst {max(away.values(), default=0):+.2%}")
+        worst_away <= 0.02, f"worst {100 * worst_away:+.2f} %")
     bar("With an owner off, no other set is more than 1 % worse than before",
-        all(x <= 0.01 for x in side.values()), f"worst {max(side.values(), default=0):+.2%}")
+        worst_side <= 0.01, f"worst {100 * worst_side:+.2f} %")
     return {"kept_of_pair_gain": {**kept, "mean": mean_kept}, "public_change": public,
             "optout_vs_anchor": away, "optout_side_effect": side, "bars": bars}
