@@ -14,8 +14,8 @@ from flexolmo.jobs import Job, JobFailed, run_jobs
 
 PROGRAM = f"""#!{sys.executable} -S
 import os, sys, time
-assert sys.argv[1:3] == ["-m", "flexolmo"]
-word, *rest = sys.argv[3:]
+assert sys.argv[1:4] == ["-P", "-m", "flexolmo"]
+word, *rest = sys.argv[4:]
 if word == "sleep":
     open("pid", "w").write(str(os.getpid()))
     time.sleep(float(rest[0]))

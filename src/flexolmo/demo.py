@@ -24,7 +24,13 @@ from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
 from flexolmo.data.sources import CLIENTS, SETS
 from flexolmo.errors import ConfigError, FlexOlmoError
-from flexolmo.files import canonical_json, digest_bytes, read_json, write_json
+from flexolmo.files import (
+    canonical_json,
+    digest_bytes,
+    read_json,
+    write_directory_aside,
+    write_json,
+)
 from flexolmo.inference.generate import Sampling, generate
 from flexolmo.jobs import Job, JobFailed, run_jobs
 from flexolmo.merge.mixture import load_mixture
@@ -85,7 +91,6 @@ class _Demo:
         self.names: list[str] = []
         self.skipped: dict[str, str] = {}
         self.coordinator = out / "coordinator"
-        self.inputs: dict[str, Any] = {}  # what the steps so far depend on
         self.record = run_record(recipe.model_dump(mode="json"), recipe.seed, {})
         write_json(out / "recipe.json", recipe.model_dump(mode="json"))
         self.stages: dict[str, Any] = {}
@@ -98,10 +103,11 @@ class _Demo:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def step(self, label: str, depends_on: Any, run: Callable[[], Any]) -> None:
-        """Run a step unless it was finished with the same inputs; remember its seconds."""
-        self.inputs[label] = depends_on
-        identity = digest_bytes(canonical_json(self.inputs))
+    def step(self, label: str, after: Sequence[str], settings: Any, run: Callable[[], Any]
+             ) -> None:
+        """Run a step unless it was finished with these settings `after` these steps."""
+        identity = digest_bytes(canonical_json(
+            [settings, [self.stages[earlier]["identity"] for earlier in after]]))
         done = self.stages.get(label, {})
         if done.get("identity") == identity and done.get("finished"):
             print(f"== {label}: done before, {format_seconds(done['seconds'])}", flush=True)
@@ -162,8 +168,8 @@ class _Demo:
                 for name in names if (self.house(name) / "corpus" / name).exists()],
                 self.recipe.processes)
 
-        self.step("gather public text", settings, public)
-        self.step("gather owners' text", sorted(names), owners)
+        self.step("gather public text", (), settings, public)
+        self.step("gather owners' text", ("gather public text",), sorted(names), owners)
         self.names = [n for n in names if (self.house(n) / "prepared" / n).exists()]
         self.skipped = {n: read_json(self.house(n) / "skipped.json") for n in names
                         if n not in self.names}
@@ -182,12 +188,14 @@ class _Demo:
                           self.coordinator)], 1)
 
         def experts() -> None:
+            for name in self.names:  # each owner gets the published anchor, whole and fresh
+                shutil.rmtree(self.house(name) / "anchor", ignore_errors=True)
+                with write_directory_aside(self.house(name) / "anchor", "anchor.json") as aside:
+                    shutil.copytree(self.coordinator / "anchor", aside, dirs_exist_ok=True)
             jobs = []
             for kind, suffix in ROUTERS.items():
                 for name in self.names:
                     house = self.house(name)
-                    if not (house / "anchor").exists():
-                        shutil.copytree(self.coordinator / "anchor", house / "anchor")
                     write_toml(house / f"expert{suffix}.toml", {
                         "seed": recipe.seed, "router": {"kind": kind},
                         "train": recipe.expert_train})
@@ -200,15 +208,10 @@ class _Demo:
             run_jobs(jobs, recipe.processes)
 
         card = read_card(self.coordinator / "prepared/public")
-        self.step("train the anchor", [recipe.anchor.model_dump(mode="json"), recipe.seed,
-                                       card["files"]], anchor)
-        for name in self.names:  # a new anchor makes an owner's copy stale
-            copied = self.house(name) / "anchor" / "anchor.json"
-            if copied.exists() and (copied.read_bytes() !=
-                                    (self.coordinator / "anchor/anchor.json").read_bytes()):
-                shutil.rmtree(copied.parent)
-        self.step("train experts", [recipe.expert_train.model_dump(mode="json"), self.names],
-                  experts)
+        self.step("train the anchor", ("gather public text",), [
+            recipe.anchor.model_dump(mode="json"), recipe.seed, card["files"]], anchor)
+        self.step("train experts", ("train the anchor", "gather owners' text"), [
+            recipe.expert_train.model_dump(mode="json"), self.names], experts)
 
     def _is_trained(self, name: str, suffix: str) -> bool:
         """Whether the expert is there; removes a run with another recipe, anchor or text."""
@@ -230,9 +233,13 @@ class _Demo:
             trusted = self.coordinator / "trusted"
             shutil.rmtree(trusted, ignore_errors=True)
             trusted.mkdir(parents=True)
-            run_jobs([Job(f"key {name}", ("expert", "key", "key.pem"), self.house(name))
-                      for name in self.names if not (self.house(name) / "key.pem").exists()],
-                     self.recipe.processes)
+            keyless = [n for n in self.names if not all(
+                (self.house(n) / half).exists() for half in ("key.pem", "key.pem.pub"))]
+            for name in keyless:
+                for half in ("key.pem", "key.pem.pub"):  # a kill may have left one
+                    (self.house(name) / half).unlink(missing_ok=True)
+            run_jobs([Job(f"key {n}", ("expert", "key", "key.pem"), self.house(n))
+                      for n in keyless], self.recipe.processes)
             packs, merges = [], []
             for name in self.names:
                 shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
@@ -262,8 +269,8 @@ class _Demo:
                 f"eval{suffix}", "--max-bytes", str(self.recipe.evaluation_bytes), "--threads",
                 "1"), self.coordinator) for suffix in ROUTERS.values()], self.recipe.processes)
 
-        self.step("sign and merge", self.names, merge)
-        self.step("measure", self.recipe.evaluation_bytes, measure)
+        self.step("sign and merge", ("train experts",), self.names, merge)
+        self.step("measure", ("sign and merge",), self.recipe.evaluation_bytes, measure)
 
     # --- what came of it ------------------------------------------------------------------------
 
@@ -350,7 +357,7 @@ def write_toml(path: Path, values: Any) -> None:
         content = {k: plain(v) for k, v in content.items()}
         if prefix:
             lines.append(f"\n[{prefix}]")
-        lines.extend(f"{k} = {json.dumps(v)}" for k, v in content.items()
+        lines.extend(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in content.items()
                      if v is not None and not isinstance(v, dict))
         for k, v in content.items():
             if isinstance(v, dict):

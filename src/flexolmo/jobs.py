@@ -80,7 +80,7 @@ def _start(job: Job) -> subprocess.Popen:
     state.unlink(missing_ok=True)
     environment = {**os.environ, PROGRESS_FILE: str(state.resolve()), "COLUMNS": "100"}
     with open(job.log, "wb") as log:
-        return subprocess.Popen([sys.executable, "-m", "flexolmo", *job.arguments],
+        return subprocess.Popen([sys.executable, "-P", "-m", "flexolmo", *job.arguments],
                                 cwd=job.directory, stdin=subprocess.DEVNULL, stdout=log,
                                 stderr=log, env=environment)
 

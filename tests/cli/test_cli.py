@@ -171,23 +171,18 @@ def test_a_command_that_cannot_be_read_is_refused_with_usage(run, words):
     assert "Usage" in err
 
 
-@pytest.mark.xfail(strict=True, reason="defect: the numbers of threads and tokens are not checked")
 @pytest.mark.parametrize("flag", [("--seq-len", "0"), ("--threads", "0"), ("--max-bytes", "-1")])
 def test_a_number_that_cannot_be_is_refused(run, house, pico_set_dirs, tmp_path, flag):
     is_plain_refusal(run("eval", house.mixture_dir(["amber"]), "--data", pico_set_dirs["maths"],
                          "--out", tmp_path / "eval", *flag))
 
 
-@pytest.mark.xfail(strict=True, reason="defect: of two sets with one name the second replaces the "
-                                       "first without a word")
 def test_two_sets_of_one_name_are_refused(run, house, pico_set_dirs, tmp_path):
     data = ["--data", pico_set_dirs["maths"]] * 2
     is_plain_refusal(run("eval", house.mixture_dir(["amber"]), *data, "--out", tmp_path / "eval"),
                      "maths")
 
 
-@pytest.mark.xfail(strict=True, reason="defect: typer catches Ctrl-C itself, so main's sentence is "
-                                       "never printed")
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt

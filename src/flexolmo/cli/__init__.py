@@ -58,7 +58,8 @@ def main() -> None:
     except FlexOlmoError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("Stopped. Run the same command again to go on from the last checkpoint.",
-              file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as e:
+        if e.code == 130:  # what typer makes of Ctrl-C
+            print("Stopped. Run the same command again to go on from the last checkpoint.",
+                  file=sys.stderr)
+        raise

@@ -8,7 +8,7 @@ import typer
 app = typer.Typer(no_args_is_help=True,
                   help="Train, import or inspect the anchor: the public model all owners share.")
 Threads = Annotated[int | None, typer.Option(
-    help="CPU threads. Another number gives slightly different floats.")]
+    min=1, help="CPU threads. Another number gives slightly different floats.")]
 Overrides = Annotated[list[str] | None, typer.Option(
     "--set", help="Override one value of the recipe, for example --set train.steps=100. "
     "May be repeated.")]

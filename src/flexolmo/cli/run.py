@@ -58,10 +58,10 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
     split: Annotated[str, typer.Option(
         help="heldout to report, validation to choose settings by.")] = "heldout",
-    seq_len: Annotated[int, typer.Option(help="Tokens read at once.")] = 256,
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 256,
     max_bytes: Annotated[int | None, typer.Option(
-        help="Read at most this much text of each set. Default: all.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+        min=1, help="Read at most this much text of each set. Default: all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Bits per byte of the anchor, each expert with it, the mixture, and without each owner.
 
@@ -79,7 +79,10 @@ def evaluate(
         raise ConfigError(f"Split {split!r} is not known; heldout and validation are.")
     set_up(0, threads)
     mixture = load_mixture(model)
-    sets = {s.name: s for s in (open_set(d, mixture.tokenizer.digest) for d in data)}
+    opened = [open_set(d, mixture.tokenizer.digest) for d in data]
+    sets = {s.name: s for s in opened}
+    if len(sets) < len(opened):
+        raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
     results = evaluate_mixture(mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes)
     digests = {name: s.digest for name, s in sets.items()}
     config = {"split": split, "seq_len": seq_len, "max_bytes": max_bytes,

@@ -46,28 +46,29 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
         raise ConfigError(f"The longest prompt has {longest - 1} tokens; this model holds {limit} "
                           "positions, prompt and continuation together.")
     ids = torch.tensor([[eos_id] * (longest - len(r)) + r for r in rows])  # [B,T]
-    is_token = torch.tensor([[i >= longest - len(r) for i in range(longest)] for r in rows])
+    real = torch.tensor([[i >= longest - len(r) for i in range(longest)] for r in rows])  # [B,T]
+    is_token = None if bool(real.all()) else real
     draws = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(rows))]
     cache = model.new_cache()
     ended = [False] * len(rows)
     with torch.inference_mode():
-        hidden = model.hidden(ids, cache=cache, active=active,
-                              is_token=None if bool(is_token.all()) else is_token)
         for _ in range(min(sampling.max_new_tokens, limit - longest)):
+            hidden = model.hidden(ids, cache=cache, active=active, is_token=is_token)
             logits = model.lm_head(hidden[:, -1]).float()  # [B,V]
             chosen = [choose_token(z, sampling, g) for z, g in zip(logits, draws, strict=True)]
             ended = [e or t == eos_id for e, t in zip(ended, chosen, strict=True)]
             yield [None if e else t for e, t in zip(ended, chosen, strict=True)]
             if all(ended):
                 return
-            hidden = model.hidden(torch.tensor(chosen)[:, None], cache=cache, active=active)
+            ids, is_token = torch.tensor(chosen)[:, None], None  # [B,1]
 
 
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits [V] under temperature, top-k and top-p, in that order."""
+    """One token id from logits [V] under temperature, and under both top-k and top-p of what it
+    gives."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(-1)
+    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
     ranked, order = probabilities.sort(descending=True, stable=True)
     keep = ranked.cumsum(-1) - ranked < sampling.top_p  # the first always stays
     if sampling.top_k is not None:

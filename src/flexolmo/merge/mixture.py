@@ -138,6 +138,13 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
         raise MergeError(f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
                          f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1.")
+    missing = sorted({"anchor_digest", "router", "top_k", "experts"} - about.keys())
+    if missing:
+        raise MergeError(f"{model_dir}/{ABOUT} lacks {', '.join(missing)}.")
+    try:
+        _ROUTER.validate_python(about["router"])
+    except ValueError as e:
+        raise MergeError(f"{model_dir}/{ABOUT}: the router is not understood: {e}") from None
     return about
 
 
@@ -241,7 +248,7 @@ def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Pa
 def _place(source: Path, target: Path) -> None:
     """Copy a directory of plain files; by hard link where the file system allows."""
     target.mkdir()
-    for file in sorted(Path(source).iterdir()):
+    for file in sorted(p for p in Path(source).iterdir() if p.is_file()):
         try:
             os.link(file.resolve(), target / file.name)
         except OSError:
