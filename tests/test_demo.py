@@ -21,7 +21,7 @@ from flexolmo.cli import app
 from flexolmo.data import fetch
 from flexolmo.demo import DemoRecipe, run_demo, write_toml
 from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
-from flexolmo.jobs import JobFailed
+from flexolmo.jobs import UNAVAILABLE, JobFailed
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.router import LinearSettings
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape
@@ -78,7 +78,8 @@ class Runner:
             try:
                 app(list(job.arguments), standalone_mode=False)
             except FlexOlmoError as e:
-                raise JobFailed(f"{job.label} failed with exit code 2:\n{e}") from None
+                code = UNAVAILABLE if isinstance(e, SourceUnavailable) else 2
+                raise JobFailed(f"{job.label} failed with exit code {code}:\n{e}", code) from None
             finally:
                 os.chdir(before)
         return {job.label: 0.1 for job in jobs}

@@ -1,7 +1,7 @@
 """The whole story on real text: owners train apart, a coordinator merges, a user switches.
 
-    coordinator/    public text, the anchor, trusted keys, the bundles that came in
-    owners/NAME/    that owner's text, runs, private key; works from the anchor alone
+    coordinator/    public text, the anchor, the owners' public keys, the measurements
+    owners/NAME/    that owner's text, runs, private key, and the bundles it sends
     model/, model-paper/    the mixtures: our router, and the paper's
     report.html, report.png, figures/, results.json, recipe.json, stages.json
 
@@ -32,7 +32,7 @@ from flexolmo.files import (
     write_json,
 )
 from flexolmo.inference.generate import Sampling, generate
-from flexolmo.jobs import Job, JobFailed, run_jobs
+from flexolmo.jobs import UNAVAILABLE, Job, JobFailed, run_jobs
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.router import slot
 from flexolmo.progress import format_seconds
@@ -135,8 +135,9 @@ class _Demo:
         """Remove what an earlier run with another recipe left of this step."""
         for path in {
             "train the anchor": [self.coordinator / "anchor", self.coordinator / "anchor.run"],
-            "sign and merge": [*self.out.glob("owners/*/outbox*"), *self.out.glob("model*")],
-            "measure": [*self.out.glob("coordinator/eval*")],
+            "sign and merge": [*self.out.glob("owners/*/outbox*"),
+                               *(self.out / f"model{s}" for s in ROUTERS.values())],
+            "measure": [self.coordinator / f"eval{s}" for s in ROUTERS.values()],
         }.get(label, []):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -157,20 +158,24 @@ class _Demo:
 
         def owners() -> None:
             for name in names:
+                (self.house(name) / "skipped.json").unlink(missing_ok=True)
                 try:
                     run_jobs([fetch(name, self.house(name))], 1)
                 except JobFailed as e:
-                    print(f"{name}: skipped. {e}", flush=True)
+                    if e.code != UNAVAILABLE:
+                        raise
+                    print(f"{name}: skipped. {e}\nWhen it can be had, run the demo into another "
+                          "directory (--out).", flush=True)
                     write_json(self.house(name) / "skipped.json", str(e).splitlines()[-1])
             run_jobs([Job(f"prepare {name}", (
                 "data", "prepare", f"corpus/{name}", "--out", "prepared", "--public",
                 str((self.coordinator / "prepared/public").resolve())), self.house(name))
-                for name in names if (self.house(name) / "corpus" / name).exists()],
+                for name in names if not (self.house(name) / "skipped.json").exists()],
                 self.recipe.processes)
 
         self.step("gather public text", (), settings, public)
         self.step("gather owners' text", ("gather public text",), sorted(names), owners)
-        self.names = [n for n in names if (self.house(n) / "prepared" / n).exists()]
+        self.names = [n for n in names if not (self.house(n) / "skipped.json").exists()]
         self.skipped = {n: read_json(self.house(n) / "skipped.json") for n in names
                         if n not in self.names}
         if not self.names:
@@ -353,11 +358,14 @@ def write_toml(path: Path, values: Any) -> None:
     def plain(value: Any) -> Any:
         return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
+    def to_toml(value: Any) -> str:  # JSON's texts are TOML's but for one control character
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
     def table(content: dict[str, Any], prefix: str) -> None:
         content = {k: plain(v) for k, v in content.items()}
         if prefix:
             lines.append(f"\n[{prefix}]")
-        lines.extend(f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in content.items()
+        lines.extend(f"{k} = {to_toml(v)}" for k, v in content.items()
                      if v is not None and not isinstance(v, dict))
         for k, v in content.items():
             if isinstance(v, dict):

@@ -4,8 +4,10 @@ Every job is a `flexolmo` command of its own, so that what runs together shares 
 machine. Output goes to the job's log; the display reads what the jobs say of their progress.
 """
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from flexolmo.errors import FlexOlmoError
 from flexolmo.progress import PROGRESS_FILE, format_seconds
 
+UNAVAILABLE = 3  # exit code of a job that could not get its text
 _LINE_EVERY_SECONDS = 15.0
 
 
@@ -40,6 +43,10 @@ class Job:
 
 class JobFailed(FlexOlmoError):
     """A job ended with an error; its last words are the message."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code  # the job's exit code
 
 
 def run_jobs(jobs: Sequence[Job], processes: int) -> dict[str, float]:
@@ -64,7 +71,7 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> dict[str, float]:
                     del running[label]
                     seconds[label] = time.monotonic() - started
                     if process.returncode != 0:
-                        raise JobFailed(_last_words(job, process.returncode))
+                        raise JobFailed(_last_words(job, process.returncode), process.returncode)
                     display.finish(job, seconds[label])
         finally:
             for _, process, _ in running.values():
@@ -82,7 +89,13 @@ def _start(job: Job) -> subprocess.Popen:
     with open(job.log, "wb") as log:
         return subprocess.Popen([sys.executable, "-P", "-m", "flexolmo", *job.arguments],
                                 cwd=job.directory, stdin=subprocess.DEVNULL, stdout=log,
-                                stderr=log, env=environment)
+                                stderr=log, env=environment, preexec_fn=_die_with_parent)
+
+
+def _die_with_parent() -> None:
+    """On Linux, have the kernel end this child if the parent is killed; elsewhere do nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _state_file(job: Job) -> Path:

@@ -97,11 +97,17 @@ def test_evaluation_predicts_each_token_once_and_bytes_add_up(documents, seq_len
         assert ids[0] == (EOS if first else ids[1] - 1)
 
 
-def test_evaluation_takes_whole_documents_up_to_a_limit_and_at_least_one():
-    token_set = _token_set([10, 10, 10], [100, 100, 100])
-    for max_bytes, expected in ((1, 100), (100, 100), (250, 200), (300, 300), (None, 300)):
-        windows = evaluation_windows(token_set, "train", 4, max_bytes)
-        assert sum(size for _, size in windows) == expected
+def test_a_limit_spreads_what_is_read_over_the_whole_split():
+    token_set = _token_set([40] * 10, [400] * 10)
+    for max_bytes in (400, 1000, 3999):
+        read = [int(ids[1] - 1) // 40 for ids, size in evaluation_windows(
+            token_set, "train", 4, max_bytes) for _ in range(size)]
+        assert max_bytes - 40 <= len(read) <= max_bytes
+        shares = np.bincount(read, minlength=10)
+        assert shares.max() - shares.min() <= 40, "one window more or less of each document"
+    for max_bytes in (None, 4000, 9999):
+        assert sum(size for _, size in evaluation_windows(token_set, "train", 4, max_bytes)) == 4000
+    assert len(list(evaluation_windows(token_set, "train", 4, 1))) == 1, "at least one window"
 
 
 def test_a_set_of_another_tokenizer_is_refused(public_set):

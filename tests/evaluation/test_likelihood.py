@@ -75,13 +75,14 @@ def test_the_anchor_alone_is_measured_as_well(house):
     assert found.routing is None
 
 
-@pytest.mark.parametrize("max_bytes, documents", [(1, 1), (12, 1), (23, 2), (24, 2), (10**6, 4)])
-def test_whole_documents_are_read_while_they_fit(house, max_bytes, documents):
-    made = made_set([4, 3, 5, 2])  # 12, 10, 17 and 9 bytes
-    found = measure_likelihood(house.anchor.model, made, "heldout", max_bytes=max_bytes)
-    expected = brute_force(copy.deepcopy(house.anchor.model).double(), made, 256, None, documents)
-    assert (found.bytes, found.tokens) == expected[1:]
-    assert found.bits == pytest.approx(expected[0], rel=1e-5)
+@pytest.mark.parametrize("max_bytes, read", [(1, [0]), (24, [0, 3]), (48, [0, 1, 2, 3])])
+def test_what_is_read_within_a_limit_is_measured_exactly(house, max_bytes, read):
+    sizes = [4, 3, 5, 2]  # 12, 10, 17 and 9 bytes, a window each
+    found = measure_likelihood(house.anchor.model, made_set(sizes), "heldout", max_bytes=max_bytes)
+    windows = list(evaluation_windows(made_set(sizes), "heldout", 256))
+    expected = read_windows(house.anchor.model, [windows[i] for i in read])
+    assert (found.bytes, found.tokens) == (expected.bytes, expected.tokens)
+    assert found.bits == pytest.approx(expected.bits, rel=1e-5)
 
 
 @given(order=st.permutations(range(7)), batch_tokens=st.sampled_from([1, 13, 40, 4096]))

@@ -494,7 +494,8 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
 
     def on(*moment):
         now = datetime.datetime(*moment, tzinfo=datetime.UTC)
-        fake = SimpleNamespace(UTC=datetime.UTC, datetime=SimpleNamespace(now=now.astimezone))
+        fake = SimpleNamespace(UTC=datetime.UTC, date=datetime.date,
+                               datetime=SimpleNamespace(now=now.astimezone))
         monkeypatch.setattr(room, "datetime", fake)
         return tmp_path / "m"
     assert load_mixture(on(2031, 5, 1, 23, 59)).expert_names == ["amber", "zinc"]

@@ -61,6 +61,7 @@ class Bundle:
     weights: bytes = field(repr=False)
     signer: str | None
     key_id: str
+    digests: Mapping[str, str]  # of each of the four files, as verified
 
 
 def open_bundle(
@@ -244,11 +245,11 @@ def _read_file(directory: int, name: str, max_bytes: int) -> bytes | str:
 
 @dataclass(frozen=True)
 class _Signed:
-    """What a valid signature proves: the signed name, the key, the weights' digest."""
+    """What a valid signature proves: the signed name, the key, the digests of the files."""
 
     subject: str
     key_id: str
-    weights_digest: str
+    digests: Mapping[str, str]
 
 
 def _check_signature(path: Path, files: Mapping[str, bytes]) -> _Signed:
@@ -257,7 +258,7 @@ def _check_signature(path: Path, files: Mapping[str, bytes]) -> _Signed:
         subject = verify_files(digests, files[SIGNATURE_FILE], files[SIGNER_FILE])
     except SignatureError as e:
         raise SignatureError(f"{path} was refused. {e}") from None
-    return _Signed(subject, key_id(files[SIGNER_FILE]), digests[WEIGHTS_FILE])
+    return _Signed(subject, key_id(files[SIGNER_FILE]), digests)
 
 
 def _check(
@@ -297,7 +298,9 @@ def _check(
             f"{SIGNATURE_FILE}: found the name {signed.subject!a}, expected {manifest.name}.bundle"
         )
     try:
-        lines += _find_content_problems(manifest, files[WEIGHTS_FILE], signed.weights_digest, today)
+        lines += _find_content_problems(
+            manifest, files[WEIGHTS_FILE], signed.digests[WEIGHTS_FILE], today
+        )
     except BundleError as e:
         raise BundleError(f"{path} was refused, {WEIGHTS_FILE}: {e}") from None
     raise_listed(
@@ -306,7 +309,8 @@ def _check(
         lines,
         f"Ask the owner ({manifest.owner}) for a new bundle.",
     )
-    return Bundle(manifest, files[WEIGHTS_FILE], signer, signed.key_id)
+    return Bundle(manifest, files[WEIGHTS_FILE], signer, signed.key_id,
+                  {**signed.digests, SIGNATURE_FILE: digest_bytes(files[SIGNATURE_FILE])})
 
 
 def _find_content_problems(

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli import anchor, data, expert, mix, run
-from flexolmo.errors import FlexOlmoError
+from flexolmo.errors import FlexOlmoError, SourceUnavailable
+from flexolmo.jobs import UNAVAILABLE
 
 app = typer.Typer(
     name="flexolmo",
@@ -52,11 +53,15 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exit 2 with a message when someone must act, 130 on Ctrl-C."""
+    """Run the command line; exit 2 with a message when someone must act, 3 when a
+    source cannot be had, 130 on Ctrl-C."""
     try:
         app()
     except FlexOlmoError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(UNAVAILABLE if isinstance(e, SourceUnavailable) else 2)
+    except OSError as e:
+        print(f"{e.strerror or e}: {e.filename or 'no file named'}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C

@@ -1,5 +1,7 @@
 """`flexolmo generate`, `eval` and `demo`: running what was built."""
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -130,6 +132,7 @@ def demo(
     from flexolmo.config import read_recipe
     from flexolmo.demo import DemoRecipe, default_recipe, run_demo
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs are ended too
     settings = read_recipe(recipe or default_recipe(), DemoRecipe, overrides or ())
     results = run_demo(settings, out, sets)
     print_table(results)

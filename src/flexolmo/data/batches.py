@@ -172,18 +172,21 @@ def evaluation_windows(
     add up. The eos after a document stands for no text and is not predicted.
 
     Args:
-        max_bytes: take whole documents, in the stored (hash) order, while they fit; at least one.
+        max_bytes: read about this much text, in windows spread evenly over the whole split, so
+            that no few documents stand for it; at least one window.
     """
     chosen = token_set.splits[split]
-    used_bytes = 0
+    total = int(chosen.bytes.sum())
+    allowed = total if max_bytes is None else min(max_bytes, total)
+    read = passed = 0
     for index in range(chosen.num_documents):
         size = int(chosen.bytes[index])
-        if max_bytes is not None and index > 0 and used_bytes + size > max_bytes:
-            return
-        used_bytes += size
         ids = np.concatenate([[token_set.eos_id], chosen.document(index)])
         num_tokens = len(ids) - 1
         for start in range(0, num_tokens, seq_len):
             end = min(start + seq_len, num_tokens)
             share = size * end // num_tokens - size * start // num_tokens
-            yield ids[start:end + 1], share
+            passed += share
+            if read == 0 or (read + share) * total <= allowed * passed:
+                read += share
+                yield ids[start:end + 1], share

@@ -271,7 +271,7 @@ def _write_set(
             count[1] += len(document.text.encode())
             yield document
 
-    with write_directory_aside(target, "card.json") as aside:
+    with write_directory_aside(target, DOCUMENTS) as aside:
         card["documents"] = write_documents(aside / DOCUMENTS, counted())
         check()
         for source in card["sources"]:

@@ -8,6 +8,7 @@ one that was too long. All pieces of a source document lie in one split.
 """
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -123,7 +124,7 @@ def prepare_set(
     if done is not None:
         return done
 
-    with write_directory_aside(out, "card.json") as aside:
+    with write_directory_aside(out, "train_tokens.npy") as aside:
         spill = aside / "spill"
         removed = _Removed()
         with open(spill, "wb") as f:
@@ -196,6 +197,9 @@ def read_corpus_card(raw: Path) -> dict[str, Any]:
                if not isinstance(card, dict) or key not in card]
     if missing:
         raise DataError(f"{raw}/card.json is not a corpus card: it lacks {', '.join(missing)}.")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", str(card["name"])):
+        raise DataError(f"{raw}/card.json names its set {card['name']!r}; expected lower-case "
+                        "letters, digits, - and _ alone.")
     return card
 
 

@@ -129,7 +129,8 @@ def evaluate_mixture(mixture: LoadedMixture, sets: Mapping[str, TokenSet], split
 def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
     """What the table says of merging and opting out; needs a set named as each expert.
 
-    kept_of_pair_gain: (anchor - mixture) / (anchor - own pair) on the owner's own set.
+    kept_of_pair_gain: (anchor - mixture) / (anchor - own pair) on the owner's own set; the mean
+    counts none as more than 1, so that no pair that gained little can carry the others.
     public_change: mixture over anchor on public text, minus one. optout_vs_anchor: the owner's
     set without its expert, over the anchor, minus one. optout_side_effect: the largest relative
     loss of any other set when the owner is off.
@@ -144,7 +145,7 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     side = {n: max((table[f"mixture without {n}"][s] / merged[s] - 1 for s in merged if s != n),
                    default=0.0) for n in names}
     better = sum(merged[n] < anchor[n] for n in own)
-    mean_kept = sum(kept.values()) / len(kept) if kept else 0.0
+    mean_kept = sum(min(k, 1.0) for k in kept.values()) / len(kept) if kept else 0.0
     public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
     worst_away, worst_side = max(away.values(), default=0.0), max(side.values(), default=0.0)
     bars = []
@@ -152,15 +153,17 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     def bar(text: str, met: bool, value: str) -> None:
         bars.append({"text": text, "met": bool(met), "value": value})
 
-    bar("The mixture is better than the anchor on every owner's set", better == len(own),
-        f"{better} of {len(own)}")
-    bar("It keeps on average at least 60 % of what anchor + own expert gains", mean_kept >= 0.6,
-        f"{100 * mean_kept:.0f} %")
+    if own:
+        bar("The mixture is better than the anchor on every owner's set", better == len(own),
+            f"{better} of {len(own)}")
+        bar("It keeps on average at least 60 % of what anchor + own expert gains", mean_kept >= 0.6,
+            f"{100 * mean_kept:.0f} %")
     if public is not None:
         bar("On public text it is within 2 % of the anchor", public <= 0.02,
             f"{100 * public:+.2f} %")
-    bar("With an owner off, that owner's set is at most 2 % worse than the anchor",
-        worst_away <= 0.02, f"worst {100 * worst_away:+.2f} %")
+    if own:
+        bar("With an owner off, that owner's set is at most 2 % worse than the anchor",
+            worst_away <= 0.02, f"worst {100 * worst_away:+.2f} %")
     bar("With an owner off, no other set is more than 1 % worse than before",
         worst_side <= 0.01, f"worst {100 * worst_side:+.2f} %")
     return {"kept_of_pair_gain": {**kept, "mean": mean_kept}, "public_change": public,

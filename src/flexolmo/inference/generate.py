@@ -29,8 +29,8 @@ class Sampling(BaseModel):
     top_k: int | None = Field(None, ge=1, description="choose among this many likeliest tokens")
     top_p: float = Field(0.95, gt=0, le=1, description="choose among the likeliest tokens that "
                                                        "together have this probability")
-    seed: int = Field(0, ge=0, description="of the draws; sequence number i of a batch draws from "
-                                           "seed + i")
+    seed: int = Field(0, ge=0, lt=2**62, description="of the draws; sequence number i of a batch "
+                                                     "draws from seed + i")
 
 
 def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sampling: Sampling,

@@ -20,13 +20,13 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load as load_bytes
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
-from flexolmo.bundle.manifest import Manifest, read_manifest
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, open_bundle
+from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import compare_tensors
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import MergeError
-from flexolmo.files import digest_bytes, read_json, write_directory_aside, write_json
+from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
 from flexolmo.model.assemble import assemble_mixture, expert_shapes
 from flexolmo.model.checkpoint import Anchor, load_anchor
 from flexolmo.model.moe import MixtureModel
@@ -34,6 +34,7 @@ from flexolmo.model.router import RouterSettings
 
 ABOUT = "mixture.json"
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
@@ -68,7 +69,7 @@ def build_mixture(anchor_dir: Path, bundles: Sequence[Path], out: Path,
     opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened])
     sources = {b.manifest.name: p for p, b in opened}
-    experts = {b.manifest.name: _describe_expert(p, b) for p, b in opened}
+    experts = {b.manifest.name: _describe_expert(b) for _, b in opened}
     router = opened[0][1].manifest.router.settings if opened else {"kind": "evidence"}
     return _write(out, Path(anchor_dir), anchor, sources, experts,
                   _ROUTER.validate_python(router).model_dump(mode="json"), top_k)
@@ -80,11 +81,11 @@ def add_experts(model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners
     about = read_about(model_dir)
     anchor = _load_own_anchor(model_dir, about)
     held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
-    manifests = [_reopen(path, about["experts"][n])[0] for n, path in held.items()]
+    manifests = [_reopen(path, n, about)[0] for n, path in held.items()]
     opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened], manifests)
     sources = held | {b.manifest.name: p for p, b in opened}
-    experts = about["experts"] | {b.manifest.name: _describe_expert(p, b) for p, b in opened}
+    experts = about["experts"] | {b.manifest.name: _describe_expert(b) for _, b in opened}
     router = about["router"] if held or not opened else opened[0][1].manifest.router.settings
     return _write(Path(model_dir), Path(model_dir) / "anchor", anchor, sources, experts,
                   _ROUTER.validate_python(router).model_dump(mode="json"), about["top_k"])
@@ -104,8 +105,9 @@ def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
 def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
 
-    Every byte is held against the digests taken when the bundles were verified; an expert whose
-    terms have expired since is refused by name.
+    Every bundle's signature and digests are checked again, and that it is the expert, for the
+    anchor and router, that mixture.json says; an expert whose terms have expired since is refused
+    by name. mixture.json itself is not signed: keep it as safe as the program.
     """
     about = read_about(model_dir)
     anchor = _load_own_anchor(model_dir, about)
@@ -115,7 +117,7 @@ def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> Loade
     today = datetime.datetime.now(datetime.UTC).date()
     for name in sorted(chosen):
         path = Path(model_dir) / "experts" / f"{name}.bundle"
-        manifest, weights = _reopen(path, about["experts"][name])
+        manifest, weights = _reopen(path, name, about)
         if manifest.terms.expires is not None and manifest.terms.expires < today:
             late.append(f"{name}: terms expired on {manifest.terms.expires}")
         tensors[name] = load_bytes(weights)
@@ -143,8 +145,12 @@ def read_about(model_dir: Path) -> dict[str, Any]:
         raise MergeError(f"{model_dir}/{ABOUT} lacks {', '.join(missing)}.")
     try:
         _ROUTER.validate_python(about["router"])
-    except ValueError as e:
-        raise MergeError(f"{model_dir}/{ABOUT}: the router is not understood: {e}") from None
+        for name, entry in about["experts"].items():
+            _NAME.validate_python(name)
+            if set(entry["files"]) != set(MAX_FILE_BYTES):
+                raise ValueError(f"{name}: found files {sorted(entry['files'])}")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise MergeError(f"{model_dir}/{ABOUT} does not describe a mixture: {e}") from None
     return about
 
 
@@ -156,16 +162,14 @@ def _load_own_anchor(model_dir: Path, about: Mapping[str, Any]) -> Anchor:
     return anchor
 
 
-def _describe_expert(path: Path, bundle: Bundle) -> dict[str, Any]:
+def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     m = bundle.manifest
     return {
         "owner": m.owner, "signer": bundle.signer, "key_id": bundle.key_id,
         "licence": m.licence, "terms": m.terms.model_dump(mode="json"),
         "d_ff": m.architecture.d_ff, "tokens_seen": m.tokens_seen,
         "weights_bytes": len(bundle.weights), "data_card_digest": m.data_card_digest,
-        "files": {name: digest_bytes(bundle.weights if name == WEIGHTS_FILE
-                                     else (path / name).read_bytes())
-                  for name in sorted(MAX_FILE_BYTES)},
+        "files": {name: bundle.digests[name] for name in sorted(MAX_FILE_BYTES)},
     }
 
 
@@ -210,21 +214,30 @@ def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
                          f"{', '.join(sorted(about['experts'])) or 'none'}.")
 
 
-def _reopen(path: Path, entry: Mapping[str, Any]) -> tuple[Manifest, bytes]:
+def _reopen(path: Path, name: str, about: Mapping[str, Any]) -> tuple[Manifest, bytes]:
     """Manifest and weights of a bundle inside a mixture, byte for byte as once verified."""
-    contents, wrong = {}, []
-    for name, digest in entry["files"].items():
+    entry, wrong = about["experts"][name], []
+    for file in sorted(MAX_FILE_BYTES):
         try:
-            contents[name] = (path / name).read_bytes()
+            if digest_file(path / file) != entry["files"][file]:
+                wrong.append(f"{file}: changed since the mixture was built")
         except OSError as e:
-            wrong.append(f"{name}: {e.strerror}")
-            continue
-        if digest_bytes(contents[name]) != digest:
-            wrong.append(f"{name}: changed since the mixture was built")
-    if wrong:
-        raise MergeError(f"{path} is not the bundle that was verified:\n  " + "\n  ".join(wrong)
-                         + "\nBuild the mixture again from the owner's bundle.")
-    return read_manifest(contents["manifest.json"]), contents[WEIGHTS_FILE]
+            wrong.append(f"{file}: {e.strerror}")
+    if not wrong:
+        # the caller judges the terms; a signer was trusted when the mixture was built
+        found = open_bundle(path, None, allow_unknown_signer=True, today=datetime.date.min)
+        manifest = found.manifest
+        for claim, value, expected in (
+                ("name", manifest.name, name), ("key", found.key_id, entry["key_id"]),
+                ("anchor", manifest.anchor_digest, about["anchor_digest"]),
+                ("router", _ROUTER.validate_python(manifest.router.settings),
+                 _ROUTER.validate_python(about["router"]))):
+            if value != expected:
+                wrong.append(f"{claim}: found {value}, {ABOUT} says {expected}")
+        if not wrong and found.digests == entry["files"]:
+            return manifest, found.weights
+    raise MergeError(f"{path} is not the bundle that was verified:\n  " + "\n  ".join(wrong)
+                     + "\nBuild the mixture again from the owner's bundle.")
 
 
 def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Path],
@@ -240,7 +253,7 @@ def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Pa
         for name, source in sources.items():
             target = aside / "experts" / f"{name}.bundle"
             _place(source, target)
-            _reopen(target, about["experts"][name])
+            _reopen(target, name, about)
         write_json(aside / ABOUT, about)
     return about
 

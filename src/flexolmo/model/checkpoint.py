@@ -162,9 +162,6 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
 def build_transformer(config: ModelConfig, tensors: Mapping[str, Tensor], where: str
                       ) -> Transformer:
     """The dense decoder from tensors with stock names, in the tensors' own dtype."""
-    tensors = dict(tensors)
-    if "lm_head.weight" not in tensors and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # tied checkpoints
     dtypes = {t.dtype for t in tensors.values()}
     if len(dtypes) != 1:
         raise CheckpointError(f"{where} mixes dtypes: {', '.join(sorted(map(str, dtypes)))}.")

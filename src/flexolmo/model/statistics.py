@@ -36,8 +36,8 @@ class EvidenceSettings(BaseModel):
         "of the owner's token count")
     clip_nats: float = Field(5.0, gt=0, description="largest evidence one token may give, in nats")
     min_documents: int = Field(
-        3, ge=1, description="tokens in fewer of the owner's documents than this count as absent, "
-        "so that no table entry speaks of one or two documents")
+        3, ge=1, description="tokens in fewer of the owner's stored documents than this count as "
+        "absent; a long text is stored as several, of up to 50 kB")
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,13 @@ def import_anchor(directory: Path, public: TokenSet, num_clusters: int = 16) -> 
     `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
     that owners' experts are held against.
     """
-    config, _ = read_stock_config(directory, "olmo2")
+    config, raw = read_stock_config(directory, "olmo2")
     tokenizer = load_tokenizer(directory)
+    tensors = read_tensors(directory)
+    if raw.get("tie_word_embeddings") and "model.embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
     model = build_transformer(config.model_copy(update={"eos_token_id": tokenizer.eos_id}),
-                              read_tensors(directory), str(directory))
+                              tensors, str(directory))
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
     return describe_anchor(model, tokenizer, public, num_clusters, record)
 

@@ -187,7 +187,8 @@ def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
                               "again.") from None
     if state["identity"] != identity_digest:
         raise CheckpointError(
-            f"{path} belongs to a run with another recipe, seed, anchor or data. Give this run "
+            f"{path} belongs to a run with another recipe, seed, anchor, data or number "
+            "of threads. Give this run "
             "a directory of its own, or remove the old one.")
     with torch.no_grad():
         for n, p in parameters.items():
