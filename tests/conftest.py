@@ -6,6 +6,7 @@ trained for a few steps. Everything is made here, in about two seconds, with no 
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +19,11 @@ from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.fetch import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.model.assemble import assemble_mixture, expert_shapes
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, build_anchor, save_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.shape import ExpertShape, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
@@ -89,9 +91,8 @@ def pico_sets(pico_set_dirs) -> dict[str, TokenSet]:
 
 @pytest.fixture(scope="session")
 def pico_recipe() -> AnchorRecipe:
-    """What `pico_anchor` is trained by: 2 layers, width 32, 2 public clusters."""
+    """What `pico_anchor` is trained by: 2 layers, width 32."""
     return AnchorRecipe(
-        num_clusters=2,
         model=AnchorShape(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48,
                           max_seq_len=512),
         train=TrainSettings(steps=60, batch_size=8, seq_len=32, warmup_steps=3,
@@ -140,29 +141,53 @@ class Wild:
 
     anchor: Anchor
 
-    def expert(self, router: RouterSettings, seed: int, d_ff: int | None = None
+    def shape(self, d_ff: int | None = None, **sizes: int) -> ExpertShape:
+        """Of an expert with a whole FFN of the anchor's width, unless it says otherwise."""
+        return ExpertShape(**{"d_ff": d_ff or self.anchor.config.d_ff, "num_bigrams": 3000} | sizes)
+
+    def expert(self, router: RouterSettings, seed: int, d_ff: int | None = None, **sizes: int
                ) -> dict[str, torch.Tensor]:
-        """Random tensors of one expert, in the anchor's dtype (router parts in float32)."""
+        """Random tensors of one expert, in the anchor's dtype (router parts in float32).
+
+        Products B A are about as large as the matrices they are added to.
+        """
         generator = torch.Generator().manual_seed(1000 + seed)
-        config = self.anchor.config
+        config, shape = self.anchor.config, self.shape(d_ff, **sizes)
         dtype = self.anchor.model.lm_head.weight.dtype
         tensors = {}
-        for name, shape in expert_shapes(config, d_ff or config.d_ff, router).items():
-            t = torch.randn(shape, generator=generator)
-            if name == "router.evidence":
-                t[config.eos_token_id] = 0.0
-            elif name.endswith("_proj.weight"):
-                t = (t * shape[-1] ** -0.5).to(dtype)
+        for name, size in expert_shapes(config, shape, router).items():
+            t = torch.randn(size, generator=generator)
+            if name == "router.unigram":
+                t = (1.5 * t).log_softmax(0)
+            elif name in ("router.backoff", "router.bigram_log_probs"):
+                t = -t.abs()
+            elif name == "router.bigram_keys":
+                t = torch.randperm(config.vocab_size**2, generator=generator)[:size[0]].msort()
+            elif name.endswith(("_proj.weight", "lora_a", "lora_b")):
+                t = (t * size[-1] ** -0.5).to(dtype)
             elif name.endswith("router.weight"):
                 t = t * 0.5
             tensors[name] = t
         return tensors
 
-    def mixture(self, router: RouterSettings, names: str | list[str], top_k: int | None = None
-                ) -> MixtureModel:
-        """A mixture of experts by name; an expert's tensors depend on its name alone."""
-        experts = {n: self.expert(router, sum(n.encode()), 48 if sum(n.encode()) % 2 else 20)
-                   for n in names}
+    def rich_shapes(self, router: RouterSettings, names: str | list[str]
+                    ) -> dict[str, ExpertShape]:
+        """By name: experts that hold all that `router` allows, low-rank FFNs and whole in turn."""
+        more = {} if isinstance(router, LinearSettings) else {
+            "attention_rank": 3, "embedding_rank": 2, "head_rank": 4}
+        return {n: self.shape(rank=(0, 3)[i % 2], **more) for i, n in enumerate(names)}
+
+    def mixture(self, router: RouterSettings, names: str | list[str], top_k: int | None = None,
+                shapes: Mapping[str, ExpertShape] | None = None) -> MixtureModel:
+        """A mixture of experts by name; an expert's tensors depend on its name alone.
+
+        Without `shapes`, by name, some are narrow and all have whole FFNs and nothing besides.
+        """
+        experts = {}
+        for n in names:
+            number = sum(n.encode())
+            shape = shapes[n] if shapes else self.shape(48 if number % 2 else 20)
+            experts[n] = self.expert(router, number, **shape.model_dump())
         return assemble_mixture(self.anchor, experts, router, top_k=top_k)
 
     def ids(self, batch: int, length: int, seed: int = 0, eos_every: int = 9) -> torch.Tensor:

@@ -19,6 +19,7 @@ from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.merge.mixture import LoadedMixture, build_mixture, load_mixture
 from flexolmo.model.checkpoint import Anchor, save_anchor
 from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
 
 ROUTERS: dict[str, RouterSettings] = {
@@ -62,18 +63,22 @@ class House:
         number = sum(name.encode())
         return self.wild.expert(ROUTERS[router], number, 48 if number % 2 else 20)
 
+    def architecture(self, tensors: dict[str, Tensor]) -> dict[str, int]:
+        """What a bundle of these tensors claims of their sizes."""
+        config = self.anchor.config
+        shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+        return architecture_of(config, shape_of_tensors(shapes, config))
+
     def write(self, where: Path, name: str, tensors: dict[str, Tensor], router: str,
               **changes: Any) -> Path:
         """Sign `tensors` into `where`/NAME.bundle; `changes` are of the manifest, or `key`."""
-        config = self.anchor.config
         weights = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
         settings = ROUTERS[router]
         key = changes.pop("key", self.keys[owner_of(name)])
         today = changes.pop("today", None)
         claims = {
             "owner": owner_of(name), "anchor_digest": self.anchor.digest,
-            "num_layers": config.num_layers, "d_model": config.d_model,
-            "d_ff": tensors["layers.0.gate_proj.weight"].shape[0],
+            "architecture": self.architecture(tensors),
             "router_kind": settings.kind, "router_settings": settings.model_dump(mode="json"),
             "recipe": {}, "tokens_seen": 7, "data_card_digest": "sha256:" + "0" * 64,
             "licence": "MIT", "terms_text": "For tests."} | changes

@@ -1,44 +1,49 @@
 """Several processes at once, each in a directory of its own, with one display for all.
 
-Every job is a `flexolmo` command of its own, so that what runs together shares nothing but the
-machine. Output goes to the job's log; the display reads what the jobs say of their progress.
+Every job is a process of its own, a `flexolmo` command unless it says otherwise, so that what
+runs together shares nothing but the machine. Output goes to the job's log; the display reads what
+the jobs say of their progress.
 """
 
 import ctypes
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flexolmo.errors import FlexOlmoError
 from flexolmo.progress import PROGRESS_FILE, format_seconds
 
 UNAVAILABLE = 3  # exit code of a job that could not get its text
 _LINE_EVERY_SECONDS = 15.0
+_POLL_SECONDS = 0.1
+_STOP_SECONDS = 20.0  # a job told to stop has this long before it is killed
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command line of ours, without the program's name."""
+    """One command line of ours, without Python's name."""
 
     label: str
     arguments: tuple[str, ...]
     directory: Path  # where it runs; made if absent
+    program: tuple[str, ...] = ("-m", "flexolmo")  # what Python runs
 
     @property
     def log(self) -> Path:
         """Where its output goes."""
-        return self.directory / "log" / f"{self.label.replace(' ', '-')}.txt"
+        return self.directory / "log" / f"{re.sub('[ /]', '-', self.label)}.txt"
 
 
 class JobFailed(FlexOlmoError):
@@ -55,30 +60,78 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> dict[str, float]:
     Raises JobFailed with the end of the log of the first that failed; the others are stopped.
     """
     waiting, seconds = list(jobs), dict[str, float]()
-    running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
-    with ExitStack() as stack:
-        display = _Display(stack, jobs)
-        try:
-            while waiting or running:
-                while waiting and len(running) < processes:
-                    job = waiting.pop(0)
-                    running[job.label] = (job, _start(job), time.monotonic())
-                time.sleep(0.2)
-                for label, (job, process, started) in list(running.items()):
-                    display.update(job, time.monotonic() - started)
-                    if process.poll() is None:
-                        continue
-                    del running[label]
-                    seconds[label] = time.monotonic() - started
-                    if process.returncode != 0:
-                        raise JobFailed(_last_words(job, process.returncode), process.returncode)
-                    display.finish(job, seconds[label])
-        finally:
-            for _, process, _ in running.values():
-                process.terminate()
-            for _, process, _ in running.values():
-                process.wait()
+    with running_jobs(jobs) as running:
+        while waiting or running.seconds():
+            while waiting and len(running.seconds()) < processes:
+                running.start(waiting.pop(0))
+            for job, code, took in running.ended():
+                if code != 0:
+                    raise JobFailed(_last_words(job, code), code)
+                seconds[job.label] = took
     return seconds
+
+
+@contextmanager
+def running_jobs(listed: Sequence[Job] = (), done: int = 0, total: int | None = None
+                 ) -> Iterator["RunningJobs"]:
+    """Jobs to be started one by one; on the way out, those still running are stopped.
+
+    `listed` are shown as waiting from the start. With a `total` the jobs come and go instead and
+    the display counts them, `done` of them done before; a failure is shown when it happens.
+    """
+    with ExitStack() as stack:
+        running = RunningJobs(_Display(stack, listed, done, total))
+        try:
+            yield running
+        finally:
+            running.stop()
+
+
+class RunningJobs:
+    """The jobs under way, by label; made by `running_jobs`."""
+
+    def __init__(self, display: "_Display"):
+        self._display = display
+        self._running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+
+    def start(self, job: Job) -> None:
+        """Start `job` in a process of its own."""
+        self._running[job.label] = (job, _start(job), time.monotonic())
+
+    def seconds(self) -> dict[str, float]:
+        """How long each job under way has been running, by label."""
+        now = time.monotonic()
+        return {label: now - started for label, (_, _, started) in self._running.items()}
+
+    def ended(self) -> list[tuple[Job, int, float]]:
+        """Wait a moment; the jobs that ended since, each with exit code and seconds."""
+        time.sleep(_POLL_SECONDS)
+        found = []
+        for label, (job, process, started) in list(self._running.items()):
+            seconds = time.monotonic() - started
+            self._display.update(job, seconds)
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[label]
+            found.append((job, code, seconds))
+            if code == 0:
+                self._display.finish(job, seconds)
+            else:
+                self._display.fail(job, code)
+        return found
+
+    def stop(self) -> None:
+        """End every job: ask first, kill the deaf."""
+        for _, process, _ in self._running.values():
+            process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for _, process, _ in self._running.values():
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _start(job: Job) -> subprocess.Popen:
@@ -87,7 +140,7 @@ def _start(job: Job) -> subprocess.Popen:
     state.unlink(missing_ok=True)
     environment = {**os.environ, PROGRESS_FILE: str(state.resolve()), "COLUMNS": "100"}
     with open(job.log, "wb") as log:
-        return subprocess.Popen([sys.executable, "-P", "-m", "flexolmo", *job.arguments],
+        return subprocess.Popen([sys.executable, "-P", *job.program, *job.arguments],
                                 cwd=job.directory, stdin=subprocess.DEVNULL, stdout=log,
                                 stderr=log, env=environment, preexec_fn=_die_with_parent)
 
@@ -110,21 +163,28 @@ def _last_words(job: Job, code: int) -> str:
 class _Display:
     """A bar per job on a terminal, a line per job every few seconds elsewhere."""
 
-    def __init__(self, stack: ExitStack, jobs: Sequence[Job]):
+    def __init__(self, stack: ExitStack, jobs: Sequence[Job], done: int, total: int | None):
         console = Console(stderr=True)
         self._bar: Progress | None = None
         self._last: dict[str, float] = {}
+        self._tasks: dict[str, TaskID] = {}
+        self._done, self._total, self._start = done, total, time.monotonic()
         if console.is_terminal:
             self._bar = stack.enter_context(Progress(
                 TextColumn("{task.description}"), BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console))
             self._tasks = {j.label: self._bar.add_task(j.label, total=1.0, text="waiting",
                                                        start=False) for j in jobs}
+            if total is not None:
+                self._all = self._bar.add_task("all", total=total, completed=done,
+                                               text=f"{done}/{total} done")
 
     def update(self, job: Job, elapsed: float) -> None:
         state = self._read(job)
         text = f"{state['text']}, {format_seconds(state['seconds_left'])} left" if state else "..."
         if self._bar is not None:
+            if job.label not in self._tasks:
+                self._tasks[job.label] = self._bar.add_task(job.label, total=1.0, text="")
             task = self._tasks[job.label]
             self._bar.start_task(task)
             share = state["done"] / max(state["total"], 1e-9) if state else 0.0
@@ -134,11 +194,29 @@ class _Display:
             print(f"{job.label}: {text}", file=sys.stderr, flush=True)
 
     def finish(self, job: Job, seconds: float) -> None:
-        if self._bar is not None:
+        said = f"{job.label}: done in {format_seconds(seconds)}"
+        if self._total is not None:
+            self._done += 1
+            elapsed = format_seconds(time.monotonic() - self._start)
+            self._leave(job, f"{said} ({self._done}/{self._total} done, {elapsed} elapsed)")
+        elif self._bar is not None:
             self._bar.update(self._tasks[job.label], completed=1.0, text="done")
             self._bar.stop_task(self._tasks[job.label])
         else:
-            print(f"{job.label}: done in {format_seconds(seconds)}", file=sys.stderr, flush=True)
+            print(said, file=sys.stderr, flush=True)
+
+    def fail(self, job: Job, code: int) -> None:
+        if self._total is not None:
+            self._leave(job, _last_words(job, code))
+
+    def _leave(self, job: Job, said: str) -> None:
+        """Take the job's bar away and keep a line above the bars."""
+        if self._bar is None:
+            print(said, file=sys.stderr, flush=True)
+            return
+        self._bar.remove_task(self._tasks.pop(job.label))
+        self._bar.update(self._all, completed=self._done, text=f"{self._done}/{self._total} done")
+        self._bar.console.print(said, markup=False, highlight=False, soft_wrap=True)
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:

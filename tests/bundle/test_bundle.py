@@ -45,9 +45,8 @@ def make_manifest(weights, **changes):
         "name": "maths",
         "owner": "Ann",
         "anchor_digest": DIGEST,
-        "num_layers": 2,
-        "d_model": 4,
-        "d_ff": 3,
+        "architecture": {"num_layers": 2, "d_model": 4, "d_ff": 3, "rank": 0, "attention_rank": 0,
+                         "embedding_rank": 0, "head_rank": 0, "num_bigrams": 0},
         "router_kind": "linear",
         "router_settings": {},
         "recipe": {"lr": 1e-3},
@@ -343,7 +342,7 @@ def test_signed_weights_that_are_no_safetensors_are_refused(keys, trusted, tmp_p
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.replace(b'"format_version":1', b'"format_version":2'), "expected 1"),
+        (lambda m: m.replace(b'"format_version":2', b'"format_version":1'), "expected 2"),
         (lambda m: m.replace(b'"tokens_seen":1000,', b""), "missing field: tokens_seen"),
         (lambda m: m + b"\n", "canonical"),
     ],

@@ -26,9 +26,10 @@ WEIGHTS = (  # a safetensors file of one tensor, as the library writes it
 )
 GOLDEN = (
     b'{"anchor_digest":"sha256:abababababababababababababababababababababababababababababababab",'
-    b'"architecture":{"d_ff":3,"d_model":2,"num_layers":1},"created":"2026-11-22T04:30:00Z",'
+    b'"architecture":{"attention_rank":4,"d_ff":3,"d_model":2,"embedding_rank":0,"head_rank":0,'
+    b'"num_bigrams":7,"num_layers":1,"rank":0},"created":"2026-11-22T04:30:00Z",'
     b'"data_card_digest":"sha256:ababababababababababababababababababababababababababababababab'
-    b'ab","format_version":1,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
+    b'ab","format_version":2,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
     b'"owner":"Universit\xc3\xa4tsklinik Jena","recipe":{"lr":0.0009,"steps":2000},'
     b'"router":{"kind":"linear","settings":{"has_bias":false}},"software":{"flexolmo":"0.1.0"},'
     b'"tensors":{"layers.0.up":{"digest":'
@@ -39,14 +40,16 @@ GOLDEN = (
 )
 
 
+ARCHITECTURE = {"num_layers": 1, "d_model": 2, "d_ff": 3, "rank": 0, "attention_rank": 4,
+                "embedding_rank": 0, "head_rank": 0, "num_bigrams": 7}
+
+
 def make_manifest(**changes):
     claims = {
         "name": "maths",
         "owner": "Universitätsklinik Jena",
         "anchor_digest": DIGEST,
-        "num_layers": 1,
-        "d_model": 2,
-        "d_ff": 3,
+        "architecture": ARCHITECTURE,
         "router_kind": "linear",
         "router_settings": {"has_bias": False},
         "recipe": {"lr": 9e-4, "steps": 2000},
@@ -103,10 +106,10 @@ def test_any_recipe_survives_a_round_trip(recipe):
     assert again.recipe == recipe
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None, [2]])
 def test_an_unknown_version_is_refused_before_anything_else(version):
     data = json.dumps({"format_version": version, "nonsense": 1}, indent=3).encode()
-    with pytest.raises(BundleError, match=r"format_version.*expected 1") as e:
+    with pytest.raises(BundleError, match=r"format_version.*expected 2") as e:
         read_manifest(data)
     assert "nonsense" not in str(e.value)
 
@@ -149,6 +152,7 @@ def test_missing_and_unknown_fields_are_all_named():
         ("architecture/d_ff", "3"),
         ("architecture/d_ff", True),
         ("architecture/d_ff", 3.0),
+        *((f"architecture/{k}", v) for k in ARCHITECTURE for v in (-1, "3", True, 3.0, None, ...)),
         ("router/kind", ""),
         ("router/settings", []),
         ("tensors", {}),

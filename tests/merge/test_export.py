@@ -2,13 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexolmo.data.batches import open_set
+from flexolmo.data.batches import TokenSplit, open_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, FlexOlmoError, MergeError
 from flexolmo.merge.export import (
@@ -18,12 +19,16 @@ from flexolmo.merge.export import (
     is_stock_router,
     own_windows,
     refit_router,
+    refuse_more_than_ffn,
     router_rows,
+    whole_ffn,
     with_stock_router,
 )
-from flexolmo.merge.mixture import load_mixture
+from flexolmo.merge.mixture import LoadedMixture, load_mixture
+from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import load_anchor, save_anchor
 from flexolmo.train.anchor import import_anchor
+from made_mixtures import ROUTERS
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 NAMES = ("amber", "basalt", "zinc")
@@ -43,6 +48,14 @@ def stock(directory, **options):
 def stock_logits(model, ids):
     with torch.inference_mode():
         return model(ids).logits
+
+
+def with_shapes(house, router, shapes, top_k=None):
+    """A mixture in memory of the owners in `shapes`, under one of made_mixtures' routers."""
+    settings = ROUTERS[router]
+    experts = {n: house.wild.expert(settings, sum(n.encode()), **s) for n, s in shapes.items()}
+    model = assemble_mixture(house.anchor, experts, settings, top_k=top_k)
+    return LoadedMixture(model, house.anchor.tokenizer, {})
 
 
 @pytest.fixture(scope="module", params=[None, 2], ids=["all experts", "2 of 4"])
@@ -86,7 +99,7 @@ def test_stock_transformers_continues_a_text_as_we_do(exported, house):
 
 def test_narrow_experts_are_padded_with_zeros(exported):
     mixture, out, _ = exported
-    widths = {n: mixture.model.expert_width(n) for n in mixture.model.expert_names}
+    widths = {"public": 48} | {n: s.d_ff for n, s in mixture.model.shapes.items()}
     assert len(set(widths.values())) == 2  # this mixture has narrow experts
     tensors = load_file(out / "model.safetensors")
     for e, name in enumerate(mixture.model.expert_names):
@@ -159,7 +172,7 @@ def test_an_export_comes_back_with_the_same_logits(exported, house, tmp_path):
 def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_path):
     wide = ["amber", "basalt"]
     mixture = house.mixture(wide, "stock")
-    assert {mixture.model.expert_width(n) for n in mixture.model.expert_names} == {48}
+    assert {s.d_ff for s in mixture.model.shapes.values()} == {48}
     export_stock(mixture, mixture.model, tmp_path / "hf", {"exact": True})
     import_stock(tmp_path / "hf", wide, tmp_path / "m", house.keys["Ann"], **TERMS)
     ids = house.wild.ids(2, 20)
@@ -227,6 +240,66 @@ def test_only_the_stock_router_is_exported_as_it_is(house, tmp_path, router):
     with pytest.raises(MergeError, match="refit"):
         export_stock(mixture, mixture.model, tmp_path / "hf", {})
     assert not list(tmp_path.iterdir())
+
+
+# --- other shapes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("shapes", [
+    {"amber": {"rank": 1}, "basalt": {"rank": 5}}, {"amber": {"rank": 40}, "zinc": {"d_ff": 20}},
+    {"amber": {"rank": 3}, "basalt": {"d_ff": 70}, "zinc": {}}])
+def test_low_rank_and_wide_experts_are_exported_exactly(house, tmp_path, shapes, top_k):
+    mixture = with_shapes(house, "stock", shapes, top_k)
+    export_stock(mixture, mixture.model, tmp_path / "hf", {"exact": True})
+    theirs, ids = stock(tmp_path / "hf"), house.wild.ids(3, 40)
+    widest = 72 if shapes["amber"] == {"rank": 3} else 48  # 70 and two of padding
+    assert theirs.config.intermediate_size == widest
+    ours = mixture.model(ids)
+    assert (stock_logits(theirs, ids) - ours).abs().max() < 1e-4
+    for off in shapes:
+        rest = [n for n in shapes if n != off]
+        active = mixture.model.expert_mask([rest] * 3)
+        assert (mixture.model(ids, active=active) - ours).abs().max() > 0.1, off
+    import_stock(tmp_path / "hf", sorted(shapes), tmp_path / "m", house.keys["Ann"], **TERMS)
+    assert (load_mixture(tmp_path / "m").model(ids) - ours).abs().max() < 1e-4
+
+
+def test_a_low_rank_experts_matrices_are_the_anchors_and_the_product(house):
+    model = with_shapes(house, "stock", {"amber": {"rank": 3}}).model
+    expert = expert_tensors(model, "amber")
+    for i in range(2):
+        for part, w in whole_ffn(model, "amber", i).items():
+            base = house.anchor.model.state_dict()[f"layers.{i}.mlp.{part}.weight"]
+            a, b = (expert[f"layers.{i}.{part}.lora_{x}"] for x in "ab")
+            torch.testing.assert_close(w, base + b @ a)
+
+
+@pytest.mark.parametrize("part", ["attention_rank", "embedding_rank", "head_rank"])
+def test_what_the_stock_format_has_no_place_for_is_refused_by_name(house, tmp_path, part):
+    mixture = with_shapes(house, "evidence", {"amber": {}, "basalt": {part: 2}, "zinc": {"rank": 1},
+                                              "cobalt": {part: 1}})
+    said = (r"basalt, cobalt also change attention, embedding or output head\..*"
+            r"flexolmo mix remove.*--scope ffn")
+    rows = refit_router(mixture.model, windows_of(house))
+    for act in (lambda: refuse_more_than_ffn(mixture.model),
+                lambda: with_stock_router(mixture.model, rows)):
+        with pytest.raises(MergeError, match=said) as e:
+            act()
+        assert "amber" not in str(e.value) and "zinc" not in str(e.value)
+    allowed = with_shapes(house, "evidence", {"amber": {}, "zinc": {"rank": 1}})
+    refuse_more_than_ffn(allowed.model)
+    other = with_stock_router(allowed.model, refit_router(allowed.model, windows_of(house)))
+    export_stock(allowed, other, tmp_path / "hf", {"exact": False})
+    ids = house.wild.ids(2, 30)
+    assert (stock_logits(stock(tmp_path / "hf"), ids) - other(ids)).abs().max() < 1e-4
+
+
+def test_every_expert_speaks_from_its_own_ffn_whatever_its_shape(house):
+    mixture = with_shapes(house, "evidence", {"amber": {"rank": 2}, "basalt": {"d_ff": 20},
+                                              "zinc": {"rank": 2, "head_rank": 3}})
+    windows = own_windows(mixture, sequences=2, tokens=12)
+    assert len(windows) == 8 and all(ids.shape == (13,) for ids, _ in windows)
 
 
 # --- refitting ----------------------------------------------------------------------------------
@@ -319,9 +392,12 @@ def test_the_mixture_writes_its_own_text_to_refit_on(house):
 
 
 def test_an_anchor_of_little_public_text_is_imported_and_saved(house, pico_set_dirs, tmp_path):
-    """Too little to find 16 clusters in: one stands for all."""
-    anchor = import_anchor(house.anchor_dir, open_set(pico_set_dirs["public"]))
-    assert len(anchor.public.cluster_counts) == 1
+    """So little that no bigram is in enough documents; its tables are empty."""
+    public = open_set(pico_set_dirs["public"])
+    train = public.splits["train"]
+    few = TokenSplit(train.tokens[:train.offsets[2]], train.offsets[:3], train.bytes[:2])
+    anchor = import_anchor(house.anchor_dir, replace(public, splits=public.splits | {"train": few}))
+    assert not len(anchor.public.keys)
     save_anchor(anchor, tmp_path / "anchor")
     assert load_anchor(tmp_path / "anchor").digest == anchor.digest
 
@@ -343,7 +419,7 @@ def test_an_imported_stock_anchor_computes_the_same_logits(pico_set_dirs, tmp_pa
             p.copy_(torch.randn_like(p) / 6 if p.dim() == 2 else 1 + 0.3 * torch.randn_like(p))
     made.save_pretrained(tmp_path / "stock")
     load_tokenizer(pico_set_dirs["public"]).save(tmp_path / "stock" / "tokenizer.json")
-    anchor = import_anchor(tmp_path / "stock", public, num_clusters=2)
+    anchor = import_anchor(tmp_path / "stock", public)
     ids = torch.randint(0, public.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     assert (stock_logits(made, ids) - anchor.model(ids)).abs().max() < 1e-4
     save_anchor(anchor, tmp_path / "anchor")

@@ -22,7 +22,9 @@ from flexolmo.merge.mixture import (
     read_about,
     remove_experts,
 )
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor
+from made_mixtures import ROUTERS
 
 NAMES = ("amber", "basalt", "zinc")
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=6, database=None,
@@ -162,10 +164,54 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(house, tmp_path
     assert "zinc" not in said
 
 
-def test_a_width_that_the_tensors_do_not_have_is_refused(house, tmp_path):
-    bad = differ_in_router(house, tmp_path, "amber", "evidence", d_ff=7)
+RICH = {"rank": 3, "attention_rank": 2, "embedding_rank": 4, "head_rank": 5}
+
+
+@pytest.mark.parametrize("claim", ["num_layers", "d_model", "d_ff", "rank", "attention_rank",
+                                   "embedding_rank", "head_rank", "num_bigrams"])
+@pytest.mark.parametrize("sizes", [{}, RICH], ids=["an FFN", "all parts"])
+def test_an_architecture_that_the_tensors_do_not_have_is_refused(house, tmp_path, claim, sizes):
+    tensors = house.wild.expert(ROUTERS["evidence"], 0, **sizes)
+    true = house.architecture(tensors)
+    bad = house.write(tmp_path, "amber", tensors, "evidence",
+                      architecture=true | {claim: true[claim] + 1})
     said = refused(house, tmp_path, [bad], MergeError)
-    assert said.count("amber: shape of") == 6  # three matrices in each of two layers
+    assert f"amber: architecture claims {claim} {true[claim] + 1}, found {true[claim]}\n" in said
+    assert said.count("amber:") == 1
+    good = house.write(tmp_path / "good", "amber", tensors, "evidence")
+    build_mixture(house.anchor_dir, [good], tmp_path / "m", house.trusted)
+
+
+def test_tensors_of_an_architecture_that_is_not_the_anchors_are_refused(house, tmp_path):
+    """Consistent with its own claim, but no expert for this anchor."""
+    tensors = house.wild.expert(ROUTERS["evidence"], 0, **RICH)
+    tensors["layers.0.q_proj.lora_a"] = torch.ones(2, 31)
+    tensors["layers.1.v_proj.lora_b"] = torch.ones(32, 2)  # it has fewer key-value heads
+    tensors["embed_tokens.lora_b"] = torch.ones(299, 4)
+    bad = house.write(tmp_path, "amber", tensors, "evidence")
+    said = refused(house, tmp_path, [bad], MergeError)
+    for line in ("amber: shape of layers.0.q_proj.lora_a: found [2, 31], expected [2, 32]",
+                 "amber: shape of layers.1.v_proj.lora_b: found [32, 2], expected [16, 2]",
+                 "amber: shape of embed_tokens.lora_b: found [299, 4], expected [300, 4]"):
+        assert line in said
+
+
+def test_experts_of_every_shape_come_through_the_bundle_as_they_were(house, tmp_path):
+    wild, router = house.wild, ROUTERS["evidence"]
+    experts = {"amber": wild.expert(router, 0, **RICH), "basalt": wild.expert(router, 1, 20),
+               "zinc": wild.expert(router, 2, **{k: v for k, v in RICH.items() if k != "rank"})}
+    bundles = [house.write(tmp_path, n, t, "evidence") for n, t in experts.items()]
+    about = build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
+    assert {n: e["architecture"] for n, e in about["experts"].items()} == {
+        n: house.architecture(t) for n, t in experts.items()}
+    found = load_mixture(tmp_path / "m").model
+    expected = assemble_mixture(wild.anchor, experts, router)
+    ids = wild.ids(2, 12)
+    assert torch.equal(found(ids), expected(ids))
+    remove_experts(tmp_path / "m", ["zinc"])
+    del experts["zinc"]
+    assert torch.equal(load_mixture(tmp_path / "m").model(ids),
+                       assemble_mixture(wild.anchor, experts, router)(ids))
 
 
 def test_two_experts_of_one_name_are_refused(house, tmp_path):
@@ -184,21 +230,21 @@ def test_experts_with_different_routers_are_refused(house, tmp_path):
     sharper = house.write(
         tmp_path, "zinc", house.tensors("zinc", "evidence"), "evidence",
         router_settings=room._ROUTER.validate_python(
-            {"kind": "evidence", "half_life_tokens": 9.0}).model_dump(mode="json"))
+            {"kind": "evidence", "clip_nats": 9.0}).model_dump(mode="json"))
     said = refused(house, tmp_path, [house.bundle("amber"), sharper], MergeError)
-    assert "9.0" in said and "128.0" in said
+    assert "9.0" in said and "5.0" in said
 
 
 def test_every_problem_of_every_bundle_is_listed_at_once(house, tmp_path):
     other = "sha256:" + "7" * 64
     tensors = house.tensors("basalt", "evidence")
-    del tensors["router.evidence"]
+    del tensors["router.backoff"]
     bundles = [
         house.bundle("amber"), house.write(tmp_path, "basalt", tensors, "evidence"),
         differ_in_router(house, tmp_path, "cobalt", "evidence", anchor_digest=other),
         house.bundle("zinc", "linear"), differ_in_router(house, tmp_path, "amber", "evidence")]
     said = refused(house, tmp_path, bundles, MergeError)
-    for part in ("amber: two experts", "basalt: missing: router.evidence",
+    for part in ("amber: two experts", "basalt: missing: router.backoff",
                  f"cobalt: trained on anchor {other}", "zinc: router is"):
         assert part in said
 

@@ -4,13 +4,26 @@ import pytest
 import torch
 
 from flexolmo.errors import FlexOlmoError, MergeError
-from flexolmo.model.assemble import assemble_mixture, expert_shapes, expert_tensors
+from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.router import PUBLIC, LinearSettings
-from flexolmo.model.statistics import EvidenceSettings, cluster_tables
+from flexolmo.model.shape import count_parameters, expert_shapes
+from flexolmo.model.statistics import EvidenceSettings
+
+SHAPES = {"whole": {}, "narrow": {"d_ff": 20}, "low rank": {"rank": 3, "num_bigrams": 0},
+          "all": {"attention_rank": 2, "embedding_rank": 3, "head_rank": 4},
+          "low rank, all": {"rank": 3, "attention_rank": 2, "embedding_rank": 3, "head_rank": 4}}
+
+
+def shapes_for(router):
+    """Those that an expert of a mixture with this router may have."""
+    is_linear = isinstance(router, LinearSettings)
+    return {n: s for n, s in SHAPES.items() if not (is_linear and "head_rank" in s)}
 
 
 def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
-    model = wild.mixture(router, ["a", "b"])
+    shapes = {n: wild.shape(**s) for n, s in shapes_for(router).items()}
+    names = {f"e{i}": shape for i, shape in enumerate(shapes.values())}
+    model = wild.mixture(router, list(names), shapes=names)
     found, anchor = model.state_dict(), wild.anchor.model.state_dict()
     for name, t in anchor.items():
         inherited = name.replace(".mlp.", f".mlp.experts.expert_{PUBLIC}.")
@@ -21,10 +34,17 @@ def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
             assert torch.equal(row[0], wild.anchor.router_rows[i])
             assert mixture.router.row(PUBLIC).weight.dtype == torch.float32
     if isinstance(router, EvidenceSettings):
-        tables = cluster_tables(wild.anchor.public, router, wild.anchor.config.eos_token_id)
-        assert torch.equal(found.pop("router.public_clusters"), torch.from_numpy(tables))
-    assert found, "the rest is the experts'"
-    assert all("expert_a" in n or "expert_b" in n for n in found)
+        public = wild.anchor.public
+        for part, expected in (("unigram", public.unigram), ("backoff", public.backoff),
+                               ("bigram_keys", public.keys),
+                               ("bigram_log_probs", public.log_probs)):
+            t = found.pop(f"router.tables.expert_{PUBLIC}.{part}")
+            assert torch.equal(t, torch.from_numpy(expected)), part
+    for i, shape in enumerate(shapes.values()):
+        own = [n for n in found if f"expert_e{i}." in n or n.endswith(f"expert_e{i}")]
+        assert sum(found.pop(n).numel() for n in own) == count_parameters(
+            wild.anchor.config, shape, router)
+    assert not found, "the rest is the experts'"
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
 
@@ -32,16 +52,21 @@ def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_experts_tensors_come_back_as_they_went_in(make_wild, router, dtype):
     wild = make_wild(dtype)
-    expert = wild.expert(router, 3, d_ff=20)
-    found = expert_tensors(assemble_mixture(wild.anchor, {"a": expert}, router), "a")
-    assert found.keys() == expert.keys() == expert_shapes(wild.anchor.config, 20, router).keys()
-    for name, t in expert.items():
-        assert found[name].dtype == (torch.float32 if "router" in name else dtype)
-        assert torch.equal(found[name], t), name
+    for sizes in shapes_for(router).values():
+        expert, other = wild.expert(router, 3, **sizes), wild.expert(router, 4)
+        model = assemble_mixture(wild.anchor, {"b": other, "a": expert}, router)
+        found = expert_tensors(model, "a")
+        assert found.keys() == expert.keys() == expert_shapes(
+            wild.anchor.config, wild.shape(**sizes), router).keys()
+        for name, t in expert.items():
+            whole = torch.int64 if "keys" in name else torch.float32
+            assert found[name].dtype == t.dtype == (whole if "router" in name else dtype)
+            assert torch.equal(found[name], t), name
 
 
 def test_a_mixture_shares_no_memory_with_its_parts(wild, router):
-    expert = wild.expert(router, 0)
+    more = {} if isinstance(router, LinearSettings) else SHAPES["all"]
+    expert = wild.expert(router, 0, **more)
     model = assemble_mixture(wild.anchor, {"a": expert}, router)
     given = {t.data_ptr() for t in (*expert.values(), *wild.anchor.model.state_dict().values(),
                                     wild.anchor.router_rows)}
@@ -53,19 +78,61 @@ def test_every_misfit_of_every_expert_is_listed(wild, router):
     del bad["layers.1.down_proj.weight"]
     bad["layers.9.up_proj.weight"] = torch.zeros(1)
     strange["layers.0.up_proj.weight"] = torch.zeros(48, 31)
+    low = wild.expert(router, 4, rank=3)
+    del low["layers.0.up_proj.lora_b"]
+    low["layers.1.gate_proj.lora_a"] = torch.zeros(2, 32)
+    low["layers.1.gate_proj.weight"] = torch.zeros(48, 32)
+    low["lm_head.lora_b"] = torch.zeros(300, 2)
+    experts = {"good": good, "bad": bad, "strange": strange, "low": low}
     with pytest.raises(MergeError) as e:
-        assemble_mixture(wild.anchor, {"good": good, "bad": bad, "strange": strange}, router)
+        assemble_mixture(wild.anchor, experts, router)
     lines = [line.strip() for line in str(e.value).splitlines()[1:]]
     assert lines == ["bad: missing layers.1.down_proj.weight",
                      "bad: extra layers.9.up_proj.weight",
+                     "low: missing layers.0.up_proj.lora_b",
+                     "low: extra layers.1.gate_proj.weight",
+                     "low: extra lm_head.lora_b",
+                     "low: shape of layers.1.gate_proj.lora_a is [2, 32], expected [3, 32]",
                      "strange: shape of layers.0.up_proj.weight is [48, 31], expected [48, 32]"]
+
+
+@pytest.mark.parametrize("name", ["layers.0.gate_proj.weight", "layers.0.q_proj.lora_a",
+                                  "lm_head.lora_a", "router.bigram_keys"])
+def test_a_tensor_without_dimensions_is_a_misfit(wild, name):
+    expert = wild.expert(EvidenceSettings(), 0, **SHAPES["all"]) | {name: torch.tensor(1)}
+    with pytest.raises(MergeError, match=f"{name}|extra|missing"):
+        assemble_mixture(wild.anchor, {"a": expert}, EvidenceSettings())
+
+
+@pytest.mark.parametrize("scope", ["attention_rank", "embedding_rank", "head_rank"])
+def test_more_than_an_ffn_needs_a_router_that_decides_once(wild, scope):
+    for router in (LinearSettings(), LinearSettings(has_bias=False)):
+        expert = wild.expert(router, 0, **{scope: 2})
+        with pytest.raises(MergeError, match="a: changes more than the FFN.*kind evidence"):
+            assemble_mixture(wild.anchor, {"a": expert}, router)
+
+
+@pytest.mark.parametrize("change", ["order", "twice", "negative", "too large"])
+def test_bigrams_that_cannot_be_looked_up_are_refused(wild, change):
+    expert = wild.expert(EvidenceSettings(), 0)
+    keys = expert["router.bigram_keys"]
+    if change == "order":
+        keys[[3, 4]] = keys[[4, 3]]
+    elif change == "twice":
+        keys[4] = keys[3]
+    elif change == "negative":
+        keys[0] = -1
+    else:
+        keys[-1] = wild.anchor.config.vocab_size**2
+    with pytest.raises(MergeError, match="a: router.bigram_keys are not ascending pairs"):
+        assemble_mixture(wild.anchor, {"a": expert}, EvidenceSettings())
 
 
 def test_an_expert_of_another_router_is_refused(wild):
     evidence, linear = EvidenceSettings(), LinearSettings()
     for its, ours in ((evidence, linear), (linear, evidence),
                       (linear, LinearSettings(has_bias=False))):
-        with pytest.raises(MergeError, match=r"router\.(weight|evidence|raw_bias)"):
+        with pytest.raises(MergeError, match=r"router\.(weight|unigram|raw_bias)"):
             assemble_mixture(wild.anchor, {"a": wild.expert(its, 0)}, ours)
 
 

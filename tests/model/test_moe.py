@@ -3,24 +3,40 @@
 import pytest
 import torch
 
+from flexolmo.model.deltas import LowRank
 from flexolmo.model.moe import Mixture, MixtureModel
 from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.shape import FFN_PARTS
 from flexolmo.model.statistics import EvidenceSettings
 
 OWNERS = ["amber", "basalt", "cobalt"]
 MASKS = [None, ("amber", "cobalt"), ()]
+FFNS = {"whole": [{}, {"d_ff": 20}, {"d_ff": 70}],
+        "low rank": [{"rank": 1}, {"rank": 5}, {"rank": 40}],
+        "mixed": [{"rank": 3}, {"d_ff": 20}, {"rank": 2}]}
 
 
-def loop_over_experts(mixture, h, weights):
+def matrices(mixture, name):
+    """gate, up and down of one expert in float64; of a low-rank one, W_public + B A."""
+    found = []
+    for part in FFN_PARTS:
+        own, public = (getattr(mixture.expert(n), part) for n in (name, PUBLIC))
+        found.append(public.weight.double() + own.lora_b.double() @ own.lora_a.double()
+                     if isinstance(own, LowRank) else own.weight.double())
+    return found
+
+
+def loop_over_experts(mixture, names, h, weights):
     """sum_e w_e * down(silu(gate(h)) * up(h)), token by token."""
     out = torch.zeros_like(h, dtype=torch.float64)
-    for b in range(h.shape[0]):
-        for t in range(h.shape[1]):
-            x = h[b, t].double()
-            for e, expert in enumerate(mixture.experts.values()):
-                gate = expert.gate_proj.weight.double() @ x
-                hidden = gate / (1 + (-gate).exp()) * (expert.up_proj.weight.double() @ x)
-                out[b, t] += weights[b, t, e].double() * (expert.down_proj.weight.double() @ hidden)
+    for e, name in enumerate(names):
+        gate_proj, up_proj, down_proj = matrices(mixture, name)
+        for b in range(h.shape[0]):
+            for t in range(h.shape[1]):
+                x = h[b, t].double()
+                gate = gate_proj @ x
+                hidden = gate / (1 + (-gate).exp()) * (up_proj @ x)
+                out[b, t] += weights[b, t, e].double() * (down_proj @ hidden)
     return out
 
 
@@ -37,12 +53,14 @@ def capture(model):
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 2])
-def test_a_layer_is_a_loop_over_its_experts(wild, router, top_k):
-    model, routing = wild.mixture(router, OWNERS, top_k), []
+@pytest.mark.parametrize("ffns", FFNS)
+def test_a_layer_is_a_loop_over_its_experts(wild, router, top_k, ffns):
+    shapes = {n: wild.shape(**s) for n, s in zip(OWNERS, FFNS[ffns], strict=True)}
+    model, routing = wild.mixture(router, OWNERS, top_k, shapes), []
     inputs, outputs = capture(model)
     model(wild.ids(3, 10), active=model.expert_mask(MASKS), routing=routing)
     for i, mixture in enumerate(model.mixtures()):
-        expected = loop_over_experts(mixture, inputs[i], routing[i])
+        expected = loop_over_experts(mixture, model.expert_names, inputs[i], routing[i])
         torch.testing.assert_close(outputs[i].double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -93,7 +111,7 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
             runs[name] += 1
         return hook
     for name in model.expert_names:
-        model.mixtures()[0].expert(name).register_forward_hook(count(name))
+        model.mixtures()[0].expert(name).gate_proj.register_forward_hook(count(name))
     ids = wild.ids(1, 2)
     still = model(ids)
     assert sum(runs.values()) < len(runs)
@@ -102,12 +120,12 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
 
 
 def test_experts_are_public_first_then_by_name(wild, router):
-    model = MixtureModel(wild.anchor.config, {"cobalt": 8, "amber": 4}, router)
+    shapes = {"cobalt": wild.shape(8), "amber": wild.shape(rank=4)}
+    model = MixtureModel(wild.anchor.config, shapes, router)
     assert model.expert_names == [PUBLIC, "amber", "cobalt"]
     for mixture in model.mixtures():
         assert list(mixture.experts.values()) == [mixture.expert(n) for n in model.expert_names]
-    widths = [model.expert_width(n) for n in model.expert_names]
-    assert widths == [wild.anchor.config.d_ff, 4, 8]
+    assert model.shapes == shapes and list(model.shapes) == ["amber", "cobalt"]
 
 
 def test_a_mixture_without_weights_is_a_programming_error(wild):

@@ -15,13 +15,21 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import PolicyError
 from flexolmo.model.assemble import assemble_mixture
+from flexolmo.model.deltas import LowRank
 from flexolmo.model.router import LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import Linear, language_model_loss
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
 ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings()}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# What an owner may hold, by parts; the linear router takes FFNs alone.
+FFNS = ({}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 3})
+MORE = ({}, {"attention_rank": 2}, {"embedding_rank": 3}, {"head_rank": 2},
+        {"embedding_rank": 1, "head_rank": 4},
+        {"attention_rank": 3, "embedding_rank": 2, "head_rank": 1})
+PLAIN, RICH = ((0, 0), (1, 0), (2, 0)), ((0, 5), (3, 5), (4, 4))  # of the three owners
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=40,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -33,14 +41,21 @@ def same_bits(a, b):
                                               b.view(AS_INTEGERS[b.dtype]))
 
 
+def shapes_of(wild, kind, parts):
+    """By owner, from places in FFNS and MORE."""
+    return {n: wild.shape(**FFNS[ffn], **(MORE[more] if kind == "evidence" else {}))
+            for n, (ffn, more) in zip(OWNERS, parts, strict=True)}
+
+
 @pytest.fixture(scope="module")
 def mixtures(make_wild):
-    """`mixtures(router, dtype, names, top_k)`, each assembled once."""
+    """`mixtures(router, dtype, names, top_k, parts)`, each assembled once."""
     wilds = {name: make_wild(dtype) for name, dtype in DTYPES.items()}
 
     @cache
-    def get(kind, dtype, names, top_k):
-        return wilds[dtype].mixture(ROUTERS[kind], list(names), top_k)
+    def get(kind, dtype, names, top_k, parts=PLAIN):
+        wild = wilds[dtype]
+        return wild.mixture(ROUTERS[kind], list(names), top_k, shapes_of(wild, kind, parts))
     get.wilds = wilds
     return get
 
@@ -58,6 +73,8 @@ CASES = st.fixed_dictionaries({
     "kind": st.sampled_from(sorted(ROUTERS)),
     "dtype": st.sampled_from(sorted(DTYPES)),
     "top_k": st.sampled_from([None, 1, 2, 3]),
+    "parts": st.tuples(*[st.tuples(st.sampled_from(range(len(FFNS))),
+                                   st.sampled_from(range(len(MORE))))] * 3),
     "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
     "length": st.integers(1, 24),
     "steps": st.integers(0, 3),
@@ -71,6 +88,7 @@ CASES = st.fixed_dictionaries({
 @settings(IN_SESSION, max_examples=120)
 def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
     masks, length, key = case["masks"], case["length"], (case["kind"], case["dtype"])
+    more = (case["top_k"], case["parts"])
     ids = mixtures.wilds["float32"].ids(len(masks), length + case["steps"], case["seed"])
     prompt, decode = ids[:, :length], [ids[:, length + i:length + i + 1]
                                        for i in range(case["steps"])]
@@ -78,10 +96,10 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
     if case["is_padded"]:
         first = torch.tensor([p % length for p in case["padding"][:len(masks)]])
         is_token = torch.arange(length)[None] >= first[:, None]
-    merged = run(mixtures(*key, OWNERS, case["top_k"]), prompt, decode, masks, is_token)
+    merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, is_token)
     for subset in set(masks):
         rows = torch.tensor([i for i, m in enumerate(masks) if m == subset])
-        never = run(mixtures(*key, subset, case["top_k"]), prompt, decode, None, is_token)
+        never = run(mixtures(*key, subset, *more), prompt, decode, None, is_token)
         for got, expected in zip(merged, never, strict=True):
             assert torch.isfinite(expected).all()
             assert same_bits(got[rows], expected[rows])
@@ -90,34 +108,35 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ROUTERS)
 @pytest.mark.parametrize("top_k", [None, 2])
-def test_disabled_is_never_merged_for_every_subset(mixtures, kind, dtype, top_k):
+@pytest.mark.parametrize("parts", [PLAIN, RICH])
+def test_disabled_is_never_merged_for_every_subset(mixtures, kind, dtype, top_k, parts):
     ids = mixtures.wilds["float32"].ids(2, 40)
-    merged = mixtures(kind, dtype, OWNERS, top_k)
+    merged = mixtures(kind, dtype, OWNERS, top_k, parts)
     seen = []
     for subset in SUBSETS:
-        expected = mixtures(kind, dtype, subset, top_k)(ids)
+        expected = mixtures(kind, dtype, subset, top_k, parts)(ids)
         got = merged(ids, active=merged.expert_mask([subset, subset]))
         assert same_bits(got, expected)
         assert not any(torch.equal(got, other) for other in seen), "this expert has no effect"
         seen.append(got)
 
 
-def test_disabled_is_never_merged_beyond_one_chunk_of_evidence(mixtures):
-    """The router reads 256 positions at a time."""
-    ids = mixtures.wilds["float32"].ids(2, 530, eos_every=200)
-    merged = mixtures("evidence", "float32", OWNERS, None)
+def test_disabled_is_never_merged_in_a_long_text(mixtures):
+    ids = mixtures.wilds["float32"].ids(2, 500, eos_every=200)
+    merged = mixtures("evidence", "float32", OWNERS, None, RICH)
     got = merged(ids, active=merged.expert_mask([("basalt",), ()]))
     for row, subset in enumerate([("basalt",), ()]):
-        expected = mixtures("evidence", "float32", subset, None)(ids)
+        expected = mixtures("evidence", "float32", subset, None, RICH)(ids)
         assert same_bits(got[row], expected[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_all_off_is_the_anchor(mixtures, kind, dtype):
+@pytest.mark.parametrize("parts", [PLAIN, RICH])
+def test_all_off_is_the_anchor(mixtures, kind, dtype, parts):
     anchor = mixtures.wilds[dtype].anchor.model
     ids = mixtures.wilds[dtype].ids(3, 20)
-    merged = mixtures(kind, dtype, OWNERS, 2)
+    merged = mixtures(kind, dtype, OWNERS, 2, parts)
     prompt, decode = ids[:, :17], [ids[:, i:i + 1] for i in (17, 18, 19)]
     store = anchor.new_cache()
     expected = [anchor(part, cache=store) for part in (prompt, *decode)]
@@ -127,15 +146,22 @@ def test_all_off_is_the_anchor(mixtures, kind, dtype):
 
 
 def test_all_off_is_the_anchor_after_real_training(pico_anchor, wild, router):
-    merged = assemble_mixture(pico_anchor, {"amber": wild.expert(router, 5)}, router)
+    more = {} if isinstance(router, LinearSettings) else MORE[-1]
+    merged = assemble_mixture(pico_anchor, {"amber": wild.expert(router, 5, **more)}, router)
     ids = wild.ids(2, 30)
     assert same_bits(merged(ids, active=merged.expert_mask([(), ()])), pico_anchor.model(ids))
+
+
+def rich_experts(wild, router):
+    """Tensors by owner: of every kind of part that the router allows."""
+    shapes = shapes_of(wild, router.kind, RICH)
+    return {n: wild.expert(router, i, **shapes[n].model_dump()) for i, n in enumerate(OWNERS)}
 
 
 @given(order=st.permutations(OWNERS), seed=st.integers(0, 99))
 @settings(IN_SESSION, max_examples=15)
 def test_the_order_of_merging_is_irrelevant(wild, router, order, seed):
-    experts = {n: wild.expert(router, i) for i, n in enumerate(OWNERS)}
+    experts = rich_experts(wild, router)
     one = assemble_mixture(wild.anchor, experts, router, top_k=2)
     other = assemble_mixture(wild.anchor, {n: experts[n] for n in order}, router, top_k=2)
     ids = wild.ids(2, 12, seed)
@@ -146,17 +172,40 @@ def test_the_order_of_merging_is_irrelevant(wild, router, order, seed):
                      other(ids, active=other.expert_mask(masks)))
 
 
-def test_what_a_disabled_expert_holds_changes_no_bit(wild, router):
+@pytest.mark.parametrize("off", OWNERS)
+@pytest.mark.parametrize("scale", [1e30, 3e38])
+def test_what_a_disabled_expert_holds_changes_no_bit(wild, router, off, scale):
     """Even weights near the largest number, whose products overflow."""
-    ids, outputs = wild.ids(3, 16), []
-    for scale in (1.0, 1e30):
-        experts = {n: wild.expert(router, i) for i, n in enumerate(OWNERS)}
-        experts["basalt"] = {n: t * scale for n, t in experts["basalt"].items()}
+    ids, outputs, losses = wild.ids(3, 16), [], []
+    others = tuple(n for n in OWNERS if n != off)
+    for factor in (1.0, scale):
+        experts = rich_experts(wild, router)
+        experts[off] = {n: t if "keys" in n else t.sign() * factor if factor > 1 else t
+                        for n, t in experts[off].items()}
         model = assemble_mixture(wild.anchor, experts, router, top_k=2)
-        outputs.append(model(ids, active=model.expert_mask([("amber",), OWNERS, ()])))
-    assert same_bits(outputs[0][0], outputs[1][0])
-    assert same_bits(outputs[0][2], outputs[1][2])
+        outputs.append(model(ids, active=model.expert_mask([others, OWNERS, ()])))
+        two = ids[[0, 2]]
+        losses.append(language_model_loss(model, two, active=model.expert_mask([others, ()])))
+        outputs[-1] = torch.cat([outputs[-1], model(two, active=model.expert_mask([others, ()]))])
+    for row in (0, 2, 3, 4):
+        assert torch.isfinite(outputs[0][row]).all()
+        assert same_bits(outputs[0][row], outputs[1][row])
+    assert same_bits(*losses)
     assert not torch.equal(outputs[0][1], outputs[1][1])
+
+
+def test_a_loss_under_mixed_masks_is_that_of_the_logits(wild):
+    """Also where what an expert that is off computes overflows."""
+    router, ids = EvidenceSettings(), wild.ids(3, 17)
+    experts = rich_experts(wild, router)
+    experts["cobalt"] = {n: t if "router" in n else t.sign() * 1e30
+                         for n, t in experts["cobalt"].items()}
+    model = assemble_mixture(wild.anchor, experts, router)
+    active = model.expert_mask([("amber",), ("basalt", "amber"), ()])
+    logits = model(ids[:, :-1], active=active)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert torch.isfinite(expected)
+    torch.testing.assert_close(language_model_loss(model, ids, chunk=7, active=active), expected)
 
 
 @given(data=st.data(), experts=st.integers(9, 40), top_k=st.sampled_from([None, 3]))
@@ -183,36 +232,29 @@ def test_disabled_is_never_merged_among_twenty_owners(wild, router):
 
 
 def count_runs(model, name):
-    """Inputs that the expert's FFN was given, over all layers."""
+    """Inputs that the expert's own parts were given, anywhere in the model."""
     seen = []
-    for mixture in model.mixtures():
-        mixture.expert(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for path, module in model.named_modules():
+        if f"expert_{name}" in path.split(".") and isinstance(module, LowRank | Linear):
+            module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     return seen
 
 
-def test_an_expert_that_no_sequence_enables_is_never_run(wild, router):
-    model = wild.mixture(router, list(OWNERS))
+@pytest.mark.parametrize("parts", [PLAIN, RICH])
+def test_an_expert_that_no_sequence_enables_is_never_run(wild, router, parts):
+    shapes = shapes_of(wild, router.kind, parts)
+    model = wild.mixture(router, list(OWNERS), shapes=shapes)
     runs = {name: count_runs(model, name) for name in model.expert_names}
     store = model.new_cache()
     active = model.expert_mask([("amber",), ("amber", "cobalt")])
     model(wild.ids(2, 8), active=active, cache=store)
     model(wild.ids(2, 1), active=active, cache=store)
-    layers = len(model.layers)
+    products = 3 * len(model.layers)
     assert {n: len(r) for n, r in runs.items()} == {
-        "public": 2 * layers, "amber": 2 * layers, "basalt": 0, "cobalt": 2 * layers}
+        "public": 2 * products, "amber": 2 * products, "basalt": 0, "cobalt": 2 * products}
     model.train()(wild.ids(2, 8), active=active)  # nor while a router is being calibrated
-    assert len(runs["cobalt"]) == 3 * layers
+    assert len(runs["cobalt"]) == 3 * products
     assert not runs["basalt"]
-
-
-def test_an_expert_sees_zeros_for_sequences_that_disable_it(wild, router):
-    model = wild.mixture(router, list(OWNERS))
-    seen = count_runs(model, "cobalt")
-    model(wild.ids(3, 8), active=model.expert_mask([("amber",), ("cobalt",), ()]))
-    assert len(seen) == len(model.layers)
-    for x in seen:
-        assert (x[[0, 2]] == 0).all()
-        assert (x[1] != 0).any(dim=-1).all()
 
 
 def test_a_mask_names_experts_and_always_keeps_the_public_one(wild, router):

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
 from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import (
     ModelConfig,
     Transformer,
@@ -106,7 +107,8 @@ def test_a_bias_moves_weight_from_the_expert_to_the_public_one(wild):
 @IN_SESSION
 def test_reading_in_pieces_is_reading_at_once(wild, router, cuts, seed):
     ids = wild.ids(2, 30, seed)
-    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"])):
+    rich = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
+    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"]), rich):
         edges, cache = [0, *sorted(cuts), 30], model.new_cache()
         pieces = [model(ids[:, a:b], cache=cache) for a, b in pairwise(edges)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), **UNTIL_CLOSE)
@@ -124,7 +126,8 @@ def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
     ids = torch.cat([F.pad(t, (p, 0), value=filler)
                      for t, p in zip(texts, padding, strict=True)])
     is_token = torch.arange(12)[None] >= torch.tensor(padding)[:, None]
-    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"], top_k=2)):
+    rich = wild.mixture(router, "ab", 2, wild.rich_shapes(router, "ab"))
+    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"], top_k=2), rich):
         plain, cache = model(ids, is_token=is_token), model.new_cache()
         first = model(ids, is_token=is_token, cache=cache)
         rest = torch.cat([model(after[:, :1], cache=cache), model(after[:, 1:], cache=cache)], 1)
@@ -136,56 +139,60 @@ def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
 
 
 def test_no_position_sees_a_later_one(wild, router):
-    model, ids = wild.mixture(router, ["a", "b"]), wild.ids(1, 20)
+    ids, model = wild.ids(1, 20), wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
     changed = ids.clone()
     changed[0, 12:] = (changed[0, 12:] + 1) % wild.anchor.config.vocab_size
     assert torch.equal(model(ids)[0, :12], model(changed)[0, :12])
     assert not torch.equal(model(ids)[0, 12:], model(changed)[0, 12:])
 
 
+def test_the_last_positions_logits_are_those_of_all(wild, router):
+    model, ids = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab")), wild.ids(3, 9)
+    active = model.expert_mask([("a",), None, ()])
+    torch.testing.assert_close(model(ids, active=active, last_only=True),
+                               model(ids, active=active)[:, -1:], rtol=0, atol=1e-5)
+
+
 # --- loss ---------------------------------------------------------------------------------------
 
 
 @given(num=st.integers(1, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99),
-       scale=st.sampled_from([1.0, -3.0, 0.01]))
+       scale=st.sampled_from([1.0, -3.0, 0.01]), ranks=st.lists(st.integers(1, 5), max_size=3),
+       asked=st.integers(1, 255))
 @IN_SESSION
-def test_chunked_loss_is_cross_entropy_with_its_gradients(num, chunk, seed, scale):
+def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(num, chunk, seed, scale,
+                                                                    ranks, asked):
+    """Of logits sum_j u_j w_j^T, for any subset of the u and w; the others get none."""
     rng = np.random.default_rng(seed)
-    h = torch.from_numpy(rng.normal(size=(num, 8)) * 3)
-    weight = torch.from_numpy(rng.normal(size=(13, 8)))
+    parts = [torch.from_numpy(rng.normal(size=(n, inner)) * 3 * inner**-0.5)
+             for inner in (8, *ranks) for n in (num, 13)]
     targets = torch.from_numpy(rng.integers(0, 13, num))
+    wanted = [bool(asked >> j & 1) for j in range(len(parts))]
+    wanted[0] |= not any(wanted)
+
+    def plain(*parts):
+        logits = sum(u @ w.T for u, w in zip(parts[::2], parts[1::2], strict=True))
+        return F.cross_entropy(logits, targets)
     found, expected = [], []
-    for out, loss_of in ((found, lambda h, w: _ChunkedLoss.apply(h, w, targets, chunk)),
-                         (expected, lambda h, w: F.cross_entropy(h @ w.T, targets))):
-        leaves = h.clone().requires_grad_(), weight.clone().requires_grad_()
+    for out, loss_of in ((found, lambda *p: _ChunkedLoss.apply(targets, chunk, *p)),
+                         (expected, plain)):
+        leaves = [p.clone().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)]
         loss = loss_of(*leaves)
         (loss * scale).backward()
-        out += [loss.detach().double(), leaves[0].grad, leaves[1].grad]
+        assert [x.grad is not None for x in leaves] == wanted
+        out += [loss.detach().double(), *(x.grad for x in leaves if x.grad is not None)]
     for a, b in zip(found, expected, strict=True):  # the sums are taken in float32
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("which", ["h", "weight"])
-def test_chunked_loss_computes_only_the_gradients_asked_for(which):
-    torch.manual_seed(0)
-    leaves = {"h": torch.randn(6, 8), "weight": torch.randn(13, 8)}
-    leaves[which].requires_grad_()
-    loss = _ChunkedLoss.apply(*leaves.values(), torch.arange(6), 4)
-    loss.backward()
-    asked = leaves[which].grad
-    for leaf in leaves.values():
-        leaf.requires_grad_().grad = None
-    F.cross_entropy(leaves["h"] @ leaves["weight"].T, torch.arange(6)).backward()
-    torch.testing.assert_close(asked, leaves[which].grad)
-
-
 def test_loss_does_not_depend_on_the_chunk(wild):
     ids = wild.ids(3, 21)
-    losses = [language_model_loss(wild.anchor.model, ids, chunk=c) for c in (1, 7, 60, 1024)]
-    logits = wild.anchor.model(ids[:, :-1])
-    expected = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    for loss in losses:
-        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    shapes = {"a": wild.shape(head_rank=3), "b": wild.shape(head_rank=1)}
+    for model in (wild.anchor.model, wild.mixture(EvidenceSettings(), "ab", shapes=shapes)):
+        losses = [language_model_loss(model, ids, chunk=c) for c in (1, 7, 60, 1024)]
+        expected = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        for loss in losses:
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
 
 
 # --- the shape ----------------------------------------------------------------------------------

@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.batches import TrainingBatches, training_batches
 from flexolmo.errors import CheckpointError
-from flexolmo.model.assemble import assemble_mixture, expert_shapes
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor
 from flexolmo.model.router import LinearSettings
-from flexolmo.model.statistics import EvidenceSettings, owner_table
+from flexolmo.model.shape import architecture_of, expert_shapes
+from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.train import expert as room
 from flexolmo.train import loop
@@ -31,8 +33,19 @@ BRIEF = TrainSettings(steps=6, batch_size=2, seq_len=16, warmup_steps=2,
                       checkpoint_every_seconds=1e-9)
 
 
-def recipe_of(router, seed=0, **changes):
-    return ExpertRecipe(router=router, seed=seed, train=BRIEF.model_copy(update=changes))
+SCOPES = {"ffn": {}, "ffn+head": {"head_rank": 4},
+          "all": {"attention_rank": 3, "embedding_rank": 2, "head_rank": 4}}
+
+
+def recipe_of(router, seed=0, scope=None, rank=0, width=None, replay=0.0, **changes):
+    """All that the router allows, unless a scope is given; `changes` are of the training."""
+    scope = scope or ("ffn" if router.kind == "linear" else "all")
+    return ExpertRecipe(router=router, seed=seed, scope=scope, rank=rank, width=width,
+                        replay=replay, **SCOPES[scope], train=BRIEF.model_copy(update=changes))
+
+
+def shapes_in(expert):
+    return {n: tuple(t.shape) for n, t in expert.tensors.items()}
 
 
 @pytest.fixture
@@ -59,22 +72,27 @@ def watched(monkeypatch):
 
 def may_learn(name, router):
     """By name alone, so that the test does not share the code's idea of it."""
-    if ".mlp.experts.expert_maths." in name:
+    if ".mlp.experts.expert_maths." in name or ".deltas.expert_maths." in name:
         return True
     return isinstance(router, LinearSettings) and name.endswith(
         (".mlp.router.rows.expert_maths.weight", ".mlp.router.raw_bias.expert_maths"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("rank", [0, 3])
 def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router, watched,
-                                                 optimizer):
+                                                 optimizer, rank):
     train_expert(pico_anchor, pico_sets["maths"], "maths",
-                 recipe_of(router, optimizer=optimizer, weight_decay=0.1))
+                 recipe_of(router, rank=rank, optimizer=optimizer, weight_decay=0.1))
     pair, before = watched["pair"], watched["before"]
     after = pair.state_dict()
     learns = {n for n in after if may_learn(n, router)}
-    per_layer = 3 + (2 if router == LinearSettings() else 1) * (router.kind == "linear")
-    assert len(learns) == 2 * per_layer
+    per_layer = 6 if rank else 3
+    if router.kind == "linear":
+        per_layer += 2 if router.has_bias else 1
+        assert len(learns) == 2 * per_layer
+    else:  # attention's four deltas, and those outside the layers
+        assert len(learns) == 2 * (per_layer + 8) + 4
     for name, t in after.items():
         assert torch.equal(t, before[name]) != (name in learns), name
     assert watched["grads"] == [learns] * BRIEF.steps, "frozen parameters get no gradient at all"
@@ -93,32 +111,115 @@ def test_the_checkpoint_holds_the_expert_and_nothing_else(pico_anchor, pico_sets
     train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(router), tmp_path)
     with safetensors.safe_open(tmp_path / loop.CHECKPOINT, framework="pt") as f:
         names = set(f.keys())
-    own = expert_shapes(pico_anchor.config, 48, router).keys() - {"router.evidence"}
+    shape = recipe_of(router).shape(pico_anchor.config)
+    own = {n for n in expert_shapes(pico_anchor.config, shape, router)
+           if not n.startswith("router.")}
     assert {n.removeprefix("parameter.") for n in names if n.startswith("parameter.")} == own
     kept = {n.removeprefix("optimizer.").rsplit(".", 1)[0] for n in names
             if n.startswith("optimizer.")}
     assert kept == own
 
 
-def test_the_evidence_table_is_the_owners_counts_and_is_not_trained(pico_anchor, pico_sets):
+def test_the_evidence_is_the_owners_statistics_and_is_not_trained(pico_anchor, pico_sets):
     settings = EvidenceSettings(min_documents=2)
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(settings))
     split = pico_sets["maths"].splits["train"]
-    table = owner_table(split.tokens, split.offsets, pico_anchor.public, settings,
-                        pico_anchor.config.eos_token_id)
-    assert torch.equal(expert.tensors["router.evidence"], torch.from_numpy(table))
+    own = fit_bigrams(split.tokens, split.offsets, pico_anchor.config.vocab_size, settings,
+                      pico_anchor.public)
+    for name, expected in (("unigram", own.unigram), ("backoff", own.backoff),
+                           ("bigram_keys", own.keys), ("bigram_log_probs", own.log_probs)):
+        assert torch.equal(expert.tensors[f"router.{name}"], torch.from_numpy(expected)), name
 
 
-def test_an_expert_starts_as_the_anchor(pico_anchor, pico_sets, router, wild):
-    """Two equal FFNs: whatever the router says, the pair's text is the anchor's."""
-    start = start_expert(pico_anchor, pico_sets["maths"], "maths", router)
+def test_a_recipe_says_what_the_owner_may_change(pico_anchor):
+    config, evidence = pico_anchor.config, EvidenceSettings()
+    ranks = {(s, part): getattr(ExpertRecipe(router=evidence, scope=s).shape(config), part)
+             for s in SCOPES for part in ("attention_rank", "embedding_rank", "head_rank")}
+    assert {k for k, rank in ranks.items() if rank} == {
+        ("ffn+head", "head_rank"), ("all", "attention_rank"), ("all", "embedding_rank"),
+        ("all", "head_rank")}
+    assert ExpertRecipe().scope == "all"
+    assert ExpertRecipe(scope="ffn", width=7).shape(config).d_ff == 7
+    assert ExpertRecipe(scope="ffn", rank=7).shape(config).model_dump() == {
+        "d_ff": 48, "rank": 7, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0,
+        "num_bigrams": 0}
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"rank": 2, "width": 20}, "width or rank, not both"), ({"scope": "head"}, "ffn\\+head"),
+    ({"router": {"kind": "linear"}}, 'scope all needs .* set scope = "ffn"'),
+    ({"router": {"kind": "linear"}, "scope": "ffn+head"}, "set scope"), ({"replay": 1.0}, "replay"),
+    ({"replay": -0.1}, "replay"), ({"head_rank": 0}, "head_rank"), ({"width": 0}, "width")])
+def test_a_recipe_that_contradicts_itself_is_refused(wrong, said):
+    with pytest.raises(ValidationError, match=said):
+        ExpertRecipe.model_validate(wrong)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_expert_starts_as_the_anchor(pico_anchor, pico_sets, router, wild, rank):
+    """Equal FFNs and no deltas: whatever the router says, the pair's text is the anchor's."""
+    start = start_expert(pico_anchor, pico_sets["maths"], recipe_of(router, rank=rank))
     pair = assemble_mixture(pico_anchor, {"maths": start}, router)
     ids = wild.ids(2, 20)
     torch.testing.assert_close(pair(ids), pico_anchor.model(ids), rtol=0, atol=1e-4)
+    deltas = {n for n in start if "lora" in n}
+    assert bool(deltas) == (rank > 0 or router.kind == "evidence")
+    for name in deltas:
+        assert (start[name] == 0).all() == name.endswith("lora_b"), name
     if isinstance(router, LinearSettings):
         rows = [start[f"layers.{i}.router.weight"] for i in range(2)]
         assert torch.equal(rows[0], rows[1])
         assert not torch.equal(rows[0][0], pico_anchor.router_rows[0]), "rows start distinct"
+
+
+def test_a_deltas_first_values_depend_on_the_seed_alone(pico_anchor, pico_sets):
+    starts = []
+    for i, (seed, rank) in enumerate(((0, 3), (0, 3), (1, 3))):
+        torch.manual_seed(i)
+        starts.append(start_expert(pico_anchor, pico_sets["maths"],
+                                   recipe_of(EvidenceSettings(), seed, rank=rank)))
+    name = "layers.1.q_proj.lora_a"
+    assert all(torch.equal(t, starts[1][n]) for n, t in starts[0].items())
+    assert not torch.equal(starts[0][name], starts[2][name])
+    assert 0.5 < starts[0][name].std() * 32**0.5 < 1.5
+    assert len({t.flatten()[0].item() for n, t in starts[0].items() if "lora_a" in n}) == 16
+
+
+def test_a_narrow_expert_starts_with_columns_of_the_anchors(pico_anchor, pico_sets):
+    start = start_expert(pico_anchor, pico_sets["maths"],
+                         recipe_of(EvidenceSettings(), scope="ffn", width=20))
+    for i, block in enumerate(pico_anchor.model.layers):
+        gate, up, down = (start[f"layers.{i}.{p}.weight"] for p in ("gate_proj", "up_proj",
+                                                                    "down_proj"))
+        kept = [int((block.mlp.gate_proj.weight == row).all(1).nonzero()) for row in gate]
+        assert kept == sorted(set(kept)) and len(kept) == 20
+        assert torch.equal(up, block.mlp.up_proj.weight[kept])
+        assert torch.equal(down, block.mlp.down_proj.weight[:, kept])
+
+
+@pytest.mark.parametrize("sizes", [{}, {"rank": 3}, {"width": 20}])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_an_expert_of_any_shape_is_trained_and_says_what_it_is(pico_anchor, pico_sets, scope,
+                                                               sizes):
+    recipe = recipe_of(EvidenceSettings(), scope=scope, steps=2, **sizes)
+    expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
+    shape = recipe.shape(pico_anchor.config).model_copy(
+        update={"num_bigrams": len(expert.tensors["router.bigram_keys"])})
+    assert shapes_in(expert) == expert_shapes(pico_anchor.config, shape, recipe.router)
+    assert expert.architecture == architecture_of(pico_anchor.config, shape)
+
+
+def test_training_may_start_from_given_values(pico_anchor, pico_sets, tmp_path):
+    """With a rate of almost zero it stays there; another start is another run."""
+    recipe = recipe_of(EvidenceSettings(), steps=2, learning_rate=1e-12, muon_learning_rate=1e-12)
+    start = start_expert(pico_anchor, pico_sets["maths"], recipe)
+    start["lm_head.lora_b"] = torch.ones_like(start["lm_head.lora_b"])
+    expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path, start=start)
+    for name, t in start.items():
+        torch.testing.assert_close(expert.tensors[name], t, rtol=0, atol=1e-9)
+    for other in (None, start | {"lm_head.lora_a": start["lm_head.lora_a"] * 2}):
+        with pytest.raises(CheckpointError, match="another recipe"):
+            train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path, start=other)
 
 
 def test_an_expert_learns_its_owners_text(pico_anchor, pico_sets, router):
@@ -142,8 +243,8 @@ def test_the_z_loss_counts_in_the_linear_routers_training_only(pico_anchor, pico
 @pytest.mark.parametrize("kind", ["evidence", "linear"])
 def test_interrupted_is_uninterrupted(pico_anchor, pico_sets, tmp_path, monkeypatch, optimizer,
                                       kind):
-    recipe = recipe_of({"kind": kind}, optimizer=optimizer)
-    recipe = ExpertRecipe.model_validate(recipe.model_dump())
+    router = EvidenceSettings() if kind == "evidence" else LinearSettings()
+    recipe = recipe_of(router, optimizer=optimizer)
     data, batch = pico_sets["maths"], TrainingBatches.batch
     whole = train_expert(pico_anchor, data, "maths", recipe)
 
@@ -225,8 +326,8 @@ def test_a_bundle_holds_the_experts_tensors_and_nothing_of_the_anchor_or_the_tex
         {"Ann": owner_keys["Ann"].with_name("Ann.pub").read_bytes()})
     bundle = open_bundle(path, trusted)
     tensors = safetensors.torch.load(bundle.weights)
-    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
-    assert shapes == expert_shapes(pico_anchor.config, 48, router)
+    assert tensors.keys() == expert.tensors.keys()
+    assert bundle.manifest.architecture.model_dump() == expert.architecture
     assert all(torch.equal(t, expert.tensors[n]) for n, t in tensors.items())
     inherited = {t.numpy().tobytes() for t in pico_anchor.model.state_dict().values()
                  if t.dim() == 2}

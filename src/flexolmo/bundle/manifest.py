@@ -25,7 +25,7 @@ from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, d
 from flexolmo.errors import BundleError
 from flexolmo.files import canonical_json, digest_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe, not for a corpus
 RESERVED_NAMES = ("anchor", "public")  # these two words mean the anchor's own FFN in a mixture
@@ -99,17 +99,23 @@ def _check_free_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 FreeJson = Annotated[dict[str, JsonValue], AfterValidator(_check_free_json)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
 Name = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$"), AfterValidator(_check_name)
 ]
 
 
 class Architecture(Claim):
-    """Sizes of the expert; d_ff may differ from the anchor's."""
+    """Sizes of the expert; d_ff may differ from the anchor's. A rank of 0 says: no such delta."""
 
     num_layers: Positive
     d_model: Positive
     d_ff: Positive
+    rank: Count
+    attention_rank: Count
+    embedding_rank: Count
+    head_rank: Count
+    num_bigrams: Count
 
 
 class Router(Claim):
@@ -129,7 +135,7 @@ class Terms(Claim):
 class Manifest(Claim):
     """Everything an expert bundle claims about itself. No field has a default."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     name: Name
     owner: Annotated[str, AfterValidator(check_owner)]
     anchor_digest: Digest
@@ -240,9 +246,7 @@ def build_manifest(
     name: str,
     owner: str,
     anchor_digest: str,
-    num_layers: int,
-    d_model: int,
-    d_ff: int,
+    architecture: Mapping[str, int],
     router_kind: str,
     router_settings: Mapping[str, Any],
     recipe: Mapping[str, Any],
@@ -265,7 +269,7 @@ def build_manifest(
         "name": name,
         "owner": owner,
         "anchor_digest": anchor_digest,
-        "architecture": {"num_layers": num_layers, "d_model": d_model, "d_ff": d_ff},
+        "architecture": dict(architecture),
         "router": {"kind": router_kind, "settings": router_settings},
         "tensors": {k: e.model_dump(mode="json") for k, e in describe_tensors(weights).items()},
         "weights_digest": digest_bytes(weights),

@@ -20,12 +20,14 @@ from flexolmo.bundle.strict import Claim, parse_json, raise_listed
 from flexolmo.errors import BundleError
 
 MAX_HEADER_BYTES = 16 << 20
-# Bits of the exponent: a float is infinite or NaN exactly when all of them are set.
+# Bits of the exponent: a float is infinite or NaN exactly when all of them are set. Whole numbers
+# (I64) have none.
 _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
     "BF16": (np.dtype("<u2"), 0x7F80),
     "F16": (np.dtype("<u2"), 0x7C00),
     "F32": (np.dtype("<u4"), 0x7F80_0000),
     "F64": (np.dtype("<u8"), 0x7FF0_0000_0000_0000),
+    "I64": (np.dtype("<u8"), 0),
 }
 _TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 _FINITE_CHUNK = 1 << 20
@@ -38,7 +40,7 @@ TensorName = Annotated[str, StringConstraints(pattern=_TENSOR_NAME)]
 class TensorEntry(Claim):
     """One tensor: dtype as safetensors writes it, shape, digest of its data bytes."""
 
-    dtype: Literal["BF16", "F16", "F32", "F64"]
+    dtype: Literal["BF16", "F16", "F32", "F64", "I64"]
     shape: tuple[Positive, ...]
     digest: Digest
 
@@ -86,7 +88,7 @@ def _read_span(name: str, entry: Any, data_begin: int, size: int) -> _Span | str
 def _read_table(weights: bytes) -> dict[str, _Span]:
     """The checked header of a safetensors file: every byte of the file is accounted for."""
     opening = "The weights are not a safetensors file that a bundle may hold:"
-    advice = "Write them with safetensors, float tensors only, without metadata."
+    advice = "Write them with safetensors, float or int64 tensors only, without metadata."
 
     def refuse(line: str) -> BundleError:
         return BundleError(f"{opening}\n  - {line}\n{advice}")
@@ -163,6 +165,8 @@ def find_nonfinite(weights: bytes) -> list[str]:
     names = []
     for name, span in _read_table(weights).items():
         dtype, mask = _EXPONENT_BITS[span.dtype]
+        if not mask:
+            continue
         bits = np.frombuffer(weights, dtype=dtype, count=prod(span.shape), offset=span.begin)
         for i in range(0, len(bits), _FINITE_CHUNK):  # in pieces: no second copy of the weights
             if np.any((bits[i : i + _FINITE_CHUNK] & mask) == mask):

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli import anchor, data, expert, mix, run
+from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
 from flexolmo.jobs import UNAVAILABLE
 
@@ -33,6 +34,7 @@ app.add_typer(mix.app, name="mix")
 app.command()(run.generate)
 app.command("eval")(run.evaluate)
 app.command()(run.demo)
+app.command()(study)
 
 
 def _show_version(value: bool) -> None:

@@ -75,4 +75,4 @@ def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.
     typer.echo(json.dumps({
         "digest": found.digest, "config": found.config.model_dump(),
         "parameters": sum(p.numel() for p in found.model.parameters()),
-        "public_clusters": len(found.public.cluster_counts), "record": found.record}, indent=2))
+        "public_bigrams": len(found.public.keys), "record": found.record}, indent=2))

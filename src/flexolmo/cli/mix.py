@@ -100,6 +100,7 @@ def export(
         is_stock_router,
         own_windows,
         refit_router,
+        refuse_more_than_ffn,
         with_stock_router,
     )
     from flexolmo.merge.mixture import load_mixture
@@ -107,6 +108,7 @@ def export(
     if to != "hf":
         raise ConfigError(f"Format {to!r} is not known; hf is.")
     mixture = load_mixture(model)
+    refuse_more_than_ffn(mixture.model)
     if is_stock_router(mixture.model):
         export_stock(mixture, mixture.model, out, {"exact": True})
         typer.echo(f"{out}: exact, the router is of the stock kind")

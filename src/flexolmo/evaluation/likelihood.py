@@ -34,6 +34,8 @@ class Likelihood:
     bytes: int
     tokens: int
     routing: list[list[float]] | None  # [L][E] mean weight over tokens, of a mixture
+    active: list[list[float]] | None  # [L][E] fraction of tokens on which it ran
+    log_probs: list[np.ndarray]  # of each window's predicted tokens in nats, float32 [T]
 
     @property
     def bits_per_byte(self) -> float:
@@ -51,15 +53,18 @@ def measure_likelihood(model: Transformer, token_set: TokenSet, split: str, *,
 def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], *,
                  enabled: Iterable[str] | None = None, meter: Meter | None = None) -> Likelihood:
     """Read (ids, bytes) windows, as `evaluation_windows` gives them, batched by length."""
-    ordered = sorted(windows, key=lambda w: len(w[0]))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
+    ordered = [windows[i] for i in order]
+    log_probs = [np.zeros(0, dtype=np.float32)] * len(windows)
     nats, tokens = 0.0, 0
-    weights: Tensor | None = None  # [L,E] summed over tokens
+    weights: Tensor | None = None  # [2,L,E] weights, and whether any, summed over tokens
     start = 0
     with torch.inference_mode():
         while start < len(ordered):
             longest = len(ordered[min(start + BATCH_TOKENS // len(ordered[start][0]),
                                       len(ordered) - 1)][0])
             batch = [ids for ids, _ in ordered[start:start + max(1, BATCH_TOKENS // longest)]]
+            places = order[start:start + len(batch)]
             start += len(batch)
             ids, real = _pad(batch)
             active = None
@@ -70,14 +75,18 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
             loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(),
                                    reduction="none").view(real.shape)
             nats += float(loss[real].double().sum())
+            for place, row, own in zip(places, loss, batch, strict=True):
+                log_probs[place] = -row[:len(own) - 1].numpy()
             tokens += int(real.sum())
             if routing:
-                step = torch.stack([w[real].double().sum(0) for w in routing])
+                said = torch.stack([w[real] for w in routing]).double()  # [L,N,E]
+                step = torch.stack([said.sum(1), (said > 0).double().sum(1)])
                 weights = step if weights is None else weights + step
             if meter is not None:
                 meter.advance(int(real.sum()))
-    return Likelihood(nats / math.log(2), sum(size for _, size in windows), tokens,
-                      None if weights is None else (weights / tokens).tolist())
+    routed, active = [None, None] if weights is None else (weights / tokens).tolist()
+    return Likelihood(nats / math.log(2), sum(size for _, size in windows), tokens, routed, active,
+                      log_probs)
 
 
 def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -53,14 +53,25 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
     ended = [False] * len(rows)
     with torch.inference_mode():
         for _ in range(min(sampling.max_new_tokens, limit - longest)):
-            hidden = model.hidden(ids, cache=cache, active=active, is_token=is_token)
-            logits = model.lm_head(hidden[:, -1]).float()  # [B,V]
+            logits = model(ids, cache=cache, active=active, is_token=is_token,
+                           last_only=True)[:, 0].float()  # [B,V]
             chosen = [choose_token(z, sampling, g) for z, g in zip(logits, draws, strict=True)]
             ended = [e or t == eos_id for e, t in zip(ended, chosen, strict=True)]
             yield [None if e else t for e, t in zip(ended, chosen, strict=True)]
             if all(ended):
                 return
             ids, is_token = torch.tensor(chosen)[:, None], None  # [B,1]
+
+
+def continue_ids(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling
+                 ) -> list[list[int]]:
+    """The continuations of `prompts` (ids, as for `decode`), without their end-of-text tokens."""
+    written: list[list[int]] = [[] for _ in prompts]
+    for tokens in decode(model, prompts, model.config.eos_token_id, sampling):
+        for row, token in zip(written, tokens, strict=True):
+            if token is not None:
+                row.append(token)
+    return [[t for t in row if t != model.config.eos_token_id] for row in written]
 
 
 def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -2,7 +2,8 @@
 
 The stock router is linear and has no bias. A mixture with such a router is written exactly; any
 other router is refit in closed form, and what that costs is measured. Narrow experts are padded
-with zeros, which is exact.
+with zeros, low-rank ones written out as W + B A, which is exact; experts that change more than the
+FFN are refused.
 
 N tokens, D d_model, E experts, L layers, F the widest FFN.
 """
@@ -26,7 +27,6 @@ from flexolmo.errors import CheckpointError, MergeError
 from flexolmo.files import canonical_json, digest_bytes, write_directory_aside, write_json
 from flexolmo.merge.mixture import LoadedMixture, build_mixture
 from flexolmo.model.checkpoint import (
-    FFN_PARTS,
     build_anchor,
     build_transformer,
     read_stock_config,
@@ -38,8 +38,9 @@ from flexolmo.model.checkpoint import (
 )
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import PUBLIC, LinearSettings, slot
-from flexolmo.model.statistics import PublicStatistics
-from flexolmo.model.transformer import Transformer
+from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of
+from flexolmo.model.statistics import BigramModel
+from flexolmo.model.transformer import Linear, Transformer
 from flexolmo.runtime import run_record
 
 LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty is not chased
@@ -77,15 +78,37 @@ def own_windows(mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, 
     return windows
 
 
+def refuse_more_than_ffn(model: MixtureModel) -> None:
+    """Raises MergeError, naming them, if experts change what the stock format has no place for."""
+    more = [n for n, shape in model.shapes.items() if not shape.is_ffn_only]
+    if more:
+        raise MergeError(
+            f"The stock format has room for experts' FFNs alone, but {', '.join(more)} also "
+            "change attention, embedding or output head. Leave these out (flexolmo mix remove), "
+            "or ask their owners for an expert trained with --scope ffn.")
+
+
+def whole_ffn(model: MixtureModel, name: str, layer: int) -> dict[str, Tensor]:
+    """The matrices of one expert's FFN by part, a low-rank expert's written out as W + B A."""
+    mixture = model.mixtures()[layer]
+    found = {}
+    for part in FFN_PARTS:
+        matrix = getattr(mixture.expert(name), part)
+        found[part] = matrix.weight if isinstance(matrix, Linear) else (
+            getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a)
+    return found
+
+
 def _speak_alone(model: MixtureModel, name: str) -> Transformer:
     """The dense decoder whose FFNs are those of one expert."""
-    dense = Transformer(model.config.model_copy(update={"d_ff": model.expert_width(name)}))
+    ffns = [whole_ffn(model, name, i) for i in range(model.config.num_layers)]
+    width = len(ffns[0]["gate_proj"])
+    dense = Transformer(model.config.model_copy(update={"d_ff": width}))
     dense.to(model.embed_tokens.weight.dtype)
     state = {k: v for k, v in model.state_dict().items()
-             if ".mlp." not in k and not k.startswith("router.")}
-    for i, mixture in enumerate(model.mixtures()):
-        for part in FFN_PARTS:
-            state[f"layers.{i}.mlp.{part}.weight"] = getattr(mixture.expert(name), part).weight
+             if not (".mlp." in k or ".deltas." in k or k.startswith("router."))}
+    for i, ffn in enumerate(ffns):
+        state |= {f"layers.{i}.mlp.{part}.weight": w for part, w in ffn.items()}
     dense.load_state_dict(state)
     return dense.requires_grad_(False).eval()
 
@@ -128,8 +151,9 @@ def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
 
 def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureModel:
     """The same experts under a linear router without bias; `rows` are [E,D], one a layer."""
-    widths = {n: model.expert_width(n) for n in model.expert_names if n != PUBLIC}
-    stock = MixtureModel(model.config, widths, LinearSettings(has_bias=False), top_k=model.top_k)
+    refuse_more_than_ffn(model)
+    stock = MixtureModel(model.config, model.shapes, LinearSettings(has_bias=False),
+                         top_k=model.top_k)
     stock.to(model.embed_tokens.weight.dtype)
     kept = {k: v for k, v in model.state_dict().items()
             if not k.startswith("router.") and ".mlp.router." not in k}
@@ -161,16 +185,17 @@ def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
     """
     if not is_stock_router(model):
         raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
+    refuse_more_than_ffn(model)
     names = model.expert_names
     tensors: dict[str, Tensor] = {
         stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k}
-    width = max(model.expert_width(n) for n in names)
-    for i, (m, rows) in enumerate(zip(model.mixtures(), router_rows(model), strict=True)):
+    width = max([model.config.d_ff, *(s.d_ff for s in model.shapes.values())])
+    width = math.ceil(width / 8) * 8  # stock's grouped products want rows of whole 16 bytes
+    for i, rows in enumerate(router_rows(model)):
         prefix = f"model.layers.{i}.mlp."
         tensors[prefix + "gate.weight"] = rows.to(model.embed_tokens.weight.dtype)
         for e, name in enumerate(names):
-            for part in FFN_PARTS:
-                w = getattr(m.expert(name), part).weight
+            for part, w in whole_ffn(model, name, i).items():
                 short = width - w.shape[1 if part == "down_proj" else 0]
                 w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
                 tensors[f"{prefix}experts.{e}.{part}.weight"] = w
@@ -219,9 +244,11 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
             if e > 0:
                 experts[e][f"layers.{i}.router.weight"] = gates[i][e:e + 1].float().contiguous()
     model = build_transformer(config, dense, str(directory))
-    nothing = np.zeros(config.vocab_size, dtype=np.int64)
+    even = np.full(config.vocab_size, -math.log(config.vocab_size), dtype=np.float32)
+    nothing = BigramModel(even, np.zeros_like(even), np.zeros(0, dtype=np.int64),
+                          np.zeros(0, dtype=np.float32))
     record = run_record({"imported_from": Path(directory).name}, 0, {})
-    anchor = build_anchor(model, tokenizer, PublicStatistics(nothing, nothing[None]),
+    anchor = build_anchor(model, tokenizer, nothing,
                           torch.stack([g[0].float() for g in gates]), record)
     router = LinearSettings(has_bias=False).model_dump(mode="json")
     source_digest = digest_bytes(canonical_json(raw))
@@ -238,7 +265,7 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
             weights = save(expert)
             manifest = build_manifest(
                 weights, name=name, owner=owner, anchor_digest=anchor.digest,
-                num_layers=config.num_layers, d_model=config.d_model, d_ff=config.d_ff,
+                architecture=architecture_of(config, ExpertShape(d_ff=config.d_ff)),
                 router_kind="linear", router_settings=router,
                 recipe={"imported_from": Path(directory).name}, tokens_seen=0,
                 data_card_digest=source_digest, licence=licence, terms_text=terms)

@@ -27,10 +27,11 @@ from flexolmo.bundle.tensors import compare_tensors
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import MergeError
 from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
-from flexolmo.model.assemble import assemble_mixture, expert_shapes
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
+from flexolmo.model.shape import architecture_of, expert_shapes, shape_of_tensors
 
 ABOUT = "mixture.json"
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
@@ -167,7 +168,7 @@ def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     return {
         "owner": m.owner, "signer": bundle.signer, "key_id": bundle.key_id,
         "licence": m.licence, "terms": m.terms.model_dump(mode="json"),
-        "d_ff": m.architecture.d_ff, "tokens_seen": m.tokens_seen,
+        "architecture": m.architecture.model_dump(mode="json"), "tokens_seen": m.tokens_seen,
         "weights_bytes": len(bundle.weights), "data_card_digest": m.data_card_digest,
         "files": {name: bundle.digests[name] for name in sorted(MAX_FILE_BYTES)},
     }
@@ -192,11 +193,15 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
         except ValueError as e:
             lines.append(f"{m.name}: router settings are not understood: {e}")
             continue
-        expected = expert_shapes(anchor.config, m.architecture.d_ff, router)
+        shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
+        claimed, found = m.architecture.model_dump(), architecture_of(anchor.config, shape)
+        lines += [f"{m.name}: architecture claims {key} {claimed[key]}, found {found[key]}"
+                  for key in found if claimed[key] != found[key]]
+        expected = expert_shapes(anchor.config, shape, router)
         lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
         lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {wanted}"
                   for key, entry in m.tensors.items()
-                  if entry.dtype != (wanted := "F32" if "router." in key else dtype)]
+                  if entry.dtype != (wanted := _dtype_of(key, dtype))]
     first = [*held, *manifests][0] if (held or manifests) else None
     for m in manifests:
         if first is not None and m.router != first.router:
@@ -205,6 +210,12 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
     if lines:
         raise MergeError("These experts cannot be merged:\n  " + "\n  ".join(lines)
                          + "\nAsk their owners to train again on this anchor with one router.")
+
+
+def _dtype_of(key: str, weights: str) -> str:
+    if key == "router.bigram_keys":
+        return "I64"
+    return "F32" if "router." in key else weights
 
 
 def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:

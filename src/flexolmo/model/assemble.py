@@ -9,31 +9,21 @@ V vocabulary, D d_model, F the expert's own FFN width, L layers.
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexolmo.errors import MergeError
-from flexolmo.model.checkpoint import FFN_PARTS, Anchor
+from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, LinearSettings, RouterSettings
-from flexolmo.model.statistics import EvidenceSettings, cluster_tables
-from flexolmo.model.transformer import ModelConfig
-
-
-def expert_shapes(config: ModelConfig, d_ff: int, router: RouterSettings
-                  ) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an expert of width `d_ff`; exactly what a bundle holds."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(config.num_layers):
-        shapes[f"layers.{i}.gate_proj.weight"] = (d_ff, config.d_model)
-        shapes[f"layers.{i}.up_proj.weight"] = (d_ff, config.d_model)
-        shapes[f"layers.{i}.down_proj.weight"] = (config.d_model, d_ff)
-        if isinstance(router, LinearSettings):
-            shapes[f"layers.{i}.router.weight"] = (1, config.d_model)
-            if router.has_bias:
-                shapes[f"layers.{i}.router.raw_bias"] = (1,)
-    if isinstance(router, EvidenceSettings):
-        shapes["router.evidence"] = (config.vocab_size,)
-    return shapes
+from flexolmo.model.router import PUBLIC, RouterSettings
+from flexolmo.model.shape import (
+    ATTENTION_PARTS,
+    FFN_PARTS,
+    ExpertShape,
+    expert_shapes,
+    shape_of_tensors,
+)
+from flexolmo.model.statistics import EvidenceSettings
 
 
 def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]],
@@ -44,22 +34,30 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
     missing, extra and misshapen tensors of every expert.
     """
     config = anchor.config
-    lines, widths = [], {}
+    lines: list[str] = []
+    shapes: dict[str, ExpertShape] = {}
     if PUBLIC in experts:
         lines.append(f"{PUBLIC}: this name is the anchor's own")
     for name, tensors in sorted(experts.items()):
-        gate = tensors.get("layers.0.gate_proj.weight")
-        widths[name] = config.d_ff if gate is None else int(gate.shape[0])
-        expected = expert_shapes(config, widths[name], router)
+        shapes[name] = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config)
+        expected = expert_shapes(config, shapes[name], router)
         lines += [f"{name}: missing {n}" for n in sorted(expected.keys() - tensors.keys())]
         lines += [f"{name}: extra {n}" for n in sorted(tensors.keys() - expected.keys())]
         lines += [f"{name}: shape of {n} is {list(tensors[n].shape)}, expected {list(shape)}"
                   for n, shape in expected.items()
                   if n in tensors and tuple(tensors[n].shape) != shape]
+        keys = tensors.get("router.bigram_keys")
+        if keys is not None and keys.dim() == 1 and not bool(
+                (keys[1:] > keys[:-1]).all() and keys[0] >= 0
+                and keys[-1] < config.vocab_size ** 2):
+            lines.append(f"{name}: router.bigram_keys are not ascending pairs of token ids")
+        if not (shapes[name].is_ffn_only or isinstance(router, EvidenceSettings)):
+            lines.append(f"{name}: changes more than the FFN, which needs a router that decides "
+                         "once for all layers (kind evidence)")
     if lines:
         raise MergeError("Experts that do not fit the anchor:\n  " + "\n  ".join(lines))
-    model = MixtureModel(config, widths, router, top_k=top_k,
-                         num_clusters=len(anchor.public.cluster_counts))
+    model = MixtureModel(config, shapes, router, top_k=top_k,
+                         public_bigrams=len(anchor.public.keys))
     model.to(anchor.model.embed_tokens.weight.dtype)
     with torch.no_grad():
         _copy_anchor(model, anchor)
@@ -71,23 +69,41 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
 def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     """The expert's tensors, as in `expert_shapes`; views, not copies."""
     found: dict[str, Tensor] = {}
-    for i, mixture in enumerate(model.mixtures()):
+
+    def delta(key: str, module: nn.Module) -> None:
+        if isinstance(module, DeltaLinear | DeltaEmbedding) and name in module.deltas.places:
+            module = module.deltas.of(name)
+        if isinstance(module, LowRank):
+            found[f"{key}.lora_a"], found[f"{key}.lora_b"] = module.lora_a, module.lora_b
+
+    for i, (block, mixture) in enumerate(zip(model.layers, model.mixtures(), strict=True)):
         for part in FFN_PARTS:
-            found[f"layers.{i}.{part}.weight"] = getattr(mixture.expert(name), part).weight
+            matrix = getattr(mixture.expert(name), part)
+            if not isinstance(matrix, LowRank):
+                found[f"layers.{i}.{part}.weight"] = matrix.weight
+            delta(f"layers.{i}.{part}", matrix)
+        for part in ATTENTION_PARTS:
+            delta(f"layers.{i}.{part}", getattr(block.self_attn, part))
         if mixture.router is not None:
             found[f"layers.{i}.router.weight"] = mixture.router.row(name).weight
             bias = mixture.router.bias(name)
             if bias is not None:
                 found[f"layers.{i}.router.raw_bias"] = bias
+    delta("embed_tokens", model.embed_tokens)
+    delta("lm_head", model.lm_head)
     if model.router is not None:
-        found["router.evidence"] = model.router.table(name)
+        table = model.router.table(name)
+        found["router.unigram"], found["router.backoff"] = table.unigram, table.backoff
+        if len(table.bigram_keys):
+            found["router.bigram_keys"] = table.bigram_keys
+            found["router.bigram_log_probs"] = table.bigram_log_probs
     return found
 
 
 def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
     source = anchor.model.state_dict()
     for name, target in model.state_dict(keep_vars=True).items():
-        if ".mlp." not in name and not name.startswith("router."):
+        if not (".mlp." in name or ".deltas." in name or name.startswith("router.")):
             target.copy_(source[name])
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
@@ -98,9 +114,11 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
             mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
     if model.router is not None:
         model.router.float()
-        settings = model.router.settings
-        tables = cluster_tables(anchor.public, settings, anchor.config.eos_token_id)
-        model.router.public_clusters.copy_(torch.from_numpy(tables))
+        table, public = model.router.table(PUBLIC), anchor.public
+        for target, values in ((table.unigram, public.unigram), (table.backoff, public.backoff),
+                               (table.bigram_keys, public.keys),
+                               (table.bigram_log_probs, public.log_probs)):
+            target.copy_(torch.from_numpy(values))
 
 
 def _copy_expert(model: MixtureModel, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ V vocabulary, D d_model, F d_ff, E experts.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.model.statistics import PublicStatistics
+from flexolmo.model.statistics import BigramModel
 from flexolmo.model.transformer import ModelConfig, Transformer
 
-FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
 _TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -193,7 +192,8 @@ def digest_tensor(tensor: Tensor) -> str:
     """Digest of dtype, shape and bytes."""
     t = tensor.detach().contiguous().cpu()
     head = json.dumps([str(t.dtype), list(t.shape)]).encode()
-    return digest_bytes(head + t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    data = t.reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b""
+    return digest_bytes(head + data)
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]], **more: str) -> str:
@@ -210,7 +210,7 @@ class Anchor:
 
     model: Transformer
     tokenizer: Tokenizer
-    public: PublicStatistics
+    public: BigramModel
     router_rows: Tensor  # [L,D] the public expert's rows for the linear router, float32
     digest: str
     record: dict[str, Any]
@@ -220,7 +220,7 @@ class Anchor:
         return self.model.config
 
 
-def build_anchor(model: Transformer, tokenizer: Tokenizer, public: PublicStatistics,
+def build_anchor(model: Transformer, tokenizer: Tokenizer, public: BigramModel,
                  router_rows: Tensor, record: dict[str, Any]) -> Anchor:
     """An anchor in memory; its digest covers weights, tokenizer and public statistics."""
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -240,12 +240,9 @@ def build_anchor(model: Transformer, tokenizer: Tokenizer, public: PublicStatist
     return Anchor(model.eval(), tokenizer, public, router_rows, digest, record)
 
 
-def _public_tensors(public: PublicStatistics, router_rows: Tensor) -> dict[str, Tensor]:
-    return {
-        "public.token_counts": torch.from_numpy(public.token_counts.copy()),
-        "public.cluster_counts": torch.from_numpy(public.cluster_counts.copy()),
-        "public.router_rows": router_rows.float(),
-    }
+def _public_tensors(public: BigramModel, router_rows: Tensor) -> dict[str, Tensor]:
+    parts = {f"public.{k}": torch.from_numpy(v.copy()) for k, v in vars(public).items()}
+    return parts | {"public.router_rows": router_rows.float()}
 
 
 def save_anchor(anchor: Anchor, directory: Path) -> None:
@@ -275,8 +272,8 @@ def load_anchor(directory: Path) -> Anchor:
     try:
         with safetensors.safe_open(directory / "public.safetensors", framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        public = PublicStatistics(found["public.token_counts"].numpy().copy(),
-                                  found["public.cluster_counts"].numpy().copy())
+        public = BigramModel(**{f.name: found[f"public.{f.name}"].numpy().copy()
+                                for f in fields(BigramModel)})
         rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None

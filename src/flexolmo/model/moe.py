@@ -3,9 +3,9 @@
 Experts go by name: `public` is the anchor's own FFN, the others are owners'. Knows neither files
 nor owners' rights; the caller says which experts are active for each sequence.
 
-A disabled expert leaves no trace: its router logit is dropped before the softmax, its FFN never
-sees the sequence (not run at all if no sequence of the batch enables it), and every product keeps
-the shape it would have had if the expert had never been merged.
+A disabled expert leaves no trace: its router logit is dropped before the softmax, nothing it
+computes is added (it is not run at all if no sequence of the batch enables it), and every product
+keeps the shape it would have had if the expert had never been merged.
 
 B batch, T positions, D d_model, E experts.
 """
@@ -14,9 +14,16 @@ from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.errors import PolicyError
+from flexolmo.model.deltas import (
+    DeltaEmbedding,
+    DeltaLinear,
+    LowRankFeedForward,
+    shares_of,
+)
 from flexolmo.model.router import (
     PUBLIC,
     EvidenceRouter,
@@ -26,6 +33,7 @@ from flexolmo.model.router import (
     mixture_weights,
     slot,
 )
+from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import (
     Cache,
@@ -37,7 +45,11 @@ from flexolmo.model.transformer import (
 
 
 class Mixture(nn.Module):
-    """Experts of one layer, summed by weight; stands where the FFN stood."""
+    """Experts of one layer, summed by weight; stands where the FFN stood.
+
+    The anchor's FFN is computed up to its down product once, for itself and for all low-rank
+    experts; the down product once for their weighted sum.
+    """
 
     def __init__(self, experts: Mapping[str, nn.Module], router: LinearRouter | None,
                  top_k: int | None):
@@ -46,63 +58,89 @@ class Mixture(nn.Module):
         self.router = router
         self.top_k = top_k
 
-    def expert(self, name: str) -> FeedForward:
-        """One expert's FFN."""
-        return cast(FeedForward, self.experts[slot(name)])
+    def expert(self, name: str) -> nn.Module:
+        """One expert's FFN: a `FeedForward`, or a `LowRankFeedForward`."""
+        return self.experts[slot(name)]
 
     def forward(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        weights = ctx.weights  # [B,T,E]
+        weights, shares = ctx.weights, ctx.shares  # [B,T,E]
         if self.router is not None:
             logits = self.router(h)
             weights = mixture_weights(logits, ctx.active, self.top_k)
+            shares = shares_of(weights, ctx.active, h.dtype, keep_all=self.training,
+                               is_sparse=ctx.is_sparse)
             if ctx.router_logits is not None:
                 ctx.router_logits.append(torch.stack(logits, dim=-1))
         assert weights is not None, "a mixture needs weights from its model or its layer"
         if ctx.routing is not None:
             ctx.routing.append(weights.detach())
-        mixed = torch.zeros_like(h)  # starts at +0, so that adding a zero changes no bit
-        for e, expert in enumerate(self.experts.values()):
-            x, weight = h, weights[..., e:e + 1].to(h.dtype)
-            if ctx.active is not None:
-                enabled = ctx.active[:, e]  # [B]
-                if not bool(enabled.any()):
-                    continue
-                if not bool(enabled.all()):
-                    x = torch.where(enabled[:, None, None], h, h.new_zeros(()))
-            if not self.training and not bool((weight > 0).any()):
-                continue  # no token picked it
-            mixed = torch.addcmul(mixed, weight, expert(x, ctx))  # [B,T,D]
-        return mixed
+        public = cast(FeedForward, self.expert(PUBLIC))
+        mixed = torch.zeros_like(h)  # [B,T,D]
+        inner: Tensor | None = None  # [B,T,F] what the anchor's down product reads
+        gate = up = h.new_empty(0)
+        for share, expert in zip(shares, self.experts.values(), strict=True):
+            if share is None:
+                continue
+            if expert is not public and isinstance(expert, FeedForward):
+                mixed = share.add(mixed, expert(share.pick(h)))
+                continue
+            if inner is None:
+                gate, up = public.gate_proj(h), public.up_proj(h)  # [B,T,F]
+                inner = torch.zeros_like(gate)
+            if isinstance(expert, LowRankFeedForward):
+                own = expert.inner(share.pick(h), share.pick(gate), share.pick(up))  # [B,T,F]
+                mixed = share.add(mixed, expert.down_proj(own))
+            else:
+                own = F.silu(share.pick(gate)) * share.pick(up)
+            inner = share.add(inner, own)
+        return mixed if inner is None else mixed + public.down_proj(inner)
 
 
 class MixtureModel(Transformer):
     """The anchor's frame with a `Mixture` in every layer, and one router.
 
     `expert_names` starts with "public"; the rest are in alphabetical order, so the order in which
-    owners came does not matter.
+    owners came does not matter. With `is_sparse`, an expert reads only the tokens that picked it:
+    less work when few are picked, but the shapes of its products, and with them the last bits,
+    then depend on the rest of the batch.
     """
 
-    def __init__(self, config: ModelConfig, experts: Mapping[str, int], router: RouterSettings,
-                 *, top_k: int | None = None, num_clusters: int = 1):
-        """`experts` maps each owner's expert to its FFN width (the anchor's width is implied)."""
+    def __init__(self, config: ModelConfig, experts: Mapping[str, ExpertShape],
+                 router: RouterSettings, *, top_k: int | None = None,
+                 public_bigrams: int = 0):
+        """`experts` maps each owner's expert to its shape; `public_bigrams` are the anchor's."""
         super().__init__(config)
         self.expert_names = [PUBLIC, *sorted(experts)]
+        self.shapes = {n: experts[n] for n in self.expert_names[1:]}
         self.settings = router
         self.top_k = top_k
+        self.is_sparse = False
         self.router: EvidenceRouter | None = None
         if isinstance(router, EvidenceSettings):
-            self.router = EvidenceRouter(router, self.expert_names, config.vocab_size,
-                                         num_clusters, config.eos_token_id)
-        widths = {PUBLIC: config.d_ff, **experts}
+            sizes = {PUBLIC: public_bigrams} | {n: s.num_bigrams for n, s in self.shapes.items()}
+            self.router = EvidenceRouter(router, self.expert_names, config.vocab_size, sizes,
+                                         config.eos_token_id)
         for block in self.layers:
-            ffns = {n: FeedForward(config.d_model, widths[n]) for n in self.expert_names}
+            ffns: dict[str, nn.Module] = {PUBLIC: cast(nn.Module, block.mlp)}
+            ffns |= {n: _feed_forward(config, shape) for n, shape in self.shapes.items()}
             own = (LinearRouter(router, self.expert_names, config.d_model)
                    if isinstance(router, LinearSettings) else None)
             block.mlp = Mixture(ffns, own, top_k)
+        self._add_deltas()
 
-    def expert_width(self, name: str) -> int:
-        """FFN width F of one expert."""
-        return self.mixtures()[0].expert(name).gate_proj.out_features
+    def _add_deltas(self) -> None:
+        def ranks(part: str) -> dict[str, int]:
+            return {n: rank for n, s in self.shapes.items() if (rank := getattr(s, part))}
+
+        if attention := ranks("attention_rank"):
+            for block in self.layers:
+                for part in ATTENTION_PARTS:
+                    base = getattr(block.self_attn, part)
+                    setattr(block.self_attn, part, DeltaLinear(base, attention, self.expert_names))
+        if embedding := ranks("embedding_rank"):
+            self.embed_tokens = DeltaEmbedding(self.embed_tokens, embedding, self.expert_names)
+        if head := ranks("head_rank"):
+            self.lm_head = DeltaLinear(self.lm_head, head, self.expert_names)
 
     def mixtures(self) -> list[Mixture]:
         """The mixture of every layer, from the first."""
@@ -127,8 +165,19 @@ class MixtureModel(Transformer):
                  active: Tensor | None) -> ForwardContext:
         ctx = super()._context(ids, cache, is_token, active)
         if self.router is not None:
-            logits, evidence = self.router(ids, ctx.is_token, cache and cache.evidence)
+            logits, evidence = self.router(ids, ctx.is_token, active,
+                                           cache and cache.evidence)
             if cache is not None:
                 cache.evidence = evidence
-            ctx.weights = mixture_weights(logits, active, self.top_k)
+            ctx.weights = mixture_weights(logits, active, self.top_k,
+                                          self.router.settings.min_weight)
+            ctx.shares = shares_of(ctx.weights, active, self.embed_tokens.weight.dtype,
+                                   keep_all=self.training, is_sparse=self.is_sparse)
+        ctx.is_sparse = self.is_sparse
         return ctx
+
+
+def _feed_forward(config: ModelConfig, shape: ExpertShape) -> nn.Module:
+    if shape.rank:
+        return LowRankFeedForward(config.d_model, config.d_ff, shape.rank)
+    return FeedForward(config.d_model, shape.d_ff)

@@ -1,20 +1,22 @@
 """Routers: how much each enabled expert says about the next token.
 
-Two kinds. `evidence` (ours, the default) weighs experts by the evidence that the tokens read so
-far give for each owner's domain over public text; it is a table of statistics, reads no hidden
-state, and so no expert can change another's odds. `linear` is the paper's: a row per expert and
+Two kinds. `evidence` (ours, the default) follows, token by token, whose domain the text is in,
+from bigram statistics of each owner's text and of public's; it reads no hidden state, so what one
+expert computes cannot change how another is weighed. `linear` is the paper's: a row per expert and
 layer, read against the residual stream, with a negative bias. In both, an expert's logit depends
 on the anchor and that expert's owner alone, which is what makes opting out exact.
 
 Every number is computed expert by expert, in an order that does not change when others are
 absent; so a disabled expert and one never merged give the same bits.
 
-B batch, T positions, E experts, V vocabulary, R public clusters, K top_k.
+B batch, T positions, E experts, V vocabulary, n bigrams, K top_k.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -22,9 +24,7 @@ from torch import Tensor, nn
 from flexolmo.model.statistics import EvidenceSettings
 
 PUBLIC = "public"
-EvidenceState = tuple[Tensor, list[Tensor], Tensor]
-FIRST_RAW_BIAS = -2.0  # b_i starts at -softplus(-2) = -0.13
-_CHUNK = 256  # positions for which the decay matrix is written out
+EvidenceState = tuple[Tensor, Tensor]
 
 
 class LinearSettings(BaseModel):
@@ -35,9 +35,17 @@ class LinearSettings(BaseModel):
     kind: Literal["linear"] = "linear"
     has_bias: bool = Field(True, description="negative bias on owners' experts (paper); the stock "
                                              "format has none")
+    bias_form: Literal["softplus", "clamp"] = Field(
+        "softplus", description="how b_i is kept negative: -softplus(raw) (ours), or min(raw, 0) "
+        "(paper), which has no gradient once raw is positive")
 
 
 RouterSettings = Annotated[EvidenceSettings | LinearSettings, Field(discriminator="kind")]
+
+
+def first_raw_bias(settings: LinearSettings) -> Tensor:
+    """The bias's free parameter [1] before training: b_i = -softplus(-2) = -0.13, or 0."""
+    return torch.tensor([0.0 if settings.bias_form == "clamp" else -2.0])
 
 
 def slot(name: str) -> str:
@@ -46,94 +54,117 @@ def slot(name: str) -> str:
     return f"expert_{name}"
 
 
-class EvidenceRouter(nn.Module):
-    """Log odds of each owner's domain against public text, from token frequencies.
+class BigramTable(nn.Module):
+    """One domain's back-off bigram model; see `statistics.BigramModel`."""
 
-    Let e_i[v] = log p_i(v) - log p_public(v) be owner i's table. With decay g per token and n the
-    decayed count of tokens in the document so far, an owner's logit at position t is
-    sum_s g^(t-s) e_i[token_s] / (1 + n/saturation): a naive Bayes posterior, tempered because
-    neighbouring tokens repeat each other. Public text is broad, so it is described by R clusters
-    with a table each, and its logit is their log-mean-exp. The end-of-text token clears the
-    evidence. Source: ours.
+    def __init__(self, vocab_size: int, num_bigrams: int):
+        super().__init__()
+        self.unigram: Tensor
+        self.backoff: Tensor
+        self.bigram_keys: Tensor
+        self.bigram_log_probs: Tensor
+        self.register_buffer("unigram", torch.zeros(vocab_size))  # [V]
+        self.register_buffer("backoff", torch.zeros(vocab_size))  # [V]
+        self.register_buffer("bigram_keys", torch.zeros(num_bigrams, dtype=torch.long))  # [n]
+        self.register_buffer("bigram_log_probs", torch.zeros(num_bigrams))  # [n]
+
+    def forward(self, before: Tensor, ids: Tensor) -> Tensor:
+        """log p(id | id before it), float32 [B,T]."""
+        backed_off = self.backoff[before] + self.unigram[ids]
+        if not len(self.bigram_keys):
+            return backed_off
+        wanted = before * len(self.unigram) + ids
+        place = torch.searchsorted(self.bigram_keys, wanted).clamp(max=len(self.bigram_keys) - 1)
+        return torch.where(self.bigram_keys[place] == wanted, self.bigram_log_probs[place],
+                           backed_off)
+
+
+class EvidenceRouter(nn.Module):
+    """Whose domain the text is in, from bigram statistics of each owner's text and of public's.
+
+    A hidden Markov model over the enabled experts: from one token to the next the text stays in
+    its domain with chance 1 - switch_rate, else turns to any, with equal chance. An owner's
+    evidence at a token is its bigram model's log-probability over public's, clipped and tempered.
+    An expert's weight is its chance, given the tokens so far, at the token to come. The
+    end-of-text token starts afresh. Only the enabled experts take part, and each one's evidence
+    depends on its owner and the anchor alone. Source: ours; the filter is the fixed share of
+    Herbster and Warmuth 1998.
     """
 
     def __init__(self, settings: EvidenceSettings, names: list[str], vocab_size: int,
-                 num_clusters: int, eos_token_id: int):
+                 num_bigrams: Mapping[str, int], eos_token_id: int):
+        """`num_bigrams` by expert, "public" included."""
         super().__init__()
         self.settings = settings
         self.names = names
         self.eos_token_id = eos_token_id
-        self.public_clusters: Tensor
-        self.register_buffer("public_clusters", torch.zeros(num_clusters, vocab_size))  # [R,V]
-        self.tables = nn.ParameterDict({
-            slot(n): nn.Parameter(torch.zeros(vocab_size), requires_grad=False)
-            for n in names if n != PUBLIC
-        })
+        self.tables = nn.ModuleDict({slot(n): BigramTable(vocab_size, num_bigrams[n])
+                                     for n in names})
 
-    def table(self, name: str) -> nn.Parameter:
-        """One owner's evidence table, [V]."""
-        return self.tables[slot(name)]
+    def table(self, name: str) -> BigramTable:
+        """The bigram model of one domain."""
+        return cast(BigramTable, self.tables[slot(name)])
 
-    def forward(self, ids: Tensor, is_token: Tensor | None,
+    def forward(self, ids: Tensor, is_token: Tensor | None, active: Tensor | None,
                 past: EvidenceState | None) -> tuple[list[Tensor], EvidenceState]:
-        """Logits [B,T] in float32, one for each of `names`, and what to hand to the next call.
+        """Log weights [B,T] in float32, one for each of `names`, and what to hand to the next call.
 
-        `past` is None, or the second result of the call that read the positions before: decayed
-        sums of the clusters [B,R] and of each owner [B], and the decayed token count [B].
+        `past` is None, or the second result of the call that read the positions before: the last
+        ids [B] and the experts' weights at the next token, [E,B] float64 on the CPU.
         """
-        B, owners = len(ids), [self.table(n) for n in self.names if n != PUBLIC]
-        if past is None:
-            zeros = torch.zeros(B, device=ids.device)
-            past = (torch.zeros(B, len(self.public_clusters), device=ids.device),
-                    [zeros] * len(owners), zeros)
-        cluster_sums, owner_sums, count = past
-        pieces: list[list[Tensor]] = [[] for _ in self.names]
-        for start in range(0, ids.shape[1], _CHUNK):
-            part = ids[:, start:start + _CHUNK]  # [B,c]
-            real = None if is_token is None else is_token[:, start:start + _CHUNK]
-            matrix, carry = self._decay(part, real)  # [B,c,c], [B,c]
-            seen = matrix.sum(-1) + count[:, None] * carry  # [B,c]
-            scale = 1.0 / (1.0 + seen / self.settings.saturation_tokens)  # [B,c]
-            evidence = self.public_clusters[:, part].permute(1, 2, 0)  # [B,c,R]
-            total = torch.bmm(matrix, evidence) + cluster_sums[:, None] * carry[..., None]
-            mean = (total * scale[..., None]).logsumexp(-1) - math.log(total.shape[-1])  # [B,c]
-            pieces[0].append(mean)
-            cluster_sums, count, past_sums, owner_sums = total[:, -1], seen[:, -1], owner_sums, []
-            for table, before, out in zip(owners, past_sums, pieces[1:], strict=True):
-                own = torch.bmm(matrix, table[part][..., None])[..., 0]  # [B,c]
-                own = own + before[:, None] * carry
-                owner_sums.append(own[:, -1])
-                out.append(own * scale)
-        return [torch.cat(p, dim=1) for p in pieces], (cluster_sums, owner_sums, count)
+        B, _ = ids.shape
+        first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
+        before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
+        public = self.table(PUBLIC)(before, ids)
+        limit, likelihoods = self.settings.clip_nats, []
+        for name in self.names:
+            gap = self.table(name)(before, ids) - public
+            gap = self.settings.tempering * gap.clamp(-limit, limit)  # [B,T]
+            likelihoods.append(gap.double().exp().T)
+        likelihood = torch.stack(likelihoods, dim=1).cpu().numpy()  # [T,E,B]
+        on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
+        prior = on / _in_turn(on)  # [E,B]
+        weights = prior if past is None else past[1].numpy()  # [E,B]
+        fresh = (ids == self.eos_token_id).T.cpu().numpy()  # [T,B]
+        padding = None if is_token is None else ~is_token.T.cpu().numpy()  # [T,B]
+        found = np.empty_like(likelihood)
+        rate = self.settings.switch_rate
+        for t, here in enumerate(likelihood):
+            seen = weights * here
+            moved = (1.0 - rate) * (seen / _in_turn(seen)) + rate * prior
+            if padding is not None:
+                moved = np.where(padding[t], weights, moved)
+            weights = np.where(fresh[t], prior, moved)
+            found[t] = weights
+        with np.errstate(divide="ignore"):
+            logs = torch.from_numpy(np.log(found)).float().permute(1, 2, 0).to(ids.device)
+        last = ids[:, -1] if is_token is None else torch.where(is_token[:, -1], ids[:, -1],
+                                                               first[:, 0])
+        return list(logs), (last, torch.from_numpy(weights))
 
-    def _decay(self, ids: Tensor, is_token: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What each token's evidence counts at each later position, and the past's share."""
-        c = ids.shape[1]
-        ends = ids == self.eos_token_id  # [B,c]
-        counts = (~ends if is_token is None else ~ends & is_token).float()  # [B,c]
-        segment = ends.cumsum(1)  # [B,c] how often the evidence was cleared
-        t = torch.arange(c, device=ids.device)
-        gap = t[:, None] - t[None]  # [c,c]
-        decay = torch.exp2(-gap.clamp(min=0) / self.settings.half_life_tokens).tril()  # [c,c]
-        same = segment[:, :, None] == segment[:, None, :]  # [B,c,c]
-        matrix = decay * same * counts[:, None, :]  # [B,c,c]
-        carry = torch.exp2(-(t + 1) / self.settings.half_life_tokens) * (segment == 0)  # [B,c]
-        return matrix, carry
+
+def _in_turn(parts: np.ndarray) -> np.ndarray:
+    """Sum over experts one by one, so that an expert of weight 0 and none at all give one sum."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 class LinearRouter(nn.Module):
     """Logits r_i . h + b_i with b_i <= 0, in float32; the public expert has no bias.
 
     The paper clamps a free parameter, min(b_i, 0); once positive it has no gradient and does
-    nothing. We write b_i = -softplus(raw_i) instead. Source: §3.3.2; the bias's form is ours.
+    nothing. By default we write b_i = -softplus(raw_i). Source: §3.3.2; that form is ours.
     """
 
     def __init__(self, settings: LinearSettings, names: list[str], d_model: int):
         super().__init__()
+        self.settings = settings
         self.names = names
         self.rows = nn.ModuleDict({slot(n): nn.Linear(d_model, 1, bias=False) for n in names})
         self.raw_bias = nn.ParameterDict({
-            slot(n): nn.Parameter(torch.full((1,), FIRST_RAW_BIAS)) for n in names
+            slot(n): nn.Parameter(first_raw_bias(settings)) for n in names
             if n != PUBLIC and settings.has_bias
         })
 
@@ -153,13 +184,18 @@ class LinearRouter(nn.Module):
             logit = nn.functional.linear(x, self.row(name).weight.float())[..., 0]  # [B,T]
             raw = self.bias(name)
             if raw is not None:
-                logit = logit - nn.functional.softplus(raw.float())
+                free = raw.float()
+                logit = logit + (free.clamp(max=0) if self.settings.bias_form == "clamp"
+                                 else -nn.functional.softplus(free))
             logits.append(logit)
         return logits
 
 
-def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | None) -> Tensor:
+def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | None,
+                    min_weight: float = 0.0) -> Tensor:
     """Softmax over the enabled experts, then top-k without renormalisation: [B,T,E] float32.
+
+    A weight below `min_weight` becomes 0, unless it is the largest.
 
     `logits` holds one [B,T] per expert; `active` is [B,E] or None for all. Sums run expert by
     expert, and ties go to the first name, so leaving an expert out and never having had it give
@@ -181,4 +217,7 @@ def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | No
         keep = torch.zeros_like(weights, dtype=torch.bool)
         keep.scatter_(-1, order[..., :top_k], True)
         weights = weights * keep
+    if min_weight > 0:
+        largest = weights.amax(-1, keepdim=True).clamp(max=min_weight)
+        weights = weights.where(weights >= largest, weights.new_zeros(()))
     return weights

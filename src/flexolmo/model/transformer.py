@@ -9,7 +9,8 @@ H heads, G key-value heads, C head width, L layers, V vocabulary.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -74,9 +75,16 @@ class ForwardContext:
     is_token: Tensor | None  # [B,T] False on left padding; None: all are tokens
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
+    shares: Any = None  # the same by expert, see deltas.Share
+    is_sparse: bool = False  # experts read only the tokens that picked them
     cache: list[LayerCache] | None = None
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
+
+    def at_last_position(self) -> "ForwardContext":
+        """The same for the last position alone."""
+        shares = self.shares and [s and s.at_last_position() for s in self.shares]
+        return replace(self, shares=shares)
 
 
 @dataclass
@@ -84,7 +92,7 @@ class Cache:
     """Everything needed to go on decoding a batch; keyed by nothing, so never shared."""
 
     layers: list[LayerCache]
-    evidence: tuple[Tensor, list[Tensor], Tensor] | None = None  # see router.EvidenceState
+    evidence: tuple[Tensor, Tensor] | None = None  # see router.EvidenceState
     is_token: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # [B,S]
 
     @property
@@ -92,14 +100,35 @@ class Cache:
         return 0 if self.layers[0].keys is None else self.layers[0].keys.shape[2]
 
 
+class Linear(nn.Linear):
+    """A matrix without bias; in a mixture one that owners may add to stands here."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+
+    def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
+        """u_1, w_1, u_2, w_2, ... with `forward` = sum of u_j w_j^T; u [B,T,.], w [out,.]."""
+        return [x, self.weight]
+
+
+class Embedding(nn.Embedding):
+    """A row per token id; in a mixture one that owners may add to stands here."""
+
+    def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class FeedForward(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x)). An expert is one of these per layer."""
+    """SwiGLU: down(silu(gate(x)) * up(x)). A full expert is one of these per layer."""
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_ff)
+        self.up_proj = Linear(d_model, d_ff)
+        self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [..., D]
@@ -112,18 +141,18 @@ class Attention(nn.Module):
         super().__init__()
         d, c = config.d_model, config.d_head
         self.d_head = c
-        self.q_proj = nn.Linear(d, config.num_heads * c, bias=False)
-        self.k_proj = nn.Linear(d, config.kv_heads * c, bias=False)
-        self.v_proj = nn.Linear(d, config.kv_heads * c, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * c, d, bias=False)
+        self.q_proj: Linear = Linear(d, config.num_heads * c)
+        self.k_proj: Linear = Linear(d, config.kv_heads * c)
+        self.v_proj: Linear = Linear(d, config.kv_heads * c)
+        self.o_proj: Linear = Linear(config.num_heads * c, d)
         self.q_norm = nn.RMSNorm(config.num_heads * c, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.kv_heads * c, eps=config.norm_eps)
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x)).view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C]
-        k = self.k_norm(self.k_proj(x)).view(B, T, -1, self.d_head).transpose(1, 2)  # [B,G,T,C]
-        v = self.v_proj(x).view(B, T, -1, self.d_head).transpose(1, 2)  # [B,G,T,C]
+        q, k = self.q_norm(self.q_proj(x, ctx)), self.k_norm(self.k_proj(x, ctx))
+        q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
+                   for y in (q, k, self.v_proj(x, ctx)))
         q, k = _rotate(q, ctx), _rotate(k, ctx)
         if ctx.cache is not None:
             past = ctx.cache[layer]
@@ -135,7 +164,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask=ctx.attention_bias, is_causal=ctx.attention_bias is None and T > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # [B,H,T,C]
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # [B,T,D]
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx)  # [B,T,D]
 
 
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -164,10 +193,10 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_tokens: Embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head: Linear = Linear(config.d_model, config.vocab_size)
 
     def initialise(self, seed: int) -> None:
         """Draw matrices from a normal of deviation 0.02 and set norms to 1. Source: OLMo 2."""
@@ -182,7 +211,24 @@ class Transformer(nn.Module):
         """An empty cache for one batch."""
         return Cache([LayerCache() for _ in self.layers])
 
-    def hidden(
+    def hidden(self, ids: Tensor, **options: Any) -> Tensor:
+        """The residual stream after the last norm, [B,T,D]; options as for `forward`."""
+        return self._stream(ids, **options)[0]
+
+    def forward(self, ids: Tensor, *, last_only: bool = False, **options: Any) -> Tensor:
+        """Logits [B,T,V]; only those of the last position, [B,1,V], with `last_only`.
+
+        ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
+        mixture's experts per sequence. With a cache, ids continue the positions it holds. The
+        lists routing and router_logits, when given, receive each layer's mixture weights and
+        router logits, both [B,T,E].
+        """
+        x, ctx = self._stream(ids, **options)
+        if last_only:
+            x, ctx = x[:, -1:], ctx.at_last_position()
+        return self.lm_head(x, ctx)
+
+    def _stream(
         self,
         ids: Tensor,
         *,
@@ -191,23 +237,13 @@ class Transformer(nn.Module):
         active: Tensor | None = None,
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The residual stream after the last norm, [B,T,D].
-
-        ids [B,T]. is_token [B,T] is False on left padding. active [B,E] switches the mixture's
-        experts per sequence. With a cache, ids continue the positions it holds. The lists, when
-        given, receive each layer's mixture weights and router logits, both [B,T,E].
-        """
+    ) -> tuple[Tensor, ForwardContext]:
         ctx = self._context(ids, cache, is_token, active)
         ctx.routing, ctx.router_logits = routing, router_logits
-        x = self.embed_tokens(ids)  # [B,T,D]
+        x = self.embed_tokens(ids, ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
             x = block(x, ctx, i)
-        return self.norm(x)
-
-    def forward(self, ids: Tensor, **options) -> Tensor:
-        """Logits [B,T,V]; options as for `hidden`."""
-        return self.lm_head(self.hidden(ids, **options))
+        return self.norm(x), ctx
 
     def _context(self, ids: Tensor, cache: Cache | None, is_token: Tensor | None,
                  active: Tensor | None) -> ForwardContext:
@@ -253,40 +289,50 @@ class Transformer(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy over a head, in pieces, so that [N,V] never exists. Source: ours."""
+    """Mean cross-entropy of logits sum_j u_j w_j^T, in pieces, so that [N,V] never exists.
+
+    Source: ours.
+    """
 
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        N = h.shape[0]
-        total = torch.zeros((), dtype=torch.float32, device=h.device)
-        grad_h = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+    def forward(ctx, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
+        inputs, matrices = parts[::2], parts[1::2]  # u_j [N,.], w_j [V,.]
+        N = len(targets)
+        total = torch.zeros((), dtype=torch.float32, device=targets.device)
+        needed = ctx.needs_input_grad[2:]
+        grads = [torch.zeros_like(p) if n else None for p, n in zip(parts, needed, strict=True)]
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            logits = (h[part] @ weight.T).float()  # [n,V]
+            logits = inputs[0][part] @ matrices[0].T  # [n,V]
+            for u, w in zip(inputs[1:], matrices[1:], strict=True):
+                logits = logits.addmm_(u[part], w.T)
+            logits = logits.float()
             log_z = logits.logsumexp(-1, keepdim=True)
             picked = logits.gather(1, targets[part, None])
             total += (log_z - picked).sum()
-            if grad_h is not None or grad_w is not None:
+            if any(needed):
                 grad = logits.sub_(log_z).exp_()  # softmax, [n,V]
                 grad.scatter_add_(1, targets[part, None], grad.new_full((len(grad), 1), -1.0))
-                grad = (grad / N).to(h.dtype)
-                if grad_h is not None:
-                    torch.mm(grad, weight, out=grad_h[part])
-                if grad_w is not None:
-                    grad_w.addmm_(grad.T, h[part])
-        ctx.save_for_backward(grad_h, grad_w)
+                grad = (grad / N).to(inputs[0].dtype)
+                for j, (u, w) in enumerate(zip(inputs, matrices, strict=True)):
+                    grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
+                    if grad_u is not None:
+                        torch.mm(grad, w, out=grad_u[part])
+                    if grad_w is not None:
+                        grad_w.addmm_(grad.T, u[part])
+        ctx.save_for_backward(*grads)
         return total / N
 
     @staticmethod
     def backward(ctx, *grads):
-        grad_h, grad_w = ctx.saved_tensors
         scale = grads[0]
-        return (None if grad_h is None else grad_h * scale,
-                None if grad_w is None else grad_w * scale, None, None)
+        return (None, None, *(None if g is None else g * scale for g in ctx.saved_tensors))
 
 
-def language_model_loss(model: Transformer, ids: Tensor, *, chunk: int = 1024, **options) -> Tensor:
+def language_model_loss(model: Transformer, ids: Tensor, *, chunk: int = 1024,
+                        **options: Any) -> Tensor:
     """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1]."""
-    h = model.hidden(ids[:, :-1], **options)
-    return _ChunkedLoss.apply(h.flatten(0, 1), model.lm_head.weight, ids[:, 1:].flatten(), chunk)
+    x, ctx = model._stream(ids[:, :-1], **options)
+    parts = model.lm_head.parts(x, ctx)
+    flat = [p.flatten(0, 1) if j % 2 == 0 else p for j, p in enumerate(parts)]
+    return cast(Tensor, _ChunkedLoss.apply(ids[:, 1:].flatten(), chunk, *flat))

@@ -18,7 +18,7 @@ from flexolmo.model.checkpoint import (
     read_stock_config,
     read_tensors,
 )
-from flexolmo.model.statistics import describe_public
+from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.loop import TrainSettings, train
@@ -45,8 +45,6 @@ class AnchorRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="of initial weights and batch order")
-    num_clusters: int = Field(16, ge=1, description="clusters that describe public text to the "
-                                                    "evidence router")
     model: AnchorShape = AnchorShape()
     train: TrainSettings = TrainSettings(steps=700)
 
@@ -72,7 +70,7 @@ def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
     result = train(dict(model.named_parameters()), loss_of_step, recipe.train, run_dir, "anchor",
                    identity_of(recipe, data=public.digest), record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
-    return describe_anchor(model, tokenizer, public, recipe.num_clusters, record)
+    return describe_anchor(model, tokenizer, public, record)
 
 
 def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
@@ -82,7 +80,7 @@ def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
     return {"config": config, "inputs": inputs, "threads": torch.get_num_threads()}
 
 
-def import_anchor(directory: Path, public: TokenSet, num_clusters: int = 16) -> Anchor:
+def import_anchor(directory: Path, public: TokenSet) -> Anchor:
     """An anchor from any stock `Olmo2ForCausalLM` checkpoint.
 
     `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
@@ -96,14 +94,15 @@ def import_anchor(directory: Path, public: TokenSet, num_clusters: int = 16) -> 
     model = build_transformer(config.model_copy(update={"eos_token_id": tokenizer.eos_id}),
                               tensors, str(directory))
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
-    return describe_anchor(model, tokenizer, public, num_clusters, record)
+    return describe_anchor(model, tokenizer, public, record)
 
 
 def describe_anchor(model: Transformer, tokenizer: Tokenizer, public: TokenSet,
-                    num_clusters: int, record: dict[str, Any]) -> Anchor:
+                    record: dict[str, Any]) -> Anchor:
     """Add to a dense model what owners need of public text: its statistics, its embedding."""
-    open_text = public.splits["train"].tokens
-    statistics = describe_public(open_text, model.config.vocab_size, num_clusters)
+    split = public.splits["train"]
+    statistics = fit_bigrams(split.tokens, split.offsets, model.config.vocab_size,
+                             EvidenceSettings())
     row = mean_hidden_state(model.eval(), embedding_windows(public, model.config))
     return build_anchor(model, tokenizer, statistics, row.repeat(model.config.num_layers, 1),
                         copy.deepcopy(record))

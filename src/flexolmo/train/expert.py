@@ -1,20 +1,22 @@
 """Closed data in, signed bundle out: an owner trains one expert beside the frozen anchor.
 
 Runs on the owner's machine with the anchor and the owner's prepared set, and nothing else: it
-opens no connection and no other owner's file. Only the expert's FFN and, for the linear router,
-its rows and biases have gradients and optimizer state.
+opens no connection and no other owner's file. Only the expert's own matrices and, for the linear
+router, its rows and biases have gradients and optimizer state.
 """
 
 import copy
 import datetime
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
@@ -24,14 +26,18 @@ from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, write_aside, write_json
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
-from flexolmo.model.checkpoint import FFN_PARTS, Anchor, mean_hidden_state
+from flexolmo.model.checkpoint import Anchor, digest_tensors, mean_hidden_state
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import FIRST_RAW_BIAS, RouterSettings
-from flexolmo.model.statistics import EvidenceSettings, owner_table
-from flexolmo.model.transformer import language_model_loss
+from flexolmo.model.router import RouterSettings, first_raw_bias
+from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of, expert_shapes
+from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
+from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.anchor import embedding_windows, identity_of
+from flexolmo.train.compress import prune_width
 from flexolmo.train.loop import TrainSettings, train
+
+Scope = Literal["ffn", "ffn+head", "all"]
 
 
 class ExpertRecipe(BaseModel):
@@ -39,10 +45,37 @@ class ExpertRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="of batch order")
-    train: TrainSettings = TrainSettings(steps=240)
+    seed: int = Field(0, ge=0, description="of batch order and of the deltas' first values")
+    scope: Scope = Field("all", description="what the owner may change: ffn (paper; exports to the "
+                         "stock format), ffn+head, or all: also attention and embedding (ours)")
+    width: int | None = Field(None, ge=1, description="FFN width; none: the anchor's")
+    rank: int = Field(0, ge=0, description="rank of the FFN as a delta to the anchor's; 0: whole")
+    attention_rank: int = Field(64, ge=1, description="rank of attention's deltas, if in scope")
+    embedding_rank: int = Field(64, ge=1, description="rank of the embedding's delta, if in scope")
+    head_rank: int = Field(64, ge=1, description="rank of the output head's delta, if in scope")
+    replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
+                          "text, which shows what is not the owner's domain (ours)")
+    train: TrainSettings = TrainSettings(steps=240, learning_rate=0.012)
     router: RouterSettings = Field(EvidenceSettings(), description="how the expert is weighed "
                                    "against public text; the same for all of one mixture")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> "ExpertRecipe":
+        if self.rank and self.width is not None:
+            raise ValueError("an FFN is of a width of its own or a low-rank delta to the "
+                             "anchor's: give width or rank, not both")
+        if self.scope != "ffn" and not isinstance(self.router, EvidenceSettings):
+            raise ValueError(f"scope {self.scope} needs a router that decides once for all "
+                             f"layers, which {self.router.kind} does not: set scope = \"ffn\"")
+        return self
+
+    def shape(self, config: ModelConfig) -> ExpertShape:
+        """The shape of an expert beside an anchor of this `config`."""
+        return ExpertShape(
+            d_ff=self.width or config.d_ff, rank=self.rank,
+            attention_rank=self.attention_rank if self.scope == "all" else 0,
+            embedding_rank=self.embedding_rank if self.scope == "all" else 0,
+            head_rank=self.head_rank if self.scope in ("ffn+head", "all") else 0)
 
 
 @dataclass(frozen=True)
@@ -52,67 +85,125 @@ class Expert:
     name: str
     anchor_digest: str
     router: RouterSettings
-    tensors: dict[str, Tensor]  # see assemble.expert_shapes
+    tensors: dict[str, Tensor]  # see shape.expert_shapes
     record: dict[str, Any]
     data_card_digest: str
+    architecture: dict[str, int]  # see shape.architecture_of
 
 
-def start_expert(anchor: Anchor, data: TokenSet, name: str, router: RouterSettings
-                 ) -> dict[str, Tensor]:
-    """The expert before training: the anchor's FFN, and the router's part for this owner.
+def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe) -> dict[str, Tensor]:
+    """The expert before training: the anchor's FFN, no deltas, and the router's part.
 
-    evidence: the table from the owner's token counts, final. linear: in every layer the same row,
-    the mean hidden state over the owner's text, and a bias near -0.13. Source: §3.3.1-2.
+    FFN: a copy of the anchor's; with a width of its own, those columns of it that the owner's text
+    uses most. Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
+    Router, evidence: the bigram model of the owner's text, final. linear: in every layer the
+    same row, the mean hidden state over the owner's text, and a bias of -0.13. Source: §3.3.1-2.
     """
-    weights = anchor.model.state_dict()
-    tensors = {f"layers.{i}.{part}.weight": weights[f"layers.{i}.mlp.{part}.weight"].clone()
-               for i in range(anchor.config.num_layers) for part in FFN_PARTS}
+    config, router = anchor.config, recipe.router
+    shape = recipe.shape(config)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    dtype = anchor.model.embed_tokens.weight.dtype
+    tensors: dict[str, Tensor] = {}
+    for name, size in expert_shapes(config, shape, router).items():
+        if name.endswith("lora_a"):
+            drawn = torch.randn(size, generator=generator) / math.sqrt(size[1])
+            tensors[name] = drawn.to(dtype)
+        elif name.endswith("lora_b"):
+            tensors[name] = torch.zeros(size, dtype=dtype)
+    if not shape.rank:
+        ffns = {f"layers.{i}.{part}.weight": getattr(block.mlp, part).weight.detach().clone()
+                for i, block in enumerate(anchor.model.layers) for part in FFN_PARTS}
+        if shape.d_ff != config.d_ff:
+            ffns = prune_width(anchor, ffns, data, shape.d_ff)
+        tensors |= ffns
     split = data.splits["train"]
     if isinstance(router, EvidenceSettings):
-        table = owner_table(split.tokens, split.offsets, anchor.public, router,
-                            anchor.config.eos_token_id)
-        tensors["router.evidence"] = torch.from_numpy(table)
+        own = fit_bigrams(split.tokens, split.offsets, config.vocab_size, router, anchor.public)
+        tensors |= {"router.unigram": torch.from_numpy(own.unigram),
+                    "router.backoff": torch.from_numpy(own.backoff)}
+        if len(own.keys):
+            tensors |= {"router.bigram_keys": torch.from_numpy(own.keys),
+                        "router.bigram_log_probs": torch.from_numpy(own.log_probs)}
         return tensors
-    row = mean_hidden_state(anchor.model, embedding_windows(data, anchor.config))
-    for i in range(anchor.config.num_layers):
+    row = mean_hidden_state(anchor.model, embedding_windows(data, config))
+    for i in range(config.num_layers):
         tensors[f"layers.{i}.router.weight"] = row[None].clone()
         if router.has_bias:
-            tensors[f"layers.{i}.router.raw_bias"] = torch.full((1,), FIRST_RAW_BIAS)
+            tensors[f"layers.{i}.router.raw_bias"] = first_raw_bias(router)
     return tensors
 
 
 def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe,
-                 run_dir: Path | None = None, num_threads: int | None = None) -> Expert:
+                 run_dir: Path | None = None, num_threads: int | None = None, *,
+                 public: TokenSet | None = None,
+                 start: Mapping[str, Tensor] | None = None) -> Expert:
     """Train one expert to coordinate: a mixture of it and the public expert, on the owner's text.
 
-    With `run_dir`, resumes a run that was cut off there. Source: §3.3.1.
+    With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
+    replay. `start` are first values in place of `start_expert`'s. Source: §3.3.1.
     """
     _refuse_bad_name(name)
     set_up(recipe.seed, num_threads)
-    pair = assemble_mixture(anchor, {name: start_expert(anchor, data, name, recipe.router)},
-                            recipe.router)
+    first = start_expert(anchor, data, recipe) if start is None else start
+    pair = assemble_mixture(anchor, {name: first}, recipe.router)
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
-    record = run_record(recipe.model_dump(mode="json"), recipe.seed,
-                        {data.name: data.digest, "anchor": anchor.digest})
-    batches = training_batches(data, "train", recipe.train.batch_size, recipe.train.seq_len,
-                               recipe.seed)
+    batch_of_step = _batches(data, public, recipe)
+    replayed = {"public": public.digest} if recipe.replay and public is not None else {}
+    digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
+    record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
 
     def loss_of_step(step: int) -> Tensor:
         logits: list[Tensor] = []  # of the linear router, one [B,T,2] a layer
-        loss = language_model_loss(pair, torch.from_numpy(batches.batch(step)),
+        loss = language_model_loss(pair, torch.from_numpy(batch_of_step(step)),
                                    router_logits=logits)
         for z in logits:
             loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
         return loss
 
     pair.train()
+    identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
+    if start is not None:
+        identity["start"] = digest_tensors(start.items())
     result = train(parameters, loss_of_step, recipe.train, run_dir, f"expert {name}",
-                   identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name), record)
+                   identity, record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     tensors = {n: t.detach().clone() for n, t in expert_tensors(pair, name).items()}
-    return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest)
+    return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest,
+                  architecture_of(anchor.config, pair.shapes[name]))
+
+
+def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
+             ) -> Callable[[int], np.ndarray]:
+    """Batch of a step, int64 [B,T+1]; with replay, every so many-th sequence is public text."""
+    settings = recipe.train
+    size = settings.batch_size
+    own = training_batches(data, "train", 1, settings.seq_len, recipe.seed)
+    if not recipe.replay:
+        whole = training_batches(data, "train", size, settings.seq_len, recipe.seed)
+        return whole.batch
+    if public is None:
+        raise ConfigError(f"replay is {recipe.replay}: give the prepared public set to replay.")
+    if public.card["tokenizer"]["digest"] != data.card["tokenizer"]["digest"]:
+        raise ConfigError(f"{public.directory} and {data.directory} were prepared with different "
+                          "tokenizers.")
+    other = training_batches(public, "train", 1, settings.seq_len, recipe.seed)
+
+    def public_before(place: int) -> int:
+        return math.floor(place * recipe.replay + 1e-9)  # 0.29 of 100 is 29, not 28.999...
+
+    def batch(step: int) -> np.ndarray:
+        rows = []
+        for place in range(step * size, (step + 1) * size):
+            replayed = public_before(place)
+            if public_before(place + 1) > replayed:
+                rows.append(other.batch(replayed)[0])
+            else:
+                rows.append(own.batch(place - replayed)[0])
+        return np.stack(rows)  # [B,T+1]
+
+    return batch
 
 
 def _refuse_bad_name(name: str) -> None:
@@ -125,9 +216,9 @@ def _refuse_bad_name(name: str) -> None:
 
 
 def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Parameter]:
-    """What of `pair` learns: the expert's FFN, and a linear router's row and bias for it."""
+    """What of `pair` learns: all of the expert but an evidence router's statistics."""
     return {n: p for n, p in expert_tensors(pair, name).items()
-            if isinstance(p, nn.Parameter) and n != "router.evidence"}
+            if isinstance(p, nn.Parameter)}
 
 
 def save_expert(expert: Expert, run_dir: Path) -> None:
@@ -137,7 +228,7 @@ def save_expert(expert: Expert, run_dir: Path) -> None:
     write_json(run_dir / "expert.json", {
         "name": expert.name, "anchor_digest": expert.anchor_digest,
         "router": expert.router.model_dump(mode="json"), "record": expert.record,
-        "data_card_digest": expert.data_card_digest})
+        "data_card_digest": expert.data_card_digest, "architecture": expert.architecture})
 
 
 def load_expert(run_dir: Path) -> Expert:
@@ -148,7 +239,7 @@ def load_expert(run_dir: Path) -> Expert:
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
         recipe = ExpertRecipe.model_validate(about["record"]["config"])
         return Expert(about["name"], about["anchor_digest"], recipe.router, tensors,
-                      about["record"], about["data_card_digest"])
+                      about["record"], about["data_card_digest"], about["architecture"])
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{run_dir} holds no finished expert: {e}.") from None
 
@@ -161,15 +252,12 @@ def pack_expert(expert: Expert, path: Path, private_key: Path, *, owner: str, li
     anchor weights, no text, no file names of the owner's.
     """
     weights = save({n: t.contiguous() for n, t in expert.tensors.items()})
-    gate = expert.tensors["layers.0.gate_proj.weight"]
     manifest = build_manifest(
         weights,
         name=expert.name,
         owner=owner,
         anchor_digest=expert.anchor_digest,
-        num_layers=1 + max(int(n.split(".")[1]) for n in expert.tensors if n.startswith("layers")),
-        d_model=gate.shape[1],
-        d_ff=gate.shape[0],
+        architecture=expert.architecture,
         router_kind=expert.router.kind,
         router_settings=expert.router.model_dump(mode="json"),
         recipe=copy.deepcopy(expert.record["config"]),

@@ -1,0 +1,99 @@
+"""The shape of an expert: which tensors an owner's module holds, and how large they are.
+
+Every matrix that is not whole is a delta B A to the anchor's of that name: `lora_b` [out,r],
+`lora_a` [r,in] (arXiv 2106.09685). Plain arithmetic, without torch.
+
+V vocabulary, D d_model, F d_ff, L layers, r rank.
+"""
+
+from collections.abc import Mapping
+from math import prod
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import ModelConfig
+
+FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class ExpertShape(BaseModel):
+    """What an expert holds, per layer and outside the layers. Source: FFN §3.2; the rest ours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    d_ff: int = Field(ge=1, description="width of the FFN; of a low-rank one, the anchor's")
+    rank: int = Field(0, ge=0, description="rank of the FFN's deltas to the anchor's; 0: whole "
+                                           "matrices of its own")
+    attention_rank: int = Field(0, ge=0, description="rank of deltas to attention; 0: none")
+    embedding_rank: int = Field(0, ge=0, description="rank of a delta to the embedding; 0: none")
+    head_rank: int = Field(0, ge=0, description="rank of a delta to the output head; 0: none")
+    num_bigrams: int = Field(0, ge=0, description="bigrams listed for the evidence router")
+
+    @property
+    def is_ffn_only(self) -> bool:
+        """True if it changes nothing but the FFN, as in the paper and the stock format."""
+        return not (self.attention_rank or self.embedding_rank or self.head_rank)
+
+
+def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSettings
+                  ) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of such an expert; exactly what a bundle holds."""
+    D, V, F = config.d_model, config.vocab_size, shape.d_ff
+    heads, kv = config.num_heads * config.d_head, config.kv_heads * config.d_head
+    matrices = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
+                "q_proj": (heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads)}
+    found: dict[str, tuple[int, ...]] = {}
+
+    def delta(name: str, matrix: tuple[int, int], rank: int) -> None:
+        if rank:
+            found[f"{name}.lora_a"] = (rank, matrix[1])
+            found[f"{name}.lora_b"] = (matrix[0], rank)
+
+    for i in range(config.num_layers):
+        for part in FFN_PARTS:
+            if not shape.rank:
+                found[f"layers.{i}.{part}.weight"] = matrices[part]
+            delta(f"layers.{i}.{part}", matrices[part], shape.rank)
+        for part in ATTENTION_PARTS:
+            delta(f"layers.{i}.{part}", matrices[part], shape.attention_rank)
+        if isinstance(router, LinearSettings):
+            found[f"layers.{i}.router.weight"] = (1, D)
+            if router.has_bias:
+                found[f"layers.{i}.router.raw_bias"] = (1,)
+    delta("embed_tokens", (V, D), shape.embedding_rank)
+    delta("lm_head", (V, D), shape.head_rank)
+    if isinstance(router, EvidenceSettings):
+        found["router.unigram"] = found["router.backoff"] = (V,)
+        if shape.num_bigrams:
+            found["router.bigram_keys"] = found["router.bigram_log_probs"] = (shape.num_bigrams,)
+    return found
+
+
+def shape_of_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> ExpertShape:
+    """The shape that tensors of these names and shapes claim; `expert_shapes` then says what
+    should be there."""
+    def rank(name: str) -> int:
+        return int((shapes.get(f"{name}.lora_a") or (0,))[0])
+
+    whole = shapes.get("layers.0.gate_proj.weight")
+    return ExpertShape(
+        d_ff=int(whole[0]) if whole else config.d_ff,
+        rank=0 if whole is not None else rank("layers.0.gate_proj"),
+        attention_rank=rank("layers.0.q_proj"),
+        embedding_rank=rank("embed_tokens"),
+        head_rank=rank("lm_head"),
+        num_bigrams=int((shapes.get("router.bigram_keys") or (0,))[0]),
+    )
+
+
+def architecture_of(config: ModelConfig, shape: ExpertShape) -> dict[str, int]:
+    """What a bundle's manifest claims of an expert's sizes."""
+    return {"num_layers": config.num_layers, "d_model": config.d_model, **shape.model_dump()}
+
+
+def count_parameters(config: ModelConfig, shape: ExpertShape, router: RouterSettings) -> int:
+    """Numbers in an expert of this shape."""
+    return sum(prod(s) for s in expert_shapes(config, shape, router).values())

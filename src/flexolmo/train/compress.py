@@ -1,0 +1,115 @@
+"""A smaller expert from a large one: low rank by truncated SVD, narrow by pruning columns.
+
+Works on the FFN, where most of an expert's bytes are, and on the ranks of the other deltas.
+
+D d_model, F d_ff, W the new width, r rank.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexolmo.data.batches import TokenSet, training_batches
+from flexolmo.errors import ConfigError
+from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
+
+PRUNING_WINDOWS = 32
+
+
+def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] with B A the closest matrix of that rank (Eckart-Young).
+
+    The singular values are shared evenly between A and B.
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise ConfigError(f"Rank {rank} is not between 1 and {min(matrix.shape)}, the smaller side "
+                          f"of a {matrix.shape[0]} x {matrix.shape[1]} matrix.")
+    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    root = s[:rank].sqrt()
+    return ((root[:, None] * v[:rank]).to(matrix.dtype).contiguous(),
+            (u[:, :rank] * root).to(matrix.dtype).contiguous())
+
+
+def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
+                  delta_rank: int | None = None) -> dict[str, Tensor]:
+    """The expert with its FFN as a delta of `rank` to the anchor's.
+
+    Deltas to attention, embedding and head are cut to `delta_rank` (none: left as they are).
+    Raises ConfigError if the FFN is not of the anchor's width.
+    """
+    found = dict(tensors)
+    for i, block in enumerate(anchor.model.layers):
+        for part in FFN_PARTS:
+            name, base = f"layers.{i}.{part}", getattr(block.mlp, part).weight
+            whole = found.pop(f"{name}.weight", None)
+            if whole is None:
+                delta = found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+            elif whole.shape == base.shape:
+                delta = whole - base
+            else:
+                raise ConfigError(f"{name} is of shape {list(whole.shape)}, the anchor's of "
+                                  f"{list(base.shape)}: only an expert of the anchor's width has "
+                                  "a difference to compress.")
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(delta, rank)
+    if delta_rank is not None:
+        others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
+                  for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
+        for name in others:
+            a, b = found.get(f"{name}.lora_a"), found.get(f"{name}.lora_b")
+            if a is not None and b is not None and len(a) > delta_rank:
+                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
+                    a, b, delta_rank)
+    return found
+
+
+def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As `truncate` of B A, without writing the product out; a [r,in], b [out,r]."""
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    small_a, small_b = truncate(r_b @ r_a.T, rank)
+    return ((small_a @ q_a.T).to(a.dtype).contiguous(), (q_b @ small_b).to(b.dtype).contiguous())
+
+
+def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
+                ) -> dict[str, Tensor]:
+    """The expert with the `width` columns of each layer's FFN that matter most to `data`.
+
+    A column's importance is the mean of |activation| on training text, read with these FFNs in
+    the anchor's frame, times the norm of its down row. Source: ours, after structured pruning.
+    """
+    d_ff = len(tensors["layers.0.gate_proj.weight"])
+    if not 1 <= width <= d_ff:
+        raise ConfigError(f"Width {width} is not between 1 and {d_ff}, the FFN's own.")
+    model = copy.deepcopy(anchor.model)
+    sums = [torch.zeros(d_ff, dtype=torch.float64) for _ in model.layers]
+
+    def watch(total: Tensor) -> Callable[..., None]:
+        def add(_module: Any, args: tuple[Tensor]) -> None:  # returns nothing: it only looks
+            total.add_(args[0].abs().double().sum((0, 1)))
+        return add
+
+    for i, block in enumerate(model.layers):
+        for part in FFN_PARTS:
+            getattr(block.mlp, part).weight = torch.nn.Parameter(
+                tensors[f"layers.{i}.{part}.weight"], requires_grad=False)
+        block.mlp.down_proj.register_forward_pre_hook(watch(sums[i]))
+    seq_len = min(256, anchor.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
+    batches = training_batches(data, "train", 1, seq_len, seed=0)
+    with torch.no_grad():
+        for step in range(min(PRUNING_WINDOWS, batches.num_windows)):
+            model.hidden(torch.from_numpy(np.ascontiguousarray(batches.batch(step)[:, :-1])))
+    found = dict(tensors)
+    for i, total in enumerate(sums):
+        down = tensors[f"layers.{i}.down_proj.weight"]  # [D,F]
+        order = (total * down.double().norm(dim=0)).argsort(descending=True, stable=True)
+        kept = order[:width].sort().values  # [W]
+        for part in FFN_PARTS:
+            whole = tensors[f"layers.{i}.{part}.weight"]
+            found[f"layers.{i}.{part}.weight"] = whole.index_select(
+                1 if part == "down_proj" else 0, kept).contiguous()
+    return found

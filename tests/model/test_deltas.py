@@ -1,0 +1,226 @@
+"""What owners add to the anchor's matrices, against a plain loop over tokens and experts."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexolmo.model.assemble import assemble_mixture, expert_tensors
+from flexolmo.model.deltas import DeltaLinear, Share
+from flexolmo.model.router import PUBLIC
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import ForwardContext, language_model_loss
+
+OWNERS = ("amber", "basalt", "cobalt")
+ROUTER = EvidenceSettings()
+IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60,
+                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+RANKS = st.sampled_from([0, 0, 1, 2, 5])
+SIZES = st.fixed_dictionaries({
+    "ffn": st.sampled_from([{}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 4}]),
+    "attention_rank": RANKS, "embedding_rank": RANKS, "head_rank": RANKS})
+
+
+def sizes_of(drawn):
+    """What `wild.expert` takes, from an example of SIZES."""
+    return {k: v for k, v in drawn.items() if k != "ffn"} | drawn["ffn"]
+
+
+# --- the reference ------------------------------------------------------------------------------
+
+
+class Reference:
+    """The mixture in float64, a token, a layer, a head and an expert at a time.
+
+    The weights of the experts at each position are given; everything else is computed here.
+    """
+
+    def __init__(self, anchor, experts, weights):
+        self.config = anchor.config
+        self.anchor = {n: t.double() for n, t in anchor.model.state_dict().items()}
+        self.experts = {n: {k: t.double() for k, t in e.items()} for n, e in experts.items()}
+        self.names = sorted(experts)
+        self.weights = weights.double()  # [B,T,E], public first
+
+    def matrix(self, name, base, b, t):
+        """W + w_1 B_1 A_1 + w_2 B_2 A_2 + ... at one position."""
+        found = self.anchor[base].clone()
+        for e, owner in enumerate(self.names, start=1):
+            tensors = self.experts[owner]
+            if f"{name}.lora_a" in tensors:
+                product = tensors[f"{name}.lora_b"] @ tensors[f"{name}.lora_a"]
+                found += self.weights[b, t, e] * product
+        return found
+
+    def norm(self, x, name):
+        return x / (x.square().mean() + self.config.norm_eps).sqrt() * self.anchor[name]
+
+    def rotate(self, x, t):
+        half = len(x) // 2
+        angle = t / self.config.rope_theta ** (torch.arange(half).double() / half)
+        first, second = x[:half], x[half:]
+        return torch.cat([first * angle.cos() - second * angle.sin(),
+                          second * angle.cos() + first * angle.sin()])
+
+    def attend(self, i, xs, b):
+        """What attention adds at each position of one sequence."""
+        c, group = self.config.d_head, self.config.num_heads // self.config.kv_heads
+        q, k, v, out = [], [], [], []
+        for t, x in enumerate(xs):
+            own = {part: self.matrix(f"layers.{i}.{part}", f"layers.{i}.self_attn.{part}.weight",
+                                     b, t) @ x for part in ("q_proj", "k_proj", "v_proj")}
+            for part, heads, to in (("q", self.config.num_heads, q), ("k", self.config.kv_heads, k)):
+                y = self.norm(own[f"{part}_proj"], f"layers.{i}.self_attn.{part}_norm.weight")
+                to.append([self.rotate(y[h * c:(h + 1) * c], t) for h in range(heads)])
+            v.append(own["v_proj"].split(c))
+        for t in range(len(xs)):
+            heads = []
+            for h in range(self.config.num_heads):
+                g = h // group
+                scores = torch.stack([q[t][h] @ k[s][g] / math.sqrt(c) for s in range(t + 1)])
+                heads.append(sum(p * v[s][g] for s, p in enumerate(scores.softmax(0))))
+            o = self.matrix(f"layers.{i}.o_proj", f"layers.{i}.self_attn.o_proj.weight", b, t)
+            out.append(o @ torch.cat(heads))
+        return out
+
+    def feed_forward(self, i, x, b, t):
+        total = torch.zeros_like(x)
+        for e, owner in enumerate([PUBLIC, *self.names]):
+            tensors, found = self.experts.get(owner, {}), {}
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                name = f"layers.{i}.{part}"
+                found[part] = self.anchor[f"layers.{i}.mlp.{part}.weight"]
+                if f"{name}.weight" in tensors:
+                    found[part] = tensors[f"{name}.weight"]
+                elif owner != PUBLIC:
+                    found[part] = found[part] + tensors[f"{name}.lora_b"] @ tensors[f"{name}.lora_a"]
+            gate = found["gate_proj"] @ x
+            inner = gate / (1 + (-gate).exp()) * (found["up_proj"] @ x)
+            total += self.weights[b, t, e] * (found["down_proj"] @ inner)
+        return total
+
+    def logits(self, ids):
+        """[B,T,V]."""
+        out = []
+        for b, row in enumerate(ids):
+            xs = [self.matrix("embed_tokens", "embed_tokens.weight", b, t)[token]
+                  for t, token in enumerate(row)]
+            for i in range(self.config.num_layers):
+                added = self.attend(i, xs, b)
+                hs = [x + self.norm(a, f"layers.{i}.post_attention_layernorm.weight")
+                      for x, a in zip(xs, added, strict=True)]
+                xs = [h + self.norm(self.feed_forward(i, h, b, t),
+                                    f"layers.{i}.post_feedforward_layernorm.weight")
+                      for t, h in enumerate(hs)]
+            out.append(torch.stack([
+                self.matrix("lm_head", "lm_head.weight", b, t) @ self.norm(x, "norm.weight")
+                for t, x in enumerate(xs)]))
+        return torch.stack(out)
+
+
+@given(drawn=st.lists(SIZES, min_size=1, max_size=3), top_k=st.sampled_from([None, None, 1, 2]),
+       seed=st.integers(0, 99), off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]))
+@IN_SESSION
+def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off):
+    wild = make_wild(torch.float64)
+    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    model, routing = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k), []
+    ids = wild.ids(2, 6, seed)
+    active = model.expert_mask([None, set(experts) - set(off)])
+    found = model(ids, active=active, routing=routing)
+    expected = Reference(wild.anchor, experts, routing[0]).logits(ids)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_reference_tells_every_part_from_none(make_wild):
+    """Else the test above would see nothing: without any one part its logits differ."""
+    wild = make_wild(torch.float64)
+    expert = wild.expert(ROUTER, 0, rank=2, attention_rank=2, embedding_rank=2, head_rank=2)
+    weights, ids = torch.full((1, 5, 2), 0.5), wild.ids(1, 5)
+    whole = Reference(wild.anchor, {"a": expert}, weights).logits(ids)
+    for name in {n.rpartition(".")[0] for n in expert if "lora" in n}:
+        less = expert | {f"{name}.lora_b": torch.zeros_like(expert[f"{name}.lora_b"])}
+        other = Reference(wild.anchor, {"a": less}, weights).logits(ids)
+        assert (whole - other).abs().max() > 1e-2, name
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+
+@given(drawn=st.lists(SIZES, min_size=1, max_size=2), seed=st.integers(0, 99),
+       chunk=st.integers(1, 20), masked=st.booleans())
+@IN_SESSION
+def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed, chunk, masked):
+    """Of the owner's tensors all, of the anchor's and the other owner's none."""
+    wild = make_wild(torch.float64)
+    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    ids, found = wild.ids(2, 9, seed), []
+    for is_plain in (False, True):
+        model = assemble_mixture(wild.anchor, experts, ROUTER).train()
+        own = {n: p for n, p in expert_tensors(model, "amber").items() if "router" not in n}
+        for p in own.values():
+            p.requires_grad_(True)
+        active = model.expert_mask([("amber",), ()]) if masked else None
+        if is_plain:
+            logits = model(ids[:, :-1], active=active)
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        else:
+            loss = language_model_loss(model, ids, chunk=chunk, active=active)
+        loss.backward()
+        assert {id(p) for p in model.parameters() if p.grad is not None} == {
+            id(p) for p in own.values()}
+        found.append({n: p.grad for n, p in own.items()} | {"loss": loss.detach().double()})
+    for name, g in found[0].items():  # the sums are taken in float32
+        torch.testing.assert_close(g, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        assert g.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("part", ["head", "embedding"])
+def test_a_delta_of_the_loss_is_learnt_by_descent(wild, part):
+    """From B = 0, where A has no gradient yet: one step along it lowers the loss."""
+    expert = wild.expert(ROUTER, 0, **{f"{part}_rank": 3})
+    name = {"head": "lm_head", "embedding": "embed_tokens"}[part]
+    expert[f"{name}.lora_b"] = torch.zeros_like(expert[f"{name}.lora_b"])
+    model, ids = assemble_mixture(wild.anchor, {"a": expert}, ROUTER).train(), wild.ids(4, 20)
+    parameters = expert_tensors(model, "a")
+    a, b = (parameters[f"{name}.lora_{x}"].requires_grad_(True) for x in "ab")
+    before = language_model_loss(model, ids)
+    before.backward()
+    assert (a.grad == 0).all() and (b.grad != 0).any()
+    with torch.no_grad():
+        b -= 0.1 * b.grad / b.grad.norm()
+    assert language_model_loss(model, ids) < before
+
+
+# --- shares -------------------------------------------------------------------------------------
+
+
+def test_where_an_expert_is_off_even_an_infinite_product_adds_nothing(wild):
+    base = wild.anchor.model.lm_head
+    layer = DeltaLinear(base, {"a": 2}, [PUBLIC, "a"])
+    layer.weight.data.copy_(base.weight)
+    delta = layer.deltas.of("a")
+    delta.lora_a.data.fill_(1e30)
+    delta.lora_b.data.fill_(1.0)
+    x = torch.ones(2, 3, 32)
+    x[0] *= 1e10  # of the sequence for which it is off: 1e10 * 1e30 is no float32
+    enabled = torch.tensor([False, True])[:, None, None]
+    weight = torch.full((2, 3, 1), 1e-30) * enabled
+    ctx = ForwardContext(x, x, None, None, shares=[None, Share(weight, enabled)])
+    plain, parts = layer(x, ctx), layer.parts(x, ctx)
+    summed = parts[0] @ parts[1].T + parts[2] @ parts[3].T
+    for y in (plain, summed):
+        assert torch.equal(y[0], F.linear(x, base.weight)[0])
+    torch.testing.assert_close(plain, summed)
+    assert (plain[1] - F.linear(x, base.weight)[1]).abs().min() > 1
+
+
+def test_a_delta_without_a_routing_for_all_layers_is_a_programming_error(wild):
+    layer = DeltaLinear(wild.anchor.model.lm_head, {"a": 2}, [PUBLIC, "a"])
+    with pytest.raises(AssertionError, match="one routing"):
+        layer(torch.zeros(1, 1, 32))
