@@ -161,7 +161,9 @@ def test_an_expert_starts_as_the_anchor(pico_anchor, pico_sets, router, wild, ra
     start = start_expert(pico_anchor, pico_sets["maths"], recipe_of(router, rank=rank))
     pair = assemble_mixture(pico_anchor, {"maths": start}, router)
     ids = wild.ids(2, 20)
-    torch.testing.assert_close(pair(ids), pico_anchor.model(ids), rtol=0, atol=1e-4)
+    # weights too small to count leave a sum below 1, which the norm after the FFN undoes but for
+    # its epsilon
+    torch.testing.assert_close(pair(ids), pico_anchor.model(ids), rtol=0, atol=2e-3)
     deltas = {n for n in start if "lora" in n}
     assert bool(deltas) == (rank > 0 or router.kind == "evidence")
     for name in deltas:

@@ -35,8 +35,8 @@ class StudyRecipe(BaseModel):
     train: TrainSettings = Field(TrainSettings(steps=160, batch_size=4, seq_len=512),
                                  description="of one owner's model, ours or a rival's")
     default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
-    low_rank: ExpertRecipe = Field(ExpertRecipe(rank=32, attention_rank=16, embedding_rank=32,
-                                                head_rank=32), description="our small expert")
+    low_rank: ExpertRecipe = Field(ExpertRecipe(rank=32, attention_rank=16, embedding_rank=24,
+                                                head_rank=24), description="our small expert")
     learning_rate: float = Field(0.012, gt=0, description="AdamW's rate for our experts; theirs "
                                  "is in train")
     top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")

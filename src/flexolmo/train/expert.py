@@ -51,8 +51,8 @@ class ExpertRecipe(BaseModel):
     width: int | None = Field(None, ge=1, description="FFN width; none: the anchor's")
     rank: int = Field(0, ge=0, description="rank of the FFN as a delta to the anchor's; 0: whole")
     attention_rank: int = Field(64, ge=1, description="rank of attention's deltas, if in scope")
-    embedding_rank: int = Field(64, ge=1, description="rank of the embedding's delta, if in scope")
-    head_rank: int = Field(64, ge=1, description="rank of the output head's delta, if in scope")
+    embedding_rank: int = Field(128, ge=1, description="rank of the embedding's delta, if in scope")
+    head_rank: int = Field(128, ge=1, description="rank of the output head's delta, if in scope")
     replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
                           "text, which shows what is not the owner's domain (ours)")
     train: TrainSettings = TrainSettings(steps=240, learning_rate=0.012)
