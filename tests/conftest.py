@@ -50,7 +50,7 @@ ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(),
 def write_documents(domain: str, count: int, seed: int) -> list[str]:
     """`count` texts of 80 words; half of the words are the domain's own.
 
-    Public texts come in two kinds, so that k-means has clusters to find.
+    Public texts come in two kinds, for public text is broad.
     """
     rng = random.Random(f"{domain} {seed}")
     texts, common = [], WORDS["common"].split()

@@ -24,7 +24,8 @@ from flexolmo.model.statistics import EvidenceSettings
 
 ROUTERS: dict[str, RouterSettings] = {
     "evidence": EvidenceSettings(), "linear": LinearSettings(),
-    "stock": LinearSettings(has_bias=False)}
+    "stock": LinearSettings(has_bias=False),
+    "rich": EvidenceSettings()}  # with experts that hold more than an FFN
 
 
 def owner_of(name: str) -> str:
@@ -59,9 +60,13 @@ class House:
             {o: Path(f"{k}.pub").read_bytes() for o, k in self.keys.items()})
 
     def tensors(self, name: str, router: str) -> dict[str, Tensor]:
-        """The expert's tensors; some experts are narrower than the anchor's FFN."""
+        """The expert's tensors; some experts are narrower than the anchor's FFN, or low-rank."""
         number = sum(name.encode())
-        return self.wild.expert(ROUTERS[router], number, 48 if number % 2 else 20)
+        sizes = {"d_ff": 48 if number % 2 else 20}
+        if router == "rich":
+            sizes = {"rank": 3 * (number % 2), "attention_rank": 2, "embedding_rank": 3,
+                     "head_rank": 4}
+        return self.wild.expert(ROUTERS[router], number, **sizes)
 
     def architecture(self, tensors: dict[str, Tensor]) -> dict[str, int]:
         """What a bundle of these tensors claims of their sizes."""

@@ -9,11 +9,13 @@ from flexolmo.config import parse_settings, read_recipe
 from flexolmo.demo import DemoRecipe
 from flexolmo.errors import ConfigError
 from flexolmo.inference.generate import Sampling
+from flexolmo.study.plan import StudyRecipe
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 
 RECIPES = Path(flexolmo.demo.__file__).parent / "recipes"
-SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe}
+SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe,
+          "study": StudyRecipe}
 
 
 def write(tmp_path, text):
@@ -44,7 +46,7 @@ def test_no_recipe_is_all_defaults():
 
 
 def test_sections_nest_and_overrides_win(tmp_path):
-    path = write(tmp_path, "seed = 3\n[train]\nsteps = 50\nbatch_size = 2\n"
+    path = write(tmp_path, "seed = 3\nscope = 'ffn'\n[train]\nsteps = 50\nbatch_size = 2\n"
                            "[router]\nkind = 'linear'\n")
     recipe = read_recipe(path, ExpertRecipe, ["train.steps=60", "router.has_bias = false"])
     assert (recipe.seed, recipe.train.steps, recipe.train.batch_size) == (3, 60, 2)
@@ -57,7 +59,7 @@ def test_sections_nest_and_overrides_win(tmp_path):
     ("router.kind=linear", "linear"), ('router.kind="linear"', "linear"),
     ("router.kind = 'linear'", "linear")])
 def test_a_bare_word_is_a_text(text, value):
-    assert read_recipe(None, ExpertRecipe, [text]).router.kind == value
+    assert read_recipe(None, ExpertRecipe, ["scope=ffn", text]).router.kind == value
 
 
 def test_lists_and_deep_sections_can_be_overridden():
@@ -88,7 +90,11 @@ def test_every_problem_is_listed(tmp_path):
 
 
 def test_settings_that_contradict_each_other_are_refused():
-    assert "warmup_steps 20 exceeds steps 5" in refusal(ExpertRecipe, None, "train.steps=5")
+    """Without the whole section's values, which say nothing new."""
+    said = refusal(ExpertRecipe, None, "train.steps=5")
+    assert said.endswith("\n  train: warmup_steps 20 exceeds steps 5.")
+    said = refusal(ExpertRecipe, None, "rank=5", "width=8")
+    assert "\n  an FFN is of a width of its own" in said and "found" not in said
 
 
 @pytest.mark.parametrize("text", ["seed = ", "seed 1", "[train", "seed = 1\nseed = 2", "\x00"])
@@ -126,5 +132,5 @@ def test_what_a_recipe_leaves_out_has_defaults(schema):
 
 
 def test_an_unknown_key_of_the_router_is_refused_with_the_nearest_one():
-    said = refusal(ExpertRecipe, None, "router.kind=evidence", "router.half_life_token=3")
-    assert "Did you mean" in said and "half_life_tokens" in said
+    said = refusal(ExpertRecipe, None, "router.kind=evidence", "router.clip_nat=3")
+    assert "Did you mean router.clip_nats?" in said

@@ -33,7 +33,7 @@ RECIPE = DemoRecipe(
     seed=3, sets=("code", "academic", "creative"), vocab_size=300, processes=1,
     evaluation_bytes=1000, sample_tokens=4, expert_train=BRIEF,
     anchor=AnchorRecipe(
-        num_clusters=2, train=BRIEF,
+        train=BRIEF,
         model=AnchorShape(d_model=16, num_layers=1, num_heads=2, d_ff=24, max_seq_len=320)))
 STEPS = ["gather public text", "gather owners' text", "train the anchor", "train experts",
          "sign and merge", "measure"]
@@ -153,6 +153,8 @@ def test_the_two_mixtures_are_of_the_two_routers(finished):
     assert ours.expert_names == paper.expert_names == ["academic", "code"]
     assert ours.model.settings.kind == "evidence"
     assert paper.model.settings == LinearSettings(has_bias=True)
+    assert not any(s.is_ffn_only for s in ours.model.shapes.values())
+    assert all(s.is_ffn_only for s in paper.model.shapes.values())
 
 
 def test_samples_start_from_held_out_text_with_and_without_the_source(finished):
@@ -374,8 +376,8 @@ def test_any_text_is_written_as_toml(tmp_path, text):
     assert tomllib.loads((tmp_path / "x.toml").read_text(encoding="utf-8")) == {"name": text}
 
 
-@pytest.mark.parametrize("recipe", [RECIPE.anchor, ExpertRecipe(router=LinearSettings()), RECIPE,
-                                    BRIEF])
+@pytest.mark.parametrize("recipe", [
+    RECIPE.anchor, RECIPE, ExpertRecipe(scope="ffn", router=LinearSettings()), BRIEF])
 def test_recipes_are_read_back_as_they_were(recipe, tmp_path):
     write_toml(tmp_path / "deep" / "x.toml", recipe)
     read = tomllib.loads((tmp_path / "deep" / "x.toml").read_text())

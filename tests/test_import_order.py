@@ -30,7 +30,7 @@ ORDER = [
     ["model.shape"],
     ["model.deltas"],
     ["model.moe"],
-    ["model.checkpoint"],
+    ["model.checkpoint", "model.hidden_statistics"],
     ["model.assemble"],
     ["model.parallel"],
     ["train.dp_sgd"],

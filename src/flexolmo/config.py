@@ -80,10 +80,14 @@ def _merge(defaults: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
-    tags = {"evidence", "linear"}  # pydantic names a section's kind as if it were one more
+    # pydantic names a section's kind as if it were one more
+    tags = {"evidence", "linear", "discriminant"}
     where = ".".join(str(part) for part in problem["loc"] if part not in tags)
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}, found {problem.get('input')!r}."
+        message = problem["msg"].removeprefix("Value error, ")
+        if isinstance(problem.get("input"), dict):  # of a whole section: its values say nothing new
+            return f"{where}: {message}." if where else f"{message}."
+        return f"{where}: {message}, found {problem.get('input')!r}."
     known = _known_keys(schema)
     near = difflib.get_close_matches(where, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else f" Known keys: {', '.join(known)}."

@@ -42,6 +42,7 @@ from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
+SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
 class DemoRecipe(BaseModel):
@@ -202,7 +203,7 @@ class _Demo:
                 for name in self.names:
                     house = self.house(name)
                     write_toml(house / f"expert{suffix}.toml", {
-                        "seed": recipe.seed, "router": {"kind": kind},
+                        "seed": recipe.seed, "scope": SCOPES[kind], "router": {"kind": kind},
                         "train": recipe.expert_train})
                     if not self._is_trained(name, suffix):
                         jobs.append(Job(f"expert {name}{suffix}", (

@@ -342,6 +342,41 @@ def plot_kept_gain(results: Results) -> Figure:
     return fig
 
 
+@_styled
+def plot_compression(curve: Results) -> Figure:
+    """Bits per byte against size: one line a way of making the expert smaller.
+
+    `curve` is what `evaluation.compression.measure_curve` returns. The anchor alone and the whole
+    expert are the two rules between which every point should lie.
+    """
+    points, bits = curve.get("points") or [], curve.get("bits_per_byte") or {}
+    fig = Figure(figsize=(7.5, 4.3), layout="constrained")
+    ax = fig.subplots()
+    for series, colour, marker in zip(dict.fromkeys(p["series"] for p in points),
+                                      _OWNER_COLOURS, "osD^v", strict=False):
+        own = sorted((p for p in points if p["series"] == series), key=lambda p: p["bytes"])
+        ax.plot([p["bytes"] / 1e6 for p in own], [p["bits_per_byte"] for p in own], color=colour,
+                marker=marker, ms=6, lw=1.8, label=series, zorder=3)
+        for p in own:
+            ax.annotate(str(p.get("rank", p.get("width"))), (p["bytes"] / 1e6, p["bits_per_byte"]),
+                        xytext=(6, 4), textcoords="offset points", fontsize=8,
+                        color=darken_for_text(colour))
+    for name, text in (("anchor", "the anchor alone"), ("whole", "the expert as it was")):
+        if _is_number(bits.get(name)):
+            ax.axhline(bits[name], color=MUTED, lw=1, ls="--" if name == "anchor" else "-")
+            ax.annotate(text, (0, bits[name]), xycoords=("axes fraction", "data"),
+                        xytext=(6, 3), textcoords="offset points", color=MUTED, fontsize=8.5)
+    if _is_number(curve.get("whole_bytes")) and _is_number(bits.get("whole")):
+        ax.plot([curve["whole_bytes"] / 1e6], [bits["whole"]], "o", color=INK, ms=7, zorder=4)
+    ax.set_xlim(0, None)
+    ax.grid(color=RULE, lw=0.7)
+    ax.set_xlabel("MB of the expert (beside each point: its rank or width)")
+    ax.set_ylabel(f"bits per byte, {_label(str(curve.get('set', 'text')), 22, 1)}, anchor + expert")
+    if points:
+        fig.legend(loc="outside upper left", ncols=3, fontsize=9)
+    return fig
+
+
 def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
     """Write `fig` as PNG, all or nothing, with no date in it."""
     with rc_context(STYLE), write_aside(Path(path)) as aside:

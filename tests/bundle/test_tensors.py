@@ -18,8 +18,10 @@ from flexolmo.bundle.tensors import (
 from flexolmo.errors import BundleError
 from flexolmo.files import digest_bytes
 
-WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
-LIBRARY_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
+FLOATS = [n for n in WIDTHS if n != "I64"]
+LIBRARY_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
+                 "I64": "int64"}
 
 
 def make_weights(tensors=None):
@@ -152,7 +154,7 @@ def test_empty_metadata_is_accepted():
     assert "a" in describe_tensors(make_raw({"__metadata__": {}, "a": entry()}, bytes(4)))
 
 
-@pytest.mark.parametrize("dtype", sorted(WIDTHS))
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_one_value_that_is_not_finite_is_found(dtype, value):
     def encode(array):
@@ -186,3 +188,11 @@ def test_compared_tensors_list_every_difference():
         "shape of b: found [2, 1], expected [1, 2]",
     ]
     assert compare_tensors(found, dict.fromkeys("abc", (2, 1))) == []
+
+
+def test_whole_numbers_are_all_finite():
+    """Also those whose bits would be an infinity or NaN of another dtype."""
+    values = np.array([0, -1, 2**63 - 1, -2**63, 0x7FF0000000000000], dtype="<i8")
+    weights = make_weights({"a": ("I64", [5], values.tobytes())})
+    assert find_nonfinite(weights) == []
+    assert describe_tensors(weights)["a"].dtype == "I64"

@@ -25,28 +25,6 @@ def walk(command, path=()):
 VERBS = dict(walk(typer.main.get_command(app)))
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(*words)`: exit code, standard output and standard error of the whole program."""
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["flexolmo", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code or 0, *capsys.readouterr()
-    return call
-
-
-@pytest.fixture
-def works(run):
-    """As `run`, for commands that must succeed; standard output alone."""
-    def call(*words):
-        code, out, err = run(*words)
-        assert code == 0, err
-        return out
-    return call
-
-
 @pytest.fixture(scope="session")
 def trust_dir(owner_keys, tmp_path_factory):
     where = tmp_path_factory.mktemp("trusted")
@@ -60,7 +38,7 @@ def trust_dir(owner_keys, tmp_path_factory):
 
 def test_there_is_one_verb_for_each_stage():
     assert {path[0] for path in VERBS if path} == {
-        "data", "anchor", "expert", "mix", "generate", "eval", "demo"}
+        "data", "anchor", "expert", "mix", "generate", "eval", "demo", "study"}
     assert {path[1] for path in VERBS if path[:1] == ("mix",) and path[1:]} == {
         "build", "add", "remove", "inspect", "export", "import"}
 
@@ -92,7 +70,7 @@ def test_a_group_without_a_verb_shows_its_verbs(path):
 def test_examples_in_help_are_commands_that_exist(path):
     lines = [line.strip() for line in (VERBS[path].help or "").splitlines()]
     for line in lines:
-        words = line.removeprefix("Example:").split()
+        words = line[max(line.find("flexolmo "), 0):].split()
         if words[:1] == ["flexolmo"]:
             assert tuple(words[1:1 + len(path)]) == path
             known = {o for p in VERBS[path].params for o in p.opts}
@@ -150,6 +128,8 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
              ["SignatureError", "unknown key"]),
             (("mix", "remove", model, "news"), ["No expert news"]),
             (("mix", "export", model, "-o", tmp_path / "hf", "--to", "gguf"), ["gguf", "hf"]),
+            (("mix", "export", house.mixture_dir(NAMES, "rich"), "-o", tmp_path / "hf"),
+             ["amber, basalt, zinc also change", "--scope ffn"]),
             (("expert", "verify", public), ["missing: manifest.json"]),
             (("expert", "verify", house.bundle("amber")), ["unknown key"]),
             (("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),

@@ -136,7 +136,7 @@ def test_a_disabled_expert_has_no_weight(house):
                                enabled=["zinc"])
     weights = np.array(found.routing)
     assert (weights[:, [1, 2]] == 0).all() and (weights[:, [0, 3]] > 0).all()
-    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    assert ((weights.sum(1) > 0.95) & (weights.sum(1) <= 1)).all()  # small ones are cut off
 
 
 # --- every arrangement --------------------------------------------------------------------------

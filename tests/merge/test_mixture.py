@@ -52,7 +52,7 @@ def differ_in_router(house, where, name, router, **changes):
 # --- building -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router", ["evidence", "linear"])
+@pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 @given(order=st.permutations(NAMES))
 @IN_SESSION
 def test_the_order_of_bundles_changes_no_byte_and_no_logit(house, tmp_path_factory, router, order):
@@ -305,7 +305,7 @@ def test_an_anchor_of_links_is_copied_not_linked(house, tmp_path):
 # --- adding and removing ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("router", ["evidence", "linear"])
+@pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 def test_adding_is_building_with_all(house, tmp_path, router):
     model = house.build(["basalt"], tmp_path / "m", router)
     about = add_experts(model, house.bundles(["zinc", "amber"], router), house.trusted)
@@ -494,7 +494,7 @@ def test_a_flipped_byte_in_the_anchors_tensors_is_refused(breakable, file, place
         path.write_bytes(old)
 
 
-@pytest.mark.parametrize("router", ["evidence", "linear"])
+@pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 @pytest.mark.parametrize("chosen", [(), ("basalt",), ("amber", "zinc"), NAMES])
 def test_loading_some_experts_is_having_built_without_the_others(house, router, chosen):
     some = load_mixture(house.mixture_dir(NAMES, router), experts=chosen)

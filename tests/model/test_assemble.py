@@ -108,7 +108,7 @@ def test_a_tensor_without_dimensions_is_a_misfit(wild, name):
 def test_more_than_an_ffn_needs_a_router_that_decides_once(wild, scope):
     for router in (LinearSettings(), LinearSettings(has_bias=False)):
         expert = wild.expert(router, 0, **{scope: 2})
-        with pytest.raises(MergeError, match="a: changes more than the FFN.*kind evidence"):
+        with pytest.raises(MergeError, match=r"a: changes more than the FFN.*kind evidence"):
             assemble_mixture(wild.anchor, {"a": expert}, router)
 
 
@@ -124,7 +124,7 @@ def test_bigrams_that_cannot_be_looked_up_are_refused(wild, change):
         keys[0] = -1
     else:
         keys[-1] = wild.anchor.config.vocab_size**2
-    with pytest.raises(MergeError, match="a: router.bigram_keys are not ascending pairs"):
+    with pytest.raises(MergeError, match=r"a: router\.bigram_keys are not ascending pairs"):
         assemble_mixture(wild.anchor, {"a": expert}, EvidenceSettings())
 
 

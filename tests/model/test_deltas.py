@@ -67,19 +67,19 @@ class Reference:
 
     def attend(self, i, xs, b):
         """What attention adds at each position of one sequence."""
-        c, group = self.config.d_head, self.config.num_heads // self.config.kv_heads
+        c, H, G = self.config.d_head, self.config.num_heads, self.config.kv_heads
         q, k, v, out = [], [], [], []
         for t, x in enumerate(xs):
             own = {part: self.matrix(f"layers.{i}.{part}", f"layers.{i}.self_attn.{part}.weight",
                                      b, t) @ x for part in ("q_proj", "k_proj", "v_proj")}
-            for part, heads, to in (("q", self.config.num_heads, q), ("k", self.config.kv_heads, k)):
+            for part, heads, to in (("q", H, q), ("k", G, k)):
                 y = self.norm(own[f"{part}_proj"], f"layers.{i}.self_attn.{part}_norm.weight")
                 to.append([self.rotate(y[h * c:(h + 1) * c], t) for h in range(heads)])
             v.append(own["v_proj"].split(c))
         for t in range(len(xs)):
             heads = []
-            for h in range(self.config.num_heads):
-                g = h // group
+            for h in range(H):
+                g = h // (H // G)
                 scores = torch.stack([q[t][h] @ k[s][g] / math.sqrt(c) for s in range(t + 1)])
                 heads.append(sum(p * v[s][g] for s, p in enumerate(scores.softmax(0))))
             o = self.matrix(f"layers.{i}.o_proj", f"layers.{i}.self_attn.o_proj.weight", b, t)
@@ -96,7 +96,8 @@ class Reference:
                 if f"{name}.weight" in tensors:
                     found[part] = tensors[f"{name}.weight"]
                 elif owner != PUBLIC:
-                    found[part] = found[part] + tensors[f"{name}.lora_b"] @ tensors[f"{name}.lora_a"]
+                    low, high = (tensors[f"{name}.lora_{x}"] for x in "ab")
+                    found[part] = found[part] + high @ low
             gate = found["gate_proj"] @ x
             inner = gate / (1 + (-gate).exp()) * (found["up_proj"] @ x)
             total += self.weights[b, t, e] * (found["down_proj"] @ inner)
@@ -134,6 +135,29 @@ def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off)
     found = model(ids, active=active, routing=routing)
     expected = Reference(wild.anchor, experts, routing[0]).logits(ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@given(drawn=st.lists(SIZES, min_size=1, max_size=3), top_k=st.sampled_from([None, 1, 2]),
+       seed=st.integers(0, 99), off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]))
+@IN_SESSION
+def test_reading_only_the_tokens_that_picked_an_expert_changes_nothing(make_wild, drawn, top_k,
+                                                                       seed, off):
+    """To the last bits; also in the loss, through a cache, and for the last position alone."""
+    wild, found = make_wild(torch.float64), []
+    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    ids = wild.ids(3, 9, seed)
+    for is_sparse in (False, True):
+        model = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k)
+        model.is_sparse = is_sparse
+        active, cache = model.expert_mask([None, set(experts) - set(off), ()]), model.new_cache()
+        found.append([
+            model(ids, active=active), model(ids[:, :6], active=active, cache=cache),
+            model(ids[:, 6:], active=active, cache=cache),
+            model(ids, active=active, last_only=True),
+            language_model_loss(model, ids, active=active).double()])
+    for dense, sparse in zip(*found, strict=True):
+        torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-6)
 
 
 def test_the_reference_tells_every_part_from_none(make_wild):

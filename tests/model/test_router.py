@@ -1,15 +1,18 @@
 """Routers against plain double loops in float64."""
 
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise, product
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.router import (
     PUBLIC,
+    DiscriminantSettings,
     EvidenceRouter,
     LinearRouter,
     LinearSettings,
@@ -18,115 +21,194 @@ from flexolmo.model.router import (
 from flexolmo.model.statistics import EvidenceSettings
 
 NAMES = [PUBLIC, "a", "b"]
-V, R, EOS = 20, 3, 4
+V, EOS = 20, 4
+BIGRAMS = {PUBLIC: 90, "a": 150, "b": 0, "c": 1}
 FREQUENT = settings(deadline=None, derandomize=True, max_examples=40,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
+TEXTS = st.lists(st.lists(st.integers(0, V - 1), min_size=40, max_size=40), min_size=1, max_size=3)
 
 
-def make_evidence_router(**changes):
-    generator = torch.Generator().manual_seed(0)
-    router = EvidenceRouter(EvidenceSettings(**changes), NAMES, V, R, EOS)
-    router.public_clusters.copy_(torch.randn(R, V, generator=generator))
-    with torch.no_grad():
-        for table in router.tables.values():
-            table.copy_(torch.randn(V, generator=generator))
+def make_evidence_router(names=NAMES, **changes):
+    """With random tables, each drawn from its expert's name alone."""
+    router = EvidenceRouter(EvidenceSettings(**changes), names, V, BIGRAMS, EOS)
+    for name in names:
+        generator = torch.Generator().manual_seed(ord(name[0]))
+        table = router.table(name)
+        table.unigram.copy_(torch.randn(V, generator=generator).log_softmax(0))
+        table.backoff.copy_(-torch.rand(V, generator=generator))
+        keys = torch.randperm(V * V, generator=generator)[:BIGRAMS[name]].msort()
+        table.bigram_keys.copy_(keys)
+        table.bigram_log_probs.copy_(-3 * torch.rand(len(keys), generator=generator))
     return router
 
 
-def loop_over_positions(router, ids):
-    """The router's definition, word for word: {name: [T]} for one text, in Python floats."""
-    settings = router.settings
-    decay = 0.5 ** (1 / settings.half_life_tokens)
-    tables = {n: router.table(n).tolist() for n in router.names[1:]}
-    clusters = router.public_clusters.tolist()
-    logits = {n: [] for n in NAMES}
-    for t in range(len(ids)):
-        count, owners, public = 0.0, dict.fromkeys(tables, 0.0), [0.0] * len(clusters)
-        for s in range(t + 1):
-            if EOS in ids[s:t + 1]:  # the end of a text lies between: forgotten
-                continue
-            share = decay ** (t - s)
-            count += share
-            for n in owners:
-                owners[n] += share * tables[n][ids[s]]
-            for r in range(len(public)):
-                public[r] += share * clusters[r][ids[s]]
-        scale = 1 / (1 + count / settings.saturation_tokens)
-        for n in owners:
-            logits[n].append(owners[n] * scale)
-        mean = sum(math.exp(c * scale) for c in public) / len(public)
-        logits[PUBLIC].append(math.log(mean))
-    return logits
+def log_prob(router, name, before, token):
+    """log p(token | before) of one domain, in Python floats."""
+    table = router.table(name)
+    listed = dict(zip(table.bigram_keys.tolist(), table.bigram_log_probs.tolist(), strict=True))
+    key = before * V + token
+    return listed[key] if key in listed else (
+        table.backoff[before].item() + table.unigram[token].item())
 
 
-@given(texts=st.lists(st.lists(st.integers(0, V - 1), min_size=40, max_size=40), min_size=1,
-                      max_size=3),
-       half_life=st.sampled_from([1.0, 8.0, 128.0]), saturation=st.sampled_from([0.5, 16.0]))
+def likelihoods(router, before, token):
+    """What a token says for each domain, over public's."""
+    s, found = router.settings, []
+    for name in router.names:
+        gap = log_prob(router, name, before, token) - log_prob(router, PUBLIC, before, token)
+        found.append(math.exp(s.tempering * min(max(gap, -s.clip_nats), s.clip_nats)))
+    return found
+
+
+def loop_over_tokens(router, ids, on=None):
+    """The filter's definition: weights [T][E] of one text, in Python floats."""
+    E, rate = len(router.names), router.settings.switch_rate
+    on = [True] * E if on is None else on
+    prior = [x / sum(on) for x in on]
+    weights, before, found = prior, EOS, []
+    for token in ids:
+        seen = [w * x for w, x in zip(weights, likelihoods(router, before, token), strict=True)]
+        weights = prior if token == EOS else [
+            (1 - rate) * x / sum(seen) + rate * p for x, p in zip(seen, prior, strict=True)]
+        before = token
+        found.append(weights)
+    return found
+
+
+def weights_of(router, ids, active=None, is_token=None):
+    """[B,T,E] float64, all positions at once."""
+    logs, _ = router(torch.tensor(ids), is_token, active, None)
+    return torch.stack(logs, dim=-1).double().exp()
+
+
+@given(texts=TEXTS, switch_rate=st.sampled_from([1e-4, 0.003, 0.5]),
+       tempering=st.sampled_from([0.35, 1.0]), clip_nats=st.sampled_from([0.5, 5.0]),
+       on=st.tuples(st.booleans(), st.booleans()))
 @FREQUENT
-def test_evidence_is_the_decayed_saturated_sum_since_the_text_began(texts, half_life, saturation):
-    router = make_evidence_router(half_life_tokens=half_life, saturation_tokens=saturation)
-    found, _ = router(torch.tensor(texts), None, None)
+def test_evidence_is_a_filter_over_domains(texts, switch_rate, tempering, clip_nats, on):
+    router = make_evidence_router(switch_rate=switch_rate, tempering=tempering,
+                                  clip_nats=clip_nats)
+    active = torch.tensor([[True, *on]] * len(texts))
+    found = weights_of(router, texts, active)
     for b, text in enumerate(texts):
-        for name, expected in loop_over_positions(router, text).items():
-            torch.testing.assert_close(found[NAMES.index(name)][b].double(),
-                                       torch.tensor(expected, dtype=torch.float64),
-                                       rtol=1e-5, atol=1e-5)
+        expected = torch.tensor(loop_over_tokens(router, text, [True, *on]), dtype=torch.float64)
+        torch.testing.assert_close(found[b], expected, rtol=1e-5, atol=1e-12)
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(texts), 40).double(),
+                               rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("end", [None, 100, 255, 256, 257])
-def test_evidence_crosses_the_256_positions_read_at_a_time(end):
-    router = make_evidence_router()
-    ids = torch.randint(0, V, (1, 300), generator=torch.Generator().manual_seed(1))
-    ids[ids == EOS] = 0
-    if end is not None:
-        ids[0, end] = EOS
-    found, _ = router(ids, None, None)
-    for name, expected in loop_over_positions(router, ids[0].tolist()).items():
-        torch.testing.assert_close(found[NAMES.index(name)][0].double(),
-                                   torch.tensor(expected, dtype=torch.float64),
-                                   rtol=1e-5, atol=1e-5)
+@given(ids=st.lists(st.sampled_from([v for v in range(V) if v != EOS]), min_size=1, max_size=4),
+       rate=st.sampled_from([0.003, 0.2, 0.9]), names=st.sampled_from([NAMES, [PUBLIC, "a"]]))
+@settings(FREQUENT, max_examples=15)
+def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
+    """P(domain of the token to come | tokens), from every sequence of domains there could be."""
+    router, E = make_evidence_router(names, switch_rate=rate), len(names)
+    odds = [0.0] * E
+    for path in product(range(E), repeat=len(ids) + 1):
+        chance, before = 1 / E, EOS
+        for token, here, after in zip(ids, path[:-1], path[1:], strict=True):
+            chance *= likelihoods(router, before, token)[here]
+            chance *= (1 - rate) * (here == after) + rate / E
+            before = token
+        odds[path[-1]] += chance
+    expected = torch.tensor(odds, dtype=torch.float64) / sum(odds)
+    torch.testing.assert_close(weights_of(router, [ids])[0, -1], expected, rtol=1e-5, atol=1e-9)
 
 
-@given(ids=st.lists(st.integers(0, V - 1), min_size=600, max_size=600),
-       cuts=st.sets(st.integers(1, 599), max_size=12))
+@given(ids=st.lists(st.integers(0, V - 1), min_size=60, max_size=60),
+       cuts=st.sets(st.integers(1, 59), max_size=12),
+       active=st.sampled_from([None, [[True, True, False], [True, False, True]]]))
 @settings(FREQUENT, max_examples=25)
-def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts):
-    router = make_evidence_router(half_life_tokens=64.0)
+def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active):
+    router, active = make_evidence_router(), active and torch.tensor(active)
     whole = torch.tensor([ids, ids[::-1]])
-    whole[0, 100:] += whole[0, 100:] == EOS  # one row without an end from there on
-    expected, last = router(whole, None, None)
-    state, pieces, edges = None, [], [0, *sorted(cuts), 600]
+    expected, last = router(whole, None, active, None)
+    state, pieces, edges = None, [], [0, *sorted(cuts), 60]
     for a, b in pairwise(edges):
-        logits, state = router(whole[:, a:b], None, state)
-        pieces.append(logits)
+        logs, state = router(whole[:, a:b], None, active, state)
+        pieces.append(logs)
     for e, wanted in enumerate(expected):
         torch.testing.assert_close(torch.cat([p[e] for p in pieces], dim=1), wanted,
-                                   rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(state, last, rtol=1e-4, atol=1e-4)
+                                   rtol=1e-6, atol=1e-6)
+    assert torch.equal(state[0], last[0])
+    torch.testing.assert_close(state[1], last[1], rtol=1e-9, atol=1e-15)
 
 
-def test_padding_counts_as_nothing_read():
+@given(texts=TEXTS, padding=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+       filler=st.sampled_from([0, EOS, V - 1]))
+@FREQUENT
+def test_evidence_takes_no_notice_of_left_padding(texts, padding, filler):
+    """Neither of how much there is nor of what id it has, also for the tokens that follow."""
+    router, width = make_evidence_router(), 46
+    padding = padding[:len(texts)]
+    rows = [[filler] * p + t + [7] * (width - p - 40) for p, t in zip(padding, texts, strict=True)]
+    is_token = torch.arange(width)[None] >= torch.tensor(padding)[:, None]
+    logs, state = router(torch.tensor(rows), is_token, None, None)
+    after, _ = router(torch.tensor([[3]] * len(rows)), None, None, state)
+    for b, p in enumerate(padding):
+        alone, alone_state = router(torch.tensor([rows[b][p:]]), None, None, None)
+        for e, wanted in enumerate(alone):
+            torch.testing.assert_close(logs[e][b, p:], wanted[0])
+            assert (logs[e][b, :p] == math.log(1 / 3)).all() or not p
+        wanted, _ = router(torch.tensor([[3]]), None, None, alone_state)
+        for e in range(len(NAMES)):
+            torch.testing.assert_close(after[e][b], wanted[e][0])
+
+
+def test_padding_alone_leaves_evidence_as_it_was():
     router = make_evidence_router()
-    text = torch.tensor([[1, 2, 3, 5]])
-    alone, _ = router(text, None, None)
-    for filler in (0, EOS):
-        padded = torch.nn.functional.pad(text, (3, 0), value=filler)
-        is_token = torch.tensor([[False] * 3 + [True] * 4])
-        found, _ = router(padded, is_token, None)
-        for a, b in zip(alone, found, strict=True):
-            torch.testing.assert_close(b[:, 3:], a)
-            assert (b[:, :3].abs() < 1e-6).all()
+    _, state = router(torch.tensor([[1, 2, 3]]), None, None, None)
+    _, same = router(torch.tensor([[9, 9]]), torch.tensor([[False, False]]), None, state)
+    _, empty = router(torch.tensor([[9, 9]]), torch.tensor([[False, False]]), None, None)
+    assert all(torch.equal(a, b) for a, b in zip(state, same, strict=True))
+    assert empty[0].item() == EOS
+    torch.testing.assert_close(empty[1], torch.full((3, 1), 1 / 3).double())
 
 
-def test_an_empty_document_gives_no_evidence():
-    found, _ = make_evidence_router()(torch.tensor([[1, 2, EOS, EOS, 3]]), None, None)
-    for logit in found:
-        assert (logit[0, 2:4].abs() < 1e-6).all()
-        assert logit[0, 4].abs() > 1e-3
+@given(before=st.lists(st.integers(0, V - 1), max_size=20),
+       text=st.lists(st.integers(0, V - 1), min_size=1, max_size=20))
+@FREQUENT
+def test_after_the_end_of_a_text_evidence_starts_afresh(before, text):
+    router = make_evidence_router()
+    found = weights_of(router, [[*before, EOS, *text]])[0, len(before):]
+    torch.testing.assert_close(found[0], torch.full((3,), 1 / 3).double())
+    torch.testing.assert_close(found[1:], weights_of(router, [text])[0])
+
+
+@given(texts=TEXTS, data=st.data())
+@FREQUENT
+def test_a_disabled_domain_gives_the_bits_of_one_never_merged(texts, data):
+    names = [PUBLIC, "a", "b", "c"]
+    merged, ids = make_evidence_router(names), torch.tensor(texts)
+    subsets = [list(s) for n in range(4) for s in combinations("abc", n)]
+    masks = data.draw(st.lists(st.sampled_from(subsets), min_size=len(texts), max_size=len(texts)))
+    active = torch.tensor([[n == PUBLIC or n in m for n in names] for m in masks])
+    found, _ = merged(ids, None, active, None)
+    weights = mixture_weights(found, active, None, min_weight=0.05)
+    for b, mask in enumerate(masks):
+        never = make_evidence_router([PUBLIC, *mask])
+        expected, _ = never(ids, None, None, None)
+        own = mixture_weights(expected, None, None, min_weight=0.05)
+        for i, name in enumerate([PUBLIC, *mask]):
+            assert torch.equal(found[names.index(name)][b], expected[i][b])
+            assert torch.equal(weights[b, :, names.index(name)], own[b, :, i])
+        off = [names.index(n) for n in names if n not in (PUBLIC, *mask)]
+        assert (weights[b][:, off] == 0).all()
+
+
+def test_the_order_in_which_owners_came_changes_no_weight(wild):
+    experts = {n: wild.expert(EvidenceSettings(), i) for i, n in enumerate("cab")}
+    ids, routings = wild.ids(2, 30), []
+    for names in ("cab", "abc", "bca"):
+        model = assemble_mixture(wild.anchor, {n: experts[n] for n in names}, EvidenceSettings())
+        routing = []
+        model(ids, routing=routing)
+        routings.append(routing[0])
+    assert torch.equal(routings[0], routings[1]) and torch.equal(routings[0], routings[2])
 
 
 def test_evidence_has_nothing_to_train():
-    assert not any(p.requires_grad for p in make_evidence_router().parameters())
+    assert not list(make_evidence_router().parameters())
 
 
 def test_linear_logits_are_rows_against_the_state_less_a_softplus():
@@ -161,3 +243,29 @@ def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k)
         for e in range(experts):
             wanted = math.exp(z[t][e] - highest) / total if e in best else 0.0
             assert found[0, t, e].item() == pytest.approx(wanted, rel=1e-6, abs=0)
+
+
+@given(data=st.data(), experts=st.integers(1, 6), top_k=st.sampled_from([None, 1, 3]),
+       min_weight=st.sampled_from([0.0, 0.05, 0.3, 0.9]))
+@FREQUENT
+def test_a_small_weight_is_none_but_the_largest_stays(data, experts, top_k, min_weight):
+    """Just as if a mask had been laid over the weights; and all that is left is as it was."""
+    draw = data.draw(st.lists(st.floats(-6, 6), min_size=7 * experts, max_size=7 * experts))
+    logits = list(torch.tensor(draw).view(experts, 1, 7))
+    active = torch.tensor([[True, *data.draw(
+        st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))]])
+    plain = mixture_weights(logits, active, top_k)
+    found = mixture_weights(logits, active, top_k, min_weight)
+    keep = (plain >= min_weight) | (plain == plain.amax(-1, keepdim=True))
+    assert torch.equal(found, plain * keep)
+    assert ((found > 0).sum(-1) >= 1).all()
+
+
+def test_every_routers_page_row_says_what_its_settings_say():
+    """docs/decisions/routers.md, the table: the kind first, whether opting out is strict last."""
+    page = (Path(__file__).parents[2] / "docs" / "decisions" / "routers.md").read_text()
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in page.splitlines()
+            if line.startswith("| `")]
+    said = {row[0].strip("`"): row[-1].startswith("yes") for row in rows}
+    for kind in (EvidenceSettings, LinearSettings, DiscriminantSettings):
+        assert said[kind().kind] is kind.is_strict

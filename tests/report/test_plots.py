@@ -95,6 +95,30 @@ def test_a_router_that_ignores_layers_is_said_to(make_results: MakeResults) -> N
     assert "all layers" not in plots.plot_routing(results, paper=True).get_supxlabel()
 
 
+def make_curve(series: int = 3, points: int = 5) -> dict[str, Any]:
+    """A size-quality curve as `measure_curve` returns it."""
+    kinds = ("FFN of low rank", "FFN and deltas of low rank", "narrow FFN")
+    return {"set": "maths", "whole_bytes": 7_300_000,
+            "bits_per_byte": {"anchor": 2.2, "whole": 1.7},
+            "points": [{"series": kind, ("width" if "narrow" in kind else "rank"): 2 ** (i + 1),
+                        "bytes": (j + 1) * 100_000 + i * 900_000, "bits_per_byte": 2.15 - 0.1 * i}
+                       for j, kind in enumerate(kinds[:series]) for i in range(points)]}
+
+
+@pytest.mark.parametrize("series", [0, 1, 3])
+def test_a_curve_shows_every_point_between_the_anchor_and_the_whole_expert(series: int) -> None:
+    fig = plots.plot_compression(make_curve(series))
+    assert_nothing_is_cut_or_overlaps(fig)
+    shown = texts_of(fig)
+    assert shown == [*["2", "4", "8", "16", "32"] * series, "the anchor alone",
+                     "the expert as it was"]
+    assert "maths" in fig.axes[0].get_ylabel()
+    for lacking in ("set", "whole_bytes", "bits_per_byte", "points"):
+        curve = make_curve(series)
+        del curve[lacking]
+        plots.plot_compression(curve).canvas.draw()
+
+
 def test_many_layers_are_drawn_without_numbers(make_results: MakeResults) -> None:
     fig = plots.plot_routing(make_results(1, num_layers=32))
     assert texts_of(fig) == []

@@ -50,7 +50,8 @@ TRAIN = textwrap.dedent("""
     anchor = load_anchor(Path(anchor_dir))
     data = open_set(Path(data_dir), anchor.tokenizer.digest)
     for kind in ("evidence", "linear"):
-        recipe = ExpertRecipe.model_validate({"router": {"kind": kind}, "train": {
+        scope = "ffn" if kind == "linear" else "all"
+        recipe = ExpertRecipe.model_validate({"scope": scope, "router": {"kind": kind}, "train": {
             "steps": 3, "batch_size": 2, "seq_len": 16, "warmup_steps": 1,
             "checkpoint_every_seconds": 1e-9}})
         run_dir = Path(runs) / kind

@@ -95,7 +95,7 @@ def test_a_stock_checkpoint_becomes_an_anchor(make_wild, pico_anchor, pico_sets,
     stock = Olmo2ForCausalLM(config).eval()
     stock.save_pretrained(tmp_path / "stock")
     pico_anchor.tokenizer.save(tmp_path / "stock" / "tokenizer.json")
-    anchor = import_anchor(tmp_path / "stock", pico_sets["public"], num_clusters=2)
+    anchor = import_anchor(tmp_path / "stock", pico_sets["public"])
     ids = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(anchor.model(ids), stock(ids).logits, rtol=0, atol=1e-4)

@@ -24,24 +24,143 @@ def train(
         help="Directory of the run. Default: NAME.run")] = None,
     recipe: Annotated[Path | None, typer.Option(
         help="TOML recipe; what it leaves out has defaults.")] = None,
+    scope: Annotated[str | None, typer.Option(
+        help="What you may change, over the recipe: all (FFN, attention, embedding and output "
+        "head), ffn+head, or ffn (the paper's; the only one that exports to the stock format).",
+        show_default="the recipe's")] = None,
+    rank: Annotated[int | None, typer.Option(
+        min=0, help="Train the FFN as a delta of this rank to the anchor's: a smaller bundle. "
+        "0 is a whole FFN.", show_default="the recipe's")] = None,
+    width: Annotated[int | None, typer.Option(
+        min=1, help="Train an FFN of this width, begun with the anchor's columns that your text "
+        "uses most.", show_default="the recipe's")] = None,
+    public: Annotated[Path | None, typer.Option(
+        help="The prepared public set: to mix in the recipe's replay fraction of it, or for the "
+        "discriminant router.")] = None,
     overrides: Overrides = None,
     threads: Threads = None,
 ) -> None:
     """Train one expert beside the frozen anchor. Nothing leaves; resumes after a kill.
 
     Example: flexolmo expert train --anchor anchor --data prepared/math --name math
+
+    Small: flexolmo expert train --anchor anchor --data prepared/math --name math --rank 16
+
+    With one sequence in ten public: add --public prepared/public --set replay=0.1
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set
+    from flexolmo.errors import ConfigError
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
 
-    settings = read_recipe(recipe, ExpertRecipe, overrides or ())
+    short = {"scope": scope, "rank": rank, "width": width}
+    settings = read_recipe(recipe, ExpertRecipe, [*(overrides or ()), *(
+        f"{k}={v}" for k, v in short.items() if v is not None)])
+    if public is not None and not (settings.replay or settings.router.kind == "discriminant"):
+        raise ConfigError(f"Found a public set, {public}, but replay is 0, so none of it would be "
+                          "read. Say how much: --set replay=0.1, or leave --public out.")
+    if public is None and settings.replay:
+        raise ConfigError(f"Replay is {settings.replay}, but no public set was given: add --public "
+                          "DIRECTORY, or --set replay=0.")
     start = load_anchor(anchor)
+    replayed = None if public is None else open_set(public, start.tokenizer.digest)
     out = out or Path(f"{name}.run")
     save_expert(train_expert(start, open_set(data, start.tokenizer.digest), name, settings, out,
-                             threads), out)
+                             threads, public=replayed), out)
     typer.echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
+
+
+@app.command("compress")
+def compress(
+    run: Annotated[Path, typer.Argument(help="Directory of a finished expert run.")],
+    anchor: Annotated[Path, typer.Option(help="Directory of the anchor it was trained beside.")],
+    out: Annotated[Path, typer.Option(
+        help="Directory for the smaller expert's run; of a curve, for curve.json and curve.png.")],
+    rank: Annotated[int | None, typer.Option(
+        min=1, help="Keep the FFN's difference to the anchor's at this rank.")] = None,
+    delta_rank: Annotated[int | None, typer.Option(
+        min=1, help="With --rank: cut the deltas to attention, embedding and head to this rank. "
+        "Default: as they are.")] = None,
+    width: Annotated[int | None, typer.Option(
+        min=1, help="Keep this many of the FFN's columns, those your text uses most.")] = None,
+    data: Annotated[Path | None, typer.Option(
+        help="Your prepared set: chooses the columns, or is what a curve is measured on.")] = None,
+    curve: Annotated[bool, typer.Option(
+        "--curve", help="Make no expert: measure what several ranks and widths would cost.")
+        ] = False,
+    max_bytes: Annotated[int | None, typer.Option(
+        min=1, help="Of a curve: read at most this much text. Default: all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Make a trained expert smaller, or see first what that would cost.
+
+    See: flexolmo expert compress math.run --anchor anchor --curve --data prepared/math --out curve
+
+    By rank: flexolmo expert compress math.run --anchor anchor --rank 16 --out math-small.run
+
+    By width: flexolmo expert compress math.run --anchor anchor --width 128 --data prepared/math
+    --out math-small.run
+
+    The new run is packed like any other; its record and its bundle say what it was made of.
+    """
+    from flexolmo.data.batches import open_set
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.compression import compress_expert, count_bytes, measure_curve
+    from flexolmo.files import write_json
+    from flexolmo.model.checkpoint import load_anchor
+    from flexolmo.plots import plot_compression, save_figure
+    from flexolmo.runtime import set_up
+    from flexolmo.train.expert import load_expert, save_expert
+
+    if sum((rank is not None, width is not None, curve)) != 1:
+        raise ConfigError("Say how, in one way: --rank R, --width W --data SET, or --curve "
+                          "--data SET.")
+    if delta_rank is not None and rank is None:
+        raise ConfigError(f"--delta-rank {delta_rank} goes with --rank, which was not given.")
+    if data is None and rank is None:
+        raise ConfigError("This reads text: add --data with your prepared set.")
+    if max_bytes is not None and not curve:
+        raise ConfigError(f"--max-bytes {max_bytes} is for --curve, which was not given.")
+    if not curve and (out / "expert.json").exists():
+        raise ConfigError(f"{out} holds a finished expert already; give another --out.")
+    expert, base = load_expert(run), load_anchor(anchor)
+    own = None if data is None else open_set(data, base.tokenizer.digest)
+    set_up(0, threads)
+    if own is not None and curve:
+        found = measure_curve(base, expert, own, max_bytes=max_bytes)
+        write_json(out / "curve.json", found)
+        save_figure(plot_compression(found), out / "curve.png")
+        print_curve(found)
+        typer.echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
+        return
+    small = compress_expert(base, expert, rank=rank, delta_rank=delta_rank, width=width, data=own)
+    save_expert(small, out)
+    before, after = count_bytes(expert.tensors), count_bytes(small.tensors)
+    typer.echo(f"{out}: expert {small.name}, {before:,} bytes before, {after:,} after "
+               f"({100 * after / before:.0f} %); sign it with flexolmo expert pack {out}")
+
+
+def print_curve(curve) -> None:
+    """The points of `measure_curve` as a table, for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    bits, whole = curve["bits_per_byte"], curve["whole_bytes"]
+    gain = bits["anchor"] - bits["whole"]
+    table = Table("anchor + expert", "bytes", "of whole", f"bits per byte, {curve['set']}",
+                  "of gain kept")
+
+    def row(label: str, size: int, found: float) -> None:
+        kept = f"{(bits['anchor'] - found) / gain:.0%}" if gain > 0 else "none to keep"
+        table.add_row(label, f"{size:,}", f"{size / whole:.0%}", f"{found:.4f}", kept)
+
+    row("anchor alone", 0, bits["anchor"])
+    for p in curve["points"]:
+        size = f"rank {p['rank']}" if "rank" in p else f"width {p['width']}"
+        row(f"{p['series']}, {size}", p["bytes"], p["bits_per_byte"])
+    row("the expert as it is", whole, bits["whole"])
+    Console().print(table)
 
 
 @app.command("key")

@@ -34,7 +34,9 @@ def study(
         flexolmo study --set seeds=[0] --set has_ablations=false
     """
     from flexolmo.config import read_recipe
+    from flexolmo.files import read_json
     from flexolmo.study.graph import plan, run_graph
+    from flexolmo.study.page import write_page
     from flexolmo.study.plan import StudyRecipe, build_graph
     from flexolmo.study.results import write_results
 
@@ -53,4 +55,5 @@ def study(
         run_graph(graph.targets, root, processes, verify)
     finally:
         written = write_results(graph, root)
-    typer.echo(f"Open {written} (machines: results.json beside it).")
+        page = write_page(read_json(written), root)
+    typer.echo(f"Open {page} (machines: {written.name} beside it).")

@@ -1,13 +1,14 @@
 """Routers fitted after the merge: jointly on proxy data (the paper), or in closed form (DUME).
 
 Both look at all owners' experts or statistics at once. A row then carries a trace of the others:
-taking an owner out of a jointly fitted router no longer takes out all of its influence. They are
-here to be compared with; what we ship needs no fitting after the merge.
+taking an owner out of a jointly fitted router no longer takes out all of its influence, unless it
+is fitted again without it, which only the closed form makes cheap. They are here to be compared
+with; what we ship needs no fitting after the merge. See docs/decisions/routers.md.
 
-N tokens, D d_model, E experts, L layers.
+D d_model, E experts, L layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.data.proxy import Proxy
+from flexolmo.errors import MergeError
+from flexolmo.model.hidden_statistics import HiddenSums
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.router import PUBLIC, LinearRouter
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.train.loop import TrainSettings, train
 
@@ -30,7 +34,7 @@ def tune_router(model: MixtureModel, proxies: Sequence[Proxy], public: TokenSet,
     """
     parameters: dict[str, nn.Parameter] = {}
     for i, mixture in enumerate(model.mixtures()):
-        assert mixture.router is not None, "joint tuning is for the linear router"
+        assert isinstance(mixture.router, LinearRouter), "joint tuning is for the linear router"
         mixture.router.requires_grad_(True)
         parameters |= {f"layers.{i}.{n}": p for n, p in mixture.router.named_parameters()}
     T = settings.seq_len
@@ -65,38 +69,35 @@ def _windows_of(proxy: Proxy, seq_len: int, seed: int) -> np.ndarray:
     return windows[order]
 
 
-def ridge_rows(model: MixtureModel, text: Mapping[str, Sequence[np.ndarray]],
-               ridge: float = 1e-2) -> list[Tensor]:
-    """Router rows [E,D] a layer, float32, from each owner's sums alone, without training.
+def solve_ridge(sums: Mapping[str, HiddenSums], enabled: Iterable[str] | None = None,
+                ridge: float = 1e-2) -> dict[str, Tensor]:
+    """Linear-router rows [L,D] of public and the `enabled` owners (none: all), float32.
 
-    `text` holds windows (ids, int64 [T]) of each expert's own domain, public among them. An owner
-    sends two sums a layer, of h h^T and of h: rows solve ridge regression from the residual stream
-    to the owner's one-hot label. The solution changes with the set of owners, so it is solved
-    again when one leaves. Solved in float64; `ridge` is a fraction of the mean squared feature.
+    An owner sends its sums and no row: rows solve ridge regression from the residual stream to
+    the one-hot label of whose text it is, every text counting alike. They change with the set of
+    owners, so opting out is strict if, and only if, they are solved again without those who leave.
+    Solved in float64; `ridge` is a fraction of the mean squared feature.
     Source: DUME (arXiv 2603.29765).
     """
-    D = model.config.d_model
-    names = model.expert_names
-    gram = [torch.zeros(D, D, dtype=torch.float64) for _ in model.layers]
-    cross = [torch.zeros(D, len(names), dtype=torch.float64) for _ in model.layers]
-    seen: list[Tensor] = []
-    hooks = [m.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-             for m in model.mixtures()]
-    try:
-        with torch.inference_mode():
-            for e, name in enumerate(names):
-                for ids in text[name]:
-                    seen.clear()
-                    model.hidden(torch.from_numpy(ids)[None])
-                    for i, h in enumerate(seen):
-                        x = h.flatten(0, 1).double()  # [N,D]
-                        gram[i] += x.T @ x / len(text[name])
-                        cross[i][:, e] += x.sum(0) / len(text[name])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    rows = []
-    for g, c in zip(gram, cross, strict=True):
-        damped = g + ridge * g.diagonal().mean() * torch.eye(D, dtype=torch.float64)
-        rows.append(torch.linalg.solve(damped, c).T.float().contiguous())
-    return rows
+    owners = set(sums if enabled is None else enabled) - {PUBLIC}
+    names = [PUBLIC, *sorted(owners)]
+    if unknown := sorted(owners - set(sums)):
+        raise MergeError(f"No sums of {', '.join(unknown)}: these were given for "
+                         f"{', '.join(sorted(sums))}.")
+    gram = torch.zeros_like(sums[PUBLIC].gram)  # [L,D,D]
+    for name in names:
+        gram = gram + sums[name].gram / sums[name].count
+    cross = torch.stack([sums[n].total / sums[n].count for n in names], dim=-1)  # [L,D,E]
+    damping = ridge * gram.diagonal(dim1=1, dim2=2).mean(-1)  # [L]
+    damped = gram + damping[:, None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
+    rows = torch.linalg.solve(damped, cross).float()  # [L,D,E]
+    return {name: rows[..., e].contiguous() for e, name in enumerate(names)}
+
+
+def set_rows(model: MixtureModel, rows: Mapping[str, Tensor], scale: float = 1.0) -> None:
+    """Put `rows` [L,D] of every expert, times `scale`, in a linear router, in place."""
+    with torch.no_grad():
+        for i, mixture in enumerate(model.mixtures()):
+            assert isinstance(mixture.router, LinearRouter), "rows are for the linear router"
+            for name in model.expert_names:
+                mixture.router.row(name).weight.copy_(scale * rows[name][i][None])

@@ -15,7 +15,7 @@ from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, RouterSettings
+from flexolmo.model.router import PUBLIC, LinearRouter, RouterSettings
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
     FFN_PARTS,
@@ -85,10 +85,8 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
         for part in ATTENTION_PARTS:
             delta(f"layers.{i}.{part}", getattr(block.self_attn, part))
         if mixture.router is not None:
-            found[f"layers.{i}.router.weight"] = mixture.router.row(name).weight
-            bias = mixture.router.bias(name)
-            if bias is not None:
-                found[f"layers.{i}.router.raw_bias"] = bias
+            found |= {f"layers.{i}.router.{part}": tensor
+                      for part, tensor in mixture.router.tensors(name).items()}
     delta("embed_tokens", model.embed_tokens)
     delta("lm_head", model.lm_head)
     if model.router is not None:
@@ -111,7 +109,8 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
                 source[f"layers.{i}.mlp.{part}.weight"])
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are
-            mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
+            if isinstance(mixture.router, LinearRouter):
+                mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
     if model.router is not None:
         model.router.float()
         table, public = model.router.table(PUBLIC), anchor.public

@@ -51,6 +51,10 @@ class Share:
         """The same for the last position alone, all of whose sequences it reads."""
         return Share(self.weight[:, -1:], self.enabled)
 
+    def at(self, part: slice) -> "Share":
+        """The same for some of the positions."""
+        return Share(self.weight[:, part], self.enabled)
+
     def _where_on(self, new: Tensor, old: Tensor) -> Tensor:
         return new if self.enabled is None else torch.where(self.enabled, new, old)
 
@@ -86,6 +90,11 @@ class LowRank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.lora_a), self.lora_b)
+
+    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
+        """`total` + B A x in one pass over the sum."""
+        low = F.linear(x, self.lora_a).flatten(0, -2)  # [N,r]
+        return torch.addmm(total.flatten(0, -2), low, self.lora_b.T).view_as(total)
 
 
 class _Deltas(nn.Module):
@@ -165,4 +174,7 @@ class LowRankFeedForward(nn.Module):
 
     def inner(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """What the down products read, [B,T,F]; gate and up [B,T,F] are the anchor's."""
-        return F.silu(gate + self.gate_proj(x)) * (up + self.up_proj(x))
+        gate, up = self.gate_proj.add_to(gate, x), self.up_proj.add_to(up, x)
+        if torch.is_grad_enabled():
+            return F.silu(gate) * up
+        return F.silu(gate, inplace=True).mul_(up)

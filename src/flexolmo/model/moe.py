@@ -10,7 +10,7 @@ keeps the shape it would have had if the expert had never been merged.
 B batch, T positions, D d_model, E experts.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -22,14 +22,18 @@ from flexolmo.model.deltas import (
     DeltaEmbedding,
     DeltaLinear,
     LowRankFeedForward,
+    Share,
     shares_of,
 )
 from flexolmo.model.router import (
     PUBLIC,
+    DiscriminantRouter,
+    DiscriminantSettings,
     EvidenceRouter,
     LinearRouter,
     LinearSettings,
     RouterSettings,
+    find_texts,
     mixture_weights,
     slot,
 )
@@ -41,6 +45,7 @@ from flexolmo.model.transformer import (
     ForwardContext,
     ModelConfig,
     Transformer,
+    position_chunks,
 )
 
 
@@ -51,8 +56,8 @@ class Mixture(nn.Module):
     experts; the down product once for their weighted sum.
     """
 
-    def __init__(self, experts: Mapping[str, nn.Module], router: LinearRouter | None,
-                 top_k: int | None):
+    def __init__(self, experts: Mapping[str, nn.Module],
+                 router: LinearRouter | DiscriminantRouter | None, top_k: int | None):
         super().__init__()
         self.experts = nn.ModuleDict({slot(n): e for n, e in experts.items()})
         self.router = router
@@ -65,7 +70,7 @@ class Mixture(nn.Module):
     def forward(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         weights, shares = ctx.weights, ctx.shares  # [B,T,E]
         if self.router is not None:
-            logits = self.router(h)
+            logits = self._logits(self.router, h, ctx)
             weights = mixture_weights(logits, ctx.active, self.top_k)
             shares = shares_of(weights, ctx.active, h.dtype, keep_all=self.training,
                                is_sparse=ctx.is_sparse)
@@ -74,6 +79,23 @@ class Mixture(nn.Module):
         assert weights is not None, "a mixture needs weights from its model or its layer"
         if ctx.routing is not None:
             ctx.routing.append(weights.detach())
+        if self.training or ctx.is_sparse:
+            return self._mix(h, shares)
+        pieces = [self._mix(h[:, part], [s and s.at(part) for s in shares])
+                  for part in position_chunks(h)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _logits(self, router: LinearRouter | DiscriminantRouter, h: Tensor,
+                ctx: ForwardContext) -> list[Tensor]:
+        if isinstance(router, LinearRouter):
+            return router(h)
+        memory = None if ctx.cache is None else ctx.cache[router.layer]
+        logits, context = router(h, ctx.texts, memory and memory.context)
+        if memory is not None:
+            memory.context = context
+        return logits
+
+    def _mix(self, h: Tensor, shares: Sequence[Share | None]) -> Tensor:
         public = cast(FeedForward, self.expert(PUBLIC))
         mixed = torch.zeros_like(h)  # [B,T,D]
         inner: Tensor | None = None  # [B,T,F] what the anchor's down product reads
@@ -82,7 +104,7 @@ class Mixture(nn.Module):
             if share is None:
                 continue
             if expert is not public and isinstance(expert, FeedForward):
-                mixed = share.add(mixed, expert(share.pick(h)))
+                mixed = share.add(mixed, expert.whole(share.pick(h)))
                 continue
             if inner is None:
                 gate, up = public.gate_proj(h), public.up_proj(h)  # [B,T,F]
@@ -120,11 +142,14 @@ class MixtureModel(Transformer):
             sizes = {PUBLIC: public_bigrams} | {n: s.num_bigrams for n, s in self.shapes.items()}
             self.router = EvidenceRouter(router, self.expert_names, config.vocab_size, sizes,
                                          config.eos_token_id)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             ffns: dict[str, nn.Module] = {PUBLIC: cast(nn.Module, block.mlp)}
             ffns |= {n: _feed_forward(config, shape) for n, shape in self.shapes.items()}
-            own = (LinearRouter(router, self.expert_names, config.d_model)
-                   if isinstance(router, LinearSettings) else None)
+            own: LinearRouter | DiscriminantRouter | None = None
+            if isinstance(router, LinearSettings):
+                own = LinearRouter(router, self.expert_names, config.d_model)
+            elif isinstance(router, DiscriminantSettings):
+                own = DiscriminantRouter(router, self.expert_names, config.d_model, i)
             block.mlp = Mixture(ffns, own, top_k)
         self._add_deltas()
 
@@ -173,6 +198,8 @@ class MixtureModel(Transformer):
                                           self.router.settings.min_weight)
             ctx.shares = shares_of(ctx.weights, active, self.embed_tokens.weight.dtype,
                                    keep_all=self.training, is_sparse=self.is_sparse)
+        if isinstance(self.settings, DiscriminantSettings):
+            ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         ctx.is_sparse = self.is_sparse
         return ctx
 

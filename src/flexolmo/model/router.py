@@ -1,23 +1,27 @@
 """Routers: how much each enabled expert says about the next token.
 
-Two kinds. `evidence` (ours, the default) follows, token by token, whose domain the text is in,
+Three kinds. `evidence` (ours, the default) follows, token by token, whose domain the text is in,
 from bigram statistics of each owner's text and of public's; it reads no hidden state, so what one
 expert computes cannot change how another is weighed. `linear` is the paper's: a row per expert and
-layer, read against the residual stream, with a negative bias. In both, an expert's logit depends
+layer, read against the residual stream, with a negative bias. `discriminant` has such rows in
+closed form, from statistics of the anchor's own states. In all, an expert's row or table depends
 on the anchor and that expert's owner alone, which is what makes opting out exact.
 
 Every number is computed expert by expert, in an order that does not change when others are
 absent; so a disabled expert and one never merged give the same bits.
 
-B batch, T positions, E experts, V vocabulary, n bigrams, K top_k.
+B batch, T positions, D d_model, R features that a row reads, E experts, V vocabulary, n bigrams,
+K top_k.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal, cast
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -31,6 +35,7 @@ class LinearSettings(BaseModel):
     """One row a layer read against the residual stream, with a negative bias. Source: §3.3.2."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    is_strict: ClassVar[bool] = True  # of rows as owners send them; not once tuned jointly
 
     kind: Literal["linear"] = "linear"
     has_bias: bool = Field(True, description="negative bias on owners' experts (paper); the stock "
@@ -40,7 +45,32 @@ class LinearSettings(BaseModel):
         "(paper), which has no gradient once raw is positive")
 
 
-RouterSettings = Annotated[EvidenceSettings | LinearSettings, Field(discriminator="kind")]
+class DiscriminantSettings(BaseModel):
+    """Gaussian discriminant: each layer asks whether a state lies nearer to the mean of an owner's
+    text or of public text, under the covariance of public text. Source: ours.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    is_strict: ClassVar[bool] = True
+
+    kind: Literal["discriminant"] = "discriminant"
+    tempering: float = Field(
+        0.7, gt=0, le=1, description="what a token's log odds count: states of one text are not "
+        "independent")
+    shrinkage: float = Field(
+        0.1, gt=0, le=1, description="weight of the covariance's diagonal over the whole of it")
+    has_context: bool = Field(
+        False, description="also read the decayed mean of the text's states so far")
+    half_life_tokens: float = Field(
+        32.0, gt=0, description="tokens after which a state counts half in that mean")
+
+    def num_features(self, d_model: int) -> int:
+        """How many numbers a row has."""
+        return 2 * d_model if self.has_context else d_model
+
+
+RouterSettings = Annotated[EvidenceSettings | LinearSettings | DiscriminantSettings,
+                           Field(discriminator="kind")]
 
 
 def first_raw_bias(settings: LinearSettings) -> Tensor:
@@ -115,6 +145,8 @@ class EvidenceRouter(nn.Module):
         B, _ = ids.shape
         first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
         before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
+        if is_token is not None:  # what stands before the first token is not the padding's id
+            before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], first)
         public = self.table(PUBLIC)(before, ids)
         limit, likelihoods = self.settings.clip_nats, []
         for name in self.names:
@@ -176,6 +208,11 @@ class LinearRouter(nn.Module):
         """The free parameter [1] of one expert's bias, if it has one."""
         return self.raw_bias.get(slot(name))
 
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What an owner sends, per layer."""
+        raw = self.bias(name)
+        return {"weight": self.row(name).weight} | ({} if raw is None else {"raw_bias": raw})
+
     def forward(self, h: Tensor) -> list[Tensor]:
         """Logits [B,T], one for each of `names`; h [B,T,D]."""
         x = h.float()
@@ -189,6 +226,102 @@ class LinearRouter(nn.Module):
                                  else -nn.functional.softplus(free))
             logits.append(logit)
         return logits
+
+
+class DiscriminantRow(nn.Module):
+    """One expert's row of one layer: log odds over public, untempered."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.weight: Tensor
+        self.offset: Tensor
+        self.register_buffer("weight", torch.zeros(1, num_features))  # [1,R]
+        self.register_buffer("offset", torch.zeros(1))  # [1]
+
+
+class DiscriminantRouter(nn.Module):
+    """Log odds of each owner's text over public text, from one layer's states, in float32.
+
+    Public text's logit is 0. At an end-of-text token all are, for nothing is known of the text to
+    come. Nothing is learned: see `hidden_statistics.discriminant_tensors`.
+    """
+
+    def __init__(self, settings: DiscriminantSettings, names: list[str], d_model: int, layer: int):
+        """`layer` is the place of this router's state in a cache."""
+        super().__init__()
+        self.settings = settings
+        self.names = names
+        self.layer = layer
+        self.rows = nn.ModuleDict({slot(n): DiscriminantRow(settings.num_features(d_model))
+                                   for n in names if n != PUBLIC})
+
+    def row(self, name: str) -> DiscriminantRow:
+        """The row of one owner's expert; public has none."""
+        return cast(DiscriminantRow, self.rows[slot(name)])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """What an owner sends, per layer."""
+        row = self.row(name)
+        return {"weight": row.weight, "offset": row.offset}
+
+    def forward(self, h: Tensor, texts: "Texts", past: Tensor | None
+                ) -> tuple[list[Tensor], Tensor | None]:
+        """Logits [B,T], one for each of `names`, and what to hand to the next call as `past`.
+
+        h [B,T,D]; `past` is what the call that read the positions before gave.
+        """
+        x, state = texts.features(h, past)
+        logits = []
+        for name in self.names:
+            logit = x.new_zeros(x.shape[:2])
+            if name != PUBLIC:
+                row = self.row(name)
+                logit = F.linear(x, row.weight)[..., 0] + row.offset  # [B,T]
+                logit = (self.settings.tempering * logit).masked_fill(texts.is_end, 0.0)
+            logits.append(logit)
+        return logits, state
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where texts end among the positions of one call, and how states add up along a text."""
+
+    is_end: Tensor  # [B,T] end-of-text tokens
+    decay: Tensor | None  # [B,T,1+T] what the state handed over, then each position, counts
+
+    def features(self, h: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What rows read, float32 [B,T,R], and the state [B,D+1] at the last position.
+
+        With a decay, a position's own state and the mean of the text's states up to it.
+        """
+        x = h.float()
+        if self.decay is None:
+            return x, None
+        if past is None:
+            past = x.new_zeros(len(x), x.shape[2] + 1)
+        counted = torch.cat([past[:, None], F.pad(x, (0, 1), value=1.0)], dim=1)  # [B,1+T,D+1]
+        sums = self.decay @ counted  # [B,T,D+1]
+        mean = sums[..., :-1] / sums[..., -1:].clamp(min=1.0)  # a text's last token counts 1
+        return torch.cat([x, mean], dim=-1), sums[:, -1]
+
+
+def find_texts(ids: Tensor, is_token: Tensor | None, eos_token_id: int,
+                 settings: DiscriminantSettings) -> Texts:
+    """What the routers of all layers need to know of ids [B,T].
+
+    A state's count halves every `half_life_tokens` tokens. Padding counts nothing; at an
+    end-of-text token all before it is forgotten, and it counts nothing itself.
+    """
+    is_token = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
+    is_end = (ids == eos_token_id) & is_token  # [B,T]
+    if not settings.has_context:
+        return Texts(is_end, None)
+    counts = is_token & ~is_end
+    age, text = counts.cumsum(1), is_end.cumsum(1)  # tokens and texts so far
+    gap = age[:, :, None] - F.pad(age, (1, 0))[:, None]  # [B,T,1+T] tokens between
+    reaches = (text[:, :, None] == F.pad(text, (1, 0))[:, None]) & (gap >= 0)
+    reaches = (reaches & F.pad(counts, (1, 0), value=True)[:, None]).tril(1)
+    return Texts(is_end, torch.where(reaches, 0.5 ** (gap / settings.half_life_tokens), 0.0))
 
 
 def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | None,

@@ -11,7 +11,7 @@ from math import prod
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flexolmo.model.router import LinearSettings, RouterSettings
+from flexolmo.model.router import DiscriminantSettings, LinearSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
 
@@ -63,6 +63,9 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
             found[f"layers.{i}.router.weight"] = (1, D)
             if router.has_bias:
                 found[f"layers.{i}.router.raw_bias"] = (1,)
+        if isinstance(router, DiscriminantSettings):
+            found[f"layers.{i}.router.weight"] = (1, router.num_features(D))
+            found[f"layers.{i}.router.offset"] = (1,)
     delta("embed_tokens", (V, D), shape.embedding_rank)
     delta("lm_head", (V, D), shape.head_rank)
     if isinstance(router, EvidenceSettings):

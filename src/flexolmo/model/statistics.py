@@ -6,7 +6,7 @@ V vocabulary, n bigrams, N tokens.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +21,7 @@ class EvidenceSettings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
 
     kind: Literal["evidence"] = "evidence"
     switch_rate: float = Field(

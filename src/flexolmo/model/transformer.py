@@ -18,6 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 
+CHUNK_ROWS = 256  # tokens an FFN works on at a time when nothing is learnt
+
+
 class ModelConfig(BaseModel):
     """The shape of a decoder."""
 
@@ -63,6 +66,7 @@ class LayerCache:
 
     keys: Tensor | None = None  # [B,G,S,C]
     values: Tensor | None = None  # [B,G,S,C]
+    context: Tensor | None = None  # [B,D+1] what a discriminant router goes on from
 
 
 @dataclass
@@ -76,6 +80,7 @@ class ForwardContext:
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
+    texts: Any = None  # for discriminant routers, see router.Texts
     is_sparse: bool = False  # experts read only the tokens that picked them
     cache: list[LayerCache] | None = None
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
@@ -131,7 +136,21 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(d_ff, d_model)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # [..., D]
+        if self.training:
+            return self.whole(x)
+        pieces = [self.whole(x[:, part]) for part in position_chunks(x)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [B,T,D]
+
+    def whole(self, x: Tensor) -> Tensor:
+        """As `forward`, all positions at once; x [..., D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def position_chunks(x: Tensor) -> list[slice]:
+    """Positions of x [B,T,.] in pieces small enough for a processor's cache, where the FFN's
+    elementwise work would else wait for memory. They depend on B and T alone."""
+    size = max(1, CHUNK_ROWS // len(x))
+    return [slice(t, t + size) for t in range(0, x.shape[1], size)]
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from flexolmo.data.batches import TokenSet, evaluation_windows, open_set, training_batches
@@ -22,13 +23,15 @@ from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.inference.generate import Sampling, continue_ids
 from flexolmo.merge.baselines import likelihood_weights, soup
-from flexolmo.merge.calibrate import ridge_rows, tune_router
+from flexolmo.merge.calibrate import set_rows, solve_ridge, tune_router
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor, mean_hidden_state, save_anchor
+from flexolmo.model.hidden_statistics import HiddenSums, gather
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings, first_raw_bias
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress
+from flexolmo.study.embedder import embed_set, fetch_embedder
 from flexolmo.study.models import (
     Reading,
     btx_start,
@@ -42,7 +45,14 @@ from flexolmo.study.models import (
 from flexolmo.study.step import StepContext, step_kind
 from flexolmo.train.anchor import AnchorRecipe, embedding_windows, train_anchor
 from flexolmo.train.compress import compress_rank
-from flexolmo.train.expert import ExpertRecipe, load_expert, save_expert, start_expert, train_expert
+from flexolmo.train.expert import (
+    ExpertRecipe,
+    load_expert,
+    reroute_expert,
+    save_expert,
+    start_expert,
+    train_expert,
+)
 from flexolmo.train.loop import TrainSettings
 
 Windows = dict[str, list[tuple[np.ndarray, int]]]  # by set: (ids, bytes) as evaluation_windows
@@ -205,9 +215,13 @@ def _rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
         for hook in hooks:
             hook.remove()
         return torch.stack([s / s.norm() for s in sums])
-    from flexolmo.study.embedder import embed_set
+    return embed_set(data, base.config, step.inputs["embedder"]).repeat(L, 1)
 
-    return embed_set(data, base.config).repeat(L, 1)
+
+@step_kind("embedder", version=1)
+def embedder(step: StepContext) -> dict[str, Any]:
+    """MiniLM's files. No inputs."""
+    return {"digest": fetch_embedder(step.out)}
 
 
 def _with_rows(step: StepContext, base: Anchor) -> Anchor:
@@ -248,6 +262,18 @@ def compressed(step: StepContext) -> dict[str, Any]:
     return {"bytes": _bytes(tensors), "tokens": made.record["tokens"]}
 
 
+@step_kind("rerouted", version=1)
+def rerouted(step: StepContext) -> dict[str, Any]:
+    """A trained expert with another router. Inputs: corpus, anchor, expert. Settings: set,
+    router."""
+    router: RouterSettings = TypeAdapter(RouterSettings).validate_python(step.settings["router"])
+    made = reroute_expert(load_expert(step.inputs["expert"] / "expert"), _anchor(step),
+                          _set(step, step.settings["set"]), router, _set(step, "public"))
+    save_expert(made, step.out / "expert")
+    return {"tokens": made.record["tokens"], "bytes": _bytes(made.tensors),
+            "architecture": made.architecture}
+
+
 @step_kind("unrestricted", version=1)
 def unrestricted(step: StepContext) -> dict[str, Any]:
     """One mixture, all its weights trained on all sets together. Inputs: corpus, anchor."""
@@ -286,16 +312,30 @@ def dume(step: StepContext) -> dict[str, Any]:
     by which rows are multiplied, for ridge targets of 0 and 1 leave a softmax nearly even."""
     base = _anchor(step)
     model = btx_start(base, _dense_states(step, base), step.settings["top_k"], 0).eval()
-    text = {n: _training_windows(_set(step, n), step.settings["windows"],
-                                 step.settings["seq_len"]) for n in model.expert_names}
-    rows = ridge_rows(model, text, step.settings["ridge"])
-    with torch.no_grad():
-        for mixture, layer_rows in zip(model.mixtures(), rows, strict=True):
-            assert mixture.router is not None
-            for name, row in zip(model.expert_names, layer_rows, strict=True):
-                mixture.router.row(name).weight.copy_(step.settings["scale"] * row[None])
+    rows = solve_ridge(_hidden_sums(step, model, model.expert_names), ridge=step.settings["ridge"])
+    set_rows(model, rows, step.settings["scale"])
     save_model(model, step.out / "model.safetensors")
     return {"tokens": 0}
+
+
+@step_kind("ridge", version=1)
+def ridge(step: StepContext) -> dict[str, Any]:
+    """Trained experts with a router by ridge regression on what each owner sums in the anchor.
+
+    Inputs: corpus, anchor, expert.SET. Settings as for dume, and no_bias: true.
+    """
+    base, model = _anchor(step), _mixture(step, None)
+    rows = solve_ridge(_hidden_sums(step, base.model, model.expert_names),
+                       ridge=step.settings["ridge"])
+    set_rows(model, rows, step.settings["scale"])
+    save_model(model, step.out / "model.safetensors")
+    return {"tokens": 0}
+
+
+def _hidden_sums(step: StepContext, model: Transformer, names: Sequence[str]
+                 ) -> dict[str, HiddenSums]:
+    return {n: gather(model, _training_windows(_set(step, n), step.settings["windows"],
+                                               step.settings["seq_len"])) for n in names}
 
 
 def _training_windows(token_set: TokenSet, count: int, seq_len: int) -> list[np.ndarray]:

@@ -6,6 +6,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexolmo.model.router import DiscriminantSettings, RouterSettings
+from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.study import kinds, scoring  # noqa: F401  (their steps must be known)
 from flexolmo.study.step import Step
 from flexolmo.train.anchor import AnchorRecipe
@@ -106,16 +108,23 @@ class _Seed:
         ours = recipe.model_copy(update={"train": self.recipe.train.model_copy(
             update={"learning_rate": rate})})
         settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"}), "rows": rows}
-        return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings})
+        return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
                 for n in self.owners}
+
+    def rerouted(self, label: str, experts: Mapping[str, Step], router: RouterSettings
+                 ) -> dict[str, Step]:
+        """Trained experts with another router."""
+        return {n: self.step(f"{label} {n}", "rerouted", {
+            "set": n, "router": router.model_dump(mode="json")}, {"expert": e})
+            for n, e in experts.items()}
 
     def read(self, label: str, what: str, inputs: Mapping[str, Step], **settings: Any) -> Step:
         return Step(f"seed {self.seed}: read {label}", "read", {"what": what, **settings},
                     {"windows": self.windows, **self.base, **inputs})
 
     def read_mixture(self, label: str, experts: Mapping[str, Step], **settings: Any) -> Step:
-        return self.read(label, "mixture", {f"expert.{n}": e for n, e in experts.items()},
-                         **settings)
+        return self.read(label, "mixture", {f"expert.{n}": e for n, e in experts.items()}
+                         | _embedder(settings.get("rows")), **settings)
 
     def pairs(self, label: str, experts: Mapping[str, Step]) -> dict[str, Step]:
         """Readings of each owner's own set by the anchor and its expert alone."""
@@ -224,6 +233,8 @@ class _Seed:
             {"set": n, "tokens": self.recipe.train.tokens,
              "recipe": paper.model_copy(update={"train": self.recipe.train}).model_dump(
                  mode="json", exclude={"seed"})}, {"dense": self.dense[n]}) for n in self.owners}
+        variants |= {name: self.rerouted(name, variants["paper"], router)
+                     for name, router in REROUTED.items()}
         rows = {"paper, random rows": "random", "paper, a row per layer": "per_layer",
                 "paper, MiniLM rows": "minilm"}
         reads = {name: self.read_mixture(f"ablation {name}", experts, top_k=k, rows=rows.get(name),
@@ -234,6 +245,14 @@ class _Seed:
                 row = f"{name}, top-{active}"
                 reads[row] = self.read_mixture(f"ablation {row}", variants[name], top_k=active,
                                                splits=["heldout"])
+        experts = {f"expert.{n}": e for n, e in variants["paper"].items()}
+        for scale in DUME_SCALES:
+            row = f"paper experts, ridge router (re-solved), scale {scale}"
+            model = self.step(row, "ridge", {
+                "no_bias": True, "windows": 64, "seq_len": self.recipe.train.seq_len,
+                "ridge": 0.01, "scale": scale}, experts)
+            reads[row] = self.read(f"ablation {row}", "tuned", {**experts, "model": model},
+                                   top_k=k, no_bias=True, splits=["heldout"])
         base = {"dense.public": self.read("anchor", "anchor", {})}
         base |= {f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
                  for n, d in self.dense.items()}
@@ -242,5 +261,14 @@ class _Seed:
                      **{f"row.{n}": s for n, s in reads.items()}})
 
 
+def _embedder(rows: str | None) -> dict[str, Step]:
+    return {"embedder": Step("MiniLM", "embedder")} if rows == "minilm" else {}
+
+
 DUME_SCALES = (10, 30)  # ridge targets are 0 and 1: a softmax of them would be nearly even
+REROUTED: dict[str, RouterSettings] = {
+    "paper experts, evidence router": EvidenceSettings(),
+    "paper experts, Gaussian discriminant": DiscriminantSettings(),
+    "paper experts, discriminant with context": DiscriminantSettings(has_context=True),
+}
 PAPER = ExpertRecipe.model_validate({"scope": "ffn", "router": {"kind": "linear"}})

@@ -1,9 +1,11 @@
 """A small public anchor, trained on public text, or imported from a stock checkpoint."""
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -108,9 +110,10 @@ def describe_anchor(model: Transformer, tokenizer: Tokenizer, public: TokenSet,
                         copy.deepcopy(record))
 
 
-def embedding_windows(token_set: TokenSet, config: ModelConfig):
-    """The windows of text that stand for a set's domain: int64 [1,T], at most 64."""
+def embedding_windows(token_set: TokenSet, config: ModelConfig,
+                      count: int = EMBEDDING_WINDOWS) -> Iterator[np.ndarray]:
+    """The windows of text that stand for a set's domain: int64 [1,T], at most `count`."""
     seq_len = min(256, config.max_seq_len - 1, len(token_set.splits["train"].tokens) - 1)
     batches = training_batches(token_set, "train", 1, seq_len, seed=0)
-    for step in range(min(EMBEDDING_WINDOWS, batches.num_windows)):
+    for step in range(min(count, batches.num_windows)):
         yield batches.batch(step)[:, :-1]

@@ -2,21 +2,23 @@
 
 Works on the FFN, where most of an expert's bytes are, and on the ranks of the other deltas.
 
-D d_model, F d_ff, W the new width, r rank.
+D d_model, W the new width, r rank.
 """
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import ConfigError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
+from flexolmo.model.transformer import FeedForward
 
 PRUNING_WINDOWS = 32
 
@@ -35,44 +37,55 @@ def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             (u[:, :rank] * root).to(matrix.dtype).contiguous())
 
 
+def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As `truncate` of B A, without writing the product out; a [r,in], b [out,r].
+
+    Rows and columns beyond the product's own sides are zero, so that matrices of several shapes
+    can have one rank.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().T)
+    small_a, small_b = truncate(r_b @ r_a.T, min(rank, len(r_b), len(r_a)))
+    short = rank - len(small_a)
+    return (F.pad((small_a @ q_a.T).to(a.dtype), (0, 0, 0, short)).contiguous(),
+            F.pad((q_b @ small_b).to(b.dtype), (0, short)).contiguous())
+
+
 def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
                   delta_rank: int | None = None) -> dict[str, Tensor]:
     """The expert with its FFN as a delta of `rank` to the anchor's.
 
     Deltas to attention, embedding and head are cut to `delta_rank` (none: left as they are).
-    Raises ConfigError if the FFN is not of the anchor's width.
+    Raises ConfigError if the FFN is not of the anchor's width, or of that rank or less already.
     """
+    if rank < 1 or (delta_rank is not None and delta_rank < 1):
+        raise ConfigError(f"Found rank {rank if rank < 1 else delta_rank}; ranks are 1 or more.")
     found = dict(tensors)
     for i, block in enumerate(anchor.model.layers):
         for part in FFN_PARTS:
             name, base = f"layers.{i}.{part}", getattr(block.mlp, part).weight
             whole = found.pop(f"{name}.weight", None)
             if whole is None:
-                delta = found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+                a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
+                if len(a) <= rank:
+                    raise ConfigError(f"The expert's FFN is a delta of rank {len(a)} already: "
+                                      f"give a rank below that, not {rank}.")
+                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(a, b, rank)
             elif whole.shape == base.shape:
-                delta = whole - base
+                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(whole - base, rank)
             else:
-                raise ConfigError(f"{name} is of shape {list(whole.shape)}, the anchor's of "
-                                  f"{list(base.shape)}: only an expert of the anchor's width has "
-                                  "a difference to compress.")
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(delta, rank)
-    if delta_rank is not None:
-        others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
-                  for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
-        for name in others:
-            a, b = found.get(f"{name}.lora_a"), found.get(f"{name}.lora_b")
-            if a is not None and b is not None and len(a) > delta_rank:
-                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
-                    a, b, delta_rank)
+                raise ConfigError(f"The expert's FFN is {list(whole.shape)} in {name}, the "
+                                  f"anchor's {list(base.shape)}: only an FFN of the anchor's "
+                                  "width has a difference to cut. Give a width, not a rank.")
+    if delta_rank is None:
+        return found
+    others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
+              for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
+    for name in others:
+        if len(found.get(f"{name}.lora_a", ())) > delta_rank:
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
+                found[f"{name}.lora_a"], found[f"{name}.lora_b"], delta_rank)
     return found
-
-
-def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `truncate` of B A, without writing the product out; a [r,in], b [out,r]."""
-    q_b, r_b = torch.linalg.qr(b.double())
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    small_a, small_b = truncate(r_b @ r_a.T, rank)
-    return ((small_a @ q_a.T).to(a.dtype).contiguous(), (q_b @ small_b).to(b.dtype).contiguous())
 
 
 def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
@@ -82,6 +95,9 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
     A column's importance is the mean of |activation| on training text, read with these FFNs in
     the anchor's frame, times the norm of its down row. Source: ours, after structured pruning.
     """
+    if "layers.0.gate_proj.weight" not in tensors:
+        raise ConfigError("The expert's FFN is a low-rank delta to the anchor's, which has no "
+                          "columns of its own to leave out. Give a rank, not a width.")
     d_ff = len(tensors["layers.0.gate_proj.weight"])
     if not 1 <= width <= d_ff:
         raise ConfigError(f"Width {width} is not between 1 and {d_ff}, the FFN's own.")
@@ -94,10 +110,11 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
         return add
 
     for i, block in enumerate(model.layers):
+        ffn = cast(FeedForward, block.mlp)
         for part in FFN_PARTS:
-            getattr(block.mlp, part).weight = torch.nn.Parameter(
+            getattr(ffn, part).weight = torch.nn.Parameter(
                 tensors[f"layers.{i}.{part}.weight"], requires_grad=False)
-        block.mlp.down_proj.register_forward_pre_hook(watch(sums[i]))
+        ffn.down_proj.register_forward_pre_hook(watch(sums[i]))
     seq_len = min(256, anchor.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)
     with torch.no_grad():
@@ -105,7 +122,7 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
             model.hidden(torch.from_numpy(np.ascontiguousarray(batches.batch(step)[:, :-1])))
     found = dict(tensors)
     for i, total in enumerate(sums):
-        down = tensors[f"layers.{i}.down_proj.weight"]  # [D,F]
+        down = tensors[f"layers.{i}.down_proj.weight"]  # [D,d_ff]
         order = (total * down.double().norm(dim=0)).argsort(descending=True, stable=True)
         kept = order[:width].sort().values  # [W]
         for part in FFN_PARTS:

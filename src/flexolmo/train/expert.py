@@ -9,7 +9,7 @@ import copy
 import datetime
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,17 +27,30 @@ from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, write_aside, write_json
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors, mean_hidden_state
+from flexolmo.model.hidden_statistics import discriminant_tensors, gather
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import RouterSettings, first_raw_bias
-from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of, expert_shapes
+from flexolmo.model.router import (
+    DiscriminantSettings,
+    LinearSettings,
+    RouterSettings,
+    first_raw_bias,
+)
+from flexolmo.model.shape import (
+    FFN_PARTS,
+    ExpertShape,
+    architecture_of,
+    expert_shapes,
+    shape_of_tensors,
+)
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.anchor import embedding_windows, identity_of
+from flexolmo.train.anchor import EMBEDDING_WINDOWS, embedding_windows, identity_of
 from flexolmo.train.compress import prune_width
 from flexolmo.train.loop import TrainSettings, train
 
 Scope = Literal["ffn", "ffn+head", "all"]
+PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
 
 
 class ExpertRecipe(BaseModel):
@@ -91,13 +104,13 @@ class Expert:
     architecture: dict[str, int]  # see shape.architecture_of
 
 
-def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe) -> dict[str, Tensor]:
+def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
+                 public: TokenSet | None = None) -> dict[str, Tensor]:
     """The expert before training: the anchor's FFN, no deltas, and the router's part.
 
     FFN: a copy of the anchor's; with a width of its own, those columns of it that the owner's text
     uses most. Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
-    Router, evidence: the bigram model of the owner's text, final. linear: in every layer the
-    same row, the mean hidden state over the owner's text, and a bias of -0.13. Source: §3.3.1-2.
+    Router: see `start_router`. Source: §3.3.1.
     """
     config, router = anchor.config, recipe.router
     shape = recipe.shape(config)
@@ -116,7 +129,20 @@ def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe) -> dict[s
         if shape.d_ff != config.d_ff:
             ffns = prune_width(anchor, ffns, data, shape.d_ff)
         tensors |= ffns
-    split = data.splits["train"]
+    return tensors | start_router(anchor, data, router, public)
+
+
+def start_router(anchor: Anchor, data: TokenSet, router: RouterSettings,
+                 public: TokenSet | None = None) -> dict[str, Tensor]:
+    """The router's part of an expert before training, from the anchor and the owner's text alone.
+
+    evidence: the bigram model of that text, final. linear: in every layer the same row, the mean
+    hidden state over the text, and a bias of -0.13. discriminant: a row and offset per layer from
+    the text's states and from those of `public`, the prepared public set, final. Source: §3.3.2
+    for linear; the others ours.
+    """
+    config, split = anchor.config, data.splits["train"]
+    tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
         own = fit_bigrams(split.tokens, split.offsets, config.vocab_size, router, anchor.public)
         tensors |= {"router.unigram": torch.from_numpy(own.unigram),
@@ -125,6 +151,14 @@ def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe) -> dict[s
             tensors |= {"router.bigram_keys": torch.from_numpy(own.keys),
                         "router.bigram_log_probs": torch.from_numpy(own.log_probs)}
         return tensors
+    if isinstance(router, DiscriminantSettings):
+        if public is None:
+            raise ConfigError("The discriminant router holds an owner's states against public "
+                              "text: give the prepared public set.")
+        _refuse_other_tokenizer(public, data)
+        own_sums, public_sums = (gather(anchor.model, embedding_windows(s, config, n), router)
+                                 for s, n in ((data, EMBEDDING_WINDOWS), (public, PUBLIC_WINDOWS)))
+        return discriminant_tensors(own_sums, public_sums, router)
     row = mean_hidden_state(anchor.model, embedding_windows(data, config))
     for i in range(config.num_layers):
         tensors[f"layers.{i}.router.weight"] = row[None].clone()
@@ -140,24 +174,27 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
     """Train one expert to coordinate: a mixture of it and the public expert, on the owner's text.
 
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
-    replay. `start` are first values in place of `start_expert`'s. Source: §3.3.1.
+    replay and for the discriminant router. `start` are first values in place of `start_expert`'s.
+    Source: §3.3.1.
     """
     _refuse_bad_name(name)
     set_up(recipe.seed, num_threads)
-    first = start_expert(anchor, data, recipe) if start is None else start
+    first = start_expert(anchor, data, recipe, public) if start is None else start
     pair = assemble_mixture(anchor, {name: first}, recipe.router)
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
     batch_of_step = _batches(data, public, recipe)
-    replayed = {"public": public.digest} if recipe.replay and public is not None else {}
+    is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
+    replayed = {"public": public.digest} if is_read and public is not None else {}
     digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
 
     def loss_of_step(step: int) -> Tensor:
-        logits: list[Tensor] = []  # of the linear router, one [B,T,2] a layer
-        loss = language_model_loss(pair, torch.from_numpy(batch_of_step(step)),
-                                   router_logits=logits)
+        logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
+        loss = language_model_loss(
+            pair, torch.from_numpy(batch_of_step(step)),
+            router_logits=logits if isinstance(recipe.router, LinearSettings) else None)
         for z in logits:
             loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
         return loss
@@ -174,6 +211,26 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
                   architecture_of(anchor.config, pair.shapes[name]))
 
 
+def reroute_expert(expert: Expert, anchor: Anchor, data: TokenSet, router: RouterSettings,
+                   public: TokenSet | None = None) -> Expert:
+    """A trained expert with another router in place of its own, made as before training.
+
+    Its owner alone can do this, with `data` and, for the discriminant router, `public`. What the
+    expert learnt it learnt under the old one.
+    """
+    tensors = {n: t for n, t in expert.tensors.items() if "router." not in n}
+    tensors |= start_router(anchor, data, router, public)
+    shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
+    if not (shape.is_ffn_only or isinstance(router, EvidenceSettings)):
+        raise ConfigError(f"{expert.name} changes more than the FFN, which needs a router that "
+                          f"decides once for all layers (kind evidence), not {router.kind}.")
+    settings = {"router": router.model_dump(mode="json")}
+    record = expert.record | {"config": expert.record["config"] | settings,
+                              "router_before": expert.router.model_dump(mode="json")}
+    return replace(expert, router=router, tensors=tensors, record=record,
+                   architecture=architecture_of(anchor.config, shape))
+
+
 def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
              ) -> Callable[[int], np.ndarray]:
     """Batch of a step, int64 [B,T+1]; with replay, every so many-th sequence is public text."""
@@ -185,9 +242,7 @@ def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
         return whole.batch
     if public is None:
         raise ConfigError(f"replay is {recipe.replay}: give the prepared public set to replay.")
-    if public.card["tokenizer"]["digest"] != data.card["tokenizer"]["digest"]:
-        raise ConfigError(f"{public.directory} and {data.directory} were prepared with different "
-                          "tokenizers.")
+    _refuse_other_tokenizer(public, data)
     other = training_batches(public, "train", 1, settings.seq_len, recipe.seed)
 
     def public_before(place: int) -> int:
@@ -204,6 +259,12 @@ def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
         return np.stack(rows)  # [B,T+1]
 
     return batch
+
+
+def _refuse_other_tokenizer(public: TokenSet, data: TokenSet) -> None:
+    if public.card["tokenizer"]["digest"] != data.card["tokenizer"]["digest"]:
+        raise ConfigError(f"{public.directory} and {data.directory} were prepared with different "
+                          "tokenizers.")
 
 
 def _refuse_bad_name(name: str) -> None:
@@ -260,7 +321,8 @@ def pack_expert(expert: Expert, path: Path, private_key: Path, *, owner: str, li
         architecture=expert.architecture,
         router_kind=expert.router.kind,
         router_settings=expert.router.model_dump(mode="json"),
-        recipe=copy.deepcopy(expert.record["config"]),
+        recipe=copy.deepcopy(expert.record["config"] | {
+            k: expert.record[k] for k in ("compressed",) if k in expert.record}),
         tokens_seen=expert.record["tokens"],
         data_card_digest=expert.data_card_digest,
         licence=licence,

@@ -1,0 +1,125 @@
+"""A finished expert made smaller, and what being smaller costs in bits per byte.
+
+The pair of anchor and expert is what is measured: it is what the owner trained, and needs no
+other owner's text.
+
+D d_model, F d_ff.
+"""
+
+import datetime
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from flexolmo.data.batches import TokenSet, evaluation_windows
+from flexolmo.errors import ConfigError
+from flexolmo.evaluation.likelihood import read_windows
+from flexolmo.model.assemble import assemble_mixture
+from flexolmo.model.checkpoint import Anchor, digest_tensors
+from flexolmo.model.shape import architecture_of, shape_of_tensors
+from flexolmo.progress import progress
+from flexolmo.runtime import run_record
+from flexolmo.train.compress import compress_rank, prune_width
+from flexolmo.train.expert import Expert
+
+SPLIT = "validation"
+LADDER = (2, 4, 8, 16, 32, 64, 128)  # ranks that a curve tries, as far as they make sense
+FRACTIONS = (0.125, 0.25, 0.5, 0.75)  # widths that it tries, of the expert's own
+
+
+def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
+                    delta_rank: int | None = None, width: int | None = None,
+                    data: TokenSet | None = None) -> Expert:
+    """The expert with its FFN at `rank`, or with the `width` columns that matter most to `data`.
+
+    `delta_rank` cuts the deltas to attention, embedding and head too. The new expert's record says
+    under "compressed" what it was made of and how. Raises ConfigError for another anchor's
+    expert, or a size that this expert cannot have.
+    """
+    if expert.anchor_digest != anchor.digest:
+        raise ConfigError(f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; "
+                          f"this anchor is {anchor.digest}. Give the anchor of its training.")
+    if (rank is None) == (width is None):
+        raise ConfigError(f"Found rank {rank} and width {width}; give one of them.")
+    how: dict[str, Any]
+    if rank is not None:
+        tensors = compress_rank(anchor, expert.tensors, rank, delta_rank)
+        how = {"rank": rank, "delta_rank": delta_rank}
+    else:
+        if delta_rank is not None:
+            raise ConfigError(f"Found delta_rank {delta_rank} with a width; it goes with a rank.")
+        if width is None or data is None:
+            raise ConfigError("Columns are chosen by reading text: with a width, give the owner's "
+                              "prepared set.")
+        tensors = prune_width(anchor, expert.tensors, data, width)
+        how = {"width": width, "data": data.digest}
+    shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
+    step = {
+        "from": {"tensors": digest_tensors(expert.tensors.items()),
+                 "architecture": expert.architecture},
+        "how": how,
+        "bytes": {"before": count_bytes(expert.tensors), "after": count_bytes(tensors)},
+        "created": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+    record = expert.record | {"compressed": [*expert.record.get("compressed", []), step]}
+    return replace(expert, tensors=tensors, record=record,
+                   architecture=architecture_of(anchor.config, shape))
+
+
+def count_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of an expert's numbers, without a file's header."""
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def measure_curve(anchor: Anchor, expert: Expert, data: TokenSet, *,
+                  max_bytes: int | None = None) -> dict[str, Any]:
+    """Bytes and bits per byte of the expert as it is and at several smaller sizes.
+
+    Read on the validation split of `data`, for this is a choice of settings. Of a whole FFN both
+    ranks and widths are tried, of a low-rank one lower ranks, of a narrow one widths. Returns
+    "anchor" and "whole" (bits per byte), "points" (from the smallest of each series), and the run.
+    """
+    seq_len = min(256, anchor.config.max_seq_len - 1)
+    windows = list(evaluation_windows(data, SPLIT, seq_len, max_bytes))
+    plans = _plan(anchor, expert)
+    tokens = sum(len(ids) - 1 for ids, _ in windows)
+    points = []
+    with progress(f"curve of {expert.name}", tokens * (len(plans) + 2), "tok") as meter:
+        def bits_of(candidate: Expert | None) -> float:
+            model = anchor.model if candidate is None else assemble_mixture(
+                anchor, {expert.name: candidate.tensors}, expert.router)
+            return read_windows(model, windows, meter=meter).bits_per_byte
+
+        bits = {"anchor": bits_of(None), "whole": bits_of(expert)}
+        for series, sizes in plans:
+            meter.note = ", ".join(f"{k} {v}" for k, v in sizes.items())
+            small = compress_expert(anchor, expert, **sizes,
+                                    data=data if "width" in sizes else None)
+            points.append({"series": series, **sizes, "bytes": count_bytes(small.tensors),
+                           "bits_per_byte": bits_of(small)})
+    config = {"split": SPLIT, "seq_len": seq_len, "max_bytes": max_bytes}
+    return {
+        "expert": expert.name, "set": data.name, "whole_bytes": count_bytes(expert.tensors),
+        "architecture": expert.architecture, "bits_per_byte": bits, "points": points,
+        "run": run_record(config, 0, {
+            data.name: data.digest, "anchor": anchor.digest,
+            "expert": digest_tensors(expert.tensors.items())})}
+
+
+def _plan(anchor: Anchor, expert: Expert) -> list[tuple[str, dict[str, int]]]:
+    """Series and sizes to try, each series from the smallest."""
+    config, sizes = anchor.config, expert.architecture
+    has_deltas = any(sizes[k] for k in ("attention_rank", "embedding_rank", "head_rank"))
+    plans: list[tuple[str, dict[str, int]]] = []
+    if sizes["d_ff"] == config.d_ff:  # of the anchor's width, or a delta to it
+        limit = sizes["rank"] or min(config.d_model, config.d_ff) // 2 + 1
+        ranks = [r for r in LADDER if r < limit]
+        plans += [("FFN of low rank", {"rank": r}) for r in ranks]
+        if has_deltas:
+            plans += [("FFN and deltas of low rank", {"rank": r, "delta_rank": r}) for r in ranks]
+    if not sizes["rank"]:
+        widths = sorted({max(1, int(f * sizes["d_ff"])) for f in FRACTIONS} - {sizes["d_ff"]})
+        plans += [("narrow FFN", {"width": w}) for w in widths]
+    return plans

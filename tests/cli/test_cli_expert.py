@@ -1,0 +1,226 @@
+"""`flexolmo expert train` with its short options, and `flexolmo expert compress`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from flexolmo.bundle.bundle import open_bundle
+from flexolmo.model.assemble import assemble_mixture
+from flexolmo.train.compress import compress_rank, prune_width
+from flexolmo.train.expert import ExpertRecipe, load_expert
+
+BRIEF = [x for text in ("steps=3", "batch_size=2", "seq_len=16", "warmup_steps=1")
+         for x in ("--set", f"train.{text}")]
+RANKS = [x for part in ("attention", "embedding", "head") for x in ("--set", f"{part}_rank=6")]
+
+
+@pytest.fixture
+def train(run, pico_anchor_dir, pico_set_dirs, tmp_path):
+    """`train(*words)`: exit code, error, and the run's directory, of a brief training."""
+    def call(*words, name="maths"):
+        out = tmp_path / f"{name}.run"
+        code, _, err = run("expert", "train", "--anchor", pico_anchor_dir, "--data",
+                           pico_set_dirs["maths"], "--name", name, "--out", out, "--threads", "1",
+                           *BRIEF, *RANKS, *words)
+        return code, err, out
+    return call
+
+
+@pytest.fixture(scope="session")
+def trained(pico_anchor, pico_sets, tmp_path_factory):
+    """Finished runs: of a whole FFN with all deltas, of a low-rank one, of a narrow one."""
+    from flexolmo.train.expert import save_expert, train_expert
+
+    runs = {}
+    for kind, sizes in (("whole", {}), ("low", {"rank": 6}), ("narrow", {"width": 20})):
+        recipe = ExpertRecipe.model_validate(
+            {"scope": "all" if kind == "whole" else "ffn", "attention_rank": 6,
+             "embedding_rank": 6, "head_rank": 6, **sizes,
+             "train": {"steps": 12, "batch_size": 4, "seq_len": 32, "warmup_steps": 2}})
+        runs[kind] = tmp_path_factory.mktemp("runs") / f"{kind}.run"
+        save_expert(train_expert(pico_anchor, pico_sets["maths"], "maths", recipe), runs[kind])
+    return runs
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("words", "architecture"), [
+    ([], {"d_ff": 48, "rank": 0, "attention_rank": 6, "embedding_rank": 6, "head_rank": 6}),
+    (["--scope", "ffn"],
+     {"d_ff": 48, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0}),
+    (["--scope", "ffn+head", "--rank", "3"],
+     {"d_ff": 48, "rank": 3, "attention_rank": 0, "embedding_rank": 0, "head_rank": 6}),
+    (["--width", "20", "--scope", "ffn"],
+     {"d_ff": 20, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0})])
+def test_short_options_say_what_is_trained(train, words, architecture):
+    code, err, out = train(*words)
+    assert code == 0, err
+    found = load_expert(out).architecture
+    assert architecture.items() <= found.items()
+
+
+def test_short_options_win_over_the_recipe_and_over_set(train, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("scope = 'all'\nrank = 9\n")
+    code, err, out = train("--recipe", recipe, "--set", "rank=8", "--rank", "2", "--scope", "ffn")
+    assert code == 0, err
+    assert load_expert(out).architecture["rank"] == 2
+    config = json.loads((out / "expert.json").read_text())["record"]["config"]
+    assert (config["scope"], config["rank"]) == ("ffn", 2)
+
+
+def test_a_public_set_is_replayed(train, pico_set_dirs, pico_sets):
+    code, err, out = train("--public", pico_set_dirs["public"], "--set", "replay=0.5")
+    assert code == 0, err
+    assert load_expert(out).record["data"]["public"] == pico_sets["public"].digest
+
+
+def test_what_does_not_go_together_is_refused_in_a_sentence(train, pico_set_dirs):
+    public = pico_set_dirs["public"]
+    for words, parts in (
+            (["--rank", "3", "--width", "20"], ["give width or rank, not both"]),
+            (["--scope", "head"], ["scope", "'ffn+head'", "'head'"]),
+            (["--set", "router.kind=linear"], ["scope all", 'set scope = "ffn"']),
+            (["--public", public], [str(public), "replay is 0", "--set replay=0.1"]),
+            (["--set", "replay=0.5"], ["Replay is 0.5", "--public DIRECTORY"]),
+            (["--public", public.parent, "--set", "replay=0.5"], ["card.json"]),
+            (["--width", "49"], ["Width 49 is not between 1 and 48"])):
+        code, err, out = train(*words)
+        assert code == 2 and "Traceback" not in err
+        assert all(part in err for part in parts), err
+        assert not (out / "expert.json").exists()
+
+
+# --- compress -----------------------------------------------------------------------------------
+
+
+def weights_of(run):
+    expert = load_expert(run)
+    return expert, expert.tensors
+
+
+def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anchor,
+                                                        pico_anchor_dir, tmp_path):
+    said = works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "3",
+                 "--delta-rank", "2", "--out", tmp_path / "small")
+    before, tensors = weights_of(trained["whole"])
+    small, found = weights_of(tmp_path / "small")
+    expected = compress_rank(pico_anchor, tensors, 3, 2)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, expected[n]) for n, t in found.items())
+    assert small.architecture == before.architecture | {
+        "rank": 3, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}
+    (step,) = small.record["compressed"]
+    assert step["how"] == {"rank": 3, "delta_rank": 2}
+    assert step["from"]["architecture"] == before.architecture
+    sizes = [sum(t.numel() * t.element_size() for t in e.values()) for e in (tensors, found)]
+    assert step["bytes"] == {"before": sizes[0], "after": sizes[1]}
+    assert f"{sizes[0]:,} bytes before, {sizes[1]:,} after" in said
+    assert {k: v for k, v in small.record.items() if k != "compressed"} == before.record
+    assert small.data_card_digest == before.data_card_digest
+
+
+def test_by_width_it_has_the_columns_the_owners_text_uses(works, trained, pico_anchor, pico_sets,
+                                                          pico_anchor_dir, pico_set_dirs, tmp_path):
+    works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--width", "10",
+          "--data", pico_set_dirs["maths"], "--out", tmp_path / "small")
+    expected = prune_width(pico_anchor, load_expert(trained["whole"]).tensors, pico_sets["maths"],
+                           10)
+    small, found = weights_of(tmp_path / "small")
+    assert all(torch.equal(t, expected[n]) for n, t in found.items())
+    assert small.architecture["d_ff"] == 10
+    assert small.record["compressed"][0]["how"] == {"width": 10, "data": pico_sets["maths"].digest}
+
+
+def test_a_compressed_expert_is_compressed_further_packed_and_merged(
+        works, trained, pico_anchor, pico_anchor_dir, owner_keys, wild, tmp_path):
+    for i, (source, rank) in enumerate(((trained["whole"], 5), (tmp_path / "0", 2))):
+        works("expert", "compress", source, "--anchor", pico_anchor_dir, "--rank", rank, "--out",
+              tmp_path / str(i))
+    small = load_expert(tmp_path / "1")
+    assert [s["how"]["rank"] for s in small.record["compressed"]] == [5, 2]
+    works("expert", "pack", tmp_path / "1", "--key", owner_keys["Ann"], "--owner", "Ann",
+          "--licence", "MIT", "--out", tmp_path / "maths.bundle")
+    manifest = open_bundle(tmp_path / "maths.bundle", None, allow_unknown_signer=True).manifest
+    assert manifest.architecture.rank == 2
+    assert manifest.recipe["compressed"] == small.record["compressed"]
+    assert str(tmp_path) not in manifest.model_dump_json()
+    works("mix", "build", pico_anchor_dir, tmp_path / "maths.bundle", "--trust-any-signer", "-o",
+          tmp_path / "m")
+    from flexolmo.merge.mixture import load_mixture
+    pair = assemble_mixture(pico_anchor, {"maths": small.tensors}, small.router)
+    assert torch.equal(load_mixture(tmp_path / "m").model(wild.ids(1, 9)), pair(wild.ids(1, 9)))
+
+
+@pytest.mark.parametrize(("kind", "series"), [
+    ("whole", {"FFN of low rank": [2, 4, 8, 16], "FFN and deltas of low rank": [2, 4, 8, 16],
+               "narrow FFN": [6, 12, 24, 36]}),
+    ("low", {"FFN of low rank": [2, 4]}), ("narrow", {"narrow FFN": [2, 5, 10, 15]})])
+def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico_sets,
+                                               pico_anchor_dir, pico_set_dirs, tmp_path,
+                                               monkeypatch, kind, series):
+    from flexolmo.evaluation.likelihood import measure_likelihood
+
+    monkeypatch.setenv("COLUMNS", "160")
+    said = works("expert", "compress", trained[kind], "--anchor", pico_anchor_dir, "--curve",
+                 "--data", pico_set_dirs["maths"], "--out", tmp_path / "curve", "--threads", "1")
+    curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "curve" / "expert.json").exists(), "it makes no expert"
+    found = {}
+    for point in curve["points"]:
+        found.setdefault(point["series"], []).append(point.get("rank", point.get("width")))
+        assert f"{point['bits_per_byte']:.4f}" in said and f"{point['bytes']:,}" in said
+        assert point["bytes"] < curve["whole_bytes"] or "rank" in point
+    assert found == series
+    expert, data = load_expert(trained[kind]), pico_sets["maths"]
+    last = max((p for p in curve["points"] if "rank" in p), key=lambda p: p["rank"], default=None)
+    checks = [(curve["bits_per_byte"]["whole"], expert.tensors)]
+    if last is not None:
+        checks.append((last["bits_per_byte"], compress_rank(
+            pico_anchor, expert.tensors, last["rank"], last.get("delta_rank"))))
+    for stated, tensors in checks:
+        pair = assemble_mixture(pico_anchor, {"maths": tensors}, expert.router)
+        read = measure_likelihood(pair, data, "validation").bits_per_byte
+        assert stated == pytest.approx(read, rel=1e-9)
+    anchors = measure_likelihood(pico_anchor.model, data, "validation").bits_per_byte
+    assert curve["bits_per_byte"]["anchor"] == pytest.approx(anchors, rel=1e-9)
+    assert curve["run"]["config"]["split"] == "validation"
+
+
+def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_anchor_dir, house,
+                                                            pico_set_dirs, tmp_path):
+    maths, out = pico_set_dirs["maths"], tmp_path / "out"
+    (tmp_path / "taken").mkdir()
+    shutil.copy(trained["whole"] / "expert.json", tmp_path / "taken")
+    good = (trained["whole"], "--anchor", pico_anchor_dir)
+    for words, parts in (
+            (good, ["Say how", "--rank R", "--curve"]),
+            ((*good, "--rank", "2", "--width", "3"), ["in one way"]),
+            ((*good, "--rank", "2", "--curve", "--data", maths), ["in one way"]),
+            ((*good, "--width", "3"), ["add --data"]),
+            ((*good, "--curve"), ["add --data"]),
+            ((*good, "--width", "3", "--data", maths, "--delta-rank", "2"), ["goes with --rank"]),
+            ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
+            ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),
+            ((*good, "--width", "49", "--data", maths), ["Width 49 is not between 1 and 48"]),
+            ((*good, "--width", "3", "--data", tmp_path), ["card.json"]),
+            ((*good, "--rank", "3", "--out", tmp_path / "taken"), ["finished expert already"]),
+            ((*good, "--rank", "3", "--out", trained["whole"]), ["finished expert already"]),
+            ((trained["low"], "--anchor", pico_anchor_dir, "--rank", "6"), ["of rank 6 already"]),
+            ((trained["low"], "--anchor", pico_anchor_dir, "--width", "6", "--data", maths),
+             ["Give a rank, not a width"]),
+            ((trained["narrow"], "--anchor", pico_anchor_dir, "--rank", "3"),
+             ["Give a width, not a rank"]),
+            ((trained["whole"], "--anchor", house.anchor_dir, "--rank", "3"),
+             ["trained beside anchor", house.anchor.digest]),
+            ((tmp_path, "--anchor", pico_anchor_dir, "--rank", "3"), ["expert.json"])):
+        if "--out" not in words:
+            words = (*words, "--out", out)
+        code, _, err = run("expert", "compress", *words)
+        assert code == 2 and "Traceback" not in err, err
+        assert all(str(part) in err for part in parts), err
+        assert not out.exists()
