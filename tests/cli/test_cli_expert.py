@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.evaluation.compression import compress_expert
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
 from flexolmo.train.expert import ExpertRecipe, load_expert
@@ -180,8 +181,9 @@ def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico
     last = max((p for p in curve["points"] if "rank" in p), key=lambda p: p["rank"], default=None)
     checks = [(curve["bits_per_byte"]["whole"], expert.tensors)]
     if last is not None:
-        checks.append((last["bits_per_byte"], compress_rank(
-            pico_anchor, expert.tensors, last["rank"], last.get("delta_rank"))))
+        checks.append((last["bits_per_byte"], compress_expert(
+            pico_anchor, expert, rank=last["rank"], delta_rank=last.get("delta_rank"),
+            data=data).tensors))
     for stated, tensors in checks:
         pair = assemble_mixture(pico_anchor, {"maths": tensors}, expert.router)
         read = measure_likelihood(pair, data, "validation").bits_per_byte

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexolmo.errors import MergeError
 from flexolmo.merge.calibrate import set_rows, solve_ridge
 from flexolmo.model.hidden_statistics import HiddenSums, gather
-from flexolmo.model.router import PUBLIC, LinearSettings
+from flexolmo.model.router import PUBLIC, DiscriminantSettings, LinearSettings
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
@@ -74,7 +74,7 @@ def test_an_owner_without_sums_is_refused():
 
 
 def test_a_mixture_reads_solved_rows(wild):
-    names = ["public", *OWNERS]
+    names = [PUBLIC, *OWNERS]
     sums = {n: gather(wild.anchor.model, [wild.ids(1, 40, i).numpy()])
             for i, n in enumerate(names)}
     model = wild.mixture(LinearSettings(has_bias=False), OWNERS)
@@ -84,10 +84,4 @@ def test_a_mixture_reads_solved_rows(wild):
         for name in names:
             assert torch.equal(mixture.router.row(name).weight[0], 3.0 * rows[name][i])
     with pytest.raises(AssertionError, match="linear"):
-        set_rows(wild.mixture(settings_without_rows(), OWNERS), rows)
-
-
-def settings_without_rows():
-    from flexolmo.model.statistics import EvidenceSettings
-
-    return EvidenceSettings()
+        set_rows(wild.mixture(DiscriminantSettings(), OWNERS), rows)

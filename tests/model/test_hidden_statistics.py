@@ -134,8 +134,8 @@ def test_a_model_routes_by_each_layers_own_states(wild, router):
                                              + row.offset.item()))
             z = torch.tensor(np.stack(z, -1)).masked_fill((ids[b] == eos)[:, None], 0.0)
             weights = z.masked_fill(~mask[b], -math.inf).softmax(-1)
-            kept = torch.zeros_like(weights).scatter(
-                -1, weights.sort(-1, descending=True, stable=True).indices[:, :2], 1)
+            best = weights.sort(dim=-1, descending=True, stable=True).indices[:, :2]
+            kept = torch.zeros_like(weights).scatter(-1, best, 1)
             torch.testing.assert_close(routing[i][b].double(), weights * kept,
                                        rtol=1e-3, atol=1e-4)
 

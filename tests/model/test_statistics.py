@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def count_by_hand(documents, public, settings):
     holders, pair_holders = defaultdict(set), defaultdict(set)
     for v, i in stream:
         holders[v].add(i)
-    for (u, i), (v, _) in zip(stream[:-1], stream[1:], strict=True):
+    for (u, i), (v, _) in pairwise(stream):
         pairs[u, v] += 1
         pair_holders[u, v].add(i)  # a pair across two documents is the first one's
     enough = settings.min_documents

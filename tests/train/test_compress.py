@@ -10,7 +10,13 @@ from flexolmo.errors import ConfigError
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.shape import shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.train.compress import compress_rank, prune_width, truncate, truncate_product
+from flexolmo.train.compress import (
+    compress_rank,
+    measure_moments,
+    prune_width,
+    truncate,
+    truncate_product,
+)
 
 ROUTER = EvidenceSettings()
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60)
@@ -42,6 +48,33 @@ def test_a_truncated_matrix_is_the_closest_of_its_rank(out, inner, data, seed):
     other = draw(seed + 1, out, rank) @ torch.linalg.pinv(draw(seed + 1, out, rank)) @ matrix
     assert (matrix - other).norm() >= least - 1e-9
     torch.testing.assert_close(a.square().sum(1), b.square().sum(0))  # shared evenly
+
+
+@given(out=st.integers(1, 12), inner=st.integers(1, 12), data=st.data(), seed=st.integers(0, 99))
+@IN_SESSION
+def test_with_moments_it_is_the_closest_on_what_the_matrix_reads(out, inner, data, seed):
+    """The error over the inputs is that of the singular values of M X left out."""
+    matrix, inputs = draw(seed, out, inner), draw(seed + 7, inner, 50) * draw(seed + 8, inner, 1)
+    rank = data.draw(st.integers(1, min(out, inner)))
+    a, b = truncate(matrix, rank, inputs @ inputs.T / 50)
+    values = torch.linalg.svdvals(matrix @ inputs)
+    least = values[rank:].square().sum().sqrt()
+    error = ((matrix - b @ a) @ inputs).norm()
+    assert error <= least + 0.05 * values.square().sum().sqrt()  # tiny moments are lifted
+    plain = truncate(matrix, rank)
+    assert error <= ((matrix - plain[1] @ plain[0]) @ inputs).norm() + 0.05 * values.norm()
+
+
+def test_moments_are_the_mean_outer_product_of_what_each_matrix_reads(wild, pico_sets):
+    pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0)}, ROUTER)
+    found = measure_moments(pair, "maths", pico_sets["maths"])
+    assert len(found) == 3 * wild.anchor.config.num_layers
+    for key, moment in found.items():
+        matrix = getattr(pair.mixtures()[0].expert("maths"), key.split(".")[2])
+        assert moment.shape == (matrix.in_features, matrix.in_features)
+        torch.testing.assert_close(moment, moment.T)
+        assert torch.linalg.eigvalsh(moment).min() > -1e-9
+    assert torch.equal(found["layers.0.gate_proj"], found["layers.0.up_proj"])
 
 
 @given(out=st.integers(1, 12), inner=st.integers(1, 12), seed=st.integers(0, 99))

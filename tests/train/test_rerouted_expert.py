@@ -76,7 +76,7 @@ def test_the_row_tells_the_owners_text_from_public_text(pico_anchor, pico_sets):
             model(torch.from_numpy(window), routing=routing)
         mean = torch.cat([r.flatten(0, 1) for r in routing]).mean(0)
         assert model.expert_names[int(mean.argmax())] == name
-        assert mean.max() > 0.6
+        assert mean.max() > 0.5
 
 
 @pytest.mark.parametrize("router", [CONTEXT, EvidenceSettings(), LinearSettings(has_bias=False)])

@@ -85,7 +85,8 @@ def compress(
     width: Annotated[int | None, typer.Option(
         min=1, help="Keep this many of the FFN's columns, those your text uses most.")] = None,
     data: Annotated[Path | None, typer.Option(
-        help="Your prepared set: chooses the columns, or is what a curve is measured on.")] = None,
+        help="Your prepared set: says which columns and directions matter (with --rank, do give "
+        "it), and is what a curve is measured on.")] = None,
     curve: Annotated[bool, typer.Option(
         "--curve", help="Make no expert: measure what several ranks and widths would cost.")
         ] = False,
@@ -97,7 +98,8 @@ def compress(
 
     See: flexolmo expert compress math.run --anchor anchor --curve --data prepared/math --out curve
 
-    By rank: flexolmo expert compress math.run --anchor anchor --rank 16 --out math-small.run
+    By rank: flexolmo expert compress math.run --anchor anchor --rank 16 --data prepared/math
+    --out math-small.run
 
     By width: flexolmo expert compress math.run --anchor anchor --width 128 --data prepared/math
     --out math-small.run

@@ -21,7 +21,7 @@ from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.progress import progress
 from flexolmo.runtime import run_record
-from flexolmo.train.compress import compress_rank, prune_width
+from flexolmo.train.compress import compress_rank, measure_moments, prune_width
 from flexolmo.train.expert import Expert
 
 SPLIT = "validation"
@@ -34,6 +34,8 @@ def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
                     data: TokenSet | None = None) -> Expert:
     """The expert with its FFN at `rank`, or with the `width` columns that matter most to `data`.
 
+    With `data`, a whole FFN is cut to a rank by what it makes of that text (see
+    `train.compress.truncate`).
     `delta_rank` cuts the deltas to attention, embedding and head too. The new expert's record says
     under "compressed" what it was made of and how. Raises ConfigError for another anchor's
     expert, or a size that this expert cannot have.
@@ -45,8 +47,14 @@ def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
         raise ConfigError(f"Found rank {rank} and width {width}; give one of them.")
     how: dict[str, Any]
     if rank is not None:
-        tensors = compress_rank(anchor, expert.tensors, rank, delta_rank)
+        moments = None
+        if data is not None and not expert.architecture["rank"]:
+            pair = assemble_mixture(anchor, {expert.name: expert.tensors}, expert.router)
+            moments = measure_moments(pair, expert.name, data)
+        tensors = compress_rank(anchor, expert.tensors, rank, delta_rank, moments)
         how = {"rank": rank, "delta_rank": delta_rank}
+        if moments is not None and data is not None:
+            how["data"] = data.digest
     else:
         if delta_rank is not None:
             raise ConfigError(f"Found delta_rank {delta_rank} with a width; it goes with a rank.")
@@ -95,8 +103,7 @@ def measure_curve(anchor: Anchor, expert: Expert, data: TokenSet, *,
         bits = {"anchor": bits_of(None), "whole": bits_of(expert)}
         for series, sizes in plans:
             meter.note = ", ".join(f"{k} {v}" for k, v in sizes.items())
-            small = compress_expert(anchor, expert, **sizes,
-                                    data=data if "width" in sizes else None)
+            small = compress_expert(anchor, expert, **sizes, data=data)
             points.append({"series": series, **sizes, "bytes": count_bytes(small.tensors),
                            "bits_per_byte": bits_of(small)})
     config = {"split": SPLIT, "seq_len": seq_len, "max_bytes": max_bytes}

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-
 CHUNK_ROWS = 256  # tokens an FFN works on at a time when nothing is learnt
 
 

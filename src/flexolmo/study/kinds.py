@@ -20,6 +20,7 @@ from flexolmo.data.proxy import load_proxy, save_proxy, select_proxy
 from flexolmo.data.sources import CLIENTS
 from flexolmo.data.splice import load_spliced, save_spliced, splice_windows
 from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.evaluation.compression import compress_expert, count_bytes
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.inference.generate import Sampling, continue_ids
 from flexolmo.merge.baselines import likelihood_weights, soup
@@ -44,7 +45,6 @@ from flexolmo.study.models import (
 )
 from flexolmo.study.step import StepContext, step_kind
 from flexolmo.train.anchor import AnchorRecipe, embedding_windows, train_anchor
-from flexolmo.train.compress import compress_rank
 from flexolmo.train.expert import (
     ExpertRecipe,
     load_expert,
@@ -254,12 +254,15 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
 
 @step_kind("compressed", version=1)
 def compressed(step: StepContext) -> dict[str, Any]:
-    """A trained expert cut to a lower rank. Inputs: anchor, expert. Settings: rank, delta_rank."""
+    """A trained expert cut to a lower rank. Inputs: corpus, anchor, expert. Settings: set, rank,
+    delta_rank."""
     made = load_expert(step.inputs["expert"] / "expert")
-    tensors = compress_rank(_anchor(step), made.tensors, step.settings["rank"],
-                            step.settings["delta_rank"])
-    save_expert(dataclasses.replace(made, tensors=tensors), step.out / "expert")
-    return {"bytes": _bytes(tensors), "tokens": made.record["tokens"]}
+    small = compress_expert(_anchor(step), made, rank=step.settings["rank"],
+                            delta_rank=step.settings["delta_rank"],
+                            data=_set(step, step.settings["set"]))
+    save_expert(small, step.out / "expert")
+    return {"bytes": count_bytes(small.tensors), "tokens": made.record["tokens"],
+            "architecture": small.architecture}
 
 
 @step_kind("rerouted", version=1)

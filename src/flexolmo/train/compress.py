@@ -17,23 +17,34 @@ from torch import Tensor
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import ConfigError
 from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.moe import MixtureModel
 from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
 from flexolmo.model.transformer import FeedForward
 
 PRUNING_WINDOWS = 32
+LEAST_MOMENT = 1e-4  # of the mean one
 
 
-def truncate(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def truncate(matrix: Tensor, rank: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A [r,in] and B [out,r] with B A the closest matrix of that rank (Eckart-Young).
 
-    The singular values are shared evenly between A and B.
+    With `moments`, the mean of x x^T [in,in] over what the matrix reads, the closest in what it
+    makes of that: E |(M - B A) x|^2 is least. The singular values are shared evenly between A and
+    B. Source: Eckart-Young; weighing by inputs as in SVD-LLM (arXiv 2403.07378).
     """
     if not 1 <= rank <= min(matrix.shape):
         raise ConfigError(f"Rank {rank} is not between 1 and {min(matrix.shape)}, the smaller side "
                           f"of a {matrix.shape[0]} x {matrix.shape[1]} matrix.")
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    whole, back = matrix.double(), None
+    if moments is not None:
+        values, vectors = torch.linalg.eigh(moments.double())
+        values = values.clamp(min=LEAST_MOMENT * float(values.mean()))  # or it has no inverse
+        whole = whole @ (vectors * values.sqrt()) @ vectors.T
+        back = (vectors * values.rsqrt()) @ vectors.T
+    u, s, v = torch.linalg.svd(whole, full_matrices=False)
     root = s[:rank].sqrt()
-    return ((root[:, None] * v[:rank]).to(matrix.dtype).contiguous(),
+    a = root[:, None] * v[:rank]
+    return ((a if back is None else a @ back).to(matrix.dtype).contiguous(),
             (u[:, :rank] * root).to(matrix.dtype).contiguous())
 
 
@@ -52,9 +63,11 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
-                  delta_rank: int | None = None) -> dict[str, Tensor]:
+                  delta_rank: int | None = None, moments: Mapping[str, Tensor] | None = None
+                  ) -> dict[str, Tensor]:
     """The expert with its FFN as a delta of `rank` to the anchor's.
 
+    `moments` of the FFN's inputs, as `measure_moments` gives them, make it the better cut.
     Deltas to attention, embedding and head are cut to `delta_rank` (none: left as they are).
     Raises ConfigError if the FFN is not of the anchor's width, or of that rank or less already.
     """
@@ -72,7 +85,8 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
                                       f"give a rank below that, not {rank}.")
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(a, b, rank)
             elif whole.shape == base.shape:
-                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(whole - base, rank)
+                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(
+                    whole - base, rank, None if moments is None else moments[name])
             else:
                 raise ConfigError(f"The expert's FFN is {list(whole.shape)} in {name}, the "
                                   f"anchor's {list(base.shape)}: only an FFN of the anchor's "
@@ -86,6 +100,34 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"], delta_rank)
     return found
+
+
+def measure_moments(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, Tensor]:
+    """Mean of x x^T, float64 [in,in], over what each matrix of an expert's whole FFN reads of its
+    owner's training text; keys as `layers.0.gate_proj`."""
+    sums: dict[str, Tensor] = {}
+    hooks, count = [], 0
+
+    def watch(key: str) -> Callable[..., None]:
+        def note(_module: Any, args: tuple[Tensor, ...]) -> None:
+            x = args[0].detach().flatten(0, -2).double()
+            sums[key] = sums.get(key, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
+        return note
+
+    for i, mixture in enumerate(pair.mixtures()):
+        ffn = cast(FeedForward, mixture.expert(name))
+        hooks += [getattr(ffn, part).register_forward_pre_hook(watch(f"layers.{i}.{part}"))
+                  for part in FFN_PARTS]
+    seq_len = min(256, pair.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
+    batches = training_batches(data, "train", 1, seq_len, seed=0)
+    with torch.no_grad():
+        for step in range(min(PRUNING_WINDOWS, batches.num_windows)):
+            ids = np.ascontiguousarray(batches.batch(step)[:, :-1])
+            pair.hidden(torch.from_numpy(ids))
+            count += ids.size
+    for hook in hooks:
+        hook.remove()
+    return {key: total / count for key, total in sums.items()}
 
 
 def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
