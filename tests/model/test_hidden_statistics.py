@@ -105,6 +105,15 @@ def test_read_in_pieces_and_behind_padding_is_read_at_once(texts, cuts, padding,
             torch.testing.assert_close(state[b], last[0], rtol=1e-4, atol=1e-5)
 
 
+def test_padding_alone_leaves_the_mean_as_it_was():
+    settings, states = ROUTERS["context"], make_states(1, 5)
+    router, ids = make_router(settings), torch.tensor([[1, 2, 3, EOS, EOS]])
+    _, state = router(states[:, :3], find_texts(ids[:, :3], None, EOS, settings), None)
+    padding = torch.zeros(1, 2, dtype=torch.bool)
+    _, same = router(states[:, 3:], find_texts(ids[:, 3:], padding, EOS, settings), state)
+    assert torch.equal(state, same)
+
+
 def test_a_text_far_longer_than_the_half_life_stays_finite():
     settings = DiscriminantSettings(has_context=True, half_life_tokens=0.5)
     ids = torch.zeros(1, 1000, dtype=torch.long)

@@ -319,8 +319,8 @@ def find_texts(ids: Tensor, is_token: Tensor | None, eos_token_id: int,
     counts = is_token & ~is_end
     age, text = counts.cumsum(1), is_end.cumsum(1)  # tokens and texts so far
     gap = age[:, :, None] - F.pad(age, (1, 0))[:, None]  # [B,T,1+T] tokens between
-    reaches = (text[:, :, None] == F.pad(text, (1, 0))[:, None]) & (gap >= 0)
-    reaches = (reaches & F.pad(counts, (1, 0), value=True)[:, None]).tril(1)
+    is_past = (gap >= 0) & F.pad(counts, (1, 0), value=True)[:, None]  # what counts adds to age
+    reaches = is_past & (text[:, :, None] == F.pad(text, (1, 0))[:, None])
     return Texts(is_end, torch.where(reaches, 0.5 ** (gap / settings.half_life_tokens), 0.0))
 
 
