@@ -312,7 +312,8 @@ def test_a_kind_whose_code_changed_during_the_run_is_refused(tmp_path, capfd, mo
 
 
 def test_bad_steps_and_kinds_are_refused_in_words(tmp_path):
-    with pytest.raises(ConfigError, match=r"kind 'ad' is unknown; known: (.*, )?add, (.*, )?count,"):
+    known = r"kind 'ad' is unknown; known: (.*, )?add, (.*, )?count,"
+    with pytest.raises(ConfigError, match=known):
         Step("x", "ad")
     with pytest.raises(ConfigError, match="Step x: settings are not plain JSON"):
         Step("x", "add", {"n": float("nan")})

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.study import kinds, scoring  # noqa: F401  (their steps must be known)
+from flexolmo.study import reading, scoring, text, training  # noqa: F401  (kinds of steps)
 from flexolmo.study.step import Step
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe

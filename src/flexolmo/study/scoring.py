@@ -21,7 +21,6 @@ from flexolmo.merge.baselines import TextClassifier
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.shape import ExpertShape
 from flexolmo.model.transformer import ModelConfig
-from flexolmo.study.kinds import SPLITS, load_sources, load_windows
 from flexolmo.study.models import load_reading
 from flexolmo.study.score import (
     MIXED,
@@ -38,6 +37,7 @@ from flexolmo.study.score import (
     prompt_routing,
 )
 from flexolmo.study.step import StepContext, step_kind
+from flexolmo.study.text import SPLITS, load_sources, load_windows
 
 STRICT = {  # does taking an owner out take out all of its influence?
     "flexolmo_paper": True, "flexolmo_default": True, "flexolmo_all_active": True,
