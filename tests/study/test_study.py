@@ -1,0 +1,98 @@
+"""A whole study, tiny and in one process: every kind of step runs and its numbers hang together."""
+
+import json
+
+import pytest
+from tests.conftest import write_documents
+
+from flexolmo.data.fetch import fetch_local
+from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.files import read_json, write_json
+from flexolmo.runtime import run_record
+from flexolmo.study.page import write_page
+from flexolmo.study.plan import StudyRecipe, build_graph
+from flexolmo.study.results import write_results
+from flexolmo.study.step import _KINDS, StepContext
+
+SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
+                       validation_share=0.25, heldout_share=0.25, vocab_size=300)
+BRIEF = {"steps": 2, "batch_size": 2, "seq_len": 64, "warmup_steps": 1}
+RECIPE = StudyRecipe.model_validate({
+    "seeds": [0], "owners": ["maths", "news"], "vocab_size": 300, "seq_len": 320,
+    "heldout_bytes": 2000, "validation_bytes": 2000, "heldout_mixed": 2, "validation_mixed": 2,
+    "samples": 8, "tuning_steps": 2, "proxy_tokens": 500, "has_ablations": False,
+    "anchor": {"model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48,
+                         "max_seq_len": 512}, "train": BRIEF | {"steps": 4}},
+    "train": BRIEF, "default": {"attention_rank": 4, "embedding_rank": 4, "head_rank": 4},
+    "low_rank": {"rank": 2, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}})
+
+
+def make_corpus(directory):
+    """What the corpus step leaves, of made text."""
+    for name, count in (("public", 120), ("maths", 60), ("news", 60)):
+        (directory / "in" / name).mkdir(parents=True)
+        (directory / "in" / name / "all.jsonl").write_text("\n".join(
+            json.dumps({"text": t, "id": f"d{i}"})
+            for i, t in enumerate(write_documents(name, count, 0))))
+        fetch_local(directory / "in" / name, name, directory / "corpus", licence="CC0-1.0")
+        public = None if name == "public" else directory / "prepared" / "public"
+        prepare_set(directory / "corpus" / name, directory / "prepared" / name, public=public,
+                    settings=SETS)
+    return {"tokens": {}}
+
+
+def do_all(step, root):
+    """Do a step and all it needs, here and now; as the graph does it in processes."""
+    out = step.directory(root)
+    if step.is_done(root):
+        return
+    for needed in step.inputs.values():
+        do_all(needed, root)
+    out.mkdir(parents=True)
+    inputs = {role: s.directory(root) for role, s in step.inputs.items()}
+    context = StepContext(step.label, dict(step.settings), inputs, out)
+    metrics = make_corpus(out) if step.kind == "corpus" else _KINDS[step.kind].run(context)
+    write_json(out / "done.json", {"identity": step.identity, "seconds": 1.0, "outputs": {},
+                                   "metrics": dict(metrics or {}), "run": run_record({}, 0, {})})
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    graph = build_graph(RECIPE)
+    for target in graph.targets:
+        do_all(target, root)
+    return graph, root
+
+
+def test_every_method_has_its_figures(study):
+    graph, root = study
+    results = read_json(write_results(graph, root))
+    methods = {"flexolmo_paper", "flexolmo_default", "flexolmo_joint_tuned", "own_pair", "low_rank",
+               "btm", "btm_equal_flops", "soup_mean", "soup_weighted", "prompt_routing", "btx",
+               "dume", "unrestricted_1x", "unrestricted_2x"}
+    assert methods <= set(results["gap_closed"])
+    assert methods - {"own_pair"} <= set(results["mixed"])
+    for kind in ("gap_closed", "mixed"):
+        for entry in results[kind].values():
+            assert set(entry["sets"]) == {"maths", "news"}
+            assert entry["mean"] == pytest.approx(sum(entry["sets"].values()) / 2)
+            assert entry["flops_per_token"] > 0 and isinstance(entry["strict_opt_out"], bool)
+    flops = {n: e["flops_per_token"] for n, e in results["gap_closed"].items()}
+    assert flops["btm_equal_flops"] <= flops["flexolmo_default"] * (1 + 1e-9)
+    assert flops["btm"] == 3 * results["seeds"]["0"]["anchor_flops_per_token"]
+    write_page(results, root)
+    assert "flexolmo" in (root / "page.md").read_text(encoding="utf-8").lower()
+
+
+def test_a_jointly_tuned_router_differs_from_the_untuned_one(study):
+    graph, root = study
+    routing = read_json(graph.scores[0].directory(root) / "scores.json")["routing"]
+    assert routing["flexolmo_paper"]["routing"] != routing["flexolmo_joint_tuned"]["routing"]
+
+
+def test_one_recipe_is_one_graph():
+    again = build_graph(RECIPE)
+    assert [t.identity for t in again.targets] == [t.identity for t in build_graph(RECIPE).targets]
+    other = build_graph(RECIPE.model_copy(update={"top_k": 1}))
+    assert other.targets[0].identity != again.targets[0].identity
