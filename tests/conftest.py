@@ -5,7 +5,6 @@ trained for a few steps. Everything is made here, in about two seconds, with no 
 """
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,39 +27,14 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
+from made_documents import write_documents
 
 torch.set_num_threads(1)
 
-WORDS = {  # "common" ones stand in every set, the others in one
-    "common": "the of and to in that it was for on with as at by from or an this not but",
-    "public": "time year people way day man thing woman life child world school state family "
-              "house water room mother area money story fact month lot right study book eye "
-              "job word business issue side kind head night point home",
-    "maths": "sum proof lemma prime root angle graph limit ring field group norm matrix vector "
-             "axiom set map kernel",
-    "news": "minister vote court budget strike police mayor border report union party crisis "
-            "summit bank reform storm",
-}
 SMALL_SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
                              validation_share=0.05, heldout_share=0.05, vocab_size=300)
 ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(),
            "linear without bias": LinearSettings(has_bias=False)}
-
-
-def write_documents(domain: str, count: int, seed: int) -> list[str]:
-    """`count` texts of 80 words; half of the words are the domain's own.
-
-    Public texts come in two kinds, for public text is broad.
-    """
-    rng = random.Random(f"{domain} {seed}")
-    texts, common = [], WORDS["common"].split()
-    for i in range(count):
-        own = WORDS[domain].split()
-        if domain == "public":
-            own = own[:len(own) // 2] if i % 2 else own[len(own) // 2:]
-        words = [rng.choice(own if rng.random() < 0.5 else common) for _ in range(80)]
-        texts.append(".\n".join(" ".join(words[j:j + 16]) for j in range(0, 80, 16)))
-    return texts
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tests.conftest import write_documents
 
 from flexolmo.data.fetch import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
@@ -13,6 +12,7 @@ from flexolmo.study.page import write_page
 from flexolmo.study.plan import StudyRecipe, build_graph
 from flexolmo.study.results import write_results
 from flexolmo.study.step import _KINDS, StepContext
+from made_documents import write_documents
 
 SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
                        validation_share=0.25, heldout_share=0.25, vocab_size=300)
