@@ -44,10 +44,12 @@ _WHY_OURS = (
     "(FlexOlmo, arXiv:2507.07024) has one row of weights per expert and layer, read against the "
     "hidden state, with a negative bias. Each owner trains its row to answer \"mine or public?\" "
     "and never meets another owner, so after merging nothing has compared the rows with each "
-    "other; in short training they also hardly leave their start. Ours counts evidence instead: "
-    "how much likelier each recent token is in the owner's text than in public text. It takes no "
-    "training, has one scale for all owners, and an owner's part depends on the anchor and that "
-    "owner alone, so switching off stays exact. The paper's is an option.")
+    "other; in short training they also hardly leave their start. Ours follows evidence instead: "
+    "how much likelier each token, after the one before it, is in the owner's text than in public "
+    "text, in a filter that expects a text to change hands now and then. It takes no training, has "
+    "one scale for all owners, and an owner's part depends on the anchor and that owner alone, so "
+    "switching off stays exact. Our experts also change attention, embedding and head a little, "
+    "which the paper's do not. The paper's form is an option.")
 
 
 def write_report(results: Results, directory: Path) -> Path:
