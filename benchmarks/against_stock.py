@@ -71,9 +71,9 @@ def measure(size: str, rounds: int) -> list[dict[str, object]]:
     anchor = make_anchor(size)
     router = LinearSettings(has_bias=False)
     generator = torch.Generator().manual_seed(1)
-    experts = {name: {k: torch.randn(shape, generator=generator) * 0.02
-                      for k, shape in expert_shapes(anchor.config, ExpertShape(d_ff=anchor.config.d_ff),
-                                                    router).items()} for name in ("a", "b", "c")}
+    sizes = expert_shapes(anchor.config, ExpertShape(d_ff=anchor.config.d_ff), router)
+    experts = {name: {k: torch.randn(size, generator=generator) * 0.02
+                      for k, size in sizes.items()} for name in ("a", "b", "c")}
     mixture = LoadedMixture(assemble_mixture(anchor, experts, router), anchor.tokenizer, {})
     model = mixture.model
     with tempfile.TemporaryDirectory() as directory:

@@ -47,8 +47,8 @@ def main() -> None:
                                               "router.backoff": torch.zeros(4096)}
             model = assemble_mixture(anchor, experts, router)
             with torch.inference_mode():
-                base, ours, ratio = compare(lambda m=anchor.model: m(ids), lambda m=model: m(ids),
-                                            options.rounds)
+                base, ours, ratio = compare(lambda m=anchor.model, x=ids: m(x),
+                                            lambda m=model, x=ids: m(x), options.rounds)
             shapes = [shape] * NUM_EXPERTS
             flops = (mixture_flops(anchor.config, shapes, [1.0] * NUM_EXPERTS)
                      / dense_flops(anchor.config))
@@ -56,9 +56,10 @@ def main() -> None:
                 "size": size, "rank": rank, "anchor_ms": 1000 * base, "mixture_ms": 1000 * ours,
                 "time_ratio": ratio, "flops_ratio": flops,
                 "bytes_of_whole": count_parameters(anchor.config, shape, router) / whole})
-            print("{size:>4}  rank {rank:>2}: {time_ratio:.2f}x the anchor's time ({flops_ratio:.2f}x"
-                  " its FLOPs), {bytes_of_whole:.0%} of a whole expert's bytes".format(
-                      **results[-1]), flush=True)
+            r = results[-1]
+            print(f"{size:>4}  rank {rank:>2}: {r['time_ratio']:.2f}x the anchor's time "
+                  f"({flops:.2f}x its FLOPs), {r['bytes_of_whole']:.0%} of a whole expert's bytes",
+                  flush=True)
     print(json.dumps({"threads": options.threads, "rounds": options.rounds, "results": results}))
 
 
