@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from flexolmo.data.fetch import fetch_local
@@ -89,6 +90,22 @@ def test_a_jointly_tuned_router_differs_from_the_untuned_one(study):
     graph, root = study
     routing = read_json(graph.scores[0].directory(root) / "scores.json")["routing"]
     assert routing["flexolmo_paper"]["routing"] != routing["flexolmo_joint_tuned"]["routing"]
+
+
+def test_ablations_run_and_differ_from_what_they_are_compared_with(study):
+    """All but those whose rows come from a package that would have to be fetched."""
+    _, root = study
+    rows = build_graph(RECIPE.model_copy(update={"has_ablations": True})).ablations.inputs
+    read = {}
+    for name in ("paper", "paper, no coordination", "paper, random rows", "paper, a row per layer",
+                 "paper, upstream's clamp", "paper, no bias", "paper, 25 % replay",
+                 "default, scope ffn+head", "paper, top-1"):
+        step = rows[f"row.{name}"]
+        do_all(step, root)
+        with np.load(step.directory(root) / "heldout.npz") as found:
+            read[name] = found["maths"]
+    assert all(np.isfinite(r).all() for r in read.values())
+    assert all(not np.array_equal(r, read["paper"]) for n, r in read.items() if n != "paper")
 
 
 def test_one_recipe_is_one_graph():

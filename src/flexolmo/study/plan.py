@@ -124,7 +124,8 @@ class _Seed:
 
     def read_mixture(self, label: str, experts: Mapping[str, Step], **settings: Any) -> Step:
         return self.read(label, "mixture", {f"expert.{n}": e for n, e in experts.items()}
-                         | _embedder(settings.get("rows")), **settings)
+                         | _embedder(settings.get("rows")),
+                         **(settings | ({"seed": self.seed} if settings.get("rows") else {})))
 
     def pairs(self, label: str, experts: Mapping[str, Step]) -> dict[str, Step]:
         """Readings of each owner's own set by the anchor and its expert alone."""
