@@ -10,7 +10,7 @@ from flexolmo.cli.anchor import Overrides
 
 def study(
     recipe: Annotated[str, typer.Option(
-        help="mini (two cores), small (one GPU), or a TOML recipe of your own.")] = "mini",
+        help="mini (two cores), or a TOML recipe of your own.")] = "mini",
     out: Annotated[Path | None, typer.Option(
         help="Directory of the study; run again to go on. Default: runs/study-RECIPE")] = None,
     processes: Annotated[int, typer.Option(
@@ -24,8 +24,8 @@ def study(
     """Every method of the paper against ours, from one recipe: tables, figures, a page.
 
     The study is a graph of steps; each is kept by what it was made from and never done twice.
-    Stop it as you like and run it again: it goes on where it was, inside a step too. Each seed's
-    rows are written as soon as they are there.
+    Stop it as you like and run it again: it goes on where it was, inside a step too. Whenever it
+    ends, results and page are written of the seeds that are finished.
 
     Examples:
 

@@ -12,25 +12,24 @@ from flexolmo.model.checkpoint import Anchor, load_anchor, mean_hidden_state
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings, first_raw_bias
 from flexolmo.study.embedder import embed_set
-from flexolmo.study.models import (
-    load_dense,
-)
+from flexolmo.study.models import load_dense
 from flexolmo.study.step import StepContext
 from flexolmo.train.anchor import embedding_windows
-from flexolmo.train.expert import (
-    load_expert,
-)
+from flexolmo.train.expert import load_expert
 
 
 def anchor_of(step: StepContext) -> Anchor:
+    """The input anchor."""
     return load_anchor(step.inputs["anchor"] / "anchor")
 
 
 def set_of(step: StepContext, name: str) -> TokenSet:
+    """A prepared set of the input corpus."""
     return open_set(step.inputs["corpus"] / "prepared" / name)
 
 
 def dense_states(step: StepContext, base: Anchor) -> dict[str, dict[str, Tensor]]:
+    """State dicts of the inputs dense.SET, by set."""
     return {n: load_dense(base, step.inputs[f"dense.{n}"] / "model.safetensors").state_dict()
             for n in step.settings["sets"]}
 
@@ -60,6 +59,7 @@ def first_rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
 
 
 def with_rows(step: StepContext, base: Anchor) -> Anchor:
+    """The anchor with public's rows made as the setting `rows` says for all experts."""
     if step.settings.get("rows") is None:
         return base
     return dataclasses.replace(base, router_rows=first_rows(step, base, set_of(step, "public")))

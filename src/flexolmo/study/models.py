@@ -147,5 +147,3 @@ def load_reading(path: Path, windows: Mapping[str, Sequence[tuple[np.ndarray, in
             ends = np.cumsum([len(ids) - 1 for ids, _ in windows[name]])
             found[name] = np.split(f[name], ends[:-1])
     return Reading(found)
-
-

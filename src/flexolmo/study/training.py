@@ -3,23 +3,23 @@
 Every kind states in its docstring what its inputs are called and what it leaves behind.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, open_set, training_batches
 from flexolmo.data.proxy import load_proxy, save_proxy, select_proxy
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.evaluation.compression import compress_expert, count_bytes
+from flexolmo.evaluation.compression import count_bytes
 from flexolmo.merge.calibrate import set_rows, solve_ridge, tune_router
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.hidden_statistics import HiddenSums, gather
 from flexolmo.model.router import RouterSettings
+from flexolmo.model.shape import architecture_of
 from flexolmo.model.transformer import Transformer
+from flexolmo.runtime import run_record
 from flexolmo.study.embedder import fetch_embedder
 from flexolmo.study.inputs import anchor_of, dense_states, first_rows, mixture_of, set_of, with_rows
 from flexolmo.study.models import (
@@ -33,6 +33,7 @@ from flexolmo.study.models import (
 from flexolmo.study.step import StepContext, step_kind
 from flexolmo.train.anchor import AnchorRecipe, train_anchor
 from flexolmo.train.expert import (
+    Expert,
     ExpertRecipe,
     load_expert,
     reroute_expert,
@@ -80,12 +81,8 @@ def expert(step: StepContext) -> dict[str, Any]:
     made = train_expert(start_from, data, step.settings["set"], recipe, step.out / "run", 1,
                         public=set_of(step, "public") if recipe.replay else None, start=start)
     save_expert(made, step.out / "expert")
-    return {"tokens": made.record["tokens"], "bytes": _bytes(made.tensors),
+    return {"tokens": made.record["tokens"], "bytes": count_bytes(made.tensors),
             "architecture": made.architecture}
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 @step_kind("embedder", version=1)
@@ -106,27 +103,14 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
         if key.startswith("layers.") and "proj" in key:
             layer, part = key.split(".")[1:3]
             start[key] = state[f"layers.{layer}.mlp.{part}.weight"]
-    made = dataclasses.replace(
-        train_expert(base, set_of(step, step.settings["set"]), step.settings["set"],
-                     recipe.model_copy(update={"train": recipe.train.model_copy(
-                         update={"steps": 1, "warmup_steps": 0, "learning_rate": 1e-12,
-                                 "muon_learning_rate": 1e-12})}), None, 1), tensors=start)
+    data = set_of(step, step.settings["set"])
+    record = run_record(recipe.model_dump(mode="json"), recipe.seed, {data.name: data.digest})
+    made = Expert(data.name, base.digest, recipe.router, start,
+                  record | {"tokens": step.settings["tokens"]}, data.digest,
+                  architecture_of(base.config, recipe.shape(base.config)))
     save_expert(made, step.out / "expert")
-    return {"tokens": step.settings["tokens"], "bytes": _bytes(start),
+    return {"tokens": step.settings["tokens"], "bytes": count_bytes(start),
             "architecture": made.architecture}
-
-
-@step_kind("compressed", version=1)
-def compressed(step: StepContext) -> dict[str, Any]:
-    """A trained expert cut to a lower rank. Inputs: corpus, anchor, expert. Settings: set, rank,
-    delta_rank."""
-    made = load_expert(step.inputs["expert"] / "expert")
-    small = compress_expert(anchor_of(step), made, rank=step.settings["rank"],
-                            delta_rank=step.settings["delta_rank"],
-                            data=set_of(step, step.settings["set"]))
-    save_expert(small, step.out / "expert")
-    return {"bytes": count_bytes(small.tensors), "tokens": made.record["tokens"],
-            "architecture": small.architecture}
 
 
 @step_kind("rerouted", version=1)
@@ -137,7 +121,7 @@ def rerouted(step: StepContext) -> dict[str, Any]:
     made = reroute_expert(load_expert(step.inputs["expert"] / "expert"), anchor_of(step),
                           set_of(step, step.settings["set"]), router, set_of(step, "public"))
     save_expert(made, step.out / "expert")
-    return {"tokens": made.record["tokens"], "bytes": _bytes(made.tensors),
+    return {"tokens": made.record["tokens"], "bytes": count_bytes(made.tensors),
             "architecture": made.architecture}
 
 
