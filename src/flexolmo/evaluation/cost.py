@@ -1,8 +1,8 @@
-"""What a model costs: multiply-adds a token, forward and in training, from shapes alone.
+"""What a model costs: multiply-adds a token of a forward pass, from shapes alone.
 
 One multiply-add is two FLOPs. Counted are the matrices a token passes through; left out, as is
 the custom, are attention scores, norms and look-ups, which are the same for all the methods
-compared. Source: ours, after the 2ND and 6ND of Kaplan et al. 2020.
+compared. Source: ours, after the 2ND of Kaplan et al. 2020.
 
 D d_model, F d_ff, V vocabulary, L layers.
 """
@@ -60,12 +60,3 @@ def mixture_flops(config: ModelConfig, shapes: Iterable[ExpertShape],
     shared = max([public, min(1.0, sum(low))])
     return frame_flops(config) + shared * ffn_flops(config) + sum(
         a * expert_flops(config, s) for s, a in zip(shapes, active, strict=True))
-
-
-def training_flops(forward: float, trained: float) -> float:
-    """FLOPs a token of a training step.
-
-    `forward` counts the whole pass, and the gradient through activations costs as much again;
-    `trained` is the forward cost of the matrices that learn, whose own gradients come on top.
-    """
-    return 2 * forward + trained
