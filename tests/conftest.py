@@ -137,7 +137,8 @@ class Wild:
                 t = -t.abs()
             elif name == "router.bigram_keys":
                 t = torch.randperm(config.vocab_size**2, generator=generator)[:size[0]].msort()
-            elif name.endswith(("_proj.weight", "lora_a", "lora_b")):
+            elif name.endswith(("lora_a", "lora_b")) or (
+                    name.endswith(".weight") and "router" not in name):
                 t = (t * size[-1] ** -0.5).to(dtype)
             elif name.endswith("router.weight"):
                 t = t * 0.5
@@ -146,10 +147,12 @@ class Wild:
 
     def rich_shapes(self, router: RouterSettings, names: str | list[str]
                     ) -> dict[str, ExpertShape]:
-        """By name: experts that hold all that `router` allows, low-rank FFNs and whole in turn."""
+        """By name: experts that hold all that `router` allows, whole and low-rank in turn."""
+        D = self.anchor.config.d_model
         more = {} if isinstance(router, LinearSettings) else {
-            "attention_rank": 3, "embedding_rank": 2, "head_rank": 4}
-        return {n: self.shape(rank=(0, 3)[i % 2], **more) for i, n in enumerate(names)}
+            "attention_rank": (D, 3), "embedding_rank": (2, D), "head_rank": (D, 4)}
+        return {n: self.shape(rank=(0, 3)[i % 2], **{k: v[i % 2] for k, v in more.items()})
+                for i, n in enumerate(names)}
 
     def mixture(self, router: RouterSettings, names: str | list[str], top_k: int | None = None,
                 shapes: Mapping[str, ExpertShape] | None = None) -> MixtureModel:

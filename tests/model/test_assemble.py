@@ -10,6 +10,7 @@ from flexolmo.model.shape import count_parameters, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 
 SHAPES = {"whole": {}, "narrow": {"d_ff": 20}, "low rank": {"rank": 3, "num_bigrams": 0},
+          "all whole": {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},
           "all": {"attention_rank": 2, "embedding_rank": 3, "head_rank": 4},
           "low rank, all": {"rank": 3, "attention_rank": 2, "embedding_rank": 3, "head_rank": 4}}
 

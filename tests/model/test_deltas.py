@@ -18,7 +18,8 @@ OWNERS = ("amber", "basalt", "cobalt")
 ROUTER = EvidenceSettings()
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
-RANKS = st.sampled_from([0, 0, 1, 2, 5])
+D = 32  # of the wild anchor: a whole matrix
+RANKS = st.sampled_from([0, 0, 1, 2, 5, D])
 SIZES = st.fixed_dictionaries({
     "ffn": st.sampled_from([{}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 4}]),
     "attention_rank": RANKS, "embedding_rank": RANKS, "head_rank": RANKS})
@@ -46,10 +47,12 @@ class Reference:
         self.weights = weights.double()  # [B,T,E], public first
 
     def matrix(self, name, base, b, t):
-        """W + w_1 B_1 A_1 + w_2 B_2 A_2 + ... at one position."""
+        """W + w_1 (W_1 - W) + w_2 B_2 A_2 + ... at one position."""
         found = self.anchor[base].clone()
         for e, owner in enumerate(self.names, start=1):
             tensors = self.experts[owner]
+            if f"{name}.weight" in tensors:
+                found += self.weights[b, t, e] * (tensors[f"{name}.weight"] - self.anchor[base])
             if f"{name}.lora_a" in tensors:
                 product = tensors[f"{name}.lora_b"] @ tensors[f"{name}.lora_a"]
                 found += self.weights[b, t, e] * product

@@ -30,8 +30,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 FFNS = ({}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 3})
 MORE = ({}, {"attention_rank": 2}, {"embedding_rank": 3}, {"head_rank": 2},
         {"embedding_rank": 1, "head_rank": 4},
-        {"attention_rank": 3, "embedding_rank": 2, "head_rank": 1})
-PLAIN, RICH = ((0, 0), (1, 0), (2, 0)), ((0, 5), (3, 5), (4, 4))  # of the three owners
+        {"attention_rank": 3, "embedding_rank": 2, "head_rank": 1},
+        {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},  # whole
+        {"attention_rank": 32, "embedding_rank": 2, "head_rank": 32})
+PLAIN, RICH = ((0, 0), (1, 0), (2, 0)), ((0, 6), (3, 5), (4, 7))  # of the three owners
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=40,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])

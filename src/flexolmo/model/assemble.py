@@ -7,6 +7,7 @@ V vocabulary, D d_model, F the expert's own FFN width, L layers.
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from flexolmo.model.shape import (
     shape_of_tensors,
 )
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import Block, Linear
 
 
 def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]],
@@ -66,29 +68,42 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
     return model.requires_grad_(False).eval()
 
 
+def anchor_matrix(anchor: Anchor, name: str) -> Tensor | None:
+    """The anchor's matrix that an expert's `name` ("layers.0.q_proj", "lm_head") stands for."""
+    *layer, part = name.split(".")
+    if not layer:
+        return cast(Tensor, getattr(anchor.model, part).weight)
+    block = cast(Block, anchor.model.layers[int(layer[1])])
+    for room, parts in ((block.mlp, FFN_PARTS), (block.self_attn, ATTENTION_PARTS)):
+        if part in parts:
+            return cast(Tensor, getattr(room, part).weight)
+    return None
+
+
 def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     """The expert's tensors, as in `expert_shapes`; views, not copies."""
     found: dict[str, Tensor] = {}
 
-    def delta(key: str, module: nn.Module) -> None:
+    def add(key: str, own: nn.Module) -> None:
+        if isinstance(own, LowRank):
+            found[f"{key}.lora_a"], found[f"{key}.lora_b"] = own.lora_a, own.lora_b
+        else:
+            found[f"{key}.weight"] = cast(Linear, own).weight
+
+    def add_delta(key: str, module: nn.Module) -> None:
         if isinstance(module, DeltaLinear | DeltaEmbedding) and name in module.deltas.places:
-            module = module.deltas.of(name)
-        if isinstance(module, LowRank):
-            found[f"{key}.lora_a"], found[f"{key}.lora_b"] = module.lora_a, module.lora_b
+            add(key, module.deltas.of(name))
 
     for i, (block, mixture) in enumerate(zip(model.layers, model.mixtures(), strict=True)):
         for part in FFN_PARTS:
-            matrix = getattr(mixture.expert(name), part)
-            if not isinstance(matrix, LowRank):
-                found[f"layers.{i}.{part}.weight"] = matrix.weight
-            delta(f"layers.{i}.{part}", matrix)
+            add(f"layers.{i}.{part}", getattr(mixture.expert(name), part))
         for part in ATTENTION_PARTS:
-            delta(f"layers.{i}.{part}", getattr(block.self_attn, part))
+            add_delta(f"layers.{i}.{part}", getattr(block.self_attn, part))
         if mixture.router is not None:
             found |= {f"layers.{i}.router.{part}": tensor
                       for part, tensor in mixture.router.tensors(name).items()}
-    delta("embed_tokens", model.embed_tokens)
-    delta("lm_head", model.lm_head)
+    add_delta("embed_tokens", model.embed_tokens)
+    add_delta("lm_head", model.lm_head)
     if model.router is not None:
         table = model.router.table(name)
         found["router.unigram"], found["router.backoff"] = table.unigram, table.backoff

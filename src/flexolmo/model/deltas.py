@@ -1,8 +1,9 @@
-"""What owners add to the anchor's matrices: low-rank deltas, each weighed by its owner's share.
+"""What owners change of the anchor's matrices, each weighed by its owner's share.
 
-A delta of a matrix W [out,in] is B A with B [out,r] and A [r,in], named as in the LoRA paper
-(arXiv 2106.09685). With an owner off its delta is not added at all, so that what is left is the
-anchor's, bit for bit. Knows experts only by their place in the mixture.
+An owner has a matrix of its own in place of the anchor's W [out,in], or a delta B A to it with
+B [out,r] and A [r,in], named as in the LoRA paper (arXiv 2106.09685). With an owner off neither is
+read at all, so that what is left is the anchor's, bit for bit. Knows experts only by their place
+in the mixture.
 
 B batch, T positions, D d_model, V vocabulary, r rank.
 """
@@ -46,6 +47,13 @@ class Share:
         if self.rows is not None:
             return total.index_put(self.rows, more, accumulate=True)
         return self._where_on(total + more, total)
+
+    def weigh(self, value: Tensor) -> Tensor:
+        """weight * `value` [B,T,.]; zero where nothing was read."""
+        if self.rows is None:
+            return self.weight * value
+        found = value.new_zeros(*self.weight.shape[:-1], value.shape[-1])
+        return found.index_put(self.rows, self.weight[self.rows] * value)
 
     def at_last_position(self) -> "Share":
         """The same for the last position alone, all of whose sequences it reads."""
@@ -98,19 +106,28 @@ class LowRank(nn.Module):
 
 
 class _Deltas(nn.Module):
-    """The deltas of one matrix [out,in], by expert."""
+    """What owners have of one matrix [out,in], by expert: all of it, or a delta."""
 
     def __init__(self, shape: tuple[int, int], ranks: Mapping[str, int], names: Sequence[str]):
         super().__init__()
+        d_out, d_in = shape
         for name, rank in ranks.items():
-            self.add_module(slot(name), LowRank(shape[1], shape[0], rank))
+            own = Linear(d_in, d_out) if rank >= d_in else LowRank(d_in, d_out, rank)
+            self.add_module(slot(name), own)
         self.places = {n: names.index(n) for n in ranks}
 
-    def of(self, name: str) -> LowRank:
-        return cast(LowRank, getattr(self, slot(name)))
+    def of(self, name: str) -> Linear | LowRank:
+        return cast(Linear | LowRank, getattr(self, slot(name)))
 
-    def present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, LowRank]]:
+    def low(self, ctx: ForwardContext | None) -> list[tuple[Share, LowRank]]:
         """Deltas of the experts that have something to say, with their shares."""
+        return [(s, m) for s, m in self._present(ctx) if isinstance(m, LowRank)]
+
+    def whole(self, ctx: ForwardContext | None) -> list[tuple[Share, Linear]]:
+        """Whole matrices of the experts that have something to say, with their shares."""
+        return [(s, m) for s, m in self._present(ctx) if isinstance(m, Linear)]
+
+    def _present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, Linear | LowRank]]:
         assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
         for name, place in self.places.items():
             share = ctx.shares[place]
@@ -118,33 +135,57 @@ class _Deltas(nn.Module):
                 yield share, self.of(name)
 
 
+def _rest(whole: Sequence[tuple[Share, nn.Module]]) -> Share:
+    """What whole matrices leave to the anchor's: 1 where they are off."""
+    weight = whole[0][0].weight
+    rest = 1 - sum((share.weight for share, _ in whole[1:]), start=weight)  # [B,T,1]
+    if whole[0][0].rows is None:
+        return Share(rest, None)
+    least = 4 * torch.finfo(rest.dtype).eps  # less is the rounding of weights that sum to 1
+    return Share(rest, None, (rest[..., 0] > least).nonzero(as_tuple=True))
+
+
 class DeltaLinear(Linear):
-    """A matrix of the anchor's, and what owners add to it."""
+    """A matrix of the anchor's, and what owners have in its place or add to it."""
 
     def __init__(self, base: nn.Linear, ranks: Mapping[str, int], names: Sequence[str]):
-        """`ranks` maps each expert that has a delta to its rank; `names` are all experts."""
+        """`ranks` maps each expert that changes it to its rank, whole from in_features on;
+        `names` are all experts."""
         super().__init__(base.in_features, base.out_features)
         self.deltas = _Deltas((base.out_features, base.in_features), ranks, names)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        y = F.linear(x, self.weight)
-        for share, delta in self.deltas.present(ctx):
+        if whole := self.deltas.whole(ctx):
+            rest = _rest(whole)
+            y = rest.weigh(F.linear(rest.pick(x), self.weight))
+        else:
+            y = F.linear(x, self.weight)
+        for share, own in whole:
+            y = share.add(y, F.linear(share.pick(x), own.weight))
+        for share, delta in self.deltas.low(ctx):
             y = share.add_delta(y, F.linear(share.pick(x), delta.lora_a), delta.lora_b)
         return y
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
         """As in `Linear`; sequences for which an expert is off get zeros of it."""
-        found = [x, self.weight]
-        for share, delta in self.deltas.present(ctx):
-            low = share.weight * F.linear(x, delta.lora_a)  # [B,T,r]
-            if share.enabled is not None:  # not a product: where it is off, it may be infinite
-                low = torch.where(share.enabled, low, low.new_zeros(()))
-            found += [low, delta.lora_b]
+        whole = self.deltas.whole(ctx)
+        found = [_rest(whole).weight * x if whole else x, self.weight]
+        for share, own in whole:
+            found += [_where_on(share, share.weight * x), own.weight]
+        for share, delta in self.deltas.low(ctx):
+            found += [_where_on(share, share.weight * F.linear(x, delta.lora_a)), delta.lora_b]
         return found
 
 
+def _where_on(share: Share, value: Tensor) -> Tensor:
+    """`value`, zero where the expert is off; not by a product, as it may be infinite there."""
+    if share.enabled is None:
+        return value
+    return torch.where(share.enabled, value, value.new_zeros(()))
+
+
 class DeltaEmbedding(Embedding):
-    """The anchor's embedding [V,D], and what owners add to it."""
+    """The anchor's embedding [V,D], and what owners have in its place or add to it."""
 
     def __init__(self, base: nn.Embedding, ranks: Mapping[str, int], names: Sequence[str]):
         """As for `DeltaLinear`."""
@@ -152,8 +193,14 @@ class DeltaEmbedding(Embedding):
         self.deltas = _Deltas((base.num_embeddings, base.embedding_dim), ranks, names)
 
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        x = F.embedding(ids, self.weight)
-        for share, delta in self.deltas.present(ctx):
+        if whole := self.deltas.whole(ctx):
+            rest = _rest(whole)
+            x = rest.weigh(F.embedding(rest.pick(ids), self.weight))
+        else:
+            x = F.embedding(ids, self.weight)
+        for share, own in whole:
+            x = share.add(x, F.embedding(share.pick(ids), own.weight))
+        for share, delta in self.deltas.low(ctx):
             x = share.add_delta(x, F.embedding(share.pick(ids), delta.lora_b), delta.lora_a.T)
         return x
 

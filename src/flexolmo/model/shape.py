@@ -1,7 +1,7 @@
 """The shape of an expert: which tensors an owner's module holds, and how large they are.
 
-Every matrix that is not whole is a delta B A to the anchor's of that name: `lora_b` [out,r],
-`lora_a` [r,in] (arXiv 2106.09685). Plain arithmetic, without torch.
+A matrix is either whole (`weight` [out,in], in place of the anchor's of that name) or a delta B A
+to it: `lora_b` [out,r], `lora_a` [r,in] (arXiv 2106.09685). Plain arithmetic, without torch.
 
 V vocabulary, D d_model, F d_ff, L layers, r rank.
 """
@@ -27,9 +27,10 @@ class ExpertShape(BaseModel):
     d_ff: int = Field(ge=1, description="width of the FFN; of a low-rank one, the anchor's")
     rank: int = Field(0, ge=0, description="rank of the FFN's deltas to the anchor's; 0: whole "
                                            "matrices of its own")
-    attention_rank: int = Field(0, ge=0, description="rank of deltas to attention; 0: none")
-    embedding_rank: int = Field(0, ge=0, description="rank of a delta to the embedding; 0: none")
-    head_rank: int = Field(0, ge=0, description="rank of a delta to the output head; 0: none")
+    attention_rank: int = Field(0, ge=0, description="rank of deltas to attention; 0: none; "
+                                "d_model: whole matrices")
+    embedding_rank: int = Field(0, ge=0, description="the same of the embedding")
+    head_rank: int = Field(0, ge=0, description="the same of the output head")
     num_bigrams: int = Field(0, ge=0, description="bigrams listed for the evidence router")
 
     @property
@@ -47,18 +48,18 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
                 "q_proj": (heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads)}
     found: dict[str, tuple[int, ...]] = {}
 
-    def delta(name: str, matrix: tuple[int, int], rank: int) -> None:
-        if rank:
+    def add(name: str, matrix: tuple[int, int], rank: int) -> None:
+        if rank >= D:
+            found[f"{name}.weight"] = matrix
+        elif rank:
             found[f"{name}.lora_a"] = (rank, matrix[1])
             found[f"{name}.lora_b"] = (matrix[0], rank)
 
     for i in range(config.num_layers):
         for part in FFN_PARTS:
-            if not shape.rank:
-                found[f"layers.{i}.{part}.weight"] = matrices[part]
-            delta(f"layers.{i}.{part}", matrices[part], shape.rank)
+            add(f"layers.{i}.{part}", matrices[part], shape.rank or D)
         for part in ATTENTION_PARTS:
-            delta(f"layers.{i}.{part}", matrices[part], shape.attention_rank)
+            add(f"layers.{i}.{part}", matrices[part], shape.attention_rank)
         if isinstance(router, LinearSettings):
             found[f"layers.{i}.router.weight"] = (1, D)
             if router.has_bias:
@@ -66,8 +67,8 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
         if isinstance(router, DiscriminantSettings):
             found[f"layers.{i}.router.weight"] = (1, router.num_features(D))
             found[f"layers.{i}.router.offset"] = (1,)
-    delta("embed_tokens", (V, D), shape.embedding_rank)
-    delta("lm_head", (V, D), shape.head_rank)
+    add("embed_tokens", (V, D), shape.embedding_rank)
+    add("lm_head", (V, D), shape.head_rank)
     if isinstance(router, EvidenceSettings):
         found["router.unigram"] = found["router.backoff"] = (V,)
         if shape.num_bigrams:
@@ -79,6 +80,8 @@ def shape_of_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig)
     """The shape that tensors of these names and shapes claim; `expert_shapes` then says what
     should be there."""
     def rank(name: str) -> int:
+        if f"{name}.weight" in shapes:
+            return config.d_model
         return int((shapes.get(f"{name}.lora_a") or (0,))[0])
 
     whole = shapes.get("layers.0.gate_proj.weight")

@@ -107,7 +107,10 @@ class _Seed:
                 else self.recipe.learning_rate)
         ours = recipe.model_copy(update={"train": self.recipe.train.model_copy(
             update={"learning_rate": rate})})
-        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"}), "rows": rows}
+        unread = {"ffn": {"attention_rank", "embedding_rank", "head_rank"},
+                  "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}
+        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread[ours.scope]),
+                    "rows": rows}
         return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
                 for n in self.owners}
 

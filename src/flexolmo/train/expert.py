@@ -25,7 +25,7 @@ from flexolmo.bundle.manifest import Name, build_manifest
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, write_aside, write_json
-from flexolmo.model.assemble import assemble_mixture, expert_tensors
+from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors, mean_hidden_state
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather
 from flexolmo.model.moe import MixtureModel
@@ -36,7 +36,6 @@ from flexolmo.model.router import (
     first_raw_bias,
 )
 from flexolmo.model.shape import (
-    FFN_PARTS,
     ExpertShape,
     architecture_of,
     expert_shapes,
@@ -63,9 +62,10 @@ class ExpertRecipe(BaseModel):
                          "stock format), ffn+head, or all: also attention and embedding (ours)")
     width: int | None = Field(None, ge=1, description="FFN width; none: the anchor's")
     rank: int = Field(0, ge=0, description="rank of the FFN as a delta to the anchor's; 0: whole")
-    attention_rank: int = Field(64, ge=1, description="rank of attention's deltas, if in scope")
-    embedding_rank: int = Field(128, ge=1, description="rank of the embedding's delta, if in scope")
-    head_rank: int = Field(128, ge=1, description="rank of the output head's delta, if in scope")
+    attention_rank: int | None = Field(None, ge=1, description="rank of attention's deltas, if in "
+                                       "scope; none, or d_model and above: whole matrices")
+    embedding_rank: int | None = Field(None, ge=1, description="the same of the embedding")
+    head_rank: int | None = Field(None, ge=1, description="the same of the output head")
     replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
                           "text, which shows what is not the owner's domain (ours)")
     train: TrainSettings = TrainSettings(steps=240, learning_rate=0.012)
@@ -84,11 +84,16 @@ class ExpertRecipe(BaseModel):
 
     def shape(self, config: ModelConfig) -> ExpertShape:
         """The shape of an expert beside an anchor of this `config`."""
+        D = config.d_model
+
+        def rank(given: int | None, *scopes: Scope) -> int:
+            return min(given or D, D) if self.scope in scopes else 0
+
         return ExpertShape(
             d_ff=self.width or config.d_ff, rank=self.rank,
-            attention_rank=self.attention_rank if self.scope == "all" else 0,
-            embedding_rank=self.embedding_rank if self.scope == "all" else 0,
-            head_rank=self.head_rank if self.scope in ("ffn+head", "all") else 0)
+            attention_rank=rank(self.attention_rank, "all"),
+            embedding_rank=rank(self.embedding_rank, "all"),
+            head_rank=rank(self.head_rank, "ffn+head", "all"))
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,10 @@ class Expert:
 
 def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
                  public: TokenSet | None = None) -> dict[str, Tensor]:
-    """The expert before training: the anchor's FFN, no deltas, and the router's part.
+    """The expert before training: the anchor's matrices, no deltas, and the router's part.
 
-    FFN: a copy of the anchor's; with a width of its own, those columns of it that the owner's text
-    uses most. Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
+    FFN of a width of its own: those columns of the anchor's that the owner's text uses most.
+    Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
     Router: see `start_router`. Source: §3.3.1.
     """
     config, router = anchor.config, recipe.router
@@ -123,12 +128,12 @@ def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
             tensors[name] = drawn.to(dtype)
         elif name.endswith("lora_b"):
             tensors[name] = torch.zeros(size, dtype=dtype)
-    if not shape.rank:
-        ffns = {f"layers.{i}.{part}.weight": getattr(block.mlp, part).weight.detach().clone()
-                for i, block in enumerate(anchor.model.layers) for part in FFN_PARTS}
-        if shape.d_ff != config.d_ff:
-            ffns = prune_width(anchor, ffns, data, shape.d_ff)
-        tensors |= ffns
+        elif name.endswith(".weight"):
+            base = anchor_matrix(anchor, name.removesuffix(".weight"))
+            if base is not None:  # not a router's row
+                tensors[name] = base.detach().clone()
+    if shape.d_ff != config.d_ff:
+        tensors = prune_width(anchor, tensors, data, shape.d_ff)
     return tensors | start_router(anchor, data, router, public)
 
 
