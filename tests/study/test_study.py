@@ -24,7 +24,7 @@ RECIPE = StudyRecipe.model_validate({
     "samples": 8, "tuning_steps": 2, "proxy_tokens": 500, "has_ablations": False,
     "anchor": {"model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48,
                          "max_seq_len": 512}, "train": BRIEF | {"steps": 4}},
-    "train": BRIEF, "default": {"attention_rank": 4, "embedding_rank": 4, "head_rank": 4},
+    "train": BRIEF,
     "low_rank": {"rank": 2, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}})
 
 

@@ -14,10 +14,17 @@ from flexolmo.model.transformer import ModelConfig
 
 
 def frame_flops(config: ModelConfig) -> int:
-    """Forward FLOPs a token of what all methods share: attention's matrices and the head."""
+    """Forward FLOPs a token of all but the FFNs: attention's matrices and the head."""
+    return _attention_flops(config) + _head_flops(config)
+
+
+def _attention_flops(config: ModelConfig) -> int:
     D, c = config.d_model, config.d_head
-    attention = 2 * D * config.num_heads * c + 2 * D * config.kv_heads * c
-    return 2 * (config.num_layers * attention + D * config.vocab_size)
+    return 4 * config.num_layers * D * c * (config.num_heads + config.kv_heads)
+
+
+def _head_flops(config: ModelConfig) -> int:
+    return 2 * config.d_model * config.vocab_size
 
 
 def ffn_flops(config: ModelConfig, d_ff: int | None = None) -> int:
@@ -31,12 +38,15 @@ def dense_flops(config: ModelConfig) -> int:
 
 
 def delta_flops(config: ModelConfig, shape: ExpertShape) -> int:
-    """Forward FLOPs a token of one expert's deltas to attention, embedding and head."""
+    """Forward FLOPs a token of what one expert changes in attention, embedding and head."""
     D, V, c = config.d_model, config.vocab_size, config.d_head
     heads, kv = config.num_heads * c, config.kv_heads * c
-    attention = 2 * (D + heads) + 2 * (D + kv)
-    return 2 * (config.num_layers * shape.attention_rank * attention
-                + shape.embedding_rank * D + shape.head_rank * (D + V))
+    attention = 4 * config.num_layers * shape.attention_rank * (2 * D + heads + kv)
+    embedding = 2 * shape.embedding_rank * D
+    head = 2 * shape.head_rank * (D + V)
+    return ((_attention_flops(config) if shape.attention_rank >= D else attention)
+            + (0 if shape.embedding_rank >= D else embedding)
+            + (_head_flops(config) if shape.head_rank >= D else head))
 
 
 def expert_flops(config: ModelConfig, shape: ExpertShape) -> int:
@@ -52,11 +62,16 @@ def mixture_flops(config: ModelConfig, shapes: Iterable[ExpertShape],
                   active: Iterable[float], public: float = 1.0) -> float:
     """Forward FLOPs a token of a mixture whose experts are active on these fractions of tokens.
 
-    `public` is the fraction on which the anchor's FFN runs. If any low-rank expert is active, the
-    anchor's products run too.
+    `public` is the fraction on which the anchor is. Each of the anchor's matrices runs where it is
+    or an expert that has none of its own in that place.
     """
-    shapes, active = list(shapes), list(active)
-    low = [a for s, a in zip(shapes, active, strict=True) if s.rank]
-    shared = max([public, min(1.0, sum(low))])
-    return frame_flops(config) + shared * ffn_flops(config) + sum(
-        a * expert_flops(config, s) for s, a in zip(shapes, active, strict=True))
+    D, experts = config.d_model, list(zip(shapes, active, strict=True))
+
+    def base(ranks: list[int]) -> float:
+        without = [a for (_, a), r in zip(experts, ranks, strict=True) if r < D]
+        return 1.0 if len(without) == len(experts) else min(1.0, public + sum(without))
+
+    shared = max(public, min(1.0, sum(a for s, a in experts if s.rank)))
+    return (base([s.attention_rank for s, _ in experts]) * _attention_flops(config)
+            + base([s.head_rank for s, _ in experts]) * _head_flops(config)
+            + shared * ffn_flops(config) + sum(a * expert_flops(config, s) for s, a in experts))

@@ -48,8 +48,8 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
                 "q_proj": (heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads)}
     found: dict[str, tuple[int, ...]] = {}
 
-    def add(name: str, matrix: tuple[int, int], rank: int) -> None:
-        if rank >= D:
+    def add(name: str, matrix: tuple[int, int], rank: int, is_whole: bool) -> None:
+        if is_whole:
             found[f"{name}.weight"] = matrix
         elif rank:
             found[f"{name}.lora_a"] = (rank, matrix[1])
@@ -57,9 +57,10 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
 
     for i in range(config.num_layers):
         for part in FFN_PARTS:
-            add(f"layers.{i}.{part}", matrices[part], shape.rank or D)
+            add(f"layers.{i}.{part}", matrices[part], shape.rank, not shape.rank)
         for part in ATTENTION_PARTS:
-            add(f"layers.{i}.{part}", matrices[part], shape.attention_rank)
+            add(f"layers.{i}.{part}", matrices[part], shape.attention_rank,
+                shape.attention_rank >= D)
         if isinstance(router, LinearSettings):
             found[f"layers.{i}.router.weight"] = (1, D)
             if router.has_bias:
@@ -67,8 +68,8 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
         if isinstance(router, DiscriminantSettings):
             found[f"layers.{i}.router.weight"] = (1, router.num_features(D))
             found[f"layers.{i}.router.offset"] = (1,)
-    add("embed_tokens", (V, D), shape.embedding_rank)
-    add("lm_head", (V, D), shape.head_rank)
+    add("embed_tokens", (V, D), shape.embedding_rank, shape.embedding_rank >= D)
+    add("lm_head", (V, D), shape.head_rank, shape.head_rank >= D)
     if isinstance(router, EvidenceSettings):
         found["router.unigram"] = found["router.backoff"] = (V,)
         if shape.num_bigrams:

@@ -25,7 +25,7 @@ class EvidenceSettings(BaseModel):
 
     kind: Literal["evidence"] = "evidence"
     switch_rate: float = Field(
-        0.003, gt=0, lt=1, description="chance, per token, that the text turns to another domain")
+        0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain")
     tempering: float = Field(
         0.35, gt=0, le=1, description="what a token's evidence counts: tokens of one text are not "
         "independent")

@@ -20,12 +20,14 @@ TABLES = {"gap_closed": "held-out documents", "mixed": "mixed documents"}
 OURS = (DEFAULT, "flexolmo_all_active", "low_rank")
 PAPERS = ("flexolmo_paper", "flexolmo_joint_tuned")
 UNSEPARATED = ("unrestricted_1x", "unrestricted_2x")  # trained on all sets together
-RIVALS = ("soup_mean", "soup_weighted", "prompt_routing", "btm_equal_flops", "btx", "dume")
+RIVALS = ("soup_mean", "soup_weighted", "soup_weighted_equal_flops", "prompt_routing",
+          "btm_equal_flops", "btx", "dume")
 WORDS = {
     DEFAULT: "our default", "flexolmo_all_active": "our default, all experts active",
     "low_rank": "our default, low rank", "own_pair": "own pair",
     "flexolmo_paper": "the paper's FlexOlmo", "flexolmo_joint_tuned": "the paper's FlexOlmo + RT",
-    "soup_mean": "mean soup", "soup_weighted": "weighted soup", "btm": "BTM",
+    "soup_mean": "mean soup", "soup_weighted": "weighted soup",
+    "soup_weighted_equal_flops": "weighted soup at our FLOPs", "btm": "BTM",
     "btm_switching": "switching BTM", "btm_equal_flops": "BTM at our FLOPs",
     "prompt_routing": "prompt routing", "btx": "BTX", "dume": "DUME",
     "unrestricted_1x": "unrestricted 1x", "unrestricted_2x": "unrestricted 2x",

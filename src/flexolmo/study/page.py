@@ -116,9 +116,8 @@ def _opening(results: Results) -> Iterator[str]:
         said.append(f"Every expert, ours or a rival's, is trained on {_tokens(train)} tokens of "
                     "its owner's text, in the same number of steps; unrestricted training has as "
                     "many tokens as all owners together (2x), or half of them (1x).")
-        if recipe.get("learning_rate"):
-            said.append(f"AdamW's rate is {recipe['learning_rate']:g} for our experts and "
-                        f"{train['learning_rate']:g} for the others.")
+        said.append(f"AdamW's rate is {recipe['low_rank_learning_rate']:g} for our small experts "
+                    f"and {train['learning_rate']:g} for all others.")
     if recipe.get("heldout_bytes"):
         said.append(f"All read the same text: {recipe['heldout_bytes']:,} bytes held out of "
                     f"every set, and {recipe['heldout_mixed']:,} mixed documents of "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,8 +40,8 @@ class StudyRecipe(BaseModel):
     default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
     low_rank: ExpertRecipe = Field(ExpertRecipe(rank=32, attention_rank=16, embedding_rank=24,
                                                 head_rank=24), description="our small expert")
-    learning_rate: float = Field(0.012, gt=0, description="AdamW's rate for our experts; theirs "
-                                 "is in train")
+    low_rank_learning_rate: float = Field(0.012, gt=0, description="AdamW's rate for our small "
+                                          "experts; all others' is in train")
     top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")
     tuning_steps: int = Field(60, ge=1, description="of the paper's joint router tuning")
     proxy_tokens: int = Field(40_000, ge=100, description="public tokens in an owner's proxy")
@@ -102,11 +103,11 @@ class _Seed:
 
     def experts(self, label: str, recipe: ExpertRecipe, rows: str | None = None
                 ) -> dict[str, Step]:
-        """One expert for each owner; those of the paper's form learn at the rivals' rate."""
-        rate = (self.recipe.train.learning_rate if recipe.router.kind == "linear"
-                else self.recipe.learning_rate)
-        ours = recipe.model_copy(update={"train": self.recipe.train.model_copy(
-            update={"learning_rate": rate})})
+        """One expert for each owner."""
+        train = self.recipe.train
+        if recipe.rank:
+            train = train.model_copy(update={"learning_rate": self.recipe.low_rank_learning_rate})
+        ours = recipe.model_copy(update={"train": train})
         unread = {"ffn": {"attention_rank", "embedding_rank", "head_rank"},
                   "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}
         settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread[ours.scope]),
@@ -146,12 +147,13 @@ class _Seed:
         reads |= {f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
                   for n, d in self.dense.items()}
         reads["soup_mean"] = self.read("mean soup", "soup", dense, sets=self.owners)
-        reads["soup_weighted"] = Step(
-            f"seed {self.seed}: read weighted soup", "read_weighted_soup",
-            {"prompt_tokens": 32, "temperature": 1.0, "splits": ["heldout"],
-             "sets": self.owners},
-            {"windows": self.windows, **self.base, **dense, "read.mean": reads["soup_mean"],
-             **{f"read.{n}": reads[f"dense.{n}"] for n in ["public", *self.owners]}})
+        for prompt, warmth in product(SOUP_PROMPTS, SOUP_TEMPERATURES):
+            reads[f"soup_weighted.{prompt}.{warmth}"] = Step(
+                f"seed {self.seed}: read weighted soup, {prompt} tokens, temperature {warmth}",
+                "read_weighted_soup",
+                {"prompt_tokens": prompt, "temperature": warmth, "sets": self.owners},
+                {"windows": self.windows, **self.base, **dense, "read.mean": reads["soup_mean"],
+                 **{f"read.{n}": reads[f"dense.{n}"] for n in ["public", *self.owners]}})
         reads["flexolmo_default"] = self.read_mixture("default", default, top_k=k)
         reads["flexolmo_all_active"] = self.read_mixture("default, all active", default,
                                                          splits=["heldout"])
@@ -173,7 +175,9 @@ class _Seed:
         costs = {f"cost.default.{n}": e for n, e in default.items()}
         costs |= {f"cost.low.{n}": e for n, e in low.items()}
         return Step(f"seed {self.seed}: score", "score",
-                    {"owners": self.owners, "top_k": k, "dume_scales": list(DUME_SCALES),
+                    {"owners": self.owners, "top_k": k, "seq_len": r.seq_len,
+                     "dume_scales": list(DUME_SCALES), "soup_prompts": list(SOUP_PROMPTS),
+                     "soup_temperatures": list(SOUP_TEMPERATURES),
                      "train": r.train.model_dump(mode="json")},
                     {**self.base, "windows": self.windows, **reads, **samples, **costs})
 
@@ -269,6 +273,8 @@ def _embedder(rows: str | None) -> dict[str, Step]:
     return {"embedder": Step("MiniLM", "embedder")} if rows == "minilm" else {}
 
 
+SOUP_PROMPTS = (16, 32, 64)  # tokens of a text that all models read before they are mixed
+SOUP_TEMPERATURES = (1.0, 8.0)  # of the posterior that weighs them
 DUME_SCALES = (10, 30)  # ridge targets are 0 and 1: a softmax of them would be nearly even
 REROUTED: dict[str, RouterSettings] = {
     "paper experts, evidence router": EvidenceSettings(),

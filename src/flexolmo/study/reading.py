@@ -78,14 +78,14 @@ def read_weighted_soup(step: StepContext) -> dict[str, Any]:
     """A soup of its own for every window, weighted by how likely each model found its start.
 
     Inputs: windows, anchor, dense.SET, read.NAME (readings of the anchor and every dense model).
-    Settings: prompt_tokens, temperature, splits. Before the prompt is read, the mean soup speaks.
+    Settings: prompt_tokens, temperature. Before the prompt is read, the mean soup speaks.
     """
     base, settings = anchor_of(step), step.settings
     states = {"public": base.model.state_dict()} | dense_states(step, base)
     states = {n: {k: t.clone() for k, t in s.items()} for n, s in states.items()}
     names, P = list(states), settings["prompt_tokens"]
     model = Transformer(base.config).requires_grad_(False).eval()
-    for split in settings["splits"]:
+    for split in SPLITS:
         text = load_windows(step.inputs["windows"], split)
         readings = {n: load_reading(step.inputs[f"read.{n}"] / f"{split}.npz", text)
                     for n in names}

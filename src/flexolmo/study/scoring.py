@@ -43,6 +43,7 @@ STRICT = {  # does taking an owner out take out all of its influence?
     "flexolmo_paper": True, "flexolmo_default": True, "flexolmo_all_active": True,
     "flexolmo_joint_tuned": False, "own_pair": True, "low_rank": True, "btm": True,
     "btm_switching": True, "btm_equal_flops": True, "soup_mean": True, "soup_weighted": True,
+    "soup_weighted_equal_flops": True,
     "prompt_routing": True, "btx": False, "dume": True, "unrestricted_1x": False,
     "unrestricted_2x": False,
 }
@@ -82,7 +83,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=1)
+@step_kind("score", version=2)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
@@ -98,7 +99,7 @@ def score(step: StepContext) -> dict[str, Any]:
     # ours
     for name in ("flexolmo_default", "flexolmo_all_active", "flexolmo_paper", "low_rank",
                  "flexolmo_joint_tuned", "btx", "unrestricted_1x", "unrestricted_2x",
-                 "soup_mean", "soup_weighted"):
+                 "soup_mean"):
         rows[name] = study.read(name)
     each = frame_flops(config) + top_k * ffn_flops(config)
     flops |= dict.fromkeys(("flexolmo_paper", "flexolmo_joint_tuned", "btx", "dume",
@@ -106,9 +107,10 @@ def score(step: StepContext) -> dict[str, Any]:
     for name, family in (("flexolmo_default", "default"), ("flexolmo_all_active", "default"),
                          ("low_rank", "low")):
         flops[name] = _measured_flops(step, name, config, shapes[family])
-    flops["own_pair"] = mixture_flops(config, shapes["default"][:1], [1.0])
-    flops |= {"soup_mean": one, "soup_weighted": one + 32 / 512 * len(owners) * one,
-              "prompt_routing": one, "btm": one * (1 + len(owners)),
+    flops["own_pair"] = float(np.mean([
+        _measured_flops(step, f"pair.default.{n}", config, [shape], [n])
+        for n, shape in zip(owners, shapes["default"], strict=True)]))
+    flops |= {"soup_mean": one, "prompt_routing": one, "btm": one * (1 + len(owners)),
               "btm_switching": one * (1 + len(owners))}
     rows["own_pair"] = {n: study.read(f"pair.default.{n}")[n] for n in owners}
 
@@ -122,6 +124,8 @@ def score(step: StepContext) -> dict[str, Any]:
     chosen["btm_switching"] = {"temperature": warmth, "switch_rate": rate}
     rows["btm_switching"] = btm(heldout, warmth, switch_rate=rate)
     budget = flops["flexolmo_default"] / one
+    for name, limit in (("soup_weighted", None), ("soup_weighted_equal_flops", budget)):
+        rows[name], flops[name], chosen[name] = _weighted_soup(step, study, one, limit)
     warmth, members = choose(
         list(product(TEMPERATURES, range(1, int(budget) + 1))),
         lambda o: btm_equal_flops(validation, o[0], o[1], budget)[0], study.measure)
@@ -164,10 +168,10 @@ def _shape(metrics: Mapping[str, Any]) -> ExpertShape:
 
 
 def _measured_flops(step: StepContext, role: str, config: ModelConfig,
-                    shapes: Sequence[ExpertShape]) -> float:
+                    shapes: Sequence[ExpertShape], sets: Sequence[str] | None = None) -> float:
     """Forward FLOPs a token, from how often each expert ran; mean over sets."""
-    found = []
-    for by_layer in step.metrics(role)["active"].values():
+    found, active = [], step.metrics(role)["active"]
+    for by_layer in (active[n] for n in sets or active):
         public, *owners = np.mean(by_layer, axis=0).tolist()
         found.append(mixture_flops(config, shapes, owners, public))
     return float(np.mean(found))
@@ -197,6 +201,25 @@ def _kept(study: _Study, family: str, merged: Rows) -> dict[str, Any]:
             for n in study.owners}
     return {"sets": kept, "mean": mean(kept),
             "public_change": total(merged[PUBLIC]) / total(public[PUBLIC]) - 1}
+
+
+def _weighted_soup(step: StepContext, study: _Study, one: float, budget: float | None
+                   ) -> tuple[Rows, float, dict[str, Any]]:
+    """Rows, FLOPs a token and choice of the weighted soup, within `budget` dense models a token."""
+    models = len(study.owners) + 1
+
+    def cost(prompt: int) -> float:  # one soup reads all; but it, every model reads the start
+        return 1 + prompt / step.settings["seq_len"] * models
+
+    options = [(p, t) for p, t in product(step.settings["soup_prompts"],
+                                          step.settings["soup_temperatures"])
+               if budget is None or cost(p) <= budget]
+    options = options or [(min(step.settings["soup_prompts"]), t)
+                          for t in step.settings["soup_temperatures"]]
+    prompt, warmth = choose(options, lambda o: study.read(f"soup_weighted.{o[0]}.{o[1]}",
+                                                          "validation"), study.measure)
+    return (study.read(f"soup_weighted.{prompt}.{warmth}"), one * cost(prompt),
+            {"prompt_tokens": prompt, "temperature": warmth})
 
 
 def _prompt_routing(step: StepContext, study: _Study) -> tuple[dict[str, Any], Rows]:

@@ -31,7 +31,8 @@ from flexolmo.study.findings import (
 from flexolmo.study.markdown import escape, mean_and_spread, number, share, signed, write_table
 
 _WHAT = {
-    DEFAULT: "experts with low-rank deltas beyond the FFN, evidence router",
+    DEFAULT: "experts of whole matrices, FFN, attention, embedding and head; evidence "
+             "router",
     "flexolmo_all_active": "no choice of active experts",
     "low_rank": "every expert of low rank, all active",
     "flexolmo_paper": "FFN experts, linear router whose rows start from the anchor's hidden "
@@ -39,6 +40,7 @@ _WHAT = {
     "flexolmo_joint_tuned": "router rows then tuned together on proxies",
     "soup_mean": "one dense model, the mean of all",
     "soup_weighted": "a soup for every text, by the likelihood of its start",
+    "soup_weighted_equal_flops": "the same, of shorter starts if it must",
     "btm": "all dense models run, mixed by their posterior",
     "btm_switching": "the text may change domain; our strengthening of BTM",
     "btm_equal_flops": "all read a start, the likeliest go on",

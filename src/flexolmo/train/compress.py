@@ -1,6 +1,6 @@
 """A smaller expert from a large one: low rank by truncated SVD, narrow by pruning columns.
 
-Works on the FFN, where most of an expert's bytes are, and on the ranks of the other deltas.
+Works on the FFN, and by rank on what else the expert changes.
 
 D d_model, W the new width, r rank.
 """
@@ -12,10 +12,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import ConfigError
+from flexolmo.model.assemble import anchor_matrix, expert_tensors
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
@@ -57,9 +58,12 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().T)
     small_a, small_b = truncate(r_b @ r_a.T, min(rank, len(r_b), len(r_a)))
-    short = rank - len(small_a)
-    return (F.pad((small_a @ q_a.T).to(a.dtype), (0, 0, 0, short)).contiguous(),
-            F.pad((q_b @ small_b).to(b.dtype), (0, short)).contiguous())
+    return _widen((small_a @ q_a.T).to(a.dtype), (q_b @ small_b).to(b.dtype), rank)
+
+
+def _widen(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    short = rank - len(a)
+    return F.pad(a, (0, 0, 0, short)).contiguous(), F.pad(b, (0, short)).contiguous()
 
 
 def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
@@ -67,8 +71,8 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
                   ) -> dict[str, Tensor]:
     """The expert with its FFN as a delta of `rank` to the anchor's.
 
-    `moments` of the FFN's inputs, as `measure_moments` gives them, make it the better cut.
-    Deltas to attention, embedding and head are cut to `delta_rank` (none: left as they are).
+    What it changes in attention, embedding and head is cut to `delta_rank` (none: left as it is).
+    `moments` of the matrices' inputs, as `measure_moments` gives them, make it the better cut.
     Raises ConfigError if the FFN is not of the anchor's width, or of that rank or less already.
     """
     if rank < 1 or (delta_rank is not None and delta_rank < 1):
@@ -96,15 +100,20 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
     others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
               for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
     for name in others:
-        if len(found.get(f"{name}.lora_a", ())) > delta_rank:
+        whole = found.get(f"{name}.weight")
+        if whole is not None and delta_rank < anchor.config.d_model:
+            difference = found.pop(f"{name}.weight") - cast(Tensor, anchor_matrix(anchor, name))
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = _widen(*truncate(
+                difference, min(delta_rank, *whole.shape), (moments or {}).get(name)), delta_rank)
+        elif len(found.get(f"{name}.lora_a", ())) > delta_rank:
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"], delta_rank)
     return found
 
 
 def measure_moments(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, Tensor]:
-    """Mean of x x^T, float64 [in,in], over what each matrix of an expert's whole FFN reads of its
-    owner's training text; keys as `layers.0.gate_proj`."""
+    """Mean of x x^T, float64 [in,in], over what each whole matrix of an expert reads of its owner's
+    training text, but for the embedding, which reads none; keys as `layers.0.gate_proj`."""
     sums: dict[str, Tensor] = {}
     hooks, count = [], 0
 
@@ -114,16 +123,19 @@ def measure_moments(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, 
             sums[key] = sums.get(key, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
         return note
 
-    for i, mixture in enumerate(pair.mixtures()):
-        ffn = cast(FeedForward, mixture.expert(name))
-        hooks += [getattr(ffn, part).register_forward_pre_hook(watch(f"layers.{i}.{part}"))
-                  for part in FFN_PARTS]
+    readers: dict[str, nn.Module] = {"lm_head": pair.lm_head}
+    for i, (block, mixture) in enumerate(zip(pair.layers, pair.mixtures(), strict=True)):
+        for room, parts in ((mixture.expert(name), FFN_PARTS), (block.self_attn, ATTENTION_PARTS)):
+            readers |= {f"layers.{i}.{part}": getattr(room, part) for part in parts}
+    for key, module in readers.items():
+        if f"{key}.weight" in expert_tensors(pair, name):
+            hooks.append(module.register_forward_pre_hook(watch(key)))
     seq_len = min(256, pair.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)
     with torch.no_grad():
         for step in range(min(PRUNING_WINDOWS, batches.num_windows)):
             ids = np.ascontiguousarray(batches.batch(step)[:, :-1])
-            pair.hidden(torch.from_numpy(ids))
+            pair(torch.from_numpy(ids))
             count += ids.size
     for hook in hooks:
         hook.remove()

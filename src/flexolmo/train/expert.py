@@ -68,7 +68,7 @@ class ExpertRecipe(BaseModel):
     head_rank: int | None = Field(None, ge=1, description="the same of the output head")
     replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
                           "text, which shows what is not the owner's domain (ours)")
-    train: TrainSettings = TrainSettings(steps=240, learning_rate=0.012)
+    train: TrainSettings = TrainSettings(steps=240)
     router: RouterSettings = Field(EvidenceSettings(), description="how the expert is weighed "
                                    "against public text; the same for all of one mixture")
 
