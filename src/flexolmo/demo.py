@@ -59,8 +59,6 @@ class DemoRecipe(BaseModel):
     sample_tokens: int = Field(100, ge=1, description="tokens of each sample continuation")
     anchor: AnchorRecipe = AnchorRecipe()
     expert_train: TrainSettings = TrainSettings(steps=180)
-    learning_rate: float = Field(0.012, gt=0, description="AdamW's rate for our experts; that for "
-                                 "the paper's is in expert_train")
 
 
 def default_recipe() -> Path:
@@ -206,9 +204,7 @@ class _Demo:
                     house = self.house(name)
                     write_toml(house / f"expert{suffix}.toml", {
                         "seed": recipe.seed, "scope": SCOPES[kind], "router": {"kind": kind},
-                        "train": recipe.expert_train if kind == "linear"
-                        else recipe.expert_train.model_copy(
-                            update={"learning_rate": recipe.learning_rate})})
+                        "train": recipe.expert_train})
                     if not self._is_trained(name, suffix):
                         jobs.append(Job(f"expert {name}{suffix}", (
                             "expert", "train", "--anchor", "anchor", "--data",
@@ -221,7 +217,7 @@ class _Demo:
         self.step("train the anchor", ("gather public text",), [
             recipe.anchor.model_dump(mode="json"), recipe.seed, card["files"]], anchor)
         self.step("train experts", ("train the anchor", "gather owners' text"), [
-            recipe.expert_train.model_dump(mode="json"), recipe.learning_rate, self.names], experts)
+            recipe.expert_train.model_dump(mode="json"), self.names], experts)
 
     def _is_trained(self, name: str, suffix: str) -> bool:
         """Whether the expert is there; removes a run with another recipe, anchor or text."""

@@ -40,6 +40,7 @@ METHODS = {  # gap closed held-out and mixed, FLOPs in the anchor's, strict opt-
     "flexolmo_joint_tuned": (0.42, 0.36, 1.46, False), "btx": (0.19, 0.16, 1.46, False),
     "unrestricted_1x": (0.69, 0.61, 1.46, False), "unrestricted_2x": (0.88, 0.79, 1.46, False),
     "soup_mean": (0.31, 0.30, 1.0, True), "soup_weighted": (0.60, 0.33, 1.44, True),
+    "soup_weighted_equal_flops": (0.55, 0.50, 1.25, True),
     "btm": (0.95, 0.55, 8.0, True), "btm_switching": (0.94, 0.86, 8.0, True),
     "btm_equal_flops": (0.82, 0.41, 1.99, True), "prompt_routing": (0.74, 0.28, 1.0, True),
     "dume": (0.44, 0.39, 1.46, True), "own_pair": (0.96, None, 1.73, True)}

@@ -236,7 +236,7 @@ def plot_methods(results: Results) -> Figure | None:
 
 @_styled
 def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -> Figure:
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.2 * len(panels)), layout="constrained")
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(fig)
     axes = fig.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (said, entries) in zip(axes, panels, strict=True):
@@ -297,7 +297,7 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
         best, least = (9.0, 0.0), math.inf
-        for far in (9, 14, 20, 28, 38, 50, 64):
+        for far in (9, 14, 20, 28, 38, 50, 64, 80, 98):
             for angle in (0, 180, 35, -35, 145, -145, 65, -65, 115, -115, 90, -90):
                 dx = far * math.cos(math.radians(angle)) * pixel
                 dy = far * math.sin(math.radians(angle)) * pixel
