@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexolmo.errors import ConfigError
+
 
 def set_up(seed: int, num_threads: int | None = None) -> None:
     """Seed every generator we use and set torch's threads (none: leave torch's choice)."""
@@ -20,6 +22,19 @@ def set_up(seed: int, num_threads: int | None = None) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that `name` ("cpu", "cuda", "cuda:1") says; ConfigError if it is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"Device {name!r} cannot be used here: {str(e).splitlines()[0]}. Use cpu"
+                          f"{', or cuda' if torch.cuda.is_available() else ''}.") from None
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: its errors are below those of training
+    return device
 
 
 def software_versions() -> dict[str, str]:
@@ -59,6 +74,7 @@ def run_record(config: dict[str, Any], seed: int, data: dict[str, str]) -> dict[
         "commit": source_commit(),
         "software": software_versions(),
         "machine": {"cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
-                    "platform": platform.platform()},
+                    "platform": platform.platform(),
+                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

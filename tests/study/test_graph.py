@@ -103,7 +103,7 @@ class _Ended:
     """A process that did its work at once."""
 
     def __init__(self, job):
-        step._do_step(Path(job.arguments[0]), float(job.arguments[1]))
+        step._do_step(Path(job.arguments[0]), float(job.arguments[1]), job.arguments[2])
 
     def poll(self):
         return 0

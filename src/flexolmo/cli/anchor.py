@@ -9,6 +9,8 @@ app = typer.Typer(no_args_is_help=True,
                   help="Train, import or inspect the anchor: the public model all owners share.")
 Threads = Annotated[int | None, typer.Option(
     min=1, help="CPU threads. Another number gives slightly different floats.")]
+Device = Annotated[str, typer.Option(
+    help="Where to train: cpu, cuda, or one of several: cuda:1.")]
 Overrides = Annotated[list[str] | None, typer.Option(
     "--set", help="Override one value of the recipe, for example --set train.steps=100. "
     "May be repeated.")]
@@ -25,6 +27,7 @@ def train(
         help="TOML recipe; what it leaves out has defaults.")] = None,
     overrides: Overrides = None,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Train a small anchor on public text. Resumes after a kill.
 
@@ -34,11 +37,12 @@ def train(
     from flexolmo.data.batches import open_set
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.model.checkpoint import save_anchor
+    from flexolmo.runtime import choose_device
     from flexolmo.train.anchor import AnchorRecipe, train_anchor
 
     settings = read_recipe(recipe, AnchorRecipe, overrides or ())
     made = train_anchor(open_set(data), load_tokenizer(data), settings,
-                        run or out.with_name(out.name + ".run"), threads)
+                        run or out.with_name(out.name + ".run"), threads, choose_device(device))
     save_anchor(made, out)
     typer.echo(f"{out}: anchor {made.digest}")
 

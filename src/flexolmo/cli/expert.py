@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli.anchor import Overrides, Threads
+from flexolmo.cli.anchor import Device, Overrides, Threads
 
 app = typer.Typer(no_args_is_help=True,
                   help="Train an expert on your own text, sign it into a bundle, check bundles.")
@@ -39,6 +39,7 @@ def train(
         "discriminant router.")] = None,
     overrides: Overrides = None,
     threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Train one expert beside the frozen anchor. Nothing leaves; resumes after a kill.
 
@@ -52,6 +53,7 @@ def train(
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
     from flexolmo.model.checkpoint import load_anchor
+    from flexolmo.runtime import choose_device
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
 
     short = {"scope": scope, "rank": rank, "width": width}
@@ -64,6 +66,7 @@ def train(
         raise ConfigError(f"Replay is {settings.replay}, but no public set was given: add --public "
                           "DIRECTORY, or --set replay=0.")
     start = load_anchor(anchor)
+    start.model.to(choose_device(device))
     replayed = None if public is None else open_set(public, start.tokenizer.digest)
     out = out or Path(f"{name}.run")
     save_expert(train_expert(start, open_set(data, start.tokenizer.digest), name, settings, out,

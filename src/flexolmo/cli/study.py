@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli.anchor import Overrides
+from flexolmo.cli.anchor import Device, Overrides
 
 
 def study(
@@ -15,6 +15,7 @@ def study(
         help="Directory of the study; run again to go on. Default: runs/study-RECIPE")] = None,
     processes: Annotated[int, typer.Option(
         min=1, help="Steps to run at a time, one thread each.")] = 2,
+    device: Device = "cpu",
     dry_run: Annotated[bool, typer.Option(
         help="Only list the steps, and which of them are done.")] = False,
     verify: Annotated[bool, typer.Option(
@@ -35,6 +36,7 @@ def study(
     """
     from flexolmo.config import read_recipe
     from flexolmo.files import read_json
+    from flexolmo.runtime import choose_device
     from flexolmo.study.graph import plan, run_graph
     from flexolmo.study.page import write_page
     from flexolmo.study.plan import StudyRecipe, build_graph
@@ -51,8 +53,9 @@ def study(
             typer.echo(f"{'done' if is_done else '    '}  {step.label}")
         typer.echo(f"{sum(done for _, done in steps)} of {len(steps)} steps are done")
         return
+    choose_device(device)
     try:
-        run_graph(graph.targets, root, processes, verify)
+        run_graph(graph.targets, root, processes, verify, device)
     finally:
         written = write_results(graph, root)
         page = write_page(read_json(written), root)

@@ -66,7 +66,7 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
             batch = [ids for ids, _ in ordered[start:start + max(1, BATCH_TOKENS // longest)]]
             places = order[start:start + len(batch)]
             start += len(batch)
-            ids, real = _pad(batch)
+            ids, real = (x.to(model.device) for x in _pad(batch))
             active = None
             if isinstance(model, MixtureModel) and enabled is not None:
                 active = model.expert_mask([list(enabled)] * len(batch))
@@ -76,7 +76,7 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
                                    reduction="none").view(real.shape)
             nats += float(loss[real].double().sum())
             for place, row, own in zip(places, loss, batch, strict=True):
-                log_probs[place] = -row[:len(own) - 1].numpy()
+                log_probs[place] = -row[:len(own) - 1].cpu().numpy()
             tokens += int(real.sum())
             if routing:
                 said = torch.stack([w[real] for w in routing]).double()  # [L,N,E]

@@ -134,8 +134,8 @@ def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
                 routing: list[Tensor] = []
                 model.hidden(torch.from_numpy(ids)[None, :-1], routing=routing)
                 for i, (h, w) in enumerate(zip(seen, routing, strict=True)):
-                    x = h.flatten(0, 1).double()  # [N,D]
-                    y = w.flatten(0, 1).double().clamp(min=math.exp(-2 * LARGEST_LOG_ODDS)).log()
+                    x, y = (t.cpu().flatten(0, 1).double() for t in (h, w))  # [N,D], [N,E]
+                    y = y.clamp(min=math.exp(-2 * LARGEST_LOG_ODDS)).log()
                     y = (y - y.mean(-1, keepdim=True)).clamp(-LARGEST_LOG_ODDS, LARGEST_LOG_ODDS)
                     gram[i] += x.T @ x
                     cross[i] += x.T @ y

@@ -32,8 +32,8 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
                      router: RouterSettings, *, top_k: int | None = None) -> MixtureModel:
     """A mixture of `anchor` and `experts` (tensors as in `expert_shapes`, by name), frozen.
 
-    Everything inherited is a bit-for-bit copy of the anchor's. Raises MergeError that lists
-    missing, extra and misshapen tensors of every expert.
+    Everything inherited is a bit-for-bit copy of the anchor's, and all is on its device. Raises
+    MergeError that lists missing, extra and misshapen tensors of every expert.
     """
     config = anchor.config
     lines: list[str] = []
@@ -60,7 +60,7 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
         raise MergeError("Experts that do not fit the anchor:\n  " + "\n  ".join(lines))
     model = MixtureModel(config, shapes, router, top_k=top_k,
                          public_bigrams=len(anchor.public.keys))
-    model.to(anchor.model.embed_tokens.weight.dtype)
+    model.to(anchor.model.device, anchor.model.embed_tokens.weight.dtype)
     with torch.no_grad():
         _copy_anchor(model, anchor)
         for name, tensors in experts.items():

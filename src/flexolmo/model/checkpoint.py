@@ -294,5 +294,5 @@ def mean_hidden_state(model: Transformer, windows: Iterable[np.ndarray]) -> Tens
     with torch.no_grad():
         for ids in windows:
             h = model.hidden(torch.from_numpy(np.atleast_2d(ids)))
-            total += h.float().sum((0, 1))
+            total += h.float().sum((0, 1)).cpu()
     return total / total.norm().clamp(min=1e-12)

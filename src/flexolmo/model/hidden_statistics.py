@@ -43,7 +43,7 @@ def gather(model: Transformer, windows: Iterable[np.ndarray],
     try:
         with torch.inference_mode():
             for window in windows:
-                ids = torch.from_numpy(np.atleast_2d(window))
+                ids = torch.from_numpy(np.atleast_2d(window)).to(model.device)
                 keep = torch.ones_like(ids, dtype=torch.bool)  # [1,T]
                 seen.clear()
                 model.hidden(ids)
@@ -51,7 +51,7 @@ def gather(model: Transformer, windows: Iterable[np.ndarray],
                     if router is not None:
                         texts = find_texts(ids, None, model.config.eos_token_id, router)
                         x, keep = texts.features(x, None)[0], ~texts.is_end
-                    x = x[keep].double()  # [N,R]
+                    x = x.cpu()[keep.cpu()].double()  # [N,R]
                     total[i] += x.sum(0)
                     gram[i] += x.T @ x
                 count += int(keep.sum())

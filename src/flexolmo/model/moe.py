@@ -184,7 +184,7 @@ class MixtureModel(Transformer):
                 raise PolicyError(f"Unknown expert {', '.join(unknown)}: this mixture holds "
                                   f"{', '.join(self.expert_names[1:]) or 'no owner'}.")
             rows.append([n in chosen for n in self.expert_names])
-        return torch.tensor(rows, dtype=torch.bool, device=self.embed_tokens.weight.device)
+        return torch.tensor(rows, dtype=torch.bool, device=self.device)
 
     def _context(self, ids: Tensor, cache: Cache | None, is_token: Tensor | None,
                  active: Tensor | None) -> ForwardContext:

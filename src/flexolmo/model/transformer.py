@@ -216,6 +216,11 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head: Linear = Linear(config.d_model, config.vocab_size)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are; what the model is given may be anywhere."""
+        return self.embed_tokens.weight.device
+
     def initialise(self, seed: int) -> None:
         """Draw matrices from a normal of deviation 0.02 and set norms to 1. Source: OLMo 2."""
         generator = torch.Generator().manual_seed(seed)
@@ -256,7 +261,11 @@ class Transformer(nn.Module):
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, ForwardContext]:
-        ctx = self._context(ids, cache, is_token, active)
+        def here(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(self.device)
+
+        ids = ids.to(self.device)
+        ctx = self._context(ids, cache, here(is_token), here(active))
         ctx.routing, ctx.router_logits = routing, router_logits
         x = self.embed_tokens(ids, ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
@@ -350,6 +359,7 @@ class _ChunkedLoss(torch.autograd.Function):
 def language_model_loss(model: Transformer, ids: Tensor, *, chunk: int = 1024,
                         **options: Any) -> Tensor:
     """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1]."""
+    ids = ids.to(model.device)
     x, ctx = model._stream(ids[:, :-1], **options)
     parts = model.lm_head.parts(x, ctx)
     flat = [p.flatten(0, 1) if j % 2 == 0 else p for j, p in enumerate(parts)]

@@ -48,8 +48,8 @@ def plan(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
     return [(step, step.is_done(root)) for step in found.values()]
 
 
-def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool = False
-              ) -> list[str]:
+def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool = False,
+              device: str = "cpu") -> list[str]:
     """Run whatever `targets` need and is not done, `processes` at a time; labels of what ran.
 
     When a step fails, the steps that do not need it still run; then JobFailed lists what failed
@@ -65,7 +65,7 @@ def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool 
         left = {step.identity: step for step, is_done in planned if not is_done}
         urgency = _seconds_to_the_end([step for step, _ in planned], root)
         with running_jobs(done=len(planned) - len(left), total=len(planned)) as running:
-            tried = _run_all(left, urgency, root, processes, running)
+            tried = _run_all(left, urgency, root, processes, running, device)
     failed = [attempt.job for attempt in tried.values() if attempt.step.identity in left]
     if failed:
         lines = [f"{len(failed)} of {len(planned)} steps failed:",
@@ -87,7 +87,7 @@ class _Attempt:
 
 
 def _run_all(left: dict[str, Step], urgency: dict[str, float], root: Path, processes: int,
-             running: RunningJobs) -> dict[str, _Attempt]:
+             running: RunningJobs, device: str) -> dict[str, _Attempt]:
     """Run all of `left` that can be and take it out when done; attempts by label."""
     tried, noted = dict[str, _Attempt](), time.monotonic()
     try:
@@ -96,7 +96,7 @@ def _run_all(left: dict[str, Step], urgency: dict[str, float], root: Path, proce
                      and not any(needed.identity in left for needed in step.inputs.values())]
             ready.sort(key=lambda step: -urgency[step.identity])
             for step in ready[:processes - len(running.seconds())]:
-                tried[step.label] = _Attempt(step, *prepare_job(step, root))
+                tried[step.label] = _Attempt(step, *prepare_job(step, root, device))
                 running.start(tried[step.label].job)
             if not running.seconds():
                 return tried

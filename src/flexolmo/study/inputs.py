@@ -11,6 +11,7 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor, mean_hidden_state
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings, first_raw_bias
+from flexolmo.runtime import choose_device
 from flexolmo.study.embedder import embed_set
 from flexolmo.study.models import load_dense
 from flexolmo.study.step import StepContext
@@ -19,8 +20,10 @@ from flexolmo.train.expert import load_expert
 
 
 def anchor_of(step: StepContext) -> Anchor:
-    """The input anchor."""
-    return load_anchor(step.inputs["anchor"] / "anchor")
+    """The input anchor, on the step's device."""
+    found = load_anchor(step.inputs["anchor"] / "anchor")
+    found.model.to(choose_device(step.device))
+    return found
 
 
 def set_of(step: StepContext, name: str) -> TokenSet:
@@ -46,7 +49,7 @@ def first_rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
 
         def watch(total: Tensor) -> Any:
             def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                total.add_(args[0].sum((0, 1)))
+                total.add_(args[0].sum((0, 1)).cpu())
             return add
 
         hooks = [cast(nn.Module, block.mlp).register_forward_pre_hook(watch(total))

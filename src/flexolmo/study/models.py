@@ -36,10 +36,10 @@ def save_model(model: Transformer, path: Path, **about: Any) -> None:
 
 
 def load_dense(anchor: Anchor, path: Path) -> Transformer:
-    """A dense model of the anchor's shape."""
+    """A dense model of the anchor's shape, on its device."""
     model = Transformer(anchor.config)
     model.load_state_dict(load_file(path))
-    return model.requires_grad_(False).eval()
+    return model.to(anchor.model.device).requires_grad_(False).eval()
 
 
 def train_dense(anchor: Anchor, data: TokenSet, settings: TrainSettings, seed: int, out: Path
@@ -55,7 +55,8 @@ def train_dense(anchor: Anchor, data: TokenSet, settings: TrainSettings, seed: i
 
 
 def rival_mixture(anchor: Anchor, names: Sequence[str], top_k: int, seed: int) -> MixtureModel:
-    """A mixture with a linear router, every expert a copy of the anchor's FFN (upcycling)."""
+    """A mixture with a linear router, every expert a copy of the anchor's FFN (upcycling); on the
+    anchor's device."""
     shape = ExpertShape(d_ff=anchor.config.d_ff)
     model = MixtureModel(anchor.config, {n: shape for n in names},
                          LinearSettings(has_bias=False), top_k=top_k)
@@ -72,7 +73,7 @@ def rival_mixture(anchor: Anchor, names: Sequence[str], top_k: int, seed: int) -
                 mixture.expert(name).load_state_dict({f"{p}.weight": w for p, w in ffn.items()})
                 assert mixture.router is not None
                 mixture.router.row(name).weight.normal_(0, ROW_DEVIATION, generator=generator)
-    return model
+    return model.to(anchor.model.device)
 
 
 def load_rival(anchor: Anchor, names: Sequence[str], top_k: int, path: Path) -> MixtureModel:

@@ -84,7 +84,7 @@ def read_weighted_soup(step: StepContext) -> dict[str, Any]:
     states = {"public": base.model.state_dict()} | dense_states(step, base)
     states = {n: {k: t.clone() for k, t in s.items()} for n, s in states.items()}
     names, P = list(states), settings["prompt_tokens"]
-    model = Transformer(base.config).requires_grad_(False).eval()
+    model = Transformer(base.config).to(base.model.device).requires_grad_(False).eval()
     for split in SPLITS:
         text = load_windows(step.inputs["windows"], split)
         readings = {n: load_reading(step.inputs[f"read.{n}"] / f"{split}.npz", text)

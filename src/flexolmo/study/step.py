@@ -33,7 +33,7 @@ _CHILD = """import os, sys
 os.environ["OMP_NUM_THREADS"] = "1"
 import {module}
 from flexolmo.study.step import work
-work(sys.argv[1], float(sys.argv[2]))"""
+work(sys.argv[1], float(sys.argv[2]), sys.argv[3])"""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class StepContext:
     settings: dict[str, Any]
     inputs: dict[str, Path]  # role: finished directory of that input; read only
     out: Path  # where to write; holds what an attempt that was cut off left
+    device: str = "cpu"  # where models are to run
 
     def metrics(self, role: str) -> dict[str, Any]:
         """The metrics of an input."""
@@ -170,15 +171,18 @@ def _check_outputs(directory: Path, verify: bool = False) -> dict[str, Any]:
     return done
 
 
-def prepare_job(step: Step, root: Path) -> tuple[Job, float]:
-    """Write step.json; the job that does the step, and the seconds spent on it before."""
+def prepare_job(step: Step, root: Path, device: str = "cpu") -> tuple[Job, float]:
+    """Write step.json; the job that does the step, and the seconds spent on it before.
+
+    The device is no part of the step: what one has done, the other takes as it is.
+    """
     directory = step.directory(root)
     write_json(directory / "step.json",
                {"label": step.label, **step.about, "identity": step.identity})
     spent = directory / "log" / "seconds.json"
     earlier = float(read_json(spent)) if spent.exists() else 0.0
     code = _CHILD.format(module=_KINDS[step.kind].run.__module__)
-    return Job(step.label, (str(directory), str(earlier)), directory, ("-c", code)), earlier
+    return Job(step.label, (str(directory), str(earlier), device), directory, ("-c", code)), earlier
 
 
 def note_seconds(directory: Path, seconds: float) -> None:
@@ -186,17 +190,17 @@ def note_seconds(directory: Path, seconds: float) -> None:
     write_json(directory / "log" / "seconds.json", seconds)
 
 
-def work(directory: str, earlier: float) -> None:
+def work(directory: str, earlier: float, device: str = "cpu") -> None:
     """Do the step described in `directory`, `earlier` seconds in; a child's whole program."""
     try:  # waits for an attempt that is still ending because its parent was killed
         with exit_on_sigterm(), hold_lock(Path(directory) / "log" / "lock", wait=True):
-            _do_step(Path(directory), earlier)
+            _do_step(Path(directory), earlier, device)
     except FlexOlmoError as e:
         print(f"{type(e).__name__}: {e}", file=sys.stderr)
         sys.exit(2)
 
 
-def _do_step(directory: Path, earlier: float) -> None:
+def _do_step(directory: Path, earlier: float, device: str) -> None:
     from flexolmo.runtime import run_record, set_up
 
     start = time.monotonic()
@@ -215,7 +219,8 @@ def _do_step(directory: Path, earlier: float) -> None:
     run = run_record(settings, seed, {
         role: digest_bytes(canonical_json({name: said["digest"] for name, said in files.items()}))
         for role, files in read.items()})
-    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory)) or {})
+    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device))
+                   or {})
     outputs = {str(path): {"digest": digest_file(file), "bytes": file.stat().st_size,
                            "mtime_ns": file.stat().st_mtime_ns}
                for file in sorted(directory.rglob("*")) if file.is_file()

@@ -19,7 +19,7 @@ from flexolmo.model.hidden_statistics import HiddenSums, gather
 from flexolmo.model.router import RouterSettings
 from flexolmo.model.shape import architecture_of
 from flexolmo.model.transformer import Transformer
-from flexolmo.runtime import run_record
+from flexolmo.runtime import choose_device, run_record
 from flexolmo.study.embedder import fetch_embedder
 from flexolmo.study.inputs import anchor_of, dense_states, first_rows, mixture_of, set_of, with_rows
 from flexolmo.study.models import (
@@ -49,7 +49,8 @@ def anchor(step: StepContext) -> dict[str, Any]:
     """Train the anchor on public text. Input: corpus. Leaves anchor/."""
     public = step.inputs["corpus"] / "prepared" / "public"
     recipe = AnchorRecipe.model_validate(step.settings["recipe"] | {"seed": step.settings["seed"]})
-    made = train_anchor(open_set(public), load_tokenizer(public), recipe, step.out / "run", 1)
+    made = train_anchor(open_set(public), load_tokenizer(public), recipe, step.out / "run", 1,
+                        choose_device(step.device))
     save_anchor(made, step.out / "anchor")
     return {"tokens": made.record["tokens"]}
 

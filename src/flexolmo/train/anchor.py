@@ -52,16 +52,19 @@ class AnchorRecipe(BaseModel):
 
 
 def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
-                 run_dir: Path | None = None, num_threads: int | None = None) -> Anchor:
+                 run_dir: Path | None = None, num_threads: int | None = None,
+                 device: str | torch.device = "cpu") -> Anchor:
     """Train an anchor on the public set's training split.
 
     With `run_dir`, resumes a run that was cut off there and leaves its record beside the metrics.
+    The anchor's model is left on `device`.
     """
     set_up(recipe.seed, num_threads)
     config = ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id,
                          **recipe.model.model_dump())
     model = Transformer(config)
     model.initialise(recipe.seed)
+    model.to(device)
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, {public.name: public.digest})
     batches = training_batches(public, "train", recipe.train.batch_size, recipe.train.seq_len,
                                recipe.seed)

@@ -90,7 +90,7 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(a, b, rank)
             elif whole.shape == base.shape:
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(
-                    whole - base, rank, None if moments is None else moments[name])
+                    whole - base.cpu(), rank, None if moments is None else moments[name])
             else:
                 raise ConfigError(f"The expert's FFN is {list(whole.shape)} in {name}, the "
                                   f"anchor's {list(base.shape)}: only an FFN of the anchor's "
@@ -100,11 +100,12 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
     others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
               for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
     for name in others:
-        whole = found.get(f"{name}.weight")
-        if whole is not None and delta_rank < anchor.config.d_model:
-            difference = found.pop(f"{name}.weight") - cast(Tensor, anchor_matrix(anchor, name))
+        whole, base = found.get(f"{name}.weight"), anchor_matrix(anchor, name)
+        if whole is not None and base is not None and delta_rank < anchor.config.d_model:
+            del found[f"{name}.weight"]
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = _widen(*truncate(
-                difference, min(delta_rank, *whole.shape), (moments or {}).get(name)), delta_rank)
+                whole - base.cpu(), min(delta_rank, *whole.shape), (moments or {}).get(name)),
+                delta_rank)
         elif len(found.get(f"{name}.lora_a", ())) > delta_rank:
             found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
                 found[f"{name}.lora_a"], found[f"{name}.lora_b"], delta_rank)
@@ -119,7 +120,7 @@ def measure_moments(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, 
 
     def watch(key: str) -> Callable[..., None]:
         def note(_module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().flatten(0, -2).double()
+            x = args[0].detach().cpu().flatten(0, -2).double()
             sums[key] = sums.get(key, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
         return note
 
@@ -160,14 +161,14 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
 
     def watch(total: Tensor) -> Callable[..., None]:
         def add(_module: Any, args: tuple[Tensor]) -> None:  # returns nothing: it only looks
-            total.add_(args[0].abs().double().sum((0, 1)))
+            total.add_(args[0].cpu().abs().double().sum((0, 1)))
         return add
 
     for i, block in enumerate(model.layers):
         ffn = cast(FeedForward, block.mlp)
         for part in FFN_PARTS:
             getattr(ffn, part).weight = torch.nn.Parameter(
-                tensors[f"layers.{i}.{part}.weight"], requires_grad=False)
+                tensors[f"layers.{i}.{part}.weight"].to(model.device), requires_grad=False)
         ffn.down_proj.register_forward_pre_hook(watch(sums[i]))
     seq_len = min(256, anchor.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)

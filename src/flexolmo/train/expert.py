@@ -131,7 +131,7 @@ def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
         elif name.endswith(".weight"):
             base = anchor_matrix(anchor, name.removesuffix(".weight"))
             if base is not None:  # not a router's row
-                tensors[name] = base.detach().clone()
+                tensors[name] = base.detach().cpu().clone()
     if shape.d_ff != config.d_ff:
         tensors = prune_width(anchor, tensors, data, shape.d_ff)
     return tensors | start_router(anchor, data, router, public)
@@ -211,7 +211,7 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
     result = train(parameters, loss_of_step, recipe.train, run_dir, f"expert {name}",
                    identity, record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
-    tensors = {n: t.detach().clone() for n, t in expert_tensors(pair, name).items()}
+    tensors = {n: t.detach().cpu().clone() for n, t in expert_tensors(pair, name).items()}
     return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest,
                   architecture_of(anchor.config, pair.shapes[name]))
 

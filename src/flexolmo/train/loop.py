@@ -200,7 +200,8 @@ def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
                 prefix = f"optimizer.{name}."
                 saved = {n.removeprefix(prefix): t for n, t in tensors.items()
                          if n.startswith(prefix)}
-                if saved:
-                    optimizer.state[p] = saved
+                if saved:  # AdamW counts its steps on the CPU
+                    optimizer.state[p] = {k: t if k == "step" else t.to(p.device)
+                                          for k, t in saved.items()}
     result.losses_nats[:] = state["losses_nats"]
     result.seconds = state["seconds"]
