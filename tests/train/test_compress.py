@@ -20,6 +20,7 @@ from flexolmo.train.compress import (
 
 ROUTER = EvidenceSettings()
 IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60)
+WHOLE = {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32}
 RICH = {"attention_rank": 5, "embedding_rank": 6, "head_rank": 4}
 
 
@@ -75,6 +76,18 @@ def test_moments_are_the_mean_outer_product_of_what_each_matrix_reads(wild, pico
         torch.testing.assert_close(moment, moment.T)
         assert torch.linalg.eigvalsh(moment).min() > -1e-9
     assert torch.equal(found["layers.0.gate_proj"], found["layers.0.up_proj"])
+
+
+def test_moments_are_taken_of_whole_matrices_only(wild, pico_sets):
+    sizes = {"attention_rank": 32, "embedding_rank": 32, "head_rank": 4}
+    pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0, **sizes)}, ROUTER)
+    found = measure_moments(pair, "maths", pico_sets["maths"])
+    assert found.keys() == {f"layers.{i}.{part}_proj" for i in range(2)
+                            for part in ("gate", "up", "down", "q", "k", "v", "o")}
+    for i in range(2):
+        q, k, v = (found[f"layers.{i}.{part}_proj"] for part in "qkv")
+        assert torch.equal(q, k) and torch.equal(q, v)
+        assert not torch.equal(q, found[f"layers.{i}.o_proj"])
 
 
 @given(out=st.integers(1, 12), inner=st.integers(1, 12), seed=st.integers(0, 99))
@@ -162,6 +175,32 @@ def test_a_rank_above_a_matrixs_side_still_makes_one_expert(wild):
                                expert[f"{name}.lora_b"] @ expert[f"{name}.lora_a"])
     assert shape_of(wild, small).attention_rank == 20
     assemble_mixture(wild.anchor, {"a": small}, ROUTER)
+
+
+@pytest.mark.parametrize("delta_rank", [1, 4, 20, 31])
+def test_whole_matrices_are_cut_as_differences_to_the_anchors(wild, delta_rank):
+    """Keys and values have 16 rows here, which is all the rank they can have."""
+    expert, state = wild.expert(ROUTER, 0, **WHOLE), wild.anchor.model.state_dict()
+    small = compress_rank(wild.anchor, expert, 3, delta_rank)
+    assert shape_of(wild, small).model_dump() == shape_of(wild, expert).model_dump() | {
+        "rank": 3, **dict.fromkeys(WHOLE, delta_rank)}
+    for name, key in (("layers.1.v_proj", "layers.1.self_attn.v_proj"), ("lm_head", "lm_head"),
+                      ("embed_tokens", "embed_tokens")):
+        difference = expert[f"{name}.weight"] - state[f"{key}.weight"]
+        found = small[f"{name}.lora_b"] @ small[f"{name}.lora_a"]
+        left = torch.linalg.svdvals(difference.double())[delta_rank:].square().sum().sqrt()
+        torch.testing.assert_close((difference - found).double().norm(), left, rtol=1e-4,
+                                   atol=1e-4)
+    assemble_mixture(wild.anchor, {"a": small}, ROUTER)
+
+
+def test_whole_matrices_stay_whole_when_no_rank_would_cut_them(wild):
+    expert = wild.expert(ROUTER, 0, **WHOLE)
+    for delta_rank in (None, 32, 40):
+        small = compress_rank(wild.anchor, expert, 3, delta_rank)
+        kept = {n for n in expert if n.partition(".")[0] != "router" and "gate" not in n
+                and "up" not in n and "down" not in n}
+        assert len(kept) == 10 and all(small[n] is expert[n] for n in kept)
 
 
 def test_a_low_rank_expert_is_cut_further_and_never_grown(wild):
