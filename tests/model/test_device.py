@@ -28,5 +28,5 @@ def test_ids_may_be_anywhere(router):
 def test_a_device_that_is_not_there_is_said_so():
     assert choose_device("cpu").type == "cpu"
     for name in ("cuda:999", "tpu-pod", ""):
-        with pytest.raises(ConfigError, match="cannot be used here.*Use cpu"):
+        with pytest.raises(ConfigError, match=r"cannot be used here.*Use cpu"):
             choose_device(name)

@@ -1,13 +1,18 @@
 """A whole study, tiny and in one process: every kind of step runs and its numbers hang together."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import flexolmo
+from flexolmo.config import read_recipe
 from flexolmo.data.fetch import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.files import read_json, write_json
+from flexolmo.model.shape import count_parameters
+from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record
 from flexolmo.study.page import write_page
 from flexolmo.study.plan import StudyRecipe, build_graph
@@ -15,6 +20,7 @@ from flexolmo.study.results import write_results
 from flexolmo.study.step import _KINDS, StepContext
 from made_documents import write_documents
 
+RECIPES = Path(flexolmo.__file__).parent / "recipes"
 SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
                        validation_share=0.25, heldout_share=0.25, vocab_size=300)
 BRIEF = {"steps": 2, "batch_size": 2, "seq_len": 64, "warmup_steps": 1}
@@ -84,6 +90,24 @@ def test_every_method_has_its_figures(study):
     assert flops["btm"] == 3 * results["seeds"]["0"]["anchor_flops_per_token"]
     write_page(results, root)
     assert "flexolmo" in (root / "page.md").read_text(encoding="utf-8").lower()
+
+
+@pytest.mark.parametrize("name", ["mini", "small"])
+def test_a_shipped_recipes_small_expert_is_at_most_a_quarter_of_the_full_one(name):
+    recipe = read_recipe(RECIPES / f"study_{name}.toml", StudyRecipe, ())
+    config = ModelConfig(vocab_size=recipe.vocab_size, **recipe.anchor.model.model_dump())
+    low, full = (count_parameters(config, r.shape(config), r.router)
+                 for r in (recipe.low_rank, recipe.default))
+    assert recipe.low_rank.rank and not recipe.default.rank and low <= full / 4
+    assert recipe.seq_len <= config.max_seq_len and len(build_graph(recipe).scores)
+
+
+def test_a_directory_of_text_is_named_whole(monkeypatch, tmp_path):
+    """Steps run in directories of their own."""
+    monkeypatch.chdir(tmp_path)
+    graph = build_graph(RECIPE.model_copy(update={"from_directory": "texts"}))
+    corpus = graph.scores[0].inputs["windows"].inputs["corpus"]
+    assert corpus.settings["from_directory"] == str(tmp_path / "texts")
 
 
 def test_a_jointly_tuned_router_differs_from_the_untuned_one(study):

@@ -10,7 +10,7 @@ from flexolmo.cli.anchor import Device, Overrides
 
 def study(
     recipe: Annotated[str, typer.Option(
-        help="mini (two cores), or a TOML recipe of your own.")] = "mini",
+        help="mini (two cores), small (one GPU), or a TOML recipe of your own.")] = "mini",
     out: Annotated[Path | None, typer.Option(
         help="Directory of the study; run again to go on. Default: runs/study-RECIPE")] = None,
     processes: Annotated[int, typer.Option(
@@ -33,6 +33,8 @@ def study(
         flexolmo study
 
         flexolmo study --set seeds=[0] --set has_ablations=false
+
+        flexolmo study --recipe small --device cuda --set from_directory=corpora
     """
     from flexolmo.config import read_recipe
     from flexolmo.files import read_json

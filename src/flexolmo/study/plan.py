@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,8 +28,8 @@ class StudyRecipe(BaseModel):
         ("academic", "code", "creative", "edu", "forum", "math", "news"), min_length=2,
         description="owners, by the name of their set")
     vocab_size: int = Field(4096, ge=300, description="entries of the tokenizer")
-    from_directory: str | None = Field(None, description="directory of SET/*.jsonl.gz to read "
-                                       "instead of packages")
+    from_directory: str | None = Field(None, description="directory of SET/*.jsonl.gz to read, "
+                                       "public and every owner's, instead of packages")
     seq_len: int = Field(512, ge=64, description="tokens of a window that is read")
     heldout_bytes: int = Field(40_000, ge=1000, description="text reported on, of each set")
     validation_bytes: int = Field(20_000, ge=1000, description="text chosen by, of each set")
@@ -81,8 +82,9 @@ class _Seed:
     def __init__(self, recipe: StudyRecipe, seed: int):
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
         sets = ["public", *self.owners]
+        directory = recipe.from_directory and str(Path(recipe.from_directory).resolve())
         self.corpus = Step("corpus", "corpus", {
-            "sets": sets, "from_directory": recipe.from_directory,
+            "sets": sets, "from_directory": directory,
             "vocab_size": recipe.vocab_size})
         self.windows = Step("windows", "windows", {
             "sets": sets, "seq_len": recipe.seq_len, "seed": 0,
