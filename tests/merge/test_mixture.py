@@ -196,9 +196,21 @@ def test_tensors_of_an_architecture_that_is_not_the_anchors_are_refused(house, t
         assert line in said
 
 
+@pytest.mark.parametrize("place, key", [(0, -1), (-1, 300 ** 2), (-1, 0), (1, None)],
+                         ids=["below", "above", "descending", "twice"])
+def test_bigrams_out_of_order_or_of_no_token_are_refused(house, tmp_path, place, key):
+    tensors = house.wild.expert(ROUTERS["evidence"], 0)
+    keys = tensors["router.bigram_keys"]
+    keys[place] = keys[0] if key is None else key
+    bad = house.write(tmp_path, "amber", tensors, "evidence")
+    said = refused(house, tmp_path, [bad], MergeError)
+    assert "amber: router.bigram_keys are not ascending pairs of token ids" in said
+
+
 def test_experts_of_every_shape_come_through_the_bundle_as_they_were(house, tmp_path):
     wild, router = house.wild, ROUTERS["evidence"]
     experts = {"amber": wild.expert(router, 0, **RICH), "basalt": wild.expert(router, 1, 20),
+               "copper": wild.expert(router, 3, attention_rank=32, embedding_rank=32, head_rank=32),
                "zinc": wild.expert(router, 2, **{k: v for k, v in RICH.items() if k != "rank"})}
     bundles = [house.write(tmp_path, n, t, "evidence") for n, t in experts.items()]
     about = build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)

@@ -175,6 +175,12 @@ def find_nonfinite(weights: bytes) -> list[str]:
     return names
 
 
+def read_integers(weights: bytes, name: str) -> np.ndarray:
+    """The I64 tensor `name` of a safetensors file, as a flat array."""
+    span = _read_table(weights)[name]
+    return np.frombuffer(weights, dtype="<i8", count=prod(span.shape), offset=span.begin)
+
+
 def compare_tensors(
     found: Mapping[str, TensorEntry], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:

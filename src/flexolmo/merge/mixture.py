@@ -23,7 +23,7 @@ from safetensors.torch import load as load_bytes
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
-from flexolmo.bundle.tensors import compare_tensors
+from flexolmo.bundle.tensors import compare_tensors, read_integers
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import MergeError
 from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
@@ -31,7 +31,8 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
-from flexolmo.model.shape import architecture_of, expert_shapes, shape_of_tensors
+from flexolmo.model.shape import BIGRAM_KEYS, architecture_of, expert_shapes, shape_of_tensors
+from flexolmo.model.statistics import are_bigram_keys
 
 ABOUT = "mixture.json"
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
@@ -180,7 +181,7 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
     dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
     lines: list[str] = []
     seen = {m.name for m in held}
-    for m in manifests:
+    for b, m in zip(bundles, manifests, strict=True):
         if m.name in seen:
             lines.append(f"{m.name}: two experts have this name")
         seen.add(m.name)
@@ -202,6 +203,10 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
         lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {wanted}"
                   for key, entry in m.tensors.items()
                   if entry.dtype != (wanted := _dtype_of(key, dtype))]
+        keys = m.tensors.get(BIGRAM_KEYS)
+        if keys is not None and keys.dtype == "I64" and not are_bigram_keys(
+                read_integers(b.weights, BIGRAM_KEYS), anchor.config.vocab_size):
+            lines.append(f"{m.name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
     first = [*held, *manifests][0] if (held or manifests) else None
     for m in manifests:
         if first is not None and m.router != first.router:
@@ -213,7 +218,7 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
 
 
 def _dtype_of(key: str, weights: str) -> str:
-    if key == "router.bigram_keys":
+    if key == BIGRAM_KEYS:
         return "I64"
     return "F32" if "router." in key else weights
 

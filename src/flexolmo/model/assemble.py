@@ -24,7 +24,7 @@ from flexolmo.model.shape import (
     expert_shapes,
     shape_of_tensors,
 )
-from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys
 from flexolmo.model.transformer import Block, Linear
 
 
@@ -49,9 +49,8 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
                   for n, shape in expected.items()
                   if n in tensors and tuple(tensors[n].shape) != shape]
         keys = tensors.get("router.bigram_keys")
-        if keys is not None and keys.dim() == 1 and not bool(
-                (keys[1:] > keys[:-1]).all() and keys[0] >= 0
-                and keys[-1] < config.vocab_size ** 2):
+        if keys is not None and keys.dim() == 1 and not are_bigram_keys(
+                keys.cpu().numpy(), config.vocab_size):
             lines.append(f"{name}: router.bigram_keys are not ascending pairs of token ids")
         if not (shapes[name].is_ffn_only or isinstance(router, EvidenceSettings)):
             lines.append(f"{name}: changes more than the FFN, which needs a router that decides "

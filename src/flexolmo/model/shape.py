@@ -16,6 +16,7 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+BIGRAM_KEYS = "router.bigram_keys"
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -73,7 +74,7 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
     if isinstance(router, EvidenceSettings):
         found["router.unigram"] = found["router.backoff"] = (V,)
         if shape.num_bigrams:
-            found["router.bigram_keys"] = found["router.bigram_log_probs"] = (shape.num_bigrams,)
+            found[BIGRAM_KEYS] = found["router.bigram_log_probs"] = (shape.num_bigrams,)
     return found
 
 
@@ -92,7 +93,7 @@ def shape_of_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig)
         attention_rank=rank("layers.0.q_proj"),
         embedding_rank=rank("embed_tokens"),
         head_rank=rank("lm_head"),
-        num_bigrams=int((shapes.get("router.bigram_keys") or (0,))[0]),
+        num_bigrams=int((shapes.get(BIGRAM_KEYS) or (0,))[0]),
     )
 
 

@@ -91,6 +91,12 @@ def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int,
                        pairs, np.log(probs).astype(np.float32))
 
 
+def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
+    """Whether `keys` [n] are pairs of token ids, ascending, as a `BigramModel` has them."""
+    return not len(keys) or bool((keys[1:] > keys[:-1]).all() and keys[0] >= 0
+                                 and keys[-1] < vocab_size ** 2)
+
+
 def _count(keys: np.ndarray, document: np.ndarray, min_documents: int
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct keys, how often each occurs, and whether in at least so many documents."""
