@@ -196,6 +196,22 @@ def test_tensors_of_an_architecture_that_is_not_the_anchors_are_refused(house, t
         assert line in said
 
 
+def test_deltas_may_be_half_as_long_and_nothing_else_may(house, tmp_path):
+    tensors = house.wild.expert(ROUTERS["evidence"], 0, **RICH | {"attention_rank": 32})
+    half = {n: t.bfloat16() if ".lora_" in n else t for n, t in tensors.items()}
+    bundle = house.write(tmp_path, "amber", half, "evidence")
+    build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+    widened = {n: t.float() if ".lora_" in n else t for n, t in half.items()}
+    ids = house.wild.ids(2, 12)
+    expected = assemble_mixture(house.wild.anchor, {"amber": widened}, ROUTERS["evidence"])
+    assert torch.equal(load_mixture(tmp_path / "m").model(ids), expected(ids))
+    for name in ("layers.0.q_proj.weight", "router.unigram"):
+        bad = house.write(tmp_path / name, "amber", half | {name: half[name].bfloat16()},
+                          "evidence")
+        said = refused(house, tmp_path, [bad], MergeError)
+        assert f"amber: dtype of {name} is BF16, expected F32" in said
+
+
 @pytest.mark.parametrize("place, key", [(0, -1), (-1, 300 ** 2), (-1, 0), (1, None)],
                          ids=["below", "above", "descending", "twice"])
 def test_bigrams_out_of_order_or_of_no_token_are_refused(house, tmp_path, place, key):

@@ -33,6 +33,7 @@ BRIEF = TrainSettings(steps=6, batch_size=2, seq_len=16, warmup_steps=2,
                       checkpoint_every_seconds=1e-9)
 
 
+WHOLE = {"attention_rank": None, "embedding_rank": None, "head_rank": None}
 SCOPES = {"ffn": {}, "ffn+head": {"head_rank": 4},
           "all": {"attention_rank": 3, "embedding_rank": 2, "head_rank": 4}}
 
@@ -79,11 +80,12 @@ def may_learn(name, router):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("rank, others", [(0, {}), (3, {}), (0, WHOLE)],
+                         ids=["whole FFN", "low rank", "all whole"])
 def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router, watched,
-                                                 optimizer, rank):
-    train_expert(pico_anchor, pico_sets["maths"], "maths",
-                 recipe_of(router, rank=rank, optimizer=optimizer, weight_decay=0.1))
+                                                 optimizer, rank, others):
+    recipe = recipe_of(router, rank=rank, optimizer=optimizer, weight_decay=0.1)
+    train_expert(pico_anchor, pico_sets["maths"], "maths", recipe.model_copy(update=others))
     pair, before = watched["pair"], watched["before"]
     after = pair.state_dict()
     learns = {n for n in after if may_learn(n, router)}
@@ -91,8 +93,8 @@ def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router,
     if router.kind == "linear":
         per_layer += 2 if router.has_bias else 1
         assert len(learns) == 2 * per_layer
-    else:  # attention's four deltas, and those outside the layers
-        assert len(learns) == 2 * (per_layer + 8) + 4
+    else:  # attention's four matrices or deltas, and those outside the layers
+        assert len(learns) == (2 * (per_layer + 4) + 2 if others else 2 * (per_layer + 8) + 4)
     for name, t in after.items():
         assert torch.equal(t, before[name]) != (name in learns), name
     assert watched["grads"] == [learns] * BRIEF.steps, "frozen parameters get no gradient at all"
@@ -104,6 +106,19 @@ def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router,
     rebuilt = build_anchor(pico_anchor.model, pico_anchor.tokenizer, pico_anchor.public,
                            pico_anchor.router_rows, {})
     assert rebuilt.digest == pico_anchor.digest, "the anchor in memory is untouched"
+
+
+def test_half_deltas_are_the_others_rounded(pico_anchor, pico_sets):
+    recipe = recipe_of(EvidenceSettings(), rank=3)
+    recipe = recipe.model_copy(update={"head_rank": None})
+    full, half = (train_expert(pico_anchor, pico_sets["maths"], "maths", recipe.model_copy(
+        update={"has_half_deltas": is_half})).tensors for is_half in (False, True))
+    for name, t in full.items():
+        assert torch.equal(half[name], t.bfloat16() if ".lora_" in name else t), name
+    assert {t.dtype for n, t in half.items() if "router" not in n} == {
+        torch.float32, torch.bfloat16}
+    model = assemble_mixture(pico_anchor, {"maths": half}, recipe.router)
+    assert model.layers[0].self_attn.q_proj.deltas.of("maths").lora_a.dtype == torch.float32
 
 
 def test_the_checkpoint_holds_the_expert_and_nothing_else(pico_anchor, pico_sets, router,

@@ -200,9 +200,9 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
                   for key in found if claimed[key] != found[key]]
         expected = expert_shapes(anchor.config, shape, router)
         lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
-        lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {wanted}"
+        lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
                   for key, entry in m.tensors.items()
-                  if entry.dtype != (wanted := _dtype_of(key, dtype))]
+                  if entry.dtype not in (wanted := _dtypes_of(key, dtype))]
         keys = m.tensors.get(BIGRAM_KEYS)
         if keys is not None and keys.dtype == "I64" and not are_bigram_keys(
                 read_integers(b.weights, BIGRAM_KEYS), anchor.config.vocab_size):
@@ -217,10 +217,12 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
                          + "\nAsk their owners to train again on this anchor with one router.")
 
 
-def _dtype_of(key: str, weights: str) -> str:
+def _dtypes_of(key: str, weights: str) -> list[str]:
     if key == BIGRAM_KEYS:
-        return "I64"
-    return "F32" if "router." in key else weights
+        return ["I64"]
+    if "router." in key:
+        return ["F32"]
+    return list(dict.fromkeys([weights, "BF16"] if ".lora_" in key else [weights]))
 
 
 def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:

@@ -111,8 +111,10 @@ class _Seed:
             train = train.model_copy(update={"learning_rate": self.recipe.low_rank_learning_rate})
         ours = recipe.model_copy(update={"train": train})
         unread = {"ffn": {"attention_rank", "embedding_rank", "head_rank"},
-                  "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}
-        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread[ours.scope]),
+                  "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}[ours.scope]
+        if not ours.has_half_deltas:
+            unread = unread | {"has_half_deltas"}
+        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread),
                     "rows": rows}
         return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
                 for n in self.owners}

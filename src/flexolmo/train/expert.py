@@ -66,6 +66,8 @@ class ExpertRecipe(BaseModel):
                                        "scope; none, or d_model and above: whole matrices")
     embedding_rank: int | None = Field(None, ge=1, description="the same of the embedding")
     head_rank: int | None = Field(None, ge=1, description="the same of the output head")
+    has_half_deltas: bool = Field(False, description="keep low-rank deltas in bfloat16: half the "
+                                  "bytes; they are small beside what they are added to")
     replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
                           "text, which shows what is not the owner's domain (ours)")
     train: TrainSettings = TrainSettings(steps=240)
@@ -212,6 +214,8 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
                    identity, record)
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     tensors = {n: t.detach().cpu().clone() for n, t in expert_tensors(pair, name).items()}
+    if recipe.has_half_deltas:
+        tensors |= {n: t.bfloat16() for n, t in tensors.items() if ".lora_" in n}
     return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest,
                   architecture_of(anchor.config, pair.shapes[name]))
 
