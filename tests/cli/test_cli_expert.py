@@ -8,6 +8,7 @@ import torch
 
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.evaluation.compression import compress_expert
+from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
 from flexolmo.train.expert import ExpertRecipe, load_expert
@@ -124,6 +125,35 @@ def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anc
     assert small.data_card_digest == before.data_card_digest
 
 
+def test_healed_it_says_less_wrong_and_has_half_the_bytes(
+        works, trained, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs, owner_keys,
+        tmp_path):
+    plain = ("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "2",
+             "--delta-rank", "2", "--data", pico_set_dirs["maths"], "--out")
+    works(*plain, tmp_path / "cut")
+    works(*plain, tmp_path / "healed", "--heal", "12", "--half")
+    cut, healed = load_expert(tmp_path / "cut"), load_expert(tmp_path / "healed")
+    assert healed.architecture == cut.architecture
+    for name, t in healed.tensors.items():
+        if name.startswith("router."):
+            assert torch.equal(t, cut.tensors[name]), name
+        else:
+            assert t.dtype == torch.bfloat16 and not torch.equal(t.float(), cut.tensors[name])
+    bits = [measure_likelihood(assemble_mixture(pico_anchor, {"maths": e.tensors}, e.router),
+                               pico_sets["maths"], "train", max_bytes=4000).bits
+            for e in (cut, healed)]
+    assert bits[1] < bits[0]
+    again = 12 * 8 * 256
+    assert healed.record["tokens"] == cut.record["tokens"] + again
+    assert healed.record["healed"][0]["tokens"] == again
+    works("expert", "pack", tmp_path / "healed", "--key", owner_keys["Ann"], "--owner", "Ann",
+          "--licence", "MIT", "--out", tmp_path / "maths.bundle")
+    manifest = open_bundle(tmp_path / "maths.bundle", None, allow_unknown_signer=True).manifest
+    assert manifest.recipe["healed"] == healed.record["healed"]
+    works("mix", "build", pico_anchor_dir, tmp_path / "maths.bundle", "--trust-any-signer", "-o",
+          tmp_path / "m")
+
+
 def test_by_width_it_has_the_columns_the_owners_text_uses(works, trained, pico_anchor, pico_sets,
                                                           pico_anchor_dir, pico_set_dirs, tmp_path):
     works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--width", "10",
@@ -205,6 +235,9 @@ def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_a
             ((*good, "--rank", "2", "--curve", "--data", maths), ["in one way"]),
             ((*good, "--width", "3"), ["add --data"]),
             ((*good, "--curve"), ["add --data"]),
+            ((*good, "--rank", "3", "--heal", "2"), ["--heal 2 trains", "--data"]),
+            ((*good, "--curve", "--data", maths, "--heal", "2"), ["no --curve"]),
+            ((*good, "--rank", "3", "--half"), ["--half goes with --heal"]),
             ((*good, "--width", "3", "--data", maths, "--delta-rank", "2"), ["goes with --rank"]),
             ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
             ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),

@@ -104,6 +104,8 @@ def test_a_batch_never_holds_more_than_its_tokens_unless_one_window_does(house, 
     sizes = []
 
     class Spy(torch.nn.Module):
+        device = torch.device("cpu")
+
         def forward(self, ids, active, routing):
             sizes.append(ids.shape)
             return torch.zeros(*ids.shape, 300)

@@ -112,7 +112,8 @@ def make_results(seeds: int = 1, owners: tuple[str, ...] = OWNERS, has_ablations
     results: dict[str, Any] = {
         "recipe": {
             "seeds": [0, 1, 2], "owners": list(owners), "vocab_size": 4096, "seq_len": 512,
-            "heldout_bytes": 40_000, "heldout_mixed": 48, "low_rank_learning_rate": 0.012,
+            "heldout_bytes": 40_000, "heldout_mixed": 48,
+            "low_rank": {"train": {"steps": 40, "batch_size": 4, "seq_len": 512}},
             "anchor": {"model": {"d_model": 192, "num_layers": 4, "num_heads": 3,
                                  "num_kv_heads": None, "d_ff": 512},
                        "train": {"steps": 800, "batch_size": 4, "seq_len": 512}},

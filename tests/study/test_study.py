@@ -1,6 +1,7 @@
 """A whole study, tiny and in one process: every kind of step runs and its numbers hang together."""
 
 import json
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from flexolmo.config import read_recipe
 from flexolmo.data.fetch import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.files import read_json, write_json
-from flexolmo.model.shape import count_parameters
+from flexolmo.model.shape import ExpertShape, expert_shapes
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record
 from flexolmo.study.page import write_page
@@ -31,7 +32,8 @@ RECIPE = StudyRecipe.model_validate({
     "anchor": {"model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48,
                          "max_seq_len": 512}, "train": BRIEF | {"steps": 4}},
     "train": BRIEF,
-    "low_rank": {"rank": 2, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}})
+    "low_rank": {"rank": 2, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2,
+                 "train": BRIEF}})
 
 
 def make_corpus(directory):
@@ -96,9 +98,12 @@ def test_every_method_has_its_figures(study):
 def test_a_shipped_recipes_small_expert_is_at_most_a_quarter_of_the_full_one(name):
     recipe = read_recipe(RECIPES / f"study_{name}.toml", StudyRecipe, ())
     config = ModelConfig(vocab_size=recipe.vocab_size, **recipe.anchor.model.model_dump())
-    low, full = (count_parameters(config, r.shape(config), r.router)
-                 for r in (recipe.low_rank, recipe.default))
-    assert recipe.low_rank.rank and not recipe.default.rank and low <= full / 4
+    ranks = recipe.low_rank.model_dump(exclude={"train", "has_half_deltas"})
+    low = ExpertShape(d_ff=config.d_ff, **ranks)
+    bytes_of = [sum(prod(size) * (2 if ".lora_" in n else 4) for n, size in expert_shapes(
+        config, shape, recipe.default.router).items())
+        for shape in (low, recipe.default.shape(config))]
+    assert recipe.low_rank.has_half_deltas and bytes_of[0] <= bytes_of[1] / 4
     assert recipe.seq_len <= config.max_seq_len and len(build_graph(recipe).scores)
 
 

@@ -11,8 +11,9 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.shape import shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.train.compress import (
+    Curvature,
     compress_rank,
-    measure_moments,
+    measure_curvature,
     prune_width,
     truncate,
     truncate_product,
@@ -57,7 +58,7 @@ def test_with_moments_it_is_the_closest_on_what_the_matrix_reads(out, inner, dat
     """The error over the inputs is that of the singular values of M X left out."""
     matrix, inputs = draw(seed, out, inner), draw(seed + 7, inner, 50) * draw(seed + 8, inner, 1)
     rank = data.draw(st.integers(1, min(out, inner)))
-    a, b = truncate(matrix, rank, inputs @ inputs.T / 50)
+    a, b = truncate(matrix, rank, Curvature(inputs @ inputs.T / 50))
     values = torch.linalg.svdvals(matrix @ inputs)
     least = values[rank:].square().sum().sqrt()
     error = ((matrix - b @ a) @ inputs).norm()
@@ -66,28 +67,68 @@ def test_with_moments_it_is_the_closest_on_what_the_matrix_reads(out, inner, dat
     assert error <= ((matrix - plain[1] @ plain[0]) @ inputs).norm() + 0.05 * values.norm()
 
 
-def test_moments_are_the_mean_outer_product_of_what_each_matrix_reads(wild, pico_sets):
-    pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0)}, ROUTER)
-    found = measure_moments(pair, "maths", pico_sets["maths"])
-    assert len(found) == 3 * wild.anchor.config.num_layers
-    for key, moment in found.items():
-        matrix = getattr(pair.mixtures()[0].expert("maths"), key.split(".")[2])
-        assert moment.shape == (matrix.in_features, matrix.in_features)
-        torch.testing.assert_close(moment, moment.T)
-        assert torch.linalg.eigvalsh(moment).min() > -1e-9
-    assert torch.equal(found["layers.0.gate_proj"], found["layers.0.up_proj"])
+@given(out=st.integers(2, 8), inner=st.integers(2, 8), data=st.data(), seed=st.integers(0, 99),
+       is_diagonal=st.booleans())
+@IN_SESSION
+def test_with_both_sides_known_no_matrix_of_that_rank_costs_less(out, inner, data, seed,
+                                                                 is_diagonal):
+    """The cost of the difference is that of the least singular values, and no other's is less."""
+    matrix, rank = draw(seed, out, inner), data.draw(st.integers(1, min(out, inner)))
+    inputs, outputs = draw(seed + 1, inner, 40), draw(seed + 2, out, 40)
+    A, G = inputs @ inputs.T, outputs @ outputs.T
+    G = torch.diag(G.diagonal()) if is_diagonal else G
+
+    def cost(other):
+        return float(torch.trace(G @ (matrix - other) @ A @ (matrix - other).T))
+
+    a, b = truncate(matrix, rank, Curvature(A, G.diagonal() if is_diagonal else G))
+    best = cost(b @ a)
+    roots = [torch.linalg.cholesky(m) for m in (G, A)]
+    least = torch.linalg.svdvals(roots[0].T @ matrix @ roots[1])[rank:].square().sum()
+    assert best == pytest.approx(float(least), rel=1e-6, abs=1e-6)
+    for other in (truncate(matrix, rank), truncate(matrix, rank, Curvature(A)),
+                  (a + 0.01 * draw(seed + 3, *a.shape), b)):
+        assert cost(other[1] @ other[0]) >= best - 1e-6
+    torch.testing.assert_close(a.square().sum(1), b.square().sum(0))
 
 
-def test_moments_are_taken_of_whole_matrices_only(wild, pico_sets):
-    sizes = {"attention_rank": 32, "embedding_rank": 32, "head_rank": 4}
-    pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0, **sizes)}, ROUTER)
-    found = measure_moments(pair, "maths", pico_sets["maths"])
-    assert found.keys() == {f"layers.{i}.{part}_proj" for i in range(2)
-                            for part in ("gate", "up", "down", "q", "k", "v", "o")}
+def test_curvature_is_what_a_small_change_costs(wild, pico_sets):
+    """Inputs and outputs against hand-made sums of x x^T and of gradients, layer by layer."""
+    expert, data = wild.expert(ROUTER, 0, **WHOLE), pico_sets["maths"]
+    pair = assemble_mixture(wild.anchor, {"maths": expert}, ROUTER)
+    found = measure_curvature(pair, "maths", data)
+    assert found.keys() == {n.removesuffix(".weight") for n in expert if n.endswith(".weight")}
+    batches = training_batches(data, "train", 1, 256, seed=0)
+    windows = [torch.from_numpy(batches.batch(i)) for i in range(min(64, batches.num_windows))]
+    head, head_input, count = torch.zeros(300), torch.zeros(32, 32), 0
+    for ids in windows:
+        logits, states = pair(ids[:, :-1])[0], pair.hidden(ids[:, :-1])[0]
+        wrong = logits.softmax(-1) - torch.nn.functional.one_hot(ids[0, 1:], 300)
+        head += wrong.square().sum(0)
+        head_input += states.T @ states
+        count += len(logits)
+    torch.testing.assert_close(found["lm_head"].outputs, (head / count).double(), rtol=1e-4,
+                               atol=1e-7)
+    torch.testing.assert_close(found["lm_head"].inputs, (head_input / count).double(), rtol=1e-4,
+                               atol=1e-5)
+    assert found["embed_tokens"].inputs is None
+    assert found["embed_tokens"].outputs.shape == (32, 32)
     for i in range(2):
-        q, k, v = (found[f"layers.{i}.{part}_proj"] for part in "qkv")
-        assert torch.equal(q, k) and torch.equal(q, v)
-        assert not torch.equal(q, found[f"layers.{i}.o_proj"])
+        q, k, v, o = (found[f"layers.{i}.{part}_proj"] for part in "qkvo")
+        assert torch.equal(q.inputs, k.inputs) and torch.equal(q.inputs, v.inputs)
+        assert not torch.equal(q.inputs, o.inputs) and v.outputs.shape == (16, 16)
+        gate, up = (found[f"layers.{i}.{part}_proj"] for part in ("gate", "up"))
+        assert torch.equal(gate.inputs, up.inputs) and gate.outputs.shape == (48, 48)
+    assert not any(p.grad is not None for p in pair.parameters())
+    assert not any(m._forward_hooks for m in pair.modules())
+
+
+def test_curvature_is_of_whole_matrices_only(wild, pico_sets):
+    sizes = {"attention_rank": 32, "embedding_rank": 2, "head_rank": 4}
+    pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0, **sizes)}, ROUTER)
+    assert measure_curvature(pair, "maths", pico_sets["maths"]).keys() == {
+        f"layers.{i}.{part}_proj" for i in range(2)
+        for part in ("gate", "up", "down", "q", "k", "v", "o")}
 
 
 @given(out=st.integers(1, 12), inner=st.integers(1, 12), seed=st.integers(0, 99))

@@ -9,6 +9,7 @@ D d_model, F d_ff.
 import datetime
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,24 +22,26 @@ from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.progress import progress
 from flexolmo.runtime import run_record
-from flexolmo.train.compress import compress_rank, measure_moments, prune_width
-from flexolmo.train.expert import Expert
+from flexolmo.train.compress import compress_rank, measure_curvature, prune_width
+from flexolmo.train.expert import Expert, ExpertRecipe, train_expert
+from flexolmo.train.loop import TrainSettings
 
 SPLIT = "validation"
+HEALING = TrainSettings(steps=40, optimizer="adamw", learning_rate=4e-4, warmup_steps=4)
 LADDER = (2, 4, 8, 16, 32, 64, 128)  # ranks that a curve tries, as far as they make sense
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)  # widths that it tries, of the expert's own
 
 
 def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
-                    delta_rank: int | None = None, width: int | None = None,
+                    delta_rank: int | Mapping[str, int] | None = None, width: int | None = None,
                     data: TokenSet | None = None) -> Expert:
     """The expert with its FFN at `rank`, or with the `width` columns that matter most to `data`.
 
-    With `data`, a whole FFN is cut to a rank by what it makes of that text (see
-    `train.compress.truncate`).
-    `delta_rank` cuts the deltas to attention, embedding and head too. The new expert's record says
-    under "compressed" what it was made of and how. Raises ConfigError for another anchor's
-    expert, or a size that this expert cannot have.
+    With `data`, whole matrices are cut to a rank by what the cut costs on that text (see
+    `train.compress.truncate`). `delta_rank` cuts attention, embedding and head too, all alike or
+    by name (see `compress_rank`). The new expert's record says under "compressed" what it was made
+    of and how. Raises ConfigError for another anchor's expert, or a size that this expert cannot
+    have.
     """
     if expert.anchor_digest != anchor.digest:
         raise ConfigError(f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; "
@@ -47,13 +50,14 @@ def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
         raise ConfigError(f"Found rank {rank} and width {width}; give one of them.")
     how: dict[str, Any]
     if rank is not None:
-        moments = None
+        curvature = None
         if data is not None and not expert.architecture["rank"]:
             pair = assemble_mixture(anchor, {expert.name: expert.tensors}, expert.router)
-            moments = measure_moments(pair, expert.name, data)
-        tensors = compress_rank(anchor, expert.tensors, rank, delta_rank, moments)
-        how = {"rank": rank, "delta_rank": delta_rank}
-        if moments is not None and data is not None:
+            curvature = measure_curvature(pair, expert.name, data)
+        tensors = compress_rank(anchor, expert.tensors, rank, delta_rank, curvature)
+        how = {"rank": rank, "delta_rank": dict(delta_rank) if isinstance(delta_rank, Mapping)
+               else delta_rank}
+        if curvature is not None and data is not None:
             how["data"] = data.digest
     else:
         if delta_rank is not None:
@@ -74,6 +78,32 @@ def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
     record = expert.record | {"compressed": [*expert.record.get("compressed", []), step]}
     return replace(expert, tensors=tensors, record=record,
                    architecture=architecture_of(anchor.config, shape))
+
+
+def heal_expert(anchor: Anchor, expert: Expert, data: TokenSet, steps: int, *,
+                has_half_deltas: bool = False, settings: TrainSettings | None = None,
+                run_dir: Path | None = None, num_threads: int | None = None) -> Expert:
+    """A compressed expert, trained on for `steps` as it is: what a cut broke is soon made good.
+
+    It reads the batches that training from the start would have read first, at a low rate. With
+    `has_half_deltas` its low-rank deltas are kept in bfloat16 afterwards. With `run_dir`, resumes
+    a run that was cut off there.
+    """
+    sizes = dict(expert.architecture)
+    settings = (settings or HEALING).model_copy(update={
+        "steps": steps, "warmup_steps": min(HEALING.warmup_steps, steps)})
+    recipe = ExpertRecipe(
+        seed=expert.record["seed"], router=expert.router, train=settings, rank=sizes["rank"],
+        width=None if sizes["rank"] else sizes["d_ff"], has_half_deltas=has_half_deltas,
+        scope="all" if sizes["attention_rank"] else "ffn+head" if sizes["head_rank"] else "ffn",
+        **{key: sizes[key] or None for key in ("attention_rank", "embedding_rank", "head_rank")})
+    healed = train_expert(anchor, data, expert.name, recipe, run_dir, num_threads,
+                          start={n: t.clone() for n, t in expert.tensors.items()})
+    record = expert.record | {
+        "tokens": expert.record["tokens"] + healed.record["tokens"],
+        "healed": [*expert.record.get("healed", []), {
+            k: healed.record[k] for k in ("config", "data", "tokens", "seconds")}]}
+    return replace(healed, record=record)
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:

@@ -116,8 +116,10 @@ def _opening(results: Results) -> Iterator[str]:
         said.append(f"Every expert, ours or a rival's, is trained on {_tokens(train)} tokens of "
                     "its owner's text, in the same number of steps; unrestricted training has as "
                     "many tokens as all owners together (2x), or half of them (1x).")
-        said.append(f"AdamW's rate is {recipe['low_rank_learning_rate']:g} for our small experts "
-                    f"and {train['learning_rate']:g} for all others.")
+        if healing := (recipe.get("low_rank") or {}).get("train"):
+            said.append("Our small experts are the full ones cut to low rank and then trained for "
+                        f"{healing['steps']} steps on the first {_tokens(healing)} of these tokens "
+                        "again.")
     if recipe.get("heldout_bytes"):
         said.append(f"All read the same text: {recipe['heldout_bytes']:,} bytes held out of "
                     f"every set, and {recipe['heldout_mixed']:,} mixed documents of "

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexolmo.evaluation.compression import HEALING
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.study import reading, scoring, text, training  # noqa: F401  (kinds of steps)
@@ -15,6 +16,19 @@ from flexolmo.study.step import Step
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
+
+
+class LowRankRecipe(BaseModel):
+    """Our small experts: full ones cut to ranks, then trained on for a little."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: int = Field(44, ge=1, description="of the FFN's deltas")
+    attention_rank: int = Field(52, ge=1, description="of attention's")
+    embedding_rank: int = Field(40, ge=1, description="of the embedding's")
+    head_rank: int = Field(80, ge=1, description="of the output head's")
+    has_half_deltas: bool = Field(True, description="keep them in bfloat16")
+    train: TrainSettings = Field(HEALING, description="after the cut")
 
 
 class StudyRecipe(BaseModel):
@@ -39,10 +53,7 @@ class StudyRecipe(BaseModel):
     train: TrainSettings = Field(TrainSettings(steps=160, batch_size=4, seq_len=512),
                                  description="of one owner's model, ours or a rival's")
     default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
-    low_rank: ExpertRecipe = Field(ExpertRecipe(rank=32, attention_rank=16, embedding_rank=24,
-                                                head_rank=24), description="our small expert")
-    low_rank_learning_rate: float = Field(0.012, gt=0, description="AdamW's rate for our small "
-                                          "experts; all others' is in train")
+    low_rank: LowRankRecipe = LowRankRecipe()
     top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")
     tuning_steps: int = Field(60, ge=1, description="of the paper's joint router tuning")
     proxy_tokens: int = Field(40_000, ge=100, description="public tokens in an owner's proxy")
@@ -106,10 +117,7 @@ class _Seed:
     def experts(self, label: str, recipe: ExpertRecipe, rows: str | None = None
                 ) -> dict[str, Step]:
         """One expert for each owner."""
-        train = self.recipe.train
-        if recipe.rank:
-            train = train.model_copy(update={"learning_rate": self.recipe.low_rank_learning_rate})
-        ours = recipe.model_copy(update={"train": train})
+        ours = recipe.model_copy(update={"train": self.recipe.train})
         unread = {"ffn": {"attention_rank", "embedding_rank", "head_rank"},
                   "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}[ours.scope]
         if not ours.has_half_deltas:
@@ -118,6 +126,13 @@ class _Seed:
                     "rows": rows}
         return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
                 for n in self.owners}
+
+    def compressed(self, experts: Mapping[str, Step]) -> dict[str, Step]:
+        """Full experts made small."""
+        low = self.recipe.low_rank.model_dump(mode="json")
+        settings = {key: low.pop(key) for key in ("rank", "has_half_deltas", "train")}
+        return {n: self.step(f"low-rank expert {n}", "compressed", {
+            "set": n, **settings, "delta_rank": low}, {"expert": e}) for n, e in experts.items()}
 
     def rerouted(self, label: str, experts: Mapping[str, Step], router: RouterSettings
                  ) -> dict[str, Step]:
@@ -145,7 +160,7 @@ class _Seed:
         r, k = self.recipe, self.recipe.top_k
         default = self.experts("expert", r.default)
         paper = self.experts("paper expert", PAPER)
-        low = self.experts("low-rank expert", r.low_rank)
+        low = self.compressed(default)
         dense = {f"dense.{n}": d for n, d in self.dense.items()}
         reads = {"dense.public": self.read("anchor", "anchor", {})}
         reads |= {f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})

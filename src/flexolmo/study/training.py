@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 from flexolmo.data.batches import TokenSet, open_set, training_batches
 from flexolmo.data.proxy import load_proxy, save_proxy, select_proxy
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.evaluation.compression import count_bytes
+from flexolmo.evaluation.compression import compress_expert, count_bytes, heal_expert
 from flexolmo.merge.calibrate import set_rows, solve_ridge, tune_router
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.hidden_statistics import HiddenSums, gather
@@ -83,6 +83,23 @@ def expert(step: StepContext) -> dict[str, Any]:
                         public=set_of(step, "public") if recipe.replay else None, start=start)
     save_expert(made, step.out / "expert")
     return {"tokens": made.record["tokens"], "bytes": count_bytes(made.tensors),
+            "architecture": made.architecture}
+
+
+@step_kind("compressed", version=1)
+def compressed(step: StepContext) -> dict[str, Any]:
+    """A full expert cut to ranks, then healed. Inputs: corpus, anchor, expert. Leaves expert/.
+
+    Settings: set, rank, delta_rank (by name), has_half_deltas, train (of the healing).
+    """
+    base, data = anchor_of(step), set_of(step, step.settings["set"])
+    small = compress_expert(base, load_expert(step.inputs["expert"] / "expert"), data=data,
+                            rank=step.settings["rank"], delta_rank=step.settings["delta_rank"])
+    train = TrainSettings.model_validate(step.settings["train"])
+    made = heal_expert(base, small, data, train.steps, settings=train, run_dir=step.out / "run",
+                       has_half_deltas=step.settings["has_half_deltas"], num_threads=1)
+    save_expert(made, step.out / "expert")
+    return {"tokens": train.tokens, "bytes": count_bytes(made.tensors),
             "architecture": made.architecture}
 
 

@@ -6,7 +6,8 @@ D d_model, W the new width, r rank.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -23,30 +24,64 @@ from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
 from flexolmo.model.transformer import FeedForward
 
 PRUNING_WINDOWS = 32
+CURVATURE_WINDOWS = 64
 LEAST_MOMENT = 1e-4  # of the mean one
 
 
-def truncate(matrix: Tensor, rank: int, moments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A [r,in] and B [out,r] with B A the closest matrix of that rank (Eckart-Young).
+@dataclass(frozen=True)
+class Curvature:
+    """What a change of one matrix does to the loss, in second moments over an owner's text.
 
-    With `moments`, the mean of x x^T [in,in] over what the matrix reads, the closest in what it
-    makes of that: E |(M - B A) x|^2 is least. The singular values are shared evenly between A and
-    B. Source: Eckart-Young; weighing by inputs as in SVD-LLM (arXiv 2403.07378).
+    To second order and if the two are independent, a change E of the matrix costs
+    trace(outputs E inputs E^T) / 2. None stands for the identity. Source: K-FAC (arXiv
+    1503.05671).
     """
-    if not 1 <= rank <= min(matrix.shape):
-        raise ConfigError(f"Rank {rank} is not between 1 and {min(matrix.shape)}, the smaller side "
-                          f"of a {matrix.shape[0]} x {matrix.shape[1]} matrix.")
-    whole, back = matrix.double(), None
-    if moments is not None:
-        values, vectors = torch.linalg.eigh(moments.double())
-        values = values.clamp(min=LEAST_MOMENT * float(values.mean()))  # or it has no inverse
-        whole = whole @ (vectors * values.sqrt()) @ vectors.T
-        back = (vectors * values.rsqrt()) @ vectors.T
-    u, s, v = torch.linalg.svd(whole, full_matrices=False)
-    root = s[:rank].sqrt()
-    a = root[:, None] * v[:rank]
-    return ((a if back is None else a @ back).to(matrix.dtype).contiguous(),
-            (u[:, :rank] * root).to(matrix.dtype).contiguous())
+
+    inputs: Tensor | None = None  # [in,in] of what it reads
+    outputs: Tensor | None = None  # of the loss's gradient by what it makes: [out,out], or [out]
+
+
+def truncate(matrix: Tensor, rank: int, curvature: Curvature | None = None
+             ) -> tuple[Tensor, Tensor]:
+    """A [r,in] and B [out,r] with B A the matrix of that rank that is closest, or costs least.
+
+    Without `curvature` the closest (Eckart-Young), with it the one whose difference costs the loss
+    least. Each of the r directions is shared evenly between A and B. Source: weighing by inputs as
+    in SVD-LLM (arXiv 2403.07378); by both sides ours.
+    """
+    _check_rank(rank, matrix.shape)
+    curvature = curvature or Curvature()
+    (read, unread), (made, unmade) = _root(curvature.inputs), _root(curvature.outputs)
+    u, s, v = torch.linalg.svd(made(read(matrix.double().T).T), full_matrices=False)
+    a = unread((s[:rank, None] * v[:rank]).T).T
+    b = unmade(u[:, :rank])
+    balance = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-300)).sqrt()
+    return ((balance[:, None] * a).to(matrix.dtype).contiguous(),
+            (b / balance.clamp(min=1e-300)).to(matrix.dtype).contiguous())
+
+
+def _check_rank(rank: int, shape: Sequence[int]) -> None:
+    if not 1 <= rank <= min(shape):
+        raise ConfigError(f"Rank {rank} is not between 1 and {min(shape)}, the smaller side of a "
+                          f"{shape[0]} x {shape[1]} matrix.")
+
+
+def _root(moments: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Products with the symmetric root of `moments` and with its inverse, for [n,.] tensors."""
+    if moments is None:
+        return (lambda x: x), (lambda x: x)
+    values, vectors = moments.double(), None
+    if moments.dim() == 2:
+        values, vectors = torch.linalg.eigh(values)
+    least = LEAST_MOMENT * float(values.mean())  # or it has no inverse
+    root = values.clamp(min=least or 1.0).sqrt()[:, None]
+
+    def times(factor: Tensor) -> Callable[[Tensor], Tensor]:
+        def product(x: Tensor) -> Tensor:
+            return factor * x if vectors is None else vectors @ (factor * (vectors.T @ x))
+        return product
+
+    return times(root), times(1 / root)
 
 
 def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -67,80 +102,109 @@ def _widen(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
-                  delta_rank: int | None = None, moments: Mapping[str, Tensor] | None = None
-                  ) -> dict[str, Tensor]:
+                  delta_ranks: int | Mapping[str, int] | None = None,
+                  curvature: Mapping[str, Curvature] | None = None) -> dict[str, Tensor]:
     """The expert with its FFN as a delta of `rank` to the anchor's.
 
-    What it changes in attention, embedding and head is cut to `delta_rank` (none: left as it is).
-    `moments` of the matrices' inputs, as `measure_moments` gives them, make it the better cut.
+    What it changes in attention, embedding and head is cut to `delta_ranks`: one number, or by
+    `attention_rank`, `embedding_rank`, `head_rank`; what is not named is left as it is.
+    `curvature`, as `measure_curvature` gives it, makes the better cut.
     Raises ConfigError if the FFN is not of the anchor's width, or of that rank or less already.
     """
-    if rank < 1 or (delta_rank is not None and delta_rank < 1):
-        raise ConfigError(f"Found rank {rank if rank < 1 else delta_rank}; ranks are 1 or more.")
-    found = dict(tensors)
+    groups = {"embedding_rank": ["embed_tokens"], "head_rank": ["lm_head"],
+              "attention_rank": [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
+                                 for part in ATTENTION_PARTS]}
+    if not isinstance(delta_ranks, Mapping):
+        delta_ranks = {} if delta_ranks is None else dict.fromkeys(groups, delta_ranks)
+    if (least := min(rank, *delta_ranks.values(), rank)) < 1:
+        raise ConfigError(f"Found rank {least}; ranks are 1 or more.")
+    found, curvature = dict(tensors), curvature or {}
+
+    def cut(name: str, rank: int) -> None:
+        base = cast(Tensor, anchor_matrix(anchor, name)).cpu()
+        difference, known = found.pop(f"{name}.weight") - base, curvature.get(name)
+        if name == "embed_tokens":  # a row is what it makes of a token
+            b, a = truncate(difference.T, min(rank, *base.shape), known)
+            a, b = a.T, b.T
+        else:
+            a, b = truncate(difference, min(rank, *base.shape), known)
+        found[f"{name}.lora_a"], found[f"{name}.lora_b"] = _widen(a, b, rank)
+
+    def cut_again(name: str, rank: int) -> None:
+        found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"], rank)
+
     for i, block in enumerate(anchor.model.layers):
         for part in FFN_PARTS:
-            name, base = f"layers.{i}.{part}", getattr(block.mlp, part).weight
-            whole = found.pop(f"{name}.weight", None)
-            if whole is None:
-                a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
-                if len(a) <= rank:
-                    raise ConfigError(f"The expert's FFN is a delta of rank {len(a)} already: "
-                                      f"give a rank below that, not {rank}.")
-                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(a, b, rank)
-            elif whole.shape == base.shape:
-                found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate(
-                    whole - base.cpu(), rank, None if moments is None else moments[name])
-            else:
+            name, shape = f"layers.{i}.{part}", getattr(block.mlp, part).weight.shape
+            whole = found.get(f"{name}.weight")
+            if whole is not None and whole.shape != shape:
                 raise ConfigError(f"The expert's FFN is {list(whole.shape)} in {name}, the "
-                                  f"anchor's {list(base.shape)}: only an FFN of the anchor's "
+                                  f"anchor's {list(shape)}: only an FFN of the anchor's "
                                   "width has a difference to cut. Give a width, not a rank.")
-    if delta_rank is None:
-        return found
-    others = [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
-              for part in ATTENTION_PARTS] + ["embed_tokens", "lm_head"]
-    for name in others:
-        whole, base = found.get(f"{name}.weight"), anchor_matrix(anchor, name)
-        if whole is not None and base is not None and delta_rank < anchor.config.d_model:
-            del found[f"{name}.weight"]
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = _widen(*truncate(
-                whole - base.cpu(), min(delta_rank, *whole.shape), (moments or {}).get(name)),
-                delta_rank)
-        elif len(found.get(f"{name}.lora_a", ())) > delta_rank:
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
-                found[f"{name}.lora_a"], found[f"{name}.lora_b"], delta_rank)
+            if whole is not None:
+                _check_rank(rank, shape)
+                cut(name, rank)
+            elif (old := len(found[f"{name}.lora_a"])) <= rank:
+                raise ConfigError(f"The expert's FFN is a delta of rank {old} already: "
+                                  f"give a rank below that, not {rank}.")
+            else:
+                cut_again(name, rank)
+    for group, delta_rank in delta_ranks.items():
+        for name in groups[group]:
+            if f"{name}.weight" in found and delta_rank < anchor.config.d_model:
+                cut(name, delta_rank)
+            elif len(found.get(f"{name}.lora_a", ())) > delta_rank:
+                cut_again(name, delta_rank)
     return found
 
 
-def measure_moments(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, Tensor]:
-    """Mean of x x^T, float64 [in,in], over what each whole matrix of an expert reads of its owner's
-    training text, but for the embedding, which reads none; keys as `layers.0.gate_proj`."""
-    sums: dict[str, Tensor] = {}
-    hooks, count = [], 0
+def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, Curvature]:
+    """The curvature of each whole matrix of an expert, float64, on its owner's training text.
 
-    def watch(key: str) -> Callable[..., None]:
-        def note(_module: Any, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach().cpu().flatten(0, -2).double()
-            sums[key] = sums.get(key, torch.zeros(x.shape[1], x.shape[1]).double()) + x.T @ x
-        return note
-
+    Keys as `layers.0.gate_proj`. Of the embedding, which reads nothing, outputs alone; of the head
+    their diagonal.
+    """
+    own = expert_tensors(pair, name)
     readers: dict[str, nn.Module] = {"lm_head": pair.lm_head}
     for i, (block, mixture) in enumerate(zip(pair.layers, pair.mixtures(), strict=True)):
         for room, parts in ((mixture.expert(name), FFN_PARTS), (block.self_attn, ATTENTION_PARTS)):
             readers |= {f"layers.{i}.{part}": getattr(room, part) for part in parts}
-    for key, module in readers.items():
-        if f"{key}.weight" in expert_tensors(pair, name):
-            hooks.append(module.register_forward_pre_hook(watch(key)))
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def add(sums: dict[str, Tensor], key: str, x: Tensor, is_diagonal: bool = False) -> None:
+        x = x.detach().cpu().flatten(0, -2).double()  # [N,.]
+        more = x.square().sum(0) if is_diagonal else x.T @ x
+        sums[key] = sums[key] + more if key in sums else more
+
+    def watch(key: str) -> Callable[..., None]:
+        def note(_module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
+            add(inputs, key, args[0])
+            out.register_hook(lambda grad: add(outputs, key, grad, key == "lm_head"))
+        return note
+
+    def watch_embedding(_module: Any, _args: Any, out: Tensor) -> Tensor:
+        out = out.detach().requires_grad_(True)  # all that follows has gradients, no matrix has
+        out.register_hook(lambda grad: add(outputs, "embed_tokens", grad))
+        return out
+
+    hooks = [module.register_forward_hook(watch(key)) for key, module in readers.items()
+             if f"{key}.weight" in own]
+    hooks.append(pair.embed_tokens.register_forward_hook(watch_embedding))
     seq_len = min(256, pair.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)
-    with torch.no_grad():
-        for step in range(min(PRUNING_WINDOWS, batches.num_windows)):
-            ids = np.ascontiguousarray(batches.batch(step)[:, :-1])
-            pair(torch.from_numpy(ids))
-            count += ids.size
+    count = 0
+    for step in range(min(CURVATURE_WINDOWS, batches.num_windows)):
+        ids = torch.from_numpy(batches.batch(step)).to(pair.device)
+        logits = pair(ids[:, :-1]).flatten(0, 1).float()
+        F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+        count += len(logits)
     for hook in hooks:
         hook.remove()
-    return {key: total / count for key, total in sums.items()}
+    keys = [k for k in (*readers, "embed_tokens") if f"{k}.weight" in own]
+    return {k: Curvature(inputs[k] / count if k in inputs else None, outputs[k] / count)
+            for k in keys}
 
 
 def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int

@@ -331,7 +331,7 @@ def pack_expert(expert: Expert, path: Path, private_key: Path, *, owner: str, li
         router_kind=expert.router.kind,
         router_settings=expert.router.model_dump(mode="json"),
         recipe=copy.deepcopy(expert.record["config"] | {
-            k: expert.record[k] for k in ("compressed",) if k in expert.record}),
+            k: expert.record[k] for k in ("compressed", "healed") if k in expert.record}),
         tokens_seen=expert.record["tokens"],
         data_card_digest=expert.data_card_digest,
         licence=licence,
