@@ -229,9 +229,16 @@ def _bare(change: float) -> str:
 def plot_methods(results: Results) -> Figure | None:
     """Gap closed against FLOPs per token, one point a method, for both kinds of text."""
     one = anchor_flops(results)
-    panels = [(said, {m: e for m, e in results[kind].items() if m != "own_pair"})
-              for kind, said in TABLES.items() if results.get(kind)]
+    panels = [(said, _distinct(results[kind])) for kind, said in TABLES.items()
+              if results.get(kind)]
     return _draw_methods(panels, one) if panels and not math.isnan(one) else None
+
+
+def _distinct(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Methods to draw: all but the own pair, and one that chose to be what another is once."""
+    twin, of = "soup_weighted_equal_flops", "soup_weighted"
+    hidden = {"own_pair"} | ({twin} if entries.get(twin) == entries.get(of) else set())
+    return {m: e for m, e in entries.items() if m not in hidden}
 
 
 @_styled
