@@ -34,7 +34,7 @@ _WHAT = {
     DEFAULT: "experts of whole matrices, FFN, attention, embedding and head; evidence "
              "router",
     "flexolmo_all_active": "no choice of active experts",
-    "low_rank": "every expert of low rank, all active",
+    "low_rank": "the same experts cut to low rank, all active",
     "flexolmo_paper": "FFN experts, linear router whose rows start from the anchor's hidden "
                       "states, nothing trained after merging",
     "flexolmo_joint_tuned": "router rows then tuned together on proxies",
@@ -62,7 +62,7 @@ _GROUPS = (("start", r"paper|default"), ("row initialisation", r".*\brows?\b.*")
 _WORK = {
     "corpus": "fetch, clean and tokenize the text", "windows": "cut the text that is read",
     "anchor": "train the anchor", "dense": "train a dense expert, for rivals",
-    "expert": "train an expert: our default, low rank, the paper's, ablations",
+    "expert": "train an expert: our default, the paper's, ablations",
     "read": "one model reads validation and held-out text",
     "read_weighted_soup": "a soup for every text, read", "unrestricted": "train on all data",
     "btx": "BTX's training on public text", "dume": "DUME's statistics and solution",
@@ -70,7 +70,8 @@ _WORK = {
     "samples": "a dense model writes text for the prompt classifier",
     "score": "all methods' numbers, from what the models said",
     "uncoordinated": "an expert that was not trained to coordinate",
-    "compressed": "cut an expert's rank", "ablation_score": "the ablations' numbers",
+    "compressed": "cut an expert to low rank and train it on a little",
+    "ablation_score": "the ablations' numbers",
 }
 
 
