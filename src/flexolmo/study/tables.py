@@ -257,7 +257,8 @@ def table_of_cost(results: Results) -> Iterator[str]:
 
     exact = {"anchor": one, "dense": one, "unrestricted": forward("unrestricted_1x"),
              "btx": forward("btx")}
-    at_most = {"expert": forward("own_pair"), "tuned": forward("flexolmo_joint_tuned")}
+    pair = 2 * one  # both run on every token while one learns
+    at_most = {"expert": pair, "compressed": pair, "tuned": forward("flexolmo_joint_tuned")}
 
     def spent(kind: str) -> str:
         flops = 3 * cost[kind]["tokens"] * (exact | at_most).get(kind, math.nan)
