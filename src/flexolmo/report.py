@@ -48,7 +48,7 @@ _WHY_OURS = (
     "how much likelier each token, after the one before it, is in the owner's text than in public "
     "text, in a filter that expects a text to change hands now and then. It takes no training, has "
     "one scale for all owners, and an owner's part depends on the anchor and that owner alone, so "
-    "switching off stays exact. Our experts also change attention, embedding and head a little, "
+    "switching off stays exact. Our experts also have attention, embedding and head of their own, "
     "which the paper's do not. The paper's form is an option.")
 
 
