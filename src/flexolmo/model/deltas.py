@@ -127,22 +127,27 @@ class _Deltas(nn.Module):
         """Whole matrices of the experts that have something to say, with their shares."""
         return [(s, m) for s, m in self._present(ctx) if isinstance(m, Linear)]
 
+    def rest(self, ctx: ForwardContext | None) -> Share | None:
+        """What whole matrices leave to the anchor's, exactly 1 where they are off; None: all."""
+        whole = self.whole(ctx)
+        if not whole:
+            return None
+        assert ctx is not None and ctx.weights is not None
+        rest = torch.ones_like(ctx.weights[..., :1])  # [B,T,1] float32
+        for name, place in self.places.items():
+            if ctx.shares[place] is not None and isinstance(self.of(name), Linear):
+                rest = rest - ctx.weights[..., place:place + 1]
+        # less is the rounding of weights that sum to 1
+        rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
+        rows = None if whole[0][0].rows is None else rest[..., 0].nonzero(as_tuple=True)
+        return Share(rest.to(whole[0][0].weight.dtype), None, rows)
+
     def _present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, Linear | LowRank]]:
         assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
         for name, place in self.places.items():
             share = ctx.shares[place]
             if share is not None:
                 yield share, self.of(name)
-
-
-def _rest(whole: Sequence[tuple[Share, nn.Module]]) -> Share:
-    """What whole matrices leave to the anchor's: 1 where they are off."""
-    weight = whole[0][0].weight
-    rest = 1 - sum((share.weight for share, _ in whole[1:]), start=weight)  # [B,T,1]
-    if whole[0][0].rows is None:
-        return Share(rest, None)
-    least = 4 * torch.finfo(rest.dtype).eps  # less is the rounding of weights that sum to 1
-    return Share(rest, None, (rest[..., 0] > least).nonzero(as_tuple=True))
 
 
 class DeltaLinear(Linear):
@@ -155,12 +160,11 @@ class DeltaLinear(Linear):
         self.deltas = _Deltas((base.out_features, base.in_features), ranks, names)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        if whole := self.deltas.whole(ctx):
-            rest = _rest(whole)
-            y = rest.weigh(F.linear(rest.pick(x), self.weight))
-        else:
+        if (rest := self.deltas.rest(ctx)) is None:
             y = F.linear(x, self.weight)
-        for share, own in whole:
+        else:
+            y = rest.weigh(F.linear(rest.pick(x), self.weight))
+        for share, own in self.deltas.whole(ctx):
             y = share.add(y, F.linear(share.pick(x), own.weight))
         for share, delta in self.deltas.low(ctx):
             y = share.add_delta(y, F.linear(share.pick(x), delta.lora_a), delta.lora_b)
@@ -168,9 +172,9 @@ class DeltaLinear(Linear):
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
         """As in `Linear`; sequences for which an expert is off get zeros of it."""
-        whole = self.deltas.whole(ctx)
-        found = [_rest(whole).weight * x if whole else x, self.weight]
-        for share, own in whole:
+        rest = self.deltas.rest(ctx)
+        found = [x if rest is None else rest.weight * x, self.weight]
+        for share, own in self.deltas.whole(ctx):
             found += [_where_on(share, share.weight * x), own.weight]
         for share, delta in self.deltas.low(ctx):
             found += [_where_on(share, share.weight * F.linear(x, delta.lora_a)), delta.lora_b]
@@ -193,12 +197,11 @@ class DeltaEmbedding(Embedding):
         self.deltas = _Deltas((base.num_embeddings, base.embedding_dim), ranks, names)
 
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        if whole := self.deltas.whole(ctx):
-            rest = _rest(whole)
-            x = rest.weigh(F.embedding(rest.pick(ids), self.weight))
-        else:
+        if (rest := self.deltas.rest(ctx)) is None:
             x = F.embedding(ids, self.weight)
-        for share, own in whole:
+        else:
+            x = rest.weigh(F.embedding(rest.pick(ids), self.weight))
+        for share, own in self.deltas.whole(ctx):
             x = share.add(x, F.embedding(share.pick(ids), own.weight))
         for share, delta in self.deltas.low(ctx):
             x = share.add_delta(x, F.embedding(share.pick(ids), delta.lora_b), delta.lora_a.T)

@@ -195,7 +195,7 @@ class MixtureModel(Transformer):
             if cache is not None:
                 cache.evidence = evidence
             ctx.weights = mixture_weights(logits, active, self.top_k,
-                                          self.router.settings.min_weight)
+                                          self.router.settings.min_weight, renormalise=True)
             ctx.shares = shares_of(ctx.weights, active, self.embed_tokens.weight.dtype,
                                    keep_all=self.training, is_sparse=self.is_sparse)
         if isinstance(self.settings, DiscriminantSettings):

@@ -325,10 +325,11 @@ def find_texts(ids: Tensor, is_token: Tensor | None, eos_token_id: int,
 
 
 def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | None,
-                    min_weight: float = 0.0) -> Tensor:
-    """Softmax over the enabled experts, then top-k without renormalisation: [B,T,E] float32.
+                    min_weight: float = 0.0, renormalise: bool = False) -> Tensor:
+    """Softmax over the enabled experts, then top-k: [B,T,E] float32.
 
-    A weight below `min_weight` becomes 0, unless it is the largest.
+    A weight below `min_weight` becomes 0, unless it is the largest. With `renormalise` what is left
+    sums to 1 again (ours); the paper leaves it.
 
     `logits` holds one [B,T] per expert; `active` is [B,E] or None for all. Sums run expert by
     expert, and ties go to the first name, so leaving an expert out and never having had it give
@@ -353,4 +354,10 @@ def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | No
     if min_weight > 0:
         largest = weights.amax(-1, keepdim=True).clamp(max=min_weight)
         weights = weights.where(weights >= largest, weights.new_zeros(()))
+    if renormalise:
+        kept = weights.unbind(-1)
+        total = kept[0]
+        for w in kept[1:]:
+            total = total + w
+        weights = torch.stack([w / total for w in kept], dim=-1)
     return weights

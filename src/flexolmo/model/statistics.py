@@ -24,6 +24,8 @@ class EvidenceSettings(BaseModel):
     is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
 
     kind: Literal["evidence"] = "evidence"
+    version: Literal[2] = Field(2, description="of the arithmetic from tables to weights; experts "
+                                "learnt under another are not for this one")
     switch_rate: float = Field(
         0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain")
     tempering: float = Field(

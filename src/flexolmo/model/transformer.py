@@ -88,7 +88,8 @@ class ForwardContext:
     def at_last_position(self) -> "ForwardContext":
         """The same for the last position alone."""
         shares = self.shares and [s and s.at_last_position() for s in self.shares]
-        return replace(self, shares=shares)
+        weights = None if self.weights is None else self.weights[:, -1:]
+        return replace(self, shares=shares, weights=weights)
 
 
 @dataclass

@@ -292,9 +292,9 @@ def _embedder(rows: str | None) -> dict[str, Step]:
     return {"embedder": Step("MiniLM", "embedder")} if rows == "minilm" else {}
 
 
-SOUP_PROMPTS = (16, 32, 64)  # tokens of a text that all models read before they are mixed
-SOUP_TEMPERATURES = (1.0, 8.0)  # of the posterior that weighs them
-DUME_SCALES = (10, 30)  # ridge targets are 0 and 1: a softmax of them would be nearly even
+SOUP_PROMPTS = (8, 16, 32, 64)  # tokens of a text that all models read before they are mixed
+SOUP_TEMPERATURES = (1.0, 8.0, 32.0)  # of the posterior that weighs them
+DUME_SCALES = (3, 10, 30)  # ridge targets are 0 and 1: a softmax of them would be nearly even
 REROUTED: dict[str, RouterSettings] = {
     "paper experts, evidence router": EvidenceSettings(),
     "paper experts, Gaussian discriminant": DiscriminantSettings(),

@@ -47,7 +47,7 @@ STRICT = {  # does taking an owner out take out all of its influence?
     "prompt_routing": True, "btx": False, "dume": True, "unrestricted_1x": False,
     "unrestricted_2x": False,
 }
-SWITCH_RATES = (0.001, 0.003, 0.01)  # for BTM on text that changes domain
+SWITCH_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)  # for BTM on text that changes domain
 
 
 class _Study:
@@ -83,7 +83,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=2)
+@step_kind("score", version=3)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
