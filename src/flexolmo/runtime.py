@@ -28,6 +28,8 @@ def choose_device(name: str) -> torch.device:
     """The device that `name` ("cpu", "cuda", "cuda:1") says; ConfigError if it is not there."""
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError("it is neither cpu nor cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"Device {name!r} cannot be used here: {str(e).splitlines()[0]}. Use cpu"

@@ -143,7 +143,8 @@ def test_healed_it_says_less_wrong_and_has_half_the_bytes(
                                pico_sets["maths"], "train", max_bytes=4000).bits
             for e in (cut, healed)]
     assert bits[1] < bits[0]
-    again = 12 * 8 * 256
+    again = 12 * 4 * 32  # of the batches that it was trained with
+    assert healed.data_card_digest == cut.data_card_digest
     assert healed.record["tokens"] == cut.record["tokens"] + again
     assert healed.record["healed"][0]["tokens"] == again
     works("expert", "pack", tmp_path / "healed", "--key", owner_keys["Ann"], "--owner", "Ann",
@@ -225,7 +226,7 @@ def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico
 
 def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_anchor_dir, house,
                                                             pico_set_dirs, tmp_path):
-    maths, out = pico_set_dirs["maths"], tmp_path / "out"
+    maths, public, out = pico_set_dirs["maths"], pico_set_dirs["public"], tmp_path / "out"
     (tmp_path / "taken").mkdir()
     shutil.copy(trained["whole"] / "expert.json", tmp_path / "taken")
     good = (trained["whole"], "--anchor", pico_anchor_dir)
@@ -238,6 +239,7 @@ def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_a
             ((*good, "--rank", "3", "--heal", "2"), ["--heal 2 trains", "--data"]),
             ((*good, "--curve", "--data", maths, "--heal", "2"), ["no --curve"]),
             ((*good, "--rank", "3", "--half"), ["--half goes with --heal"]),
+            ((*good, "--width", "9", "--heal", "1", "--data", public), ["Heal it on the text"]),
             ((*good, "--width", "3", "--data", maths, "--delta-rank", "2"), ["goes with --rank"]),
             ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
             ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),

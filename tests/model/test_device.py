@@ -27,6 +27,6 @@ def test_ids_may_be_anywhere(router):
 
 def test_a_device_that_is_not_there_is_said_so():
     assert choose_device("cpu").type == "cpu"
-    for name in ("cuda:999", "tpu-pod", ""):
+    for name in ("cuda:999", "meta", "tpu-pod", ""):
         with pytest.raises(ConfigError, match=r"cannot be used here.*Use cpu"):
             choose_device(name)

@@ -22,7 +22,7 @@ from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.progress import progress
 from flexolmo.runtime import run_record
-from flexolmo.train.compress import compress_rank, measure_curvature, prune_width
+from flexolmo.train.compress import Curvature, compress_rank, measure_curvature, prune_width
 from flexolmo.train.expert import Expert, ExpertRecipe, train_expert
 from flexolmo.train.loop import TrainSettings
 
@@ -34,26 +34,24 @@ FRACTIONS = (0.125, 0.25, 0.5, 0.75)  # widths that it tries, of the expert's ow
 
 def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
                     delta_rank: int | Mapping[str, int] | None = None, width: int | None = None,
-                    data: TokenSet | None = None) -> Expert:
+                    data: TokenSet | None = None,
+                    curvature: Mapping[str, Curvature] | None = None) -> Expert:
     """The expert with its FFN at `rank`, or with the `width` columns that matter most to `data`.
 
     With `data`, whole matrices are cut to a rank by what the cut costs on that text (see
-    `train.compress.truncate`). `delta_rank` cuts attention, embedding and head too, all alike or
-    by name (see `compress_rank`). The new expert's record says under "compressed" what it was made
-    of and how. Raises ConfigError for another anchor's expert, or a size that this expert cannot
-    have.
+    `train.compress.truncate`), measured here or given as `curvature`. `delta_rank` cuts attention,
+    embedding and head too, all alike or by name (see `compress_rank`). The new expert's record says
+    under "compressed" what it was made of and how. Raises ConfigError for another anchor's expert,
+    or a size that this expert cannot have.
     """
-    if expert.anchor_digest != anchor.digest:
-        raise ConfigError(f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; "
-                          f"this anchor is {anchor.digest}. Give the anchor of its training.")
+    _refuse_other_anchor(anchor, expert)
     if (rank is None) == (width is None):
         raise ConfigError(f"Found rank {rank} and width {width}; give one of them.")
     how: dict[str, Any]
     if rank is not None:
-        curvature = None
-        if data is not None and not expert.architecture["rank"]:
-            pair = assemble_mixture(anchor, {expert.name: expert.tensors}, expert.router)
-            curvature = measure_curvature(pair, expert.name, data)
+        is_cut = delta_rank is not None or not expert.architecture["rank"]  # a whole matrix
+        if curvature is None and data is not None and is_cut:
+            curvature = _curvature_of(anchor, expert, data)
         tensors = compress_rank(anchor, expert.tensors, rank, delta_rank, curvature)
         how = {"rank": rank, "delta_rank": dict(delta_rank) if isinstance(delta_rank, Mapping)
                else delta_rank}
@@ -80,18 +78,41 @@ def compress_expert(anchor: Anchor, expert: Expert, *, rank: int | None = None,
                    architecture=architecture_of(anchor.config, shape))
 
 
+def _refuse_other_anchor(anchor: Anchor, expert: Expert) -> None:
+    if expert.anchor_digest != anchor.digest:
+        raise ConfigError(f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; "
+                          f"this anchor is {anchor.digest}. Give the anchor of its training.")
+
+
+def _curvature_of(anchor: Anchor, expert: Expert, data: TokenSet) -> dict[str, Curvature]:
+    pair = assemble_mixture(anchor, {expert.name: expert.tensors}, expert.router)
+    return measure_curvature(pair, expert.name, data)
+
+
 def heal_expert(anchor: Anchor, expert: Expert, data: TokenSet, steps: int, *,
                 has_half_deltas: bool = False, settings: TrainSettings | None = None,
                 run_dir: Path | None = None, num_threads: int | None = None) -> Expert:
     """A compressed expert, trained on for `steps` as it is: what a cut broke is soon made good.
 
-    It reads the batches that training from the start would have read first, at a low rate. With
+    It reads the batches that its training read first, again, at a low rate. With
     `has_half_deltas` its low-rank deltas are kept in bfloat16 afterwards. With `run_dir`, resumes
-    a run that was cut off there.
+    a run that was cut off there. Raises ConfigError for another anchor or another set than it was
+    trained on, or if it has no low-rank delta to keep.
     """
+    _refuse_other_anchor(anchor, expert)
+    if data.digest != expert.data_card_digest:
+        raise ConfigError(f"Expert {expert.name} was trained on a set with digest "
+                          f"{expert.data_card_digest}; {data.directory} has {data.digest}. Heal it "
+                          "on the text of its training.")
     sizes = dict(expert.architecture)
-    settings = (settings or HEALING).model_copy(update={
-        "steps": steps, "warmup_steps": min(HEALING.warmup_steps, steps)})
+    if has_half_deltas and not any(".lora_" in n for n in expert.tensors):
+        raise ConfigError(f"Expert {expert.name} has no low-rank delta to keep in bfloat16. Cut it "
+                          "to a rank, or leave that out.")
+    trained = expert.record["config"]["train"]
+    settings = settings or HEALING.model_copy(
+        update={k: trained[k] for k in ("batch_size", "seq_len")})
+    settings = settings.model_copy(update={
+        "steps": steps, "warmup_steps": min(settings.warmup_steps, steps)})
     recipe = ExpertRecipe(
         seed=expert.record["seed"], router=expert.router, train=settings, rank=sizes["rank"],
         width=None if sizes["rank"] else sizes["d_ff"], has_half_deltas=has_half_deltas,
@@ -103,7 +124,7 @@ def heal_expert(anchor: Anchor, expert: Expert, data: TokenSet, steps: int, *,
         "tokens": expert.record["tokens"] + healed.record["tokens"],
         "healed": [*expert.record.get("healed", []), {
             k: healed.record[k] for k in ("config", "data", "tokens", "seconds")}]}
-    return replace(healed, record=record)
+    return replace(expert, tensors=healed.tensors, record=record)
 
 
 def count_bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -131,9 +152,11 @@ def measure_curve(anchor: Anchor, expert: Expert, data: TokenSet, *,
             return read_windows(model, windows, meter=meter).bits_per_byte
 
         bits = {"anchor": bits_of(None), "whole": bits_of(expert)}
+        curvature = _curvature_of(anchor, expert, data)
         for series, sizes in plans:
             meter.note = ", ".join(f"{k} {v}" for k, v in sizes.items())
-            small = compress_expert(anchor, expert, **sizes, data=data)
+            small = compress_expert(anchor, expert, **sizes, data=data,
+                                    curvature=curvature if "rank" in sizes else None)
             points.append({"series": series, **sizes, "bytes": count_bytes(small.tensors),
                            "bits_per_byte": bits_of(small)})
     config = {"split": SPLIT, "seq_len": seq_len, "max_bytes": max_bytes}
