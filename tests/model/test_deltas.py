@@ -207,6 +207,23 @@ def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed,
         assert g.abs().max() > 0, name
 
 
+@pytest.mark.parametrize("top_k", [None, 1, 2])
+def test_nothing_of_the_anchor_runs_where_whole_experts_have_all_the_weight(wild, top_k):
+    """Else the FLOPs of `evaluation.cost` would be too few."""
+    experts = {n: wild.expert(ROUTER, i, attention_rank=D, embedding_rank=D, head_rank=D)
+               for i, n in enumerate(OWNERS)}
+    model = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k)
+    model.is_sparse = True
+    ctx = model._context(wild.ids(4, 40), None, None, None)
+    public = ctx.weights[..., 0] > 0
+    assert 0 < public.sum() < public.numel()
+    torch.testing.assert_close(ctx.weights.sum(-1), torch.ones(4, 40))
+    for module in (model.embed_tokens, model.lm_head, model.layers[1].self_attn.q_proj):
+        rest = module.deltas.rest(ctx)
+        assert torch.equal(torch.stack(rest.rows, -1), public.nonzero())
+        torch.testing.assert_close(rest.weight[..., 0], ctx.weights[..., 0])
+
+
 @pytest.mark.parametrize("part", ["head", "embedding"])
 def test_a_delta_of_the_loss_is_learnt_by_descent(wild, part):
     """From B = 0, where A has no gradient yet: one step along it lowers the loss."""

@@ -194,7 +194,7 @@ class _Seed:
         costs = {f"cost.default.{n}": e for n, e in default.items()}
         costs |= {f"cost.low.{n}": e for n, e in low.items()}
         return Step(f"seed {self.seed}: score", "score",
-                    {"owners": self.owners, "top_k": k, "seq_len": r.seq_len,
+                    {"owners": self.owners, "top_k": k,
                      "dume_scales": list(DUME_SCALES), "soup_prompts": list(SOUP_PROMPTS),
                      "soup_temperatures": list(SOUP_TEMPERATURES),
                      "train": r.train.model_dump(mode="json")},

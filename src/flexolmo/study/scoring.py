@@ -3,6 +3,7 @@
 Needs no model: everything is in the readings. See score.py for the arithmetic.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -83,7 +84,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=3)
+@step_kind("score", version=4)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
@@ -124,8 +125,9 @@ def score(step: StepContext) -> dict[str, Any]:
     chosen["btm_switching"] = {"temperature": warmth, "switch_rate": rate}
     rows["btm_switching"] = btm(heldout, warmth, switch_rate=rate)
     budget = flops["flexolmo_default"] / one
-    for name, limit in (("soup_weighted", None), ("soup_weighted_equal_flops", budget)):
-        rows[name], flops[name], chosen[name] = _weighted_soup(step, study, one, limit)
+    for name, limit in (("soup_weighted", math.inf), ("soup_weighted_equal_flops", budget)):
+        if found := _weighted_soup(step, study, one, limit):
+            rows[name], flops[name], chosen[name] = found
     warmth, members = choose(
         list(product(TEMPERATURES, range(1, int(budget) + 1))),
         lambda o: btm_equal_flops(validation, o[0], o[1], budget)[0], study.measure)
@@ -203,19 +205,20 @@ def _kept(study: _Study, family: str, merged: Rows) -> dict[str, Any]:
             "public_change": total(merged[PUBLIC]) / total(public[PUBLIC]) - 1}
 
 
-def _weighted_soup(step: StepContext, study: _Study, one: float, budget: float | None
-                   ) -> tuple[Rows, float, dict[str, Any]]:
-    """Rows, FLOPs a token and choice of the weighted soup, within `budget` dense models a token."""
+def _weighted_soup(step: StepContext, study: _Study, one: float, budget: float
+                   ) -> tuple[Rows, float, dict[str, Any]] | None:
+    """Rows, FLOPs a token and choice of the weighted soup, within `budget` dense models a token;
+    None if even the shortest start costs more."""
     models = len(study.owners) + 1
+    lengths = [len(ids) - 1 for rows in study.text["heldout"].values() for ids, _ in rows]
 
     def cost(prompt: int) -> float:  # one soup reads all; but it, every model reads the start
-        return 1 + prompt / step.settings["seq_len"] * models
+        return 1 + models * sum(min(prompt, n) for n in lengths) / sum(lengths)
 
     options = [(p, t) for p, t in product(step.settings["soup_prompts"],
-                                          step.settings["soup_temperatures"])
-               if budget is None or cost(p) <= budget]
-    options = options or [(min(step.settings["soup_prompts"]), t)
-                          for t in step.settings["soup_temperatures"]]
+                                          step.settings["soup_temperatures"]) if cost(p) <= budget]
+    if not options:
+        return None
     prompt, warmth = choose(options, lambda o: study.read(f"soup_weighted.{o[0]}.{o[1]}",
                                                           "validation"), study.measure)
     return (study.read(f"soup_weighted.{prompt}.{warmth}"), one * cost(prompt),
