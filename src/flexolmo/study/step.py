@@ -227,7 +227,7 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
                and (path := file.relative_to(directory)).parts[0] not in _OURS}
     write_json(directory / "done.json", {
         "identity": about["identity"], "seconds": earlier + time.monotonic() - start,
-        "metrics": metrics, "run": run, "outputs": outputs})
+        "metrics": metrics, "run": run | {"device": device}, "outputs": outputs})
 
 
 @contextmanager

@@ -112,7 +112,9 @@ def train(
     last one the losses as `metrics.json`.
     """
     optimizers = build_optimizers(parameters, settings)
-    identity_digest = digest_bytes(canonical_json(dict(identity)))
+    device = next(iter(parameters.values())).device.type
+    identity_digest = digest_bytes(canonical_json(
+        {**identity, **({} if device == "cpu" else {"device": device})}))
     result = TrainResult(tokens=settings.tokens)
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
@@ -187,9 +189,8 @@ def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
                               "again.") from None
     if state["identity"] != identity_digest:
         raise CheckpointError(
-            f"{path} belongs to a run with another recipe, seed, anchor, data or number "
-            "of threads. Give this run "
-            "a directory of its own, or remove the old one.")
+            f"{path} belongs to a run with another recipe, seed, anchor, data, device or number "
+            "of threads. Give this run a directory of its own, or remove the old one.")
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(tensors.pop(f"parameter.{n}"))
