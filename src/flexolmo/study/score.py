@@ -23,7 +23,7 @@ PUBLIC = "public"
 MIXED = "mixed"
 Option = TypeVar("Option", bound=Hashable)
 Rows = dict[str, list[np.ndarray]]  # by set: log-probabilities in nats, float32 [T] a window
-TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
 PROMPTS = (8, 16, 32, 64)  # tokens
 
 

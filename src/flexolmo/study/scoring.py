@@ -84,7 +84,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=4)
+@step_kind("score", version=5)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
