@@ -14,7 +14,6 @@ from flexolmo.study.score import (
     bits_per_byte,
     btm,
     btm_equal_flops,
-    choose,
     gap_closed,
     gap_closed_mixed,
     prompt_routing,
@@ -92,8 +91,3 @@ def test_prompt_routing_is_public_and_then_the_chosen_model(readings):
             start, rest = readings[PUBLIC][name][i][:5], readings["news"][name][i][5:]
             expected = np.concatenate([start, rest])
             assert np.allclose(rows[name][i], expected, atol=1e-6)
-
-
-def test_the_best_option_on_validation_is_chosen():
-    assert choose([1, 2, 3], lambda o: {"x": [np.array([-abs(o - 2.0)])]},
-                  lambda rows: float(rows["x"][0][0])) == 2

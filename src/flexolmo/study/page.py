@@ -170,14 +170,13 @@ def _how_to_read(results: Results) -> Iterator[str]:
     for chosen in over_seeds(results, "chosen_on_validation"):
         for method, values in chosen.items():
             found.setdefault(method, []).append(", ".join(
-                f"{escape(k.replace('_', ' '))} {v:g}" for k, v in values.items()
-                if k != "budget"))  # which is not chosen
+                f"{escape(k)} {v:g}" for k, v in values.items()))
     texts = list(_HOW_TO_READ)
     if found:
         listed = [f"{escape(word(m))}: {v[0] if len(set(v)) == 1 else ' / '.join(v)}"
                   for m, v in found.items()]
-        texts.append("**Chosen on validation text**, in every seed anew, by the mean of both "
-                     f"gaps closed there: {'; '.join(listed)}. For our methods and the others the "
+        texts.append("**Chosen on validation text**, in every seed anew and for each kind of "
+                     f"text by itself: {'; '.join(listed)}. For our methods and the others the "
                      "study chooses nothing; their settings are in the recipe, in results.json.")
     yield "## How to read the numbers"
     yield "\n".join(f"- {text}" for text in texts)

@@ -1,13 +1,12 @@
 """From log-probabilities to a study's numbers: every method on every set, per seed.
 
 NumPy only. What a method must choose (temperatures, prompt lengths) is chosen here, on the
-validation split, for each method by the same measure; the held-out split is only reported.
+validation split, for each kind of text by itself; the held-out split is only reported.
 
 E models, T positions.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -21,9 +20,8 @@ from flexolmo.merge.baselines import (
 
 PUBLIC = "public"
 MIXED = "mixed"
-Option = TypeVar("Option", bound=Hashable)
 Rows = dict[str, list[np.ndarray]]  # by set: log-probabilities in nats, float32 [T] a window
-TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 PROMPTS = (8, 16, 32, 64)  # tokens
 
 
@@ -82,13 +80,6 @@ def mix(readings: Mapping[str, Rows], weigh: Callable[[np.ndarray, str, int], np
             log_probs = stack(readings, names, name, i)
             found[name].append(mix_log_probs(log_probs, weigh(log_probs, name, i)))
     return found
-
-
-def choose(options: Iterable[Option], make: Callable[[Option], Rows],
-           measure: Callable[[Rows], float]) -> Option:
-    """The option whose validation rows measure best."""
-    scores = {option: measure(make(option)) for option in options}
-    return max(scores, key=lambda option: scores[option])
 
 
 def btm(readings: Mapping[str, Rows], temperature: float, top_k: int | None = None,

@@ -4,7 +4,7 @@ Needs no model: everything is in the readings. See score.py for the arithmetic.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -32,7 +32,6 @@ from flexolmo.study.score import (
     bits_per_byte,
     btm,
     btm_equal_flops,
-    choose,
     gap_closed,
     gap_closed_mixed,
     prompt_routing,
@@ -75,16 +74,33 @@ class _Study:
         dense, (names, sources) = self.dense[split], self.sources[split]
         return gap_closed_mixed(rows, dense[PUBLIC], dense, sources, names, self.owners)
 
-    def measure(self, rows: Rows) -> float:
-        """What is chosen by, on validation: the mean over both kinds of text."""
-        return mean(self.closed(rows, "validation")) + mean(self.closed_mixed(rows, "validation"))
+    def pick(self, names: Sequence[str], options: Iterable[tuple[float, ...]],
+             make: Callable[[tuple[float, ...], str], tuple[Rows, float]]
+             ) -> tuple[Rows, dict[str, float], dict[str, float]]:
+        """A rival that may choose, for each kind of text what did best on validation.
+
+        `make(option, split)` gives rows and FLOPs a token. Returns held-out rows, the FLOPs by
+        kind of text, and what was chosen, by `names` of an option's parts and kind.
+        """
+        kinds = {"gap_closed": self.closed, "mixed": self.closed_mixed}
+        tried = {option: make(option, "validation")[0] for option in options}
+        best = {}
+        for kind, of in kinds.items():
+            scores = {option: mean(of(rows, "validation")) for option, rows in tried.items()}
+            best[kind] = max(scores, key=scores.__getitem__)
+        held, mixed = (make(best[kind], "heldout") for kind in kinds)
+        said = {f"{name} ({said})": value
+                for kind, said in (("gap_closed", "held-out"), ("mixed", "mixed"))
+                for name, value in zip(names, best[kind], strict=True)}
+        return (held[0] | {MIXED: mixed[0][MIXED]}, {"gap_closed": held[1], "mixed": mixed[1]},
+                said)
 
 
 def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=5)
+@step_kind("score", version=6)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
@@ -103,47 +119,56 @@ def score(step: StepContext) -> dict[str, Any]:
                  "soup_mean"):
         rows[name] = study.read(name)
     each = frame_flops(config) + top_k * ffn_flops(config)
-    flops |= dict.fromkeys(("flexolmo_paper", "flexolmo_joint_tuned", "btx", "dume",
-                            "unrestricted_1x", "unrestricted_2x"), each)
+    flops |= dict.fromkeys(("flexolmo_paper", "flexolmo_joint_tuned", "btx", "unrestricted_1x",
+                            "unrestricted_2x"), each)
     for name, family in (("flexolmo_default", "default"), ("flexolmo_all_active", "default"),
                          ("low_rank", "low")):
         flops[name] = _measured_flops(step, name, config, shapes[family])
     flops["own_pair"] = float(np.mean([
         _measured_flops(step, f"pair.default.{n}", config, [shape], [n])
         for n, shape in zip(owners, shapes["default"], strict=True)]))
-    flops |= {"soup_mean": one, "prompt_routing": one, "btm": one * (1 + len(owners)),
-              "btm_switching": one * (1 + len(owners))}
+    flops["soup_mean"] = one
     rows["own_pair"] = {n: study.read(f"pair.default.{n}")[n] for n in owners}
 
     # rivals that choose on validation
-    validation, heldout = study.dense["validation"], study.dense["heldout"]
-    warmth = choose(TEMPERATURES, lambda t: btm(validation, t), study.measure)
-    chosen["btm"] = {"temperature": warmth}
-    rows["btm"] = btm(heldout, warmth)
-    warmth, rate = choose(list(product(TEMPERATURES, SWITCH_RATES)),
-                          lambda o: btm(validation, o[0], switch_rate=o[1]), study.measure)
-    chosen["btm_switching"] = {"temperature": warmth, "switch_rate": rate}
-    rows["btm_switching"] = btm(heldout, warmth, switch_rate=rate)
     budget = flops["flexolmo_default"] / one
+    all_read = one * (1 + len(owners))
+    by_kind: dict[str, dict[str, float]] = {}  # FLOPs of those whose choice decides them
+
+    def take(name: str, names: Sequence[str], options: Iterable[tuple[float, ...]],
+             make: Callable[[tuple[float, ...], str], tuple[Rows, float]]) -> None:
+        rows[name], by_kind[name], chosen[name] = study.pick(names, options, make)
+
+    take("btm", ["temperature"], product(TEMPERATURES),
+         lambda o, split: (btm(study.dense[split], o[0]), all_read))
+    take("btm_switching", ["temperature", "switch rate"], product(TEMPERATURES, SWITCH_RATES),
+         lambda o, split: (btm(study.dense[split], o[0], switch_rate=o[1]), all_read))
+
+    def within_budget(option: tuple[float, ...], split: str) -> tuple[Rows, float]:
+        found, models = btm_equal_flops(study.dense[split], option[0], int(option[1]), budget)
+        return found, models * one
+
+    take("btm_equal_flops", ["temperature", "top k"],
+         product(TEMPERATURES, range(1, int(budget) + 1)), within_budget)
+    take("dume", ["scale"], product(step.settings["dume_scales"]),
+         lambda o, split: (study.read(f"dume.{o[0]}", split), each))
+    cost = _soup_costs(step, study)
     for name, limit in (("soup_weighted", math.inf), ("soup_weighted_equal_flops", budget)):
-        if found := _weighted_soup(step, study, one, limit):
-            rows[name], flops[name], chosen[name] = found
-    warmth, members = choose(
-        list(product(TEMPERATURES, range(1, int(budget) + 1))),
-        lambda o: btm_equal_flops(validation, o[0], o[1], budget)[0], study.measure)
-    rows["btm_equal_flops"], models = btm_equal_flops(heldout, warmth, members, budget)
-    flops["btm_equal_flops"] = models * one
-    chosen["btm_equal_flops"] = {"top_k": members, "temperature": warmth, "budget": budget}
-    scale = choose(step.settings["dume_scales"],
-                   lambda s: study.read(f"dume.{s}", "validation"), study.measure)
-    chosen["dume"] = {"scale": scale}
-    rows["dume"] = study.read(f"dume.{scale}")
-    chosen["prompt_routing"], rows["prompt_routing"] = _prompt_routing(step, study)
+        if prompts := [p for p in cost if cost[p] <= limit]:
+            take(name, ["prompt tokens", "temperature"],
+                 product(prompts, step.settings["soup_temperatures"]),
+                 lambda o, split: (study.read(f"soup_weighted.{o[0]}.{o[1]}", split),
+                                   one * cost[o[0]]))
+    routed = _prompt_routing(step, study)
+    take("prompt_routing", ["prompt tokens"], product(PROMPTS),
+         lambda o, split: (routed(int(o[0]), split), one))
+    heldout = study.dense["heldout"]
 
     result: dict[str, Any] = {
-        "gap_closed": {n: _entry(study.closed(r), flops[n], STRICT[n]) for n, r in rows.items()},
-        "mixed": {n: _entry(study.closed_mixed(r), flops[n], STRICT[n])
-                  for n, r in rows.items() if MIXED in r},
+        kind: {n: _entry(of(r), by_kind[n][kind] if n in by_kind else flops[n], STRICT[n])
+               for n, r in rows.items() if kind == "gap_closed" or MIXED in r}
+        for kind, of in (("gap_closed", study.closed), ("mixed", study.closed_mixed))}
+    result |= {
         "bits_per_byte": {n: bits_per_byte(r, study.sizes) for n, r in rows.items()}
         | {f"dense {n}": bits_per_byte(r, study.sizes) for n, r in heldout.items()},
         "kept": {family: _kept(study, family, rows[name]) for family, name in (
@@ -205,28 +230,17 @@ def _kept(study: _Study, family: str, merged: Rows) -> dict[str, Any]:
             "public_change": total(merged[PUBLIC]) / total(public[PUBLIC]) - 1}
 
 
-def _weighted_soup(step: StepContext, study: _Study, one: float, budget: float
-                   ) -> tuple[Rows, float, dict[str, Any]] | None:
-    """Rows, FLOPs a token and choice of the weighted soup, within `budget` dense models a token;
-    None if even the shortest start costs more."""
-    models = len(study.owners) + 1
+def _soup_costs(step: StepContext, study: _Study) -> dict[float, float]:
+    """Dense models a token that a weighted soup runs, by the tokens of its prompt: one reads all,
+    but before it every model reads the start."""
     lengths = [len(ids) - 1 for rows in study.text["heldout"].values() for ids, _ in rows]
-
-    def cost(prompt: int) -> float:  # one soup reads all; but it, every model reads the start
-        return 1 + models * sum(min(prompt, n) for n in lengths) / sum(lengths)
-
-    options = [(p, t) for p, t in product(step.settings["soup_prompts"],
-                                          step.settings["soup_temperatures"]) if cost(p) <= budget]
-    if not options:
-        return None
-    prompt, warmth = choose(options, lambda o: study.read(f"soup_weighted.{o[0]}.{o[1]}",
-                                                          "validation"), study.measure)
-    return (study.read(f"soup_weighted.{prompt}.{warmth}"), one * cost(prompt),
-            {"prompt_tokens": prompt, "temperature": warmth})
+    return {p: 1 + (1 + len(study.owners)) * sum(min(p, n) for n in lengths) / sum(lengths)
+            for p in step.settings["soup_prompts"]}
 
 
-def _prompt_routing(step: StepContext, study: _Study) -> tuple[dict[str, Any], Rows]:
-    """A classifier fitted on what each dense model writes, applied to the start of each text."""
+def _prompt_routing(step: StepContext, study: _Study) -> Callable[[int, str], Rows]:
+    """Rows by prompt length and split: a classifier fitted on what each dense model writes, applied
+    to the start of each text."""
     tokenizer = load_tokenizer(step.inputs["corpus"] / "prepared" / PUBLIC)
     names = [PUBLIC, *study.owners]
     written = {}
@@ -245,8 +259,7 @@ def _prompt_routing(step: StepContext, study: _Study) -> tuple[dict[str, Any], R
             for n, rows in study.text[split].items()}
         return prompt_routing(study.dense[split], likely, prompt)
 
-    best = choose(PROMPTS, lambda p: routed(p, "validation"), study.measure)
-    return {"prompt_tokens": best}, routed(best, "heldout")
+    return routed
 
 
 @step_kind("ablation_score", version=1)
