@@ -103,8 +103,8 @@ def make_results(seeds: int = 1, owners: tuple[str, ...] = OWNERS, has_ablations
             "bytes": {"default": [9_307_324] * len(owners), "low": [2_292_700] * len(owners)},
             "low_rank_share_of_gain": {n: 0.97 + float(rng.normal(0, 0.01)) for n in owners},
             "chosen_on_validation": {
-                "btm": {"temperature": 8.0}, "dume": {"scale": 10},
-                "btm_equal_flops": {"top_k": 1, "temperature": 4.0, "budget": 1.9935897}},
+                "btm": {"temperature (held-out)": 8.0, "temperature (mixed)": 256.0},
+                "dume": {"scale (held-out)": 10}},
             "anchor_flops_per_token": ONE,
         }
 
@@ -282,9 +282,9 @@ def test_the_opening_says_what_was_run(whole: tuple[dict[str, Any], Path, str]) 
     opening = whole[2][:whole[2].index("## How")]
     for said in ("7 owners", "3.3 million parameters", "1.64 million tokens", "327,680 tokens",
                  "40,000 bytes", "48 mixed documents of 512 tokens", "3 of 3 seeds done (0, 1, 2)",
-                 "833d67d012+changes", "2 cores", "torch 2.13.0", "0.012", "0.004"):
+                 "833d67d012+changes", "2 cores", "torch 2.13.0", "40 steps", "81,920"):
         assert said in opening
-    assert "temperature 4" in whole[2] and "1.99358" not in whole[2]
+    assert "temperature (held-out) 8, temperature (mixed) 256" in whole[2]
 
 
 # --- bars -----------------------------------------------------------------------------------------
