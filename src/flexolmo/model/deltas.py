@@ -8,7 +8,7 @@ in the mixture.
 B batch, T positions, D d_model, V vocabulary, r rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -142,6 +142,16 @@ class _Deltas(nn.Module):
         rows = None if whole[0][0].rows is None else rest[..., 0].nonzero(as_tuple=True)
         return Share(rest.to(whole[0][0].weight.dtype), None, rows)
 
+    def mix(self, x: Tensor, ctx: ForwardContext | None, weight: Tensor,
+            read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`read(x, .)` of the anchor's `weight` and of owners' whole matrices, by their shares."""
+        if (rest := self.rest(ctx)) is None:
+            return read(x, weight)
+        y = rest.weigh(read(rest.pick(x), weight))
+        for share, own in self.whole(ctx):
+            y = share.add(y, read(share.pick(x), own.weight))
+        return y
+
     def _present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, Linear | LowRank]]:
         assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
         for name, place in self.places.items():
@@ -160,12 +170,7 @@ class DeltaLinear(Linear):
         self.deltas = _Deltas((base.out_features, base.in_features), ranks, names)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        if (rest := self.deltas.rest(ctx)) is None:
-            y = F.linear(x, self.weight)
-        else:
-            y = rest.weigh(F.linear(rest.pick(x), self.weight))
-        for share, own in self.deltas.whole(ctx):
-            y = share.add(y, F.linear(share.pick(x), own.weight))
+        y = self.deltas.mix(x, ctx, self.weight, F.linear)
         for share, delta in self.deltas.low(ctx):
             y = share.add_delta(y, F.linear(share.pick(x), delta.lora_a), delta.lora_b)
         return y
@@ -197,12 +202,7 @@ class DeltaEmbedding(Embedding):
         self.deltas = _Deltas((base.num_embeddings, base.embedding_dim), ranks, names)
 
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        if (rest := self.deltas.rest(ctx)) is None:
-            x = F.embedding(ids, self.weight)
-        else:
-            x = rest.weigh(F.embedding(rest.pick(ids), self.weight))
-        for share, own in self.deltas.whole(ctx):
-            x = share.add(x, F.embedding(share.pick(ids), own.weight))
+        x = self.deltas.mix(ids, ctx, self.weight, F.embedding)
         for share, delta in self.deltas.low(ctx):
             x = share.add_delta(x, F.embedding(share.pick(ids), delta.lora_b), delta.lora_a.T)
         return x
