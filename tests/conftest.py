@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from flexolmo.bundle.signing import create_key
 from flexolmo.data.batches import TokenSet, open_set
@@ -30,6 +31,8 @@ from flexolmo.train.loop import TrainSettings
 from made_documents import write_documents
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
+settings.load_profile("untimed")
 
 SMALL_SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
                              validation_share=0.05, heldout_share=0.05, vocab_size=300)

@@ -363,7 +363,7 @@ TABLES = st.recursive(
 
 
 @given(values=TABLES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_is_written_as_toml_is_read_back(values, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "x.toml"
     write_toml(path, values)

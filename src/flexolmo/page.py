@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flexolmo.plots import make_printable
+from flexolmo.drawing import make_printable
 
 
 @dataclass(frozen=True)

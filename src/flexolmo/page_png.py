@@ -18,9 +18,9 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import IdentityTransform
 
-from flexolmo import plots
+from flexolmo import drawing
+from flexolmo.drawing import INK, MUTED, RULE, make_printable
 from flexolmo.page import Block, Cell, Picture, Sample, Table, Text
-from flexolmo.plots import INK, MUTED, RULE, make_printable
 
 PAGE_PX, MARGIN_PX = 1600, 60
 _BODY_PX = 18
@@ -87,7 +87,7 @@ class _Sheet:
 
     def finish(self) -> Figure:
         height = math.ceil(self.y + MARGIN_PX)
-        with rc_context(plots.STYLE):
+        with rc_context(drawing.STYLE):
             fig = Figure(figsize=(PAGE_PX / 100, height / 100), dpi=100)
             FigureCanvasAgg(fig)
             pixels = IdentityTransform()
@@ -117,7 +117,7 @@ def draw_page(blocks: Sequence[Block]) -> Figure:
         elif isinstance(block, Table):
             _draw_table(sheet, block, wide)
         elif isinstance(block, Picture):
-            block.figure.set_dpi(wide / plots.MAX_WIDTH_INCHES)
+            block.figure.set_dpi(wide / drawing.MAX_WIDTH_INCHES)
             canvas = FigureCanvasAgg(block.figure)
             canvas.draw()
             image = np.asarray(canvas.buffer_rgba()).copy()

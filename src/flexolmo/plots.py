@@ -2,59 +2,41 @@
 
 Draws what results.json holds and leaves out what it lacks. Knows nothing of models, training or
 the page around a figure; computes no number beyond a difference or a ratio of two that are there.
-
-Figures are at most `MAX_WIDTH_INCHES` wide and meant for one scale, so that letters match
-between them. Names come from owners: they are made printable and never read as mathematics.
 """
 
-import functools
 import math
-import textwrap
-import unicodedata
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from flexolmo.files import write_aside
+from flexolmo.drawing import (
+    GREY,
+    INK,
+    MAX_WIDTH_INCHES,
+    MUTED,
+    RULE,
+    darken_for_text,
+    draw_cells,
+    ink_on,
+    label_columns,
+    no_ticks,
+    outline,
+    percent,
+    styled,
+    wrap_name,
+)
 
 Results = Mapping[str, Any]
 
 PUBLIC = "public"
-MAX_WIDTH_INCHES = 11.0
-INK, MUTED, RULE, GREY = "#1f2328", "#59636e", "#d1d9e0", "#767676"
 # Okabe and Ito's colours without black and yellow, and Tol's indigo: apart for every common kind
 # of colour blindness, and dark enough on white.
 _OWNER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#332288")
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": INK,
-    "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
-    "xtick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "legend.frameon": False, "hatch.linewidth": 0.6,
-}
 _MAX_NUMBERED_LAYERS = 12  # with more, cells are too low for a number
-
-
-def _styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
-    """`plot` drawn in the house's style, whatever the caller's settings are."""
-    @functools.wraps(plot)
-    def draw(*args: Any, **kwargs: Any) -> Figure:
-        with rc_context(STYLE):
-            fig = plot(*args, **kwargs)
-        FigureCanvasAgg(fig)
-        return fig
-    return draw
 
 
 # --- reading results -------------------------------------------------------------------------
@@ -105,63 +87,9 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-# --- text ------------------------------------------------------------------------------------
-
-def make_printable(text: Any, font: str | None = None) -> str:
-    """`text` with nothing invisible in it that acts: safe to show, in HTML or drawn.
-
-    Controls become their pictures (U+2400 on); lone surrogates and marks that turn the direction
-    of writing become U+FFFD, and so does what `font` cannot draw, if one is named. Line ends
-    become a line feed, tabs four spaces.
-    """
-    shown = []
-    for c in str(text).replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    "):
-        code, kind = ord(c), unicodedata.category(c)
-        if c in "\n\u2028\u2029\u0085":
-            c = "\n"
-        elif code < 0x20:
-            c = chr(0x2400 + code)
-        elif kind in ("Cc", "Cs", "Co", "Cn") or (kind == "Cf" and c not in "\u200c\u200d\u00ad"):
-            c = "\ufffd"
-        shown.append(c if font is None or c == "\n" or _has_glyph(font, c) else "\ufffd")
-    return "".join(shown)
-
-
-@functools.lru_cache(maxsize=65536)
-def _has_glyph(font: str, character: str) -> bool:
-    return bool(get_font(findfont(font)).get_char_index(ord(character)))
-
-
-def _label(name: str, width: int, max_lines: int = 3) -> str:
-    """A name for an axis, wrapped to `width` letters and at most `max_lines` lines."""
-    text = make_printable(name, "DejaVu Sans").replace("\n", " ").replace("_", "_ ")
-    lines = [line.replace("_ ", "_") for line in textwrap.wrap(text, width)] or ["?"]
-    if len(lines) > max_lines:
-        rest = " ".join(lines[max_lines - 1:]).replace("_ ", "_")
-        lines = [*lines[:max_lines - 1], rest[:width - 1].rstrip() + "…"]
-    return "\n".join(lines)
-
-
-def darken_for_text(colour: str) -> str:
-    """`colour`, darkened until letters in it have a contrast of 4.5 to 1 on white. Source: WCAG."""
-    rgb = np.array(to_rgb(colour))
-    while np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [
-            0.2126, 0.7152, 0.0722] > 1.05 / 4.5 - 0.05:
-        rgb = rgb * 0.96
-    return to_hex((rgb[0], rgb[1], rgb[2]))
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """A signed percentage such as "−12.3 %", never broken over lines; "–" for NaN."""
-    if math.isnan(fraction):
-        return "–"
-    shown = f"{100 * fraction:+.{digits}f}"
-    return (shown[1:] if float(shown) == 0 else shown.replace("-", "−")) + "\u00a0%"
-
-
 # --- figures ---------------------------------------------------------------------------------
 
-@_styled
+@styled
 def plot_bits_per_byte(results: Results) -> Figure:
     """One line per set: the anchor, that set's expert alone, all experts, all but that one."""
     bits, sets, colours = bits_table(results), set_names(results), owner_colours(results)
@@ -188,8 +116,8 @@ def plot_bits_per_byte(results: Results) -> Figure:
                     xytext=(58, 0), textcoords="offset points", ha="right", fontweight="bold")
     ax.annotate("mixture\nv anchor", (1, 1), xycoords="axes fraction", xytext=(58, 2),
                 textcoords="offset points", ha="right", va="bottom", color=MUTED, fontsize=8.5)
-    ax.set_yticks(range(len(sets)), [_label(s, 22) for s in sets])
-    _no_ticks(ax, "y")
+    ax.set_yticks(range(len(sets)), [wrap_name(s, 22) for s in sets])
+    no_ticks(ax, "y")
     ax.set_ylim(len(sets) - 0.4, -0.6)
     ax.margins(x=0.04)
     ax.grid(axis="x", color=RULE, lw=0.7)
@@ -203,7 +131,7 @@ def plot_bits_per_byte(results: Results) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def plot_optout_matrix(results: Results) -> Figure:
     """Which owner is off (rows) against sets: change of bits per byte v the anchor, in percent.
 
@@ -225,15 +153,15 @@ def plot_optout_matrix(results: Results) -> Figure:
     axes = fig.subplots(1, len(panels), squeeze=False)[0] if panels and rows and sets else []
     narrow = max(4, int(cell * 13))
     for i, (ax, (title, _), matrix) in enumerate(zip(axes, panels, values, strict=False)):
-        shown = _draw_cells(ax, matrix, "RdBu_r", -limit, limit)
+        shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
             text = "–" if math.isnan(v) else percent(v / 100).removesuffix("\u00a0%")
-            ax.text(x, y, text, ha="center", va="center", color=_ink_on(shown[y, x]),
+            ax.text(x, y, text, ha="center", va="center", color=ink_on(shown[y, x]),
                     fontsize=9.5 if cell > 0.6 else 8.5)
             if rows[y] == f"mixture without {sets[x]}":
-                _outline(ax, x, y, colours.get(sets[x], INK))
-        _label_columns(ax, sets, colours, narrow, slanted=cell < 0.7)
-        off = ["none" if r == "mixture" else _label(r.removeprefix("mixture without "), 18)
+                outline(ax, x, y, colours.get(sets[x], INK))
+        label_columns(ax, sets, colours, narrow, slanted=cell < 0.7)
+        off = ["none" if r == "mixture" else wrap_name(r.removeprefix("mixture without "), 18)
                for r in rows]
         ax.set_yticks(range(len(rows)), off if i == 0 else [""] * len(rows))
         ax.set_title(title, pad=8)
@@ -245,7 +173,7 @@ def plot_optout_matrix(results: Results) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def plot_routing(results: Results, paper: bool = False) -> Figure:
     """One panel a set: mean weight of each expert (columns) in each layer (rows).
 
@@ -271,20 +199,20 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
             ax.set_axis_off()
             continue
         w = weights[sets[i]]
-        shown = _draw_cells(ax, w, "Greys", 0, 1.15)
+        shown = draw_cells(ax, w, "Greys", 0, 1.15)
         if len(w) <= _MAX_NUMBERED_LAYERS:
             for (y, x), v in np.ndenumerate(w):
                 text = "–" if math.isnan(v) else f"{v:.2f}"
                 ax.text(x, y, text[1:] if len(experts) > 5 and text.startswith("0") else text,
-                        ha="center", va="center", fontsize=8.5, color=_ink_on(shown[y, x]))
+                        ha="center", va="center", fontsize=8.5, color=ink_on(shown[y, x]))
         if sets[i] in experts:
-            _outline(ax, experts.index(sets[i]), 0, colours.get(sets[i], INK), height=len(w))
-        _label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
+            outline(ax, experts.index(sets[i]), 0, colours.get(sets[i], INK), height=len(w))
+        label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
         step = 1 if len(w) <= _MAX_NUMBERED_LAYERS else 8
         ax.set_yticks(range(0, len(w), step))
         if i % columns == 0:
             ax.set_ylabel("layer")
-        ax.set_title("text: " + _label(sets[i], 20, max_lines=1), fontsize=9.5,
+        ax.set_title("text: " + wrap_name(sets[i], 20, max_lines=1), fontsize=9.5,
                      color=darken_for_text(colours.get(sets[i], INK)), pad=6)
     same = weights and all(np.allclose(w, w[:1], atol=5e-4) for w in weights.values())
     note = "Mean weight per expert (columns) and layer (rows). Outlined: the set's own expert."
@@ -294,7 +222,7 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def plot_kept_gain(results: Results) -> Figure:
     """Per owner: what its expert gains alone, and how much of that is left after merging.
 
@@ -323,8 +251,8 @@ def plot_kept_gain(results: Results) -> Figure:
                 ax.annotate(f"{kept / pair:.0%} kept, {router}".replace("%", " %"),
                             (max(pair, kept, 0), y), xytext=(6, 0), fontsize=8.5, va="center",
                             textcoords="offset points", color=INK if router == "ours" else MUTED)
-    ax.set_yticks([i * pitch for i in range(len(names))], [_label(n, 22) for n in names])
-    _no_ticks(ax, "y")
+    ax.set_yticks([i * pitch for i in range(len(names))], [wrap_name(n, 22) for n in names])
+    no_ticks(ax, "y")
     ax.set_ylim(max(1, len(names)) * pitch - pitch / 2, -pitch / 2)
     ax.margins(x=0.17)
     ax.set_xlim(min(ax.get_xlim()[0], 0) if ax.get_xlim()[0] < -1 and any(
@@ -342,7 +270,7 @@ def plot_kept_gain(results: Results) -> Figure:
     return fig
 
 
-@_styled
+@styled
 def plot_compression(curve: Results) -> Figure:
     """Bits per byte against size: one line a way of making the expert smaller.
 
@@ -371,59 +299,8 @@ def plot_compression(curve: Results) -> Figure:
     ax.set_xlim(0, None)
     ax.grid(color=RULE, lw=0.7)
     ax.set_xlabel("MB of the expert (beside each point: its rank or width)")
-    ax.set_ylabel(f"bits per byte, {_label(str(curve.get('set', 'text')), 22, 1)}, anchor + expert")
+    name = wrap_name(str(curve.get("set", "text")), 22, 1)
+    ax.set_ylabel(f"bits per byte, {name}, anchor + expert")
     if points:
         fig.legend(loc="outside upper left", ncols=3, fontsize=9)
     return fig
-
-
-def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
-    """Write `fig` as PNG, all or nothing, with no date in it."""
-    with rc_context(STYLE), write_aside(Path(path)) as aside:
-        fig.savefig(aside, format="png", dpi=dpi)
-
-
-# --- parts of figures ------------------------------------------------------------------------
-
-def _draw_cells(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> np.ndarray:
-    """Draw a matrix as cells with white gaps; the cells' colours [rows, columns, 4]."""
-    image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high,
-                      aspect="auto", interpolation="nearest")
-    ax.set_facecolor("#eeeeee")
-    for edge in range(1, values.shape[1]):
-        ax.axvline(edge - 0.5, color="white", lw=1.5)
-    for edge in range(1, values.shape[0]):
-        ax.axhline(edge - 0.5, color="white", lw=1.5 if len(values) <= 12 else 0.4)
-    for spine in ax.spines.values():
-        spine.set_visible(False)
-    _no_ticks(ax, "both")
-    colour = image.to_rgba(np.ma.masked_invalid(values))
-    colour[~np.isfinite(values)] = 1.0
-    return colour
-
-
-def _no_ticks(ax: Axes, axis: Any) -> None:
-    ax.tick_params(axis=axis, length=0)
-
-
-def _ink_on(colour: np.ndarray) -> str:
-    """Black or white, whichever reads better on `colour` (RGBA)."""
-    return "white" if colour[:3] @ [0.299, 0.587, 0.114] < 0.52 else INK
-
-
-def _outline(ax: Axes, x: int, y: int, colour: str, height: int = 1) -> None:
-    ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, height - 0.12, fill=False, lw=2.2,
-                           edgecolor=colour, zorder=4, clip_on=False))
-
-
-def _label_columns(ax: Axes, names: list[str], colours: Mapping[str, str], width: int,
-                   slanted: bool) -> None:
-    """Column names below the cells, each in its owner's colour; slanted where they are close."""
-    texts = [_label(n, 15, 1) if slanted else _label(n, width) for n in names]
-    ax.set_xticks(range(len(names)), texts)
-    for label, name in zip(ax.get_xticklabels(), names, strict=True):
-        label.set_color(darken_for_text(colours.get(name, INK)))
-        label.set_fontweight("bold")
-        label.set_fontsize(8.5)
-        if slanted:
-            label.set(rotation=40, ha="right", rotation_mode="anchor")

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flexolmo import plots
+from flexolmo import drawing, plots
+from flexolmo.drawing import make_printable, percent
 from flexolmo.files import write_bytes
 from flexolmo.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
 from flexolmo.page_png import draw_page
-from flexolmo.plots import Results, make_printable, percent
+from flexolmo.plots import Results
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _GOOD, _BAD = "#009E73", "#D55E00"
@@ -63,9 +64,9 @@ def write_report(results: Results, directory: Path) -> Path:
     for block in blocks:
         if isinstance(block, Picture):
             path = directory / "figures" / f"{block.name}.png"
-            plots.save_figure(block.figure, path)
+            drawing.save_figure(block.figure, path)
             images[block.name] = path.read_bytes()
-    plots.save_figure(draw_page(blocks), directory / "report.png", dpi=100)
+    drawing.save_figure(draw_page(blocks), directory / "report.png", dpi=100)
     write_bytes(directory / "report.html", write_html(blocks, images).encode())
     return directory / "report.html"
 
@@ -153,7 +154,7 @@ def _samples_section(results: Results) -> Iterator[Block]:
         about = f"{source} {described.get(source, '')}".lower()
         parts = [_close_gaps(str(s.get(k, "")).removeprefix(prompt)) or "(empty lines only)"
                  for k in ("with", "without")]
-        yield Sample(source, colours.get(source, plots.GREY), _close_gaps(prompt),
+        yield Sample(source, colours.get(source, drawing.GREY), _close_gaps(prompt),
                      (parts[0], parts[1]),
                      re.search(r"\bcode\b|python|program|javascript", about) is not None)
 
@@ -248,7 +249,7 @@ def _owners_table(results: Results) -> Table:
     anchor, colours, rows = results.get("anchor") or {}, plots.owner_colours(results), []
     if anchor:
         size = anchor.get("parameters")
-        rows.append([Cell("anchor", plots.GREY, bold=True), Cell("public"),
+        rows.append([Cell("anchor", drawing.GREY, bold=True), Cell("public"),
                      Cell("public text" + (f"; {size / 1e6:.1f} million parameters" if size
                                            else "")),
                      Cell("–", number=True), Cell("–", number=True),

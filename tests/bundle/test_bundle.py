@@ -119,7 +119,7 @@ def test_a_bundle_may_be_moved_and_renamed(copy, trusted):
     assert open_bundle(copy.rename(copy.parent / "elsewhere"), trusted).manifest.name == "maths"
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     shapes=st.dictionaries(
         st.from_regex(r"[a-z][a-z.]{0,9}", fullmatch=True),
@@ -153,7 +153,7 @@ def test_the_stock_model_signing_package_accepts_the_signature(valid, keys):
 # --- tampering ---------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_refused_naming_the_file(
     valid, trusted, tmp_path_factory, data

@@ -97,7 +97,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(recipe=st.dictionaries(st.text("abc", min_size=1), json_values, max_size=3))
 def test_any_recipe_survives_a_round_trip(recipe):
     manifest = make_manifest(recipe=recipe)

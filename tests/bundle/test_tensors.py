@@ -70,7 +70,7 @@ def tables(draw):
     return table
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(table=tables())
 def test_any_table_the_library_writes_is_described_as_it_is(table):
     found = describe_tensors(make_weights(table))
@@ -79,7 +79,7 @@ def test_any_table_the_library_writes_is_described_as_it_is(table):
     }
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(data):
     weights = bytearray(make_weights(data.draw(tables())))

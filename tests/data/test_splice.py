@@ -26,7 +26,7 @@ from flexolmo.errors import ConfigError, DataError
 
 LETTERS = {"ash": "abcdefg", "birch": "hijklmn", "cedar": "opqrstu", "public": "vwxyzéß世"}
 PIECES = (10, 40)
-few = settings(max_examples=8, deadline=None)
+few = settings(max_examples=8)
 
 
 def _text(name: str, seed: int) -> str:

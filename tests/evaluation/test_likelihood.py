@@ -86,7 +86,7 @@ def test_what_is_read_within_a_limit_is_measured_exactly(house, max_bytes, read)
 
 
 @given(order=st.permutations(range(7)), batch_tokens=st.sampled_from([1, 13, 40, 4096]))
-@settings(deadline=None, derandomize=True, max_examples=15, database=None,
+@settings(derandomize=True, max_examples=15, database=None,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_neither_order_nor_batches_matter(house, order, batch_tokens):
     model = house.mixture(NAMES).model

@@ -23,7 +23,7 @@ NAMES = ("amber", "basalt", "zinc")
 PROMPTS = ["the time", "a proof of the lemma by the sum", "", "minister"]
 CHOICES = [[], ["amber"], list(NAMES), ["basalt", "zinc"]]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60, database=None,
+IN_SESSION = settings(derandomize=True, max_examples=60, database=None,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
 router = pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 

@@ -26,7 +26,7 @@ from flexolmo.merge.baselines import (
 )
 from flexolmo.model.transformer import ModelConfig, Transformer
 
-FREQUENT = settings(deadline=None, derandomize=True, max_examples=60)
+FREQUENT = settings(derandomize=True, max_examples=60)
 TEMPERATURES = st.sampled_from([0.3, 1.0, 4.0])
 RATES = st.sampled_from([0.0, 1e-4, 0.1, 1.0])
 # every way of weighting a window token by token, as (log_probs, top_k) -> [E,T]

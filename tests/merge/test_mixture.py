@@ -27,7 +27,7 @@ from flexolmo.model.checkpoint import save_anchor
 from made_mixtures import ROUTERS
 
 NAMES = ("amber", "basalt", "zinc")
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=6, database=None,
+IN_SESSION = settings(derandomize=True, max_examples=6, database=None,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

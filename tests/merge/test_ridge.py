@@ -52,7 +52,7 @@ def test_rows_minimise_the_squared_error_of_whose_text_it_is(subset, ridge):
 
 
 @given(subset=st.sampled_from(SUBSETS), order=st.permutations(OWNERS), seed=st.integers(0, 99))
-@settings(deadline=None, derandomize=True, max_examples=60)
+@settings(derandomize=True, max_examples=60)
 def test_solved_without_an_owner_is_never_having_had_it(subset, order, seed):
     """Bit for bit, in whatever order owners came and are named."""
     everyone = made_sums(seed, [*order, PUBLIC])

@@ -26,7 +26,7 @@ D, EOS, NAMES = 6, 4, [PUBLIC, "a", "b"]
 OWNERS = ("amber", "basalt", "cobalt")
 ROUTERS = {"states": DiscriminantSettings(tempering=0.4),
            "context": DiscriminantSettings(has_context=True, half_life_tokens=5.0)}
-FREQUENT = settings(deadline=None, derandomize=True, max_examples=30,
+FREQUENT = settings(derandomize=True, max_examples=30,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
 IDS = st.lists(st.integers(0, 9), min_size=24, max_size=24)
 

@@ -35,7 +35,7 @@ MORE = ({}, {"attention_rank": 2}, {"embedding_rank": 3}, {"head_rank": 2},
         {"attention_rank": 32, "embedding_rank": 2, "head_rank": 32})
 PLAIN, RICH = ((0, 0), (1, 0), (2, 0)), ((0, 6), (3, 5), (4, 7))  # of the three owners
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=40,
+IN_SESSION = settings(derandomize=True, max_examples=40,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

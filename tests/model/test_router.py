@@ -23,7 +23,7 @@ from flexolmo.model.statistics import EvidenceSettings
 NAMES = [PUBLIC, "a", "b"]
 V, EOS = 20, 4
 BIGRAMS = {PUBLIC: 90, "a": 150, "b": 0, "c": 1}
-FREQUENT = settings(deadline=None, derandomize=True, max_examples=40,
+FREQUENT = settings(derandomize=True, max_examples=40,
                     suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), min_size=40, max_size=40), min_size=1, max_size=3)
 

@@ -14,7 +14,7 @@ from flexolmo.errors import DataError
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 
 V, EOS = 12, 3
-PLENTY = settings(deadline=None, derandomize=True, max_examples=60)
+PLENTY = settings(derandomize=True, max_examples=60)
 DOCUMENTS = st.lists(st.lists(st.integers(0, V - 3), min_size=0, max_size=9), min_size=0,
                      max_size=30)
 SETTINGS = st.builds(EvidenceSettings, smoothing=st.sampled_from([1e-3, 0.5, 20.0]),

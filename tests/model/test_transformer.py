@@ -24,7 +24,7 @@ from flexolmo.model.transformer import (
 SHAPES = {"as many key-value heads": {"num_kv_heads": None}, "grouped": {"num_kv_heads": 2},
           "one key-value head": {"num_kv_heads": 1, "rope_theta": 1000.0, "norm_eps": 1e-4}}
 UNTIL_CLOSE = {"rtol": 0, "atol": 1e-4}
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=25,
+IN_SESSION = settings(derandomize=True, max_examples=25,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

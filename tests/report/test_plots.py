@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from flexolmo import plots
+from flexolmo import drawing, plots
 
 PLOTS = (plots.plot_bits_per_byte, plots.plot_optout_matrix, plots.plot_routing,
          plots.plot_kept_gain)
@@ -37,7 +37,7 @@ def assert_nothing_is_cut_or_overlaps(fig: Figure) -> None:
 def test_each_figure_holds_one_or_seven_owners(
         plot: Any, owners: int, make_results: MakeResults) -> None:
     fig = plot(make_results(owners))
-    assert fig.get_figwidth() <= plots.MAX_WIDTH_INCHES
+    assert fig.get_figwidth() <= drawing.MAX_WIDTH_INCHES
     assert_nothing_is_cut_or_overlaps(fig)
 
 
@@ -129,7 +129,7 @@ def test_every_owner_has_a_colour_of_its_own_and_public_is_grey(make_results: Ma
     colours = plots.owner_colours(make_results(7))
     assert list(colours) == ["public", *plots.owner_names(make_results(7))]
     assert len(set(colours.values())) == 8
-    assert colours["public"] == plots.GREY
+    assert colours["public"] == drawing.GREY
 
 
 def test_public_is_the_first_set_and_never_an_owner(make_results: MakeResults) -> None:
@@ -140,15 +140,15 @@ def test_public_is_the_first_set_and_never_an_owner(make_results: MakeResults) -
 
 
 def test_nothing_invisible_that_acts_is_shown() -> None:
-    assert plots.make_printable("a\x00b\x1b[2J\r\nc\td") == "a␀b␛[2J\nc    d"
-    assert plots.make_printable("\ud800\u202etxt\x7f\u2028é") == "\ufffd\ufffdtxt\ufffd\né"
-    assert plots.make_printable("né 漢", "DejaVu Sans") == "né \ufffd"
+    assert drawing.make_printable("a\x00b\x1b[2J\r\nc\td") == "a␀b␛[2J\nc    d"
+    assert drawing.make_printable("\ud800\u202etxt\x7f\u2028é") == "\ufffd\ufffdtxt\ufffd\né"
+    assert drawing.make_printable("né 漢", "DejaVu Sans") == "né \ufffd"
 
 
 def test_a_figure_is_saved_whole_and_twice_the_same(
         tmp_path: Path, make_results: MakeResults) -> None:
     for name in ("one.png", "two.png"):
-        plots.save_figure(plots.plot_kept_gain(make_results(1)), tmp_path / "new" / name)
+        drawing.save_figure(plots.plot_kept_gain(make_results(1)), tmp_path / "new" / name)
     one, two = ((tmp_path / "new" / n).read_bytes() for n in ("one.png", "two.png"))
     assert one.startswith(b"\x89PNG") and one == two
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["one.png", "two.png"]

@@ -109,7 +109,7 @@ class _Ended:
         return 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(nodes, min_size=6, max_size=6), st.lists(edits, min_size=1, max_size=4))
 def test_just_the_work_never_done_before_is_done(made, changes):
     """Against brute force: every piece of work written out whole, with all it needs."""

@@ -20,7 +20,7 @@ from flexolmo.train.compress import (
 )
 
 ROUTER = EvidenceSettings()
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=60)
+IN_SESSION = settings(derandomize=True, max_examples=60)
 WHOLE = {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32}
 RICH = {"attention_rank": 5, "embedding_rank": 6, "head_rank": 4}
 

@@ -15,7 +15,7 @@ from flexolmo.train import expert as room
 from flexolmo.train.expert import ExpertRecipe, train_expert
 from flexolmo.train.loop import TrainSettings
 
-IN_SESSION = settings(deadline=None, derandomize=True, max_examples=40,
+IN_SESSION = settings(derandomize=True, max_examples=40,
                       suppress_health_check=[HealthCheck.function_scoped_fixture])
 BRIEF = TrainSettings(steps=6, batch_size=3, seq_len=16, warmup_steps=2,
                       checkpoint_every_seconds=1e-9)

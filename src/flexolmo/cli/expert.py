@@ -115,6 +115,7 @@ def compress(
     The new run is packed like any other; its record and its bundle say what it was made of.
     """
     from flexolmo.data.batches import open_set
+    from flexolmo.drawing import save_figure
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.compression import (
         compress_expert,
@@ -124,7 +125,7 @@ def compress(
     )
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
-    from flexolmo.plots import plot_compression, save_figure
+    from flexolmo.plots import plot_compression
     from flexolmo.runtime import set_up
     from flexolmo.train.expert import load_expert, save_expert
 

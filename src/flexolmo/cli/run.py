@@ -70,11 +70,12 @@ def evaluate(
     Example: flexolmo eval model --data prepared/public --data prepared/math --out eval
     """
     from flexolmo.data.batches import open_set
+    from flexolmo.drawing import save_figure
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.likelihood import evaluate_mixture
     from flexolmo.files import write_json
     from flexolmo.merge.mixture import load_mixture
-    from flexolmo.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing, save_figure
+    from flexolmo.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
     from flexolmo.runtime import run_record, set_up
 
     if split not in ("heldout", "validation"):

@@ -17,23 +17,23 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from flexolmo.plots import (
+from flexolmo.drawing import (
     GREY,
     INK,
     MAX_WIDTH_INCHES,
     MUTED,
     RULE,
-    _draw_cells,
-    _ink_on,
-    _label,
-    _label_columns,
-    _no_ticks,
-    _outline,
-    _styled,
     darken_for_text,
-    owner_colours,
+    draw_cells,
+    ink_on,
+    label_columns,
+    no_ticks,
+    outline,
     percent,
+    styled,
+    wrap_name,
 )
+from flexolmo.plots import owner_colours
 from flexolmo.study.findings import (
     DEFAULT,
     MIXED,
@@ -91,7 +91,7 @@ def plot_routing(results: Results) -> Figure | None:
     return _draw_routing(panels, colours_of(results)) if panels else None
 
 
-@_styled
+@styled
 def _draw_routing(panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]],
                   colours: Mapping[str, str]) -> Figure:
     columns = min(3, len(panels))
@@ -103,15 +103,15 @@ def _draw_routing(panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]]
     for ax in axes[len(panels):]:
         ax.set_axis_off()
     for i, (ax, (title, matrix, sets, experts)) in enumerate(zip(axes, panels, strict=False)):
-        shown = _draw_cells(ax, matrix, "Greys", 0, 1.15)
+        shown = draw_cells(ax, matrix, "Greys", 0, 1.15)
         crowded = len(experts) > 5
         for (y, x), v in np.ndenumerate(matrix):
             text = f"{v:.2f}"
             ax.text(x, y, text.removeprefix("0") if crowded else text, ha="center", va="center",
-                    fontsize=8 if crowded else 8.5, color=_ink_on(shown[y, x]))
+                    fontsize=8 if crowded else 8.5, color=ink_on(shown[y, x]))
             if sets[y] == experts[x]:
-                _outline(ax, x, y, colours.get(sets[y], INK))
-        _label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
+                outline(ax, x, y, colours.get(sets[y], INK))
+        label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
         _label_rows(ax, sets if i % columns == 0 else [""] * len(sets), colours)
         ax.set_title(title, fontsize=9.5, pad=6)
         if i % columns == 0:
@@ -135,7 +135,7 @@ def plot_active_experts(results: Results) -> Figure | None:
     return _draw_active(found) if found else None
 
 
-@_styled
+@styled
 def _draw_active(found: Mapping[str, Mapping[int, Any]]) -> Figure:
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 3.6), layout="constrained")
     for ax, (kind, said) in zip(fig.subplots(1, 2, sharey=True), TABLES.items(), strict=True):
@@ -187,7 +187,7 @@ def _change(bits: Mapping[str, float], base: Mapping[str, float], name: str) -> 
     return bits[name] / base[name] - 1 if name in bits and base.get(name) else math.nan
 
 
-@_styled
+@styled
 def _draw_optout(panels: Sequence[tuple[str, list[str], np.ndarray, list[float]]],
                  sets: list[str], colours: Mapping[str, str]) -> Figure:
     cell = min(0.95, (MAX_WIDTH_INCHES - 1.5) / (len(sets) * len(panels)))
@@ -198,17 +198,17 @@ def _draw_optout(panels: Sequence[tuple[str, list[str], np.ndarray, list[float]]
                          if np.isfinite(m).any())])
     for i, (ax, (title, names, matrix, to_anchor)) in enumerate(
             zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
-        shown = _draw_cells(ax, matrix, "RdBu_r", -limit, limit)
+        shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
-            own, ink = names[y] == sets[x], _ink_on(shown[y, x])
+            own, ink = names[y] == sets[x], ink_on(shown[y, x])
             text = _bare(v)
             ax.text(x, y - 0.17 * own, text, ha="center", va="center", color=ink,
                     fontsize=9 if cell > 0.65 else 8)
             if own:
                 ax.text(x, y + 0.21, f"({_bare(to_anchor[y])})", ha="center", va="center",
                         color=ink, fontsize=7.5)
-                _outline(ax, x, y, colours.get(sets[x], INK))
-        _label_columns(ax, sets, colours, max(4, int(cell * 13)), slanted=cell < 0.8)
+                outline(ax, x, y, colours.get(sets[x], INK))
+        label_columns(ax, sets, colours, max(4, int(cell * 13)), slanted=cell < 0.8)
         _label_rows(ax, names if i == 0 else [""] * len(names), colours)
         ax.set_title(title, pad=8)
     fig.axes[0].set_ylabel("owner switched off")
@@ -241,7 +241,7 @@ def _distinct(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {m: e for m, e in entries.items() if m not in hidden}
 
 
-@_styled
+@styled
 def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -> Figure:
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(fig)
@@ -296,7 +296,7 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
             for x, y in places]
     taken: list[Bbox] = []
     for (x, y, text, colour, is_bold), place in zip(points, places, strict=True):
-        label = ax.annotate(_label(text, 40, 1), (x, y), (9, 0), textcoords="offset points",
+        label = ax.annotate(wrap_name(text, 40, 1), (x, y), (9, 0), textcoords="offset points",
                             fontsize=8.5, color=darken_for_text(colour), zorder=4,
                             fontweight="bold" if is_bold else "normal",
                             arrowprops={"arrowstyle": "-", "lw": 0.7, "color": GREY,
@@ -339,7 +339,7 @@ def plot_kept_gain(results: Results) -> Figure | None:
     return _draw_kept(kinds, found, owners_of(results), colours_of(results)) if kinds else None
 
 
-@_styled
+@styled
 def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, list[Any]],
                names: list[str], colours: Mapping[str, str]) -> Figure:
     rows = [*names, "mean"]
@@ -363,8 +363,8 @@ def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, l
                         xytext=(8, 0), fontsize=8.5, va="center", textcoords="offset points",
                         color=INK if family == "default" else MUTED, zorder=2.5,
                         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
-    ax.set_yticks(range(len(rows)), [_label(n, 22) for n in rows])
-    _no_ticks(ax, "y")
+    ax.set_yticks(range(len(rows)), [wrap_name(n, 22) for n in rows])
+    no_ticks(ax, "y")
     for label, name in zip(ax.get_yticklabels(), rows, strict=True):
         label.set_color(darken_for_text(colours.get(name, INK)))
         label.set_fontweight("bold")
@@ -389,7 +389,7 @@ def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, l
 
 def _label_rows(ax: Axes, names: Sequence[str], colours: Mapping[str, str]) -> None:
     """Row names beside the cells, each in its owner's colour."""
-    ax.set_yticks(range(len(names)), [_label(n, 14, 2) if n else "" for n in names])
+    ax.set_yticks(range(len(names)), [wrap_name(n, 14, 2) if n else "" for n in names])
     for label, name in zip(ax.get_yticklabels(), names, strict=True):
         label.set_color(darken_for_text(colours.get(name, INK)))
         label.set_fontweight("bold")

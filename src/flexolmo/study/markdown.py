@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexolmo.plots import make_printable
+from flexolmo.drawing import make_printable
 
 _RULES = {"l": "---", "r": "---:", "c": ":---:"}
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from flexolmo.drawing import percent, save_figure
 from flexolmo.files import write_bytes
-from flexolmo.plots import percent, save_figure
 from flexolmo.study import figures
 from flexolmo.study.findings import (
     DEFAULT,

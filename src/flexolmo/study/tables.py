@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from flexolmo.plots import percent
+from flexolmo.drawing import percent
 from flexolmo.study.findings import (
     ANCHOR,
     DEFAULT,

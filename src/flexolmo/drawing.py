@@ -1,0 +1,152 @@
+"""The look of every figure: colours, lettering, and the parts that figures are made of.
+
+Figures are at most `MAX_WIDTH_INCHES` wide and meant for one scale, so that letters match
+between them. Names come from owners: they are made printable and never read as mathematics.
+"""
+
+import functools
+import math
+import textwrap
+import unicodedata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Rectangle
+
+from flexolmo.files import write_aside
+
+MAX_WIDTH_INCHES = 11.0
+INK, MUTED, RULE, GREY = "#1f2328", "#59636e", "#d1d9e0", "#767676"
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": INK,
+    "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
+    "xtick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "legend.frameon": False, "hatch.linewidth": 0.6,
+}
+
+
+def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    """`plot` drawn in the house's style, whatever the caller's settings are."""
+    @functools.wraps(plot)
+    def draw(*args: Any, **kwargs: Any) -> Figure:
+        with rc_context(STYLE):
+            fig = plot(*args, **kwargs)
+        FigureCanvasAgg(fig)
+        return fig
+    return draw
+
+
+def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
+    """Write `fig` as PNG, all or nothing, with no date in it."""
+    with rc_context(STYLE), write_aside(Path(path)) as aside:
+        fig.savefig(aside, format="png", dpi=dpi)
+
+
+# --- text ------------------------------------------------------------------------------------
+
+def make_printable(text: Any, font: str | None = None) -> str:
+    """`text` with nothing invisible in it that acts: safe to show, in HTML or drawn.
+
+    Controls become their pictures (U+2400 on); lone surrogates and marks that turn the direction
+    of writing become U+FFFD, and so does what `font` cannot draw, if one is named. Line ends
+    become a line feed, tabs four spaces.
+    """
+    shown = []
+    for c in str(text).replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    "):
+        code, kind = ord(c), unicodedata.category(c)
+        if c in "\n\u2028\u2029\u0085":
+            c = "\n"
+        elif code < 0x20:
+            c = chr(0x2400 + code)
+        elif kind in ("Cc", "Cs", "Co", "Cn") or (kind == "Cf" and c not in "\u200c\u200d\u00ad"):
+            c = "\ufffd"
+        shown.append(c if font is None or c == "\n" or _has_glyph(font, c) else "\ufffd")
+    return "".join(shown)
+
+
+@functools.lru_cache(maxsize=65536)
+def _has_glyph(font: str, character: str) -> bool:
+    return bool(get_font(findfont(font)).get_char_index(ord(character)))
+
+
+def wrap_name(name: str, width: int, max_lines: int = 3) -> str:
+    """A name for an axis, wrapped to `width` letters and at most `max_lines` lines."""
+    text = make_printable(name, "DejaVu Sans").replace("\n", " ").replace("_", "_ ")
+    lines = [line.replace("_ ", "_") for line in textwrap.wrap(text, width)] or ["?"]
+    if len(lines) > max_lines:
+        rest = " ".join(lines[max_lines - 1:]).replace("_ ", "_")
+        lines = [*lines[:max_lines - 1], rest[:width - 1].rstrip() + "…"]
+    return "\n".join(lines)
+
+
+def darken_for_text(colour: str) -> str:
+    """`colour`, darkened until letters in it have a contrast of 4.5 to 1 on white. Source: WCAG."""
+    rgb = np.array(to_rgb(colour))
+    while np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [
+            0.2126, 0.7152, 0.0722] > 1.05 / 4.5 - 0.05:
+        rgb = rgb * 0.96
+    return to_hex((rgb[0], rgb[1], rgb[2]))
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """A signed percentage such as "−12.3 %", never broken over lines; "–" for NaN."""
+    if math.isnan(fraction):
+        return "–"
+    shown = f"{100 * fraction:+.{digits}f}"
+    return (shown[1:] if float(shown) == 0 else shown.replace("-", "−")) + "\u00a0%"
+
+
+# --- parts of figures ------------------------------------------------------------------------
+
+def draw_cells(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> np.ndarray:
+    """Draw a matrix as cells with white gaps; the cells' colours [rows, columns, 4]."""
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high,
+                      aspect="auto", interpolation="nearest")
+    ax.set_facecolor("#eeeeee")
+    for edge in range(1, values.shape[1]):
+        ax.axvline(edge - 0.5, color="white", lw=1.5)
+    for edge in range(1, values.shape[0]):
+        ax.axhline(edge - 0.5, color="white", lw=1.5 if len(values) <= 12 else 0.4)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    no_ticks(ax, "both")
+    colour = image.to_rgba(np.ma.masked_invalid(values))
+    colour[~np.isfinite(values)] = 1.0
+    return colour
+
+
+def no_ticks(ax: Axes, axis: Any) -> None:
+    ax.tick_params(axis=axis, length=0)
+
+
+def ink_on(colour: np.ndarray) -> str:
+    """Black or white, whichever reads better on `colour` (RGBA)."""
+    return "white" if colour[:3] @ [0.299, 0.587, 0.114] < 0.52 else INK
+
+
+def outline(ax: Axes, x: int, y: int, colour: str, height: int = 1) -> None:
+    ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, height - 0.12, fill=False, lw=2.2,
+                           edgecolor=colour, zorder=4, clip_on=False))
+
+
+def label_columns(ax: Axes, names: list[str], colours: Mapping[str, str], width: int,
+                   slanted: bool) -> None:
+    """Column names below the cells, each in its owner's colour; slanted where they are close."""
+    texts = [wrap_name(n, 15, 1) if slanted else wrap_name(n, width) for n in names]
+    ax.set_xticks(range(len(names)), texts)
+    for label, name in zip(ax.get_xticklabels(), names, strict=True):
+        label.set_color(darken_for_text(colours.get(name, INK)))
+        label.set_fontweight("bold")
+        label.set_fontsize(8.5)
+        if slanted:
+            label.set(rotation=40, ha="right", rotation_mode="anchor")
