@@ -253,7 +253,7 @@ def test_where_an_expert_is_off_even_an_infinite_product_adds_nothing(wild):
     delta.lora_b.data.fill_(1.0)
     x = torch.ones(2, 3, 32)
     x[0] *= 1e10  # of the sequence for which it is off: 1e10 * 1e30 is no float32
-    enabled = torch.tensor([False, True])[:, None, None]
+    enabled = torch.tensor([False, True])[:, None, None].expand(2, 3, 1)
     weight = torch.full((2, 3, 1), 1e-30) * enabled
     ctx = ForwardContext(x, x, None, None, shares=[None, Share(weight, enabled)])
     plain, parts = layer(x, ctx), layer.parts(x, ctx)

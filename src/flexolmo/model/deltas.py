@@ -10,14 +10,23 @@ B batch, T positions, D d_model, V vocabulary, r rank.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.model.router import slot
-from flexolmo.model.transformer import Embedding, ForwardContext, Linear
+from flexolmo.model.transformer import (
+    Embedding,
+    FeedForward,
+    ForwardContext,
+    Linear,
+    pieces,
+)
+
+EVERY = slice(None)
+PIECE = 131072  # activations of one expert worked on at a time when nothing is learnt
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class Share:
     """
 
     weight: Tensor  # [B,T,1] in the model's dtype
-    enabled: Tensor | None  # [B,1,1]; None: on for every sequence
-    rows: tuple[Tensor, ...] | None = None  # places in [B,T]; None: all
+    enabled: Tensor | None  # [B,T,1]; None: on for every sequence
+    rows: tuple[Any, ...] | None = None  # places in [B,T]; None: all
 
     def pick(self, x: Tensor) -> Tensor:
         """What the expert reads of `x` [B,T,.]."""
@@ -38,7 +47,9 @@ class Share:
     def add(self, total: Tensor, value: Tensor) -> Tensor:
         """`total` + weight * `value`; unchanged, bit for bit, where the expert is off."""
         if self.rows is not None:
-            return total.index_put(self.rows, self.weight[self.rows] * value, accumulate=True)
+            total = total.clone()
+            total[self.rows] += self.weight[self.rows] * value
+            return total
         return self._where_on(torch.addcmul(total, self.weight, value), total)
 
     def add_delta(self, total: Tensor, low: Tensor, lora_b: Tensor) -> Tensor:
@@ -57,11 +68,24 @@ class Share:
 
     def at_last_position(self) -> "Share":
         """The same for the last position alone, all of whose sequences it reads."""
-        return Share(self.weight[:, -1:], self.enabled)
+        return self._turned(lambda x: x[:, -1:])
+
+    def flat(self) -> "Share":
+        """The same for all N = B*T positions as rows."""
+        return self._turned(lambda x: x.flatten(0, 1))
 
     def at(self, part: slice) -> "Share":
-        """The same for some of the positions."""
-        return Share(self.weight[:, part], self.enabled)
+        """The same for some of these rows."""
+        return self if part == EVERY else self._turned(lambda x: x[part])
+
+    def by_column(self) -> "Share":
+        """The same for what has a column for each of the N positions: [.,N]."""
+        rows = self.rows and (EVERY, self.rows[0] * self.weight.shape[1] + self.rows[1])
+        return self._turned(lambda x: x.reshape(1, -1), rows)
+
+    def _turned(self, turn: Callable[[Tensor], Tensor], rows: tuple[Any, ...] | None = None
+                ) -> "Share":
+        return Share(turn(self.weight), None if self.enabled is None else turn(self.enabled), rows)
 
     def _where_on(self, new: Tensor, old: Tensor) -> Tensor:
         return new if self.enabled is None else torch.where(self.enabled, new, old)
@@ -76,10 +100,10 @@ def shares_of(weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, kee
     """
     found: list[Share | None] = []
     for e in range(weights.shape[-1]):
-        enabled = None if active is None else active[:, e, None, None]  # [B,1,1]
+        weight = weights[..., e:e + 1].to(dtype)
+        enabled = None if active is None else active[:, e, None, None].expand_as(weight)
         if enabled is not None and bool(enabled.all()):
             enabled = None
-        weight = weights[..., e:e + 1].to(dtype)
         rows = weight[..., 0].nonzero(as_tuple=True) if is_sparse else None
         idle = ((enabled is not None and not bool(enabled.any()))
                 or (not keep_all and not bool((weight > 0).any()))
@@ -95,14 +119,6 @@ class LowRank(nn.Module):
         super().__init__()
         self.lora_a = nn.Parameter(torch.zeros(rank, d_in))
         self.lora_b = nn.Parameter(torch.zeros(d_out, rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.lora_a), self.lora_b)
-
-    def add_to(self, total: Tensor, x: Tensor) -> Tensor:
-        """`total` + B A x in one pass over the sum."""
-        low = F.linear(x, self.lora_a).flatten(0, -2)  # [N,r]
-        return torch.addmm(total.flatten(0, -2), low, self.lora_b.T).view_as(total)
 
 
 class _Deltas(nn.Module):
@@ -211,9 +227,7 @@ class DeltaEmbedding(Embedding):
 class LowRankFeedForward(nn.Module):
     """The anchor's FFN with a delta on each matrix: an expert at a fraction of the size.
 
-    Run fused: the anchor's gate and up products are computed once for all such experts, and its
-    down product once for their weighted sum, being linear. Source: FlexMoRE (arXiv 2602.08818);
-    the fusion is ours.
+    Source: FlexMoRE (arXiv 2602.08818).
     """
 
     def __init__(self, d_model: int, d_ff: int, rank: int):
@@ -222,9 +236,58 @@ class LowRankFeedForward(nn.Module):
         self.up_proj = LowRank(d_model, d_ff, rank)
         self.down_proj = LowRank(d_ff, d_model, rank)
 
-    def inner(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        """What the down products read, [B,T,F]; gate and up [B,T,F] are the anchor's."""
-        gate, up = self.gate_proj.add_to(gate, x), self.up_proj.add_to(up, x)
+    def read(self, x: Tensor) -> Tensor:
+        """A x of the gate's and the up matrix's deltas, [2r,n] from [..., D]."""
+        both = torch.cat([self.gate_proj.lora_a, self.up_proj.lora_a])
+        return both @ x.flatten(0, -2).T
+
+    def inner(self, low: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """What the down products read, [F,n]; `low` [2r,n] is from `read`, gate and up [F,n] are
+        the anchor's."""
+        low_gate, low_up = low.chunk(2)
+        gate = torch.addmm(gate, self.gate_proj.lora_b, low_gate)
+        up = torch.addmm(up, self.up_proj.lora_b, low_up)
         if torch.is_grad_enabled():
             return F.silu(gate) * up
         return F.silu(gate, inplace=True).mul_(up)
+
+
+def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
+                 experts: Sequence[tuple[Share, LowRankFeedForward]]) -> Tensor:
+    """The weighted sum of what `public` (None: it has no share) and `experts` make of h [..., D].
+
+    The anchor's gate and up products are computed once for all, and its down product once for the
+    weighted sum, being linear. What experts do between them is done in columns, one for each
+    position, as thin matrices multiply up to twice as fast so; and a piece at a time that fits a
+    processor's cache. Source: ours.
+    """
+    gate, up = public.gate_proj(h), public.up_proj(h)  # [...,F]
+    inner = torch.zeros_like(gate)  # what the down product reads
+    if share is not None:
+        inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))
+    lows: list[list[Tensor]] = [[] for _ in experts]
+    if experts:
+        reads = [expert.read(own.pick(h)) for own, expert in experts]  # [2r,N or picked] each
+        flat = [x.flatten(0, -2) for x in (inner, gate, up)]  # [N,F] each
+        sums = []
+        for part in _column_pieces(flat[0], experts):
+            total, g, u = (x[part].T.contiguous() for x in flat)  # [F,n] each
+            for (own, expert), read, low in zip(experts, reads, lows, strict=True):
+                column = own.at(part).by_column()
+                value = expert.inner(read[:, part], column.pick(g), column.pick(u))
+                low.append(expert.down_proj.lora_a @ value)  # [r,n]
+                total = column.add(total, value)
+            sums.append(total.T)
+        inner = torch.cat(sums).view_as(inner)
+    y = public.down_proj(inner)  # [...,D]
+    for (own, expert), low in zip(experts, lows, strict=True):
+        found = torch.cat(low, dim=1).T  # [N or picked,r]
+        y = own.add_delta(y, found if own.rows else found.reshape(*h.shape[:-1], -1),
+                          expert.down_proj.lora_b)
+    return y
+
+
+def _column_pieces(x: Tensor, experts: Sequence[tuple[Share, nn.Module]]) -> list[slice]:
+    if torch.is_grad_enabled() or not x.is_cpu or any(share.rows for share, _ in experts):
+        return [EVERY]
+    return pieces(len(x), max(16, PIECE // x.shape[1]))

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.errors import PolicyError
@@ -23,6 +22,7 @@ from flexolmo.model.deltas import (
     DeltaLinear,
     LowRankFeedForward,
     Share,
+    mix_low_rank,
     shares_of,
 )
 from flexolmo.model.router import (
@@ -45,15 +45,14 @@ from flexolmo.model.transformer import (
     ForwardContext,
     ModelConfig,
     Transformer,
-    position_chunks,
+    by_pieces,
 )
 
 
 class Mixture(nn.Module):
     """Experts of one layer, summed by weight; stands where the FFN stood.
 
-    The anchor's FFN is computed up to its down product once, for itself and for all low-rank
-    experts; the down product once for their weighted sum.
+    The anchor's FFN is computed once, for itself and for all low-rank experts.
     """
 
     def __init__(self, experts: Mapping[str, nn.Module],
@@ -81,9 +80,8 @@ class Mixture(nn.Module):
             ctx.routing.append(weights.detach())
         if self.training or ctx.is_sparse:
             return self._mix(h, shares)
-        pieces = [self._mix(h[:, part], [s and s.at(part) for s in shares])
-                  for part in position_chunks(h)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        shares = [s and s.flat() for s in shares]
+        return by_pieces(lambda rows, part: self._mix(rows, [s and s.at(part) for s in shares]), h)
 
     def _logits(self, router: LinearRouter | DiscriminantRouter, h: Tensor,
                 ctx: ForwardContext) -> list[Tensor]:
@@ -98,24 +96,19 @@ class Mixture(nn.Module):
     def _mix(self, h: Tensor, shares: Sequence[Share | None]) -> Tensor:
         public = cast(FeedForward, self.expert(PUBLIC))
         mixed = torch.zeros_like(h)  # [B,T,D]
-        inner: Tensor | None = None  # [B,T,F] what the anchor's down product reads
-        gate = up = h.new_empty(0)
+        shared, low_rank = None, []
         for share, expert in zip(shares, self.experts.values(), strict=True):
             if share is None:
                 continue
-            if expert is not public and isinstance(expert, FeedForward):
-                mixed = share.add(mixed, expert.whole(share.pick(h)))
-                continue
-            if inner is None:
-                gate, up = public.gate_proj(h), public.up_proj(h)  # [B,T,F]
-                inner = torch.zeros_like(gate)
-            if isinstance(expert, LowRankFeedForward):
-                own = expert.inner(share.pick(h), share.pick(gate), share.pick(up))  # [B,T,F]
-                mixed = share.add(mixed, expert.down_proj(own))
+            if expert is public:
+                shared = share
+            elif isinstance(expert, LowRankFeedForward):
+                low_rank.append((share, expert))
             else:
-                own = F.silu(share.pick(gate)) * share.pick(up)
-            inner = share.add(inner, own)
-        return mixed if inner is None else mixed + public.down_proj(inner)
+                mixed = share.add(mixed, cast(FeedForward, expert).whole(share.pick(h)))
+        if shared or low_rank:
+            mixed = mixed + mix_low_rank(h, public, shared, low_rank)
+        return mixed
 
 
 class MixtureModel(Transformer):

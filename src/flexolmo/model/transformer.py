@@ -9,6 +9,7 @@ H heads, G key-value heads, C head width, L layers, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -138,19 +139,26 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         if self.training:
             return self.whole(x)
-        pieces = [self.whole(x[:, part]) for part in position_chunks(x)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # [B,T,D]
+        return by_pieces(lambda rows, part: self.whole(rows), x)
 
     def whole(self, x: Tensor) -> Tensor:
         """As `forward`, all positions at once; x [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def position_chunks(x: Tensor) -> list[slice]:
-    """Positions of x [B,T,.] in pieces small enough for a processor's cache, where the FFN's
-    elementwise work would else wait for memory. They depend on B and T alone."""
-    size = max(1, CHUNK_ROWS // len(x))
-    return [slice(t, t + size) for t in range(0, x.shape[1], size)]
+def by_pieces(work: Callable[[Tensor, slice], Tensor], x: Tensor) -> Tensor:
+    """`work(rows, part)` [n,D] of x [B,T,D], its positions as rows in pieces small enough for a
+    processor's cache, where the FFN's elementwise work would else wait for memory. They depend on
+    B*T alone."""
+    rows = x.flatten(0, 1)  # [N,D]
+    parts = pieces(len(rows), CHUNK_ROWS if x.is_cpu else len(rows))
+    found = [work(rows[part], part) for part in parts]
+    return (found[0] if len(found) == 1 else torch.cat(found)).view_as(x)
+
+
+def pieces(length: int, size: int) -> list[slice]:
+    """0..length in pieces of `size`."""
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 class Attention(nn.Module):
