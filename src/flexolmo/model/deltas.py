@@ -145,18 +145,20 @@ class _Deltas(nn.Module):
 
     def rest(self, ctx: ForwardContext | None) -> Share | None:
         """What whole matrices leave to the anchor's, exactly 1 where they are off; None: all."""
-        whole = self.whole(ctx)
-        if not whole:
+        if not (whole := self.whole(ctx)):
             return None
         assert ctx is not None and ctx.weights is not None
-        rest = torch.ones_like(ctx.weights[..., :1])  # [B,T,1] float32
-        for name, place in self.places.items():
-            if ctx.shares[place] is not None and isinstance(self.of(name), Linear):
+        places = tuple(p for n, p in self.places.items()
+                       if ctx.shares[p] is not None and isinstance(self.of(n), Linear))
+        if places not in ctx.rests:  # the same for most matrices
+            rest = torch.ones_like(ctx.weights[..., :1])  # [B,T,1] float32
+            for place in places:
                 rest = rest - ctx.weights[..., place:place + 1]
-        # less is the rounding of weights that sum to 1
-        rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
-        rows = None if whole[0][0].rows is None else rest[..., 0].nonzero(as_tuple=True)
-        return Share(rest.to(whole[0][0].weight.dtype), None, rows)
+            # less is the rounding of weights that sum to 1
+            rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
+            rows = None if whole[0][0].rows is None else rest[..., 0].nonzero(as_tuple=True)
+            ctx.rests[places] = Share(rest.to(whole[0][0].weight.dtype), None, rows)
+        return cast(Share, ctx.rests[places])
 
     def mix(self, x: Tensor, ctx: ForwardContext | None, weight: Tensor,
             read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

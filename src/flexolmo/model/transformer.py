@@ -80,6 +80,7 @@ class ForwardContext:
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
+    rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
     texts: Any = None  # for discriminant routers, see router.Texts
     is_sparse: bool = False  # experts read only the tokens that picked them
     cache: list[LayerCache] | None = None
@@ -90,7 +91,7 @@ class ForwardContext:
         """The same for the last position alone."""
         shares = self.shares and [s and s.at_last_position() for s in self.shares]
         weights = None if self.weights is None else self.weights[:, -1:]
-        return replace(self, shares=shares, weights=weights)
+        return replace(self, shares=shares, weights=weights, rests={})
 
 
 @dataclass
