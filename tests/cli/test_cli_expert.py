@@ -99,6 +99,10 @@ def test_what_does_not_go_together_is_refused_in_a_sentence(train, pico_set_dirs
 # --- compress -----------------------------------------------------------------------------------
 
 
+PARTS = ("attention_rank", "embedding_rank", "head_rank")
+TWO = ("--attention-rank", "2", "--embedding-rank", "2", "--head-rank", "2")
+
+
 def weights_of(run):
     expert = load_expert(run)
     return expert, expert.tensors
@@ -107,7 +111,7 @@ def weights_of(run):
 def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anchor,
                                                         pico_anchor_dir, tmp_path):
     said = works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "3",
-                 "--delta-rank", "2", "--out", tmp_path / "small")
+                 *TWO, "--out", tmp_path / "small")
     before, tensors = weights_of(trained["whole"])
     small, found = weights_of(tmp_path / "small")
     expected = compress_rank(pico_anchor, tensors, 3, 2)
@@ -116,7 +120,7 @@ def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anc
     assert small.architecture == before.architecture | {
         "rank": 3, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}
     (step,) = small.record["compressed"]
-    assert step["how"] == {"rank": 3, "delta_rank": 2}
+    assert step["how"] == {"rank": 3, "delta_rank": dict.fromkeys(PARTS, 2)}
     assert step["from"]["architecture"] == before.architecture
     sizes = [sum(t.numel() * t.element_size() for t in e.values()) for e in (tensors, found)]
     assert step["bytes"] == {"before": sizes[0], "after": sizes[1]}
@@ -129,7 +133,7 @@ def test_healed_it_says_less_wrong_and_has_half_the_bytes(
         works, trained, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs, owner_keys,
         tmp_path):
     plain = ("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "2",
-             "--delta-rank", "2", "--data", pico_set_dirs["maths"], "--out")
+             *TWO, "--data", pico_set_dirs["maths"], "--out")
     works(*plain, tmp_path / "cut")
     works(*plain, tmp_path / "healed", "--heal", "12", "--half")
     cut, healed = load_expert(tmp_path / "cut"), load_expert(tmp_path / "healed")
@@ -240,7 +244,8 @@ def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_a
             ((*good, "--curve", "--data", maths, "--heal", "2"), ["no --curve"]),
             ((*good, "--rank", "3", "--half"), ["--half goes with --heal"]),
             ((*good, "--width", "9", "--heal", "1", "--data", public), ["Heal it on the text"]),
-            ((*good, "--width", "3", "--data", maths, "--delta-rank", "2"), ["goes with --rank"]),
+            ((*good, "--width", "3", "--data", maths, "--head-rank", "2"),
+             ["--head-rank 2 goes with --rank"]),
             ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
             ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),
             ((*good, "--width", "49", "--data", maths), ["Width 49 is not between 1 and 48"]),

@@ -108,11 +108,17 @@ def test_a_shipped_recipes_small_expert_is_at_most_a_quarter_of_the_full_one(nam
 
 
 def test_a_directory_of_text_is_named_whole(monkeypatch, tmp_path):
-    """Steps run in directories of their own."""
+    """Steps run in directories of their own; and what the files say counts, not their names."""
     monkeypatch.chdir(tmp_path)
+    for name in ("public", *RECIPE.owners):
+        (tmp_path / "texts" / name).mkdir(parents=True)
+        (tmp_path / "texts" / name / "a.txt").write_text(name)
     graph = build_graph(RECIPE.model_copy(update={"from_directory": "texts"}))
     corpus = graph.scores[0].inputs["windows"].inputs["corpus"]
     assert corpus.settings["from_directory"] == str(tmp_path / "texts")
+    (tmp_path / "texts" / "public" / "a.txt").write_text("something else")
+    later = build_graph(RECIPE.model_copy(update={"from_directory": "texts"})).scores[0]
+    assert later.inputs["windows"].inputs["corpus"].identity != corpus.identity
 
 
 def test_a_jointly_tuned_router_differs_from_the_untuned_one(study):

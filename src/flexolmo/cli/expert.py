@@ -82,9 +82,13 @@ def compress(
         help="Directory for the smaller expert's run; of a curve, for curve.json and curve.png.")],
     rank: Annotated[int | None, typer.Option(
         min=1, help="Keep the FFN's difference to the anchor's at this rank.")] = None,
-    delta_rank: Annotated[int | None, typer.Option(
-        min=1, help="With --rank: cut what it changes in attention, embedding and head to this "
-        "rank. Default: as it is.")] = None,
+    attention_rank: Annotated[int | None, typer.Option(
+        min=1, help="With --rank: keep what it changes in attention at this rank. Default: as it "
+        "is.")] = None,
+    embedding_rank: Annotated[int | None, typer.Option(
+        min=1, help="The same of the embedding.")] = None,
+    head_rank: Annotated[int | None, typer.Option(
+        min=1, help="The same of the output head.")] = None,
     heal: Annotated[int, typer.Option(
         min=0, help="With --data: afterwards train the smaller expert for this many steps, which "
         "makes good much of what was cut. 40 is a good start.")] = 0,
@@ -100,14 +104,15 @@ def compress(
         ] = False,
     max_bytes: Annotated[int | None, typer.Option(
         min=1, help="Of a curve: read at most this much text. Default: all.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    threads: Threads = None,
+    device: Device = "cpu",
 ) -> None:
     """Make a trained expert smaller, or see first what that would cost.
 
     See: flexolmo expert compress math.run --anchor anchor --curve --data prepared/math --out curve
 
-    By rank: flexolmo expert compress math.run --anchor anchor --rank 44 --delta-rank 52
-    --data prepared/math --heal 40 --half --out math-small.run
+    By rank: flexolmo expert compress math.run --anchor anchor --rank 44 --attention-rank 52
+    --embedding-rank 40 --head-rank 80 --data prepared/math --heal 40 --half --out math-small.run
 
     By width: flexolmo expert compress math.run --anchor anchor --width 128 --data prepared/math
     --out math-small.run
@@ -126,14 +131,19 @@ def compress(
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.plots import plot_compression
-    from flexolmo.runtime import set_up
+    from flexolmo.runtime import choose_device, set_up
     from flexolmo.train.expert import load_expert, save_expert
 
     if sum((rank is not None, width is not None, curve)) != 1:
         raise ConfigError("Say how, in one way: --rank R, --width W --data SET, or --curve "
                           "--data SET.")
-    if delta_rank is not None and rank is None:
-        raise ConfigError(f"--delta-rank {delta_rank} goes with --rank, which was not given.")
+    given = {"attention_rank": attention_rank, "embedding_rank": embedding_rank,
+             "head_rank": head_rank}
+    ranks = {k: v for k, v in given.items() if v is not None}
+    if ranks and rank is None:
+        name, value = next(iter(ranks.items()))
+        raise ConfigError(f"--{name.replace('_', '-')} {value} goes with --rank, which was not "
+                          "given.")
     if data is None and rank is None:
         raise ConfigError("This reads text: add --data with your prepared set.")
     if heal and (data is None or curve):
@@ -145,6 +155,7 @@ def compress(
     if not curve and (out / "expert.json").exists():
         raise ConfigError(f"{out} holds a finished expert already; give another --out.")
     expert, base = load_expert(run), load_anchor(anchor)
+    base.model.to(choose_device(device))
     own = None if data is None else open_set(data, base.tokenizer.digest)
     set_up(0, threads)
     if own is not None and curve:
@@ -154,7 +165,8 @@ def compress(
         print_curve(found)
         typer.echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
         return
-    small = compress_expert(base, expert, rank=rank, delta_rank=delta_rank, width=width, data=own)
+    small = compress_expert(base, expert, rank=rank, delta_rank=ranks or None, width=width,
+                            data=own)
     if heal and own is not None:
         small = heal_expert(base, small, own, heal, has_half_deltas=half, run_dir=out,
                             num_threads=threads)

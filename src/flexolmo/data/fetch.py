@@ -127,9 +127,7 @@ def fetch_local(
     if not _NAME.fullmatch(name):
         raise DataError(f"{name!r} cannot name a set: use lower-case letters, digits, - and _.")
     path, target = Path(path), Path(out) / name
-    files = list_files(path)
-    digests = [[str(file.relative_to(path)) if path.is_dir() else file.name, digest_file(file)]
-               for file in files]
+    files, digests = list_files(path), digest_files(path)
     request = digest_bytes(canonical_json(
         {"format": FORMAT, "files": digests, "licence": licence, "text_field": text_field}))
     done = _finished(target, request)
@@ -149,6 +147,12 @@ def fetch_local(
 
     _write_set(target, documents(), card, lambda: None)
     return card
+
+
+def digest_files(path: Path) -> list[list[str]]:
+    """Name and digest of every file that `fetch_local` would read."""
+    return [[str(file.relative_to(path)) if path.is_dir() else file.name, digest_file(file)]
+            for file in list_files(path)]
 
 
 def download(client: str, package: str, version: str | None, cache: Path) -> tuple[Path, str, str]:

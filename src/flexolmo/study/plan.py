@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from flexolmo.data.fetch import digest_files
 from flexolmo.evaluation.compression import HEALING
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
@@ -93,10 +94,13 @@ class _Seed:
     def __init__(self, recipe: StudyRecipe, seed: int):
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
         sets = ["public", *self.owners]
-        directory = recipe.from_directory and str(Path(recipe.from_directory).resolve())
+        source: dict[str, Any] = {"from_directory": None}
+        if recipe.from_directory:
+            directory = Path(recipe.from_directory).resolve()
+            source = {"from_directory": str(directory),
+                      "files": {n: digest_files(directory / n) for n in sets}}
         self.corpus = Step("corpus", "corpus", {
-            "sets": sets, "from_directory": directory,
-            "vocab_size": recipe.vocab_size})
+            "sets": sets, **source, "vocab_size": recipe.vocab_size})
         self.windows = Step("windows", "windows", {
             "sets": sets, "seq_len": recipe.seq_len, "seed": 0,
             "bytes": {"heldout": recipe.heldout_bytes, "validation": recipe.validation_bytes},

@@ -23,8 +23,8 @@ MIXED = "mixed"  # the name that mixed documents go by among the sets
 def corpus(step: StepContext) -> dict[str, Any]:
     """Fetch and prepare the sets. Leaves prepared/SET. No inputs.
 
-    Settings: sets; from_directory, a directory of SET/*.jsonl.gz, or null for packages;
-    vocab_size.
+    Settings: sets; from_directory, a directory of SET/*.jsonl.gz, with the digests of its files, or
+    null for packages; vocab_size.
     """
     done: list[Path] = []
     tokens = {}
