@@ -127,3 +127,21 @@ class House:
         """The mixture of `mixture_dir`, loaded once."""
         self.mixture_dir(names, router, top_k)
         return self._made["mixture", tuple(names), router, top_k].loaded
+
+
+def tree(directory):
+    """Every file below `directory`, its bytes by relative path."""
+    return {str(f.relative_to(directory)): f.read_bytes()
+            for f in sorted(directory.rglob("*")) if f.is_file()}
+
+
+def flip(file, place, change):
+    """Change one byte of `file`, `place` of the way through it; returns the old content."""
+    old = file.read_bytes()
+    at = min(int(place * len(old)), len(old) - 1)
+    file.write_bytes(old[:at] + bytes([old[at] ^ change]) + old[at + 1:])
+    return old
+
+
+def differ_in_router(house, where, name, router, **changes):
+    return house.write(where, name, house.tensors(name, router), router, **changes)
