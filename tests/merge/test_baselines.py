@@ -1,30 +1,22 @@
-"""The rivals against plain loops, and the laws that keep the comparison honest."""
+"""BTM and its kin against plain loops, and the laws that keep the comparison honest."""
 
 import math
-import random
 from fractions import Fraction
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.errors import ConfigError, DataError, MergeError
+from flexolmo.errors import ConfigError
 from flexolmo.merge.baselines import (
-    InstructRouter,
-    TextClassifier,
-    average_shared,
     btm_prefix_weights,
     btm_weights,
     likelihood_weights,
     mix_log_probs,
     prefix_for_budget,
-    prompt_routing_weights,
-    soup,
 )
-from flexolmo.model.transformer import ModelConfig, Transformer
 
 FREQUENT = settings(derandomize=True, max_examples=60)
 TEMPERATURES = st.sampled_from([0.3, 1.0, 4.0])
@@ -314,78 +306,6 @@ def test_mixing_survives_tiny_probabilities():
         mix_log_probs(log_probs, np.array([[0.5], [0.7], [-0.2]]))
 
 
-# --- soups --------------------------------------------------------------------------------------
-
-
-def pico(seed, dtype=torch.float32):
-    model = Transformer(ModelConfig(vocab_size=13, d_model=8, num_layers=2, num_heads=2, d_ff=6,
-                                    max_seq_len=16))
-    model.initialise(seed)
-    return model.to(dtype).state_dict()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("weights", [None, {"a": 2.0, "b": 0.0, "c": 6.0}], ids=["mean", "given"])
-def test_a_soup_is_the_weighted_mean_of_every_number(dtype, weights):
-    models = {n: pico(i, dtype) for i, n in enumerate("abc")}
-    mixed = soup(models, weights)
-    assert list(mixed) == list(models["a"])
-    w = weights or {"a": 1.0, "b": 1.0, "c": 1.0}
-    for name, tensor in mixed.items():
-        assert tensor.dtype == dtype
-        expected = [math.fsum(w[m] * v for m, v in zip("abc", values, strict=True))
-                    / sum(w.values()) for values in
-                    zip(*(models[m][name].flatten().tolist() for m in "abc"), strict=True)]
-        wanted = torch.tensor(expected, dtype=torch.float64).to(dtype).view(tensor.shape)
-        # the last bit may go either way where the sums end half way between two numbers
-        torch.testing.assert_close(tensor, wanted, rtol=torch.finfo(dtype).eps, atol=1e-15)
-
-
-@FREQUENT
-@given(st.permutations("abcd"), st.lists(st.integers(0, 5), min_size=4, max_size=4).filter(any))
-def test_the_order_of_the_models_does_not_matter(order, weights):
-    numbers = torch.linspace(-1, 2, 4, dtype=torch.float64) ** 3
-    models = {n: {"w": number} for n, number in zip("abcd", numbers, strict=True)}
-    given = {n: w / 7 for n, w in zip("abcd", weights, strict=True)}
-    other = soup({n: models[n] for n in order}, {n: given[n] for n in reversed(order)})
-    assert torch.equal(soup(models, given)["w"], other["w"])
-    doubled = soup(models, {n: 2 * w for n, w in given.items()})
-    assert torch.equal(soup(models, given)["w"], doubled["w"])
-
-
-def test_a_soup_of_one_is_that_model_and_a_model_of_weight_zero_leaves_no_trace():
-    here, broken = pico(0), {n: torch.full_like(t, math.nan) for n, t in pico(1).items()}
-    for mixed in (soup({"a": here}), soup({"a": here, "b": here, "c": here}),
-                  soup({"a": here, "b": broken}, {"a": 0.3, "b": 0.0})):
-        assert all(torch.equal(mixed[n], t) for n, t in here.items())
-
-
-def test_models_of_another_form_are_refused_with_all_that_differs():
-    here = pico(0)
-    other = dict(here)
-    other["extra.weight"] = other.pop("norm.weight")
-    other["lm_head.weight"] = torch.zeros(13, 9)
-    other["embed_tokens.weight"] = other["embed_tokens.weight"].double()
-    for refused in (lambda: soup({"a": here, "b": other}),
-                    lambda: average_shared({"a": here, "b": other}, here)):
-        with pytest.raises(MergeError) as error:
-            refused()
-        for part in ("b lacks norm.weight", "b has extra.weight besides", "[13, 9]", "[13, 8]",
-                     "torch.float64"):
-            assert part in str(error.value)
-    with pytest.raises(MergeError, match="No model found"):
-        soup({})
-
-
-@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0},
-                                     {"a": 2.0, "b": -1.0}, {"a": 0.0, "b": 0.0},
-                                     {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan},
-                                     {"a": math.inf, "b": 1.0}], ids=str)
-def test_weights_that_do_not_fit_are_refused(weights):
-    with pytest.raises(MergeError, match="Soup weights"):
-        soup({"a": pico(0), "b": pico(1)}, weights)
-
-
 @FREQUENT
 @given(windows(max_tokens=1), TEMPERATURES)
 def test_likelihood_weights_are_a_softmax(log_likelihood, temperature):
@@ -395,118 +315,3 @@ def test_likelihood_weights_are_a_softmax(log_likelihood, temperature):
                                rtol=1e-9, atol=1e-300)
     with pytest.raises(ConfigError, match="temperature"):
         likelihood_weights(log_likelihood, 0.0)
-
-
-def test_btx_averages_all_but_the_ffns():
-    anchor, dense = pico(0), {"code": pico(1), "news": pico(2)}
-    frame, ffns = average_shared(dense, anchor)
-    assert list(ffns) == ["public", "code", "news"]
-    for name, tensor in anchor.items():
-        if ".mlp." in name:
-            assert name not in frame
-            for model, theirs in {"public": anchor, **dense}.items():
-                assert torch.equal(ffns[model][name], theirs[name])
-        else:
-            assert all(name not in f for f in ffns.values())
-            mean = (tensor.double() + dense["code"][name] + dense["news"][name]) / 3
-            torch.testing.assert_close(frame[name], mean.float())
-    assert len(ffns["public"]) == 2 * 3 and "layers.1.post_feedforward_layernorm.weight" in frame
-    with pytest.raises(MergeError, match="names the anchor"):
-        average_shared({"public": anchor}, anchor)
-
-
-# --- prompt routing -----------------------------------------------------------------------------
-
-
-@FREQUENT
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.integers(1, 12), st.integers(0, 15),
-       st.data())
-def test_public_answers_until_the_prompt_is_read(probabilities, T, prompt, data):
-    public = data.draw(st.integers(0, len(probabilities) - 1))
-    weights = prompt_routing_weights(np.array(probabilities), T, prompt, public)
-    best = probabilities.index(max(probabilities))
-    for i in range(len(probabilities)):
-        for t in range(T):
-            assert weights[i, t] == (i == (public if t < prompt else best))
-
-
-DOMAINS = {"public": "general prose", "code": "programs", "news": "newspaper articles"}
-WORDS = {"common": "the of and to in that it was for on with",
-         "public": "time year people way day man thing woman life child world school",
-         "code": "def return self import class lambda yield assert = ( ) : [ ]",
-         "news": "minister vote court budget strike police mayor border report union"}
-
-
-def made_texts(name, count, seed, length=25):
-    """`count` texts; half of the words stand in every domain."""
-    rng = random.Random(f"{name} {seed}")
-    return [" ".join(rng.choice(WORDS[name if rng.random() < 0.5 else "common"].split())
-                     for _ in range(length)) for _ in range(count)]
-
-
-@pytest.mark.parametrize("names", [["public", "code"], ["news", "public", "code"]], ids=len)
-def test_the_text_classifier_tells_domains_apart_in_the_order_given(names):
-    classifier = TextClassifier.fit({n: made_texts(n, 20, 0) for n in names})
-    assert classifier.names == names
-    for i, name in enumerate(names):
-        found = classifier.probabilities(made_texts(name, 20, 1))
-        assert found.shape == (20, len(names))
-        np.testing.assert_allclose(found.sum(1), 1)
-        assert (found.argmax(1) == i).mean() > 0.9
-
-
-def test_fitting_twice_gives_the_same_and_a_text_is_judged_by_itself():
-    texts = {n: made_texts(n, 10, 0) for n in DOMAINS}
-    asked = [made_texts(n, 1, 2)[0] for n in DOMAINS]
-    classifier, again = TextClassifier.fit(texts), TextClassifier.fit(texts)
-    first = classifier.probabilities(asked)
-    assert (first == again.probabilities(asked)).all()
-    alone = np.concatenate([classifier.probabilities([t]) for t in asked])
-    np.testing.assert_allclose(alone, first, rtol=1e-12)
-
-
-def test_a_domain_with_more_texts_is_not_likelier_for_that():
-    classifier = TextClassifier.fit({"public": made_texts("public", 60, 0),
-                                     "news": made_texts("news", 6, 0)})
-    assert classifier.probabilities(["zzz"])[0, 0] < 0.75  # 60 of 66 would be 0.91
-
-
-@pytest.mark.parametrize("texts", [{}, {"a": ["b c"]}, {"a": ["b c"], "empty": []},
-                                   {"a": ["b c"], "empty": [" \n"]}], ids=str)
-def test_too_little_to_learn_from_is_refused(texts):
-    with pytest.raises(DataError, match="found"):
-        TextClassifier.fit(texts)
-
-
-@pytest.mark.parametrize("answer, domain, is_clear", [
-    ("code", "code", True), ("  NEWS.\n", "news", True), ("**Code**", "code", True),
-    ("2", "code", True), ("3.", "news", True), ("1", "public", True), ("Public", "public", True),
-    ("", "public", False), ("0", "public", False), ("4", "public", False),
-    ("codes", "public", False), ("code or news", "public", False), ("2 or 3", "public", False),
-    ("It is code.", "public", False)])
-def test_an_answer_counts_only_if_it_is_one_name_or_number(answer, domain, is_clear):
-    router = InstructRouter(lambda prompt: answer, DOMAINS)
-    found = router.probabilities(["x", "y"])
-    assert found.tolist() == [[float(n == domain) for n in router.names]] * 2
-    assert router.num_unclear == (0 if is_clear else 2)
-    assert router.probabilities([]).shape == (0, 3)
-
-
-def test_the_model_is_shown_every_domain_and_only_the_start_of_the_text():
-    prompts = []
-
-    def ask(prompt):
-        prompts.append(prompt)
-        return "news"
-
-    InstructRouter(ask, DOMAINS, start_characters=5).probabilities(["abcdefgh"])
-    assert "abcde" in prompts[0] and "abcdef" not in prompts[0]
-    for i, (name, description) in enumerate(DOMAINS.items(), start=1):
-        assert f"{i}. {name}: {description}" in prompts[0]
-
-
-@pytest.mark.parametrize("names", [["code", "news"], ["public", "code", "Code"], ["public", "2"]],
-                         ids=str)
-def test_domains_that_an_answer_could_confuse_are_refused(names):
-    with pytest.raises(ConfigError, match="expected public among"):
-        InstructRouter(lambda prompt: "", dict.fromkeys(names, ""))
