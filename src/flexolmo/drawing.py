@@ -126,6 +126,7 @@ def draw_cells(ax: Axes, values: np.ndarray, colours: str, low: float, high: flo
 
 
 def no_ticks(ax: Axes, axis: Any) -> None:
+    """Labels without their ticks, along "x", "y" or "both"."""
     ax.tick_params(axis=axis, length=0)
 
 
@@ -135,12 +136,13 @@ def ink_on(colour: np.ndarray) -> str:
 
 
 def outline(ax: Axes, x: int, y: int, colour: str, height: int = 1) -> None:
+    """A frame round the cell at column x, row y, and the `height` - 1 below it."""
     ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, height - 0.12, fill=False, lw=2.2,
                            edgecolor=colour, zorder=4, clip_on=False))
 
 
 def label_columns(ax: Axes, names: list[str], colours: Mapping[str, str], width: int,
-                   slanted: bool) -> None:
+                  slanted: bool) -> None:
     """Column names below the cells, each in its owner's colour; slanted where they are close."""
     texts = [wrap_name(n, 15, 1) if slanted else wrap_name(n, width) for n in names]
     ax.set_xticks(range(len(names)), texts)

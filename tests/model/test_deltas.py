@@ -140,6 +140,25 @@ def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@given(drawn=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99),
+       off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]), chunk=st.sampled_from([8, 40, 400]))
+@IN_SESSION
+def test_working_in_pieces_changes_nothing(make_wild, drawn, seed, off, chunk):
+    """To the last bits; neither does training mode, in which nothing is cut."""
+    wild = make_wild(torch.float64)
+    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    model, ids = assemble_mixture(wild.anchor, experts, ROUTER), wild.ids(3, 30, seed)
+    active = model.expert_mask([None, set(experts) - set(off), ()])
+    expected = model(ids, active=active)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", chunk)
+        patch.setattr("flexolmo.model.deltas.PIECE_NUMBERS", 16 * 48)
+        for mode in (False, True):
+            found = model.train(mode)(ids, active=active)
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @given(drawn=st.lists(SIZES, min_size=1, max_size=3), top_k=st.sampled_from([None, 1, 2]),
        seed=st.integers(0, 99), off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]))
 @IN_SESSION

@@ -9,7 +9,7 @@ B batch, T positions, D d_model, V vocabulary, r rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -25,67 +25,73 @@ from flexolmo.model.transformer import (
     pieces,
 )
 
-EVERY = slice(None)
-PIECE = 131072  # activations of one expert worked on at a time when nothing is learnt
+PIECE_NUMBERS = 131072  # activations of one expert worked on at a time when nothing is learnt
 
 
 @dataclass(frozen=True)
 class Share:
     """What one expert has to say at each position, and for which sequences it is on.
 
-    With `rows`, the expert reads only the positions that picked it ([B,T,.] becomes [picked,.]).
+    Positions are those of [B,T,.], or all N = B*T of them as rows [N,.] or as columns [.,N]. With
+    `rows`, the expert reads only the positions that picked it.
     """
 
-    weight: Tensor  # [B,T,1] in the model's dtype
-    enabled: Tensor | None  # [B,T,1]; None: on for every sequence
-    rows: tuple[Any, ...] | None = None  # places in [B,T]; None: all
+    weight: Tensor  # [B,T,1], [N,1] or [1,N], in the model's dtype
+    enabled: Tensor | None  # of the same shape; None: on for every sequence
+    rows: tuple[Any, ...] | None = None  # where in such a tensor; None: all
 
     def pick(self, x: Tensor) -> Tensor:
-        """What the expert reads of `x` [B,T,.]."""
+        """What the expert reads of `x` [B,T,.], [N,.] or [.,N]."""
         return x if self.rows is None else x[self.rows]
 
     def add(self, total: Tensor, value: Tensor) -> Tensor:
         """`total` + weight * `value`; unchanged, bit for bit, where the expert is off."""
         if self.rows is not None:
-            total = total.clone()
-            total[self.rows] += self.weight[self.rows] * value
-            return total
+            return self._scatter(total, self.pick(self.weight) * value)
         return self._where_on(torch.addcmul(total, self.weight, value), total)
 
     def add_delta(self, total: Tensor, low: Tensor, lora_b: Tensor) -> Tensor:
         """`total` + weight * `low` @ B^T; unchanged, bit for bit, where the expert is off."""
         more = F.linear(self.pick(self.weight) * low, lora_b)
         if self.rows is not None:
-            return total.index_put(self.rows, more, accumulate=True)
+            return self._scatter(total, more)
         return self._where_on(total + more, total)
 
     def weigh(self, value: Tensor) -> Tensor:
         """weight * `value` [B,T,.]; zero where nothing was read."""
         if self.rows is None:
             return self.weight * value
-        found = value.new_zeros(*self.weight.shape[:-1], value.shape[-1])
-        return found.index_put(self.rows, self.weight[self.rows] * value)
+        nothing = value.new_zeros(*self.weight.shape[:-1], value.shape[-1])
+        return self._scatter(nothing, self.pick(self.weight) * value)
 
     def at_last_position(self) -> "Share":
-        """The same for the last position alone, all of whose sequences it reads."""
+        """Of [B,T,.], the last position alone, all of whose sequences it reads."""
         return self._turned(lambda x: x[:, -1:])
 
-    def flat(self) -> "Share":
-        """The same for all N = B*T positions as rows."""
+    def by_row(self) -> "Share":
+        """Of [B,T,.], every position as a row."""
         return self._turned(lambda x: x.flatten(0, 1))
 
-    def at(self, part: slice) -> "Share":
-        """The same for some of these rows."""
-        return self if part == EVERY else self._turned(lambda x: x[part])
+    def at_rows(self, part: slice) -> "Share":
+        """Some of the rows [N,.]."""
+        return self._turned(lambda x: x[part])
 
     def by_column(self) -> "Share":
-        """The same for what has a column for each of the N positions: [.,N]."""
-        rows = self.rows and (EVERY, self.rows[0] * self.weight.shape[1] + self.rows[1])
-        return self._turned(lambda x: x.reshape(1, -1), rows)
+        """Every position as a column."""
+        rows = self.rows and (slice(None), self.rows[0] * self.weight.shape[1] + self.rows[1])
+        return replace(self._turned(lambda x: x.reshape(1, -1).contiguous()), rows=rows)
 
-    def _turned(self, turn: Callable[[Tensor], Tensor], rows: tuple[Any, ...] | None = None
-                ) -> "Share":
-        return Share(turn(self.weight), None if self.enabled is None else turn(self.enabled), rows)
+    def at_columns(self, part: slice) -> "Share":
+        """Some of the columns [.,N]; all of them if only some positions are read."""
+        return self if self.rows else self._turned(lambda x: x[:, part])
+
+    def _turned(self, turn: Callable[[Tensor], Tensor]) -> "Share":
+        return Share(turn(self.weight), None if self.enabled is None else turn(self.enabled))
+
+    def _scatter(self, total: Tensor, value: Tensor) -> Tensor:
+        total = total.clone()
+        total[self.rows] += value
+        return total
 
     def _where_on(self, new: Tensor, old: Tensor) -> Tensor:
         return new if self.enabled is None else torch.where(self.enabled, new, old)
@@ -145,19 +151,20 @@ class _Deltas(nn.Module):
 
     def rest(self, ctx: ForwardContext | None) -> Share | None:
         """What whole matrices leave to the anchor's, exactly 1 where they are off; None: all."""
-        if not (whole := self.whole(ctx)):
-            return None
-        assert ctx is not None and ctx.weights is not None
+        assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
         places = tuple(p for n, p in self.places.items()
                        if ctx.shares[p] is not None and isinstance(self.of(n), Linear))
+        if not places:
+            return None
         if places not in ctx.rests:  # the same for most matrices
-            rest = torch.ones_like(ctx.weights[..., :1])  # [B,T,1] float32
+            assert ctx.weights is not None
+            rest, one = torch.ones_like(ctx.weights[..., :1]), ctx.shares[places[0]]  # [B,T,1]
             for place in places:
                 rest = rest - ctx.weights[..., place:place + 1]
             # less is the rounding of weights that sum to 1
             rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
-            rows = None if whole[0][0].rows is None else rest[..., 0].nonzero(as_tuple=True)
-            ctx.rests[places] = Share(rest.to(whole[0][0].weight.dtype), None, rows)
+            rows = None if one.rows is None else rest[..., 0].nonzero(as_tuple=True)
+            ctx.rests[places] = Share(rest.to(one.weight.dtype), None, rows)
         return cast(Share, ctx.rests[places])
 
     def mix(self, x: Tensor, ctx: ForwardContext | None, weight: Tensor,
@@ -171,7 +178,7 @@ class _Deltas(nn.Module):
         return y
 
     def _present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, Linear | LowRank]]:
-        assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
+        assert ctx is not None
         for name, place in self.places.items():
             share = ctx.shares[place]
             if share is not None:
@@ -269,16 +276,17 @@ def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
         inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))
     lows: list[list[Tensor]] = [[] for _ in experts]
     if experts:
-        reads = [expert.read(own.pick(h)) for own, expert in experts]  # [2r,N or picked] each
+        columns = [(own.by_column(), expert, expert.read(own.pick(h)))  # reads [2r,N or picked]
+                   for own, expert in experts]
         flat = [x.flatten(0, -2) for x in (inner, gate, up)]  # [N,F] each
         sums = []
         for part in _column_pieces(flat[0], experts):
             total, g, u = (x[part].T.contiguous() for x in flat)  # [F,n] each
-            for (own, expert), read, low in zip(experts, reads, lows, strict=True):
-                column = own.at(part).by_column()
-                value = expert.inner(read[:, part], column.pick(g), column.pick(u))
+            for (column, expert, read), low in zip(columns, lows, strict=True):
+                here = column.at_columns(part)
+                value = expert.inner(read[:, part], here.pick(g), here.pick(u))
                 low.append(expert.down_proj.lora_a @ value)  # [r,n]
-                total = column.add(total, value)
+                total = here.add(total, value)
             sums.append(total.T)
         inner = torch.cat(sums).view_as(inner)
     y = public.down_proj(inner)  # [...,D]
@@ -291,5 +299,5 @@ def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
 
 def _column_pieces(x: Tensor, experts: Sequence[tuple[Share, nn.Module]]) -> list[slice]:
     if torch.is_grad_enabled() or not x.is_cpu or any(share.rows for share, _ in experts):
-        return [EVERY]
-    return pieces(len(x), max(16, PIECE // x.shape[1]))
+        return [slice(None)]
+    return pieces(len(x), max(16, PIECE_NUMBERS // x.shape[1]))

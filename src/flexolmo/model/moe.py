@@ -80,8 +80,8 @@ class Mixture(nn.Module):
             ctx.routing.append(weights.detach())
         if self.training or ctx.is_sparse:
             return self._mix(h, shares)
-        shares = [s and s.flat() for s in shares]
-        return by_pieces(lambda rows, part: self._mix(rows, [s and s.at(part) for s in shares]), h)
+        rows = [s and s.by_row() for s in shares]
+        return by_pieces(lambda x, part: self._mix(x, [s and s.at_rows(part) for s in rows]), h)
 
     def _logits(self, router: LinearRouter | DiscriminantRouter, h: Tensor,
                 ctx: ForwardContext) -> list[Tensor]:
@@ -95,19 +95,19 @@ class Mixture(nn.Module):
 
     def _mix(self, h: Tensor, shares: Sequence[Share | None]) -> Tensor:
         public = cast(FeedForward, self.expert(PUBLIC))
-        mixed = torch.zeros_like(h)  # [B,T,D]
-        shared, low_rank = None, []
+        mixed = torch.zeros_like(h)  # [B,T,D], or [N,D] of rows
+        public_share, low_rank = None, []
         for share, expert in zip(shares, self.experts.values(), strict=True):
             if share is None:
                 continue
             if expert is public:
-                shared = share
+                public_share = share
             elif isinstance(expert, LowRankFeedForward):
                 low_rank.append((share, expert))
             else:
                 mixed = share.add(mixed, cast(FeedForward, expert).whole(share.pick(h)))
-        if shared or low_rank:
-            mixed = mixed + mix_low_rank(h, public, shared, low_rank)
+        if public_share or low_rank:
+            mixed = mixed + mix_low_rank(h, public, public_share, low_rank)
         return mixed
 
 

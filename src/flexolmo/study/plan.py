@@ -78,10 +78,14 @@ class Graph:
 
 
 def build_graph(recipe: StudyRecipe) -> Graph:
-    """All steps of a study."""
-    graph = Graph(recipe)
+    """All steps of a study. Text in a directory is read once, to know it from other text."""
+    graph, source = Graph(recipe), dict[str, Any](from_directory=None)
+    if recipe.from_directory:
+        directory = Path(recipe.from_directory).resolve()
+        source = {"from_directory": str(directory), "files": {
+            n: digest_files(directory / n) for n in ("public", *recipe.owners)}}
     for seed in recipe.seeds:
-        one = _Seed(recipe, seed)
+        one = _Seed(recipe, seed, source)
         graph.scores[seed] = one.score()
         if recipe.has_ablations and seed == recipe.seeds[0]:
             graph.ablations = one.ablations()
@@ -91,14 +95,9 @@ def build_graph(recipe: StudyRecipe) -> Graph:
 class _Seed:
     """The steps of one seed."""
 
-    def __init__(self, recipe: StudyRecipe, seed: int):
+    def __init__(self, recipe: StudyRecipe, seed: int, source: Mapping[str, Any]):
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
         sets = ["public", *self.owners]
-        source: dict[str, Any] = {"from_directory": None}
-        if recipe.from_directory:
-            directory = Path(recipe.from_directory).resolve()
-            source = {"from_directory": str(directory),
-                      "files": {n: digest_files(directory / n) for n in sets}}
         self.corpus = Step("corpus", "corpus", {
             "sets": sets, **source, "vocab_size": recipe.vocab_size})
         self.windows = Step("windows", "windows", {

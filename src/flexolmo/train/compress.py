@@ -229,7 +229,7 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
 
     def watch(total: Tensor) -> Callable[..., None]:
         def add(_module: Any, args: tuple[Tensor]) -> None:  # returns nothing: it only looks
-            total.add_(args[0].cpu().abs().double().sum((0, 1)))
+            total.add_(args[0].cpu().abs().double().flatten(0, -2).sum(0))
         return add
 
     for i, block in enumerate(model.layers):
