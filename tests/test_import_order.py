@@ -41,6 +41,7 @@ ORDER = [
     ["inference."],
     ["evaluation."],
     ["audit."],
+    ["drawing"],
     ["plots"],
     ["page"],
     ["page_png"],
