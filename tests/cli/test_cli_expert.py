@@ -259,6 +259,7 @@ def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_a
              ["Give a width, not a rank"]),
             ((trained["whole"], "--anchor", house.anchor_dir, "--rank", "3"),
              ["trained beside anchor", house.anchor.digest]),
+            ((*good, "--rank", "3", "--device", "cuda:999"), ["'cuda:999' cannot be used here"]),
             ((tmp_path, "--anchor", pico_anchor_dir, "--rank", "3"), ["expert.json"])):
         if "--out" not in words:
             words = (*words, "--out", out)
