@@ -5,6 +5,7 @@ trained for a few steps. Everything is made here, in about two seconds, with no 
 """
 
 import json
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from made_documents import write_documents
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it for its jobs
 
 SMALL_SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
                              validation_share=0.05, heldout_share=0.05, vocab_size=300)
