@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
@@ -22,6 +23,9 @@ from flexolmo.model.router import LinearSettings, RouterSettings
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
 
+NAMES = ("amber", "basalt", "zinc")
+IN_SESSION = settings(derandomize=True, max_examples=6, database=None,
+                      suppress_health_check=[HealthCheck.function_scoped_fixture])
 ROUTERS: dict[str, RouterSettings] = {
     "evidence": EvidenceSettings(), "linear": LinearSettings(),
     "stock": LinearSettings(has_bias=False),

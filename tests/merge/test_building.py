@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flexolmo.bundle.signing import TrustedOwners, create_key
@@ -19,12 +19,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.assemble import assemble_mixture
-from made_mixtures import ROUTERS, differ_in_router, flip, tree
-
-NAMES = ("amber", "basalt", "zinc")
-IN_SESSION = settings(derandomize=True, max_examples=6, database=None,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
-
+from made_mixtures import IN_SESSION, NAMES, ROUTERS, differ_in_router, flip, tree
 
 # --- building -----------------------------------------------------------------------------------
 

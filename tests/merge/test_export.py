@@ -28,10 +28,9 @@ from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import load_anchor, save_anchor
 from flexolmo.train.anchor import import_anchor
-from made_mixtures import ROUTERS
+from made_mixtures import NAMES, ROUTERS
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-NAMES = ("amber", "basalt", "zinc")
 TERMS = {"owner": "Carol", "licence": "MIT", "terms": "For tests."}
 
 

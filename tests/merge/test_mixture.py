@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.errors import CheckpointError, FlexOlmoError, MergeError, SignatureError
@@ -22,12 +22,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.checkpoint import save_anchor
-from made_mixtures import differ_in_router, flip, tree
-
-NAMES = ("amber", "basalt", "zinc")
-IN_SESSION = settings(derandomize=True, max_examples=6, database=None,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
-
+from made_mixtures import IN_SESSION, NAMES, differ_in_router, flip, tree
 
 # --- adding and removing ------------------------------------------------------------------------
 
