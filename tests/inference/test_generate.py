@@ -169,8 +169,8 @@ class Told:
     def new_cache(self):
         return None
 
-    def __call__(self, ids, last_only, **_):
-        assert last_only
+    def __call__(self, ids, last, **_):
+        assert last == 1
         self.read.append(ids)
         logits = torch.zeros(len(self.scripts), 1, self.vocab_size)
         for row, script in zip(logits[:, 0], self.scripts, strict=True):

@@ -176,7 +176,7 @@ def test_reading_only_the_tokens_that_picked_an_expert_changes_nothing(make_wild
         found.append([
             model(ids, active=active), model(ids[:, :6], active=active, cache=cache),
             model(ids[:, 6:], active=active, cache=cache),
-            model(ids, active=active, last_only=True),
+            model(ids, active=active, last=1),
             language_model_loss(model, ids, active=active).double()])
     for dense, sparse in zip(*found, strict=True):
         torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-6)

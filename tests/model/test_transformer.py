@@ -146,11 +146,47 @@ def test_no_position_sees_a_later_one(wild, router):
     assert not torch.equal(model(ids)[0, 12:], model(changed)[0, 12:])
 
 
-def test_the_last_positions_logits_are_those_of_all(wild, router):
+@pytest.mark.parametrize("is_sparse", [False, True])
+@pytest.mark.parametrize("last", [1, 4, 9, 20])
+def test_the_last_positions_logits_are_those_of_all(wild, router, last, is_sparse):
     model, ids = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab")), wild.ids(3, 9)
+    model.is_sparse = is_sparse
     active = model.expert_mask([("a",), None, ()])
-    torch.testing.assert_close(model(ids, active=active, last_only=True),
-                               model(ids, active=active)[:, -1:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(ids, active=active, last=last),
+                               model(ids, active=active)[:, -last:], rtol=0, atol=1e-5)
+
+
+@given(rows=st.lists(st.integers(0, 2), min_size=1, max_size=4), first=st.integers(1, 8),
+       pads=st.tuples(*[st.integers(0, 3)] * 3))
+@IN_SESSION
+def test_a_selected_cache_goes_on_as_its_sequences_would(wild, router, rows, first, pads):
+    """And what the selection reads is not seen by what it was taken from."""
+    model = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
+    ids, picked = wild.ids(3, 12), torch.tensor(rows)
+    active = model.expert_mask([("a",), None, ()])
+    real = torch.tensor([[t >= p for t in range(4)] for p in pads])  # padding in the middle
+    padded = torch.cat([ids[:, :first], ids[:, :4], ids[:, first:]], dim=1)
+    cache = model.new_cache()
+    model(padded[:, :first], active=active, cache=cache)
+    chosen = cache.select(picked)
+    for c, at, on in ((chosen, picked, active[picked]), (cache, torch.arange(3), active)):
+        model(padded[at][:, first:first + 4], active=on, cache=c, is_token=real[at])
+        found = model(padded[at][:, first + 4:], active=on, cache=c)
+        for row, i in zip(found, at.tolist(), strict=True):
+            text = torch.cat([ids[i, :first], ids[i, pads[i]:4], ids[i, first:]])[None]
+            alone = model(text, active=active[i:i + 1])[0]
+            torch.testing.assert_close(row, alone[first + 4 - pads[i]:], rtol=0, atol=2e-5)
+
+
+def test_one_sequence_is_selected_many_times_without_copies(wild, router):
+    model, ids = wild.mixture(router, "ab"), wild.ids(1, 6)
+    cache = model.new_cache()
+    model(ids, cache=cache)
+    many = cache.select(torch.zeros(5, dtype=torch.long))
+    assert many.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()
+    again = model(wild.ids(5, 3, 1), cache=many)
+    torch.testing.assert_close(again[2], model(torch.cat([ids, wild.ids(5, 3, 1)[2:3]], 1))[0, 6:],
+                               rtol=0, atol=2e-5)
 
 
 # --- loss ---------------------------------------------------------------------------------------

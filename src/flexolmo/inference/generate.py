@@ -54,7 +54,7 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
     with torch.inference_mode():
         for _ in range(min(sampling.max_new_tokens, limit - longest)):
             logits = model(ids, cache=cache, active=active, is_token=is_token,
-                           last_only=True)[:, 0].float().cpu()  # [B,V]
+                           last=1)[:, 0].float().cpu()  # [B,V]
             chosen = [choose_token(z, sampling, g) for z, g in zip(logits, draws, strict=True)]
             ended = [e or t == eos_id for e, t in zip(ended, chosen, strict=True)]
             yield [None if e else t for e, t in zip(ended, chosen, strict=True)]

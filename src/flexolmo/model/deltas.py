@@ -64,9 +64,15 @@ class Share:
         nothing = value.new_zeros(*self.weight.shape[:-1], value.shape[-1])
         return self._scatter(nothing, self.pick(self.weight) * value)
 
-    def at_last_position(self) -> "Share":
-        """Of [B,T,.], the last position alone, all of whose sequences it reads."""
-        return self._turned(lambda x: x[:, -1:])
+    def at_last(self, count: int) -> "Share | None":
+        """Of [B,T,.], the last `count` positions; None if it reads none of them."""
+        last = self._turned(lambda x: x[:, -count:])
+        if self.rows is None:
+            return last
+        skipped = self.weight.shape[1] - count
+        here = self.rows[1] >= skipped
+        rows = (self.rows[0][here], self.rows[1][here] - skipped)
+        return replace(last, rows=rows) if len(rows[0]) else None
 
     def by_row(self) -> "Share":
         """Of [B,T,.], every position as a row."""

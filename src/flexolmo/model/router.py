@@ -157,7 +157,9 @@ class EvidenceRouter(nn.Module):
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         prior = on / _in_turn(on)  # [E,B]
         weights = prior if past is None else past[1].numpy()  # [E,B]
-        fresh = (ids == self.eos_token_id).T.cpu().numpy()  # [T,B]
+        ends = ids == self.eos_token_id if is_token is None else is_token & (
+            ids == self.eos_token_id)
+        fresh = ends.T.cpu().numpy()  # [T,B]
         padding = None if is_token is None else ~is_token.T.cpu().numpy()  # [T,B]
         found = np.empty_like(likelihood)
         rate = self.settings.switch_rate

@@ -87,10 +87,10 @@ class ForwardContext:
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
 
-    def at_last_position(self) -> "ForwardContext":
-        """The same for the last position alone."""
-        shares = self.shares and [s and s.at_last_position() for s in self.shares]
-        weights = None if self.weights is None else self.weights[:, -1:]
+    def at_last(self, count: int) -> "ForwardContext":
+        """The same for the last `count` positions alone."""
+        shares = self.shares and [s and s.at_last(count) for s in self.shares]
+        weights = None if self.weights is None else self.weights[:, -count:]
         return replace(self, shares=shares, weights=weights, rests={})
 
 
@@ -105,6 +105,21 @@ class Cache:
     @property
     def num_positions(self) -> int:
         return 0 if self.layers[0].keys is None else self.layers[0].keys.shape[2]
+
+    def select(self, rows: Tensor) -> "Cache":
+        """A cache of the sequences `rows` [n] of this one, in that order; any may come several
+        times. What either reads on is not seen by the other."""
+        def of(x: Tensor | None) -> Tensor | None:
+            if x is None:
+                return None
+            return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows.to(x.device)]
+
+        layers = [LayerCache(of(c.keys), of(c.values), of(c.context)) for c in self.layers]
+        evidence = self.evidence
+        if evidence is not None:
+            evidence = (evidence[0][rows.to(evidence[0].device)], evidence[1][:, rows])
+        is_token = of(self.is_token) if len(self.is_token) else self.is_token
+        return Cache(layers, evidence, cast(Tensor, is_token))
 
 
 class Linear(nn.Linear):
@@ -248,8 +263,8 @@ class Transformer(nn.Module):
         """The residual stream after the last norm, [B,T,D]; options as for `forward`."""
         return self._stream(ids, **options)[0]
 
-    def forward(self, ids: Tensor, *, last_only: bool = False, **options: Any) -> Tensor:
-        """Logits [B,T,V]; only those of the last position, [B,1,V], with `last_only`.
+    def forward(self, ids: Tensor, *, last: int | None = None, **options: Any) -> Tensor:
+        """Logits [B,T,V]; with `last`, only those of that many last positions, [B,last,V].
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
         mixture's experts per sequence. With a cache, ids continue the positions it holds. The
@@ -257,8 +272,8 @@ class Transformer(nn.Module):
         router logits, both [B,T,E].
         """
         x, ctx = self._stream(ids, **options)
-        if last_only:
-            x, ctx = x[:, -1:], ctx.at_last_position()
+        if last is not None and last < x.shape[1]:
+            x, ctx = x[:, -last:], ctx.at_last(last)
         return self.lm_head(x, ctx)
 
     def _stream(

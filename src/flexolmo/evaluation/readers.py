@@ -1,0 +1,227 @@
+"""What scores text: an anchor or a mixture of ours, BTM over several, a stock Hugging Face model.
+
+All are read the same way: ids in, logits of the last positions out, and a state that holds what
+was read. A state can be taken up again for several texts that begin alike. Knows nothing of tasks.
+
+B batch, T positions, E models, V vocabulary.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
+from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.files import digest_bytes, digest_file
+from flexolmo.inference.policy import choose_experts
+from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.model.checkpoint import load_anchor
+from flexolmo.model.moe import MixtureModel
+from flexolmo.model.transformer import Transformer
+
+
+class State(Protocol):
+    """What a reader has read, of a batch of texts."""
+
+    def select(self, rows: Tensor) -> Self:
+        """The state of the texts `rows` [n], in that order; any may come several times."""
+
+
+class Reader(Protocol):
+    """A language model as the scorer uses it."""
+
+    tokenizer: Tokenizer
+    max_seq_len: int  # tokens it can hold
+    start: list[int]  # ids that stand before every text
+    shares_prefixes: bool  # whether a state can be selected from and read on
+
+    def new_state(self) -> State:
+        """Nothing read yet."""
+
+    def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
+        """Logits [B,last,V] after the last positions of ids [B,T], which go on from `state`, in
+        float32 on the CPU's or the model's device. `is_token` [B,T] is False on padding, which
+        stands before the tokens. Changes `state`.
+        """
+
+
+@dataclass
+class OwnReader:
+    """An anchor, a dense expert, or a mixture with some experts on, as it was trained: every text
+    starts with the end-of-text token."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    enabled: Sequence[str] | None = None  # of a mixture; None: all
+    shares_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        self.max_seq_len = self.model.config.max_seq_len
+        self.start = [self.model.config.eos_token_id]
+        self._mask: Tensor | None = None
+        if isinstance(self.model, MixtureModel):
+            self.model.is_sparse = True
+            self._mask = self.model.expert_mask([self.enabled])
+        elif self.enabled:
+            raise ConfigError(f"Experts {', '.join(self.enabled)} were named, but this model is "
+                              "dense: it has none to switch.")
+
+    def new_state(self) -> Any:
+        return self.model.new_cache()
+
+    def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
+        active = None if self._mask is None else self._mask.expand(len(ids), -1)
+        return self.model(ids, cache=state, active=active, is_token=is_token, last=last).float()
+
+
+@dataclass
+class _BtmState:
+    states: list[Any]
+    evidence: Tensor  # [E,B] float64, log-likelihood of what was read
+    last: Tensor | None = None  # [E,B,V] log-probabilities of the next token
+
+    def select(self, rows: Tensor) -> "_BtmState":
+        return _BtmState([s.select(rows) for s in self.states],
+                         self.evidence[:, rows],
+                         None if self.last is None else self.last[:, rows])
+
+
+@dataclass
+class BtmReader:
+    """Branch-Train-Merge over dense models: the posterior given the text so far mixes what they
+    say of the next token. Source: see `merge.baselines.btm_weights`."""
+
+    readers: Sequence[Reader]
+    temperature: float = 1.0
+    shares_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.readers[0].tokenizer
+        self.max_seq_len = min(r.max_seq_len for r in self.readers)
+        self.start = self.readers[0].start
+
+    def new_state(self) -> Any:
+        return _BtmState([r.new_state() for r in self.readers],
+                         torch.zeros(len(self.readers), 1, dtype=torch.float64))
+
+    def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
+        B, T = ids.shape
+        real = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
+        # where the word on each token was said: 0 is before this call, then its positions
+        place = torch.arange(T) * torch.cat([real[:, :1], real[:, :-1]], dim=1)  # [B,T]
+        rows, seen, ends = torch.arange(B)[:, None], [], []
+        for e, reader in enumerate(self.readers):
+            said = reader.read(ids, state.states[e], is_token=is_token, last=T)
+            said = said.log_softmax(-1).cpu()  # [B,T,V]
+            first = torch.zeros_like(said[:, :1]) if state.last is None else state.last[e][:, None]
+            here = torch.cat([first, said], dim=1)[rows, place, ids]  # [B,T]
+            seen.append(here.double() * real)
+            ends.append(said[:, -last:])
+        evidence = state.evidence[:, :, None] + torch.stack(seen).cumsum(-1)  # [E,B,T]
+        weights = (evidence[:, :, -last:] / self.temperature).log_softmax(0)
+        said = torch.stack(ends)  # [E,B,last,V]
+        state.evidence, state.last = evidence[:, :, -1], said[:, :, -1]
+        return (said + weights[..., None].float()).logsumexp(0)
+
+
+@dataclass
+class _StockState:
+    cache: Any  # of stock transformers
+    is_token: Tensor | None = None  # [B,S]
+
+    def select(self, rows: Tensor) -> "_StockState":
+        from transformers import DynamicCache
+
+        if self.is_token is None:
+            return _StockState(copy.deepcopy(self.cache))  # nothing read yet
+        chosen = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            at = rows.to(layer.keys.device)
+            chosen.update(layer.keys[at], layer.values[at], i)
+        return _StockState(chosen, self.is_token[rows])
+
+
+@dataclass
+class StockReader:
+    """Any causal language model in a stock Hugging Face directory, with no token put before a
+    text unless its tokenizer does so: as lm-evaluation-harness reads it."""
+
+    model: Any
+    tokenizer: Tokenizer
+    max_seq_len: int
+    start: list[int]
+    shares_prefixes: bool
+
+    @classmethod
+    def open(cls, directory: Path, device: torch.device) -> "StockReader":
+        """Load safetensors and tokenizer; no code of the directory's runs.
+
+        CheckpointError: no such model, or one that stock transformers does not know.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+                dtype=torch.float32)
+            start = AutoTokenizer.from_pretrained(directory, local_files_only=True)("").input_ids
+        except (OSError, ValueError, KeyError) as e:
+            raise CheckpointError(f"{directory} is no model that stock transformers loads: {e}"
+                                  ) from None
+        layers = DynamicCache(config=model.config).layers
+        is_plain = all(type(x) is DynamicLayer for x in layers)
+        limit = getattr(model.config, "max_position_embeddings", 2048)
+        model.to(device).eval()  # type: ignore[arg-type]
+        return cls(model, load_tokenizer(directory), limit, list(start), is_plain)
+
+    def new_state(self) -> Any:
+        from transformers import DynamicCache
+
+        return _StockState(DynamicCache(config=self.model.config))
+
+    def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
+        new = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
+        seen = new if state.is_token is None else torch.cat([state.is_token, new], dim=1)  # [B,S]
+        state.is_token = seen
+        places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        device = self.model.device
+        return self.model(
+            ids.to(device), past_key_values=state.cache, use_cache=True,
+            attention_mask=None if bool(seen.all()) else seen.long().to(device),
+            position_ids=places.to(device), logits_to_keep=min(last, ids.shape[1])).logits.float()
+
+
+def open_reader(directory: Path, *, without: Iterable[str] = (), only: Iterable[str] | None = None,
+                device: torch.device | None = None) -> tuple[Reader, dict[str, Any]]:
+    """The model in a directory, and what it is: kind, digest, and the experts that are on.
+
+    A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
+    experts. Raises CheckpointError if the directory holds none of them, PolicyError for an
+    expert it does not hold.
+    """
+    directory, device = Path(directory), device or torch.device("cpu")
+    if (directory / ABOUT).is_file():
+        mixture = load_mixture(directory)
+        enabled = choose_experts(mixture.expert_names, without=without, only=only)
+        return (OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled)),
+                {"kind": "mixture", "digest": digest_file(directory / ABOUT),
+                 "enabled": sorted(enabled), "experts": mixture.expert_names})
+    choose_experts([], without=without, only=only)  # a dense model has nothing to switch
+    if (directory / "anchor.json").is_file():
+        anchor = load_anchor(directory)
+        return (OwnReader(anchor.model.to(device), anchor.tokenizer),
+                {"kind": "anchor", "digest": anchor.digest})
+    files = sorted(directory.glob("*.safetensors"))
+    if not (directory / "config.json").is_file() or not files:
+        raise CheckpointError(f"{directory} holds no model: expected a mixture ({ABOUT}), an "
+                              "anchor (anchor.json), or a Hugging Face model (config.json, "
+                              "*.safetensors and tokenizer.json).")
+    digests = [digest_file(f) for f in (directory / "config.json", *files)]
+    return (StockReader.open(directory, device),
+            {"kind": "stock", "digest": digest_bytes("".join(digests).encode())})

@@ -1,0 +1,325 @@
+"""Log-likelihoods and continuations of many texts, in batches, each shared beginning read once.
+
+Three methods, as evaluation harnesses ask for: the likelihood of continuations given contexts, of
+whole texts, and greedy or sampled continuations. Texts are sorted by length, so that there is
+little padding. What many requests begin with (examples of a task) is read once for all, what some
+begin with (a question with several answers) once for those. Results do not depend on the order of
+requests, but on which are given together, in the last bits. Source: ours.
+
+B batch, T positions, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexolmo.errors import ConfigError
+from flexolmo.evaluation.readers import Reader
+from flexolmo.inference.generate import Sampling, choose_token
+from flexolmo.progress import Meter
+
+MIN_SHARED_TOKENS = 16  # of a beginning that is read apart
+MIN_SAVED_TOKENS = 256  # by reading it apart
+Job = TypeVar("Job")
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model says of one continuation."""
+
+    log_prob: float  # nats, of the whole continuation
+    is_greedy: bool  # whether every token was the likeliest
+    tokens: int
+    is_cut: bool = False  # whether the model did not hold the whole context
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.log_prob + other.log_prob, self.is_greedy and other.is_greedy,
+                     self.tokens + other.tokens, self.is_cut or other.is_cut)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of a request that the model holds: what it reads, and what it is to predict."""
+
+    request: int
+    context: tuple[int, ...]  # at least one
+    targets: tuple[int, ...]  # at least one
+    is_cut: bool
+
+
+class Scorer:
+    """The three methods over one reader, `batch_size` texts at a time.
+
+    `batch_tokens` bounds what is read at once, in tokens; it bounds memory on long texts.
+    """
+
+    def __init__(self, reader: Reader, batch_size: int = 32, batch_tokens: int = 8192):
+        self.reader = reader
+        self.batch_size = batch_size
+        self.batch_tokens = batch_tokens
+
+    # --- text ---------------------------------------------------------------------------------
+
+    def log_likelihoods(self, pairs: Sequence[tuple[str, str]], meter: Meter | None = None
+                        ) -> list[Score]:
+        """Of each continuation after its context, both text; the order of `pairs` is kept.
+
+        Spaces that end a context count to the continuation, for tokens begin with them.
+        """
+        return self.score_ids(self._encode_pairs(pairs), meter)
+
+    def rolling_log_likelihoods(self, texts: Sequence[str], meter: Meter | None = None
+                                ) -> list[Score]:
+        """Of each whole text, every token given as many before it as fit."""
+        nothing = self.reader.start or [self.reader.tokenizer.eos_id]
+        ids = self.reader.tokenizer.encode_batch(texts)
+        return self.score_ids([(nothing, row) for row in ids], meter)
+
+    def continuations(self, prompts: Sequence[str], sampling: Sampling, stops: Sequence[str] = (),
+                      meter: Meter | None = None) -> list[tuple[str, bool]]:
+        """What the model writes after each prompt, up to the first of `stops`, which is left out;
+        and whether the prompt was cut to leave room.
+
+        Prompt number i draws from seed + i.
+        """
+        room = self.reader.max_seq_len - sampling.max_new_tokens
+        if room < 1:
+            raise ConfigError(f"{sampling.max_new_tokens} new tokens were asked for; this model "
+                              f"holds {self.reader.max_seq_len}, prompt and continuation together.")
+        rows = [self.reader.start + r for r in self.reader.tokenizer.encode_batch(prompts)]
+        rows = [r or [self.reader.tokenizer.eos_id] for r in rows]
+        found = [("", len(r) > room) for r in rows]
+        cut = [tuple(r[-room:]) for r in rows]
+        for root, members in _share(cut, self.reader.shares_prefixes):
+            state = self._read_root(root)
+            batches = (self._batches(members, lambda i: cut[i]) if self.reader.shares_prefixes
+                       else ([i] for i in members))  # texts that end cannot leave a batch
+            for places in batches:
+                written = self._write([cut[i][len(root):] for i in places], state, sampling,
+                                      [sampling.seed + i for i in places], stops)
+                for i, text in zip(places, written, strict=True):
+                    found[i] = (text, found[i][1])
+                if meter is not None:
+                    meter.advance(len(places))
+        return found
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Ids of context and continuation, cut where the context's own tokens end."""
+        moved = []
+        for context, continuation in pairs:
+            bare = context.rstrip()
+            moved.append((bare, context[len(bare):] + continuation))
+        tokenizer, start = self.reader.tokenizer, self.reader.start
+        contexts = list(dict.fromkeys(c for c, _ in moved))
+        known = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
+        whole = tokenizer.encode_batch([c + t for c, t in moved])
+        found = []
+        for (context, continuation), ids in zip(moved, whole, strict=True):
+            length = len(known[context])
+            if len(ids) <= length:
+                raise ConfigError(f"Nothing is left to predict of {continuation!r} after "
+                                  f"{context[-40:]!r}; a continuation needs a token of its own.")
+            head = start + ids[:length]
+            found.append((head or [tokenizer.eos_id], ids[length:]))
+        return found
+
+    # --- likelihood -----------------------------------------------------------------------------
+
+    def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+                  meter: Meter | None = None) -> list[Score]:
+        """Of each continuation, not empty, after its context, neither empty, both ids.
+
+        What does not fit is cut from the context's left, as harnesses do; a continuation longer
+        than the model holds is read in pieces, each after as much as fits.
+        """
+        parts = [p for i, pair in enumerate(pairs) for p in self._parts(i, *pair)]
+        found: list[Score | None] = [None] * len(pairs)
+        left = [0] * len(pairs)
+        for p in parts:
+            left[p.request] += 1
+        with torch.inference_mode():
+            for part, score in self._score_parts(parts):
+                past = found[part.request]
+                found[part.request] = score if past is None else past + score
+                left[part.request] -= 1
+                if meter is not None and not left[part.request]:
+                    meter.advance(1)
+        return [s for s in found if s is not None]
+
+    def _parts(self, request: int, context: Sequence[int], targets: Sequence[int]
+               ) -> Iterator[_Part]:
+        limit = self.reader.max_seq_len
+        if len(targets) <= limit:
+            pieces = [(0, len(targets))]
+        else:
+            pieces = [(s, min(s + limit // 2, len(targets)))
+                      for s in range(0, len(targets), limit // 2)]
+        for start, end in pieces:
+            before = [*context, *targets[:start]]
+            room = limit + 1 - (end - start)  # the last target is not read
+            yield _Part(request, tuple(before[-room:]), tuple(targets[start:end]),
+                        len(before) > room)
+
+    def _score_parts(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Score]]:
+        by_context: dict[tuple[int, ...], list[_Part]] = {}
+        for p in parts:
+            by_context.setdefault(p.context, []).append(p)
+        contexts = list(by_context)
+        for root, members in _share(contexts, self.reader.shares_prefixes):
+            state = self._read_root(root)
+            single, forked = [], []
+            for i in members:
+                same = by_context[contexts[i]]
+                if self.reader.shares_prefixes and len(same) > 1:
+                    forked.append((contexts[i][len(root):], same))
+                else:
+                    single += [(contexts[i][len(root):], p) for p in same]
+            yield from self._score_single(single, state)
+            yield from self._score_forked(forked, state)
+
+    def _score_single(self, jobs: Sequence[tuple[tuple[int, ...], _Part]], state: Any
+                      ) -> Iterator[tuple[_Part, Score]]:
+        """Rest of the context and continuation in one go."""
+        for batch in self._batches(jobs, lambda job: (*job[0], *job[1].targets[:-1])):
+            ids, real = _pad([(*rest, *p.targets[:-1]) for rest, p in batch])
+            last = max(len(p.targets) for _, p in batch)
+            said = self.reader.read(ids, _spread(state, len(batch)), is_token=real, last=last)
+            scores = _judge(said, [p.targets for _, p in batch])
+            for (_, p), score in zip(batch, scores, strict=True):
+                yield p, replace(score, is_cut=p.is_cut)
+
+    def _score_forked(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Part]]], state: Any
+                      ) -> Iterator[tuple[_Part, Score]]:
+        """The rest of each context once, then its continuations from there."""
+        for batch in self._batches(jobs, lambda job: job[0]):
+            ids, real = _pad([rest for rest, _ in batch])
+            stem = _spread(state, len(batch))
+            said = self.reader.read(ids, stem, is_token=real, last=1)  # [B,1,V]
+            leaves = [(b, p) for b, (_, same) in enumerate(batch) for p in same]
+            firsts = _judge(said[[b for b, _ in leaves]], [p.targets[:1] for _, p in leaves])
+            found = {id(p): replace(s, is_cut=p.is_cut)
+                     for (_, p), s in zip(leaves, firsts, strict=True)}
+            longer = [leaf for leaf in leaves if len(leaf[1].targets) > 1]
+            for group in self._batches(longer, lambda leaf: leaf[1].targets[:-1]):
+                ids, real = _pad([p.targets[:-1] for _, p in group])
+                state_here = stem.select(torch.tensor([b for b, _ in group]))
+                said = self.reader.read(ids, state_here, is_token=real, last=ids.shape[1])
+                rests = _judge(said, [p.targets[1:] for _, p in group])
+                for (_, p), rest in zip(group, rests, strict=True):
+                    found[id(p)] += rest
+            yield from ((p, found[id(p)]) for _, p in leaves)
+
+    # --- continuing -----------------------------------------------------------------------------
+
+    def _write(self, prompts: Sequence[tuple[int, ...]], root: Any, sampling: Sampling,
+               seeds: Sequence[int], stops: Sequence[str]) -> list[str]:
+        """Continuations of one batch; texts that have ended leave it."""
+        tokenizer = self.reader.tokenizer
+        window = max((len(s.encode()) for s in stops), default=0) + 4  # tokens a stop may span
+        written: list[list[int]] = [[] for _ in prompts]
+        draws = [torch.Generator().manual_seed(s) for s in seeds]
+        live = list(range(len(prompts)))
+        state = _spread(root, len(prompts))
+        ids, real = _pad(prompts)
+        with torch.inference_mode():
+            for _ in range(sampling.max_new_tokens):
+                said = self.reader.read(ids, state, is_token=real, last=1)[:, 0].cpu()  # [B,V]
+                going = []
+                for place, i in enumerate(live):
+                    token = choose_token(said[place], sampling, draws[i])
+                    if token == tokenizer.eos_id:
+                        continue
+                    written[i].append(token)
+                    tail = tokenizer.decode(written[i][-window:])
+                    if not any(stop in tail for stop in stops):
+                        going.append(place)
+                if not going:
+                    break
+                if len(going) < len(live):
+                    state = state.select(torch.tensor(going))
+                    live = [live[place] for place in going]
+                ids = torch.tensor([[written[i][-1]] for i in live])
+                real = None
+        return [_until(tokenizer.decode(row), stops) for row in written]
+
+    def _read_root(self, root: tuple[int, ...]) -> Any:
+        """The state after what many texts begin with; a state of one text."""
+        state = self.reader.new_state()
+        if root:
+            with torch.inference_mode():
+                self.reader.read(torch.tensor([root]), state, last=1)
+        return state
+
+    def _batches(self, jobs: Sequence[Job], row: Callable[[Job], tuple[int, ...]]
+                 ) -> Iterator[list[Job]]:
+        """Jobs from the longest row to read to the shortest, as many at once as are allowed."""
+        ordered = sorted(jobs, key=lambda job: (-len(row(job)), row(job)))
+        while ordered:
+            count = min(self.batch_size, max(1, self.batch_tokens // max(1, len(row(ordered[0])))))
+            yield ordered[:count]
+            ordered = ordered[count:]
+
+
+def _share(rows: Sequence[tuple[int, ...]], is_possible: bool
+           ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Groups of rows by what they begin with: the beginning, shorter than each row, and places.
+
+    In alphabetical order, a row joins the group before it if that keeps at least half of the
+    group's beginning. Groups that would save little are read together, with no beginning.
+    """
+    groups: list[tuple[int, list[int]]] = []  # tokens shared, places
+    for i in sorted(range(len(rows)), key=lambda i: rows[i]) if is_possible else ():
+        if groups:
+            shared, places = groups[-1]
+            common = min(_common(rows[places[0]], rows[i]), len(rows[i]) - 1, shared)
+            if common >= MIN_SHARED_TOKENS and (len(places) == 1 or 2 * common >= shared):
+                groups[-1] = (common, [*places, i])
+                continue
+        groups.append((len(rows[i]) - 1, [i]))
+    worth = [(n, places) for n, places in groups if n * (len(places) - 1) >= MIN_SAVED_TOKENS]
+    yield from ((rows[places[0]][:n], places) for n, places in worth)
+    taken = {i for _, places in worth for i in places}
+    if others := [i for i in range(len(rows)) if i not in taken]:
+        yield (), others
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements the two begin with alike."""
+    length = min(len(a), len(b))
+    return next((i for i in range(length) if a[i] != b[i]), length)
+
+
+def _spread(state: Any, count: int) -> Any:
+    """The state of one text, for `count` texts that go on from it."""
+    return state.select(torch.zeros(count, dtype=torch.long))
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Ids [B,T] with padding before each row's tokens, and what is a token; None: all are."""
+    longest = max(len(r) for r in rows)
+    ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows])
+    if all(len(r) == longest for r in rows):
+        return ids, None
+    missing = torch.tensor([longest - len(r) for r in rows])
+    return ids, torch.arange(longest) >= missing[:, None]
+
+
+def _judge(said: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Score]:
+    """Scores of `targets` by the logits [B,T,V] of the positions before them; each row's are its
+    last."""
+    T = said.shape[1]
+    ids = torch.tensor([(0,) * (T - len(t)) + t for t in targets], device=said.device)
+    missing = torch.tensor([T - len(t) for t in targets], device=said.device)
+    real = torch.arange(T, device=said.device) >= missing[:, None]
+    picked = said.log_softmax(-1).gather(-1, ids[..., None])[..., 0].double()  # [B,T]
+    sums = picked.where(real, 0.0).sum(1).tolist()
+    greedy = ((said.argmax(-1) == ids) | ~real).all(1).tolist()
+    return [Score(s, g, len(t)) for s, g, t in zip(sums, greedy, targets, strict=True)]
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of `stops`."""
+    return text[:min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
