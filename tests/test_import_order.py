@@ -40,6 +40,7 @@ ORDER = [
     ["merge."],
     ["inference."],
     ["evaluation."],
+    ["tasks."],
     ["audit."],
     ["drawing"],
     ["plots"],

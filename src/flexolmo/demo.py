@@ -271,9 +271,10 @@ class _Demo:
                     *(self.house(n) / "prepared" / n for n in self.names)]
             flags = [x for d in data for x in ("--data", str(d.resolve()))]
             run_jobs([Job(f"evaluate{suffix}", (
-                "eval", str((self.out / f"model{suffix}").resolve()), *flags, "--out",
-                f"eval{suffix}", "--max-bytes", str(self.recipe.evaluation_bytes), "--threads",
-                "1"), self.coordinator) for suffix in ROUTERS.values()], self.recipe.processes)
+                "eval", "sets", "--model", str((self.out / f"model{suffix}").resolve()), *flags,
+                "--out", f"eval{suffix}", "--max-bytes", str(self.recipe.evaluation_bytes),
+                "--threads", "1"), self.coordinator) for suffix in ROUTERS.values()],
+                self.recipe.processes)
 
         self.step("sign and merge", ("train experts",), self.names, merge)
         self.step("measure", ("sign and merge",), self.recipe.evaluation_bytes, measure)

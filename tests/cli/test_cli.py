@@ -108,7 +108,14 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             (("demo", "--out", tmp_path / "d", "--set", "sead=1"), ["Did you mean seed?"]),
             (("demo", "--out", tmp_path / "d", "--sets", "code,nosuch"), ["nosuch", "academic"]),
             (("generate", "--model", tmp_path / "none", "--prompt", "x"), [tmp_path / "none"]),
-            (("eval", tmp_path / "none", "--data", public), [tmp_path / "none"]),
+            (("eval", "sets", "--model", tmp_path / "none", "--data", public),
+             [tmp_path / "none"]),
+            (("eval", "--limit", "3"), ["--model"]),
+            (("eval", "--model", tmp_path), ["CheckpointError", "holds no model"]),
+            (("eval", "--model", model, "--without", "news"), ["Unknown expert news"]),
+            (("eval", "--model", model, "--tasks", "arc"), ["Unknown task arc", "arc_easy"]),
+            (("eval", "--model", model, "--items", tmp_path / "none"), ["not a directory"]),
+            (("eval", "--suite", "mine", "--model", model), ["flexolmo31"]),
             (("mix", "inspect", tmp_path), ["mixture.json"]),
             (("anchor", "inspect", tmp_path), ["anchor.json"]),
             (("mix", "build", tmp_path / "none", house.bundle("amber"), "-o", tmp_path / "m"),
@@ -134,8 +141,9 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             (("expert", "verify", house.bundle("amber")), ["unknown key"]),
             (("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
              ["expert.json"]),
-            (("eval", model, "--data", tmp_path), ["card.json"]),
-            (("eval", model, "--data", public, "--split", "train"), ["heldout", "validation"])):
+            (("eval", "sets", "--model", model, "--data", tmp_path), ["card.json"]),
+            (("eval", "sets", "--model", model, "--data", public, "--split", "train"),
+             ["heldout", "validation"])):
         is_plain_refusal(run(*words), *parts)
     assert not (tmp_path / "m").exists() and not (tmp_path / "hf").exists()
 
@@ -153,14 +161,14 @@ def test_a_command_that_cannot_be_read_is_refused_with_usage(run, words):
 
 @pytest.mark.parametrize("flag", [("--seq-len", "0"), ("--threads", "0"), ("--max-bytes", "-1")])
 def test_a_number_that_cannot_be_is_refused(run, house, pico_set_dirs, tmp_path, flag):
-    is_plain_refusal(run("eval", house.mixture_dir(["amber"]), "--data", pico_set_dirs["maths"],
-                         "--out", tmp_path / "eval", *flag))
+    is_plain_refusal(run("eval", "sets", "--model", house.mixture_dir(["amber"]), "--data",
+                         pico_set_dirs["maths"], "--out", tmp_path / "eval", *flag))
 
 
 def test_two_sets_of_one_name_are_refused(run, house, pico_set_dirs, tmp_path):
     data = ["--data", pico_set_dirs["maths"]] * 2
-    is_plain_refusal(run("eval", house.mixture_dir(["amber"]), *data, "--out", tmp_path / "eval"),
-                     "maths")
+    is_plain_refusal(run("eval", "sets", "--model", house.mixture_dir(["amber"]), *data, "--out",
+                         tmp_path / "eval"), "maths")
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
@@ -233,8 +241,9 @@ def test_an_anchor_alone_generates_as_a_mixture_with_nothing_on(works, house):
 def test_evaluating_writes_a_table_figures_and_json(works, house, pico_set_dirs, tmp_path,
                                                     monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    said = works("eval", house.mixture_dir(["amber"]), "--data", pico_set_dirs["public"], "--data",
-                 pico_set_dirs["maths"], "--out", tmp_path / "eval", "--max-bytes", "500",
+    said = works("eval", "sets", "--model", house.mixture_dir(["amber"]), "--data",
+                 pico_set_dirs["public"], "--data", pico_set_dirs["maths"], "--out",
+                 tmp_path / "eval", "--max-bytes", "500",
                  "--seq-len", "64", "--threads", "1")
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert set(found["bits_per_byte"]) == {"anchor", "expert amber", "mixture",

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli import anchor, data, expert, mix, run
+from flexolmo.cli import anchor, data, eval, expert, mix, run
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
 from flexolmo.jobs import UNAVAILABLE
@@ -31,8 +31,8 @@ app.add_typer(data.app, name="data")
 app.add_typer(anchor.app, name="anchor")
 app.add_typer(expert.app, name="expert")
 app.add_typer(mix.app, name="mix")
+app.add_typer(eval.app, name="eval")
 app.command()(run.generate)
-app.command("eval")(run.evaluate)
 app.command()(run.demo)
 app.command()(study)
 

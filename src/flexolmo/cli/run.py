@@ -1,4 +1,4 @@
-"""`flexolmo generate`, `eval` and `demo`: running what was built."""
+"""`flexolmo generate` and `demo`: running what was built."""
 
 import signal
 import sys
@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 
-def _names(text: str | None) -> list[str]:
+def names_of(text: str | None) -> list[str]:
+    """A comma-separated list."""
     return [n.strip() for n in (text or "").split(",") if n.strip()]
 
 
@@ -39,65 +40,18 @@ def generate(
     sampling = parse_settings({"max_new_tokens": max_new_tokens, "temperature": temperature,
                                "top_k": top_k, "top_p": top_p, "seed": seed}, Sampling,
                               "the command line")
-    alone = None if only is None else _names(only)
+    alone = None if only is None else names_of(only)
     if (model / "anchor.json").exists():
-        choose_experts([], without=_names(without), only=alone)
+        choose_experts([], without=names_of(without), only=alone)
         anchor = load_anchor(model)
         pieces = stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None)
     else:
-        pieces = stream(load_mixture(model), prompt, without=_names(without), only=alone,
+        pieces = stream(load_mixture(model), prompt, without=names_of(without), only=alone,
                         sampling=sampling)
     typer.echo(prompt, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)
     typer.echo()
-
-
-def evaluate(
-    model: Annotated[Path, typer.Argument(help="Directory of a mixture.")],
-    data: Annotated[list[Path], typer.Option(
-        help="A prepared set; may be repeated. One named as an expert is that owner's own.")],
-    out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
-    split: Annotated[str, typer.Option(
-        help="heldout to report, validation to choose settings by.")] = "heldout",
-    seq_len: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 256,
-    max_bytes: Annotated[int | None, typer.Option(
-        min=1, help="Read at most this much text of each set. Default: all.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
-) -> None:
-    """Bits per byte of the anchor, each expert with it, the mixture, and without each owner.
-
-    Example: flexolmo eval model --data prepared/public --data prepared/math --out eval
-    """
-    from flexolmo.data.batches import open_set
-    from flexolmo.drawing import save_figure
-    from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.likelihood import evaluate_mixture
-    from flexolmo.files import write_json
-    from flexolmo.merge.mixture import load_mixture
-    from flexolmo.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
-    from flexolmo.runtime import run_record, set_up
-
-    if split not in ("heldout", "validation"):
-        raise ConfigError(f"Split {split!r} is not known; heldout and validation are.")
-    set_up(0, threads)
-    mixture = load_mixture(model)
-    opened = [open_set(d, mixture.tokenizer.digest) for d in data]
-    sets = {s.name: s for s in opened}
-    if len(sets) < len(opened):
-        raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
-    results = evaluate_mixture(mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes)
-    digests = {name: s.digest for name, s in sets.items()}
-    config = {"split": split, "seq_len": seq_len, "max_bytes": max_bytes,
-              "router": mixture.about["router"], "top_k": mixture.about["top_k"]}
-    results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
-    write_json(out / "results.json", results)
-    for name, figure in (("bits_per_byte", plot_bits_per_byte(results)),
-                         ("optout", plot_optout_matrix(results)),
-                         ("routing", plot_routing(results))):
-        save_figure(figure, out / f"{name}.png")
-    print_table(results)
-    typer.echo(f"{out / 'results.json'} and figures beside it")
 
 
 def print_table(results) -> None:

@@ -184,6 +184,10 @@ class _Seed:
         for label, experts in (("default", default), ("low", low), ("paper", paper)):
             reads |= {f"pair.{label}.{n}": s for n, s in self.pairs(label, experts).items()}
         for n in self.owners:
+            reads[f"pair_on_mixed.{n}"] = self.read(
+                f"default, pair {n} on mixed documents", "mixture", {f"expert.{n}": default[n]},
+                on=["mixed"], splits=["heldout"])
+        for n in self.owners:
             off = [m for m in self.owners if m != n]
             for label, experts in (("default", default), ("paper", paper)):
                 reads[f"without.{label}.{n}"] = self.read_mixture(

@@ -63,5 +63,6 @@ def _cost(graph: Graph, root: Path) -> dict[str, Any]:
             entry = found.setdefault(step.kind, {"steps": 0, "seconds": 0.0, "tokens": 0})
             entry["steps"] += 1
             entry["seconds"] = round(entry["seconds"] + done["seconds"], 1)
-            entry["tokens"] += done["metrics"].get("tokens", 0) if step.kind != "corpus" else 0
+            if step.kind not in ("corpus", "rerouted", "uncoordinated"):  # these train nothing
+                entry["tokens"] += done["metrics"].get("tokens", 0)
     return found

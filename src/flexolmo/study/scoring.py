@@ -100,7 +100,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=6)
+@step_kind("score", version=7)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
@@ -168,6 +168,9 @@ def score(step: StepContext) -> dict[str, Any]:
         kind: {n: _entry(of(r), by_kind[n][kind] if n in by_kind else flops[n], STRICT[n])
                for n, r in rows.items() if kind == "gap_closed" or MIXED in r}
         for kind, of in (("gap_closed", study.closed), ("mixed", study.closed_mixed))}
+    result["mixed"]["own_pair"] = _entry(  # each on its owner's pieces, reading the whole document
+        {n: study.closed_mixed(study.read(f"pair_on_mixed.{n}"))[n] for n in owners},
+        flops["own_pair"], STRICT["own_pair"])
     result |= {
         "bits_per_byte": {n: bits_per_byte(r, study.sizes) for n, r in rows.items()}
         | {f"dense {n}": bits_per_byte(r, study.sizes) for n, r in heldout.items()},

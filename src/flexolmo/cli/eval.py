@@ -1,0 +1,163 @@
+"""`flexolmo eval`: tasks, bits per byte, comparisons, and whether training text holds the items."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexolmo.cli.run import names_of, print_table
+
+app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
+SUITE = "flexolmo31"
+
+
+@app.callback()
+def evaluate(
+    context: typer.Context,
+    suite: Annotated[str, typer.Option(help="The suite of tasks; flexolmo31 is the one.")] = SUITE,
+    model: Annotated[Path | None, typer.Option(
+        help="Directory of a mixture, an anchor, or any stock Hugging Face model.")] = None,
+    without: Annotated[str | None, typer.Option(
+        help="Experts to switch off, comma-separated.")] = None,
+    only: Annotated[str | None, typer.Option(
+        help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    tasks: Annotated[str | None, typer.Option(
+        help="Tasks or groups to run, comma-separated. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(
+        min=1, help="Items of each task, or of each subtask. Default: all.")] = None,
+    items: Annotated[Path | None, typer.Option(
+        help="Directory of evaluation sets, <task>.jsonl.gz, for tasks whose items are in no "
+        "package. README says how to get them.")] = None,
+    hub: Annotated[bool, typer.Option(
+        "--hub", help="Get from the Hugging Face hub what neither package nor directory "
+        "has.")] = False,
+    bits_only: Annotated[bool, typer.Option(
+        "--bits-only", help="Let the model write nothing: multiple choice, and bits per byte of "
+        "right answers.")] = False,
+    run_code: Annotated[bool, typer.Option(
+        "--run-code", help="Run the programs that the model writes, in a sandbox, on this "
+        "machine.")] = False,
+    samples: Annotated[int, typer.Option(
+        min=1, help="Programs written for each problem; with 10 or more also pass@10.")] = 1,
+    out: Annotated[Path, typer.Option(
+        help="Directory of the run; the same command goes on where it was.")] = Path("eval"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of drawn samples.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Run the paper's 31 tasks on a model, or one of the commands below.
+
+    Example: flexolmo eval --suite flexolmo31 --model model --without news --limit 100 --out e
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from flexolmo.config import parse_settings
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.readers import open_reader
+    from flexolmo.runtime import choose_device, set_up
+    from flexolmo.tasks.run import RunSettings, run_suite
+    from flexolmo.tasks.sources import Sources
+    from flexolmo.tasks.suite import choose_tasks
+
+    if suite != SUITE:
+        raise ConfigError(f"Suite {suite!r} is not known; there is {SUITE}.")
+    if model is None:
+        raise ConfigError("No model named; give --model DIRECTORY, or see flexolmo eval --help.")
+    set_up(seed, threads)
+    settings = parse_settings({"limit": limit, "write": not bits_only, "run_code": run_code,
+                               "samples": samples, "batch_size": batch_size, "seed": seed},
+                              RunSettings, "the command line")
+    chosen = choose_tasks(None if tasks is None else names_of(tasks))
+    reader, about = open_reader(model, without=names_of(without),
+                                only=None if only is None else names_of(only),
+                                device=choose_device(device))
+    results = run_suite(reader, about, chosen, Sources(items, use_hub=hub), out, settings)
+    print_tasks(results)
+    typer.echo(f"{out / 'results.json'}; every item in {out / 'items'}")
+
+
+@app.command()
+def sets(
+    model: Annotated[Path, typer.Option(help="Directory of a mixture.")],
+    data: Annotated[list[Path], typer.Option(
+        help="A prepared set; may be repeated. One named as an expert is that owner's own.")],
+    out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
+    split: Annotated[str, typer.Option(
+        help="heldout to report, validation to choose settings by.")] = "heldout",
+    seq_len: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 256,
+    max_bytes: Annotated[int | None, typer.Option(
+        min=1, help="Read at most this much text of each set. Default: all.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Bits per byte of the anchor, each expert with it, the mixture, and without each owner.
+
+    Example: flexolmo eval sets --model model --data prepared/public --data prepared/math --out eval
+    """
+    from flexolmo.data.batches import open_set
+    from flexolmo.drawing import save_figure
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.likelihood import evaluate_mixture
+    from flexolmo.files import write_json
+    from flexolmo.merge.mixture import load_mixture
+    from flexolmo.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
+    from flexolmo.runtime import run_record, set_up
+
+    if split not in ("heldout", "validation"):
+        raise ConfigError(f"Split {split!r} is not known; heldout and validation are.")
+    set_up(0, threads)
+    mixture = load_mixture(model)
+    opened = [open_set(d, mixture.tokenizer.digest) for d in data]
+    sets = {s.name: s for s in opened}
+    if len(sets) < len(opened):
+        raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
+    results = evaluate_mixture(mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes)
+    digests = {name: s.digest for name, s in sets.items()}
+    config = {"split": split, "seq_len": seq_len, "max_bytes": max_bytes,
+              "router": mixture.about["router"], "top_k": mixture.about["top_k"]}
+    results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
+    write_json(out / "results.json", results)
+    for name, figure in (("bits_per_byte", plot_bits_per_byte(results)),
+                         ("optout", plot_optout_matrix(results)),
+                         ("routing", plot_routing(results))):
+        save_figure(figure, out / f"{name}.png")
+    print_table(results)
+    typer.echo(f"{out / 'results.json'} and figures beside it")
+
+
+def print_tasks(results: dict[str, Any]) -> None:
+    """The table of tasks, for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "group", "score", "chance", "above", "bits/byte", "items", "")
+    for name, task in results["tasks"].items():
+        notes = [f"stand-in: {task['stand_in']}"] if task["stand_in"] else []
+        if task["cut"]:
+            notes.append(f"{task['cut']} prompts cut")
+        if task["score"] is None:
+            score, chance, above = "-", "", ""
+            notes.insert(0, task["why"])
+        else:
+            score = f"{task['score']:.1f} ± {task['error']:.1f}"
+            chance, above = f"{task['chance']:.1f}", "yes" if task["above_chance"] else "no"
+        table.add_row(name, task["group"], score, chance, above, f"{task['bits_per_byte']:.3f}",
+                      str(task["items"]), "; ".join(notes))
+    for name, why in results["missing"].items():
+        table.add_row(name, "", "missing", "", "", "", "0", why)
+    console = Console()
+    console.print(table)
+    summary = Table("group", "score", "bits/byte", "tasks scored")
+    for name, group in results["groups"].items():
+        summary.add_row(name, _number(group["score"], 1), _number(group["bits_per_byte"], 3),
+                        f"{group['scored']} of {group['of']}")
+    whole = results["average"]
+    summary.add_row("average of groups", _number(whole["score"], 1),
+                    _number(whole["bits_per_byte"], 3),
+                    f"{whole['groups']} of {whole['of']} groups"
+                    + ("" if whole["is_whole"] else ", not whole"))
+    console.print(summary)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
