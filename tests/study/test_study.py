@@ -11,14 +11,20 @@ import flexolmo
 from flexolmo.config import read_recipe
 from flexolmo.data.fetch import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.evaluation.scorer import Scorer
 from flexolmo.files import read_json, write_json
 from flexolmo.model.shape import ExpertShape, expert_shapes
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record
+from flexolmo.study.method import open_method
+from flexolmo.study.models import load_reading
 from flexolmo.study.page import write_page
 from flexolmo.study.plan import StudyRecipe, build_graph
 from flexolmo.study.results import write_results
+from flexolmo.study.score import btm
 from flexolmo.study.step import _KINDS, StepContext
+from flexolmo.study.text import load_windows
 from made_documents import write_documents
 
 RECIPES = Path(flexolmo.__file__).parent / "recipes"
@@ -147,3 +153,39 @@ def test_one_recipe_is_one_graph():
     assert [t.identity for t in again.targets] == [t.identity for t in build_graph(RECIPE).targets]
     other = build_graph(RECIPE.model_copy(update={"top_k": 1}))
     assert other.targets[0].identity != again.targets[0].identity
+
+
+@pytest.mark.parametrize("method", ["flexolmo_default", "flexolmo_paper", "low_rank", "btx", "dume",
+                                    "soup_mean", "dense.news", "unrestricted_1x", "btm",
+                                    "flexolmo_joint_tuned"])
+def test_a_method_opened_for_tasks_says_what_the_study_read(study, method):
+    """The same windows, one by one through the scorer, as the study's own reading of them."""
+    graph, root = study
+    write_results(graph, root)
+    reader, about = open_method(root, method)
+    score = graph.scores[RECIPE.seeds[0]]
+    windows = load_windows(score.inputs["windows"].directory(root), "heldout")
+    names = {"dume": [f"dume.{about.get('scale')}"],
+             "btm": ["dense.public", *(f"dense.{n}" for n in RECIPE.owners)]}.get(method, [method])
+    read = {n: load_reading(score.inputs[n].directory(root) / "heldout.npz", windows).log_probs
+            for n in names}
+    said = btm(read, about["temperature"]) if method == "btm" else read[names[0]]
+    for name in ("news", "mixed") if "mixed" in said else ("news",):
+        for (ids, _), log_probs in list(zip(windows[name], said[name], strict=True))[:3]:
+            (found,) = Scorer(reader).score_ids([(ids[:1].tolist(), ids[1:].tolist())])
+            assert found.log_prob == pytest.approx(float(log_probs.sum()), rel=1e-4)
+
+
+def test_a_method_is_opened_without_an_owner_and_not_by_a_wrong_name(study):
+    graph, root = study
+    write_results(graph, root)
+    assert open_method(root, "flexolmo_default", without=["news"])[1]["enabled"] == ["maths"]
+    for method, said in (("btn", "no model called 'btn'.*flexolmo_default"),
+                         ("soup_weighted", "no model called")):
+        with pytest.raises(ConfigError, match=said):
+            open_method(root, method)
+    with pytest.raises(ConfigError, match="no seed 7"):
+        open_method(root, "btm", seed=7)
+    for method in ("btm", "dense.news"):
+        with pytest.raises(PolicyError, match="news"):
+            open_method(root, method, without=["news"])

@@ -21,6 +21,12 @@ def evaluate(
         help="Experts to switch off, comma-separated.")] = None,
     only: Annotated[str | None, typer.Option(
         help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    study: Annotated[Path | None, typer.Option(
+        help="Directory of a finished study, instead of --model: any of its methods.")] = None,
+    method: Annotated[str, typer.Option(
+        help="Of the study, as results.json calls it; also dense.NAME.")] = "flexolmo_default",
+    study_seed: Annotated[int | None, typer.Option(
+        help="Of the study. Default: its first.")] = None,
     tasks: Annotated[str | None, typer.Option(
         help="Tasks or groups to run, comma-separated. Default: all.")] = None,
     limit: Annotated[int | None, typer.Option(
@@ -31,6 +37,14 @@ def evaluate(
     hub: Annotated[bool, typer.Option(
         "--hub", help="Get from the Hugging Face hub what neither package nor directory "
         "has.")] = False,
+    news: Annotated[Path | None, typer.Option(
+        help="A prepared set whose held-out articles NewsG continues.")] = None,
+    poems: Annotated[Path | None, typer.Option(
+        help="A prepared set whose held-out verses PoemG continues.")] = None,
+    judge_url: Annotated[str | None, typer.Option(
+        help="OpenAI-compatible endpoint that judges news and poems, up to its version, as in "
+        "https://host/v1; its key is read from OPENAI_API_KEY.")] = None,
+    judge_model: Annotated[str, typer.Option(help="The judge, as its endpoint calls it.")] = "",
     bits_only: Annotated[bool, typer.Option(
         "--bits-only", help="Let the model write nothing: multiple choice, and bits per byte of "
         "right answers.")] = False,
@@ -62,17 +76,25 @@ def evaluate(
 
     if suite != SUITE:
         raise ConfigError(f"Suite {suite!r} is not known; there is {SUITE}.")
-    if model is None:
-        raise ConfigError("No model named; give --model DIRECTORY, or see flexolmo eval --help.")
+    if (model is None) == (study is None):
+        raise ConfigError("Name one model: --model DIRECTORY, or --study DIRECTORY and --method.")
     set_up(seed, threads)
     settings = parse_settings({"limit": limit, "write": not bits_only, "run_code": run_code,
-                               "samples": samples, "batch_size": batch_size, "seed": seed},
+                               "samples": samples, "judge_url": judge_url,
+                               "judge_model": judge_model, "batch_size": batch_size, "seed": seed},
                               RunSettings, "the command line")
     chosen = choose_tasks(None if tasks is None else names_of(tasks))
-    reader, about = open_reader(model, without=names_of(without),
-                                only=None if only is None else names_of(only),
-                                device=choose_device(device))
-    results = run_suite(reader, about, chosen, Sources(items, use_hub=hub), out, settings)
+    switches: dict[str, Any] = {"without": names_of(without),
+                                "only": None if only is None else names_of(only)}
+    if study is not None:
+        from flexolmo.study.method import open_method
+
+        reader, about = open_method(study, method, seed=study_seed, **switches)
+    elif model is not None:
+        reader, about = open_reader(model, **switches, device=choose_device(device))
+    stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
+    sources = Sources(items, use_hub=hub, prepared=stand_ins)
+    results = run_suite(reader, about, chosen, sources, out, settings)
     print_tasks(results)
     typer.echo(f"{out / 'results.json'}; every item in {out / 'items'}")
 
@@ -123,6 +145,48 @@ def sets(
         save_figure(figure, out / f"{name}.png")
     print_table(results)
     typer.echo(f"{out / 'results.json'} and figures beside it")
+
+
+@app.command()
+def harness(
+    model: Annotated[Path, typer.Option(
+        help="Directory of a mixture, an anchor, or any stock Hugging Face model.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, comma-separated.")],
+    include_path: Annotated[Path | None, typer.Option(
+        help="Directory of your own tasks, as the harness reads them.")] = None,
+    without: Annotated[str | None, typer.Option(
+        help="Experts to switch off, comma-separated.")] = None,
+    only: Annotated[str | None, typer.Option(
+        help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    shots: Annotated[int | None, typer.Option(
+        min=0, help="Examples before a question. Default: the task's own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
+    out: Annotated[Path, typer.Option(help="File of results, JSON.")] = Path("harness.json"),
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Run tasks of lm-evaluation-harness, its own or yours, under any choice of experts.
+
+    Example: flexolmo eval harness --model model --without news --tasks mine --include-path tasks
+    """
+    from flexolmo.evaluation.readers import open_reader
+    from flexolmo.files import write_json
+    from flexolmo.runtime import choose_device, run_record, set_up
+    from flexolmo.tasks.harness import run_harness
+
+    set_up(0, threads)
+    reader, about = open_reader(model, without=names_of(without),
+                                only=None if only is None else names_of(only),
+                                device=choose_device(device))
+    settings = {"tasks": names_of(tasks), "shots": shots, "limit": limit, "batch_size": batch_size}
+    found = run_harness(reader, names_of(tasks), include_path, shots, limit, batch_size)
+    write_json(out, {"model": about, "results": found, "run": run_record(settings, 0, {})})
+    for task, values in found.items():
+        said = ", ".join(f"{key.split(',')[0]} {value:.4f}" for key, value in values.items()
+                         if isinstance(value, float))
+        typer.echo(f"{task}: {said}")
+    typer.echo(f"{out}")
 
 
 def print_tasks(results: dict[str, Any]) -> None:

@@ -73,7 +73,8 @@ class Scorer:
 
     def rolling_log_likelihoods(self, texts: Sequence[str], meter: Meter | None = None
                                 ) -> list[Score]:
-        """Of each whole text, every token given as many before it as fit."""
+        """Of each whole text. One that is too long is read in pieces as long as the model holds,
+        the last with as much before it as fits, as harnesses do."""
         nothing = self.reader.start or [self.reader.tokenizer.eos_id]
         ids = self.reader.tokenizer.encode_batch(texts)
         return self.score_ids([(nothing, row) for row in ids], meter)
@@ -133,7 +134,7 @@ class Scorer:
         """Of each continuation, not empty, after its context, neither empty, both ids.
 
         What does not fit is cut from the context's left, as harnesses do; a continuation longer
-        than the model holds is read in pieces, each after as much as fits.
+        than the model holds is read in pieces.
         """
         parts = [p for i, pair in enumerate(pairs) for p in self._parts(i, *pair)]
         found: list[Score | None] = [None] * len(pairs)
@@ -152,16 +153,11 @@ class Scorer:
     def _parts(self, request: int, context: Sequence[int], targets: Sequence[int]
                ) -> Iterator[_Part]:
         limit = self.reader.max_seq_len
-        if len(targets) <= limit:
-            pieces = [(0, len(targets))]
-        else:
-            pieces = [(s, min(s + limit // 2, len(targets)))
-                      for s in range(0, len(targets), limit // 2)]
-        for start, end in pieces:
+        for start in range(0, len(targets), limit):
+            piece = tuple(targets[start:start + limit])
             before = [*context, *targets[:start]]
-            room = limit + 1 - (end - start)  # the last target is not read
-            yield _Part(request, tuple(before[-room:]), tuple(targets[start:end]),
-                        len(before) > room)
+            room = limit + 1 - len(piece)  # the last target is not read
+            yield _Part(request, tuple(before[-room:]), piece, len(before) > room)
 
     def _score_parts(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Score]]:
         by_context: dict[tuple[int, ...], list[_Part]] = {}

@@ -21,7 +21,7 @@ from flexolmo.study.step import StepContext, step_kind
 from flexolmo.study.text import SPLITS, load_windows
 
 
-def _model(step: StepContext) -> Transformer:
+def model_of(step: StepContext) -> Transformer:
     """What settings.what says: anchor, dense, mixture, rival (unrestricted, BTX, DUME), tuned,
     soup."""
     what, top_k = step.settings["what"], step.settings.get("top_k")
@@ -47,13 +47,13 @@ def _model(step: StepContext) -> Transformer:
 
 @step_kind("read", version=1)
 def read(step: StepContext) -> dict[str, Any]:
-    """What a model says of the windows. Inputs: windows, anchor, and those `_model` needs.
+    """What a model says of the windows. Inputs: windows, anchor, and those `model_of` needs.
 
     Settings: what; enabled, owners on (null: all); splits; on, the sets to read (null: all).
     Leaves SPLIT.npz of log-probabilities; metrics: mean weights (routing) and fractions of
     tokens on which an expert ran (active) by set, [L][E].
     """
-    model, settings = _model(step), step.settings
+    model, settings = model_of(step), step.settings
     if isinstance(model, MixtureModel):
         model.is_sparse = True  # the same to the last bits, and faster when few are picked
     routing: dict[str, Any] = {}

@@ -1,0 +1,1 @@
+"""Thirty-one tasks: items, prompts, metrics, running and comparing."""

@@ -1,0 +1,365 @@
+"""Runs tasks over a model, item by item, and resumes where it was; then sums them up.
+
+    out/run.json             what is run: model, experts on, tasks, settings, data digests
+    out/items/TASK.jsonl     one line an item, written as it is done
+    out/results.json         scores by task, group and in all
+
+An item's bits per byte are those of its right answer; they move smoothly with quality where
+accuracy is still at chance. Source: paper §4.2; OLMES.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexolmo.errors import ConfigError, DataError, SourceUnavailable
+from flexolmo.evaluation.readers import Reader
+from flexolmo.evaluation.scorer import Scorer
+from flexolmo.files import digest_bytes, read_json, write_json
+from flexolmo.inference.generate import Sampling
+from flexolmo.progress import Meter, progress
+from flexolmo.runtime import run_record
+from flexolmo.tasks.items import Item
+from flexolmo.tasks.judge import EndpointJudge
+from flexolmo.tasks.metrics import pass_at_k, rouge_l
+from flexolmo.tasks.sandbox import run_programs
+from flexolmo.tasks.sources import Sources
+from flexolmo.tasks.stories import SAMPLES, TEMPERATURE
+from flexolmo.tasks.suite import GROUPS, TASKS, Task, program_of
+
+SLICE = 64  # items read together and then written; results do not depend on where a run stopped
+Row = dict[str, Any]
+
+
+class RunSettings(BaseModel):
+    """What of the tasks is run, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit: int | None = Field(None, ge=1, description="items of each task, or of each of its "
+                              "subtasks; drawn by a hash of their ids, so that fewer are among "
+                              "more (paper: 100 and 1,000)")
+    forms: tuple[str, ...] = Field(("rc", "mc"), description="of multiple choice: rc completes "
+                                   "the answer, mc names its letter; the better counts (OLMES)")
+    write: bool = Field(True, description="let the model write answers; else only bits per byte "
+                        "of the right ones")
+    run_code: bool = Field(False, description="run the programs it writes, in a sandbox")
+    samples: int = Field(1, ge=1, description="programs written for each problem: 1 is the "
+                         "likeliest, more are drawn at temperature 0.8 for pass@k")
+    judge_url: str | None = Field(None, description="OpenAI-compatible endpoint that judges news "
+                                  "and poems, up to its version; none: ROUGE-L with the text as it "
+                                  "went on, which is not a score of the paper's")
+    judge_model: str = Field("", description="the judge, as its endpoint calls it")
+    batch_size: int = Field(32, ge=1, description="texts read at once")
+    seed: int = Field(0, ge=0, description="of drawn samples")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task and the items of it that are run."""
+
+    task: Task
+    items: Sequence[Item]
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked."""
+        return digest_bytes(json.dumps([[i.id, i.subtask, repr(sorted(i.forms.items())), i.prompt,
+                                         i.gold_text, list(i.references), i.tests]
+                                        for i in self.items]).encode())
+
+
+def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None
+                 ) -> tuple[list[Job], dict[str, str]]:
+    """The items of each task, and by name why a task's items could not be had."""
+    jobs, missing = [], {}
+    for task in tasks:
+        try:
+            items = task.load(sources)
+        except SourceUnavailable as e:
+            missing[task.name] = str(e)
+            continue
+        jobs.append(Job(task, _draw(items, limit)))
+    if not jobs:
+        raise DataError("None of the tasks' items can be had: " + "; ".join(
+            f"{n}: {why}" for n, why in missing.items()))
+    return jobs, missing
+
+
+def _draw(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The first `limit` of each subtask by a hash of their ids."""
+    by_subtask: dict[str, list[Item]] = {}
+    for item in sorted(items, key=lambda i: digest_bytes(f"{i.subtask} {i.id}".encode())):
+        by_subtask.setdefault(item.subtask, []).append(item)
+    return [item for s in sorted(by_subtask) for item in by_subtask[s][:limit]]
+
+
+def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], sources: Sources,
+              out: Path, settings: RunSettings) -> dict[str, Any]:
+    """Run what is not yet run, and return what `results.json` then holds.
+
+    `about` says what the model is: kind, digest, and the experts that are on. ConfigError if `out`
+    holds a run of something else.
+    """
+    out = Path(out)
+    jobs, missing = prepare_jobs(tasks, sources, settings.limit)
+    what = {"model": dict(about), "settings": settings.model_dump(mode="json"),
+            "tasks": {j.task.name: {"version": j.task.version, "items": len(j.items),
+                                    "digest": j.digest} for j in jobs}}
+    _refuse_another_run(out, what)
+    record = run_record({k: v for k, v in what.items()}, settings.seed, sources.digests)
+    write_json(out / "run.json", what | {"missing": missing, "run": record})
+    stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
+    found: dict[str, list[Row]] = {}
+    done = {j.task.name: _read_rows(out / "items" / f"{j.task.name}.jsonl") for j in jobs}
+    total = sum(len(j.items) for j in jobs)
+    scorer = Scorer(reader, settings.batch_size)
+    with progress("evaluate", total, "items", sum(map(len, done.values()))) as meter:
+        for job in jobs:
+            meter.note = job.task.name
+            found[job.task.name] = _run_task(scorer, job, done[job.task.name], stamp,
+                                             out / "items" / f"{job.task.name}.jsonl", settings,
+                                             meter)
+    results = {"model": dict(about), **summarise(jobs, found, missing, settings), "run": record}
+    write_json(out / "results.json", results)
+    return results
+
+
+def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> None:
+    if not (out / "run.json").is_file():
+        return
+    before = read_json(out / "run.json")
+    different = [key for key in ("model", "settings") if before.get(key) != what[key]]
+    different += [f"the items of {n}" for n, task in what["tasks"].items()
+                  if before.get("tasks", {}).get(n, task) != task]
+    if different:
+        raise ConfigError(f"{out} holds a run that differs in {', '.join(different)} from this "
+                          "one; choose another --out, or remove it.")
+
+
+def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
+    """The rows of a file by subtask and id; a line that a kill tore is cut off."""
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if whole != data:
+        with open(path, "r+b") as f:
+            f.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return {(r["subtask"], r["id"]): r for r in rows}
+
+
+def _run_task(scorer: Scorer, job: Job, done: dict[tuple[str, str], Row], stamp: Row, path: Path,
+              settings: RunSettings, meter: Meter) -> list[Row]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as f:
+        for start in range(0, len(job.items), SLICE):
+            items = job.items[start:start + SLICE]
+            left = [i for i in items if (i.subtask, i.id) not in done]
+            if not left:
+                continue
+            rows = {(r["subtask"], r["id"]): r for r in _score(scorer, job.task, items, settings)}
+            for item in left:  # the others were written before; they were read again to be in
+                row = rows[item.subtask, item.id]  # the same batches, for the same last bits
+                row = {"task": job.task.name, "version": job.task.version, **row, **stamp}
+                done[item.subtask, item.id] = row
+                f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            f.flush()
+            os.fsync(f.fileno())
+            meter.advance(len(left), job.task.name)
+    return [done[i.subtask, i.id] for i in job.items]
+
+
+# --- one slice ------------------------------------------------------------------------------------
+
+
+def _score(scorer: Scorer, task: Task, items: Sequence[Item], settings: RunSettings) -> list[Row]:
+    rows: list[Row] = [{"subtask": i.subtask, "id": i.id} for i in items]
+    if task.kind == "choice":
+        _score_choices(scorer, task, items, rows, settings.forms)
+        return rows
+    golds = scorer.log_likelihoods([(i.prompt, i.gold_text) for i in items])
+    for row, item, score in zip(rows, items, golds, strict=True):
+        row |= _bits(score.log_prob, item.gold_text) | {"cut": score.is_cut}
+    if task.kind == "answer" and settings.write and task.judge is not None:
+        sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=0)
+        written = scorer.continuations([i.prompt for i in items], sampling, task.stops)
+        for row, item, (text, is_cut) in zip(rows, items, written, strict=True):
+            row |= {"text": text, "score": float(task.judge(text, item)),
+                    "cut": row["cut"] or is_cut}
+    if task.kind == "code" and settings.write and settings.run_code:
+        _score_code(scorer, task, items, rows, settings)
+    if task.kind == "story" and settings.write:
+        _score_stories(scorer, task, items, rows, settings)
+    return rows
+
+
+def _room(scorer: Scorer, task: Task) -> int:
+    return min(task.max_new_tokens, scorer.reader.max_seq_len // 2)
+
+
+def _bits(log_prob: float, text: str) -> Row:
+    return {"bits": -log_prob / math.log(2), "bytes": len(text.encode())}
+
+
+def _score_choices(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
+                   forms: Sequence[str]) -> None:
+    asked = dict.fromkeys(  # each pair once, though two forms or two items ask it
+        pair for item in items for form in ("rc", *forms) for pair in _pairs(task, item, form))
+    scores = dict(zip(asked, scorer.log_likelihoods(list(asked)), strict=True))
+    for row, item in zip(rows, items, strict=True):
+        row |= {"right": {}, "log_probs": {}, "cut": False}
+        for form in dict.fromkeys(("rc", *forms)):
+            choices, pairs = item.forms[form], _pairs(task, item, form)
+            said = [scores[p] for p in pairs]
+            count = len(choices.options)
+            own = np.array([s.log_prob for s in said[:count]])
+            if form == "rc":
+                gold = choices.options[choices.gold]
+                row |= _bits(float(own[choices.gold]), gold)
+            row["cut"] |= any(s.is_cut for s in said)
+            if form not in forms:
+                continue
+            if form == "rc" and task.normalise == "pmi":
+                own = own - [s.log_prob for s in said[count:]]
+            elif form == "rc" and task.normalise == "character":
+                own = own / [max(1, len(o.strip())) for o in choices.options]
+            row["right"][form] = int(own.argmax() == choices.gold)
+            row["log_probs"][form] = [round(s.log_prob, 4) for s in said[:count]]
+        row["options"] = count
+
+
+def _pairs(task: Task, item: Item, form: str) -> list[tuple[str, str]]:
+    choices = item.forms[form]
+    pairs = list(zip(choices.contexts, choices.options, strict=True))
+    if form == "rc" and task.normalise == "pmi":
+        pairs += [(choices.bare_context or "Answer:", o) for o in choices.options]
+    return pairs
+
+
+def _score_code(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
+                settings: RunSettings) -> None:
+    n = settings.samples
+    sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=0.8 if n > 1 else 0,
+                        seed=settings.seed)
+    prompts = [i.prompt for i in items for _ in range(n)]
+    written = [t for t, _ in scorer.continuations(prompts, sampling, task.stops)]
+    programs = [program_of(items[j // n], text) for j, text in enumerate(written)]
+    outcomes = run_programs(programs, processes=os.cpu_count() or 1)
+    for j, row in enumerate(rows):
+        own = outcomes[j * n:(j + 1) * n]
+        passed = sum(o.passed for o in own)
+        row |= {"text": written[j * n], "score": pass_at_k(n, passed, 1),
+                "outcomes": [o.reason for o in own]}
+        row |= {"pass@10": pass_at_k(n, passed, 10)} if n >= 10 else {}
+
+
+def _score_stories(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
+                   settings: RunSettings) -> None:
+    sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=TEMPERATURE, top_p=1.0,
+                        seed=settings.seed)
+    prompts = [i.prompt for i in items for _ in range(SAMPLES)]
+    written = [t for t, _ in scorer.continuations(prompts, sampling, task.stops)]
+    for j, (row, item) in enumerate(zip(rows, items, strict=True)):
+        own = written[j * SAMPLES:(j + 1) * SAMPLES]
+        row |= {"texts": own, "rouge_l": float(np.mean([rouge_l(t, item.references[0])
+                                                        for t in own]))}
+        if settings.judge_url is not None:
+            judge = EndpointJudge(settings.judge_url, settings.judge_model,
+                                  quality=item.more["quality"])
+            points = [v.score / 100 for t in own
+                      if (v := judge.judge(item.more["start"] + t)) is not None]
+            row |= {"judged": len(points)}
+            row |= {"score": float(np.mean(points))} if points else {}
+
+
+# --- summing up -----------------------------------------------------------------------------------
+
+
+def summarise(jobs: Sequence[Job], rows: Mapping[str, Sequence[Row]], missing: Mapping[str, str],
+              settings: RunSettings) -> dict[str, Any]:
+    """Scores in percent by task, by group and in all, as the paper averages them.
+
+    A task with subtasks counts the mean of theirs, a group the mean of its tasks, all the mean of
+    the groups; what is missing is named and the averages say over how much they are.
+    """
+    tasks = {j.task.name: _summary_of(j.task, rows[j.task.name], settings) for j in jobs}
+    wanted = [*tasks, *missing]
+    groups: dict[str, Any] = {}
+    for group in GROUPS:
+        own = [t.name for t in TASKS if t.group == group and t.name in wanted]
+        if not own:
+            continue
+        scored = [n for n in own if tasks.get(n, {}).get("score") is not None]
+        read = [n for n in own if n in tasks]
+        groups[group] = {
+            "score": _mean([tasks[n]["score"] for n in scored]),
+            "bits_per_byte": _mean([tasks[n]["bits_per_byte"] for n in read]),
+            "of": len(own), "scored": len(scored),
+            "not_scored": [n for n in own if n not in scored]}
+    scored_groups = [g for g in groups.values() if g["score"] is not None]
+    return {"tasks": tasks, "missing": dict(missing), "groups": groups, "average": {
+        "score": _mean([g["score"] for g in scored_groups]),
+        "bits_per_byte": _mean([g["bits_per_byte"] for g in groups.values()
+                                if g["bits_per_byte"] is not None]),
+        "groups": len(scored_groups), "of": len(GROUPS),
+        "is_whole": len(scored_groups) == len(GROUPS)
+        and not any(g["not_scored"] for g in groups.values())}}
+
+
+def _summary_of(task: Task, rows: Sequence[Row], settings: RunSettings) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "group": task.group, "metric": task.metric, "shots": task.shots, "items": len(rows),
+        "version": task.version, "stand_in": task.stand_in,
+        "cut": sum(bool(r["cut"]) for r in rows),
+        "bits_per_byte": _macro(rows, lambda r: r["bits"] / max(1, r["bytes"]))[0]}
+    if task.kind == "choice":
+        chance = _macro(rows, lambda r: 1 / r["options"])[0]
+        by_form = {f: _macro(rows, lambda r, f=f: r["right"][f]) for f in settings.forms}
+        best = max(by_form, key=lambda f: by_form[f][0])
+        found |= {"score": 100 * by_form[best][0], "error": 100 * by_form[best][1], "form": best,
+                  "forms": {f: 100 * m for f, (m, _) in by_form.items()},
+                  "normalise": task.normalise}
+    elif judged := [r for r in rows if "score" in r]:
+        chance = 0.0
+        mean, error = _macro(judged, lambda r: r["score"])
+        found |= {"score": 100 * mean, "error": 100 * error}
+        if all("pass@10" in r for r in rows):
+            found["pass@10"] = 100 * _macro(rows, lambda r: r["pass@10"])[0]
+        found["unjudged"] = len(rows) - len(judged)
+    else:
+        why = "not asked to write"
+        if settings.write:
+            why = "programs were not run" if task.kind == "code" else "no judge"
+        if any("rouge_l" in r for r in rows):
+            found["rouge_l"] = 100 * _macro(rows, lambda r: r["rouge_l"])[0]
+            why += f"; ROUGE-L {found['rouge_l']:.1f}"
+        return found | {"score": None, "why": why}
+    # the better of two forms is above chance more easily than one
+    width = {1: 1.96, 2: 2.24}[len(settings.forms) if task.kind == "choice" else 1]
+    found |= {"chance": 100 * chance,
+              "above_chance": bool(found["score"] - 100 * chance > width * found["error"] > 0)}
+    return found
+
+
+def _macro(rows: Sequence[Row], value: Any) -> tuple[float, float]:
+    """Mean over subtasks of the mean over items, and its standard error."""
+    by_subtask: dict[str, list[float]] = {}
+    for r in rows:
+        by_subtask.setdefault(r["subtask"], []).append(float(value(r)))
+    means = [float(np.mean(v)) for v in by_subtask.values()]
+    variances = [float(np.var(v, ddof=1)) / len(v) if len(v) > 1 else 0.25
+                 for v in by_subtask.values()]
+    return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None

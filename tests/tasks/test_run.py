@@ -1,0 +1,214 @@
+"""Running tasks: against scores by hand, through kills, and what the sums say."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from made_items import choice_items, code_items, task_of, written_items
+
+from flexolmo.errors import ConfigError, DataError, SourceUnavailable
+from flexolmo.evaluation.readers import open_reader
+from flexolmo.evaluation.scorer import Scorer
+from flexolmo.tasks import run as room
+from flexolmo.tasks.run import RunSettings, prepare_jobs, run_suite, summarise
+from made_mixtures import NAMES
+
+SOURCES = SimpleNamespace(digests={})
+
+
+@pytest.fixture(scope="module")
+def opened(house):
+    """A mixture of three, all on."""
+    return open_reader(house.mixture_dir(NAMES, "rich"))
+
+
+@pytest.fixture
+def tasks():
+    """One of each kind."""
+    return [task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
+            task_of("mbpp", code_items(), "code")]
+
+
+def lines(out, task):
+    return [json.loads(x) for x in (out / "items" / f"{task}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("normalise", ["none", "character", "pmi"])
+def test_choices_are_judged_as_by_hand(opened, tmp_path, normalise):
+    items = choice_items()
+    results = run_suite(*opened, [task_of("arc_easy", items, normalise=normalise)], SOURCES,
+                        tmp_path, RunSettings())
+    scorer = Scorer(opened[0], 4)
+    right = {"rc": [], "mc": []}
+    for item, row in zip(items, sorted(lines(tmp_path, "arc_easy"), key=lambda r: r["id"]),
+                         strict=True):
+        for form, c in item.forms.items():
+            said = np.array([scorer.log_likelihoods([p])[0].log_prob
+                             for p in zip(c.contexts, c.options, strict=True)])
+            assert row["log_probs"][form] == pytest.approx(said, abs=2e-3)
+            if form == "rc":
+                assert row["bits"] == pytest.approx(-said[c.gold] / math.log(2), abs=2e-3)
+                assert row["bytes"] == len(c.options[c.gold].encode())
+                if normalise == "character":
+                    said = said / [len(o.strip()) for o in c.options]
+                elif normalise == "pmi":
+                    said = said - [scorer.log_likelihoods([("Answer:", o)])[0].log_prob
+                                   for o in c.options]
+            right[form].append((item.subtask, int(said.argmax()) == c.gold))
+    by_form = {f: 100 * np.mean([np.mean([ok for s, ok in r if s == which]) for which in "ab"])
+               for f, r in right.items()}
+    found = results["tasks"]["arc_easy"]
+    assert found["forms"] == pytest.approx(by_form)
+    assert found["score"] == max(by_form.values()) and found["items"] == 9
+    assert found["chance"] == pytest.approx(100 * np.mean([np.mean(
+        [1 / len(i.forms["rc"].options) for i in items if i.subtask == s]) for s in "ab"]))
+
+
+def test_what_is_written_is_judged_up_to_its_stop(opened, tmp_path):
+    items = written_items()
+    task = task_of("squad", items, "answer")
+    run_suite(*opened, [task], SOURCES, tmp_path, RunSettings())
+    for row in lines(tmp_path, "squad"):
+        item = next(i for i in items if i.id == row["id"])
+        assert "\n" not in row["text"] and row["score"] == task.judge(row["text"], item)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(opened, tmp_path, tasks, monkeypatch,
+                                                             torn):
+    monkeypatch.setattr(room, "SLICE", 4)
+    whole = run_suite(*opened, tasks, SOURCES, tmp_path / "whole", RunSettings())
+    score, calls = room._score, []
+
+    def killed_later(*args):
+        calls.append(args[1].name)
+        if len(calls) == 3:
+            raise Killed
+        return score(*args)
+
+    monkeypatch.setattr(room, "_score", killed_later)
+    with pytest.raises(Killed):
+        run_suite(*opened, tasks, SOURCES, tmp_path / "part", RunSettings())
+    assert len(lines(tmp_path / "part", "arc_easy")) == 8
+    if torn:
+        with open(tmp_path / "part/items/arc_easy.jsonl", "r+b") as f:
+            f.truncate(f.seek(0, 2) - 20)
+    monkeypatch.setattr(room, "_score", lambda *a: calls.append(a[1].name) or score(*a))
+    again = run_suite(*opened, tasks, SOURCES, tmp_path / "part", RunSettings())
+    assert len(calls) == 3 + (2 if torn else 1) + 2 + 1  # only what was left
+    for name in ("arc_easy", "squad", "mbpp"):
+        part, all_at_once = lines(tmp_path / "part", name), lines(tmp_path / "whole", name)
+        assert {r["id"]: r for r in part} == {r["id"]: r for r in all_at_once}
+        assert len(part) == len(all_at_once)
+    assert {k: again[k] for k in ("tasks", "groups", "average")} == {
+        k: whole[k] for k in ("tasks", "groups", "average")}
+
+
+def test_another_run_in_the_same_place_is_refused(opened, house, tmp_path, tasks):
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(limit=2))
+    before = (tmp_path / "items/arc_easy.jsonl").read_bytes()
+    for model, settings, asked, said in (
+            (opened, RunSettings(limit=3), tasks[:1], "settings"),
+            (open_reader(house.mixture_dir(NAMES, "rich"), without=["amber"]),
+             RunSettings(limit=2), tasks[:1], "model"),
+            (opened, RunSettings(limit=2), [task_of("arc_easy", choice_items(4))], "arc_easy")):
+        with pytest.raises(ConfigError, match=f"differs in .*{said}"):
+            run_suite(*model, asked, SOURCES, tmp_path, settings)
+    assert (tmp_path / "items/arc_easy.jsonl").read_bytes() == before
+
+
+def test_more_tasks_may_be_asked_of_the_same_run(opened, tmp_path, tasks):
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings())
+    results = run_suite(*opened, tasks, SOURCES, tmp_path, RunSettings())
+    assert set(results["tasks"]) == {"arc_easy", "squad", "mbpp"}
+
+
+def test_an_expert_left_out_gives_the_rows_of_a_model_without_it(house, tmp_path, tasks):
+    for name, (reader, about) in (
+            ("without", open_reader(house.mixture_dir(NAMES, "rich"), without=["basalt"])),
+            ("never", open_reader(house.mixture_dir(("amber", "zinc"), "rich")))):
+        run_suite(reader, about | {"digest": "same"}, tasks, SOURCES, tmp_path / name,
+                  RunSettings())
+    for name in ("arc_easy", "squad", "mbpp"):
+        assert lines(tmp_path / "without", name) == lines(tmp_path / "never", name)
+
+
+def test_every_row_says_what_it_is_of(opened, tmp_path, tasks):
+    run_suite(*opened, tasks, SOURCES, tmp_path, RunSettings(seed=5))
+    for task in tasks:
+        for row in lines(tmp_path, task.name):
+            assert row["model"] == opened[1]["digest"] and row["enabled"] == sorted(NAMES)
+            assert (row["task"], row["version"], row["seed"]) == (task.name, 1, 5)
+
+
+def test_fewer_items_are_among_more():
+    task = task_of("arc_easy", choice_items(30))
+    drawn = [{i.id for i in prepare_jobs([task], SOURCES, n)[0][0].items} for n in (2, 7, None)]
+    assert drawn[0] < drawn[1] < drawn[2] and list(map(len, drawn)) == [4, 14, 30]
+    (job,), _ = prepare_jobs([task_of("arc_easy", choice_items(30)[::-1])], SOURCES, 7)
+    assert {i.id for i in job.items} == drawn[1]
+
+
+def unavailable(_):
+    raise SourceUnavailable("not here")
+
+
+def test_what_cannot_be_had_is_named_and_not_averaged(opened, tmp_path, tasks):
+    gone = task_of("winogrande", [], load=unavailable)
+    results = run_suite(*opened, [*tasks, gone], SOURCES, tmp_path, RunSettings())
+    assert results["missing"] == {"winogrande": "not here"}
+    group = results["groups"]["MC9"]
+    assert group["score"] == results["tasks"]["arc_easy"]["score"]
+    assert (group["scored"], group["of"], group["not_scored"]) == (1, 2, ["winogrande"])
+    assert not results["average"]["is_whole"]
+    with pytest.raises(DataError, match="winogrande: not here"):
+        prepare_jobs([gone], SOURCES, None)
+
+
+def test_sums_are_means_of_subtasks_of_tasks_of_groups():
+    def row(subtask, right):
+        return {"subtask": subtask, "id": "", "bits": 2.0, "bytes": 1, "cut": False, "options": 4,
+                "right": {"rc": right, "mc": 0}}
+
+    jobs = [room.Job(task_of(n, []), []) for n in ("arc_easy", "boolq")]
+    rows = {"arc_easy": [row("a", 1), row("a", 0), row("b", 1)], "boolq": [row("", 0)] * 2}
+    found = summarise(jobs, rows, {}, RunSettings())
+    assert found["tasks"]["arc_easy"]["score"] == 75 and found["tasks"]["boolq"]["score"] == 0
+    assert found["groups"]["MC9"]["score"] == 37.5 == found["average"]["score"]
+    assert found["tasks"]["arc_easy"]["error"] == pytest.approx(
+        100 * math.sqrt(0.5 / 2 + 0.25) / 2)  # subtasks of one row: the most it could be
+    assert found["groups"]["MC9"]["bits_per_byte"] == 2
+
+
+def test_chance_is_seldom_called_better_than_chance():
+    """100 tasks of 200 guesses in two forms; at most 2.5 % would be called so, 8 at odds of 1 in
+    500 that this test fails."""
+    rng, called = np.random.default_rng(0), 0
+    for _ in range(100):
+        rows = [{"subtask": "", "id": "", "bits": 1.0, "bytes": 1, "cut": False, "options": 4,
+                 "right": {"rc": int(a), "mc": int(b)}} for a, b in rng.random((200, 2)) < 0.25]
+        found = summarise([room.Job(task_of("boolq", []), [])], {"boolq": rows}, {}, RunSettings())
+        called += found["tasks"]["boolq"]["above_chance"]
+    assert called <= 8
+
+
+def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch):
+    task, items = task_of("mbpp", code_items(), "code"), code_items()
+    scorer = SimpleNamespace(
+        reader=SimpleNamespace(max_seq_len=64),
+        log_likelihoods=lambda pairs: [SimpleNamespace(log_prob=-1.0, is_cut=False)] * len(pairs),
+        continuations=lambda prompts, *_: [("pass\n", False)] * len(prompts))
+    ran = []
+    monkeypatch.setattr(room, "run_programs", lambda programs, **_: ran.extend(programs) or [
+        SimpleNamespace(passed="is None" in p, reason="?") for p in programs])
+    rows = room._score(scorer, task, items, RunSettings())
+    assert not ran and "score" not in rows[0]
+    rows = room._score(scorer, task, items, RunSettings(run_code=True, samples=10))
+    assert [r["score"] for r in rows] == [1, 0] and [r["pass@10"] for r in rows] == [1, 0]
+    assert ran[0] == "def f():\n    pass\n\nassert f() is None"
