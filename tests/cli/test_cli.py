@@ -10,7 +10,10 @@ from typer.testing import CliRunner
 
 import flexolmo.cli
 from flexolmo.cli import app, main
+from flexolmo.errors import SourceUnavailable
 from flexolmo.merge.mixture import load_mixture, read_about
+from flexolmo.tasks.items import Item
+from made_items import choice_items, task_of, written_items
 
 NAMES = ("amber", "basalt", "zinc")
 
@@ -304,3 +307,49 @@ def test_the_entry_point_is_main():
 
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="flexolmo")
     assert script.load() is flexolmo.cli.main
+
+
+# --- tasks ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made_tasks(monkeypatch):
+    """A suite of two small tasks and one that cannot be had, in place of the 31."""
+    def gone(_):
+        raise SourceUnavailable("it is in no package")
+
+    tasks = (task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
+             task_of("drop", [], load=gone))
+    for module in ("suite", "run"):
+        monkeypatch.setattr(f"flexolmo.tasks.{module}.TASKS", tasks)
+
+
+def test_tasks_run_into_tables_and_files_and_are_compared(works, house, tmp_path, made_tasks,
+                                                          monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    model = house.mixture_dir(["amber", "basalt"])
+    said = works("eval", "--suite", "flexolmo31", "--model", model, "--out", tmp_path / "all",
+                 "--threads", "1")
+    assert "arc_easy" in said and "it is in no package" in said and "not whole" in said
+    results = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert results["missing"] == {"drop": "it is in no package"}
+    assert results["model"]["enabled"] == ["amber", "basalt"] and results["run"]["commit"] != ""
+    works("eval", "--model", model, "--without", "basalt", "--out", tmp_path / "without",
+          "--threads", "1")
+    said = works("eval", "compare", tmp_path / "all", tmp_path / "without", "--out",
+                 tmp_path / "compared.json", "--draws", "200")
+    assert "arc_easy" in said and "average of groups" in said
+    found = json.loads((tmp_path / "compared.json").read_text())
+    assert found["bits_per_byte"]["overall"]["difference"] != 0
+
+
+def test_text_that_holds_items_is_found_before_training(works, tmp_path, made_tasks, monkeypatch):
+    asked = "the quick brown fox jumps over the lazy dog while seven owls look on in the dark"
+    monkeypatch.setattr("flexolmo.tasks.suite.TASKS",
+                        (task_of("squad", [Item("w0", question=asked)], "answer"),))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(
+        json.dumps({"id": f"d{i}", "text": f"{t} and more"}) for i, t in enumerate(
+            ["nothing of it", f"It said: {asked.upper()}!", asked[:20]])))
+    said = works("eval", "contamination", tmp_path / "corpus.jsonl", "--out", tmp_path / "c.json")
+    assert "1 of 3 documents hold items" in said
+    assert json.loads((tmp_path / "c.json").read_text())["remove"] == ["d1"]

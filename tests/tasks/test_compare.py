@@ -18,7 +18,7 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 @st.composite
 def runs(draw):
-    """Two runs of up to four tasks of any kind, and groups that hold them all."""
+    """Two runs of up to four tasks of any kind, and levels of groups that hold them all."""
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
     names = draw(st.permutations(["arc", "boolq", "drop", "math"]))[:draw(st.integers(1, 4))]
     a, b = {}, {}
@@ -27,30 +27,32 @@ def runs(draw):
         a[task], b[task] = KINDS[kind](rng, n), KINDS[kind](rng, n)
     cut = draw(st.integers(0, len(names)))
     groups = {"MC9": names[:cut], "arc": names[cut:]}  # a group may be called as a task is
-    return a, b, {group: tasks for group, tasks in groups.items() if tasks}
+    groups = {group: tasks for group, tasks in groups.items() if tasks}
+    return a, b, [[], [groups], [groups, {"all": list(groups)}]][draw(st.integers(0, 2))]
 
 
 def entries(result):
     """All entries by name."""
     return ({f"task {k}": v for k, v in result["tasks"].items()}
-            | {f"group {k}": v for k, v in result["groups"].items()}
+            | {f"group {i} {k}": v for i, groups in enumerate(result["levels"])
+               for k, v in groups.items()}
             | {"overall": result["overall"]})
 
 
 @FREQUENT
 @given(pair=runs())
 def test_a_run_against_itself_differs_by_nothing(pair):
-    a, _, groups = pair
-    for entry in entries(paired_bootstrap(a, a, groups=groups, draws=50)).values():
+    a, _, levels = pair
+    for entry in entries(paired_bootstrap(a, a, levels=levels, draws=50)).values():
         assert (entry["difference"], entry["low"], entry["high"], entry["p"]) == (0, 0, 0, 1)
 
 
 @FREQUENT
 @given(pair=runs())
 def test_runs_exchanged_give_the_opposite(pair):
-    a, b, groups = pair
-    ab = entries(paired_bootstrap(a, b, groups=groups, draws=60))
-    ba = entries(paired_bootstrap(b, a, groups=groups, draws=60))
+    a, b, levels = pair
+    ab = entries(paired_bootstrap(a, b, levels=levels, draws=60))
+    ba = entries(paired_bootstrap(b, a, levels=levels, draws=60))
     for name, entry in ab.items():
         other = ba[name]
         assert entry["difference"] == -other["difference"]
@@ -62,11 +64,11 @@ def test_runs_exchanged_give_the_opposite(pair):
 @FREQUENT
 @given(pair=runs())
 def test_the_order_of_tasks_and_the_other_tasks_do_not_matter(pair):
-    a, b, groups = pair
-    whole = paired_bootstrap(a, b, groups=groups, draws=60)
-    turned = {group: groups[group][::-1] for group in reversed(groups)}
+    a, b, levels = pair
+    whole = paired_bootstrap(a, b, levels=levels, draws=60)
+    turned = [{group: groups[group][::-1] for group in reversed(groups)} for groups in levels]
     back = [{task: run[task] for task in reversed(run)} for run in (a, b)]
-    assert paired_bootstrap(*back, groups=turned, draws=60) == whole
+    assert paired_bootstrap(*back, levels=turned, draws=60) == whole
     for task in a:
         alone = paired_bootstrap({task: a[task]}, {task: b[task]}, draws=60)
         assert alone["tasks"][task] == whole["tasks"][task]
@@ -76,18 +78,14 @@ def test_the_order_of_tasks_and_the_other_tasks_do_not_matter(pair):
 @FREQUENT
 @given(pair=runs())
 def test_means_are_of_items_then_tasks_then_groups(pair):
-    a, b, groups = pair
-    result = paired_bootstrap(a, b, groups=groups, draws=20)
+    a, b, levels = pair
+    result = paired_bootstrap(a, b, levels=levels, draws=20)
     for run, scores in zip("ab", (a, b), strict=True):
-        tasks = {task: np.mean(scores[task]) for task in scores}
-        means = {group: np.mean([tasks[t] for t in names]) for group, names in groups.items()}
-        for group, mean in means.items():
-            assert result["groups"][group][run] == pytest.approx(mean)
+        means = {task: np.mean(scores[task]) for task in scores}
+        for groups, found in zip(levels, result["levels"], strict=True):
+            means = {g: np.mean([means[n] for n in names]) for g, names in groups.items()}
+            assert {g: e[run] for g, e in found.items()} == pytest.approx(means)
         assert result["overall"][run] == pytest.approx(np.mean(list(means.values())))
-    ungrouped = paired_bootstrap(a, b, draws=20)
-    assert ungrouped["groups"] == {}
-    assert ungrouped["overall"]["difference"] == pytest.approx(
-        np.mean([np.mean(b[t]) - np.mean(a[t]) for t in a]))
 
 
 def test_a_seed_gives_the_same_and_another_seed_something_else():
@@ -201,7 +199,7 @@ def test_empty_runs_are_refused():
 ])
 def test_groups_that_do_not_match_are_refused(groups, found):
     with pytest.raises(ConfigError, match=found):
-        paired_bootstrap(ONES, ONES, groups=groups)
+        paired_bootstrap(ONES, ONES, levels=[groups])
 
 
 @pytest.mark.parametrize("bad", [{"draws": 0}, {"seed": -1}, {"confidence": 1.0}])

@@ -12,7 +12,7 @@ from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.evaluation.readers import open_reader
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.tasks import run as room
-from flexolmo.tasks.run import RunSettings, prepare_jobs, run_suite, summarise
+from flexolmo.tasks.run import RunSettings, compare_runs, prepare_jobs, run_suite, summarise
 from made_mixtures import NAMES
 
 SOURCES = SimpleNamespace(digests={})
@@ -212,3 +212,36 @@ def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch)
     rows = room._score(scorer, task, items, RunSettings(run_code=True, samples=10))
     assert [r["score"] for r in rows] == [1, 0] and [r["pass@10"] for r in rows] == [1, 0]
     assert ran[0] == "def f():\n    pass\n\nassert f() is None"
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_of_the_summed_up_scores_on_the_items_of_both(opened, house, tmp_path,
+                                                                      tasks):
+    anchor = open_reader(house.mixture_dir(NAMES, "rich"), only=[])
+    found = {name: run_suite(*model, tasks, SOURCES, tmp_path / name, RunSettings())
+             for name, model in (("a", anchor), ("b", opened))}
+    both = compare_runs(tmp_path / "a", tmp_path / "b", draws=200)
+    for kind, scored in (("score", ("arc_easy", "squad")),
+                         ("bits_per_byte", ("arc_easy", "squad", "mbpp"))):
+        entries, groups = both[kind]["levels"]
+        assert set(entries) == set(scored)
+        for run, results in found.items():
+            for name in scored:
+                assert entries[name][run] == pytest.approx(results["tasks"][name][kind])
+            for name, entry in groups.items():
+                assert entry[run] == pytest.approx(results["groups"][name][kind])
+            assert both[kind]["overall"][run] == pytest.approx(results["average"][kind])
+    assert both["items"]["arc_easy"] == {"compared": 9, "in_one": 0}
+    same = compare_runs(tmp_path / "a", tmp_path / "a", draws=200)
+    assert same["score"]["overall"]["difference"] == 0 and same["score"]["overall"]["p"] == 1
+
+
+def test_runs_of_different_items_are_compared_on_those_of_both(opened, tmp_path, tasks):
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path / "few", RunSettings(limit=2))
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path / "all", RunSettings())
+    found = compare_runs(tmp_path / "few", tmp_path / "all", draws=200)
+    assert found["items"]["arc_easy"] == {"compared": 4, "in_one": 5}
+    with pytest.raises(DataError, match="no item in common"):
+        compare_runs(tmp_path / "few", tmp_path / "nowhere")

@@ -148,6 +148,102 @@ def sets(
 
 
 @app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Directory of a run: what is compared with.")],
+    b: Annotated[Path, typer.Argument(help="Directory of another: is it better?")],
+    out: Annotated[Path | None, typer.Option(help="File to write all of it to, JSON.")] = None,
+    draws: Annotated[int, typer.Option(min=100, help="Resamples of the items.")] = 10_000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+) -> None:
+    """Is one run better than another, or were its items lucky? A paired bootstrap over items.
+
+    Example: flexolmo eval compare runs/anchor runs/mixture
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexolmo.files import write_json
+    from flexolmo.tasks.run import compare_runs
+
+    found = compare_runs(a, b, draws=draws, seed=seed)
+    for kind, title in (("score", "score, %"), ("bits_per_byte", "bits per byte (less is better)")):
+        if found[kind] is None:
+            continue
+        tasks, groups = found[kind]["levels"]
+        digits = 1 if kind == "score" else 3
+        table = Table(title, "a", "b", "b - a", "95 % of resamples", "p", "items")
+        for name, e in {**tasks, **{f"[bold]{g}[/bold]": e for g, e in groups.items()},
+                        "[bold]average of groups[/bold]": found[kind]["overall"]}.items():
+            items = found["items"].get(name, {}).get("compared", "")
+            table.add_row(name, f"{e['a']:.{digits}f}", f"{e['b']:.{digits}f}",
+                          f"{e['difference']:+.{digits}f}",
+                          f"{e['low']:+.{digits}f} to {e['high']:+.{digits}f}", f"{e['p']:.4f}",
+                          str(items))
+        Console().print(table)
+    alone = {n: i["in_one"] for n, i in found["items"].items() if i["in_one"]}
+    if alone:
+        typer.echo("Items in one run only, left out: " + ", ".join(
+            f"{n} {count}" for n, count in alone.items()))
+    if out is not None:
+        write_json(out, found)
+        typer.echo(f"{out}")
+
+
+@app.command()
+def contamination(
+    corpus: Annotated[Path, typer.Argument(
+        help="Text to be trained on: a file, or a directory of them, as for data prepare.")],
+    items: Annotated[Path | None, typer.Option(
+        help="Directory of evaluation sets, <task>.jsonl.gz.")] = None,
+    tasks: Annotated[str | None, typer.Option(
+        help="Tasks or groups to look for, comma-separated. Default: all.")] = None,
+    least_share: Annotated[float, typer.Option(
+        min=0, max=1, help="List documents that hold an item of which the corpus has this share "
+        "of its n-grams; smaller ones are mostly counting and famous lines.")] = 0.2,
+    out: Annotated[Path, typer.Option(
+        help="File to write all of it to, JSON.")] = Path("contamination.json"),
+) -> None:
+    """Does text hold evaluation items? Look before training: 13 words in a row, punctuation aside.
+
+    Example: flexolmo eval contamination corpus/hospital --tasks SciRIFF5
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from flexolmo.data.documents import list_files, read_documents
+    from flexolmo.files import write_json
+    from flexolmo.progress import progress
+    from flexolmo.runtime import run_record
+    from flexolmo.tasks.contamination import find_overlaps
+    from flexolmo.tasks.run import prepare_jobs
+    from flexolmo.tasks.sources import Sources
+    from flexolmo.tasks.suite import choose_tasks
+
+    list_files(corpus)
+    sources = Sources(items)
+    jobs, missing = prepare_jobs(choose_tasks(None if tasks is None else names_of(tasks)), sources,
+                                 None)
+    asked = ((j.task.name, f"{i.subtask} {i.id}".strip(), i.question) for j in jobs
+             for i in j.items)
+    with progress("read corpus", sum(1 for _ in read_documents(corpus)), "documents") as meter:
+        found = find_overlaps(asked, read_documents(corpus), meter=meter)
+    documents = found.contaminated_documents(least_share)
+    table = Table("task", "items", "found in part", f"{100 * least_share:.0f} % or more",
+                  "cannot be looked for")
+    for name, task in found.tasks.items():
+        most = sum(h.share >= least_share for h in task.hits.values())
+        table.add_row(name, str(task.items), str(len(task.hits)), str(most),
+                      str(task.too_short + task.only_template))
+    Console().print(table)
+    for name, why in missing.items():
+        typer.echo(f"{name} was not looked for: {why}")
+    write_json(out, found.to_json() | {
+        "least_share": least_share, "remove": documents, "missing": missing,
+        "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests)})
+    typer.echo(f"{len(documents)} of {found.num_documents} documents hold items; {out} names them.")
+
+
+@app.command()
 def harness(
     model: Annotated[Path, typer.Option(
         help="Directory of a mixture, an anchor, or any stock Hugging Face model.")],

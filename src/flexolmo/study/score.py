@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from flexolmo.errors import DataError
 from flexolmo.merge.baselines import (
     btm_prefix_weights,
     btm_weights,
@@ -39,10 +40,16 @@ def gap_closed_mixed(method: Rows, public: Rows, dense: Mapping[str, Rows],
                      sources: Sequence[np.ndarray], set_names: Sequence[str],
                      names: Sequence[str]) -> dict[str, float]:
     """The same over the tokens of mixed documents that came from each owner's set; what an owner's
-    dense model says of its own pieces, reading the whole document, is the mark of 1."""
+    dense model says of its own pieces, reading the whole document, is the mark of 1.
+
+    DataError: an owner of whom no mixed document has a piece.
+    """
     found = {}
     for n in names:
         place = set_names.index(n)
+        if not any((s == place).any() for s in sources):
+            raise DataError(f"None of the {len(sources)} mixed documents has a piece of {n}; ask "
+                            "for more of them (heldout_mixed, validation_mixed).")
 
         def on(rows: Rows, place: int = place) -> float:
             return sum(float(r[s == place].astype(np.float64).sum())

@@ -26,6 +26,7 @@ from flexolmo.files import digest_bytes, read_json, write_json
 from flexolmo.inference.generate import Sampling
 from flexolmo.progress import Meter, progress
 from flexolmo.runtime import run_record
+from flexolmo.tasks.compare import paired_bootstrap
 from flexolmo.tasks.items import Item
 from flexolmo.tasks.judge import EndpointJudge
 from flexolmo.tasks.metrics import pass_at_k, rouge_l
@@ -279,6 +280,62 @@ def _score_stories(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequ
                       if (v := judge.judge(item.more["start"] + t)) is not None]
             row |= {"judged": len(points)}
             row |= {"score": float(np.mean(points))} if points else {}
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+
+def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
+    """By how much the run in `b` does better than the run in `a`, on the items that both have.
+
+    Returns `score` (percent; of multiple choice each run's better form) and `bits_per_byte`
+    (negative is better), each as `paired_bootstrap` gives it with the levels tasks and groups, or
+    None if no task has both; and `items` by task: compared, and in one run only. DataError if
+    nothing is in both.
+    """
+    found: dict[str, Any] = {"items": {}}
+    tasks = [t for t in TASKS if all((Path(r) / "items" / f"{t.name}.jsonl").is_file()
+                                     for r in (a, b))]
+    values: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"score": ({}, {}),
+                                                                "bits_per_byte": ({}, {})}
+    members: dict[str, list[str]] = {}
+    for task in tasks:
+        runs = [_read_rows(Path(r) / "items" / f"{task.name}.jsonl") for r in (a, b)]
+        both = sorted(runs[0].keys() & runs[1].keys())
+        found["items"][task.name] = {"compared": len(both),
+                                     "in_one": len(runs[0].keys() ^ runs[1].keys())}
+        forms = [_better_form(task, list(run.values())) for run in runs]
+        for subtask in sorted({s for s, _ in both}):
+            name = f"{task.name}/{subtask}"
+            keys = [k for k in both if k[0] == subtask]
+            members.setdefault(task.name, []).append(name)
+            for run, form, scores, bits in zip(runs, forms, values["score"],
+                                               values["bits_per_byte"], strict=True):
+                own = [_score_of(run[k], form) for k in keys]
+                if None not in own:
+                    scores[name] = 100 * np.array(own, dtype=np.float64)
+                bits[name] = np.array([run[k]["bits"] / max(1, run[k]["bytes"]) for k in keys])
+    if not members:
+        raise DataError(f"{a} and {b} have no item in common; name two runs of the same tasks.")
+    for kind, (x, y) in values.items():
+        names = {t: subtasks for t, subtasks in members.items()
+                 if all(n in x and n in y for n in subtasks)}
+        groups = {g: several for g in GROUPS
+                  if (several := [t.name for t in tasks if t.group == g and t.name in names])}
+        kept = [n for subtasks in names.values() for n in subtasks]
+        found[kind] = paired_bootstrap(
+            {n: x[n] for n in kept}, {n: y[n] for n in kept}, levels=[names, groups], draws=draws,
+            seed=seed) if kept else None
+    return found
+
+
+def _better_form(task: Task, rows: Sequence[Row]) -> str:
+    forms = rows[0].get("right", {}) if rows else {}
+    return max(forms, key=lambda f: _macro(rows, lambda r: r["right"][f])[0], default="")
+
+
+def _score_of(row: Row, form: str) -> float | None:
+    return row["right"][form] if form else row.get("score")
 
 
 # --- summing up -----------------------------------------------------------------------------------
