@@ -288,25 +288,33 @@ def harness(
 def print_tasks(results: dict[str, Any]) -> None:
     """The table of tasks, for a terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("task", "group", "score", "chance", "above", "bits/byte", "items", "")
+    table = Table(Column("task", no_wrap=True), "group", Column("score", no_wrap=True), "chance",
+                  "above", "bits/byte", "items", "")
+    notes: dict[str, list[str]] = {}
     for name, task in results["tasks"].items():
-        notes = [f"stand-in: {task['stand_in']}"] if task["stand_in"] else []
-        if task["cut"]:
-            notes.append(f"{task['cut']} prompts cut")
-        if task["score"] is None:
-            score, chance, above = "-", "", ""
-            notes.insert(0, task["why"])
-        else:
+        score, chance, above = "-", "", ""
+        if task["score"] is not None:
             score = f"{task['score']:.1f} ± {task['error']:.1f}"
             chance, above = f"{task['chance']:.1f}", "yes" if task["above_chance"] else "no"
+        mark = "*" if task["stand_in"] or task["score"] is None else ""
+        if task["stand_in"]:
+            notes.setdefault(f"stand-in: {task['stand_in']}", []).append(name)
+        if task["score"] is None:
+            notes.setdefault(f"not scored: {task['why']}", []).append(name)
+        if task["cut"]:
+            notes.setdefault("some prompts did not fit the model and lost their start",
+                             []).append(f"{name} {task['cut']}")
         table.add_row(name, task["group"], score, chance, above, f"{task['bits_per_byte']:.3f}",
-                      str(task["items"]), "; ".join(notes))
+                      str(task["items"]), mark)
     for name, why in results["missing"].items():
-        table.add_row(name, "", "missing", "", "", "", "0", why)
+        table.add_row(name, "", "missing", "", "", "", "0", "*")
+        notes.setdefault(f"missing: {why}", []).append(name)
     console = Console()
     console.print(table)
+    for said, names in notes.items():
+        console.print(f"{', '.join(names)}: {said}", soft_wrap=True, highlight=False)
     summary = Table("group", "score", "bits/byte", "tasks scored")
     for name, group in results["groups"].items():
         summary.add_row(name, _number(group["score"], 1), _number(group["bits_per_byte"], 3),

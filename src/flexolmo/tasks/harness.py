@@ -1,6 +1,6 @@
 """lm-evaluation-harness, both ways: our models run its tasks, its models run ours.
 
-Needs the `lm_eval` package (pip install 'flexolmo[eval]').
+Needs the `lm_eval` package (pip install -e '.[eval]').
 """
 
 import json
@@ -20,7 +20,7 @@ try:
     from lm_eval.tasks import TaskManager
 except ImportError as e:
     raise ConfigError(f"lm-evaluation-harness is needed and is not here ({e}); "
-                      "pip install 'flexolmo[eval]'.") from None
+                      "pip install -e '.[eval]'.") from None
 
 from flexolmo.evaluation.readers import Reader, open_reader
 from flexolmo.evaluation.scorer import Scorer

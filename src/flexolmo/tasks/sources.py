@@ -91,7 +91,7 @@ class Sources:
             import datasets
         except ImportError:
             raise SourceUnavailable(f"{path}: reading the hub needs the datasets library "
-                                    "(pip install 'flexolmo[eval]').") from None
+                                    "(pip install -e '.[eval]').") from None
         try:
             found = datasets.load_dataset(path, config, split=split)
         except Exception as e:  # whatever the library and the network raise
