@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_items import choice_items, code_items, task_of, written_items
 
 from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.evaluation.readers import open_reader
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.tasks import run as room
 from flexolmo.tasks.run import RunSettings, compare_runs, prepare_jobs, run_suite, summarise
+from made_items import choice_items, code_items, task_of, written_items
 from made_mixtures import NAMES
 
 SOURCES = SimpleNamespace(digests={})
@@ -205,7 +205,7 @@ def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch)
         log_likelihoods=lambda pairs: [SimpleNamespace(log_prob=-1.0, is_cut=False)] * len(pairs),
         continuations=lambda prompts, *_: [("pass\n", False)] * len(prompts))
     ran = []
-    monkeypatch.setattr(room, "run_programs", lambda programs, **_: ran.extend(programs) or [
+    monkeypatch.setattr(room, "run_programs", lambda programs, *_, **__: ran.extend(programs) or [
         SimpleNamespace(passed="is None" in p, reason="?") for p in programs])
     rows = room._score(scorer, task, items, RunSettings())
     assert not ran and "score" not in rows[0]

@@ -213,11 +213,26 @@ def test_programs_of_the_plus_sets_hold_code_to_the_published_solution(tmp_path)
     assert run(program_of(item, item.gold_text))
     assert not run(program_of(item, "    return x / 2 if x > 0 else 0\n"))
     assert not run(program_of(item, "    return\n")) and not run(program_of(item, "    ret"))
+    row["plus_input"] = [[float("inf")]]
+    (item,) = BY_NAME["humaneval_plus"].load(directory(tmp_path, humaneval_plus_full=[row]))
+    assert run(program_of(item, "    return x / 2\n")) and not run(program_of(item, "    return 1"))
     row |= {"prompt": '"""Halve it."""\n', "assertion": "assert half(2) == 1",
             "canonical_solution": "def half(x):\n    return 1 / (2 / x)\n"}
     (item,) = BY_NAME["mbpp_plus"].load(directory(tmp_path, mbpp_plus_full=[row]))
     assert run(program_of(item, "def half(x):\n    return x / 2\n"))
     assert not run(program_of(item, "def half(x):\n    return x // 2\n"))
+
+
+def test_a_match_of_a_regular_expression_is_one_or_none(tmp_path):
+    row = {"task_id": "a", "prompt": "import re\ndef f(x):\n", "entry_point": "f", "atol": 0,
+           "canonical_solution": "    import re\n    return re.match('a', x)\n",
+           "base_input": [["ab"]], "plus_input": [["b"]]}
+    row["canonical_solution"] = row["prompt"] + row["canonical_solution"]
+    row |= {"assertion": "assert math.pi > 3"}
+    (item,) = BY_NAME["mbpp_plus"].load(directory(tmp_path, mbpp_plus_full=[row]))
+    assert run(program_of(item, "import re\ndef f(x):\n    return re.search('^a', x)"))
+    assert not run(program_of(item, "def f(x):\n    return x"))
+    assert not run(program_of(item, "def f(x):\n    return None"))
 
 
 def test_a_task_hands_mutable_inputs_to_both_solutions_unchanged(tmp_path):

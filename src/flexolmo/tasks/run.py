@@ -30,12 +30,13 @@ from flexolmo.tasks.compare import paired_bootstrap
 from flexolmo.tasks.items import Item
 from flexolmo.tasks.judge import EndpointJudge
 from flexolmo.tasks.metrics import pass_at_k, rouge_l
-from flexolmo.tasks.sandbox import run_programs
+from flexolmo.tasks.sandbox import Limits, run_programs
 from flexolmo.tasks.sources import Sources
 from flexolmo.tasks.stories import SAMPLES, TEMPERATURE
 from flexolmo.tasks.suite import GROUPS, TASKS, Task, program_of
 
 SLICE = 64  # items read together and then written; results do not depend on where a run stopped
+CODE_LIMITS = Limits(wall_seconds=40.0)  # on a busy machine the 10 seconds of processor decide
 Row = dict[str, Any]
 
 
@@ -254,7 +255,7 @@ def _score_code(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequenc
     prompts = [i.prompt for i in items for _ in range(n)]
     written = [t for t, _ in scorer.continuations(prompts, sampling, task.stops)]
     programs = [program_of(items[j // n], text) for j, text in enumerate(written)]
-    outcomes = run_programs(programs, processes=os.cpu_count() or 1)
+    outcomes = run_programs(programs, CODE_LIMITS, processes=os.cpu_count() or 1)
     for j, row in enumerate(rows):
         own = outcomes[j * n:(j + 1) * n]
         passed = sum(o.passed for o in own)

@@ -253,7 +253,8 @@ def _mbpp_plus(sources: Sources) -> list[Item]:
         found.append(Item(r["task_id"], prompt=prompt,
                           gold_text=r["canonical_solution"].strip() + "\n```",
                           question=r["prompt"], more={"alone": True},
-                          tests=f"{r['assertion']}\n{_plus_tests(r, r['canonical_solution'])}"))
+                          tests=f"import math\n{r['assertion']}\n"
+                                f"{_plus_tests(r, r['canonical_solution'])}"))
     return found
 
 
@@ -263,6 +264,7 @@ def _plus_tests(row: Mapping[str, Any], solution: str) -> str:
     inputs = [*row["base_input"], *row["plus_input"]]
     return (
         "import copy as _copy, math as _math\n"
+        "from math import inf, nan\n"  # as inputs spell them
         f"_theirs, _ours = {row['entry_point']}, {{}}\n"
         f"exec({solution!r}, _ours)\n"
         "def _same(a, b):\n"
@@ -271,6 +273,8 @@ def _plus_tests(row: Mapping[str, Any], solution: str) -> str:
         "(a != a and b != b)\n"
         "    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):\n"
         "        return len(a) == len(b) and all(map(_same, a, b))\n"
+        "    if type(b).__name__ == 'Match':\n"  # of a regular expression: it is one, or none
+        "        return a is not None\n"
         "    return a == b\n"
         f"for _input in {inputs!r}:\n"
         "    try:\n"
