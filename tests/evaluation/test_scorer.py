@@ -111,6 +111,14 @@ def test_a_continuation_longer_than_the_model_holds_is_read_in_pieces(readers, n
                                            abs=5e-3)
 
 
+def test_an_empty_text_is_certain_and_keeps_its_place(readers):
+    scorer = Scorer(readers[0]["anchor"])
+    texts = ["", "one two", "", "three"]
+    found = [s.log_prob for s in scorer.rolling_log_likelihoods(texts)]
+    alone = [scorer.rolling_log_likelihoods([t])[0].log_prob for t in texts]
+    assert found == pytest.approx(alone, abs=1e-3) and found[0] == found[2] == 0 > found[1]
+
+
 def test_what_begins_alike_is_read_once(readers):
     """Counts positions that go through the model, against those that had to."""
     reader = readers[0]["anchor"]

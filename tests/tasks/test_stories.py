@@ -70,8 +70,10 @@ def written(judge_url, monkeypatch, verdicts):
     monkeypatch.setattr(room, "EndpointJudge",
                         lambda *_, **__: SimpleNamespace(judge=lambda text: next(said)))
     settings = RunSettings(judge_url=judge_url, judge_model="m")
-    rows = room._score(scorer, NEWSG, items, settings)
-    found = summarise([room.Job(NEWSG, items)], {"newsg": rows}, {}, settings)
+    rows, judges = room._score(scorer, NEWSG, items, settings), room._judges(settings)
+    if judges:
+        rows = [row | room._judge(item, row, judges) for row, item in zip(rows, items, strict=True)]
+    found = summarise([room.Job(NEWSG, items)], {"newsg": rows}, {}, settings, 64)
     return rows, found["tasks"]["newsg"], found["groups"]["NewsG"]
 
 

@@ -264,3 +264,12 @@ def test_the_hub_is_asked_for_what_the_directory_lacks(monkeypatch):
     monkeypatch.setattr(Sources, "_hub", lambda self, path, split: iter(rows) if (
         path, split) == ("TIGER-Lab/MMLU-Pro", "test") else pytest.fail(path))
     assert len(BY_NAME["mmlu_pro"].load(Sources(use_hub=True))) == 1
+
+
+def test_a_damaged_file_is_told_with_its_line(tmp_path):
+    good = gzip.compress(b'{"a": 1}\n{"b"')
+    for data, said in ((b"no gzip", "line 0: expected gzipped"), (good, "line 2"),
+                       (gzip.compress(b"{}" * 999)[:-9], "mmlu_pro.jsonl.gz")):
+        (tmp_path / "mmlu_pro.jsonl.gz").write_bytes(data)
+        with pytest.raises(DataError, match=said):
+            BY_NAME["mmlu_pro"].load(Sources(tmp_path))

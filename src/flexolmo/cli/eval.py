@@ -23,8 +23,9 @@ def evaluate(
         help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
     study: Annotated[Path | None, typer.Option(
         help="Directory of a finished study, instead of --model: any of its methods.")] = None,
-    method: Annotated[str, typer.Option(
-        help="Of the study, as results.json calls it; also dense.NAME.")] = "flexolmo_default",
+    method: Annotated[str | None, typer.Option(
+        help="Of the study, as results.json calls it; also dense.NAME. Default: "
+        "flexolmo_default.")] = None,
     study_seed: Annotated[int | None, typer.Option(
         help="Of the study. Default: its first.")] = None,
     tasks: Annotated[str | None, typer.Option(
@@ -78,6 +79,10 @@ def evaluate(
         raise ConfigError(f"Suite {suite!r} is not known; there is {SUITE}.")
     if (model is None) == (study is None):
         raise ConfigError("Name one model: --model DIRECTORY, or --study DIRECTORY and --method.")
+    if study is None and not (method is None and study_seed is None):
+        raise ConfigError("--method and --study-seed are of a --study.")
+    if study is not None and device != "cpu":
+        raise ConfigError("A study's methods are read on the CPU; leave --device out.")
     set_up(seed, threads)
     settings = parse_settings({"limit": limit, "write": not bits_only, "run_code": run_code,
                                "samples": samples, "judge_url": judge_url,
@@ -89,7 +94,8 @@ def evaluate(
     if study is not None:
         from flexolmo.study.method import open_method
 
-        reader, about = open_method(study, method, seed=study_seed, **switches)
+        reader, about = open_method(study, method or "flexolmo_default", seed=study_seed,
+                                    **switches)
     elif model is not None:
         reader, about = open_reader(model, **switches, device=choose_device(device))
     stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
@@ -180,6 +186,9 @@ def compare(
                           f"{e['low']:+.{digits}f} to {e['high']:+.{digits}f}", f"{e['p']:.4f}",
                           str(items))
         Console().print(table)
+    if found["without_score"]:
+        typer.echo("Without a score for every item in both runs, left out: "
+                   + ", ".join(found["without_score"]))
     alone = {n: i["in_one"] for n, i in found["items"].items() if i["in_one"]}
     if alone:
         typer.echo("Items in one run only, left out: " + ", ".join(
@@ -297,12 +306,19 @@ def print_tasks(results: dict[str, Any]) -> None:
         score, chance, above = "-", "", ""
         if task["score"] is not None:
             score = f"{task['score']:.1f} ± {task['error']:.1f}"
-            chance, above = f"{task['chance']:.1f}", "yes" if task["above_chance"] else "no"
+            if task["chance"] is not None:
+                chance, above = f"{task['chance']:.1f}", "yes" if task["above_chance"] else "no"
+            if task.get("unjudged"):
+                notes.setdefault("without a verdict, left out of the score", []).append(
+                    f"{name} {task['unjudged']}")
         mark = "*" if task["stand_in"] or task["score"] is None else ""
         if task["stand_in"]:
             notes.setdefault(f"stand-in: {task['stand_in']}", []).append(name)
         if task["score"] is None:
             notes.setdefault(f"not scored: {task['why']}", []).append(name)
+        if "asked_new_tokens" in task:
+            notes.setdefault("answers had to be shorter than the task allows, for this model's "
+                             "length", []).append(f"{name} {task['new_tokens']} tokens")
         if task["cut"]:
             notes.setdefault("some prompts did not fit the model and lost their start",
                              []).append(f"{name} {task['cut']}")
@@ -315,15 +331,16 @@ def print_tasks(results: dict[str, Any]) -> None:
     console.print(table)
     for said, names in notes.items():
         console.print(f"{', '.join(names)}: {said}", soft_wrap=True, highlight=False)
-    summary = Table("group", "score", "bits/byte", "tasks scored")
+    summary = Table("group", "score", "bits/byte", "tasks scored", "read")
     for name, group in results["groups"].items():
         summary.add_row(name, _number(group["score"], 1), _number(group["bits_per_byte"], 3),
-                        f"{group['scored']} of {group['of']}")
+                        f"{group['scored']} of {group['of']}", str(group["read"]))
     whole = results["average"]
     summary.add_row("average of groups", _number(whole["score"], 1),
                     _number(whole["bits_per_byte"], 3),
                     f"{whole['groups']} of {whole['of']} groups"
-                    + ("" if whole["is_whole"] else ", not whole"))
+                    + ("" if whole["is_whole"] else ", not whole"),
+                    f"{len(results['groups'])} groups")
     console.print(summary)
 
 

@@ -121,11 +121,11 @@ class BtmReader:
             first = torch.zeros_like(said[:, :1]) if state.last is None else state.last[e][:, None]
             here = torch.cat([first, said], dim=1)[rows, place, ids]  # [B,T]
             seen.append(here.double() * real)
-            ends.append(said[:, -last:])
+            ends.append(said[:, -last:].clone())  # else all of `said` would stay
         evidence = state.evidence[:, :, None] + torch.stack(seen).cumsum(-1)  # [E,B,T]
         weights = (evidence[:, :, -last:] / self.temperature).log_softmax(0)
         said = torch.stack(ends)  # [E,B,last,V]
-        state.evidence, state.last = evidence[:, :, -1], said[:, :, -1]
+        state.evidence, state.last = evidence[:, :, -1], said[:, :, -1].clone()
         return (said + weights[..., None].float()).logsumexp(0)
 
 
@@ -175,7 +175,7 @@ class StockReader:
             raise CheckpointError(f"{directory} is no model that stock transformers loads: {e}"
                                   ) from None
         layers = DynamicCache(config=model.config).layers
-        is_plain = all(type(x) is DynamicLayer for x in layers)
+        is_plain = bool(layers) and all(type(x) is DynamicLayer for x in layers)
         limit = getattr(model.config, "max_position_embeddings", 2048)
         model.to(device).eval()  # type: ignore[arg-type]
         return cls(model, load_tokenizer(directory), limit, list(start), is_plain)
@@ -222,6 +222,8 @@ def open_reader(directory: Path, *, without: Iterable[str] = (), only: Iterable[
         raise CheckpointError(f"{directory} holds no model: expected a mixture ({ABOUT}), an "
                               "anchor (anchor.json), or a Hugging Face model (config.json, "
                               "*.safetensors and tokenizer.json).")
-    digests = [digest_file(f) for f in (directory / "config.json", *files)]
+    files = [f for f in (directory / "config.json", directory / "tokenizer.json", *files)
+             if f.is_file()]
+    digests = [digest_file(f) for f in files]
     return (StockReader.open(directory, device),
             {"kind": "stock", "digest": digest_bytes("".join(digests).encode())})

@@ -53,7 +53,7 @@ class _Part:
 class Scorer:
     """The three methods over one reader, `batch_size` texts at a time.
 
-    `batch_tokens` bounds what is read at once, in tokens; it bounds memory on long texts.
+    `batch_tokens` bounds the tokens of a batch, those read before included; with them, memory.
     """
 
     def __init__(self, reader: Reader, batch_size: int = 32, batch_tokens: int = 8192):
@@ -80,12 +80,16 @@ class Scorer:
         return self.score_ids([(nothing, row) for row in ids], meter)
 
     def continuations(self, prompts: Sequence[str], sampling: Sampling, stops: Sequence[str] = (),
-                      meter: Meter | None = None) -> list[tuple[str, bool]]:
+                      seeds: Sequence[int] | None = None, meter: Meter | None = None
+                      ) -> list[tuple[str, bool]]:
         """What the model writes after each prompt, up to the first of `stops`, which is left out;
         and whether the prompt was cut to leave room.
 
-        Prompt number i draws from seed + i.
+        Prompt number i draws from `seeds[i]`; without them, from the sampling's seed + i.
         """
+        stops = [s for s in stops if s]
+        if seeds is None:
+            seeds = range(sampling.seed, sampling.seed + len(prompts))
         room = self.reader.max_seq_len - sampling.max_new_tokens
         if room < 1:
             raise ConfigError(f"{sampling.max_new_tokens} new tokens were asked for; this model "
@@ -100,7 +104,7 @@ class Scorer:
                        else ([i] for i in members))  # texts that end cannot leave a batch
             for places in batches:
                 written = self._write([cut[i][len(root):] for i in places], state, sampling,
-                                      [sampling.seed + i for i in places], stops)
+                                      [seeds[i] for i in places], stops)
                 for i, text in zip(places, written, strict=True):
                     found[i] = (text, found[i][1])
                 if meter is not None:
@@ -131,7 +135,7 @@ class Scorer:
 
     def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
                   meter: Meter | None = None) -> list[Score]:
-        """Of each continuation, not empty, after its context, neither empty, both ids.
+        """Of each continuation after its context, which is not empty; both ids.
 
         What does not fit is cut from the context's left, as harnesses do; a continuation longer
         than the model holds is read in pieces.
@@ -148,7 +152,7 @@ class Scorer:
                 left[part.request] -= 1
                 if meter is not None and not left[part.request]:
                     meter.advance(1)
-        return [s for s in found if s is not None]
+        return [s or Score(0.0, True, 0) for s in found]  # nothing to predict is certain
 
     def _parts(self, request: int, context: Sequence[int], targets: Sequence[int]
                ) -> Iterator[_Part]:
@@ -173,13 +177,13 @@ class Scorer:
                     forked.append((contexts[i][len(root):], same))
                 else:
                     single += [(contexts[i][len(root):], p) for p in same]
-            yield from self._score_single(single, state)
-            yield from self._score_forked(forked, state)
+            yield from self._score_single(single, state, len(root))
+            yield from self._score_forked(forked, state, len(root))
 
-    def _score_single(self, jobs: Sequence[tuple[tuple[int, ...], _Part]], state: Any
+    def _score_single(self, jobs: Sequence[tuple[tuple[int, ...], _Part]], state: Any, held: int
                       ) -> Iterator[tuple[_Part, Score]]:
-        """Rest of the context and continuation in one go."""
-        for batch in self._batches(jobs, lambda job: (*job[0], *job[1].targets[:-1])):
+        """Rest of the context and continuation in one go; `state` holds `held` tokens."""
+        for batch in self._batches(jobs, lambda job: (*job[0], *job[1].targets[:-1]), held):
             ids, real = _pad([(*rest, *p.targets[:-1]) for rest, p in batch])
             last = max(len(p.targets) for _, p in batch)
             said = self.reader.read(ids, _spread(state, len(batch)), is_token=real, last=last)
@@ -187,19 +191,21 @@ class Scorer:
             for (_, p), score in zip(batch, scores, strict=True):
                 yield p, replace(score, is_cut=p.is_cut)
 
-    def _score_forked(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Part]]], state: Any
-                      ) -> Iterator[tuple[_Part, Score]]:
+    def _score_forked(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Part]]], state: Any,
+                      held: int) -> Iterator[tuple[_Part, Score]]:
         """The rest of each context once, then its continuations from there."""
-        for batch in self._batches(jobs, lambda job: job[0]):
+        for batch in self._batches(jobs, lambda job: job[0], held):
             ids, real = _pad([rest for rest, _ in batch])
             stem = _spread(state, len(batch))
-            said = self.reader.read(ids, stem, is_token=real, last=1)  # [B,1,V]
+            said = self.reader.read(ids, stem, is_token=real, last=1)[:, 0].log_softmax(-1)  # [B,V]
+            likeliest = said.argmax(-1).tolist()
             leaves = [(b, p) for b, (_, same) in enumerate(batch) for p in same]
-            firsts = _judge(said[[b for b, _ in leaves]], [p.targets[:1] for _, p in leaves])
-            found = {id(p): replace(s, is_cut=p.is_cut)
-                     for (_, p), s in zip(leaves, firsts, strict=True)}
+            firsts = said[[b for b, _ in leaves], [p.targets[0] for _, p in leaves]].tolist()
+            found = {id(p): Score(first, likeliest[b] == p.targets[0], 1, p.is_cut)
+                     for (b, p), first in zip(leaves, firsts, strict=True)}
             longer = [leaf for leaf in leaves if len(leaf[1].targets) > 1]
-            for group in self._batches(longer, lambda leaf: leaf[1].targets[:-1]):
+            for group in self._batches(longer, lambda leaf: leaf[1].targets[:-1],
+                                       held + ids.shape[1]):
                 ids, real = _pad([p.targets[:-1] for _, p in group])
                 state_here = stem.select(torch.tensor([b for b, _ in group]))
                 said = self.reader.read(ids, state_here, is_token=real, last=ids.shape[1])
@@ -249,14 +255,17 @@ class Scorer:
                 self.reader.read(torch.tensor([root]), state, last=1)
         return state
 
-    def _batches(self, jobs: Sequence[Job], row: Callable[[Job], tuple[int, ...]]
+    def _batches(self, jobs: Sequence[Job], row: Callable[[Job], tuple[int, ...]], held: int = 0
                  ) -> Iterator[list[Job]]:
-        """Jobs from the longest row to read to the shortest, as many at once as are allowed."""
+        """Jobs from the longest row to read to the shortest, as many at once as are allowed; each
+        goes on from a state of `held` tokens."""
         ordered = sorted(jobs, key=lambda job: (-len(row(job)), row(job)))
-        while ordered:
-            count = min(self.batch_size, max(1, self.batch_tokens // max(1, len(row(ordered[0])))))
-            yield ordered[:count]
-            ordered = ordered[count:]
+        start = 0
+        while start < len(ordered):
+            longest = held + len(row(ordered[start]))
+            end = start + min(self.batch_size, max(1, self.batch_tokens // longest))
+            yield ordered[start:end]
+            start = end
 
 
 def _share(rows: Sequence[tuple[int, ...]], is_possible: bool

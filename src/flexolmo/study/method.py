@@ -5,8 +5,11 @@ are not among them.
 """
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from flexolmo.errors import ConfigError
 from flexolmo.evaluation.readers import BtmReader, OwnReader, Reader
@@ -32,7 +35,11 @@ def open_method(root: Path, method: str, *, seed: int | None = None, without: It
     validation text, it keeps: for held-out documents. Raises ConfigError for a method that there
     is not, PolicyError for an expert it does not hold.
     """
-    recipe = StudyRecipe.model_validate(read_json(Path(root) / "results.json")["recipe"])
+    try:
+        recipe = StudyRecipe.model_validate(read_json(Path(root) / "results.json")["recipe"])
+    except (KeyError, TypeError, ValidationError):
+        raise ConfigError(f"{Path(root) / 'results.json'} is not of a study that this version "
+                          "made; name the directory that flexolmo study wrote.") from None
     graph = build_graph(recipe)
     seed = recipe.seeds[0] if seed is None else seed
     if seed not in graph.scores:
@@ -61,12 +68,10 @@ def open_method(root: Path, method: str, *, seed: int | None = None, without: It
     else:
         step = reads[method]
     reader = _open(step, root)
-    available: list[str] = []
-    if isinstance(reader.model, MixtureModel):
-        available = reader.model.expert_names[1:]
+    available = reader.model.expert_names[1:] if isinstance(reader.model, MixtureModel) else []
     enabled = sorted(choose_experts(available, without=without, only=only))
     if available:
-        reader = OwnReader(reader.model, reader.tokenizer, enabled)
+        reader = replace(reader, enabled=enabled)
     return reader, about | {"digest": f"sha256:{step.identity}", "enabled": enabled}
 
 

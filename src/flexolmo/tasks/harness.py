@@ -70,9 +70,11 @@ class HarnessModel(LM):
             if not asked.get("do_sample", temperature > 0):
                 temperature = 0.0
             limit = asked.get("max_gen_toks", asked.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+            room = self.scorer.reader.max_seq_len
             sampling = Sampling(
-                max_new_tokens=min(int(limit), self.scorer.reader.max_seq_len // 2),
-                temperature=temperature, top_k=asked.get("top_k"), top_p=asked.get("top_p", 1.0))
+                max_new_tokens=int(limit) if int(limit) < room else room // 2,
+                temperature=temperature, top_k=asked.get("top_k") or None,
+                top_p=asked.get("top_p", 1.0))
             written = self.scorer.continuations(
                 [requests[i].args[0] for i in places], sampling,
                 [stops] if isinstance(stops, str) else stops)

@@ -11,6 +11,7 @@ accuracy is still at chance. Source: paper §4.2; OLMES.
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,10 @@ from flexolmo.tasks.judge import EndpointJudge
 from flexolmo.tasks.metrics import pass_at_k, rouge_l
 from flexolmo.tasks.sandbox import Limits, run_programs
 from flexolmo.tasks.sources import Sources
-from flexolmo.tasks.stories import SAMPLES, TEMPERATURE
+from flexolmo.tasks.stories import QUALITIES, SAMPLES, TEMPERATURE
 from flexolmo.tasks.suite import GROUPS, TASKS, Task, program_of
 
+STORY_SLICE = 4  # stories, each judged several times by a model that may fail
 SLICE = 64  # items read together and then written; results do not depend on where a run stopped
 CODE_LIMITS = Limits(wall_seconds=40.0)  # on a busy machine the 10 seconds of processor decide
 Row = dict[str, Any]
@@ -69,6 +71,7 @@ class Job:
 
     task: Task
     items: Sequence[Item]
+    chance: float | None = None  # what guessing gives, 0 to 1; None: not known
 
     @property
     def digest(self) -> str:
@@ -80,7 +83,10 @@ class Job:
 
 def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None
                  ) -> tuple[list[Job], dict[str, str]]:
-    """The items of each task, and by name why a task's items could not be had."""
+    """The items of each task, and by name why a task's items could not be had.
+
+    DataError: none can be had, or a file does not hold what its publisher's does.
+    """
     jobs, missing = [], {}
     for task in tasks:
         try:
@@ -88,7 +94,13 @@ def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None
         except SourceUnavailable as e:
             missing[task.name] = str(e)
             continue
-        jobs.append(Job(task, _draw(items, limit)))
+        except (LookupError, TypeError, ValueError) as e:
+            raise DataError(f"The items of {task.name} are not laid out as their publisher's "
+                            f"({type(e).__name__}: {e}).") from None
+        if items:
+            jobs.append(Job(task, _draw(items, limit), _chance(task, items)))
+        else:
+            missing[task.name] = "its file is empty"
     if not jobs:
         raise DataError("None of the tasks' items can be had: " + "; ".join(
             f"{n}: {why}" for n, why in missing.items()))
@@ -103,6 +115,27 @@ def _draw(items: Sequence[Item], limit: int | None) -> list[Item]:
     return [item for s in sorted(by_subtask) for item in by_subtask[s][:limit]]
 
 
+def _chance(task: Task, items: Sequence[Item]) -> float | None:
+    """What is right by guessing, of all items: one option of several; the commonest answer of a
+    subtask; no program."""
+    if task.kind == "story":
+        return None
+    if task.kind == "code":
+        return 0.0
+    rows: list[Row] = []
+    if task.kind == "choice":
+        rows = [{"subtask": i.subtask, "right": 1 / len(next(iter(i.forms.values())).options)}
+                for i in items]
+    else:
+        first = [(i.subtask, str((i.references or (i.gold_text,))[0]).strip().lower())
+                 for i in items]
+        for subtask in {s for s, _ in first}:
+            answers = Counter(a for s, a in first if s == subtask)
+            share = max(answers.values()) / answers.total()
+            rows.append({"subtask": subtask, "right": 0.0 if max(answers.values()) == 1 else share})
+    return _macro(rows, lambda r: r["right"])[0]
+
+
 def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], sources: Sources,
               out: Path, settings: RunSettings) -> dict[str, Any]:
     """Run what is not yet run, and return what `results.json` then holds.
@@ -111,11 +144,12 @@ def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], s
     holds a run of something else.
     """
     out = Path(out)
+    judges = _judges(settings)
     jobs, missing = prepare_jobs(tasks, sources, settings.limit)
     what = {"model": dict(about), "settings": settings.model_dump(mode="json"),
             "tasks": {j.task.name: {"version": j.task.version, "items": len(j.items),
                                     "digest": j.digest} for j in jobs}}
-    _refuse_another_run(out, what)
+    what["tasks"] = _refuse_another_run(out, what) | what["tasks"]
     record = run_record({k: v for k, v in what.items()}, settings.seed, sources.digests)
     write_json(out / "run.json", what | {"missing": missing, "run": record})
     stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
@@ -128,15 +162,27 @@ def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], s
             meter.note = job.task.name
             found[job.task.name] = _run_task(scorer, job, done[job.task.name], stamp,
                                              out / "items" / f"{job.task.name}.jsonl", settings,
-                                             meter)
-    results = {"model": dict(about), **summarise(jobs, found, missing, settings), "run": record}
+                                             judges, meter)
+    summary = summarise(jobs, found, missing, settings, reader.max_seq_len)
+    results = {"model": dict(about), **summary, "run": record}
     write_json(out / "results.json", results)
     return results
 
 
-def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> None:
+def _judges(settings: RunSettings) -> dict[str, EndpointJudge]:
+    """By what the quality of a text is of; ConfigError now rather than after hours."""
+    if settings.judge_url is None:
+        return {}
+    if not settings.judge_model:
+        raise ConfigError("A judge's endpoint was named without its model; give --judge-model too.")
+    return {q: EndpointJudge(settings.judge_url, settings.judge_model, quality=q)
+            for q in QUALITIES}
+
+
+def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> dict[str, Any]:
+    """The tasks that the run in `out` has had so far."""
     if not (out / "run.json").is_file():
-        return
+        return {}
     before = read_json(out / "run.json")
     different = [key for key in ("model", "settings") if before.get(key) != what[key]]
     different += [f"the items of {n}" for n, task in what["tasks"].items()
@@ -144,6 +190,7 @@ def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> None:
     if different:
         raise ConfigError(f"{out} holds a run that differs in {', '.join(different)} from this "
                           "one; choose another --out, or remove it.")
+    return before.get("tasks", {})
 
 
 def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
@@ -160,15 +207,22 @@ def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
 
 
 def _run_task(scorer: Scorer, job: Job, done: dict[tuple[str, str], Row], stamp: Row, path: Path,
-              settings: RunSettings, meter: Meter) -> list[Row]:
+              settings: RunSettings, judges: Mapping[str, EndpointJudge], meter: Meter
+              ) -> list[Row]:
     path.parent.mkdir(parents=True, exist_ok=True)
+    size = STORY_SLICE if job.task.kind == "story" else SLICE
     with open(path, "ab") as f:
-        for start in range(0, len(job.items), SLICE):
-            items = job.items[start:start + SLICE]
+        for start in range(0, len(job.items), size):
+            items = job.items[start:start + size]
             left = [i for i in items if (i.subtask, i.id) not in done]
             if not left:
                 continue
-            rows = {(r["subtask"], r["id"]): r for r in _score(scorer, job.task, items, settings)}
+            scored = _score(scorer, job.task, items, settings)
+            rows = {(r["subtask"], r["id"]): r for r in scored}
+            for item in left:
+                if job.task.kind == "story" and judges:
+                    rows[item.subtask, item.id] |= _judge(item, rows[item.subtask, item.id],
+                                                          judges)
             for item in left:  # the others were written before; they were read again to be in
                 row = rows[item.subtask, item.id]  # the same batches, for the same last bits
                 row = {"task": job.task.name, "version": job.task.version, **row, **stamp}
@@ -224,6 +278,7 @@ def _score_choices(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequ
             said = [scores[p] for p in pairs]
             count = len(choices.options)
             own = np.array([s.log_prob for s in said[:count]])
+            gold_pair = pairs[choices.gold]
             if form == "rc":
                 gold = choices.options[choices.gold]
                 row |= _bits(float(own[choices.gold]), gold)
@@ -234,7 +289,7 @@ def _score_choices(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequ
                 own = own - [s.log_prob for s in said[count:]]
             elif form == "rc" and task.normalise == "character":
                 own = own / [max(1, len(o.strip())) for o in choices.options]
-            row["right"][form] = int(own.argmax() == choices.gold)
+            row["right"][form] = int(pairs[own.argmax()] == gold_pair)  # or its equal
             row["log_probs"][form] = [round(s.log_prob, 4) for s in said[:count]]
         row["options"] = count
 
@@ -250,10 +305,7 @@ def _pairs(task: Task, item: Item, form: str) -> list[tuple[str, str]]:
 def _score_code(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
                 settings: RunSettings) -> None:
     n = settings.samples
-    sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=0.8 if n > 1 else 0,
-                        seed=settings.seed)
-    prompts = [i.prompt for i in items for _ in range(n)]
-    written = [t for t, _ in scorer.continuations(prompts, sampling, task.stops)]
+    written = _write_samples(scorer, task, items, rows, n, 0.8 if n > 1 else 0, settings.seed)
     programs = [program_of(items[j // n], text) for j, text in enumerate(written)]
     outcomes = run_programs(programs, CODE_LIMITS, processes=os.cpu_count() or 1)
     for j, row in enumerate(rows):
@@ -266,21 +318,32 @@ def _score_code(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequenc
 
 def _score_stories(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
                    settings: RunSettings) -> None:
-    sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=TEMPERATURE, top_p=1.0,
-                        seed=settings.seed)
-    prompts = [i.prompt for i in items for _ in range(SAMPLES)]
-    written = [t for t, _ in scorer.continuations(prompts, sampling, task.stops)]
+    written = _write_samples(scorer, task, items, rows, SAMPLES, TEMPERATURE, settings.seed)
     for j, (row, item) in enumerate(zip(rows, items, strict=True)):
         own = written[j * SAMPLES:(j + 1) * SAMPLES]
         row |= {"texts": own, "rouge_l": float(np.mean([rouge_l(t, item.references[0])
                                                         for t in own]))}
-        if settings.judge_url is not None:
-            judge = EndpointJudge(settings.judge_url, settings.judge_model,
-                                  quality=item.more["quality"])
-            points = [v.score / 100 for t in own
-                      if (v := judge.judge(item.more["start"] + t)) is not None]
-            row |= {"judged": len(points)}
-            row |= {"score": float(np.mean(points))} if points else {}
+
+
+def _judge(item: Item, row: Row, judges: Mapping[str, EndpointJudge]) -> Row:
+    judge = judges[item.more["quality"]]
+    points = [v.score / 100 for text in row["texts"]
+              if (v := judge.judge(item.more["start"] + text)) is not None]
+    return {"judged": len(points)} | ({"score": float(np.mean(points))} if points else {})
+
+
+def _write_samples(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
+                   count: int, temperature: float, seed: int) -> list[str]:
+    """`count` continuations of each item, one item after the other. What is drawn for an item
+    depends on `seed` and its id."""
+    sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=temperature, top_p=1.0)
+    seeds = [int(digest_bytes(f"{seed} {i.subtask} {i.id} {n}".encode())[-15:], 16)
+             for i in items for n in range(count)]
+    written = scorer.continuations([i.prompt for i in items for _ in range(count)], sampling,
+                                   task.stops, seeds)
+    for j, row in enumerate(rows):
+        row["cut"] |= any(is_cut for _, is_cut in written[j * count:(j + 1) * count])
+    return [text for text, _ in written]
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -291,8 +354,9 @@ def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dic
 
     Returns `score` (percent; of multiple choice each run's better form) and `bits_per_byte`
     (negative is better), each as `paired_bootstrap` gives it with the levels tasks and groups, or
-    None if no task has both; and `items` by task: compared, and in one run only. DataError if
-    nothing is in both.
+    None if no task has both; `items` by task: compared, and in one run only; and `without_score`,
+    tasks of which an item has none in one run. DataError if nothing is in both, or a task was run
+    in two versions.
     """
     found: dict[str, Any] = {"items": {}}
     tasks = [t for t in TASKS if all((Path(r) / "items" / f"{t.name}.jsonl").is_file()
@@ -302,6 +366,10 @@ def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dic
     members: dict[str, list[str]] = {}
     for task in tasks:
         runs = [_read_rows(Path(r) / "items" / f"{task.name}.jsonl") for r in (a, b)]
+        versions = {row["version"] for run in runs for row in run.values()}
+        if len(versions) > 1:
+            raise DataError(f"{task.name} is of versions {', '.join(map(str, sorted(versions)))} "
+                            "in these runs: other items or prompts. Run one of them again.")
         both = sorted(runs[0].keys() & runs[1].keys())
         found["items"][task.name] = {"compared": len(both),
                                      "in_one": len(runs[0].keys() ^ runs[1].keys())}
@@ -318,6 +386,8 @@ def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dic
                 bits[name] = np.array([run[k]["bits"] / max(1, run[k]["bytes"]) for k in keys])
     if not members:
         raise DataError(f"{a} and {b} have no item in common; name two runs of the same tasks.")
+    found["without_score"] = [t for t, subtasks in members.items() if not all(
+        n in run for n in subtasks for run in values["score"])]
     for kind, (x, y) in values.items():
         names = {t: subtasks for t, subtasks in members.items()
                  if all(n in x and n in y for n in subtasks)}
@@ -343,25 +413,24 @@ def _score_of(row: Row, form: str) -> float | None:
 
 
 def summarise(jobs: Sequence[Job], rows: Mapping[str, Sequence[Row]], missing: Mapping[str, str],
-              settings: RunSettings) -> dict[str, Any]:
+              settings: RunSettings, max_seq_len: int) -> dict[str, Any]:
     """Scores in percent by task, by group and in all, as the paper averages them.
 
     A task with subtasks counts the mean of theirs, a group the mean of its tasks, all the mean of
     the groups; what is missing is named and the averages say over how much they are.
     """
-    tasks = {j.task.name: _summary_of(j.task, rows[j.task.name], settings) for j in jobs}
-    wanted = [*tasks, *missing]
+    tasks = {j.task.name: _summary_of(j, rows[j.task.name], settings, max_seq_len) for j in jobs}
     groups: dict[str, Any] = {}
     for group in GROUPS:
-        own = [t.name for t in TASKS if t.group == group and t.name in wanted]
-        if not own:
+        own = [t.name for t in TASKS if t.group == group]
+        if not any(n in tasks or n in missing for n in own):
             continue
         scored = [n for n in own if tasks.get(n, {}).get("score") is not None]
         read = [n for n in own if n in tasks]
         groups[group] = {
             "score": _mean([tasks[n]["score"] for n in scored]),
             "bits_per_byte": _mean([tasks[n]["bits_per_byte"] for n in read]),
-            "of": len(own), "scored": len(scored),
+            "of": len(own), "scored": len(scored), "read": len(read),
             "not_scored": [n for n in own if n not in scored]}
     scored_groups = [g for g in groups.values() if g["score"] is not None]
     return {"tasks": tasks, "missing": dict(missing), "groups": groups, "average": {
@@ -373,21 +442,25 @@ def summarise(jobs: Sequence[Job], rows: Mapping[str, Sequence[Row]], missing: M
         and not any(g["not_scored"] for g in groups.values())}}
 
 
-def _summary_of(task: Task, rows: Sequence[Row], settings: RunSettings) -> dict[str, Any]:
+def _summary_of(job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_len: int
+                ) -> dict[str, Any]:
+    task = job.task
     found: dict[str, Any] = {
         "group": task.group, "metric": task.metric, "shots": task.shots, "items": len(rows),
         "version": task.version, "stand_in": task.stand_in,
         "cut": sum(bool(r["cut"]) for r in rows),
         "bits_per_byte": _macro(rows, lambda r: r["bits"] / max(1, r["bytes"]))[0]}
+    if task.kind != "choice" and settings.write:
+        found["new_tokens"] = min(task.max_new_tokens, max_seq_len // 2)
+        if found["new_tokens"] < task.max_new_tokens:
+            found["asked_new_tokens"] = task.max_new_tokens
     if task.kind == "choice":
-        chance = _macro(rows, lambda r: 1 / r["options"])[0]
         by_form = {f: _macro(rows, lambda r, f=f: r["right"][f]) for f in settings.forms}
         best = max(by_form, key=lambda f: by_form[f][0])
         found |= {"score": 100 * by_form[best][0], "error": 100 * by_form[best][1], "form": best,
                   "forms": {f: 100 * m for f, (m, _) in by_form.items()},
                   "normalise": task.normalise}
     elif judged := [r for r in rows if "score" in r]:
-        chance = 0.0
         mean, error = _macro(judged, lambda r: r["score"])
         found |= {"score": 100 * mean, "error": 100 * error}
         if all("pass@10" in r for r in rows):
@@ -403,20 +476,31 @@ def _summary_of(task: Task, rows: Sequence[Row], settings: RunSettings) -> dict[
         return found | {"score": None, "why": why}
     # the better of two forms is above chance more easily than one
     width = {1: 1.96, 2: 2.24}[len(settings.forms) if task.kind == "choice" else 1]
-    found |= {"chance": 100 * chance,
-              "above_chance": bool(found["score"] - 100 * chance > width * found["error"] > 0)}
-    return found
+    if job.chance is None:
+        return found | {"chance": None, "above_chance": None}
+    return found | {"chance": 100 * job.chance, "above_chance": bool(
+        found["score"] - 100 * job.chance > width * found["error"])}
 
 
 def _macro(rows: Sequence[Row], value: Any) -> tuple[float, float]:
-    """Mean over subtasks of the mean over items, and its standard error."""
+    """Mean over subtasks of the mean over items, and its standard error.
+
+    Of right and wrong, a subtask's variance is p (1 - p) with p = (right + 1) / (items + 2), which
+    is above 0 also where all are right.
+    """
     by_subtask: dict[str, list[float]] = {}
     for r in rows:
         by_subtask.setdefault(r["subtask"], []).append(float(value(r)))
     means = [float(np.mean(v)) for v in by_subtask.values()]
-    variances = [float(np.var(v, ddof=1)) / len(v) if len(v) > 1 else 0.25
-                 for v in by_subtask.values()]
+    variances = [_variance(v) / len(v) for v in by_subtask.values()]
     return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
+
+
+def _variance(values: Sequence[float]) -> float:
+    if {*values} <= {0.0, 1.0}:
+        p = (sum(values) + 1) / (len(values) + 2)
+        return p * (1 - p)
+    return float(np.var(values, ddof=1)) if len(values) > 1 else 0.25
 
 
 def _mean(values: Sequence[float]) -> float | None:

