@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError, SourceUnavailable
-from flexolmo.progress import Meter
 from flexolmo.tasks import judge as room
-from flexolmo.tasks.judge import EndpointJudge, Verdict, judge_all, read_verdict
+from flexolmo.tasks.judge import EndpointJudge, Verdict, read_verdict
 
 FREQUENT = settings(derandomize=True, max_examples=100)
 KEY = "sk-made-0123456789"
@@ -228,18 +227,3 @@ def test_a_key_that_cannot_be_one_is_refused_unseen(monkeypatch, key):
     with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
         EndpointJudge("https://h/v1", "judge-1")
     assert KEY not in str(caught.value)
-
-
-def test_verdicts_come_in_order_and_a_run_goes_on_where_it_broke_off(endpoint, monkeypatch):
-    monkeypatch.setattr(room, "ATTEMPTS", 1)
-    texts = [f"text {i}" for i in range(4)]
-    points = [json.dumps({"quality": i / 2, "coherence": 0, "clarity": 0}) for i in range(4)]
-    endpoint.replies = [points[0], "?", "?", (500, {}, b""), points[2], points[3]]
-    judge, meter, done = EndpointJudge(endpoint.url, "judge-1"), Meter("Judging", 4, "texts", 0), []
-    with pytest.raises(SourceUnavailable, match="first text without a verdict"):
-        for verdict in judge_all(texts, judge, meter):
-            done.append(verdict)
-    assert done == [Verdict(0, 0, 0), None] and meter.done == 2
-    done += judge_all(texts[len(done):], judge, meter)
-    assert done == [Verdict(0, 0, 0), None, Verdict(1, 0, 0), Verdict(1.5, 0, 0)]
-    assert meter.done == 4 and judge.num_unjudged == 1

@@ -13,7 +13,6 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +21,6 @@ from urllib.parse import urlsplit
 from urllib.request import BaseHandler, HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from flexolmo.errors import ConfigError, SourceUnavailable
-from flexolmo.progress import Meter
 
 MOST = {"quality": 2, "coherence": 2, "clarity": 1}  # points; the least is 0
 ATTEMPTS = 5  # requests for one answer, if the endpoint is busy or broken
@@ -174,19 +172,6 @@ class EndpointJudge:
         text = text.replace(self._checked_key() or "\0", "(key)")
         text = "".join(c for c in " ".join(text.split()) if c.isprintable())
         return f"HTTP {error.code} {text[:_SHOWN_CHARACTERS]}".strip()
-
-
-def judge_all(texts: Iterable[str], judge: EndpointJudge, meter: Meter | None = None
-              ) -> Iterator[Verdict | None]:
-    """A verdict for each text, in order, as soon as it is there; None where there is none.
-
-    Write each down as it comes; a run that broke off goes on with the texts after those.
-    """
-    for text in texts:
-        verdict = judge.judge(text)
-        if meter is not None:
-            meter.advance()
-        yield verdict
 
 
 def read_verdict(answer: str) -> Verdict | None:

@@ -31,15 +31,6 @@ def normalise_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1 if the prediction is one of the references once both are normalised, else 0.
-
-    Raises DataError without references. Source: SQuAD, as `normalise_answer`.
-    """
-    found = normalise_answer(prediction)
-    return float(any(found == normalise_answer(r) for r in _some(references)))
-
-
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """F1 of the bags of normalised words, against the reference it fits best.
 
@@ -49,22 +40,6 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
     """
     found = normalise_answer(prediction).split()
     return max(_bag_f1(found, normalise_answer(r).split()) for r in _some(references))
-
-
-def coqa_f1(prediction: str, references: Sequence[str]) -> float:
-    """Mean over the references of the best F1 against all the *others*; plain F1 if there is one.
-
-    People were scored against each other, so no one's own answer counts for them; leaving one out
-    for the model as well keeps the two comparable. Thus 1 needs a match with two references. OLMES
-    takes the plain best instead, which is `token_f1`. Raises DataError without references.
-
-    Source: Reddy et al. 2019 (arXiv 1808.07042), section 6.1 and CoQA's evaluation script.
-    """
-    scores = sorted((token_f1(prediction, [r]) for r in _some(references)), reverse=True)
-    if len(scores) == 1:
-        return scores[0]
-    # without the best reference the second counts, without any other the best does
-    return (scores[1] + (len(scores) - 1) * scores[0]) / len(scores)
 
 
 def drop_scores(prediction: str | Sequence[str],
@@ -310,25 +285,6 @@ def bbh_match(prediction: str, target: str) -> float:
     """
     bare = [re.sub(r"^\(([A-Z])\)$", r"\1", text.strip()) for text in (prediction, target)]
     return float(bare[0] == bare[1])
-
-
-def code_block(text: str) -> str:
-    """The inside of the first ``` fence, to the end of the text if unclosed; all if there is none.
-
-    Source: ours.
-    """
-    found = re.search(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", text, re.DOTALL | re.MULTILINE)
-    return found[1] if found else text
-
-
-def truncate_at(text: str, stops: Sequence[str]) -> str:
-    """The text before the first place where any of `stops` begins; all of it if none occurs.
-
-    Raises ConfigError for an empty stop, which would leave nothing.
-    """
-    if "" in stops:
-        raise ConfigError(f"Stops {list(stops)} found, one of them empty; leave that one out.")
-    return text[:min((i for stop in stops if (i := text.find(stop)) >= 0), default=len(text))]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
