@@ -25,7 +25,7 @@ from flexolmo.evaluation.scorer import Scorer
 from flexolmo.merge.export import export_stock, router_rows, with_stock_router
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.study.method import open_method
-from flexolmo.tasks.run import prepare_jobs
+from flexolmo.tasks.jobs import prepare_jobs
 from flexolmo.tasks.sources import Sources
 from flexolmo.tasks.suite import choose_tasks
 

@@ -320,7 +320,7 @@ def made_tasks(monkeypatch):
 
     tasks = (task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
              task_of("drop", [], load=gone))
-    for module in ("suite", "run"):
+    for module in ("suite", "run", "summary"):
         monkeypatch.setattr(f"flexolmo.tasks.{module}.TASKS", tasks)
 
 

@@ -12,8 +12,11 @@ from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.evaluation.readers import open_reader
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.tasks import run as room
+from flexolmo.tasks import scoring
 from flexolmo.tasks.items import Item
-from flexolmo.tasks.run import RunSettings, compare_runs, prepare_jobs, run_suite, summarise
+from flexolmo.tasks.jobs import Job, RunSettings, prepare_jobs
+from flexolmo.tasks.run import compare_runs, run_suite
+from flexolmo.tasks.summary import summarise
 from made_items import choice_items, code_items, task_of, written_items
 from made_mixtures import NAMES
 
@@ -86,7 +89,7 @@ def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(opened, tmp_path, t
                                                              torn):
     monkeypatch.setattr(room, "SLICE", 4)
     whole = run_suite(*opened, tasks, SOURCES, tmp_path / "whole", RunSettings())
-    score, calls = room._score, []
+    score, calls = room.score_items, []
 
     def killed_later(*args):
         calls.append(args[1].name)
@@ -94,14 +97,14 @@ def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(opened, tmp_path, t
             raise Killed
         return score(*args)
 
-    monkeypatch.setattr(room, "_score", killed_later)
+    monkeypatch.setattr(room, "score_items", killed_later)
     with pytest.raises(Killed):
         run_suite(*opened, tasks, SOURCES, tmp_path / "part", RunSettings())
     assert len(lines(tmp_path / "part", "arc_easy")) == 8
     if torn:
         with open(tmp_path / "part/items/arc_easy.jsonl", "r+b") as f:
             f.truncate(f.seek(0, 2) - 20)
-    monkeypatch.setattr(room, "_score", lambda *a: calls.append(a[1].name) or score(*a))
+    monkeypatch.setattr(room, "score_items", lambda *a: calls.append(a[1].name) or score(*a))
     again = run_suite(*opened, tasks, SOURCES, tmp_path / "part", RunSettings())
     assert len(calls) == 3 + (2 if torn else 1) + 2 + 1  # only what was left
     for name in ("arc_easy", "squad", "mbpp"):
@@ -205,7 +208,7 @@ def test_sums_are_means_of_subtasks_of_tasks_of_groups():
         return {"subtask": subtask, "id": "", "bits": 2.0, "bytes": 1, "cut": False, "options": 4,
                 "right": {"rc": right, "mc": 0}}
 
-    jobs = [room.Job(task_of(n, []), []) for n in ("arc_easy", "boolq")]
+    jobs = [Job(task_of(n, []), []) for n in ("arc_easy", "boolq")]
     rows = {"arc_easy": [row("a", 1), row("a", 0), row("b", 1)], "boolq": [row("", 0)] * 2}
     found = summarise(jobs, rows, {}, RunSettings(), 64)
     assert found["tasks"]["arc_easy"]["score"] == 75 and found["tasks"]["boolq"]["score"] == 0
@@ -222,12 +225,12 @@ def test_chance_is_seldom_called_better_than_chance():
     for _ in range(100):
         rows = [{"subtask": "", "id": "", "bits": 1.0, "bytes": 1, "cut": False, "options": 4,
                  "right": {"rc": int(a), "mc": int(b)}} for a, b in rng.random((200, 2)) < 0.25]
-        found = summarise([room.Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
+        found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
                           RunSettings(), 64)
         called += found["tasks"]["boolq"]["above_chance"]
     assert called <= 8
     rows = [r | {"right": {"rc": 1, "mc": 0}} for r in rows]
-    found = summarise([room.Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
+    found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
                       RunSettings(), 64)
     assert found["tasks"]["boolq"]["above_chance"]
 
@@ -274,12 +277,12 @@ def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch)
         log_likelihoods=lambda pairs: [SimpleNamespace(log_prob=-1.0, is_cut=False)] * len(pairs),
         continuations=lambda prompts, *_: [("pass\n", True)] * len(prompts))
     ran = []
-    monkeypatch.setattr(room, "run_programs", lambda programs, *_, **__: ran.extend(programs) or [
-        SimpleNamespace(passed="is None" in p, reason="?") for p in programs])
-    rows = room._score(scorer, task, items, RunSettings())
+    monkeypatch.setattr(scoring, "run_programs", lambda programs, *_, **__: [
+        ran.append(p) or SimpleNamespace(passed="is None" in p, reason="?") for p in programs])
+    rows = scoring.score_items(scorer, task, items, RunSettings())
     assert not ran and "score" not in rows[0]
     assert not rows[0]["cut"]
-    rows = room._score(scorer, task, items, RunSettings(run_code=True, samples=10))
+    rows = scoring.score_items(scorer, task, items, RunSettings(run_code=True, samples=10))
     assert rows[0]["cut"]
     assert [r["score"] for r in rows] == [1, 0] and [r["pass@10"] for r in rows] == [1, 0]
     assert ran[0] == "def f():\n    pass\n\nassert f() is None"

@@ -7,10 +7,12 @@ import pytest
 from flexolmo.errors import SourceUnavailable
 from flexolmo.tasks import run as room
 from flexolmo.tasks import stories
+from flexolmo.tasks.jobs import Job, RunSettings
 from flexolmo.tasks.judge import Verdict
-from flexolmo.tasks.run import RunSettings, summarise
+from flexolmo.tasks.scoring import judge_story, score_items
 from flexolmo.tasks.sources import Sources
 from flexolmo.tasks.suite import TASKS
+from flexolmo.tasks.summary import summarise
 
 NEWSG = next(t for t in TASKS if t.name == "newsg")
 
@@ -70,10 +72,10 @@ def written(judge_url, monkeypatch, verdicts):
     monkeypatch.setattr(room, "EndpointJudge",
                         lambda *_, **__: SimpleNamespace(judge=lambda text: next(said)))
     settings = RunSettings(judge_url=judge_url, judge_model="m")
-    rows, judges = room._score(scorer, NEWSG, items, settings), room._judges(settings)
+    rows, judges = score_items(scorer, NEWSG, items, settings), room._judges(settings)
     if judges:
-        rows = [row | room._judge(item, row, judges) for row, item in zip(rows, items, strict=True)]
-    found = summarise([room.Job(NEWSG, items)], {"newsg": rows}, {}, settings, 64)
+        rows = [row | judge_story(item, row, judges) for row, item in zip(rows, items, strict=True)]
+    found = summarise([Job(NEWSG, items)], {"newsg": rows}, {}, settings, 64)
     return rows, found["tasks"]["newsg"], found["groups"]["NewsG"]
 
 

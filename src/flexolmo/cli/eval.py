@@ -71,7 +71,8 @@ def evaluate(
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.readers import open_reader
     from flexolmo.runtime import choose_device, set_up
-    from flexolmo.tasks.run import RunSettings, run_suite
+    from flexolmo.tasks.jobs import RunSettings
+    from flexolmo.tasks.run import run_suite
     from flexolmo.tasks.sources import Sources
     from flexolmo.tasks.suite import choose_tasks
 
@@ -224,7 +225,7 @@ def contamination(
     from flexolmo.progress import progress
     from flexolmo.runtime import run_record
     from flexolmo.tasks.contamination import find_overlaps
-    from flexolmo.tasks.run import prepare_jobs
+    from flexolmo.tasks.jobs import prepare_jobs
     from flexolmo.tasks.sources import Sources
     from flexolmo.tasks.suite import choose_tasks
 

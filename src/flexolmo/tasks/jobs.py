@@ -1,0 +1,134 @@
+"""What of the tasks is run: settings, items drawn, and what guessing would give."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from flexolmo.errors import DataError, SourceUnavailable
+from flexolmo.files import digest_bytes
+from flexolmo.tasks.items import Item
+from flexolmo.tasks.sources import Sources
+from flexolmo.tasks.suite import Task
+
+Row = dict[str, Any]  # of one item, as it is written
+
+
+class RunSettings(BaseModel):
+    """What of the tasks is run, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit: int | None = Field(None, ge=1, description="items of each task, or of each of its "
+                              "subtasks; drawn by a hash of their ids, so that fewer are among "
+                              "more (paper: 100 and 1,000)")
+    forms: tuple[str, ...] = Field(("rc", "mc"), description="of multiple choice: rc completes "
+                                   "the answer, mc names its letter; the better counts (OLMES)")
+    write: bool = Field(True, description="let the model write answers; else only bits per byte "
+                        "of the right ones")
+    run_code: bool = Field(False, description="run the programs it writes, in a sandbox")
+    samples: int = Field(1, ge=1, description="programs written for each problem: 1 is the "
+                         "likeliest, more are drawn at temperature 0.8 for pass@k")
+    judge_url: str | None = Field(None, description="OpenAI-compatible endpoint that judges news "
+                                  "and poems, up to its version; none: ROUGE-L with the text as it "
+                                  "went on, which is not a score of the paper's")
+    judge_model: str = Field("", description="the judge, as its endpoint calls it")
+    batch_size: int = Field(32, ge=1, description="texts read at once")
+    seed: int = Field(0, ge=0, description="of drawn samples")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task and the items of it that are run."""
+
+    task: Task
+    items: Sequence[Item]
+    chance: float | None = None  # what guessing gives, 0 to 1; None: not known
+
+    @property
+    def digest(self) -> str:
+        """Of all that is asked."""
+        return digest_bytes(json.dumps([[i.id, i.subtask, repr(sorted(i.forms.items())), i.prompt,
+                                         i.gold_text, list(i.references), i.tests]
+                                        for i in self.items]).encode())
+
+
+def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None
+                 ) -> tuple[list[Job], dict[str, str]]:
+    """The items of each task, and by name why a task's items could not be had.
+
+    DataError: none can be had, or a file does not hold what its publisher's does.
+    """
+    jobs, missing = [], {}
+    for task in tasks:
+        try:
+            items = task.load(sources)
+        except SourceUnavailable as e:
+            missing[task.name] = str(e)
+            continue
+        except (LookupError, TypeError, ValueError) as e:
+            raise DataError(f"The items of {task.name} are not laid out as their publisher's "
+                            f"({type(e).__name__}: {e}).") from None
+        if items:
+            jobs.append(Job(task, _draw(items, limit), _chance(task, items)))
+        else:
+            missing[task.name] = "its file is empty"
+    if not jobs:
+        raise DataError("None of the tasks' items can be had: " + "; ".join(
+            f"{n}: {why}" for n, why in missing.items()))
+    return jobs, missing
+
+
+def _draw(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """The first `limit` of each subtask by a hash of their ids."""
+    by_subtask: dict[str, list[Item]] = {}
+    for item in sorted(items, key=lambda i: digest_bytes(f"{i.subtask} {i.id}".encode())):
+        by_subtask.setdefault(item.subtask, []).append(item)
+    return [item for s in sorted(by_subtask) for item in by_subtask[s][:limit]]
+
+
+def _chance(task: Task, items: Sequence[Item]) -> float | None:
+    """What is right by guessing, of all items: one option of several; the commonest answer of a
+    subtask; no program."""
+    if task.kind == "story":
+        return None
+    if task.kind == "code":
+        return 0.0
+    rows: list[Row] = []
+    if task.kind == "choice":
+        rows = [{"subtask": i.subtask, "right": 1 / len(next(iter(i.forms.values())).options)}
+                for i in items]
+    else:
+        first = [(i.subtask, str((i.references or (i.gold_text,))[0]).strip().lower())
+                 for i in items]
+        for subtask in {s for s, _ in first}:
+            answers = Counter(a for s, a in first if s == subtask)
+            share = max(answers.values()) / answers.total()
+            rows.append({"subtask": subtask, "right": 0.0 if max(answers.values()) == 1 else share})
+    return macro(rows, lambda r: r["right"])[0]
+
+
+def macro(rows: Sequence[Row], value: Callable[[Row], float]) -> tuple[float, float]:
+    """Mean over subtasks of the mean over items, and its standard error.
+
+    Of right and wrong, a subtask's variance is p (1 - p) with p = (right + 1) / (items + 2), which
+    is above 0 also where all are right.
+    """
+    by_subtask: dict[str, list[float]] = {}
+    for r in rows:
+        by_subtask.setdefault(r["subtask"], []).append(float(value(r)))
+    means = [float(np.mean(v)) for v in by_subtask.values()]
+    variances = [_variance(v) / len(v) for v in by_subtask.values()]
+    return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)
+
+
+def _variance(values: Sequence[float]) -> float:
+    if {*values} <= {0.0, 1.0}:
+        p = (sum(values) + 1) / (len(values) + 2)
+        return p * (1 - p)
+    return float(np.var(values, ddof=1)) if len(values) > 1 else 0.25
