@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,29 +99,25 @@ def _chance(task: Task, items: Sequence[Item]) -> float | None:
         return None
     if task.kind == "code":
         return 0.0
-    rows: list[Row] = []
     if task.kind == "choice":
-        rows = [{"subtask": i.subtask, "right": 1 / len(next(iter(i.forms.values())).options)}
-                for i in items]
-    else:
-        first = [(i.subtask, str((i.references or (i.gold_text,))[0]).strip().lower())
-                 for i in items]
-        for subtask in {s for s, _ in first}:
-            answers = Counter(a for s, a in first if s == subtask)
-            share = max(answers.values()) / answers.total()
-            rows.append({"subtask": subtask, "right": 0.0 if max(answers.values()) == 1 else share})
-    return macro(rows, lambda r: r["right"])[0]
+        return macro((i.subtask, 1 / len(next(iter(i.forms.values())).options)) for i in items)[0]
+    answers: dict[str, Counter[str]] = {}
+    for i in items:
+        first = str((i.references or (i.gold_text,))[0]).strip().lower()
+        answers.setdefault(i.subtask, Counter())[first] += 1
+    most = {s: max(a.values()) for s, a in answers.items()}
+    return macro((s, 0.0 if most[s] == 1 else most[s] / answers[s].total()) for s in answers)[0]
 
 
-def macro(rows: Sequence[Row], value: Callable[[Row], float]) -> tuple[float, float]:
-    """Mean over subtasks of the mean over items, and its standard error.
+def macro(values: Iterable[tuple[str, float]]) -> tuple[float, float]:
+    """Mean over subtasks of the mean over items, and its standard error; of (subtask, value).
 
     Of right and wrong, a subtask's variance is p (1 - p) with p = (right + 1) / (items + 2), which
     is above 0 also where all are right.
     """
     by_subtask: dict[str, list[float]] = {}
-    for r in rows:
-        by_subtask.setdefault(r["subtask"], []).append(float(value(r)))
+    for subtask, value in values:
+        by_subtask.setdefault(subtask, []).append(float(value))
     means = [float(np.mean(v)) for v in by_subtask.values()]
     variances = [_variance(v) / len(v) for v in by_subtask.values()]
     return float(np.mean(means)), math.sqrt(sum(variances)) / len(means)

@@ -186,7 +186,8 @@ def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dic
 
 def _better_form(task: Task, rows: Sequence[Row]) -> str:
     forms = rows[0].get("right", {}) if rows else {}
-    return max(forms, key=lambda f: macro(rows, lambda r: r["right"][f])[0], default="")
+    return max(forms, key=lambda f: macro(
+        (r["subtask"], r["right"][f]) for r in rows)[0], default="")
 
 
 def _score_of(row: Row, form: str) -> float | None:

@@ -46,29 +46,30 @@ def _summary_of(job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_le
         "group": task.group, "metric": task.metric, "shots": task.shots, "items": len(rows),
         "version": task.version, "stand_in": task.stand_in,
         "cut": sum(bool(r["cut"]) for r in rows),
-        "bits_per_byte": macro(rows, lambda r: r["bits"] / max(1, r["bytes"]))[0]}
+        "bits_per_byte": macro(
+            (r["subtask"], r["bits"] / max(1, r["bytes"])) for r in rows)[0]}
     if task.kind != "choice" and settings.write:
         found["new_tokens"] = min(task.max_new_tokens, max_seq_len // 2)
         if found["new_tokens"] < task.max_new_tokens:
             found["asked_new_tokens"] = task.max_new_tokens
     if task.kind == "choice":
-        by_form = {f: macro([{**r, "right": r["right"][f]} for r in rows], lambda r: r["right"]) for f in settings.forms}
+        by_form = {f: macro((r["subtask"], r["right"][f]) for r in rows) for f in settings.forms}
         best = max(by_form, key=lambda f: by_form[f][0])
         found |= {"score": 100 * by_form[best][0], "error": 100 * by_form[best][1], "form": best,
                   "forms": {f: 100 * m for f, (m, _) in by_form.items()},
                   "normalise": task.normalise}
     elif judged := [r for r in rows if "score" in r]:
-        mean, error = macro(judged, lambda r: r["score"])
+        mean, error = macro((r["subtask"], r["score"]) for r in judged)
         found |= {"score": 100 * mean, "error": 100 * error}
         if all("pass@10" in r for r in rows):
-            found["pass@10"] = 100 * macro(rows, lambda r: r["pass@10"])[0]
+            found["pass@10"] = 100 * macro((r["subtask"], r["pass@10"]) for r in rows)[0]
         found["unjudged"] = len(rows) - len(judged)
     else:
         why = "not asked to write"
         if settings.write:
             why = "programs were not run" if task.kind == "code" else "no judge"
         if any("rouge_l" in r for r in rows):
-            found["rouge_l"] = 100 * macro(rows, lambda r: r["rouge_l"])[0]
+            found["rouge_l"] = 100 * macro((r["subtask"], r["rouge_l"]) for r in rows)[0]
             why += f"; ROUGE-L {found['rouge_l']:.1f}"
         return found | {"score": None, "why": why}
     # the better of two forms is above chance more easily than one
