@@ -300,7 +300,8 @@ def print_tasks(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("task", no_wrap=True), "group", Column("score", no_wrap=True), "chance",
+    table = Table(Column("task", no_wrap=True), Column("group", no_wrap=True),
+                  Column("score", no_wrap=True), "chance",
                   "above", "bits/byte", "items", "")
     notes: dict[str, list[str]] = {}
     for name, task in results["tasks"].items():
