@@ -301,8 +301,7 @@ def print_tasks(results: dict[str, Any]) -> None:
     from rich.table import Column, Table
 
     table = Table(Column("task", no_wrap=True), Column("group", no_wrap=True),
-                  Column("score", no_wrap=True), "chance",
-                  "above", "bits/byte", "items", "")
+                  Column("score", no_wrap=True), "chance", "above", "bits/byte", "items", "")
     notes: dict[str, list[str]] = {}
     for name, task in results["tasks"].items():
         score, chance, above = "-", "", ""
