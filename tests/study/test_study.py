@@ -83,6 +83,13 @@ def study(tmp_path_factory):
 def test_every_method_has_its_figures(study):
     graph, root = study
     results = read_json(write_results(graph, root))
+    cost = results["cost_by_method"]
+    assert set(cost) == set(results["gap_closed"])
+    tokens = {m: sum(c["tokens"].values()) for m, c in cost.items()}
+    assert tokens["btm"] == tokens["soup_mean"] == 2 * RECIPE.train.tokens  # two dense models
+    assert tokens["flexolmo_default"] == 2 * RECIPE.train.tokens < tokens["low_rank"]
+    assert tokens["unrestricted_2x"] == 2 * RECIPE.train.tokens > tokens["unrestricted_1x"]
+    assert all(c["reading_seconds"] > 0 for c in cost.values())
     methods = {"flexolmo_paper", "flexolmo_default", "flexolmo_joint_tuned", "own_pair", "low_rank",
                "btm", "btm_equal_flops", "soup_mean", "soup_weighted", "prompt_routing", "btx",
                "dume", "unrestricted_1x", "unrestricted_2x"}

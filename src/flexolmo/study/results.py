@@ -8,8 +8,16 @@ from typing import Any
 from flexolmo.files import read_json, write_json
 from flexolmo.study.graph import plan
 from flexolmo.study.plan import Graph
+from flexolmo.study.step import Step
 
 ARTEFACTS = ("gap_closed", "mixed")
+_NO_TRAINING = ("corpus", "rerouted", "uncoordinated")
+_SHARED = ("corpus", "windows", "anchor", "embedder")  # every method starts from these
+_ROLES = {  # what the steps that read a method are called, where not by its own name
+    "own_pair": ("pair.default.", "pair_on_mixed."), "dume": ("dume.",),
+    "btm": ("dense.",), "btm_switching": ("dense.",), "btm_equal_flops": ("dense.",),
+    "soup_weighted": ("soup_weighted.",), "soup_weighted_equal_flops": ("soup_weighted.",),
+    "prompt_routing": ("dense.", "samples.")}
 
 
 def write_results(graph: Graph, root: Path) -> Path:
@@ -17,7 +25,8 @@ def write_results(graph: Graph, root: Path) -> Path:
 
     gap_closed and mixed: {method: {mean, spread, seeds, sets, flops_per_token, strict_opt_out}},
     where `seeds` holds one mean a seed and `sets` the mean over seeds. seeds: every seed's own
-    tables, by number. cost: seconds and tokens of every kind of step.
+    tables, by number. cost: seconds and tokens of every kind of step. cost_by_method: of all steps
+    a method needs beyond anchor and text, a mean over seeds; what several share counts in each.
     """
     scores = {seed: read_json(step.directory(root) / "scores.json")
               for seed, step in graph.scores.items() if step.is_done(root)}
@@ -27,6 +36,7 @@ def write_results(graph: Graph, root: Path) -> Path:
         **{kind: _over_seeds([scores[s][kind] for s in sorted(scores)]) for kind in ARTEFACTS},
         "seeds": {str(seed): found for seed, found in scores.items()},
         "cost": _cost(graph, root),
+        "cost_by_method": _cost_by_method(graph, root, sorted(scores)),
     }
     if graph.ablations is not None and graph.ablations.is_done(root):
         results["ablations"] = read_json(graph.ablations.directory(root) / "ablations.json")
@@ -63,6 +73,33 @@ def _cost(graph: Graph, root: Path) -> dict[str, Any]:
             entry = found.setdefault(step.kind, {"steps": 0, "seconds": 0.0, "tokens": 0})
             entry["steps"] += 1
             entry["seconds"] = round(entry["seconds"] + done["seconds"], 1)
-            if step.kind not in ("corpus", "rerouted", "uncoordinated"):  # these train nothing
-                entry["tokens"] += done["metrics"].get("tokens", 0)
+            entry["tokens"] += _tokens(step, done)
+    return found
+
+
+def _tokens(step: Step, done: Mapping[str, Any]) -> int:
+    """Tokens trained on in a step."""
+    return 0 if step.kind in _NO_TRAINING else done["metrics"].get("tokens", 0)
+
+
+def _cost_by_method(graph: Graph, root: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """By method: training_seconds and reading_seconds on one thread, and tokens by kind of step."""
+    found: dict[str, Any] = {}
+    for seed in seeds:
+        inputs = graph.scores[seed].inputs
+        for method in read_json(graph.scores[seed].directory(root) / "scores.json")["gap_closed"]:
+            names = _ROLES.get(method, (method,))
+            steps = [s for role, s in inputs.items() if role == method or any(
+                role.startswith(n) for n in names if n.endswith("."))]
+            entry = found.setdefault(method, {"training_seconds": 0.0, "reading_seconds": 0.0,
+                                              "tokens": {}})
+            for step, _ in plan(steps, root):
+                if step.kind in _SHARED:
+                    continue
+                done = step.result(root)
+                what = "reading" if step.kind.startswith("read") else "training"
+                entry[f"{what}_seconds"] += done["seconds"] / len(seeds)
+                if tokens := _tokens(step, done):
+                    entry["tokens"][step.kind] = (entry["tokens"].get(step.kind, 0)
+                                                  + tokens / len(seeds))
     return found

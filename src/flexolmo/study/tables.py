@@ -249,7 +249,7 @@ def table_by_owner(results: Results) -> Iterator[str]:
 
 
 def table_of_cost(results: Results) -> Iterator[str]:
-    """Seconds, tokens and training FLOPs by kind of step."""
+    """Seconds, tokens and training FLOPs by kind of step, and by method."""
     cost: Mapping[str, Mapping[str, float]] = results.get("cost") or {}
     if not cost:
         return
@@ -263,16 +263,16 @@ def table_of_cost(results: Results) -> Iterator[str]:
     pair = 2 * one  # both run on every token while one learns
     at_most = {"expert": pair, "compressed": pair, "tuned": forward("flexolmo_joint_tuned")}
 
-    def spent(kind: str) -> str:
-        flops = 3 * cost[kind]["tokens"] * (exact | at_most).get(kind, math.nan)
+    def spent(tokens: Mapping[str, float]) -> str:
+        flops = sum(3 * n * (exact | at_most).get(k, math.nan) for k, n in tokens.items() if n)
         return ("–" if math.isnan(flops) or not flops
-                else f"{'≤ ' * (kind in at_most)}{flops / 1e12:,.1f}")
+                else f"{'≤ ' * any(kind in at_most for kind in tokens)}{flops / 1e12:,.1f}")
 
     def total(what: str) -> float:
         return sum(c[what] for c in cost.values())
 
     rows = [[_WORK.get(k, escape(k)), f"{c['steps']:,}", f"{c['seconds']:,.0f}",
-             f"{c['tokens']:,}" if c["tokens"] else "–", spent(k)]
+             f"{c['tokens']:,}" if c["tokens"] else "–", spent({k: c["tokens"]})]
             for k, c in sorted(cost.items(), key=lambda item: -item[1]["seconds"])]
     rows.append(["**all**", f"{total('steps'):,}", f"{total('seconds'):,.0f}",
                  f"{total('tokens'):,}", "–"])
@@ -284,3 +284,14 @@ def table_of_cost(results: Results) -> Iterator[str]:
                "for frozen weights need no gradients of their own.")))
     yield write_table(["Work", "Steps", "Seconds", "Tokens trained on", "Training FLOPs, 10¹²"],
                       rows, "lrrrr")
+    if methods := results.get("cost_by_method"):
+        yield ("By method, of one seed: all that it needs beyond the anchor and the text, its "
+               "search for settings on validation text included. What several methods share (dense "
+               "models, experts) counts in each.")
+        yield write_table(
+            ["Method", "Tokens trained on", "Training FLOPs, 10¹²", "Seconds of training",
+             "Seconds of reading", "FLOPs per token read"],
+            [[_method(m).split(":")[0], f"{sum(c['tokens'].values()):,.0f}", spent(c["tokens"]),
+              f"{c['training_seconds']:,.0f}", f"{c['reading_seconds']:,.0f}",
+              number(forward(m) / one, 2)] for m, c in sorted(
+                  methods.items(), key=lambda item: -item[1]["training_seconds"])], "lrrrrr")
