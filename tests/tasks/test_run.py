@@ -155,6 +155,17 @@ def test_a_judge_is_checked_before_anything_is_read(opened, tmp_path, tasks):
     assert not (tmp_path / "items").exists()
 
 
+def test_programs_are_not_run_where_they_could_read_files(opened, tmp_path, tasks, monkeypatch):
+    held = ["no network (seccomp)"]
+    monkeypatch.setattr(room, "check_sandbox", lambda: [*held, "files outside NOT protected: no x"])
+    with pytest.raises(ConfigError, match="files outside NOT protected"):
+        run_suite(*opened, tasks, SOURCES, tmp_path, RunSettings(run_code=True))
+    assert not (tmp_path / "run.json").exists()
+    monkeypatch.setattr(room, "check_sandbox", lambda: held)
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(run_code=True))
+    assert json.loads((tmp_path / "run.json").read_text())["sandbox"] == held
+
+
 def test_more_tasks_may_be_asked_of_the_same_run(opened, tmp_path, tasks):
     run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings())
     results = run_suite(*opened, tasks, SOURCES, tmp_path, RunSettings())

@@ -22,6 +22,7 @@ from flexolmo.runtime import run_record
 from flexolmo.tasks.compare import paired_bootstrap
 from flexolmo.tasks.jobs import Job, Row, RunSettings, macro, prepare_jobs
 from flexolmo.tasks.judge import EndpointJudge
+from flexolmo.tasks.sandbox import check_sandbox
 from flexolmo.tasks.scoring import judge_story, score_items
 from flexolmo.tasks.sources import Sources
 from flexolmo.tasks.stories import QUALITIES
@@ -41,13 +42,15 @@ def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], s
     """
     out = Path(out)
     judges = _judges(settings)
+    protections = _protections() if settings.run_code else []
     jobs, missing = prepare_jobs(tasks, sources, settings.limit)
     what = {"model": dict(about), "settings": settings.model_dump(mode="json"),
             "tasks": {j.task.name: {"version": j.task.version, "items": len(j.items),
                                     "digest": j.digest} for j in jobs}}
     what["tasks"] = _refuse_another_run(out, what) | what["tasks"]
-    record = run_record({k: v for k, v in what.items()}, settings.seed, sources.digests)
-    write_json(out / "run.json", what | {"missing": missing, "run": record})
+    record = run_record(what["settings"], settings.seed, sources.digests)
+    write_json(out / "run.json", what | {"missing": missing, "sandbox": protections,
+                                         "run": record})
     stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
     found: dict[str, list[Row]] = {}
     done = {j.task.name: _read_rows(out / "items" / f"{j.task.name}.jsonl") for j in jobs}
@@ -63,6 +66,16 @@ def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], s
     results = {"model": dict(about), **summary, "run": record}
     write_json(out / "results.json", results)
     return results
+
+
+def _protections() -> list[str]:
+    """What of the sandbox holds on this machine; ConfigError if a program could read or write this
+    user's files, or worse."""
+    found = check_sandbox()
+    if bad := [words for words in found if "NOT" in words]:
+        raise ConfigError(f"Programs that a model writes are not run here: {', '.join(bad)}. Use a "
+                          "Linux kernel with Landlock, or leave --run-code out.")
+    return found
 
 
 def _judges(settings: RunSettings) -> dict[str, EndpointJudge]:
@@ -115,12 +128,10 @@ def _run_task(scorer: Scorer, job: Job, done: dict[tuple[str, str], Row], stamp:
                 continue
             scored = score_items(scorer, job.task, items, settings)
             rows = {(r["subtask"], r["id"]): r for r in scored}
-            for item in left:
-                if job.task.kind == "story" and judges:
-                    rows[item.subtask, item.id] |= judge_story(
-                        item, rows[item.subtask, item.id], judges)
             for item in left:  # the others were written before; they were read again to be in
                 row = rows[item.subtask, item.id]  # the same batches, for the same last bits
+                if job.task.kind == "story" and judges:
+                    row |= judge_story(item, row, judges)
                 row = {"task": job.task.name, "version": job.task.version, **row, **stamp}
                 done[item.subtask, item.id] = row
                 f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
