@@ -259,11 +259,25 @@ def test_what_is_not_there_is_said_with_where_it_was_looked_for(tmp_path):
 
 
 def test_the_hub_is_asked_for_what_the_directory_lacks(monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the hub's library is not installed")
     rows = [{"question_id": i, "category": "a", "question": "q", "options": ["x", "y"],
              "answer_index": 0} for i in range(6)]
-    monkeypatch.setattr(Sources, "_hub", lambda self, path, split: iter(rows) if (
-        path, split) == ("TIGER-Lab/MMLU-Pro", "test") else pytest.fail(path))
-    assert len(BY_NAME["mmlu_pro"].load(Sources(use_hub=True))) == 1
+
+    def load(path, config, split):
+        assert (path, config, split) == ("TIGER-Lab/MMLU-Pro", None, "test")
+        return rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources = Sources(use_hub=True)
+    assert len(BY_NAME["mmlu_pro"].load(sources)) == 1  # five are examples
+    assert sources.digests["TIGER-Lab/MMLU-Pro"].startswith("sha256:")
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(SourceUnavailable, match="could not be had from the hub: no route"):
+        BY_NAME["mmlu_pro"].load(sources)
 
 
 def test_a_damaged_file_is_told_with_its_line(tmp_path):

@@ -34,7 +34,7 @@ def evaluate(
         min=1, help="Items of each task, or of each subtask. Default: all.")] = None,
     items: Annotated[Path | None, typer.Option(
         help="Directory of evaluation sets, <task>.jsonl.gz, for tasks whose items are in no "
-        "package. README says how to get them.")] = None,
+        "package; docs/evaluation_sets.md says what they hold.")] = None,
     hub: Annotated[bool, typer.Option(
         "--hub", help="Get from the Hugging Face hub what neither package nor directory "
         "has.")] = False,

@@ -4,6 +4,7 @@ Prompts and examples are OLMES's, ready-made in the package for 21 tasks and ren
 others. Source: paper §4.2 and appendix C; OLMES (arXiv 2406.08446).
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -201,8 +202,6 @@ def _covid_qa(sources: Sources) -> list[Item]:
 
 def _sciriff(name: str) -> Callable[[Sources], list[Item]]:
     def load(sources: Sources) -> list[Item]:
-        import json
-
         found = []
         for r in sources.rows(f"sciriff_{name}"):
             answer = json.loads(r["output"])
