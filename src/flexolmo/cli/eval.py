@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flexolmo.cli.run import names_of, print_table
+from flexolmo.cli.run import Only, Without, names_of, print_table, switches
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 SUITE = "flexolmo31"
@@ -17,10 +17,8 @@ def evaluate(
     suite: Annotated[str, typer.Option(help="The suite of tasks; flexolmo31 is the one.")] = SUITE,
     model: Annotated[Path | None, typer.Option(
         help="Directory of a mixture, an anchor, or any stock Hugging Face model.")] = None,
-    without: Annotated[str | None, typer.Option(
-        help="Experts to switch off, comma-separated.")] = None,
-    only: Annotated[str | None, typer.Option(
-        help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    without: Without = None,
+    only: Only = None,
     study: Annotated[Path | None, typer.Option(
         help="Directory of a finished study, instead of --model: any of its methods.")] = None,
     method: Annotated[str | None, typer.Option(
@@ -90,15 +88,14 @@ def evaluate(
                                "judge_model": judge_model, "batch_size": batch_size, "seed": seed},
                               RunSettings, "the command line")
     chosen = choose_tasks(None if tasks is None else names_of(tasks))
-    switches: dict[str, Any] = {"without": names_of(without),
-                                "only": None if only is None else names_of(only)}
     if study is not None:
         from flexolmo.study.method import open_method
 
         reader, about = open_method(study, method or "flexolmo_default", seed=study_seed,
-                                    **switches)
+                                    **switches(without, only))
     elif model is not None:
-        reader, about = open_reader(model, **switches, device=choose_device(device))
+        reader, about = open_reader(model, **switches(without, only),
+                                    device=choose_device(device))
     stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
     sources = Sources(items, use_hub=hub, prepared=stand_ins)
     results = run_suite(reader, about, chosen, sources, out, settings)
@@ -260,10 +257,8 @@ def harness(
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, comma-separated.")],
     include_path: Annotated[Path | None, typer.Option(
         help="Directory of your own tasks, as the harness reads them.")] = None,
-    without: Annotated[str | None, typer.Option(
-        help="Experts to switch off, comma-separated.")] = None,
-    only: Annotated[str | None, typer.Option(
-        help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    without: Without = None,
+    only: Only = None,
     shots: Annotated[int | None, typer.Option(
         min=0, help="Examples before a question. Default: the task's own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
@@ -282,9 +277,7 @@ def harness(
     from flexolmo.tasks.harness import run_harness
 
     set_up(0, threads)
-    reader, about = open_reader(model, without=names_of(without),
-                                only=None if only is None else names_of(only),
-                                device=choose_device(device))
+    reader, about = open_reader(model, **switches(without, only), device=choose_device(device))
     settings = {"tasks": names_of(tasks), "shots": shots, "limit": limit, "batch_size": batch_size}
     found = run_harness(reader, names_of(tasks), include_path, shots, limit, batch_size)
     write_json(out, {"model": about, "results": found, "run": run_record(settings, 0, {})})

@@ -3,9 +3,13 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+Without = Annotated[str | None, typer.Option(help="Experts to switch off, comma-separated.")]
+Only = Annotated[str | None, typer.Option(
+    help="Experts to use alone, comma-separated; an empty text is the anchor.")]
 
 
 def names_of(text: str | None) -> list[str]:
@@ -13,13 +17,16 @@ def names_of(text: str | None) -> list[str]:
     return [n.strip() for n in (text or "").split(",") if n.strip()]
 
 
+def switches(without: str | None, only: str | None) -> dict[str, Any]:
+    """The two options as `choose_experts` takes them."""
+    return {"without": names_of(without), "only": None if only is None else names_of(only)}
+
+
 def generate(
     model: Annotated[Path, typer.Option(help="Directory of a mixture, or of an anchor.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    without: Annotated[str | None, typer.Option(
-        help="Experts to switch off, comma-separated.")] = None,
-    only: Annotated[str | None, typer.Option(
-        help="Experts to use alone, comma-separated; an empty text is the anchor.")] = None,
+    without: Without = None,
+    only: Only = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
     temperature: Annotated[float, typer.Option(
         min=0, help="0 is greedy: always the likeliest token.")] = 0.8,
@@ -40,14 +47,13 @@ def generate(
     sampling = parse_settings({"max_new_tokens": max_new_tokens, "temperature": temperature,
                                "top_k": top_k, "top_p": top_p, "seed": seed}, Sampling,
                               "the command line")
-    alone = None if only is None else names_of(only)
+    chosen = switches(without, only)
     if (model / "anchor.json").exists():
-        choose_experts([], without=names_of(without), only=alone)
+        choose_experts([], **chosen)
         anchor = load_anchor(model)
         pieces = stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None)
     else:
-        pieces = stream(load_mixture(model), prompt, without=names_of(without), only=alone,
-                        sampling=sampling)
+        pieces = stream(load_mixture(model), prompt, sampling=sampling, **chosen)
     typer.echo(prompt, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)
