@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from against_stock import SIZES, compare, make_anchor
 
-from flexolmo.evaluation.cost import dense_flops, mixture_flops
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.shape import ExpertShape, count_parameters, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.research.study.cost import dense_flops, mixture_flops
 
 NUM_EXPERTS = 8
 

@@ -20,14 +20,14 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from flexolmo.evaluation.readers import OwnReader
 from flexolmo.evaluation.scorer import Scorer
+from flexolmo.inference.reader import OwnReader
 from flexolmo.merge.export import export_stock, router_rows, with_stock_router
 from flexolmo.merge.mixture import LoadedMixture
-from flexolmo.study.method import open_method
-from flexolmo.tasks.jobs import prepare_jobs
-from flexolmo.tasks.sources import Sources
-from flexolmo.tasks.suite import choose_tasks
+from flexolmo.research.study.method import open_method
+from flexolmo.research.tasks.selection import prepare_jobs
+from flexolmo.research.tasks.sources import Sources
+from flexolmo.research.tasks.suite import choose_tasks
 
 TASKS = (("arc_easy", "rc"), ("hellaswag", "rc"), ("mmlu", "rc"), ("mmlu", "mc"))
 BATCH_SIZE = 32

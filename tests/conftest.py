@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from flexolmo.bundle.signing import create_key
 from flexolmo.data.batches import TokenSet, open_set
-from flexolmo.data.fetch import fetch_local
+from flexolmo.data.local import fetch_local
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.assemble import assemble_mixture
@@ -30,6 +30,8 @@ from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
 from made_documents import write_documents
+from made_mixtures import House
+from made_sets import SMALL, made_text, write_raw
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
@@ -204,3 +206,18 @@ def wild(make_wild) -> Wild:
 def router(request) -> RouterSettings:
     """Each kind of router in turn."""
     return ROUTERS[request.param]
+
+
+@pytest.fixture(scope="session")
+def house(wild, owner_keys, tmp_path_factory) -> House:
+    """An anchor with large random weights, two owners, and a workshop for bundles."""
+    return House(wild, owner_keys, tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="session")
+def public_set(tmp_path_factory) -> Path:
+    """A prepared public set of 60 documents with a tokenizer of 300 entries."""
+    here = tmp_path_factory.mktemp("public")
+    raw = write_raw(here, "public", [made_text(i) for i in range(60)])
+    prepare_set(raw, here / "prepared", settings=SMALL)
+    return here / "prepared"

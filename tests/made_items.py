@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-from flexolmo.tasks.items import Item, choice_item
-from flexolmo.tasks.metrics import token_f1
-from flexolmo.tasks.suite import Task
+from flexolmo.research.tasks.items import Item, choice_item
+from flexolmo.research.tasks.metrics import token_f1
+from flexolmo.research.tasks.suite import Task
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 

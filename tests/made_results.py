@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo.study.findings import (
+from flexolmo.research.study.findings import (
     DEFAULT,
     TABLES,
 )

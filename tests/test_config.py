@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-import flexolmo.demo
+import flexolmo
 from flexolmo.config import parse_settings, read_recipe
-from flexolmo.demo import DemoRecipe
 from flexolmo.errors import ConfigError
 from flexolmo.inference.generate import Sampling
-from flexolmo.study.plan import StudyRecipe
+from flexolmo.research.demo.demo import DemoRecipe
+from flexolmo.research.study.recipe import StudyRecipe
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 
-RECIPES = Path(flexolmo.demo.__file__).parent / "recipes"
+RECIPES = Path(flexolmo.__file__).parent / "recipes"
 SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe,
           "study": StudyRecipe}
 
@@ -37,7 +37,7 @@ def test_every_shipped_recipe_is_one(path):
 
 
 def test_the_shipped_recipes_are_all_tested_and_the_demos_is_among_them():
-    assert flexolmo.demo.default_recipe() in RECIPES.glob("*.toml")
+    assert flexolmo.research.demo.demo.default_recipe() in RECIPES.glob("*.toml")
     assert {"demo"} <= {p.stem for p in RECIPES.glob("*.toml")}
 
 

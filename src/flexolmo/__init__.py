@@ -11,7 +11,7 @@ _HOME = {
     "create_key": "bundle.signing", "TrustedOwners": "bundle.signing",
     "open_bundle": "bundle.bundle", "inspect_bundle": "bundle.bundle",
     "open_set": "data.batches", "load_tokenizer": "data.tokenizer",
-    "fetch_set": "data.fetch", "fetch_local": "data.fetch", "prepare_set": "data.prepare",
+    "fetch_local": "data.local", "prepare_set": "data.prepare",
     "load_anchor": "model.checkpoint", "save_anchor": "model.checkpoint",
     "TrainSettings": "train.loop",
     "AnchorRecipe": "train.anchor", "train_anchor": "train.anchor",

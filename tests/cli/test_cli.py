@@ -12,7 +12,7 @@ import flexolmo.cli
 from flexolmo.cli import app, main
 from flexolmo.errors import SourceUnavailable
 from flexolmo.merge.mixture import load_mixture, read_about
-from flexolmo.tasks.items import Item
+from flexolmo.research.tasks.items import Item
 from made_items import choice_items, task_of, written_items
 
 NAMES = ("amber", "basalt", "zinc")
@@ -321,7 +321,7 @@ def made_tasks(monkeypatch):
     tasks = (task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
              task_of("drop", [], load=gone))
     for module in ("suite", "run", "summary"):
-        monkeypatch.setattr(f"flexolmo.tasks.{module}.TASKS", tasks)
+        monkeypatch.setattr(f"flexolmo.research.tasks.{module}.TASKS", tasks)
 
 
 def test_tasks_run_into_tables_and_files_and_are_compared(works, house, tmp_path, made_tasks,
@@ -345,7 +345,7 @@ def test_tasks_run_into_tables_and_files_and_are_compared(works, house, tmp_path
 
 def test_text_that_holds_items_is_found_before_training(works, tmp_path, made_tasks, monkeypatch):
     asked = "the quick brown fox jumps over the lazy dog while seven owls look on in the dark"
-    monkeypatch.setattr("flexolmo.tasks.suite.TASKS",
+    monkeypatch.setattr("flexolmo.research.tasks.suite.TASKS",
                         (task_of("squad", [Item("w0", question=asked)], "answer"),))
     (tmp_path / "corpus.jsonl").write_text("\n".join(
         json.dumps({"id": f"d{i}", "text": f"{t} and more"}) for i, t in enumerate(

@@ -4,9 +4,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flexolmo.cli.data import app
-from flexolmo.data import sources
-from flexolmo.data.sources import SETS
 from flexolmo.errors import ConfigError, DataError, SourceUnavailable
+from flexolmo.research.corpora import sources
+from flexolmo.research.corpora.sources import SETS
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.evaluation.compression import compress_expert
+from flexolmo.evaluation.curve import compress_expert
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width

@@ -2,7 +2,6 @@ import random
 
 import numpy as np
 import pytest
-from made_sets import made_text
 
 from flexolmo.data.deduplicate import (
     Seen,
@@ -11,6 +10,7 @@ from flexolmo.data.deduplicate import (
     save_fingerprints,
 )
 from flexolmo.errors import DataError
+from made_sets import made_text
 
 
 def test_case_spacing_and_punctuation_do_not_matter():

@@ -5,7 +5,6 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from made_sets import SMALL, made_text, write_raw
 
 from flexolmo.data import prepare
 from flexolmo.data.batches import open_set
@@ -14,6 +13,7 @@ from flexolmo.data.prepare import SPLITS, card_digest, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import digest_file
+from made_sets import SMALL, made_text, write_raw
 
 BY_SHARE_ALONE = replace(SMALL, min_split_bytes=0)
 

@@ -9,13 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexolmo.errors import CheckpointError, ConfigError, PolicyError
-from flexolmo.evaluation.readers import OwnReader, StockReader, open_reader
-from flexolmo.evaluation.rival_readers import BtmReader, PromptReader, log_likelihood
 from flexolmo.evaluation.scorer import Scorer, _share
 from flexolmo.inference.generate import Sampling, continue_ids
-from flexolmo.merge.baselines import btm_weights, mix_log_probs
+from flexolmo.inference.reader import OwnReader, StockReader, open_reader
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.transformer import Transformer
+from flexolmo.research.rivals.baselines import btm_weights, mix_log_probs
+from flexolmo.research.rivals.readers import BtmReader, PromptReader, log_likelihood
 from made_mixtures import NAMES
 
 os.environ["HF_HUB_OFFLINE"] = "1"

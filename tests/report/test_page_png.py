@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from flexolmo import page_png, report
-from flexolmo.page import Picture, Sample
-from flexolmo.page_png import MARGIN_PX, draw_page
+from flexolmo.report import page_png
+from flexolmo.report.page import Picture, Sample
+from flexolmo.report.page_png import MARGIN_PX, draw_page
+from flexolmo.research.demo import report
 
 MakePage = Callable[..., dict[str, Any]]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from flexolmo import drawing, plots
+from flexolmo.report import drawing, plots
 
 PLOTS = (plots.plot_bits_per_byte, plots.plot_optout_matrix, plots.plot_routing,
          plots.plot_kept_gain)

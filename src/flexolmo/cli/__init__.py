@@ -11,7 +11,7 @@ import typer
 from flexolmo.cli import anchor, data, eval, expert, mix, run
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
-from flexolmo.jobs import UNAVAILABLE
+from flexolmo.research.steps.jobs import UNAVAILABLE
 
 app = typer.Typer(
     name="flexolmo",

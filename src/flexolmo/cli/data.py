@@ -30,7 +30,7 @@ def list_sets() -> None:
 
     Example: flexolmo data list
     """
-    from flexolmo.data.sources import PIP_ALONE, SETS, SOURCES
+    from flexolmo.research.corpora.sources import PIP_ALONE, SETS, SOURCES
 
     console = Console()
     for corpus_set in SETS.values():
@@ -79,8 +79,9 @@ def fetch(
 
         flexolmo data fetch --from records/ --name hospital --licence "closed"
     """
-    from flexolmo.data.fetch import fetch_local, fetch_set
-    from flexolmo.data.sources import CLIENTS, SETS
+    from flexolmo.data.local import fetch_local
+    from flexolmo.research.corpora.fetch import fetch_set
+    from flexolmo.research.corpora.sources import CLIENTS, SETS
 
     if source_directory is not None:
         if name is None:

@@ -68,12 +68,12 @@ def evaluate(
         return
     from flexolmo.config import parse_settings
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.readers import open_reader
+    from flexolmo.inference.reader import open_reader
+    from flexolmo.research.tasks.run import run_suite
+    from flexolmo.research.tasks.selection import RunSettings, parse_limits
+    from flexolmo.research.tasks.sources import Sources
+    from flexolmo.research.tasks.suite import choose_tasks
     from flexolmo.runtime import choose_device, set_up
-    from flexolmo.tasks.jobs import RunSettings, parse_limits
-    from flexolmo.tasks.run import run_suite
-    from flexolmo.tasks.sources import Sources
-    from flexolmo.tasks.suite import choose_tasks
 
     if suite != SUITE:
         raise ConfigError(f"Suite {suite!r} is not known; there is {SUITE}.")
@@ -90,7 +90,7 @@ def evaluate(
                                **parse_limits(limit or [])}, RunSettings, "the command line")
     chosen = choose_tasks(None if tasks is None else names_of(tasks))
     if study is not None:
-        from flexolmo.study.method import open_method
+        from flexolmo.research.study.method import open_method
 
         reader, about = open_method(study, method or "flexolmo_default", seed=study_seed,
                                     **switches(without, only))
@@ -122,12 +122,12 @@ def sets(
     Example: flexolmo eval sets --model model --data prepared/public --data prepared/math --out eval
     """
     from flexolmo.data.batches import open_set
-    from flexolmo.drawing import save_figure
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.likelihood import evaluate_mixture
     from flexolmo.files import write_json
     from flexolmo.merge.mixture import load_mixture
-    from flexolmo.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
+    from flexolmo.report.drawing import save_figure
+    from flexolmo.report.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
     from flexolmo.runtime import run_record, set_up
 
     if split not in ("heldout", "validation"):
@@ -168,7 +168,7 @@ def compare(
     from rich.table import Table
 
     from flexolmo.files import write_json
-    from flexolmo.tasks.run import compare_runs
+    from flexolmo.research.tasks.run import compare_runs
 
     found = compare_runs(a, b, draws=draws, seed=seed)
     for kind, title in (("score", "score, %"), ("bits_per_byte", "bits per byte (less is better)")):
@@ -207,7 +207,7 @@ def table(
 
     Example: flexolmo eval table runs/anchor runs/mixture runs/btm --out table
     """
-    from flexolmo.tasks.page import write_page
+    from flexolmo.research.tasks.comparison_page import write_page
 
     typer.echo(f"{write_page(runs, out)}, with tasks.png and table.json beside it")
 
@@ -236,11 +236,11 @@ def contamination(
     from flexolmo.data.documents import list_files, read_documents
     from flexolmo.files import write_json
     from flexolmo.progress import progress
+    from flexolmo.research.tasks.contamination import find_overlaps
+    from flexolmo.research.tasks.selection import prepare_jobs
+    from flexolmo.research.tasks.sources import Sources
+    from flexolmo.research.tasks.suite import choose_tasks
     from flexolmo.runtime import run_record
-    from flexolmo.tasks.contamination import find_overlaps
-    from flexolmo.tasks.jobs import prepare_jobs
-    from flexolmo.tasks.sources import Sources
-    from flexolmo.tasks.suite import choose_tasks
 
     list_files(corpus)
     sources = Sources(items)
@@ -287,10 +287,10 @@ def harness(
 
     Example: flexolmo eval harness --model model --without news --tasks mine --include-path tasks
     """
-    from flexolmo.evaluation.readers import open_reader
     from flexolmo.files import write_json
+    from flexolmo.inference.reader import open_reader
+    from flexolmo.research.tasks.harness import run_harness
     from flexolmo.runtime import choose_device, run_record, set_up
-    from flexolmo.tasks.harness import run_harness
 
     set_up(0, threads)
     reader, about = open_reader(model, **switches(without, only), device=choose_device(device))

@@ -120,9 +120,8 @@ def compress(
     The new run is packed like any other; its record and its bundle say what it was made of.
     """
     from flexolmo.data.batches import open_set
-    from flexolmo.drawing import save_figure
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.compression import (
+    from flexolmo.evaluation.curve import (
         compress_expert,
         count_bytes,
         heal_expert,
@@ -130,7 +129,8 @@ def compress(
     )
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
-    from flexolmo.plots import plot_compression
+    from flexolmo.report.drawing import save_figure
+    from flexolmo.report.plots import plot_compression
     from flexolmo.runtime import choose_device, set_up
     from flexolmo.train.expert import load_expert, save_expert
 

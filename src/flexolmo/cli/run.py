@@ -91,7 +91,7 @@ def demo(
     goes on where it was.
     """
     from flexolmo.config import read_recipe
-    from flexolmo.demo import DemoRecipe, default_recipe, run_demo
+    from flexolmo.research.demo.demo import DemoRecipe, default_recipe, run_demo
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the jobs are ended too
     settings = read_recipe(recipe or default_recipe(), DemoRecipe, overrides or ())

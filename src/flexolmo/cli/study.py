@@ -38,11 +38,11 @@ def study(
     """
     from flexolmo.config import read_recipe
     from flexolmo.files import read_json
+    from flexolmo.research.steps.graph import plan, run_graph
+    from flexolmo.research.study.recipe import StudyRecipe, build_graph
+    from flexolmo.research.study.results import write_results
+    from flexolmo.research.study.study_page import write_page
     from flexolmo.runtime import choose_device
-    from flexolmo.study.graph import plan, run_graph
-    from flexolmo.study.page import write_page
-    from flexolmo.study.plan import StudyRecipe, build_graph
-    from flexolmo.study.results import write_results
 
     shipped = Path(__file__).parents[1] / "recipes" / f"study_{recipe}.toml"
     path = shipped if shipped.is_file() else Path(recipe)

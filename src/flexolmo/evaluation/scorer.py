@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flexolmo.errors import ConfigError
-from flexolmo.evaluation.readers import Reader
 from flexolmo.inference.generate import Sampling, choose_token
+from flexolmo.inference.reader import Reader
 from flexolmo.progress import Meter
 
 MIN_SHARED_TOKENS = 16  # of a beginning that is read apart

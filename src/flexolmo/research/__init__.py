@@ -1,0 +1,1 @@
+"""Research: reproduces papers with the product; only the command line and benchmarks import it."""

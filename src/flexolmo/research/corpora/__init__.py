@@ -1,0 +1,1 @@
+"""Public corpora, downloaded from package registries through their own clients."""

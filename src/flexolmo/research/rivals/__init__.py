@@ -1,0 +1,1 @@
+"""Rival methods: their models, fitted routers, readers, and proxy data."""

@@ -1,0 +1,156 @@
+"""A graph of steps: each run once, in a process of its own, as soon as its inputs are there.
+
+What is done is kept under ROOT/steps and never done again; change a setting, and that step and
+all that depend on it are done anew, beside the old. A run that was cut off is started again with
+the same call. Knows nothing of models; a step's kind says what it does.
+"""
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from flexolmo.errors import ConfigError, FlexOlmoError
+from flexolmo.files import hold_lock, read_json
+from flexolmo.research.steps.jobs import Job, JobFailed, RunningJobs, running_jobs
+from flexolmo.research.steps.step import (
+    Step,
+    directory_name,
+    exit_on_sigterm,
+    identify,
+    note_seconds,
+    prepare_job,
+    read_done,
+)
+
+_NOTE_EVERY_SECONDS = 5.0
+
+
+def plan(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
+    """The targets and all they need, inputs first, each piece of work once; and is it done?"""
+    found, labels = dict[str, Step](), dict[str, str]()
+
+    def visit(step: Step) -> None:
+        if labels.setdefault(step.label, step.identity) != step.identity:
+            raise ConfigError(f"Two different steps are labelled {step.label!r}; a label is for "
+                              "one.")
+        if step.identity not in found:
+            for needed in step.inputs.values():
+                visit(needed)
+            found[step.identity] = step
+
+    for target in targets:
+        visit(target)
+    return [(step, step.is_done(root)) for step in found.values()]
+
+
+def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool = False,
+              device: str = "cpu") -> list[str]:
+    """Run whatever `targets` need and is not done, `processes` at a time; labels of what ran.
+
+    When a step fails, the steps that do not need it still run; then JobFailed lists what failed
+    and what was not run for it. `verify` first reads every file of the steps done before.
+    FlexOlmoError if one is damaged or another run is at work in `root`.
+    """
+    root = Path(root).resolve()
+    with hold_lock(root / "lock", wait=False), exit_on_sigterm():
+        planned = plan(targets, root)
+        for step, is_done in planned:
+            if verify and is_done:
+                step.result(root, verify=True)
+        left = {step.identity: step for step, is_done in planned if not is_done}
+        urgency = _seconds_to_the_end([step for step, _ in planned], root)
+        with running_jobs(done=len(planned) - len(left), total=len(planned)) as running:
+            tried = _run_all(left, urgency, root, processes, running, device)
+    failed = [attempt.job for attempt in tried.values() if attempt.step.identity in left]
+    if failed:
+        lines = [f"{len(failed)} of {len(planned)} steps failed:",
+                 *(f"  {job.label} (log: {job.log})" for job in failed)]
+        if not_run := [step.label for step in left.values() if step.label not in tried]:
+            lines.append(f"Not run, for want of these: {', '.join(not_run)}.")
+        raise JobFailed("\n".join(lines))
+    return list(tried)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    step: Step
+    job: Job
+    earlier: float  # seconds of the attempts before
+
+    def note(self, seconds: float) -> None:
+        note_seconds(self.job.directory, self.earlier + seconds)
+
+
+def _run_all(left: dict[str, Step], urgency: dict[str, float], root: Path, processes: int,
+             running: RunningJobs, device: str) -> dict[str, _Attempt]:
+    """Run all of `left` that can be and take it out when done; attempts by label."""
+    tried, noted = dict[str, _Attempt](), time.monotonic()
+    try:
+        while True:
+            ready = [step for step in left.values() if step.label not in tried
+                     and not any(needed.identity in left for needed in step.inputs.values())]
+            ready.sort(key=lambda step: -urgency[step.identity])
+            for step in ready[:processes - len(running.seconds())]:
+                tried[step.label] = _Attempt(step, *prepare_job(step, root, device))
+                running.start(tried[step.label].job)
+            if not running.seconds():
+                return tried
+            for job, code, seconds in running.ended():
+                attempt = tried[job.label]
+                if code == 0 and attempt.step.is_done(root):
+                    del left[attempt.step.identity]
+                else:
+                    attempt.note(seconds)
+            if time.monotonic() - noted > _NOTE_EVERY_SECONDS:  # a kill loses no more than this
+                noted = time.monotonic()
+                for label, seconds in running.seconds().items():
+                    tried[label].note(seconds)
+    finally:
+        for label, seconds in running.seconds().items():
+            tried[label].note(seconds)
+
+
+def _seconds_to_the_end(steps: Sequence[Step], root: Path) -> dict[str, float]:
+    """Of each step, by identity: seconds of the longest chain from it to the end.
+
+    A step is taken to need the average of those of its kind so far.
+    """
+    seen = defaultdict[str, list[float]](list)
+    for file in (root / "steps").glob("*/done.json"):
+        kind = file.parent.name.rpartition("-")[0]
+        seen[kind].append(read_done(file.parent).get("seconds", 0.0))
+    typical = fmean(s for kind in seen.values() for s in kind) if seen else 1.0
+    longest = {step.identity: 0.0 for step in steps}
+    for step in reversed(steps):  # those that need it have had their turn
+        longest[step.identity] += fmean(seen[step.kind]) if step.kind in seen else typical
+        for needed in step.inputs.values():
+            longest[needed.identity] = max(longest[needed.identity], longest[step.identity])
+    return longest
+
+
+def prune(targets: Sequence[Step], root: Path) -> list[Path]:
+    """Remove the directories of steps that no target needs, and nothing else; those removed."""
+    root, removed = Path(root), []
+    with hold_lock(root / "lock", wait=False):
+        kept = {step.directory(root) for step, _ in plan(targets, root)}
+        for directory in sorted({file.parent for file in (root / "steps").glob("*/step.json")}
+                                - kept):
+            if _is_of_a_step(directory):
+                (directory / "done.json").unlink(missing_ok=True)  # half removed is not done
+                shutil.rmtree(directory)
+                removed.append(directory)
+    return removed
+
+
+def _is_of_a_step(directory: Path) -> bool:
+    """Whether step.json describes the very step that the directory is named after."""
+    try:
+        about = read_json(directory / "step.json")
+        name = directory_name(about["kind"], identify(about))
+    except (FlexOlmoError, KeyError, TypeError, AttributeError):
+        return False
+    return name == directory.name and not directory.is_symlink()

@@ -1,0 +1,249 @@
+"""A step of a study: its identity, what it leaves on disk, and the process that does it.
+
+    ROOT/steps/KIND-DIGEST/   the files that the step wrote, and
+        step.json   written first: label, kind, version, settings, inputs, identity
+        done.json   written last: identity, seconds, metrics, run record, digest of every file
+        log/        what it printed, and the seconds spent on it so far
+
+What a step does is a function, its kind, registered with `step_kind`. A step is known by its
+kind, the kind's version, its settings and its inputs' identities; ask for the same work under two
+labels and it is the same step. Knows nothing of models, nor of what runs when.
+"""
+
+import json
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flexolmo.errors import ConfigError, FlexOlmoError
+from flexolmo.files import (
+    canonical_json,
+    digest_bytes,
+    digest_file,
+    hold_lock,
+    read_json,
+    write_json,
+)
+from flexolmo.research.steps.jobs import Job
+
+_OURS = {"step.json", "done.json", "log"}  # in a step's directory; all else is its output
+_CHILD = """import os, sys
+os.environ["OMP_NUM_THREADS"] = "1"
+import {module}
+from flexolmo.research.steps.step import work
+work(sys.argv[1], float(sys.argv[2]), sys.argv[3])"""
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a kind's function is given."""
+
+    label: str  # for people
+    settings: dict[str, Any]
+    inputs: dict[str, Path]  # role: finished directory of that input; read only
+    out: Path  # where to write; holds what an attempt that was cut off left
+    device: str = "cpu"  # where models are to run
+
+    def metrics(self, role: str) -> dict[str, Any]:
+        """The metrics of an input."""
+        return read_json(self.inputs[role] / "done.json")["metrics"]
+
+
+Run = Callable[[StepContext], Mapping[str, Any] | None]  # returns metrics: JSON without NaN
+
+
+@dataclass(frozen=True)
+class _Kind:
+    run: Run
+    version: int
+
+
+_KINDS: dict[str, _Kind] = {}
+
+
+def step_kind(name: str, version: int) -> Callable[[Run], Run]:
+    """Register a function as the kind `name`; with a new `version`, old results are stale.
+
+    It runs in a process that imports its module by name, in the step's directory, with one thread
+    and every generator seeded with the setting `seed` (none: 0).
+    """
+    def register(run: Run) -> Run:
+        known = _KINDS.get(name)
+        if not re.fullmatch(r"\w+", name) or (known and known.run.__module__ != run.__module__):
+            raise ConfigError(f"Kind {name!r} of {run.__module__}: expected a name of letters, "
+                              "digits and _ that no other module uses.")
+        _KINDS[name] = _Kind(run, version)
+        return run
+    return register
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A piece of work and what it needs. Settings are plain JSON; a path in them is absolute."""
+
+    label: str  # for people; no part of the identity
+    kind: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, "Step"] = field(default_factory=dict)  # role: step
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ConfigError(f"Step {self.label}: kind {self.kind!r} is unknown; known: "
+                              f"{', '.join(sorted(_KINDS)) or 'none'}.")
+        try:  # a copy, just as the step's own process will read it
+            settings = json.loads(canonical_json(dict(self.settings)))
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"Step {self.label}: settings are not plain JSON: {e}.") from None
+        object.__setattr__(self, "settings", settings)
+        object.__setattr__(self, "inputs", dict(self.inputs))
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What decides the step: kind, version, settings, and each input's kind and identity."""
+        return {"kind": self.kind, "version": _KINDS[self.kind].version,
+                "settings": self.settings,
+                "inputs": {role: {"kind": step.kind, "identity": step.identity}
+                           for role, step in self.inputs.items()}}
+
+    @cached_property
+    def identity(self) -> str:
+        """64 hex digits that name the work; equal for equal work, whatever its label."""
+        return identify(self.about)
+
+    def directory(self, root: Path) -> Path:
+        """Where its results are or will be."""
+        return Path(root) / "steps" / directory_name(self.kind, self.identity)
+
+    def is_done(self, root: Path) -> bool:
+        """Whether all of it was done in `root` at some time."""
+        return read_done(self.directory(root)).get("identity") == self.identity
+
+    def result(self, root: Path, verify: bool = False) -> dict[str, Any]:
+        """Its done.json: metrics, seconds, run, outputs; FlexOlmoError if not done or damaged.
+
+        A file with the size and time noted there is taken as unchanged; `verify` reads them all.
+        """
+        if not self.is_done(root):
+            raise FlexOlmoError(f"Step {self.label} is not done: expected its done.json in "
+                                f"{self.directory(root)}. Run the study first.")
+        return _check_outputs(self.directory(root), verify)
+
+
+def identify(about: dict[str, Any]) -> str:
+    """The identity of the step that `about` describes."""
+    inputs = {role: step["identity"] for role, step in about["inputs"].items()}
+    content = [about["kind"], about["version"], about["settings"], inputs]
+    return digest_bytes(canonical_json(content)).removeprefix("sha256:")
+
+
+def directory_name(kind: str, identity: str) -> str:
+    """The name of a step's directory."""
+    return f"{kind}-{identity[:16]}"
+
+
+def read_done(directory: Path) -> dict[str, Any]:
+    """What `done.json` says; empty if absent or malformed."""
+    try:
+        done = read_json(directory / "done.json")
+    except FlexOlmoError:
+        return {}
+    return done if isinstance(done, dict) else {}
+
+
+def _check_outputs(directory: Path, verify: bool = False) -> dict[str, Any]:
+    """A finished step's done.json; FlexOlmoError unless its files are as it says."""
+    done = read_done(directory)
+    wrong = [] if done else ["done.json: missing or malformed"]
+    for name, said in done.get("outputs", {}).items():
+        file = directory / name
+        if not file.is_file():
+            wrong.append(f"{name}: missing")
+        elif (size := file.stat().st_size) != said["bytes"]:
+            wrong.append(f"{name}: {size} bytes, expected {said['bytes']}")
+        elif ((verify or file.stat().st_mtime_ns != said["mtime_ns"])
+              and digest_file(file) != said["digest"]):
+            wrong.append(f"{name}: not the content that was written")
+    if wrong:
+        raise FlexOlmoError(f"{directory} is not as its step left it:\n  " + "\n  ".join(wrong)
+                            + "\nRemove the directory and run again to have it made anew.")
+    return done
+
+
+def prepare_job(step: Step, root: Path, device: str = "cpu") -> tuple[Job, float]:
+    """Write step.json; the job that does the step, and the seconds spent on it before.
+
+    The device is no part of the step: what one has done, the other takes as it is.
+    """
+    directory = step.directory(root)
+    write_json(directory / "step.json",
+               {"label": step.label, **step.about, "identity": step.identity})
+    spent = directory / "log" / "seconds.json"
+    earlier = float(read_json(spent)) if spent.exists() else 0.0
+    code = _CHILD.format(module=_KINDS[step.kind].run.__module__)
+    return Job(step.label, (str(directory), str(earlier), device), directory, ("-c", code)), earlier
+
+
+def note_seconds(directory: Path, seconds: float) -> None:
+    """Keep what an unfinished step cost so far, for the attempt that resumes it."""
+    write_json(directory / "log" / "seconds.json", seconds)
+
+
+def work(directory: str, earlier: float, device: str = "cpu") -> None:
+    """Do the step described in `directory`, `earlier` seconds in; a child's whole program."""
+    try:  # waits for an attempt that is still ending because its parent was killed
+        with exit_on_sigterm(), hold_lock(Path(directory) / "log" / "lock", wait=True):
+            _do_step(Path(directory), earlier, device)
+    except FlexOlmoError as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _do_step(directory: Path, earlier: float, device: str) -> None:
+    from flexolmo.runtime import run_record, set_up
+
+    start = time.monotonic()
+    about = read_json(directory / "step.json")
+    if read_done(directory).get("identity") == about["identity"]:
+        return
+    kind, settings = _KINDS.get(about["kind"]), about["settings"]
+    if kind is None or kind.version != about["version"]:
+        raise FlexOlmoError(f"The code changed during the run: version {about['version']} of kind "
+                            f"{about['kind']!r} is gone. Start the study again.")
+    inputs = {role: directory.parent / directory_name(step["kind"], step["identity"])
+              for role, step in about["inputs"].items()}
+    read = {role: _check_outputs(path)["outputs"] for role, path in inputs.items()}
+    seed = settings.get("seed", 0)
+    set_up(seed, num_threads=1)
+    run = run_record(settings, seed, {
+        role: digest_bytes(canonical_json({name: said["digest"] for name, said in files.items()}))
+        for role, files in read.items()})
+    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device))
+                   or {})
+    outputs = {str(path): {"digest": digest_file(file), "bytes": file.stat().st_size,
+                           "mtime_ns": file.stat().st_mtime_ns}
+               for file in sorted(directory.rglob("*")) if file.is_file()
+               and (path := file.relative_to(directory)).parts[0] not in _OURS}
+    write_json(directory / "done.json", {
+        "identity": about["identity"], "seconds": earlier + time.monotonic() - start,
+        "metrics": metrics, "run": run | {"device": device}, "outputs": outputs})
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Make SIGTERM unwind the stack as Ctrl-C does, so that children are ended too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,396 @@
+"""A study's results -> figures, in the look of `plots`; all numbers are means over seeds.
+
+Draws what results.json holds; a figure for which it has nothing is None. Knows nothing of the page
+around them.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox
+
+from flexolmo.report.drawing import (
+    GREY,
+    INK,
+    MAX_WIDTH_INCHES,
+    MUTED,
+    RULE,
+    darken_for_text,
+    draw_cells,
+    ink_on,
+    label_columns,
+    no_ticks,
+    outline,
+    percent,
+    styled,
+    wrap_name,
+)
+from flexolmo.report.plots import owner_colours
+from flexolmo.research.study.findings import (
+    DEFAULT,
+    MIXED,
+    OURS,
+    PAPERS,
+    PUBLIC,
+    TABLES,
+    UNSEPARATED,
+    Results,
+    anchor_flops,
+    average,
+    bits_of,
+    over_seeds,
+    owners_of,
+    word,
+)
+
+_OUR_COLOUR, _PAPER_COLOUR, _RIVAL_COLOUR = "#0072B2", "#D55E00", "#009E73"
+FAMILIES = {"default": ("our default", _OUR_COLOUR, DEFAULT),
+            "paper": ("the paper's FlexOlmo", _PAPER_COLOUR, "flexolmo_paper")}
+_MAX_LAYERS = 8  # of the paper's router that are drawn; of more, evenly chosen ones
+_KEPT_RANGE = (-25.0, 125.0)  # percent; beyond it a value is written at the edge
+
+
+def colours_of(results: Results) -> dict[str, str]:
+    """One colour an owner in all figures; public is grey."""
+    return owner_colours({"owners": [{"name": n} for n in owners_of(results)]})
+
+
+# --- routing: the paper's figure 2 ----------------------------------------------------------------
+
+
+def plot_routing(results: Results) -> Figure | None:
+    """Mean weight of each expert (columns) by set (rows): our router, and the paper's by layer."""
+    panels = []
+    for family, (said, _, method) in FAMILIES.items():
+        found = over_seeds(results, "routing", method)
+        if not found or not found[0].get("routing"):
+            continue
+        weights = {s: np.array(w, dtype=float) for s, w in
+                   average([f["routing"] for f in found]).items()}  # by set [L,E]
+        experts = [str(e) for e in found[0]["experts"]]
+        sets = [s for s in [PUBLIC, *owners_of(results), MIXED] if s in weights]
+        same = all(np.allclose(w, w[:1], atol=5e-4) for w in weights.values())
+        num_layers = len(next(iter(weights.values())))
+        if family == "default":
+            shown = [(f"{said}, {'every layer' if same else 'mean of layers'}",
+                      np.stack([weights[s].mean(0) for s in sets]))]
+        else:
+            chosen = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MAX_LAYERS)
+                                           ).round().astype(int))
+            shown = [(f"{said}, layer {i + 1} of {num_layers}",
+                      np.stack([weights[s][i] for s in sets])) for i in chosen]
+        panels += [(title, matrix, sets, experts) for title, matrix in shown]
+    return _draw_routing(panels, colours_of(results)) if panels else None
+
+
+@styled
+def _draw_routing(panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]],
+                  colours: Mapping[str, str]) -> Figure:
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    height = max(len(sets) for _, _, sets, _ in panels)
+    fig = Figure(figsize=(max(5.5, MAX_WIDTH_INCHES * columns / 3),
+                          rows * (1.25 + 0.3 * height) + 0.4), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[len(panels):]:
+        ax.set_axis_off()
+    for i, (ax, (title, matrix, sets, experts)) in enumerate(zip(axes, panels, strict=False)):
+        shown = draw_cells(ax, matrix, "Greys", 0, 1.15)
+        crowded = len(experts) > 5
+        for (y, x), v in np.ndenumerate(matrix):
+            text = f"{v:.2f}"
+            ax.text(x, y, text.removeprefix("0") if crowded else text, ha="center", va="center",
+                    fontsize=8 if crowded else 8.5, color=ink_on(shown[y, x]))
+            if sets[y] == experts[x]:
+                outline(ax, x, y, colours.get(sets[y], INK))
+        label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
+        _label_rows(ax, sets if i % columns == 0 else [""] * len(sets), colours)
+        ax.set_title(title, fontsize=9.5, pad=6)
+        if i % columns == 0:
+            ax.set_ylabel("text of the set")
+    fig.supxlabel("Mean weight of each expert (columns) on each set's text (rows), after the "
+                  "choice of active experts. Outlined: the set's own expert.",
+                  fontsize=9, color=MUTED, x=0.01, ha="left")
+    return fig
+
+
+# --- active experts: the paper's figure 3 ---------------------------------------------------------
+
+
+def plot_active_experts(results: Results) -> Figure | None:
+    """Gap closed by the number of active experts, where the ablations have it."""
+    found: dict[str, dict[int, Any]] = {}
+    for name, entry in (results.get("ablations") or {}).items():
+        match = re.fullmatch(r"(default|paper), top-(\d+)", name)
+        if match:
+            found.setdefault(match[1], {})[int(match[2])] = entry
+    return _draw_active(found) if found else None
+
+
+@styled
+def _draw_active(found: Mapping[str, Mapping[int, Any]]) -> Figure:
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 3.6), layout="constrained")
+    for ax, (kind, said) in zip(fig.subplots(1, 2, sharey=True), TABLES.items(), strict=True):
+        for family, by_count in found.items():
+            title, colour, _ = FAMILIES[family]
+            counts = [k for k in sorted(by_count) if by_count[k].get(kind)]
+            values = [by_count[k][kind]["mean"] for k in counts]
+            ax.plot(counts, values, color=colour, lw=2, marker="os"[family == "paper"], ms=6,
+                    label=title)
+            for k, v in zip(counts, values, strict=True):
+                others = [e[k][kind]["mean"] for f, e in found.items()
+                          if f != family and e.get(k, {}).get(kind)]
+                is_below = any(v < x or (v == x and family == "paper") for x in others)
+                ax.annotate(f"{v:.2f}", (k, v), xytext=(0, -8 if is_below else 7), ha="center",
+                            textcoords="offset points", va="top" if is_below else "bottom",
+                            fontsize=8.5, color=darken_for_text(colour))
+        ax.axhline(0, color=INK, lw=1)
+        ax.grid(axis="y", color=RULE, lw=0.7)
+        ax.margins(x=0.06, y=0.14)
+        ax.set_xticks(sorted({k for by_count in found.values() for k in by_count}))
+        ax.set_xlabel("active experts per token, the public one among them")
+        ax.set_title(said)
+    fig.axes[0].set_ylabel("gap closed")
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside upper left", ncols=2)
+    return fig
+
+
+# --- opting out: the paper's figure 4 -------------------------------------------------------------
+
+
+def plot_optout(results: Results) -> Figure | None:
+    """Change of bits per byte when an owner is off (rows), by set (columns), for both routers."""
+    bits, sets = bits_of(results), [PUBLIC, *owners_of(results)]
+    anchor = bits.get("dense public", {})
+    panels = []
+    for family, (said, _, method) in FAMILIES.items():
+        off = average(over_seeds(results, "optout", family))
+        whole = bits.get(method, {})
+        rows = [n for n in owners_of(results) if isinstance(off, dict) and n in off]
+        if rows:
+            panels.append((said, rows, np.array([[_change(off[n], whole, s) for s in sets]
+                                                 for n in rows]),
+                           [_change(off[n], anchor, n) for n in rows]))
+    return _draw_optout(panels, sets, colours_of(results)) if panels else None
+
+
+def _change(bits: Mapping[str, float], base: Mapping[str, float], name: str) -> float:
+    return bits[name] / base[name] - 1 if name in bits and base.get(name) else math.nan
+
+
+@styled
+def _draw_optout(panels: Sequence[tuple[str, list[str], np.ndarray, list[float]]],
+                 sets: list[str], colours: Mapping[str, str]) -> Figure:
+    cell = min(0.95, (MAX_WIDTH_INCHES - 1.5) / (len(sets) * len(panels)))
+    rows = max(len(names) for _, names, _, _ in panels)
+    fig = Figure(figsize=(max(6.5, min(MAX_WIDTH_INCHES, 2 + cell * len(sets) * len(panels))),
+                          1.75 + 0.5 * rows), layout="constrained")
+    limit = max([0.05, *(float(np.nanmax(np.abs(m))) for _, _, m, _ in panels
+                         if np.isfinite(m).any())])
+    for i, (ax, (title, names, matrix, to_anchor)) in enumerate(
+            zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
+        shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
+        for (y, x), v in np.ndenumerate(matrix):
+            own, ink = names[y] == sets[x], ink_on(shown[y, x])
+            text = _bare(v)
+            ax.text(x, y - 0.17 * own, text, ha="center", va="center", color=ink,
+                    fontsize=9 if cell > 0.65 else 8)
+            if own:
+                ax.text(x, y + 0.21, f"({_bare(to_anchor[y])})", ha="center", va="center",
+                        color=ink, fontsize=7.5)
+                outline(ax, x, y, colours.get(sets[x], INK))
+        label_columns(ax, sets, colours, max(4, int(cell * 13)), slanted=cell < 0.8)
+        _label_rows(ax, names if i == 0 else [""] * len(names), colours)
+        ax.set_title(title, pad=8)
+    fig.axes[0].set_ylabel("owner switched off")
+    fig.supxlabel("% change of bits per byte v the full mixture of the same panel, by held-out "
+                  "set. Red: worse, blue: better.\nOutlined: the set of the owner that is off; "
+                  "in brackets its change v the anchor.", fontsize=9, color=MUTED, x=0.01,
+                  ha="left")
+    return fig
+
+
+def _bare(change: float) -> str:
+    return percent(change).removesuffix("\u00a0%")
+
+
+# --- all methods, and what is kept ----------------------------------------------------------------
+
+
+def plot_methods(results: Results) -> Figure | None:
+    """Gap closed against FLOPs per token, one point a method, for both kinds of text."""
+    one = anchor_flops(results)
+    panels = [(said, _distinct(results[kind])) for kind, said in TABLES.items()
+              if results.get(kind)]
+    return _draw_methods(panels, one) if panels and not math.isnan(one) else None
+
+
+def _distinct(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Methods to draw: all but the own pair, and one that chose to be what another is once."""
+    twin, of = "soup_weighted_equal_flops", "soup_weighted"
+    hidden = {"own_pair"} | ({twin} if entries.get(twin) == entries.get(of) else set())
+    return {m: e for m, e in entries.items() if m not in hidden}
+
+
+@styled
+def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -> Figure:
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.6 * len(panels)), layout="constrained")
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, (said, entries) in zip(axes, panels, strict=True):
+        ax.set_xscale("log")
+        for y, text in ((0, "the anchor"), (1, "that set's\ndense expert")):
+            ax.axhline(y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+            ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
+                        textcoords="offset points", va="center", fontsize=8.5, color=MUTED)
+        for m, e in entries.items():
+            colour = method_colour(m)
+            ax.errorbar(e["flops_per_token"] / one, e["mean"], yerr=e.get("spread"), fmt="o",
+                        ms=8, mew=1.8, mec=colour, mfc=colour if e["strict_opt_out"] else "white",
+                        ecolor=colour, elinewidth=1.2, zorder=3)
+        ax.margins(x=0.1, y=0.14)
+        ax.set_ylabel("gap closed")
+        ax.set_title(said)
+        ax.grid(color=RULE, lw=0.7)
+        ax.xaxis.set_minor_locator(NullLocator())
+    most = max(e["flops_per_token"] / one for _, entries in panels for e in entries.values())
+    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
+             if t <= 1.15 * most]
+    axes[-1].set_xticks(ticks)
+    axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes[-1].set_xlabel("forward FLOPs per token, in the anchor's (log scale)")
+    kinds = [(_OUR_COLOUR, "ours", True), (_PAPER_COLOUR, "the paper's FlexOlmo", True),
+             (_RIVAL_COLOUR, "rivals", True), (GREY, "trained on all data together", True),
+             (INK, "hollow: no strict opt-out", False)]
+    fig.legend(handles=[Line2D([], [], ls="", marker="o", ms=8, mew=1.8, mec=colour, label=text,
+                               mfc=colour if full else "white") for colour, text, full in kinds],
+               loc="outside upper left", ncols=5, handletextpad=0.2, columnspacing=1.4)
+    fig.draw_without_rendering()  # labels are placed in pixels, so the axes must have theirs
+    for ax, (_, entries) in zip(axes, panels, strict=True):
+        _place_labels(ax, [(e["flops_per_token"] / one, e["mean"], word(m), method_colour(m),
+                            m == DEFAULT) for m, e in entries.items()])
+    return fig
+
+
+def method_colour(method: str) -> str:
+    """Whose method it is: ours, the paper's, trained on all data, or a rival's."""
+    return (_OUR_COLOUR if method in OURS else _PAPER_COLOUR if method in PAPERS else
+            GREY if method in UNSEPARATED else _RIVAL_COLOUR)
+
+
+def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]]) -> None:
+    """Write a label near every point where it covers no other; joined by a line where far."""
+    renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    pixel, inside = renderer.points_to_pixels(1.0), ax.get_window_extent()
+    places = [ax.transData.transform((x, y)) for x, y, *_ in points]
+    dots = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel)
+            for x, y in places]
+    taken: list[Bbox] = []
+    for (x, y, text, colour, is_bold), place in zip(points, places, strict=True):
+        label = ax.annotate(wrap_name(text, 40, 1), (x, y), (9, 0), textcoords="offset points",
+                            fontsize=8.5, color=darken_for_text(colour), zorder=4,
+                            fontweight="bold" if is_bold else "normal",
+                            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": GREY,
+                                        "shrinkA": 0, "shrinkB": 4})
+        label.set_in_layout(False)
+        size = label.get_window_extent(renderer)
+        best, least = (9.0, 0.0), math.inf
+        for far in (9, 14, 20, 28, 38, 50, 64, 80, 98):
+            for angle in (0, 180, 35, -35, 145, -145, 65, -65, 115, -115, 90, -90):
+                dx = far * math.cos(math.radians(angle)) * pixel
+                dy = far * math.sin(math.radians(angle)) * pixel
+                left = place[0] + dx - size.width * (0.5 - 0.5 * np.sign(round(dx)))
+                box = Bbox.from_bounds(left, place[1] + dy - size.height / 2,
+                                       size.width, size.height)
+                covered = sum(_shared(box, other) for other in [*taken, *dots])
+                covered += size.width * size.height - _shared(box, inside)
+                if covered < least - 1e-6:
+                    best, least, chosen = (dx / pixel, dy / pixel), covered, box
+        taken.append(chosen)
+        label.set_position(best)
+        label.set_horizontalalignment(
+            "left" if round(best[0]) > 0 else "right" if round(best[0]) < 0 else "center")
+        label.set_verticalalignment("center")
+        if math.hypot(*best) < 13 and label.arrow_patch is not None:
+            label.arrow_patch.set_visible(False)
+
+
+def _shared(a: Bbox, b: Bbox) -> float:
+    """Area in pixels that two boxes share."""
+    both = Bbox.intersection(a, b)
+    return both.width * both.height if both is not None else 0.0
+
+
+def plot_kept_gain(results: Results) -> Figure | None:
+    """By owner, the share of its own pair's gain that the mixture keeps, by family."""
+    kinds = [("default", "our default", "o", 75), ("low", "low rank", "D", 48),
+             ("paper", "the paper's FlexOlmo", "X", 60)]
+    found = {family: over_seeds(results, "kept", family) for family, *_ in kinds}
+    kinds = [k for k in kinds if found[k[0]]]
+    return _draw_kept(kinds, found, owners_of(results), colours_of(results)) if kinds else None
+
+
+@styled
+def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, list[Any]],
+               names: list[str], colours: Mapping[str, str]) -> Figure:
+    rows = [*names, "mean"]
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.6 + 0.5 * len(rows)), layout="constrained")
+    ax = fig.subplots()
+    low, high = _KEPT_RANGE
+    for y, name in enumerate(rows):
+        for i, (family, _, marker, size) in enumerate(kinds):
+            values = [100 * (k["mean"] if name == "mean" else k["sets"].get(name, math.nan))
+                      for k in found[family]]
+            x, colour = float(np.mean(values)), colours.get(name, INK)
+            if math.isnan(x):
+                continue
+            at, level = min(max(x, low), high), y + 0.24 * (i - (len(kinds) - 1) / 2)
+            face = "white" if family != "default" else colour
+            ax.scatter([at], [level], s=size, marker=marker, lw=1.6, zorder=3, edgecolors=colour,
+                       facecolors=face, clip_on=False)
+            ends = np.clip([min(values), max(values)], low, high)
+            ax.plot(ends, [level] * 2, color=colour, lw=1.6, zorder=2)
+            ax.annotate(f"{x:.0f}\u00a0%".replace("-", "−"), (max(at, ends[1]), level),
+                        xytext=(8, 0), fontsize=8.5, va="center", textcoords="offset points",
+                        color=INK if family == "default" else MUTED, zorder=2.5,
+                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
+    ax.set_yticks(range(len(rows)), [wrap_name(n, 22) for n in rows])
+    no_ticks(ax, "y")
+    for label, name in zip(ax.get_yticklabels(), rows, strict=True):
+        label.set_color(darken_for_text(colours.get(name, INK)))
+        label.set_fontweight("bold")
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    drawn = [100 * v for f in found.values() for k in f for v in [*k["sets"].values(), k["mean"]]]
+    ax.set_xlim(max(low, min([0.0, *drawn])) - 2, max(105.0, min(high, max(drawn))) + 8)
+    for x, text in ((90, "asked: 90 % "), (100, " all")):
+        ax.axvline(x, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
+        ax.annotate(text, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
+                    textcoords="offset points", fontsize=8.5, color=MUTED,
+                    ha="right" if x < 100 else "left")
+    ax.axvline(0, color=INK, lw=1, zorder=1)
+    ax.grid(axis="x", color=RULE, lw=0.7)
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel("% of the own pair's gain on the owner's set that is left after merging")
+    fig.legend(handles=[Line2D([], [], ls="", marker=marker, ms=8, mew=1.6, mec=MUTED, label=said,
+                               mfc=MUTED if family == "default" else "white")
+                        for family, said, marker, _ in kinds],
+               loc="outside upper left", ncols=3, handletextpad=0.2)
+    return fig
+
+
+def _label_rows(ax: Axes, names: Sequence[str], colours: Mapping[str, str]) -> None:
+    """Row names beside the cells, each in its owner's colour."""
+    ax.set_yticks(range(len(names)), [wrap_name(n, 14, 2) if n else "" for n in names])
+    for label, name in zip(ax.get_yticklabels(), names, strict=True):
+        label.set_color(darken_for_text(colours.get(name, INK)))
+        label.set_fontweight("bold")
+        label.set_fontsize(8.5)

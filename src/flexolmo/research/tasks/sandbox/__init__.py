@@ -1,0 +1,1 @@
+"""Programs that a model wrote, run shut away from this machine."""

@@ -1,0 +1,384 @@
+"""The demo on made text: every command it gives, in this process and one after the other.
+
+Downloading is the only thing replaced. `test_jobs` tests the processes; here each command line is
+run by the real command line, in the directory the demo names.
+"""
+
+import json
+import os
+import random
+import shutil
+import tomllib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.cli import app
+from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
+from flexolmo.merge.mixture import load_mixture
+from flexolmo.model.router import LinearSettings
+from flexolmo.research.corpora import fetch
+from flexolmo.research.demo import demo as room
+from flexolmo.research.demo.demo import DemoRecipe, run_demo, write_toml
+from flexolmo.research.steps.jobs import UNAVAILABLE, JobFailed
+from flexolmo.train.anchor import AnchorRecipe, AnchorShape
+from flexolmo.train.expert import ExpertRecipe
+from flexolmo.train.loop import TrainSettings
+
+BRIEF = TrainSettings(steps=4, batch_size=2, seq_len=24, warmup_steps=1)
+RECIPE = DemoRecipe(
+    seed=3, sets=("code", "academic", "creative"), vocab_size=300, processes=1,
+    evaluation_bytes=1000, sample_tokens=4, expert_train=BRIEF,
+    anchor=AnchorRecipe(
+        train=BRIEF,
+        model=AnchorShape(d_model=16, num_layers=1, num_heads=2, d_ff=24, max_seq_len=320)))
+STEPS = ["gather public text", "gather owners' text", "train the anchor", "train experts",
+         "sign and merge", "measure"]
+
+
+def made_texts(source):
+    """Sixty texts of 80 words; each set has words of its own."""
+    rng = random.Random(source.set)
+    words = ["".join(rng.choices("aeioulnrst", k=rng.randint(3, 8))) for _ in range(60)]
+    rng = random.Random(source.name)
+    return [(f"{source.name}{i}", " ".join(rng.choices(words, k=80))) for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def made_sources():
+    """Sources give made text; those of `creative` cannot be had."""
+    def give(source, _cache):
+        if source.set == "creative":
+            raise SourceUnavailable(f"{source.client} is missing.")
+        entry = {"source": source.name, "client": source.client, "package": source.package,
+                 "version": "1", "licence": source.licence, "digest": "sha256:" + "0" * 64}
+        return entry, made_texts(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "_fetch_source", give)
+        yield
+
+
+class Runner:
+    """In place of run_jobs; stops at job number `stop_at`."""
+
+    def __init__(self, stop_at=None):
+        self.labels, self.stop_at = [], stop_at
+
+    def __call__(self, jobs, processes):
+        for job in jobs:
+            self.labels.append(job.label)
+            if len(self.labels) == self.stop_at:
+                raise KeyboardInterrupt
+            job.directory.mkdir(parents=True, exist_ok=True)
+            before = os.getcwd()
+            os.chdir(job.directory)
+            try:
+                app(list(job.arguments), standalone_mode=False)
+            except FlexOlmoError as e:
+                code = UNAVAILABLE if isinstance(e, SourceUnavailable) else 2
+                raise JobFailed(f"{job.label} failed with exit code {code}:\n{e}", code) from None
+            finally:
+                os.chdir(before)
+        return {job.label: 0.1 for job in jobs}
+
+
+def run(out, runner, recipe=RECIPE, sets=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "run_jobs", runner)
+        return run_demo(recipe, out, sets)
+
+
+@pytest.fixture(scope="session")
+def finished(made_sources, tmp_path_factory):
+    """A demo that ran through: its directory, its results, the labels of its jobs."""
+    out = tmp_path_factory.mktemp("demo") / "run"
+    runner = Runner()
+    return out, run(out, runner), runner.labels
+
+
+def test_every_owner_and_the_coordinator_do_their_part(finished):
+    assert finished[2] == [
+        "fetch public", "prepare public", "fetch code", "fetch academic", "fetch creative",
+        "prepare code", "prepare academic", "anchor", "expert code", "expert academic",
+        "expert code-paper", "expert academic-paper", "key code", "key academic", "pack code",
+        "pack academic", "pack code-paper", "pack academic-paper", "merge", "merge-paper",
+        "evaluate", "evaluate-paper"]
+
+
+def test_the_results_have_what_the_report_and_machines_need(finished):
+    out, results, _ = finished
+    assert json.loads((out / "results.json").read_text()) == results
+    rows = ["anchor", "expert academic", "expert code", "mixture", "mixture without academic",
+            "mixture without code"]
+    for table in (results["bits_per_byte"], results["paper_router"]["bits_per_byte"]):
+        assert list(table) == rows
+        assert all(list(row) == ["public", "code", "academic"] for row in table.values())
+        assert all(0 < x < 20 for row in table.values() for x in row.values())
+    ours, paper = results["bits_per_byte"], results["paper_router"]["bits_per_byte"]
+    assert ours["anchor"] == paper["anchor"]
+    assert ours["mixture"] != paper["mixture"]
+    assert list(results["seconds"]) == [*STEPS, "total", "this run"]
+    assert results["seconds"]["total"] == pytest.approx(
+        sum(results["seconds"][s] for s in STEPS), abs=0.1)
+    assert results["seed"] == 3 and results["recipe"] == RECIPE.model_dump(mode="json")
+    assert {"flexolmo", "torch", "python"} <= results["versions"].keys()
+    assert results["digests"].keys() == {"anchor", "set public", "set code", "set academic",
+                                         "bundle code", "bundle academic"}
+    assert len(results["summary"]["bars"]) == 5
+    assert results["routing"]["experts"] == ["public", "academic", "code"]
+
+
+def test_the_results_tell_of_each_owner_only_what_is_true(finished):
+    out, results, _ = finished
+    assert [o["name"] for o in results["owners"]] == ["code", "academic"]
+    for owner in results["owners"]:
+        bundle = out / "owners" / owner["name"] / "outbox" / f"{owner['name']}.bundle"
+        assert owner["bundle_bytes"] == sum(f.stat().st_size for f in bundle.iterdir())
+        assert owner["tokens_seen"] == BRIEF.tokens
+        assert owner["documents"] > 10 and owner["owner"] == f"{owner['name'].capitalize()} House"
+        opened = open_bundle(bundle, TrustedOwners.load(out / "coordinator" / "trusted"))
+        assert (opened.key_id, opened.manifest.licence) == (owner["key_id"], owner["licence"])
+    model = load_mixture(out / "model").model
+    assert results["anchor"]["parameters"] == sum(
+        p.numel() for p in load_mixture(out / "model", experts=[]).model.parameters())
+    assert results["anchor"]["config"] == model.config.model_dump()
+
+
+def test_the_two_mixtures_are_of_the_two_routers(finished):
+    out = finished[0]
+    ours, paper = load_mixture(out / "model"), load_mixture(out / "model-paper")
+    assert ours.expert_names == paper.expert_names == ["academic", "code"]
+    assert ours.model.settings.kind == "evidence"
+    assert paper.model.settings == LinearSettings(has_bias=True)
+    assert not any(s.is_ffn_only for s in ours.model.shapes.values())
+    assert all(s.is_ffn_only for s in paper.model.shapes.values())
+
+
+def test_samples_start_from_held_out_text_with_and_without_the_source(finished):
+    _, results, _ = finished
+    assert [s["source"] for s in results["samples"]] == ["code", "academic"]
+    for sample in results["samples"]:
+        assert 100 < len(sample["prompt"]) <= 200
+        assert isinstance(sample["with"], str) and isinstance(sample["without"], str)
+
+
+def test_an_owner_whose_text_cannot_be_had_is_skipped_by_name(finished, capsys):
+    out, results, _ = finished
+    assert list(results["skipped"]) == ["creative"]
+    assert "missing" in results["skipped"]["creative"]
+    assert not (out / "owners" / "creative" / "prepared").exists()
+
+
+def test_owners_never_meet(finished):
+    """An owner's directory holds nothing of another's, and its bundle alone went out."""
+    out = finished[0]
+    for name, other in (("code", "academic"), ("academic", "code")):
+        house = out / "owners" / name
+        files = [f for f in house.rglob("*") if f.is_file()]
+        assert not [f for f in files if other in f.name]
+        secret = (out / "owners" / other / "key.pem").read_bytes()
+        assert all(secret not in f.read_bytes() for f in files)
+        keys = list((out / "coordinator").rglob("key.pem")) + list((out / "model").rglob("key.pem"))
+        assert not keys
+        for anchors in (house / "anchor", out / "model" / "anchor"):
+            assert (anchors / "anchor.json").read_bytes() == (
+                out / "coordinator" / "anchor" / "anchor.json").read_bytes()
+
+
+def test_the_report_is_there_and_stands_alone(finished):
+    out = finished[0]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "Code House" in page and "creative" in page and "mixture without code" in page
+    assert 'src="http' not in page and "<script src" not in page
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_again_it_does_nothing_again(finished, capsys):
+    out, results, _ = finished
+    runner = Runner(stop_at=1)
+    again = run(out, runner)
+    assert runner.labels == []
+    said = capsys.readouterr().out
+    assert all(f"== {step}: done before" in said for step in STEPS)
+    for key in results.keys() - {"seconds", "commit", "machine", "started"}:
+        assert again[key] == results[key], key
+    assert again["seconds"]["total"] == results["seconds"]["total"]
+
+
+@pytest.fixture(scope="session")
+def interrupted(finished, tmp_path_factory):
+    """A demo stopped at the job after each of these labels, and run again each time."""
+    out, seen = tmp_path_factory.mktemp("demo") / "run", []
+    for label in ("fetch public", "fetch code", "expert code", "merge", None):
+        runner = Runner()
+        if label is not None:
+            def stop(jobs, processes, runner=runner, label=label):
+                for job in jobs:
+                    if label in runner.labels:
+                        raise KeyboardInterrupt
+                    Runner.__call__(runner, [job], 1)
+            with pytest.raises(KeyboardInterrupt):
+                run(out, stop)
+        else:
+            results = run(out, runner)
+        seen.append(runner.labels)
+    return out, results, seen
+
+
+def test_stopped_and_run_again_it_ends_with_the_same_results(interrupted, finished):
+    results, expected = interrupted[1], finished[1]
+    for key in ("bits_per_byte", "paper_router", "routing", "summary", "samples", "recipe",
+                "skipped"):
+        assert results[key] == expected[key], key
+    assert results["digests"]["anchor"] == expected["digests"]["anchor"]
+    assert results["digests"]["set code"] == expected["digests"]["set code"]
+
+
+def test_finished_steps_and_experts_are_not_done_again(interrupted):
+    _, _, seen = interrupted
+    assert seen[0] == ["fetch public"]
+    assert seen[1][:2] == ["fetch public", "prepare public"]  # the step that was cut off
+    assert seen[2][0] == "fetch code" and seen[2][-2:] == ["anchor", "expert code"]
+    assert seen[3][0] == "expert academic" and "anchor" not in seen[3]
+    assert seen[4][0] == "pack code"  # the keys are kept
+
+
+def test_another_recipe_does_again_only_what_depends_on_it(interrupted):
+    out = interrupted[0]
+    runner = Runner()
+    run(out, runner, RECIPE.model_copy(update={"evaluation_bytes": 1500}))
+    assert runner.labels == ["evaluate", "evaluate-paper"]
+    runner, other = Runner(), BRIEF.model_copy(update={"steps": 5})
+    results = run(out, runner, RECIPE.model_copy(update={"expert_train": other}))
+    assert runner.labels[:4] == ["expert code", "expert academic", "expert code-paper",
+                                 "expert academic-paper"]
+    assert not {"anchor", "fetch code", "key code"} & set(runner.labels)
+    assert [o["tokens_seen"] for o in results["owners"]] == [other.tokens] * 2
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A finished demo, free to change."""
+    return shutil.copytree(finished[0], tmp_path / "run")
+
+
+def forget(out, step):
+    """As if the step had been cut off."""
+    stages = json.loads((out / "stages.json").read_text())
+    stages[step]["finished"] = False
+    (out / "stages.json").write_text(json.dumps(stages))
+
+
+@pytest.fixture(scope="session")
+def left(finished, tmp_path_factory):
+    """A finished demo run again without one of its owners."""
+    out = shutil.copytree(finished[0], tmp_path_factory.mktemp("left") / "run")
+    runner = Runner()
+    return out, run(out, runner, sets="code"), runner.labels
+
+
+def test_an_owner_that_left_is_not_in_the_mixture(left):
+    out, results, _ = left
+    assert load_mixture(out / "model").expert_names == ["code"]
+    assert list(results["bits_per_byte"]) == ["anchor", "expert code", "mixture",
+                                              "mixture without code"]
+
+
+def test_with_other_owners_neither_the_anchor_nor_trained_experts_are_made_again(left):
+    assert not {"anchor", "expert code", "key code"} & set(left[2])
+
+
+@pytest.mark.parametrize("absent", ["anchor.json", "model.safetensors"])
+def test_an_anchor_copied_by_half_is_copied_again(copied, absent):
+    house = copied / "owners" / "code"
+    (house / "anchor" / absent).unlink()
+    shutil.rmtree(house / "expert.run")
+    forget(copied, "train experts")
+    run(copied, Runner())
+
+
+def test_a_key_made_by_half_does_not_stop_the_demo_for_ever(copied):
+    (copied / "owners" / "code" / "key.pem.pub").unlink()
+    forget(copied, "sign and merge")
+    run(copied, Runner())
+
+
+@pytest.mark.parametrize("sets", ["public", "code,code", "code,nosuch", ","])
+def test_owners_that_cannot_be_are_refused_before_any_work(tmp_path, sets):
+    runner = Runner(stop_at=1)
+    with pytest.raises(ConfigError, match=r"expected different names out of .*code"):
+        run(tmp_path / "run", runner, sets=sets)
+    assert runner.labels == []
+
+
+def test_without_any_owner_there_is_no_demo(made_sources, tmp_path):
+    with pytest.raises(FlexOlmoError, match="No owner's text"):
+        run(tmp_path / "run", Runner(), sets="creative")
+
+
+# --- steps --------------------------------------------------------------------------------------
+
+
+def begin(out):
+    return room._Demo(RECIPE, out, None)
+
+
+def test_a_step_is_done_once_for_the_same_inputs_and_again_for_others(tmp_path):
+    done = []
+    for first, second in ((1, 1), (1, 1), (1, 2), (3, 2), (3, 2)):
+        demo = begin(tmp_path)
+        demo.step("one", (), first, lambda f=first: done.append(("one", f)))
+        demo.step("two", ("one",), second, lambda s=second: done.append(("two", s)))
+    assert done == [("one", 1), ("two", 1), ("two", 2), ("one", 3), ("two", 2)]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, JobFailed])
+def test_a_step_that_failed_is_done_again_and_its_seconds_add_up(tmp_path, monkeypatch, error):
+    clock = iter([0.0, 0.0, 5.0, 100.0, 100.0, 107.0])
+    monkeypatch.setattr(room.time, "monotonic", lambda: next(clock))
+
+    def fail():
+        raise error("no")
+    with pytest.raises(error):
+        begin(tmp_path).step("one", (), 1, fail)
+    demo = begin(tmp_path)
+    assert demo.stages["one"]["finished"] is False
+    demo.step("one", (), 1, lambda: None)
+    assert demo.stages["one"] == {**demo.stages["one"], "finished": True, "seconds": 12.0}
+    assert json.loads((tmp_path / "stages.json").read_text()) == demo.stages
+
+
+# --- recipes for the jobs -----------------------------------------------------------------------
+
+WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
+TEXTS = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=8)
+PLAIN = (st.booleans() | st.integers(-2**62, 2**62) | TEXTS
+         | st.floats(allow_nan=False, allow_infinity=False))
+TABLES = st.recursive(
+    st.dictionaries(WORDS, PLAIN | st.lists(PLAIN, max_size=3), max_size=4),
+    lambda inner: st.dictionaries(WORDS, PLAIN | inner, max_size=3), max_leaves=6)
+
+
+@given(values=TABLES)
+@settings(max_examples=50)
+def test_what_is_written_as_toml_is_read_back(values, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "x.toml"
+    write_toml(path, values)
+    assert tomllib.loads(path.read_text(encoding="utf-8")) == values
+
+
+@pytest.mark.parametrize("text", ["a \U0001f642"])
+def test_any_text_is_written_as_toml(tmp_path, text):
+    write_toml(tmp_path / "x.toml", {"name": text})
+    assert tomllib.loads((tmp_path / "x.toml").read_text(encoding="utf-8")) == {"name": text}
+
+
+@pytest.mark.parametrize("recipe", [
+    RECIPE.anchor, RECIPE, ExpertRecipe(scope="ffn", router=LinearSettings()), BRIEF])
+def test_recipes_are_read_back_as_they_were(recipe, tmp_path):
+    write_toml(tmp_path / "deep" / "x.toml", recipe)
+    read = tomllib.loads((tmp_path / "deep" / "x.toml").read_text())
+    assert type(recipe).model_validate(read) == recipe

@@ -1,0 +1,22 @@
+"""A finished study that never was, and its page."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexolmo.research.study.study_page import write_page
+from made_results import make_results
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """Three seeds with ablations: results, directory, page."""
+    results, out = make_results(3, has_ablations=True), tmp_path_factory.mktemp("study")
+    return results, out, write_page(results, out).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that read the page only; drawing takes seconds."""
+    monkeypatch.setattr("flexolmo.research.study.study_page._FIGURES", ())
