@@ -1,6 +1,6 @@
 # make demo   set up, then the whole story on real text (about a quarter of an hour on two cores)
 # make test   set up, then the tests
-# make check  set up, then ruff and mypy
+# make check  set up, then ruff format, ruff and mypy
 
 PYTHON ?= python3
 VENV   := .venv
@@ -22,7 +22,8 @@ demo: setup
 	$(BIN)/flexolmo demo
 
 check: setup
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 clean:

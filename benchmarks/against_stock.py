@@ -35,19 +35,27 @@ def make_anchor(size: str) -> Anchor:
     """An anchor with random weights and a 4,096-entry vocabulary."""
     tokenizer = train_tokenizer(["some words to begin with"], 300)
     d_model, num_layers, d_ff = SIZES[size]
-    config = ModelConfig(vocab_size=4096, d_model=d_model, num_layers=num_layers,
-                         num_heads=d_model // 64, d_ff=d_ff, max_seq_len=1024,
-                         eos_token_id=tokenizer.eos_id)
+    config = ModelConfig(
+        vocab_size=4096,
+        d_model=d_model,
+        num_layers=num_layers,
+        num_heads=d_model // 64,
+        d_ff=d_ff,
+        max_seq_len=1024,
+        eos_token_id=tokenizer.eos_id,
+    )
     model = Transformer(config)
     model.initialise(0)
     even = np.full(4096, -np.log(4096), dtype=np.float32)
-    nothing = BigramModel(even, np.zeros_like(even), np.zeros(0, dtype=np.int64),
-                          np.zeros(0, dtype=np.float32))
+    nothing = BigramModel(
+        even, np.zeros_like(even), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    )
     return build_anchor(model, tokenizer, nothing, torch.randn(num_layers, d_model), {})
 
 
-def compare(ours: Callable[[], object], stock: Callable[[], object], rounds: int
-            ) -> tuple[float, float, float]:
+def compare(
+    ours: Callable[[], object], stock: Callable[[], object], rounds: int
+) -> tuple[float, float, float]:
     """Median seconds of each, run in turn, and the median of the paired ratios stock / ours.
 
     On one thread, seconds of this process alone, whatever else the machine does.
@@ -62,8 +70,11 @@ def compare(ours: Callable[[], object], stock: Callable[[], object], rounds: int
             run()
             seconds.append(now() - start)
         pairs.append(seconds)
-    return (statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs),
-            statistics.median(p[1] / p[0] for p in pairs))
+    return (
+        statistics.median(p[0] for p in pairs),
+        statistics.median(p[1] for p in pairs),
+        statistics.median(p[1] / p[0] for p in pairs),
+    )
 
 
 def measure(size: str, rounds: int) -> list[dict[str, object]]:
@@ -72,8 +83,10 @@ def measure(size: str, rounds: int) -> list[dict[str, object]]:
     router = LinearSettings(has_bias=False)
     generator = torch.Generator().manual_seed(1)
     sizes = expert_shapes(anchor.config, ExpertShape(d_ff=anchor.config.d_ff), router)
-    experts = {name: {k: torch.randn(size, generator=generator) * 0.02
-                      for k, size in sizes.items()} for name in ("a", "b", "c")}
+    experts = {
+        name: {k: torch.randn(size, generator=generator) * 0.02 for k, size in sizes.items()}
+        for name in ("a", "b", "c")
+    }
     mixture = LoadedMixture(assemble_mixture(anchor, experts, router), anchor.tokenizer, {})
     model = mixture.model
     with tempfile.TemporaryDirectory() as directory:
@@ -83,8 +96,15 @@ def measure(size: str, rounds: int) -> list[dict[str, object]]:
 
     def row(work: str, tokens: int, ours: Callable[[], object], theirs: Callable[[], object]):
         a, b, ratio = compare(ours, theirs, rounds)
-        rows.append({"size": size, "work": work, "ours_tokens_per_second": round(tokens / a),
-                     "stock_tokens_per_second": round(tokens / b), "ratio": round(ratio, 2)})
+        rows.append(
+            {
+                "size": size,
+                "work": work,
+                "ours_tokens_per_second": round(tokens / a),
+                "stock_tokens_per_second": round(tokens / b),
+                "ratio": round(ratio, 2),
+            }
+        )
 
     ids = torch.randint(1, 4000, (4, 257), generator=generator)
     with torch.inference_mode():
@@ -135,10 +155,19 @@ def main() -> None:
     rows = [r for size in SIZES for r in measure(size, options.rounds)]
     print("| size | work | ours, tok/s | stock, tok/s | ratio |\n|---|---|---|---|---|")
     for r in rows:
-        print("| {size} | {work} | {ours_tokens_per_second:,} | {stock_tokens_per_second:,} | "
-              "{ratio} |".format(**r))
-    print(json.dumps({"threads": options.threads, "torch": torch.__version__,
-                      "transformers": transformers.__version__}))
+        print(
+            "| {size} | {work} | {ours_tokens_per_second:,} | {stock_tokens_per_second:,} | "
+            "{ratio} |".format(**r)
+        )
+    print(
+        json.dumps(
+            {
+                "threads": options.threads,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

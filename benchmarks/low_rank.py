@@ -41,25 +41,40 @@ def main() -> None:
             uniform = torch.full((4096,), -float(np.log(4096)))
             experts = {}
             for i in range(NUM_EXPERTS):
-                tensors = {n: 0.02 * torch.randn(s)
-                           for n, s in expert_shapes(anchor.config, shape, router).items()}
-                experts[f"e{i}"] = tensors | {"router.unigram": uniform,
-                                              "router.backoff": torch.zeros(4096)}
+                tensors = {
+                    n: 0.02 * torch.randn(s)
+                    for n, s in expert_shapes(anchor.config, shape, router).items()
+                }
+                experts[f"e{i}"] = tensors | {
+                    "router.unigram": uniform,
+                    "router.backoff": torch.zeros(4096),
+                }
             model = assemble_mixture(anchor, experts, router)
             with torch.inference_mode():
-                base, ours, ratio = compare(lambda m=anchor.model, x=ids: m(x),
-                                            lambda m=model, x=ids: m(x), options.rounds)
+                base, ours, ratio = compare(
+                    lambda m=anchor.model, x=ids: m(x), lambda m=model, x=ids: m(x), options.rounds
+                )
             shapes = [shape] * NUM_EXPERTS
-            flops = (mixture_flops(anchor.config, shapes, [1.0] * NUM_EXPERTS)
-                     / dense_flops(anchor.config))
-            results.append({
-                "size": size, "rank": rank, "anchor_ms": 1000 * base, "mixture_ms": 1000 * ours,
-                "time_ratio": ratio, "flops_ratio": flops,
-                "bytes_of_whole": count_parameters(anchor.config, shape, router) / whole})
+            flops = mixture_flops(anchor.config, shapes, [1.0] * NUM_EXPERTS) / dense_flops(
+                anchor.config
+            )
+            results.append(
+                {
+                    "size": size,
+                    "rank": rank,
+                    "anchor_ms": 1000 * base,
+                    "mixture_ms": 1000 * ours,
+                    "time_ratio": ratio,
+                    "flops_ratio": flops,
+                    "bytes_of_whole": count_parameters(anchor.config, shape, router) / whole,
+                }
+            )
             r = results[-1]
-            print(f"{size:>4}  rank {rank:>2}: {r['time_ratio']:.2f}x the anchor's time "
-                  f"({flops:.2f}x its FLOPs), {r['bytes_of_whole']:.0%} of a whole expert's bytes",
-                  flush=True)
+            print(
+                f"{size:>4}  rank {rank:>2}: {r['time_ratio']:.2f}x the anchor's time "
+                f"({flops:.2f}x its FLOPs), {r['bytes_of_whole']:.0%} of a whole expert's bytes",
+                flush=True,
+            )
     print(json.dumps({"threads": options.threads, "rounds": options.rounds, "results": results}))
 
 

@@ -49,22 +49,32 @@ def main() -> None:
     model = with_stock_router(paper.model, router_rows(paper.model))
     with tempfile.TemporaryDirectory() as directory:
         export_stock(LoadedMixture(model, paper.tokenizer, {}), model, Path(directory) / "hf", {})
-        stock = HFLM(pretrained=str(Path(directory) / "hf"), batch_size=BATCH_SIZE, device="cpu",
-                     dtype="float32")
+        stock = HFLM(
+            pretrained=str(Path(directory) / "hf"),
+            batch_size=BATCH_SIZE,
+            device="cpu",
+            dtype="float32",
+        )
     same = OwnReader(model, paper.tokenizer)
     same.start = []  # the harness puts nothing before a text
     jobs, _ = prepare_jobs(choose_tasks([t for t, _ in TASKS]), Sources(), None)
-    items = {j.task.name: sorted(j.items, key=lambda i: i.id)[:asked.items] for j in jobs}
+    items = {j.task.name: sorted(j.items, key=lambda i: i.id)[: asked.items] for j in jobs}
     for task, form in TASKS:
-        pairs = [p for i in items[task] for p in zip(
-            i.forms[form].contexts, i.forms[form].options, strict=True)]
+        pairs = [
+            p
+            for i in items[task]
+            for p in zip(i.forms[form].contexts, i.forms[form].options, strict=True)
+        ]
         requests = [Instance("loglikelihood", {}, p, n) for n, p in enumerate(pairs)]
         runs = {
             "hf": lambda r=requests: [s for s, _ in stock.loglikelihood(r, disable_tqdm=True)],
-            "same": lambda p=pairs: [s.log_prob for s in Scorer(same, BATCH_SIZE
-                                                                ).log_likelihoods(p)],
-            "default": lambda p=pairs: [s.log_prob for s in Scorer(default, BATCH_SIZE
-                                                                   ).log_likelihoods(p)]}
+            "same": lambda p=pairs: [
+                s.log_prob for s in Scorer(same, BATCH_SIZE).log_likelihoods(p)
+            ],
+            "default": lambda p=pairs: [
+                s.log_prob for s in Scorer(default, BATCH_SIZE).log_likelihoods(p)
+            ],
+        }
         said = {name: run() for name, run in runs.items()}
         off = max(abs(a - b) for a, b in zip(said["hf"], said["same"], strict=True))
         assert off < 0.05, f"the two do not compute the same: {off}"
@@ -74,14 +84,27 @@ def main() -> None:
                 start = now()
                 run()
                 seconds[name].append(now() - start)
-        ratio = {n: statistics.median(h / o for h, o in zip(seconds["hf"], seconds[n], strict=True))
-                 for n in ("same", "default")}
-        print(json.dumps({
-            "task": task, "form": form, "items": len(items[task]), "requests": len(pairs),
-            "items_per_second": {n: round(len(items[task]) / statistics.median(s), 1)
-                                 for n, s in seconds.items()},
-            "times_hf": {n: round(r, 2) for n, r in ratio.items()},
-            "largest_difference_nats": round(off, 5)}), flush=True)
+        ratio = {
+            n: statistics.median(h / o for h, o in zip(seconds["hf"], seconds[n], strict=True))
+            for n in ("same", "default")
+        }
+        print(
+            json.dumps(
+                {
+                    "task": task,
+                    "form": form,
+                    "items": len(items[task]),
+                    "requests": len(pairs),
+                    "items_per_second": {
+                        n: round(len(items[task]) / statistics.median(s), 1)
+                        for n, s in seconds.items()
+                    },
+                    "times_hf": {n: round(r, 2) for n, r in ratio.items()},
+                    "largest_difference_nats": round(off, 5),
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -38,17 +38,27 @@ settings.register_profile("untimed", deadline=None)  # a busy machine fails no t
 settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it for its jobs
 
-SMALL_SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
-                             validation_share=0.05, heldout_share=0.05, vocab_size=300)
-ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(),
-           "linear without bias": LinearSettings(has_bias=False)}
+SMALL_SETS = PrepareSettings(
+    min_characters=20,
+    max_document_bytes=5000,
+    min_split_bytes=300,
+    validation_share=0.05,
+    heldout_share=0.05,
+    vocab_size=300,
+)
+ROUTERS = {
+    "evidence": EvidenceSettings(),
+    "linear": LinearSettings(),
+    "linear without bias": LinearSettings(has_bias=False),
+}
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:
     """The prepared set of `texts`, in `where`/prepared."""
     (where / "in").mkdir(parents=True)
     (where / "in" / "all.jsonl").write_text(
-        "\n".join(json.dumps({"text": t, "id": f"d{i}"}) for i, t in enumerate(texts)))
+        "\n".join(json.dumps({"text": t, "id": f"d{i}"}) for i, t in enumerate(texts))
+    )
     fetch_local(where / "in", name, where / "raw", licence="CC0-1.0")
     prepare_set(where / "raw" / name, where / "prepared", public=public, settings=SMALL_SETS)
     return where / "prepared"
@@ -61,7 +71,8 @@ def pico_set_dirs(tmp_path_factory) -> dict[str, Path]:
     public = prepare_made_set(here / "public", "public", write_documents("public", 150, 0), None)
     return {"public": public} | {
         name: prepare_made_set(here / name, name, write_documents(name, 40, 0), public)
-        for name in ("maths", "news")}
+        for name in ("maths", "news")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -74,10 +85,11 @@ def pico_sets(pico_set_dirs) -> dict[str, TokenSet]:
 def pico_recipe() -> AnchorRecipe:
     """What `pico_anchor` is trained by: 2 layers, width 32."""
     return AnchorRecipe(
-        model=AnchorShape(d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48,
-                          max_seq_len=512),
-        train=TrainSettings(steps=60, batch_size=8, seq_len=32, warmup_steps=3,
-                            learning_rate=0.02))
+        model=AnchorShape(
+            d_model=32, num_layers=2, num_heads=4, num_kv_heads=2, d_ff=48, max_seq_len=512
+        ),
+        train=TrainSettings(steps=60, batch_size=8, seq_len=32, warmup_steps=3, learning_rate=0.02),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -126,8 +138,9 @@ class Wild:
         """Of an expert with a whole FFN of the anchor's width, unless it says otherwise."""
         return ExpertShape(**{"d_ff": d_ff or self.anchor.config.d_ff, "num_bigrams": 3000} | sizes)
 
-    def expert(self, router: RouterSettings, seed: int, d_ff: int | None = None, **sizes: int
-               ) -> dict[str, torch.Tensor]:
+    def expert(
+        self, router: RouterSettings, seed: int, d_ff: int | None = None, **sizes: int
+    ) -> dict[str, torch.Tensor]:
         """Random tensors of one expert, in the anchor's dtype (router parts in float32).
 
         Products B A are about as large as the matrices they are added to.
@@ -143,26 +156,36 @@ class Wild:
             elif name in ("router.backoff", "router.bigram_log_probs"):
                 t = -t.abs()
             elif name == "router.bigram_keys":
-                t = torch.randperm(config.vocab_size**2, generator=generator)[:size[0]].msort()
+                t = torch.randperm(config.vocab_size**2, generator=generator)[: size[0]].msort()
             elif name.endswith(("lora_a", "lora_b")) or (
-                    name.endswith(".weight") and "router" not in name):
+                name.endswith(".weight") and "router" not in name
+            ):
                 t = (t * size[-1] ** -0.5).to(dtype)
             elif name.endswith("router.weight"):
                 t = t * 0.5
             tensors[name] = t
         return tensors
 
-    def rich_shapes(self, router: RouterSettings, names: str | list[str]
-                    ) -> dict[str, ExpertShape]:
+    def rich_shapes(self, router: RouterSettings, names: str | list[str]) -> dict[str, ExpertShape]:
         """By name: experts that hold all that `router` allows, whole and low-rank in turn."""
         D = self.anchor.config.d_model
-        more = {} if isinstance(router, LinearSettings) else {
-            "attention_rank": (D, 3), "embedding_rank": (2, D), "head_rank": (D, 4)}
-        return {n: self.shape(rank=(0, 3)[i % 2], **{k: v[i % 2] for k, v in more.items()})
-                for i, n in enumerate(names)}
+        more = (
+            {}
+            if isinstance(router, LinearSettings)
+            else {"attention_rank": (D, 3), "embedding_rank": (2, D), "head_rank": (D, 4)}
+        )
+        return {
+            n: self.shape(rank=(0, 3)[i % 2], **{k: v[i % 2] for k, v in more.items()})
+            for i, n in enumerate(names)
+        }
 
-    def mixture(self, router: RouterSettings, names: str | list[str], top_k: int | None = None,
-                shapes: Mapping[str, ExpertShape] | None = None) -> MixtureModel:
+    def mixture(
+        self,
+        router: RouterSettings,
+        names: str | list[str],
+        top_k: int | None = None,
+        shapes: Mapping[str, ExpertShape] | None = None,
+    ) -> MixtureModel:
         """A mixture of experts by name; an expert's tensors depend on its name alone.
 
         Without `shapes`, by name, some are narrow and all have whole FFNs and nothing besides.
@@ -185,14 +208,21 @@ class Wild:
 @pytest.fixture(scope="session")
 def make_wild(pico_anchor):
     """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32."""
+
     def make(dtype: torch.dtype = torch.float32, **changes) -> Wild:
         config = ModelConfig.model_validate(pico_anchor.config.model_dump() | changes)
         model = Transformer(config)
         draw_weights(model, seed=1)
-        rows = torch.randn(config.num_layers, config.d_model,
-                           generator=torch.Generator().manual_seed(2)) * 0.5
-        return Wild(build_anchor(model.to(dtype), pico_anchor.tokenizer, pico_anchor.public, rows,
-                                 {}))
+        rows = (
+            torch.randn(
+                config.num_layers, config.d_model, generator=torch.Generator().manual_seed(2)
+            )
+            * 0.5
+        )
+        return Wild(
+            build_anchor(model.to(dtype), pico_anchor.tokenizer, pico_anchor.public, rows, {})
+        )
+
     return make
 
 

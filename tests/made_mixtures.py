@@ -24,12 +24,18 @@ from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
 
 NAMES = ("amber", "basalt", "zinc")
-IN_SESSION = settings(derandomize=True, max_examples=6, database=None,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True,
+    max_examples=6,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 ROUTERS: dict[str, RouterSettings] = {
-    "evidence": EvidenceSettings(), "linear": LinearSettings(),
+    "evidence": EvidenceSettings(),
+    "linear": LinearSettings(),
     "stock": LinearSettings(has_bias=False),
-    "rich": EvidenceSettings()}  # with experts that hold more than an FFN
+    "rich": EvidenceSettings(),
+}  # with experts that hold more than an FFN
 
 
 def owner_of(name: str) -> str:
@@ -61,15 +67,20 @@ class House:
     def trusted(self) -> TrustedOwners:
         """Ann's and Bob's public keys."""
         return TrustedOwners.from_keys(
-            {o: Path(f"{k}.pub").read_bytes() for o, k in self.keys.items()})
+            {o: Path(f"{k}.pub").read_bytes() for o, k in self.keys.items()}
+        )
 
     def tensors(self, name: str, router: str) -> dict[str, Tensor]:
         """The expert's tensors; some experts are narrower than the anchor's FFN, or low-rank."""
         number = sum(name.encode())
         sizes = {"d_ff": 48 if number % 2 else 20}
         if router == "rich":
-            sizes = {"rank": 3 * (number % 2), "attention_rank": 2, "embedding_rank": 3,
-                     "head_rank": 4}
+            sizes = {
+                "rank": 3 * (number % 2),
+                "attention_rank": 2,
+                "embedding_rank": 3,
+                "head_rank": 4,
+            }
         return self.wild.expert(ROUTERS[router], number, **sizes)
 
     def architecture(self, tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -78,19 +89,26 @@ class House:
         shapes = {n: tuple(t.shape) for n, t in tensors.items()}
         return architecture_of(config, shape_of_tensors(shapes, config))
 
-    def write(self, where: Path, name: str, tensors: dict[str, Tensor], router: str,
-              **changes: Any) -> Path:
+    def write(
+        self, where: Path, name: str, tensors: dict[str, Tensor], router: str, **changes: Any
+    ) -> Path:
         """Sign `tensors` into `where`/NAME.bundle; `changes` are of the manifest, or `key`."""
         weights = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
         settings = ROUTERS[router]
         key = changes.pop("key", self.keys[owner_of(name)])
         today = changes.pop("today", None)
         claims = {
-            "owner": owner_of(name), "anchor_digest": self.anchor.digest,
+            "owner": owner_of(name),
+            "anchor_digest": self.anchor.digest,
             "architecture": self.architecture(tensors),
-            "router_kind": settings.kind, "router_settings": settings.model_dump(mode="json"),
-            "recipe": {}, "tokens_seen": 7, "data_card_digest": "sha256:" + "0" * 64,
-            "licence": "MIT", "terms_text": "For tests."} | changes
+            "router_kind": settings.kind,
+            "router_settings": settings.model_dump(mode="json"),
+            "recipe": {},
+            "tokens_seen": 7,
+            "data_card_digest": "sha256:" + "0" * 64,
+            "licence": "MIT",
+            "terms_text": "For tests.",
+        } | changes
         manifest = build_manifest(weights, name=name, **claims)
         return write_bundle(where / f"{name}.bundle", weights, manifest, key, today=today)
 
@@ -98,15 +116,17 @@ class House:
         """A good bundle, signed once; do not change it in place."""
         if (name, router) not in self._made:
             self._made[name, router] = self.write(
-                self.root / f"out-{router}", name, self.tensors(name, router), router)
+                self.root / f"out-{router}", name, self.tensors(name, router), router
+            )
         return self._made[name, router]
 
     def bundles(self, names: Any, router: str = "evidence") -> list[Path]:
         """Good bundles of several names."""
         return [self.bundle(n, router) for n in names]
 
-    def build(self, names: Any, out: Path, router: str = "evidence", top_k: int | None = None
-              ) -> Path:
+    def build(
+        self, names: Any, out: Path, router: str = "evidence", top_k: int | None = None
+    ) -> Path:
         """A mixture of its own at `out`, free to change: no file is shared with a bundle."""
         build_mixture(self.anchor_dir, self.bundles(names, router), out, self.trusted, top_k=top_k)
         for file in out.rglob("*"):
@@ -121,13 +141,15 @@ class House:
         key = ("mixture", tuple(names), router, top_k)
         if key not in self._made:
             out = self.root / f"model{len(self._made)}"
-            build_mixture(self.anchor_dir, self.bundles(names, router), out, self.trusted,
-                          top_k=top_k)
+            build_mixture(
+                self.anchor_dir, self.bundles(names, router), out, self.trusted, top_k=top_k
+            )
             self._made[key] = SimpleNamespace(path=out, loaded=load_mixture(out))
         return self._made[key].path
 
-    def mixture(self, names: Any, router: str = "evidence", top_k: int | None = None
-                ) -> LoadedMixture:
+    def mixture(
+        self, names: Any, router: str = "evidence", top_k: int | None = None
+    ) -> LoadedMixture:
         """The mixture of `mixture_dir`, loaded once."""
         self.mixture_dir(names, router, top_k)
         return self._made["mixture", tuple(names), router, top_k].loaded
@@ -135,15 +157,18 @@ class House:
 
 def tree(directory):
     """Every file below `directory`, its bytes by relative path."""
-    return {str(f.relative_to(directory)): f.read_bytes()
-            for f in sorted(directory.rglob("*")) if f.is_file()}
+    return {
+        str(f.relative_to(directory)): f.read_bytes()
+        for f in sorted(directory.rglob("*"))
+        if f.is_file()
+    }
 
 
 def flip(file, place, change):
     """Change one byte of `file`, `place` of the way through it; returns the old content."""
     old = file.read_bytes()
     at = min(int(place * len(old)), len(old) - 1)
-    file.write_bytes(old[:at] + bytes([old[at] ^ change]) + old[at + 1:])
+    file.write_bytes(old[:at] + bytes([old[at] ^ change]) + old[at + 1 :])
     return old
 
 

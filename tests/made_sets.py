@@ -7,15 +7,21 @@ from pathlib import Path
 from flexolmo.data.local import fetch_local
 from flexolmo.data.prepare import PrepareSettings
 
-SMALL = PrepareSettings(min_characters=20, max_document_bytes=600, min_split_bytes=300,
-                        validation_share=0.1, heldout_share=0.1, vocab_size=300)
+SMALL = PrepareSettings(
+    min_characters=20,
+    max_document_bytes=600,
+    min_split_bytes=300,
+    validation_share=0.1,
+    heldout_share=0.1,
+    vocab_size=300,
+)
 
 
 def made_text(seed: int, num_words: int = 60) -> str:
     """Words no other seed has, so no two texts are near duplicates."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(num_words)]
-    return "\n\n".join(" ".join(words[i:i + 12]) for i in range(0, num_words, 12))
+    return "\n\n".join(" ".join(words[i : i + 12]) for i in range(0, num_words, 12))
 
 
 def write_raw(directory: Path, name: str, texts: list[str]) -> Path:

@@ -29,8 +29,10 @@ def test_an_unknown_name_is_refused_with_those_there_are():
 
 
 def test_neither_importing_nor_help_loads_torch():
-    code = ("import sys, flexolmo; from flexolmo.cli import app; "
-            "from typer.testing import CliRunner; "
-            "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
-            "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))")
+    code = (
+        "import sys, flexolmo; from flexolmo.cli import app; "
+        "from typer.testing import CliRunner; "
+        "assert CliRunner().invoke(app, ['generate', '--help']).exit_code == 0; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,8 +14,7 @@ from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 
 RECIPES = Path(flexolmo.__file__).parent / "recipes"
-SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe,
-          "study": StudyRecipe}
+SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe, "study": StudyRecipe}
 
 
 def write(tmp_path, text):
@@ -46,8 +45,10 @@ def test_no_recipe_is_all_defaults():
 
 
 def test_sections_nest_and_overrides_win(tmp_path):
-    path = write(tmp_path, "seed = 3\nscope = 'ffn'\n[train]\nsteps = 50\nbatch_size = 2\n"
-                           "[router]\nkind = 'linear'\n")
+    path = write(
+        tmp_path,
+        "seed = 3\nscope = 'ffn'\n[train]\nsteps = 50\nbatch_size = 2\n[router]\nkind = 'linear'\n",
+    )
     recipe = read_recipe(path, ExpertRecipe, ["train.steps=60", "router.has_bias = false"])
     assert (recipe.seed, recipe.train.steps, recipe.train.batch_size) == (3, 60, 2)
     assert recipe.router.kind == "linear" and recipe.router.has_bias is False
@@ -55,19 +56,29 @@ def test_sections_nest_and_overrides_win(tmp_path):
     assert again.seed == 2  # the last one
 
 
-@pytest.mark.parametrize("text, value", [
-    ("router.kind=linear", "linear"), ('router.kind="linear"', "linear"),
-    ("router.kind = 'linear'", "linear")])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("router.kind=linear", "linear"),
+        ('router.kind="linear"', "linear"),
+        ("router.kind = 'linear'", "linear"),
+    ],
+)
 def test_a_bare_word_is_a_text(text, value):
     assert read_recipe(None, ExpertRecipe, ["scope=ffn", text]).router.kind == value
 
 
 def test_lists_and_deep_sections_can_be_overridden():
-    recipe = read_recipe(RECIPES / "demo.toml", DemoRecipe,
-                         ['sets=["code"]', "anchor.train.steps=9", "anchor.train.warmup_steps=1"])
+    recipe = read_recipe(
+        RECIPES / "demo.toml",
+        DemoRecipe,
+        ['sets=["code"]', "anchor.train.steps=9", "anchor.train.warmup_steps=1"],
+    )
     assert recipe.sets == ("code",) and recipe.anchor.train.steps == 9
-    assert recipe.anchor.model.d_model == read_recipe(RECIPES / "demo.toml",
-                                                      DemoRecipe).anchor.model.d_model
+    assert (
+        recipe.anchor.model.d_model
+        == read_recipe(RECIPES / "demo.toml", DemoRecipe).anchor.model.d_model
+    )
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path):
@@ -82,10 +93,17 @@ def test_an_unknown_key_like_no_other_is_refused_with_all_there_are():
 
 
 def test_every_problem_is_listed(tmp_path):
-    said = refusal(ExpertRecipe, write(
-        tmp_path, "seed = -1\nseeed = 1\n[train]\nsteps = 'many'\nbatch_size = 0\n"))
-    for part in ("seed: ", "seeed: unknown key. Did you mean seed?", "train.steps: ",
-                 "found 'many'", "train.batch_size: "):
+    said = refusal(
+        ExpertRecipe,
+        write(tmp_path, "seed = -1\nseeed = 1\n[train]\nsteps = 'many'\nbatch_size = 0\n"),
+    )
+    for part in (
+        "seed: ",
+        "seeed: unknown key. Did you mean seed?",
+        "train.steps: ",
+        "found 'many'",
+        "train.batch_size: ",
+    ):
         assert part in said
 
 

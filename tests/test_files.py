@@ -23,11 +23,19 @@ from flexolmo.files import (
 )
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner, max_size=3),
-    max_leaves=8)
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=5), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
 stops = pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt, SystemExit])
 
 
@@ -96,8 +104,10 @@ def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path):
     (tmp_path / "thesis" / "chapter1.txt").write_text("ten years of work")
     (tmp_path / "notes").write_text("x")
     for name in ("thesis", "notes"):
-        with pytest.raises(FlexOlmoError, match=f"{name} exists and is not replaced"), \
-                write_directory_aside(tmp_path / name, "x"):
+        with (
+            pytest.raises(FlexOlmoError, match=f"{name} exists and is not replaced"),
+            write_directory_aside(tmp_path / name, "x"),
+        ):
             raise AssertionError("refused before any work")
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "ten years of work"
     assert names(tmp_path) == ["notes", "thesis"]
@@ -114,6 +124,7 @@ def test_a_stop_at_either_rename_leaves_the_old_directory_or_the_new(tmp_path, m
         if len(calls) == rename:
             raise KeyboardInterrupt
         replace(source, target)
+
     monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt), write_directory_aside(path, "x") as aside:
         (aside / "x").write_text("new")
@@ -150,7 +161,7 @@ def test_digests_of_bytes_and_files_agree_with_hashlib(tmp_path, size):
 def test_written_json_is_readable_and_keeps_its_order(tmp_path):
     write_json(tmp_path / "a.json", {"z": "é", "a": [1, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
-    assert text.index("z") < text.index("a\"") and "é" in text and text.endswith("}\n")
+    assert text.index("z") < text.index('a"') and "é" in text and text.endswith("}\n")
     assert read_json(tmp_path / "a.json") == {"z": "é", "a": [1, None]}
 
 

@@ -47,10 +47,21 @@ ORDER = [
     ["cli", "cli."],
     ["__main__"],
 ]
-NETWORK = {"socket", "ssl", "urllib", "urllib3", "http", "requests", "httpx", "aiohttp", "ftplib",
-           "asyncio", "huggingface_hub", "datasets"}
-UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal",
-              "shelve"}
+NETWORK = {
+    "socket",
+    "ssl",
+    "urllib",
+    "urllib3",
+    "http",
+    "requests",
+    "httpx",
+    "aiohttp",
+    "ftplib",
+    "asyncio",
+    "huggingface_hub",
+    "datasets",
+}
+UNPICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
 
 def name_of(path: Path) -> str:
@@ -162,8 +173,11 @@ def test_bundles_data_and_policy_come_without_torch():
     """Asked of Python itself, so that nothing they import brings it along either."""
     names = [n for n in FILES if n.split(".")[0] in ("bundle", "data")]
     names += [n for n in ("inference.policy",) if n in FILES]
-    code = "import sys\n" + "".join(f"import flexolmo.{n}\n" for n in names) + (
-        "sys.exit('torch came along' if 'torch' in sys.modules else 0)")
+    code = (
+        "import sys\n"
+        + "".join(f"import flexolmo.{n}\n" for n in names)
+        + ("sys.exit('torch came along' if 'torch' in sys.modules else 0)")
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

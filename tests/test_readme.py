@@ -10,12 +10,14 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"),
-                      re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
-def test_the_python_example_runs_and_is_under_15_lines(pico_anchor_dir, pico_set_dirs, tmp_path,
-                                                       monkeypatch, capsys):
+def test_the_python_example_runs_and_is_under_15_lines(
+    pico_anchor_dir, pico_set_dirs, tmp_path, monkeypatch, capsys
+):
     example = blocks("python")[0]
     assert len(example.strip().splitlines()) < 15
     shutil.copytree(pico_anchor_dir, tmp_path / "anchor")
@@ -25,7 +27,13 @@ def test_the_python_example_runs_and_is_under_15_lines(pico_anchor_dir, pico_set
     with_it, without = capsys.readouterr().out.split("\n---\n")
     assert with_it and without and with_it != without
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "anchor", "math.bundle", "math.pem", "math.pem.pub", "model", "prepared"]
+        "anchor",
+        "math.bundle",
+        "math.pem",
+        "math.pem.pub",
+        "model",
+        "prepared",
+    ]
 
 
 def test_the_two_commands_come_first():

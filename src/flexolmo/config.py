@@ -16,8 +16,9 @@ from flexolmo.errors import ConfigError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-def read_recipe(path: Path | None, schema: type[Settings],
-                overrides: Sequence[str] = ()) -> Settings:
+def read_recipe(
+    path: Path | None, schema: type[Settings], overrides: Sequence[str] = ()
+) -> Settings:
     """The recipe in `path` (none: all defaults) with `overrides` such as "train.steps=10".
 
     Raises ConfigError that lists every unknown key and bad value.
@@ -32,8 +33,9 @@ def read_recipe(path: Path | None, schema: type[Settings],
             raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
     for text in overrides:
         _override(values, text)
-    return parse_settings(_merge(_defaults(schema), values), schema,
-                          str(path or "the command line"))
+    return parse_settings(
+        _merge(_defaults(schema), values), schema, str(path or "the command line")
+    )
 
 
 def parse_settings(values: dict[str, Any], schema: type[Settings], where: str) -> Settings:
@@ -97,8 +99,11 @@ def _explain(problem: Any, schema: type[BaseModel]) -> str:
 def _known_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in schema.model_fields.items():
-        inner = [t for t in (field.annotation, *get_args(field.annotation))
-                 if isinstance(t, type) and issubclass(t, BaseModel)]
+        inner = [
+            t
+            for t in (field.annotation, *get_args(field.annotation))
+            if isinstance(t, type) and issubclass(t, BaseModel)
+        ]
         for section in inner:
             keys += [k for k in _known_keys(section, f"{prefix}{name}.") if k not in keys]
         if not inner:

@@ -72,10 +72,13 @@ def write_directory_aside(path: Path, marker: str) -> Iterator[Path]:
     or holds the file `marker`, which says that it is one of the same kind; FlexOlmoError if not.
     """
     path = Path(path)
-    if path.exists() and not (path.is_dir() and ((path / marker).is_file()
-                                                 or not any(path.iterdir()))):
-        raise FlexOlmoError(f"{path} exists and is not replaced: it has no {marker}, so it is "
-                            "something else. Choose another place.")
+    if path.exists() and not (
+        path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
+    ):
+        raise FlexOlmoError(
+            f"{path} exists and is not replaced: it has no {marker}, so it is "
+            "something else. Choose another place."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
@@ -134,6 +137,8 @@ def hold_lock(path: Path, wait: bool) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise FlexOlmoError(f"Another run is at work in {path.parent}. Wait for its end, or "
-                                "stop it: this one then goes on from there.") from None
+            raise FlexOlmoError(
+                f"Another run is at work in {path.parent}. Wait for its end, or "
+                "stop it: this one then goes on from there."
+            ) from None
         yield

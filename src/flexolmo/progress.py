@@ -63,12 +63,20 @@ class Meter:
             self._bar.update(self._bar.task_ids[0], completed=self.done, text=self.describe())
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            print(f"{self.label}: {self.describe()}, {format_seconds(self.seconds_left())} left",
-                  file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {self.describe()}, {format_seconds(self.seconds_left())} left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _report(self, path: str) -> None:
-        state = {"label": self.label, "done": self.done, "total": self.total,
-                 "text": self.describe(), "seconds_left": self.seconds_left()}
+        state = {
+            "label": self.label,
+            "done": self.done,
+            "total": self.total,
+            "text": self.describe(),
+            "seconds_left": self.seconds_left(),
+        }
         aside = Path(f"{path}.new")
         aside.write_text(json.dumps(state), encoding="utf-8")
         aside.replace(path)
@@ -92,9 +100,14 @@ def progress(label: str, total: float, unit: str, done: float = 0) -> Iterator[M
     if not console.is_terminal or PROGRESS_FILE in os.environ:
         yield meter
         return
-    with Progress(TextColumn("{task.description}"), BarColumn(bar_width=24),
-                  TextColumn("{task.fields[text]}"), TimeRemainingColumn(compact=True),
-                  console=console, transient=False) as bar:
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=False,
+    ) as bar:
         task = bar.add_task(label, total=total, text="")
         bar.update(task, completed=done)
         meter._bar = bar

@@ -33,8 +33,10 @@ def choose_device(name: str) -> torch.device:
             raise NotImplementedError("it is neither cpu nor cuda")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"Device {name!r} cannot be used here: {str(e).splitlines()[0]}. Use cpu"
-                          f"{', or cuda' if torch.cuda.is_available() else ''}.") from None
+        raise ConfigError(
+            f"Device {name!r} cannot be used here: {str(e).splitlines()[0]}. Use cpu"
+            f"{', or cuda' if torch.cuda.is_available() else ''}."
+        ) from None
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         if device.index is not None:
@@ -60,9 +62,13 @@ def source_commit() -> str | None:
         return None
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", "--no-optional-locks", "-C", str(root), *args],
-                              capture_output=True, text=True, check=True, timeout=10,
-                              ).stdout.strip()
+        return subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(root), *args],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
@@ -78,9 +84,12 @@ def run_record(config: dict[str, Any], seed: int, data: dict[str, str]) -> dict[
         "data": data,
         "commit": source_commit(),
         "software": software_versions(),
-        "machine": {"cpu_count": os.cpu_count(), "torch_threads": torch.get_num_threads(),
-                    "platform": platform.platform(),
-                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
-                    "matmul_precision": torch.get_float32_matmul_precision()},
+        "machine": {
+            "cpu_count": os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
+            "matmul_precision": torch.get_float32_matmul_precision(),
+        },
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

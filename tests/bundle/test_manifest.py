@@ -40,8 +40,16 @@ GOLDEN = (
 )
 
 
-ARCHITECTURE = {"num_layers": 1, "d_model": 2, "d_ff": 3, "rank": 0, "attention_rank": 4,
-                "embedding_rank": 0, "head_rank": 0, "num_bigrams": 7}
+ARCHITECTURE = {
+    "num_layers": 1,
+    "d_model": 2,
+    "d_ff": 3,
+    "rank": 0,
+    "attention_rank": 4,
+    "embedding_rank": 0,
+    "head_rank": 0,
+    "num_bigrams": 7,
+}
 
 
 def make_manifest(**changes):

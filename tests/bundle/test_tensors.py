@@ -20,8 +20,13 @@ from flexolmo.files import digest_bytes
 
 WIDTHS = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I64": 8}
 FLOATS = [n for n in WIDTHS if n != "I64"]
-LIBRARY_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64",
-                 "I64": "int64"}
+LIBRARY_NAMES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+}
 
 
 def make_weights(tensors=None):
@@ -192,7 +197,7 @@ def test_compared_tensors_list_every_difference():
 
 def test_whole_numbers_are_all_finite():
     """Also those whose bits would be an infinity or NaN of another dtype."""
-    values = np.array([0, -1, 2**63 - 1, -2**63, 0x7FF0000000000000], dtype="<i8")
+    values = np.array([0, -1, 2**63 - 1, -(2**63), 0x7FF0000000000000], dtype="<i8")
     weights = make_weights({"a": ("I64", [5], values.tobytes())})
     assert find_nonfinite(weights) == []
     assert describe_tensors(weights)["a"].dtype == "I64"

@@ -41,9 +41,23 @@ def trust_dir(owner_keys, tmp_path_factory):
 
 def test_there_is_one_verb_for_each_stage():
     assert {path[0] for path in VERBS if path} == {
-        "data", "anchor", "expert", "mix", "generate", "eval", "demo", "study"}
+        "data",
+        "anchor",
+        "expert",
+        "mix",
+        "generate",
+        "eval",
+        "demo",
+        "study",
+    }
     assert {path[1] for path in VERBS if path[:1] == ("mix",) and path[1:]} == {
-        "build", "add", "remove", "inspect", "export", "import"}
+        "build",
+        "add",
+        "remove",
+        "inspect",
+        "export",
+        "import",
+    }
 
 
 @pytest.mark.parametrize("path", VERBS, ids=lambda p: " ".join(p) or "flexolmo")
@@ -73,9 +87,9 @@ def test_a_group_without_a_verb_shows_its_verbs(path):
 def test_examples_in_help_are_commands_that_exist(path):
     lines = [line.strip() for line in (VERBS[path].help or "").splitlines()]
     for line in lines:
-        words = line[max(line.find("flexolmo "), 0):].split()
+        words = line[max(line.find("flexolmo "), 0) :].split()
         if words[:1] == ["flexolmo"]:
-            assert tuple(words[1:1 + len(path)]) == path
+            assert tuple(words[1 : 1 + len(path)]) == path
             known = {o for p in VERBS[path].params for o in p.opts}
             assert {w for w in words if w.startswith("-")} <= known
 
@@ -103,60 +117,95 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
     anchor, public = house.anchor_dir, pico_set_dirs["public"]
     train = ("anchor", "train", "--data", public, "--out", tmp_path / "a")
     for words, parts in (
-            ((*train, "--recipe", tmp_path / "absent.toml"), ["ConfigError", "absent.toml"]),
-            ((*train, "--recipe", bad_toml), ["ConfigError", "bad.toml", "TOML"]),
-            ((*train, "--set", "train.stepz=3"), ["ConfigError", "train.stepz"]),
-            ((*train, "--set", "steps"), ["section.key=value"]),
-            (("demo", "--out", tmp_path / "d", "--recipe", bad_toml), ["bad.toml"]),
-            (("demo", "--out", tmp_path / "d", "--set", "sead=1"), ["Did you mean seed?"]),
-            (("demo", "--out", tmp_path / "d", "--sets", "code,nosuch"), ["nosuch", "academic"]),
-            (("generate", "--model", tmp_path / "none", "--prompt", "x"), [tmp_path / "none"]),
-            (("eval", "sets", "--model", tmp_path / "none", "--data", public),
-             [tmp_path / "none"]),
-            (("eval", "--limit", "3"), ["--model"]),
-            (("eval", "--model", tmp_path), ["CheckpointError", "holds no model"]),
-            (("eval", "--model", model, "--without", "news"), ["Unknown expert news"]),
-            (("eval", "--model", model, "--tasks", "arc"), ["Unknown task arc", "arc_easy"]),
-            (("eval", "--model", model, "--items", tmp_path / "none"), ["not a directory"]),
-            (("eval", "--suite", "mine", "--model", model), ["flexolmo31"]),
-            (("mix", "inspect", tmp_path), ["mixture.json"]),
-            (("anchor", "inspect", tmp_path), ["anchor.json"]),
-            (("mix", "build", tmp_path / "none", house.bundle("amber"), "-o", tmp_path / "m"),
-             [tmp_path / "none"]),
-            (("generate", "--model", model, "--prompt", "x", "--without", "news"),
-             ["PolicyError", "Unknown expert news", "amber, basalt, zinc"]),
-            (("generate", "--model", model, "--prompt", "x", "--only", "amber,news"), ["news"]),
-            (("generate", "--model", model, "--prompt", "x", "--only", "amber", "--without",
-              "zinc"), ["not both"]),
-            (("generate", "--model", anchor, "--prompt", "x", "--without", "amber"),
-             ["Unknown expert amber", "none"]),
-            (("generate", "--model", model, "--prompt", "x", "--top-p", "0"), ["top_p"]),
-            (("generate", "--model", model, "--prompt", "long " * 999), ["512 positions"]),
-            (("mix", "build", anchor, public, "-o", tmp_path / "m"), ["missing: manifest.json"]),
-            (("mix", "build", anchor, bad_toml, "-o", tmp_path / "m"), ["bad.toml"]),
-            (("mix", "build", anchor, house.bundle("amber"), "-o", tmp_path / "m"),
-             ["SignatureError", "unknown key"]),
-            (("mix", "remove", model, "news"), ["No expert news"]),
-            (("mix", "export", model, "-o", tmp_path / "hf", "--to", "gguf"), ["gguf", "hf"]),
-            (("mix", "export", house.mixture_dir(NAMES, "rich"), "-o", tmp_path / "hf"),
-             ["amber, basalt, zinc also change", "--scope ffn"]),
-            (("expert", "verify", public), ["missing: manifest.json"]),
-            (("expert", "verify", house.bundle("amber")), ["unknown key"]),
-            (("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
-             ["expert.json"]),
-            (("eval", "sets", "--model", model, "--data", tmp_path), ["card.json"]),
-            (("eval", "sets", "--model", model, "--data", public, "--split", "train"),
-             ["heldout", "validation"])):
+        ((*train, "--recipe", tmp_path / "absent.toml"), ["ConfigError", "absent.toml"]),
+        ((*train, "--recipe", bad_toml), ["ConfigError", "bad.toml", "TOML"]),
+        ((*train, "--set", "train.stepz=3"), ["ConfigError", "train.stepz"]),
+        ((*train, "--set", "steps"), ["section.key=value"]),
+        (("demo", "--out", tmp_path / "d", "--recipe", bad_toml), ["bad.toml"]),
+        (("demo", "--out", tmp_path / "d", "--set", "sead=1"), ["Did you mean seed?"]),
+        (("demo", "--out", tmp_path / "d", "--sets", "code,nosuch"), ["nosuch", "academic"]),
+        (("generate", "--model", tmp_path / "none", "--prompt", "x"), [tmp_path / "none"]),
+        (("eval", "sets", "--model", tmp_path / "none", "--data", public), [tmp_path / "none"]),
+        (("eval", "--limit", "3"), ["--model"]),
+        (("eval", "--model", tmp_path), ["CheckpointError", "holds no model"]),
+        (("eval", "--model", model, "--without", "news"), ["Unknown expert news"]),
+        (("eval", "--model", model, "--tasks", "arc"), ["Unknown task arc", "arc_easy"]),
+        (("eval", "--model", model, "--items", tmp_path / "none"), ["not a directory"]),
+        (("eval", "--suite", "mine", "--model", model), ["flexolmo31"]),
+        (("mix", "inspect", tmp_path), ["mixture.json"]),
+        (("anchor", "inspect", tmp_path), ["anchor.json"]),
+        (
+            ("mix", "build", tmp_path / "none", house.bundle("amber"), "-o", tmp_path / "m"),
+            [tmp_path / "none"],
+        ),
+        (
+            ("generate", "--model", model, "--prompt", "x", "--without", "news"),
+            ["PolicyError", "Unknown expert news", "amber, basalt, zinc"],
+        ),
+        (("generate", "--model", model, "--prompt", "x", "--only", "amber,news"), ["news"]),
+        (
+            ("generate", "--model", model, "--prompt", "x", "--only", "amber", "--without", "zinc"),
+            ["not both"],
+        ),
+        (
+            ("generate", "--model", anchor, "--prompt", "x", "--without", "amber"),
+            ["Unknown expert amber", "none"],
+        ),
+        (("generate", "--model", model, "--prompt", "x", "--top-p", "0"), ["top_p"]),
+        (("generate", "--model", model, "--prompt", "long " * 999), ["512 positions"]),
+        (("mix", "build", anchor, public, "-o", tmp_path / "m"), ["missing: manifest.json"]),
+        (("mix", "build", anchor, bad_toml, "-o", tmp_path / "m"), ["bad.toml"]),
+        (
+            ("mix", "build", anchor, house.bundle("amber"), "-o", tmp_path / "m"),
+            ["SignatureError", "unknown key"],
+        ),
+        (("mix", "remove", model, "news"), ["No expert news"]),
+        (("mix", "export", model, "-o", tmp_path / "hf", "--to", "gguf"), ["gguf", "hf"]),
+        (
+            ("mix", "export", house.mixture_dir(NAMES, "rich"), "-o", tmp_path / "hf"),
+            ["amber, basalt, zinc also change", "--scope ffn"],
+        ),
+        (("expert", "verify", public), ["missing: manifest.json"]),
+        (("expert", "verify", house.bundle("amber")), ["unknown key"]),
+        (
+            ("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
+            ["expert.json"],
+        ),
+        (("eval", "sets", "--model", model, "--data", tmp_path), ["card.json"]),
+        (
+            ("eval", "sets", "--model", model, "--data", public, "--split", "train"),
+            ["heldout", "validation"],
+        ),
+    ):
         is_plain_refusal(run(*words), *parts)
     assert not (tmp_path / "m").exists() and not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("words", [
-    ["nosuch"], ["mix", "nosuch"], ["generate"], ["generate", "--prompt", "x"],
-    ["generate", "--model", "m", "--prompt", "x", "--temperature", "-1"],
-    ["generate", "--model", "m", "--prompt", "x", "--nosuch"],
-    ["mix", "build", "anchor", "b", "-o", "m", "--top-k", "0"],
-    ["expert", "pack", "r", "--key", "k", "--owner", "A", "--licence", "M", "--expires", "soon"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nosuch"],
+        ["mix", "nosuch"],
+        ["generate"],
+        ["generate", "--prompt", "x"],
+        ["generate", "--model", "m", "--prompt", "x", "--temperature", "-1"],
+        ["generate", "--model", "m", "--prompt", "x", "--nosuch"],
+        ["mix", "build", "anchor", "b", "-o", "m", "--top-k", "0"],
+        [
+            "expert",
+            "pack",
+            "r",
+            "--key",
+            "k",
+            "--owner",
+            "A",
+            "--licence",
+            "M",
+            "--expires",
+            "soon",
+        ],
+    ],
+)
 def test_a_command_that_cannot_be_read_is_refused_with_usage(run, words):
     err = is_plain_refusal(run(*words))
     assert "Usage" in err
@@ -164,19 +213,41 @@ def test_a_command_that_cannot_be_read_is_refused_with_usage(run, words):
 
 @pytest.mark.parametrize("flag", [("--seq-len", "0"), ("--threads", "0"), ("--max-bytes", "-1")])
 def test_a_number_that_cannot_be_is_refused(run, house, pico_set_dirs, tmp_path, flag):
-    is_plain_refusal(run("eval", "sets", "--model", house.mixture_dir(["amber"]), "--data",
-                         pico_set_dirs["maths"], "--out", tmp_path / "eval", *flag))
+    is_plain_refusal(
+        run(
+            "eval",
+            "sets",
+            "--model",
+            house.mixture_dir(["amber"]),
+            "--data",
+            pico_set_dirs["maths"],
+            "--out",
+            tmp_path / "eval",
+            *flag,
+        )
+    )
 
 
 def test_two_sets_of_one_name_are_refused(run, house, pico_set_dirs, tmp_path):
     data = ["--data", pico_set_dirs["maths"]] * 2
-    is_plain_refusal(run("eval", "sets", "--model", house.mixture_dir(["amber"]), *data, "--out",
-                         tmp_path / "eval"), "maths")
+    is_plain_refusal(
+        run(
+            "eval",
+            "sets",
+            "--model",
+            house.mixture_dir(["amber"]),
+            *data,
+            "--out",
+            tmp_path / "eval",
+        ),
+        "maths",
+    )
 
 
 def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
+
     monkeypatch.setattr("flexolmo.merge.mixture.read_about", stop)
     code, _, err = run("mix", "inspect", "m")
     assert code == 130 and "Traceback" not in err
@@ -186,6 +257,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
 def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
     def break_(*_, **__):
         raise ZeroDivisionError
+
     monkeypatch.setattr("flexolmo.merge.mixture.read_about", break_)
     monkeypatch.setattr(sys, "argv", ["flexolmo", "mix", "inspect", "m"])
     with pytest.raises(ZeroDivisionError):
@@ -198,8 +270,18 @@ def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
 def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir, tmp_path):
     model = tmp_path / "m"
     bundles = [house.bundle(n) for n in NAMES]
-    said = works("mix", "build", house.anchor_dir, *bundles[:2], "--trust", trust_dir, "-o", model,
-                 "--top-k", "2")
+    said = works(
+        "mix",
+        "build",
+        house.anchor_dir,
+        *bundles[:2],
+        "--trust",
+        trust_dir,
+        "-o",
+        model,
+        "--top-k",
+        "2",
+    )
     assert "public + amber, basalt" in said
     works("mix", "add", model, bundles[2], "--trust", trust_dir)
     assert json.loads(works("mix", "inspect", model)) == read_about(model)
@@ -221,14 +303,34 @@ def test_a_bundle_is_verified_and_inspected(works, house, trust_dir):
     assert shown["verified"] is False and "missing" in shown["why_not"]
 
 
-@pytest.mark.parametrize("flags, options", [
-    ([], {}), (["--without", "zinc, amber"], {"without": ["amber", "zinc"]}),
-    (["--only", "zinc"], {"only": ["zinc"]}), (["--only", ""], {"only": []})])
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ([], {}),
+        (["--without", "zinc, amber"], {"without": ["amber", "zinc"]}),
+        (["--only", "zinc"], {"only": ["zinc"]}),
+        (["--only", ""], {"only": []}),
+    ],
+)
 def test_generating_prints_the_prompt_and_what_python_would_give(works, house, flags, options):
     from flexolmo.inference.generate import Sampling, generate
 
-    said = works("generate", "--model", house.mixture_dir(NAMES), "--prompt", "the time", *flags,
-                 "--max-new-tokens", "9", "--temperature", "0.9", "--top-k", "50", "--seed", "4")
+    said = works(
+        "generate",
+        "--model",
+        house.mixture_dir(NAMES),
+        "--prompt",
+        "the time",
+        *flags,
+        "--max-new-tokens",
+        "9",
+        "--temperature",
+        "0.9",
+        "--top-k",
+        "50",
+        "--seed",
+        "4",
+    )
     sampling = Sampling(max_new_tokens=9, temperature=0.9, top_k=50, seed=4)
     text = generate(house.mixture(NAMES), ["the time"], sampling=sampling, **options)[0]
     assert said.replace("\r\n", "\n") == f"the time{text}\n"
@@ -236,21 +338,42 @@ def test_generating_prints_the_prompt_and_what_python_would_give(works, house, f
 
 def test_an_anchor_alone_generates_as_a_mixture_with_nothing_on(works, house):
     tail = ("--prompt", "the time", "--max-new-tokens", "9", "--temperature", "0")
-    assert (works("generate", "--model", house.anchor_dir, *tail)
-            == works("generate", "--model", house.mixture_dir(NAMES), "--only", "", *tail)
-            != works("generate", "--model", house.mixture_dir(NAMES), *tail))
+    assert (
+        works("generate", "--model", house.anchor_dir, *tail)
+        == works("generate", "--model", house.mixture_dir(NAMES), "--only", "", *tail)
+        != works("generate", "--model", house.mixture_dir(NAMES), *tail)
+    )
 
 
-def test_evaluating_writes_a_table_figures_and_json(works, house, pico_set_dirs, tmp_path,
-                                                    monkeypatch):
+def test_evaluating_writes_a_table_figures_and_json(
+    works, house, pico_set_dirs, tmp_path, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "120")
-    said = works("eval", "sets", "--model", house.mixture_dir(["amber"]), "--data",
-                 pico_set_dirs["public"], "--data", pico_set_dirs["maths"], "--out",
-                 tmp_path / "eval", "--max-bytes", "500",
-                 "--seq-len", "64", "--threads", "1")
+    said = works(
+        "eval",
+        "sets",
+        "--model",
+        house.mixture_dir(["amber"]),
+        "--data",
+        pico_set_dirs["public"],
+        "--data",
+        pico_set_dirs["maths"],
+        "--out",
+        tmp_path / "eval",
+        "--max-bytes",
+        "500",
+        "--seq-len",
+        "64",
+        "--threads",
+        "1",
+    )
     found = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert set(found["bits_per_byte"]) == {"anchor", "expert amber", "mixture",
-                                           "mixture without amber"}
+    assert set(found["bits_per_byte"]) == {
+        "anchor",
+        "expert amber",
+        "mixture",
+        "mixture without amber",
+    }
     assert f"{found['bits_per_byte']['mixture']['maths']:.3f}" in said
     assert found["run"]["data"]["anchor"] == house.anchor.digest
     assert found["run"]["config"]["max_bytes"] == 500
@@ -266,30 +389,47 @@ def test_an_exact_export_says_so(works, house, tmp_path):
 
 @pytest.mark.parametrize("with_data", [True, False])
 def test_another_routers_export_prints_its_cost_in_bits_per_byte(
-        works, house, pico_set_dirs, tmp_path, monkeypatch, with_data):
+    works, house, pico_set_dirs, tmp_path, monkeypatch, with_data
+):
     from flexolmo.merge import export
 
     own = export.own_windows
-    monkeypatch.setattr(export, "own_windows",
-                        lambda m, **o: own(m, **{**o, "sequences": 2, "tokens": 40}))
+    monkeypatch.setattr(
+        export, "own_windows", lambda m, **o: own(m, **{**o, "sequences": 2, "tokens": 40})
+    )
     data = [f"--data={pico_set_dirs[n]}" for n in ("public", "maths")] if with_data else []
-    said = works("mix", "export", house.mixture_dir(NAMES), "--to", "hf", "-o", tmp_path / "hf",
-                 *data)
+    said = works(
+        "mix", "export", house.mixture_dir(NAMES), "--to", "hf", "-o", tmp_path / "hf", *data
+    )
     about = json.loads((tmp_path / "hf" / "flexolmo.json").read_text())
     cost = about["bits_per_byte"]
     assert about["exact"] is False and "bits per byte" in said and "evidence" in said
     assert set(cost) == ({"public", "maths"} if with_data else {"text of its own"})
     for name, row in cost.items():
         line = next(x for x in said.splitlines() if x.startswith(name))
-        for part in (f"{row['ours']:.3f}", f"{row['stock']:.3f}",
-                     f"{row['stock'] / row['ours'] - 1:+.1%}"):
+        for part in (
+            f"{row['ours']:.3f}",
+            f"{row['stock']:.3f}",
+            f"{row['stock'] / row['ours'] - 1:+.1%}",
+        ):
             assert part in line
 
 
 def test_a_stock_checkpoint_is_imported(works, house, tmp_path):
     works("mix", "export", house.mixture_dir(NAMES, "stock"), "-o", tmp_path / "hf")
-    works("mix", "import", tmp_path / "hf", "--names", "one, two,three", "--key",
-          house.keys["Ann"], "--owner", "Ann", "-o", tmp_path / "m")
+    works(
+        "mix",
+        "import",
+        tmp_path / "hf",
+        "--names",
+        "one, two,three",
+        "--key",
+        house.keys["Ann"],
+        "--owner",
+        "Ann",
+        "-o",
+        tmp_path / "m",
+    )
     assert read_about(tmp_path / "m")["experts"]["two"]["licence"] == "Apache-2.0"
     assert load_mixture(tmp_path / "m").expert_names == ["one", "three", "two"]
 
@@ -315,29 +455,60 @@ def test_the_entry_point_is_main():
 @pytest.fixture
 def made_tasks(monkeypatch):
     """A suite of two small tasks and one that cannot be had, in place of the 31."""
+
     def gone(_):
         raise SourceUnavailable("it is in no package")
 
-    tasks = (task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
-             task_of("drop", [], load=gone))
+    tasks = (
+        task_of("arc_easy", choice_items()),
+        task_of("squad", written_items(), "answer"),
+        task_of("drop", [], load=gone),
+    )
     for module in ("suite", "run", "summary"):
         monkeypatch.setattr(f"flexolmo.research.tasks.{module}.TASKS", tasks)
 
 
-def test_tasks_run_into_tables_and_files_and_are_compared(works, house, tmp_path, made_tasks,
-                                                          monkeypatch):
+def test_tasks_run_into_tables_and_files_and_are_compared(
+    works, house, tmp_path, made_tasks, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", "160")
     model = house.mixture_dir(["amber", "basalt"])
-    said = works("eval", "--suite", "flexolmo31", "--model", model, "--out", tmp_path / "all",
-                 "--threads", "1")
+    said = works(
+        "eval",
+        "--suite",
+        "flexolmo31",
+        "--model",
+        model,
+        "--out",
+        tmp_path / "all",
+        "--threads",
+        "1",
+    )
     assert "arc_easy" in said and "it is in no package" in said and "not whole" in said
     results = json.loads((tmp_path / "all" / "results.json").read_text())
     assert results["missing"] == {"drop": "it is in no package"}
     assert results["model"]["enabled"] == ["amber", "basalt"] and results["run"]["commit"] != ""
-    works("eval", "--model", model, "--without", "basalt", "--out", tmp_path / "without",
-          "--threads", "1")
-    said = works("eval", "compare", tmp_path / "all", tmp_path / "without", "--out",
-                 tmp_path / "compared.json", "--draws", "200")
+    works(
+        "eval",
+        "--model",
+        model,
+        "--without",
+        "basalt",
+        "--out",
+        tmp_path / "without",
+        "--threads",
+        "1",
+    )
+    said = works(
+        "eval",
+        "compare",
+        tmp_path / "all",
+        tmp_path / "without",
+        "--out",
+        tmp_path / "compared.json",
+        "--draws",
+        "200",
+    )
     assert "arc_easy" in said and "average of groups" in said
     found = json.loads((tmp_path / "compared.json").read_text())
     assert found["bits_per_byte"]["overall"]["difference"] != 0
@@ -345,11 +516,16 @@ def test_tasks_run_into_tables_and_files_and_are_compared(works, house, tmp_path
 
 def test_text_that_holds_items_is_found_before_training(works, tmp_path, made_tasks, monkeypatch):
     asked = "the quick brown fox jumps over the lazy dog while seven owls look on in the dark"
-    monkeypatch.setattr("flexolmo.research.tasks.suite.TASKS",
-                        (task_of("squad", [Item("w0", question=asked)], "answer"),))
-    (tmp_path / "corpus.jsonl").write_text("\n".join(
-        json.dumps({"id": f"d{i}", "text": f"{t} and more"}) for i, t in enumerate(
-            ["nothing of it", f"It said: {asked.upper()}!", asked[:20]])))
+    monkeypatch.setattr(
+        "flexolmo.research.tasks.suite.TASKS",
+        (task_of("squad", [Item("w0", question=asked)], "answer"),),
+    )
+    (tmp_path / "corpus.jsonl").write_text(
+        "\n".join(
+            json.dumps({"id": f"d{i}", "text": f"{t} and more"})
+            for i, t in enumerate(["nothing of it", f"It said: {asked.upper()}!", asked[:20]])
+        )
+    )
     said = works("eval", "contamination", tmp_path / "corpus.jsonl", "--out", tmp_path / "c.json")
     assert "1 of 3 documents hold items" in said
     assert json.loads((tmp_path / "c.json").read_text())["remove"] == ["d1"]

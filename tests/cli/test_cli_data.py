@@ -37,8 +37,10 @@ def test_an_owner_goes_from_files_to_a_prepared_set(tmp_path, monkeypatch):
     assert result.exit_code == 0 and "heldout" in result.output
     result = _run("prepare", "corpus/hospital")  # the public set in --out is found
     assert result.exit_code == 0 and "hospital" in result.output
-    cards = [json.loads((tmp_path / "prepared" / name / "card.json").read_text())
-             for name in ("public", "hospital")]
+    cards = [
+        json.loads((tmp_path / "prepared" / name / "card.json").read_text())
+        for name in ("public", "hospital")
+    ]
     assert cards[0]["tokenizer"] == cards[1]["tokenizer"]
     assert cards[1]["public"] is not None
 
@@ -63,8 +65,11 @@ def test_contradictory_or_missing_options_are_refused(tmp_path):
 def test_all_sets_without_any_client_are_skipped_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "SOURCES", tuple(
-        source for source in sources.SOURCES if source.client in ("npm", "apt")))
+    monkeypatch.setattr(
+        sources,
+        "SOURCES",
+        tuple(source for source in sources.SOURCES if source.client in ("npm", "apt")),
+    )
     with pytest.raises(SourceUnavailable, match="No set"):
         _run("fetch", "--sets", "all", "--out", tmp_path / "out")
 

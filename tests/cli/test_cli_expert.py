@@ -13,20 +13,39 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
 from flexolmo.train.expert import ExpertRecipe, load_expert
 
-BRIEF = [x for text in ("steps=3", "batch_size=2", "seq_len=16", "warmup_steps=1")
-         for x in ("--set", f"train.{text}")]
+BRIEF = [
+    x
+    for text in ("steps=3", "batch_size=2", "seq_len=16", "warmup_steps=1")
+    for x in ("--set", f"train.{text}")
+]
 RANKS = [x for part in ("attention", "embedding", "head") for x in ("--set", f"{part}_rank=6")]
 
 
 @pytest.fixture
 def train(run, pico_anchor_dir, pico_set_dirs, tmp_path):
     """`train(*words)`: exit code, error, and the run's directory, of a brief training."""
+
     def call(*words, name="maths"):
         out = tmp_path / f"{name}.run"
-        code, _, err = run("expert", "train", "--anchor", pico_anchor_dir, "--data",
-                           pico_set_dirs["maths"], "--name", name, "--out", out, "--threads", "1",
-                           *BRIEF, *RANKS, *words)
+        code, _, err = run(
+            "expert",
+            "train",
+            "--anchor",
+            pico_anchor_dir,
+            "--data",
+            pico_set_dirs["maths"],
+            "--name",
+            name,
+            "--out",
+            out,
+            "--threads",
+            "1",
+            *BRIEF,
+            *RANKS,
+            *words,
+        )
         return code, err, out
+
     return call
 
 
@@ -38,9 +57,15 @@ def trained(pico_anchor, pico_sets, tmp_path_factory):
     runs = {}
     for kind, sizes in (("whole", {}), ("low", {"rank": 6}), ("narrow", {"width": 20})):
         recipe = ExpertRecipe.model_validate(
-            {"scope": "all" if kind == "whole" else "ffn", "attention_rank": 6,
-             "embedding_rank": 6, "head_rank": 6, **sizes,
-             "train": {"steps": 12, "batch_size": 4, "seq_len": 32, "warmup_steps": 2}})
+            {
+                "scope": "all" if kind == "whole" else "ffn",
+                "attention_rank": 6,
+                "embedding_rank": 6,
+                "head_rank": 6,
+                **sizes,
+                "train": {"steps": 12, "batch_size": 4, "seq_len": 32, "warmup_steps": 2},
+            }
+        )
         runs[kind] = tmp_path_factory.mktemp("runs") / f"{kind}.run"
         save_expert(train_expert(pico_anchor, pico_sets["maths"], "maths", recipe), runs[kind])
     return runs
@@ -49,14 +74,24 @@ def trained(pico_anchor, pico_sets, tmp_path_factory):
 # --- train --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("words", "architecture"), [
-    ([], {"d_ff": 48, "rank": 0, "attention_rank": 6, "embedding_rank": 6, "head_rank": 6}),
-    (["--scope", "ffn"],
-     {"d_ff": 48, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0}),
-    (["--scope", "ffn+head", "--rank", "3"],
-     {"d_ff": 48, "rank": 3, "attention_rank": 0, "embedding_rank": 0, "head_rank": 6}),
-    (["--width", "20", "--scope", "ffn"],
-     {"d_ff": 20, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0})])
+@pytest.mark.parametrize(
+    ("words", "architecture"),
+    [
+        ([], {"d_ff": 48, "rank": 0, "attention_rank": 6, "embedding_rank": 6, "head_rank": 6}),
+        (
+            ["--scope", "ffn"],
+            {"d_ff": 48, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0},
+        ),
+        (
+            ["--scope", "ffn+head", "--rank", "3"],
+            {"d_ff": 48, "rank": 3, "attention_rank": 0, "embedding_rank": 0, "head_rank": 6},
+        ),
+        (
+            ["--width", "20", "--scope", "ffn"],
+            {"d_ff": 20, "rank": 0, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0},
+        ),
+    ],
+)
 def test_short_options_say_what_is_trained(train, words, architecture):
     code, err, out = train(*words)
     assert code == 0, err
@@ -83,13 +118,14 @@ def test_a_public_set_is_replayed(train, pico_set_dirs, pico_sets):
 def test_what_does_not_go_together_is_refused_in_a_sentence(train, pico_set_dirs):
     public = pico_set_dirs["public"]
     for words, parts in (
-            (["--rank", "3", "--width", "20"], ["give width or rank, not both"]),
-            (["--scope", "head"], ["scope", "'ffn+head'", "'head'"]),
-            (["--set", "router.kind=linear"], ["scope all", 'set scope = "ffn"']),
-            (["--public", public], [str(public), "replay is 0", "--set replay=0.1"]),
-            (["--set", "replay=0.5"], ["Replay is 0.5", "--public DIRECTORY"]),
-            (["--public", public.parent, "--set", "replay=0.5"], ["card.json"]),
-            (["--width", "49"], ["Width 49 is not between 1 and 48"])):
+        (["--rank", "3", "--width", "20"], ["give width or rank, not both"]),
+        (["--scope", "head"], ["scope", "'ffn+head'", "'head'"]),
+        (["--set", "router.kind=linear"], ["scope all", 'set scope = "ffn"']),
+        (["--public", public], [str(public), "replay is 0", "--set replay=0.1"]),
+        (["--set", "replay=0.5"], ["Replay is 0.5", "--public DIRECTORY"]),
+        (["--public", public.parent, "--set", "replay=0.5"], ["card.json"]),
+        (["--width", "49"], ["Width 49 is not between 1 and 48"]),
+    ):
         code, err, out = train(*words)
         assert code == 2 and "Traceback" not in err
         assert all(part in err for part in parts), err
@@ -108,17 +144,32 @@ def weights_of(run):
     return expert, expert.tensors
 
 
-def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anchor,
-                                                        pico_anchor_dir, tmp_path):
-    said = works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "3",
-                 *TWO, "--out", tmp_path / "small")
+def test_by_rank_it_is_the_truncated_expert_and_says_so(
+    works, trained, pico_anchor, pico_anchor_dir, tmp_path
+):
+    said = works(
+        "expert",
+        "compress",
+        trained["whole"],
+        "--anchor",
+        pico_anchor_dir,
+        "--rank",
+        "3",
+        *TWO,
+        "--out",
+        tmp_path / "small",
+    )
     before, tensors = weights_of(trained["whole"])
     small, found = weights_of(tmp_path / "small")
     expected = compress_rank(pico_anchor, tensors, 3, 2)
     assert found.keys() == expected.keys()
     assert all(torch.equal(t, expected[n]) for n, t in found.items())
     assert small.architecture == before.architecture | {
-        "rank": 3, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2}
+        "rank": 3,
+        "attention_rank": 2,
+        "embedding_rank": 2,
+        "head_rank": 2,
+    }
     (step,) = small.record["compressed"]
     assert step["how"] == {"rank": 3, "delta_rank": dict.fromkeys(PARTS, 2)}
     assert step["from"]["architecture"] == before.architecture
@@ -130,10 +181,21 @@ def test_by_rank_it_is_the_truncated_expert_and_says_so(works, trained, pico_anc
 
 
 def test_healed_it_says_less_wrong_and_has_half_the_bytes(
-        works, trained, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs, owner_keys,
-        tmp_path):
-    plain = ("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--rank", "2",
-             *TWO, "--data", pico_set_dirs["maths"], "--out")
+    works, trained, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs, owner_keys, tmp_path
+):
+    plain = (
+        "expert",
+        "compress",
+        trained["whole"],
+        "--anchor",
+        pico_anchor_dir,
+        "--rank",
+        "2",
+        *TWO,
+        "--data",
+        pico_set_dirs["maths"],
+        "--out",
+    )
     works(*plain, tmp_path / "cut")
     works(*plain, tmp_path / "healed", "--heal", "12", "--half")
     cut, healed = load_expert(tmp_path / "cut"), load_expert(tmp_path / "healed")
@@ -143,28 +205,65 @@ def test_healed_it_says_less_wrong_and_has_half_the_bytes(
             assert torch.equal(t, cut.tensors[name]), name
         else:
             assert t.dtype == torch.bfloat16 and not torch.equal(t.float(), cut.tensors[name])
-    bits = [measure_likelihood(assemble_mixture(pico_anchor, {"maths": e.tensors}, e.router),
-                               pico_sets["maths"], "train", max_bytes=4000).bits
-            for e in (cut, healed)]
+    bits = [
+        measure_likelihood(
+            assemble_mixture(pico_anchor, {"maths": e.tensors}, e.router),
+            pico_sets["maths"],
+            "train",
+            max_bytes=4000,
+        ).bits
+        for e in (cut, healed)
+    ]
     assert bits[1] < bits[0]
     again = 12 * 4 * 32  # of the batches that it was trained with
     assert healed.data_card_digest == cut.data_card_digest
     assert healed.record["tokens"] == cut.record["tokens"] + again
     assert healed.record["healed"][0]["tokens"] == again
-    works("expert", "pack", tmp_path / "healed", "--key", owner_keys["Ann"], "--owner", "Ann",
-          "--licence", "MIT", "--out", tmp_path / "maths.bundle")
+    works(
+        "expert",
+        "pack",
+        tmp_path / "healed",
+        "--key",
+        owner_keys["Ann"],
+        "--owner",
+        "Ann",
+        "--licence",
+        "MIT",
+        "--out",
+        tmp_path / "maths.bundle",
+    )
     manifest = open_bundle(tmp_path / "maths.bundle", None, allow_unknown_signer=True).manifest
     assert manifest.recipe["healed"] == healed.record["healed"]
-    works("mix", "build", pico_anchor_dir, tmp_path / "maths.bundle", "--trust-any-signer", "-o",
-          tmp_path / "m")
+    works(
+        "mix",
+        "build",
+        pico_anchor_dir,
+        tmp_path / "maths.bundle",
+        "--trust-any-signer",
+        "-o",
+        tmp_path / "m",
+    )
 
 
-def test_by_width_it_has_the_columns_the_owners_text_uses(works, trained, pico_anchor, pico_sets,
-                                                          pico_anchor_dir, pico_set_dirs, tmp_path):
-    works("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--width", "10",
-          "--data", pico_set_dirs["maths"], "--out", tmp_path / "small")
-    expected = prune_width(pico_anchor, load_expert(trained["whole"]).tensors, pico_sets["maths"],
-                           10)
+def test_by_width_it_has_the_columns_the_owners_text_uses(
+    works, trained, pico_anchor, pico_sets, pico_anchor_dir, pico_set_dirs, tmp_path
+):
+    works(
+        "expert",
+        "compress",
+        trained["whole"],
+        "--anchor",
+        pico_anchor_dir,
+        "--width",
+        "10",
+        "--data",
+        pico_set_dirs["maths"],
+        "--out",
+        tmp_path / "small",
+    )
+    expected = prune_width(
+        pico_anchor, load_expert(trained["whole"]).tensors, pico_sets["maths"], 10
+    )
     small, found = weights_of(tmp_path / "small")
     assert all(torch.equal(t, expected[n]) for n, t in found.items())
     assert small.architecture["d_ff"] == 10
@@ -172,37 +271,98 @@ def test_by_width_it_has_the_columns_the_owners_text_uses(works, trained, pico_a
 
 
 def test_a_compressed_expert_is_compressed_further_packed_and_merged(
-        works, trained, pico_anchor, pico_anchor_dir, owner_keys, wild, tmp_path):
+    works, trained, pico_anchor, pico_anchor_dir, owner_keys, wild, tmp_path
+):
     for i, (source, rank) in enumerate(((trained["whole"], 5), (tmp_path / "0", 2))):
-        works("expert", "compress", source, "--anchor", pico_anchor_dir, "--rank", rank, "--out",
-              tmp_path / str(i))
+        works(
+            "expert",
+            "compress",
+            source,
+            "--anchor",
+            pico_anchor_dir,
+            "--rank",
+            rank,
+            "--out",
+            tmp_path / str(i),
+        )
     small = load_expert(tmp_path / "1")
     assert [s["how"]["rank"] for s in small.record["compressed"]] == [5, 2]
-    works("expert", "pack", tmp_path / "1", "--key", owner_keys["Ann"], "--owner", "Ann",
-          "--licence", "MIT", "--out", tmp_path / "maths.bundle")
+    works(
+        "expert",
+        "pack",
+        tmp_path / "1",
+        "--key",
+        owner_keys["Ann"],
+        "--owner",
+        "Ann",
+        "--licence",
+        "MIT",
+        "--out",
+        tmp_path / "maths.bundle",
+    )
     manifest = open_bundle(tmp_path / "maths.bundle", None, allow_unknown_signer=True).manifest
     assert manifest.architecture.rank == 2
     assert manifest.recipe["compressed"] == small.record["compressed"]
     assert str(tmp_path) not in manifest.model_dump_json()
-    works("mix", "build", pico_anchor_dir, tmp_path / "maths.bundle", "--trust-any-signer", "-o",
-          tmp_path / "m")
+    works(
+        "mix",
+        "build",
+        pico_anchor_dir,
+        tmp_path / "maths.bundle",
+        "--trust-any-signer",
+        "-o",
+        tmp_path / "m",
+    )
     from flexolmo.merge.mixture import load_mixture
+
     pair = assemble_mixture(pico_anchor, {"maths": small.tensors}, small.router)
     assert torch.equal(load_mixture(tmp_path / "m").model(wild.ids(1, 9)), pair(wild.ids(1, 9)))
 
 
-@pytest.mark.parametrize(("kind", "series"), [
-    ("whole", {"FFN of low rank": [2, 4, 8, 16], "FFN and deltas of low rank": [2, 4, 8, 16],
-               "narrow FFN": [6, 12, 24, 36]}),
-    ("low", {"FFN of low rank": [2, 4]}), ("narrow", {"narrow FFN": [2, 5, 10, 15]})])
-def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico_sets,
-                                               pico_anchor_dir, pico_set_dirs, tmp_path,
-                                               monkeypatch, kind, series):
+@pytest.mark.parametrize(
+    ("kind", "series"),
+    [
+        (
+            "whole",
+            {
+                "FFN of low rank": [2, 4, 8, 16],
+                "FFN and deltas of low rank": [2, 4, 8, 16],
+                "narrow FFN": [6, 12, 24, 36],
+            },
+        ),
+        ("low", {"FFN of low rank": [2, 4]}),
+        ("narrow", {"narrow FFN": [2, 5, 10, 15]}),
+    ],
+)
+def test_a_curve_is_measured_printed_and_drawn(
+    works,
+    trained,
+    pico_anchor,
+    pico_sets,
+    pico_anchor_dir,
+    pico_set_dirs,
+    tmp_path,
+    monkeypatch,
+    kind,
+    series,
+):
     from flexolmo.evaluation.likelihood import measure_likelihood
 
     monkeypatch.setenv("COLUMNS", "160")
-    said = works("expert", "compress", trained[kind], "--anchor", pico_anchor_dir, "--curve",
-                 "--data", pico_set_dirs["maths"], "--out", tmp_path / "curve", "--threads", "1")
+    said = works(
+        "expert",
+        "compress",
+        trained[kind],
+        "--anchor",
+        pico_anchor_dir,
+        "--curve",
+        "--data",
+        pico_set_dirs["maths"],
+        "--out",
+        tmp_path / "curve",
+        "--threads",
+        "1",
+    )
     curve = json.loads((tmp_path / "curve" / "curve.json").read_text())
     assert (tmp_path / "curve" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "curve" / "expert.json").exists(), "it makes no expert"
@@ -216,9 +376,18 @@ def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico
     last = max((p for p in curve["points"] if "rank" in p), key=lambda p: p["rank"], default=None)
     checks = [(curve["bits_per_byte"]["whole"], expert.tensors)]
     if last is not None:
-        checks.append((last["bits_per_byte"], compress_expert(
-            pico_anchor, expert, rank=last["rank"], delta_rank=last.get("delta_rank"),
-            data=data).tensors))
+        checks.append(
+            (
+                last["bits_per_byte"],
+                compress_expert(
+                    pico_anchor,
+                    expert,
+                    rank=last["rank"],
+                    delta_rank=last.get("delta_rank"),
+                    data=data,
+                ).tensors,
+            )
+        )
     for stated, tensors in checks:
         pair = assemble_mixture(pico_anchor, {"maths": tensors}, expert.router)
         read = measure_likelihood(pair, data, "validation").bits_per_byte
@@ -228,39 +397,49 @@ def test_a_curve_is_measured_printed_and_drawn(works, trained, pico_anchor, pico
     assert curve["run"]["config"]["split"] == "validation"
 
 
-def test_what_cannot_be_compressed_is_refused_in_a_sentence(run, trained, pico_anchor_dir, house,
-                                                            pico_set_dirs, tmp_path):
+def test_what_cannot_be_compressed_is_refused_in_a_sentence(
+    run, trained, pico_anchor_dir, house, pico_set_dirs, tmp_path
+):
     maths, public, out = pico_set_dirs["maths"], pico_set_dirs["public"], tmp_path / "out"
     (tmp_path / "taken").mkdir()
     shutil.copy(trained["whole"] / "expert.json", tmp_path / "taken")
     good = (trained["whole"], "--anchor", pico_anchor_dir)
     for words, parts in (
-            (good, ["Say how", "--rank R", "--curve"]),
-            ((*good, "--rank", "2", "--width", "3"), ["in one way"]),
-            ((*good, "--rank", "2", "--curve", "--data", maths), ["in one way"]),
-            ((*good, "--width", "3"), ["add --data"]),
-            ((*good, "--curve"), ["add --data"]),
-            ((*good, "--rank", "3", "--heal", "2"), ["--heal 2 trains", "--data"]),
-            ((*good, "--curve", "--data", maths, "--heal", "2"), ["no --curve"]),
-            ((*good, "--rank", "3", "--half"), ["--half goes with --heal"]),
-            ((*good, "--width", "9", "--heal", "1", "--data", public), ["Heal it on the text"]),
-            ((*good, "--width", "3", "--data", maths, "--head-rank", "2"),
-             ["--head-rank 2 goes with --rank"]),
-            ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
-            ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),
-            ((*good, "--width", "49", "--data", maths), ["Width 49 is not between 1 and 48"]),
-            ((*good, "--width", "3", "--data", tmp_path), ["card.json"]),
-            ((*good, "--rank", "3", "--out", tmp_path / "taken"), ["finished expert already"]),
-            ((*good, "--rank", "3", "--out", trained["whole"]), ["finished expert already"]),
-            ((trained["low"], "--anchor", pico_anchor_dir, "--rank", "6"), ["of rank 6 already"]),
-            ((trained["low"], "--anchor", pico_anchor_dir, "--width", "6", "--data", maths),
-             ["Give a rank, not a width"]),
-            ((trained["narrow"], "--anchor", pico_anchor_dir, "--rank", "3"),
-             ["Give a width, not a rank"]),
-            ((trained["whole"], "--anchor", house.anchor_dir, "--rank", "3"),
-             ["trained beside anchor", house.anchor.digest]),
-            ((*good, "--rank", "3", "--device", "cuda:999"), ["'cuda:999' cannot be used here"]),
-            ((tmp_path, "--anchor", pico_anchor_dir, "--rank", "3"), ["expert.json"])):
+        (good, ["Say how", "--rank R", "--curve"]),
+        ((*good, "--rank", "2", "--width", "3"), ["in one way"]),
+        ((*good, "--rank", "2", "--curve", "--data", maths), ["in one way"]),
+        ((*good, "--width", "3"), ["add --data"]),
+        ((*good, "--curve"), ["add --data"]),
+        ((*good, "--rank", "3", "--heal", "2"), ["--heal 2 trains", "--data"]),
+        ((*good, "--curve", "--data", maths, "--heal", "2"), ["no --curve"]),
+        ((*good, "--rank", "3", "--half"), ["--half goes with --heal"]),
+        ((*good, "--width", "9", "--heal", "1", "--data", public), ["Heal it on the text"]),
+        (
+            (*good, "--width", "3", "--data", maths, "--head-rank", "2"),
+            ["--head-rank 2 goes with --rank"],
+        ),
+        ((*good, "--rank", "3", "--max-bytes", "2"), ["is for --curve"]),
+        ((*good, "--rank", "33"), ["Rank 33 is not between 1 and 32"]),
+        ((*good, "--width", "49", "--data", maths), ["Width 49 is not between 1 and 48"]),
+        ((*good, "--width", "3", "--data", tmp_path), ["card.json"]),
+        ((*good, "--rank", "3", "--out", tmp_path / "taken"), ["finished expert already"]),
+        ((*good, "--rank", "3", "--out", trained["whole"]), ["finished expert already"]),
+        ((trained["low"], "--anchor", pico_anchor_dir, "--rank", "6"), ["of rank 6 already"]),
+        (
+            (trained["low"], "--anchor", pico_anchor_dir, "--width", "6", "--data", maths),
+            ["Give a rank, not a width"],
+        ),
+        (
+            (trained["narrow"], "--anchor", pico_anchor_dir, "--rank", "3"),
+            ["Give a width, not a rank"],
+        ),
+        (
+            (trained["whole"], "--anchor", house.anchor_dir, "--rank", "3"),
+            ["trained beside anchor", house.anchor.digest],
+        ),
+        ((*good, "--rank", "3", "--device", "cuda:999"), ["'cuda:999' cannot be used here"]),
+        ((tmp_path, "--anchor", pico_anchor_dir, "--rank", "3"), ["expert.json"]),
+    ):
         if "--out" not in words:
             words = (*words, "--out", out)
         code, _, err = run("expert", "compress", *words)

@@ -24,10 +24,14 @@ def _token_set(lengths: list[int], sizes: list[int] | None = None) -> TokenSet:
         flat += [*range(number, number + length), EOS]
         number += length
         offsets.append(len(flat))
-    split = TokenSplit(np.array(flat, np.uint16), np.array(offsets, np.int64),
-                       np.array(sizes or [3 * length for length in lengths], np.int64))
-    return TokenSet(None, {"name": "t", "tokenizer": {"eos_id": EOS, "vocab_size": 999}},
-                    {"train": split})
+    split = TokenSplit(
+        np.array(flat, np.uint16),
+        np.array(offsets, np.int64),
+        np.array(sizes or [3 * length for length in lengths], np.int64),
+    )
+    return TokenSet(
+        None, {"name": "t", "tokenizer": {"eos_id": EOS, "vocab_size": 999}}, {"train": split}
+    )
 
 
 @given(st.integers(20, 300), st.integers(1, 9), st.integers(1, 16), st.integers(0, 5))
@@ -37,8 +41,9 @@ def test_every_window_comes_once_an_epoch_and_covers_the_stream(length, batch_si
     visited = np.concatenate([batches.windows(step) for step in range(steps)])
     for epoch in range(3):
         first = epoch * batches.num_windows
-        assert sorted(visited[first:first + batches.num_windows]) == (
-            list(range(batches.num_windows)))
+        assert sorted(visited[first : first + batches.num_windows]) == (
+            list(range(batches.num_windows))
+        )
     predicted = batches.num_windows * seq_len
     assert length + 1 - predicted - 1 < seq_len  # what is left over is less than one window
 
@@ -59,7 +64,7 @@ def test_batches_are_windows_of_the_stream_with_one_token_shared():
     batch = batches.batch(0)
     assert batch.shape == (2, 11) and batch.dtype == np.int64
     for row, window in zip(batch, batches.windows(0), strict=True):
-        np.testing.assert_array_equal(row, token_set.splits["train"].tokens[window * 10:][:11])
+        np.testing.assert_array_equal(row, token_set.splits["train"].tokens[window * 10 :][:11])
 
 
 def test_seeds_and_epochs_give_different_orders():
@@ -82,8 +87,10 @@ def test_a_split_shorter_than_a_window_is_refused():
         training_batches(_token_set([5]), "train", 1, 8, 0)
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 200)), min_size=1, max_size=8),
-       st.integers(1, 12))
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 200)), min_size=1, max_size=8),
+    st.integers(1, 12),
+)
 def test_evaluation_predicts_each_token_once_and_bytes_add_up(documents, seq_len):
     lengths, sizes = zip(*documents, strict=True)
     token_set = _token_set(list(lengths), list(sizes))
@@ -100,8 +107,11 @@ def test_evaluation_predicts_each_token_once_and_bytes_add_up(documents, seq_len
 def test_a_limit_spreads_what_is_read_over_the_whole_split():
     token_set = _token_set([40] * 10, [400] * 10)
     for max_bytes in (400, 1000, 3999):
-        read = [int(ids[1] - 1) // 40 for ids, size in evaluation_windows(
-            token_set, "train", 4, max_bytes) for _ in range(size)]
+        read = [
+            int(ids[1] - 1) // 40
+            for ids, size in evaluation_windows(token_set, "train", 4, max_bytes)
+            for _ in range(size)
+        ]
         assert max_bytes - 40 <= len(read) <= max_bytes
         shares = np.bincount(read, minlength=10)
         assert shares.max() - shares.min() <= 40, "one window more or less of each document"

@@ -21,7 +21,8 @@ def test_indentation_and_two_blank_lines_stay():
 
 def test_empty_stretches_rulers_and_unseen_characters_go():
     assert clean_text("\ufeff\na\u200bb  \r\n\n\n\n\n\nc\x0cd\n" + "=" * 300) == (
-        "ab\n\n\nc\nd\n" + "=" * 79)
+        "ab\n\n\nc\nd\n" + "=" * 79
+    )
 
 
 @given(st.text("ab é\n", max_size=400), st.integers(4, 60))

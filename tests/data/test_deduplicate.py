@@ -3,18 +3,13 @@ import random
 import numpy as np
 import pytest
 
-from flexolmo.data.deduplicate import (
-    Seen,
-    fingerprint,
-    load_fingerprints,
-    save_fingerprints,
-)
+from flexolmo.data.deduplicate import Seen, fingerprint, load_fingerprints, save_fingerprints
 from flexolmo.errors import DataError
 from made_sets import made_text
 
 
 def test_case_spacing_and_punctuation_do_not_matter():
-    assert (fingerprint("Hello,  big\nWorld!").exact == fingerprint("hello big world").exact)
+    assert fingerprint("Hello,  big\nWorld!").exact == fingerprint("hello big world").exact
     assert fingerprint("hello big world").exact != fingerprint("hello big words").exact
 
 

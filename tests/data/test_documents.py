@@ -15,17 +15,29 @@ RECORDS = [{"text": "one\nline"}, {"text": "zwei ü 日本", "id": 7, "source": 
 LINES = "\n".join(json.dumps(record) for record in RECORDS) + "\n\n"
 
 
-@pytest.mark.parametrize("name, write", [
-    ("a.jsonl", lambda p: p.write_text(LINES)),
-    ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(LINES.encode()))),
-    ("a.jsonl.zst", lambda p: p.write_bytes(zstandard.compress(LINES.encode()))),
-    ("a.parquet", lambda p: pyarrow.parquet.write_table(pyarrow.table(
-        {"text": [r["text"] for r in RECORDS], "id": [None, 7], "source": [None, "web"]}), p)),
-])
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("a.jsonl", lambda p: p.write_text(LINES)),
+        ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(LINES.encode()))),
+        ("a.jsonl.zst", lambda p: p.write_bytes(zstandard.compress(LINES.encode()))),
+        (
+            "a.parquet",
+            lambda p: pyarrow.parquet.write_table(
+                pyarrow.table(
+                    {"text": [r["text"] for r in RECORDS], "id": [None, 7], "source": [None, "web"]}
+                ),
+                p,
+            ),
+        ),
+    ],
+)
 def test_every_format_gives_the_same_documents(tmp_path, name, write):
     write(tmp_path / name)
     assert list(read_documents(tmp_path)) == [
-        Document("one\nline", "a"), Document("zwei ü 日本", "web", "7")]
+        Document("one\nline", "a"),
+        Document("zwei ü 日本", "web", "7"),
+    ]
 
 
 def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
@@ -42,8 +54,11 @@ def test_a_text_file_is_one_document_and_other_files_are_passed_over(tmp_path):
     assert list(read_documents(tmp_path)) == [Document("hello\nworld", "b", "b.txt")]
 
 
-@given(st.lists(st.tuples(st.text(st.characters(exclude_categories=["Cs"])),
-                          st.none() | st.text("abc"))))
+@given(
+    st.lists(
+        st.tuples(st.text(st.characters(exclude_categories=["Cs"])), st.none() | st.text("abc"))
+    )
+)
 def test_written_documents_are_read_back(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("w") / "d.jsonl.zst"
     documents = [Document(text, "s", identity) for text, identity in content]
@@ -56,19 +71,22 @@ def test_halves_of_characters_are_replaced(tmp_path):
     assert next(read_documents(tmp_path)).text == "a?b"
 
 
-@pytest.mark.parametrize("name, content, said", [
-    ("a.jsonl", b'{"text": "x"}\n{"text":', "line 2: not JSON"),
-    ("a.jsonl", b'[1]', "line 1: found a JSON list"),
-    ("a.jsonl", b'{"body": "x"}', "its fields are: body"),
-    ("a.jsonl", b'{"text": 3}', "is int"),
-    ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "cut off"),
-    ("a.jsonl.gz", b"no gzip", "cannot be read"),
-    ("a.jsonl.zst", b"no zstandard", "cannot be read"),
-    ("a.jsonl.zst", zstandard.compress(LINES.encode())[:-5], "no end"),
-    ("a.parquet", b"no parquet", "not a readable Parquet"),
-    ("a.txt", b"\xff\xfe", "not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text":', "line 2: not JSON"),
+        ("a.jsonl", b"[1]", "line 1: found a JSON list"),
+        ("a.jsonl", b'{"body": "x"}', "its fields are: body"),
+        ("a.jsonl", b'{"text": 3}', "is int"),
+        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "cut off"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read"),
+        ("a.jsonl.zst", b"no zstandard", "cannot be read"),
+        ("a.jsonl.zst", zstandard.compress(LINES.encode())[:-5], "no end"),
+        ("a.parquet", b"no parquet", "not a readable Parquet"),
+        ("a.txt", b"\xff\xfe", "not UTF-8"),
+    ],
+)
 def test_malformed_files_are_named_with_what_was_expected(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as refused:
@@ -96,6 +114,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     def documents():
         yield Document("a", "s")
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_documents(tmp_path / "d.jsonl.zst", documents())
     assert list(tmp_path.iterdir()) == []

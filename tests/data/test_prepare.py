@@ -23,8 +23,11 @@ def _files(directory):
 
 
 def _split_of(prepared):
-    return {document.id: split for split in SPLITS
-            for document in read_documents(prepared / f"{split}.jsonl.zst")}
+    return {
+        document.id: split
+        for split in SPLITS
+        for document in read_documents(prepared / f"{split}.jsonl.zst")
+    }
 
 
 def test_shards_text_and_card_agree(public_set):
@@ -49,8 +52,11 @@ def test_the_order_of_documents_does_not_matter(tmp_path, public_set):
     for order in (0, 1):
         random.Random(order).shuffle(texts)
         raw = write_raw(tmp_path / str(order), "owner", texts)
-        cards.append(prepare_set(raw, tmp_path / f"p{order}",
-                                 tokenizer=load_tokenizer(public_set), settings=SMALL))
+        cards.append(
+            prepare_set(
+                raw, tmp_path / f"p{order}", tokenizer=load_tokenizer(public_set), settings=SMALL
+            )
+        )
     for name in cards[0]["files"]:
         if not name.endswith(".zst"):  # the text files hold ids, which say the order
             assert (tmp_path / "p0" / name).read_bytes() == (tmp_path / "p1" / name).read_bytes()
@@ -63,7 +69,8 @@ def test_preparing_again_does_nothing_and_a_damaged_file_is_made_anew(tmp_path, 
     card = prepare_set(raw, out, public=public_set, settings=SMALL)
     before, node = _files(out), (out / "card.json").stat().st_ino
     assert card_digest(prepare_set(raw, out, public=public_set, settings=SMALL)) == (
-        card_digest(card))
+        card_digest(card)
+    )
     assert (out / "card.json").stat().st_ino == node
     (out / "train_tokens.npy").write_bytes(b"damaged")
     prepare_set(raw, out, public=public_set, settings=SMALL)
@@ -76,8 +83,9 @@ def test_text_of_the_public_set_and_of_other_sets_is_removed(tmp_path, public_se
     card = prepare_set(raw, tmp_path / "pa", public=public_set, settings=SMALL)
     assert card["removed"]["in_public_set"] == 2
     raw = write_raw(tmp_path / "b", "b", [*own[:5], *(made_text(i) for i in range(300, 330))])
-    card = prepare_set(raw, tmp_path / "pb", public=public_set, disjoint_from=[tmp_path / "pa"],
-                       settings=SMALL)
+    card = prepare_set(
+        raw, tmp_path / "pb", public=public_set, disjoint_from=[tmp_path / "pa"], settings=SMALL
+    )
     assert card["removed"]["in_other_sets"] == 5
 
 
@@ -85,11 +93,18 @@ def test_short_documents_and_duplicates_are_counted(tmp_path, public_set):
     base = made_text(1, 300)
     texts = [made_text(i) for i in range(400, 430)] + ["short", base, base, base + " and more"]
     raw = write_raw(tmp_path, "owner", texts)
-    card = prepare_set(raw, tmp_path / "p", tokenizer=load_tokenizer(public_set),
-                       settings=replace(SMALL, max_document_bytes=50_000))
+    card = prepare_set(
+        raw,
+        tmp_path / "p",
+        tokenizer=load_tokenizer(public_set),
+        settings=replace(SMALL, max_document_bytes=50_000),
+    )
     removed = card["removed"]
     assert (removed["too_short"], removed["exact_duplicate"], removed["near_duplicate"]) == (
-        1, 1, 1)
+        1,
+        1,
+        1,
+    )
 
 
 def test_pieces_of_one_document_share_a_split_and_none_is_too_long(tmp_path, public_set):
@@ -107,8 +122,12 @@ def test_split_is_by_hash_and_does_not_change_when_documents_are_added(tmp_path,
     found = []
     for count in (160, 240):
         raw = write_raw(tmp_path / str(count), "owner", texts[:count])
-        prepare_set(raw, tmp_path / f"p{count}", tokenizer=load_tokenizer(public_set),
-                    settings=BY_SHARE_ALONE)
+        prepare_set(
+            raw,
+            tmp_path / f"p{count}",
+            tokenizer=load_tokenizer(public_set),
+            settings=BY_SHARE_ALONE,
+        )
         found.append(_split_of(tmp_path / f"p{count}"))
     assert all(found[1][identity] == split for identity, split in found[0].items())
     for i, text in enumerate(texts):
@@ -119,17 +138,21 @@ def test_split_is_by_hash_and_does_not_change_when_documents_are_added(tmp_path,
 
 
 def test_a_minimum_of_heldout_text_never_takes_from_train_when_documents_are_added(
-        tmp_path, public_set):
+    tmp_path, public_set
+):
     texts = [made_text(i, 24) for i in range(900, 960)]
     settings = replace(SMALL, min_split_bytes=200, heldout_share=0.0, validation_share=0.0)
     found = []
     for count in (30, 60):
         raw = write_raw(tmp_path / str(count), "owner", texts[:count])
-        prepare_set(raw, tmp_path / f"p{count}", tokenizer=load_tokenizer(public_set),
-                    settings=settings)
+        prepare_set(
+            raw, tmp_path / f"p{count}", tokenizer=load_tokenizer(public_set), settings=settings
+        )
         found.append(_split_of(tmp_path / f"p{count}"))
     assert {found[0][i] for i in found[0] if found[1][i] != found[0][i]} <= {
-        "heldout", "validation"}
+        "heldout",
+        "validation",
+    }
 
 
 def test_too_little_text_is_refused(tmp_path, public_set):
@@ -157,6 +180,7 @@ def test_a_run_that_is_killed_leaves_nothing(tmp_path, public_set, monkeypatch):
 
     def killed(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(prepare, "save_fingerprints", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_set(raw, tmp_path / "out" / "p", public=public_set, settings=SMALL)

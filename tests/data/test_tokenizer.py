@@ -40,7 +40,8 @@ def test_saved_tokenizer_loads_as_itself_and_as_a_hugging_face_file(tmp_path):
     assert load_tokenizer(tmp_path).digest == TOKENIZER.digest
     assert load_tokenizer(tmp_path / "tokenizer.json").eos_id == TOKENIZER.eos_id
     assert Inner.from_file(str(tmp_path / "tokenizer.json")).get_vocab_size() == (
-        TOKENIZER.vocab_size)
+        TOKENIZER.vocab_size
+    )
 
 
 def test_a_vocabulary_without_room_for_bytes_is_refused():

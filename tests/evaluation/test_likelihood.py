@@ -86,8 +86,12 @@ def test_what_is_read_within_a_limit_is_measured_exactly(house, max_bytes, read)
 
 
 @given(order=st.permutations(range(7)), batch_tokens=st.sampled_from([1, 13, 40, 4096]))
-@settings(derandomize=True, max_examples=15, database=None,
-          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    derandomize=True,
+    max_examples=15,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 def test_neither_order_nor_batches_matter(house, order, batch_tokens):
     model = house.mixture(NAMES).model
     windows = list(evaluation_windows(made_set([3, 20, 11, 2, 2, 17, 1]), "heldout", 256))
@@ -109,6 +113,7 @@ def test_a_batch_never_holds_more_than_its_tokens_unless_one_window_does(house, 
         def forward(self, ids, active, routing):
             sizes.append(ids.shape)
             return torch.zeros(*ids.shape, 300)
+
     monkeypatch.setattr(room, "BATCH_TOKENS", 50)
     lengths = [1, 2, 2, 3, 5, 8, 13, 21, 34, 55, 89]
     windows = list(evaluation_windows(made_set(lengths), "heldout", 256))
@@ -134,8 +139,9 @@ def test_routing_is_the_mean_weight_over_tokens(house):
 
 
 def test_a_disabled_expert_has_no_weight(house):
-    found = measure_likelihood(house.mixture(NAMES).model, made_set([9]), "heldout",
-                               enabled=["zinc"])
+    found = measure_likelihood(
+        house.mixture(NAMES).model, made_set([9]), "heldout", enabled=["zinc"]
+    )
     weights = np.array(found.routing)
     assert (weights[:, [1, 2]] == 0).all() and (weights[:, [0, 3]] > 0).all()
     assert ((weights.sum(1) > 0.95) & (weights.sum(1) <= 1)).all()  # small ones are cut off
@@ -150,8 +156,11 @@ def test_every_arrangement_is_measured_on_every_set(house, count):
     sets = {n: made_set([8, 5], seed=i) for i, n in enumerate(["public", *names])}
     found = evaluate_mixture(house.mixture(names), sets, "heldout", seq_len=32)
     assert list(found["bits_per_byte"]) == [
-        "anchor", *(f"expert {n}" for n in names), "mixture",
-        *(f"mixture without {n}" for n in names)]
+        "anchor",
+        *(f"expert {n}" for n in names),
+        "mixture",
+        *(f"mixture without {n}" for n in names),
+    ]
     assert all(list(row) == list(sets) for row in found["bits_per_byte"].values())
     assert found["routing"]["experts"] == ["public", *names]
     assert list(found["routing"]["weights"]) == found["routing"]["sets"] == list(sets)
@@ -173,8 +182,9 @@ def test_each_row_is_what_a_mixture_built_so_would_measure(house, router):
     assert table.keys() == built.keys()
     for row, names in built.items():
         model = house.mixture(names, router).model
-        assert table[row] == {s: measure_likelihood(model, t, "heldout").bits_per_byte
-                              for s, t in sets.items()}
+        assert table[row] == {
+            s: measure_likelihood(model, t, "heldout").bits_per_byte for s, t in sets.items()
+        }
     assert len({x for row in table.values() for x in row.values()}) == 8 * 4
 
 
@@ -182,8 +192,9 @@ def test_the_anchors_row_is_stock_transformers_loss(house, pico_sets):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(house.anchor_dir, dtype=torch.float32).eval()
-    found = evaluate_mixture(house.mixture(NAMES), {"public": pico_sets["public"]}, "heldout",
-                             seq_len=48, max_bytes=1500)
+    found = evaluate_mixture(
+        house.mixture(NAMES), {"public": pico_sets["public"]}, "heldout", seq_len=48, max_bytes=1500
+    )
     nats = size = 0
     for ids, part in evaluation_windows(pico_sets["public"], "heldout", 48, 1500):
         ids = torch.from_numpy(ids)[None]
@@ -199,9 +210,14 @@ def test_the_anchors_row_is_stock_transformers_loss(house, pico_sets):
 
 def table_of(**changes):
     """Two owners, worked by hand; rows in the order public, math, code."""
-    rows = {"anchor": (2.0, 4.0, 5.0), "expert math": (2.1, 3.0, 5.1),
-            "expert code": (2.1, 4.1, 3.0), "mixture": (2.02, 3.2, 4.0),
-            "mixture without math": (2.0, 4.04, 4.02), "mixture without code": (2.01, 3.23, 5.05)}
+    rows = {
+        "anchor": (2.0, 4.0, 5.0),
+        "expert math": (2.1, 3.0, 5.1),
+        "expert code": (2.1, 4.1, 3.0),
+        "mixture": (2.02, 3.2, 4.0),
+        "mixture without math": (2.0, 4.04, 4.02),
+        "mixture without code": (2.01, 3.23, 5.05),
+    }
     rows |= {k.replace("_", " "): v for k, v in changes.items()}
     return {k: dict(zip(("public", "math", "code"), v, strict=True)) for k, v in rows.items()}
 
@@ -213,22 +229,32 @@ def bars_of(**changes):
 def test_the_summary_of_a_table_worked_by_hand():
     found = summarise(table_of(), ["math", "code"])
     assert found["kept_of_pair_gain"] == pytest.approx(
-        {"math": 0.8 / 1.0, "code": 1.0 / 2.0, "mean": 0.65})
+        {"math": 0.8 / 1.0, "code": 1.0 / 2.0, "mean": 0.65}
+    )
     assert found["public_change"] == pytest.approx(0.01)
     assert found["optout_vs_anchor"] == pytest.approx({"math": 0.01, "code": 0.01})
     assert found["optout_side_effect"] == pytest.approx({"math": 0.005, "code": 3.23 / 3.2 - 1})
     assert [b["met"] for b in found["bars"]] == [True] * 5
     assert [b["value"] for b in found["bars"]] == [
-        "2 of 2", "65 %", "+1.00 %", "worst +1.00 %", "worst +0.94 %"]
+        "2 of 2",
+        "65 %",
+        "+1.00 %",
+        "worst +1.00 %",
+        "worst +0.94 %",
+    ]
 
 
-@pytest.mark.parametrize("bar, changes", [
-    (0, {"mixture": (2.0, 4.0, 3.0), "expert_math": (2.1, 3.0, 5.1)}),
-    (1, {"mixture": (2.0, 3.4, 4.1), "mixture_without_code": (2.0, 3.4, 5.0)}),
-    (2, {"mixture": (2.05, 3.2, 4.0)}),
-    (3, {"mixture_without_math": (2.0, 4.09, 4.0)}),
-    (4, {"mixture_without_math": (2.06, 4.0, 4.0)}),
-    (4, {"mixture_without_code": (2.0, 3.3, 5.0)})])
+@pytest.mark.parametrize(
+    "bar, changes",
+    [
+        (0, {"mixture": (2.0, 4.0, 3.0), "expert_math": (2.1, 3.0, 5.1)}),
+        (1, {"mixture": (2.0, 3.4, 4.1), "mixture_without_code": (2.0, 3.4, 5.0)}),
+        (2, {"mixture": (2.05, 3.2, 4.0)}),
+        (3, {"mixture_without_math": (2.0, 4.09, 4.0)}),
+        (4, {"mixture_without_math": (2.06, 4.0, 4.0)}),
+        (4, {"mixture_without_code": (2.0, 3.3, 5.0)}),
+    ],
+)
 def test_a_bar_that_is_missed_is_said_to_be(bar, changes):
     found = bars_of(**changes)
     assert found[bar] is False
@@ -255,6 +281,10 @@ def test_an_owner_whose_set_was_not_read_is_left_out_of_its_own_bars():
 
 
 def test_an_expert_that_harms_has_no_gain_to_keep():
-    table = {"anchor": {"a": 2.0}, "expert a": {"a": 2.1}, "mixture": {"a": 2.1},
-             "mixture without a": {"a": 2.0}}
+    table = {
+        "anchor": {"a": 2.0},
+        "expert a": {"a": 2.1},
+        "mixture": {"a": 2.1},
+        "mixture without a": {"a": 2.0},
+    }
     assert summarise(table, ["a"])["bars"][1]["met"] is False

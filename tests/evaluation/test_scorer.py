@@ -19,8 +19,12 @@ from flexolmo.research.rivals.readers import BtmReader, PromptReader, log_likeli
 from made_mixtures import NAMES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-IN_SESSION = settings(derandomize=True, max_examples=15, database=None,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True,
+    max_examples=15,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 LONGEST = 40  # tokens that the readers of these tests hold
 PROMPT = 6  # tokens that choose a model
 
@@ -36,21 +40,24 @@ def readers(house, tmp_path_factory):
     dense = [anchor.model, other.eval()]
     own = [OwnReader(m, anchor.tokenizer) for m in dense]
     found = {
-        "anchor": own[0], "btm": BtmReader(own, temperature=2.0),
+        "anchor": own[0],
+        "btm": BtmReader(own, temperature=2.0),
         "btm that switches": BtmReader(own, temperature=2.0, switch_rate=0.1),
         "chosen by its prompt": PromptReader(BtmReader(own), lambda ids: own[sum(ids) % 2], PROMPT),
         "mixture": OwnReader(mixture.model, mixture.tokenizer),
         "mixture without basalt": OwnReader(mixture.model, mixture.tokenizer, ["amber", "zinc"]),
         "stock": StockReader.open(stock_dir, torch.device("cpu")),
-        "stock that shares nothing": StockReader.open(stock_dir, torch.device("cpu"))}
+        "stock that shares nothing": StockReader.open(stock_dir, torch.device("cpu")),
+    }
     found["stock that shares nothing"].shares_prefixes = False
 
     def mixed(ids, each, **how):
         said = torch.stack([e[torch.arange(len(ids) - 1), ids[1:]] for e in each[:, :-1]])
         padded = torch.nn.functional.pad(said, (0, 1)).numpy()
         weights = btm_weights(padded, **how)  # [E,T]
-        return torch.stack([torch.from_numpy(mix_log_probs(v.numpy(), weights))
-                            for v in each.unbind(-1)], dim=-1)
+        return torch.stack(
+            [torch.from_numpy(mix_log_probs(v.numpy(), weights)) for v in each.unbind(-1)], dim=-1
+        )
 
     def in_one_pass(name, ids):
         text = torch.tensor([ids])
@@ -59,7 +66,7 @@ def readers(house, tmp_path_factory):
             if "btm" in name:
                 return mixed(ids, each, temperature=2.0, switch_rate=0.1 * ("switches" in name))
             if "chosen" in name:  # the start is one token
-                chosen = each[sum(ids[:1 + PROMPT]) % 2]
+                chosen = each[sum(ids[: 1 + PROMPT]) % 2]
                 return torch.cat([mixed(ids, each)[:PROMPT], chosen[PROMPT:]])
             model = mixture.model if "mixture" in name else anchor.model
             on = ["amber", "zinc"] if "without" in name else list(NAMES)
@@ -74,14 +81,14 @@ def readers(house, tmp_path_factory):
 def cut(ids, room, name):
     """The last ids, behind those that choose a model if there is room."""
     kept = 1 + PROMPT if "chosen" in name and 1 + PROMPT < room < len(ids) else 0
-    return [*ids[:kept], *ids[len(ids) - min(len(ids), room) + kept:]]
+    return [*ids[:kept], *ids[len(ids) - min(len(ids), room) + kept :]]
 
 
 def brute_force(in_one_pass, name, context, targets):
     """Nats and greediness; every target after as much before it as a piece of the request has."""
     nats, greedy = 0.0, True
     for start in range(0, len(targets), LONGEST):
-        piece = targets[start:start + LONGEST]
+        piece = targets[start : start + LONGEST]
         before = cut([*context, *targets[:start]], LONGEST + 1 - len(piece), name)
         said = in_one_pass(name, [*before, *piece])
         for t, token in enumerate(piece, start=len(before) - 1):
@@ -90,19 +97,37 @@ def brute_force(in_one_pass, name, context, targets):
     return nats, greedy
 
 
-READERS = ["anchor", "btm", "btm that switches", "chosen by its prompt", "mixture",
-           "mixture without basalt", "stock", "stock that shares nothing"]
+READERS = [
+    "anchor",
+    "btm",
+    "btm that switches",
+    "chosen by its prompt",
+    "mixture",
+    "mixture without basalt",
+    "stock",
+    "stock that shares nothing",
+]
 TOKENS = st.integers(1, 5)
 
 
 @pytest.mark.parametrize("name", READERS)
-@given(shared=st.lists(st.lists(TOKENS, min_size=0, max_size=30), min_size=1, max_size=3),
-       pairs=st.lists(st.tuples(st.integers(0, 2), st.lists(TOKENS, min_size=1, max_size=20),
-                                st.lists(TOKENS, min_size=1, max_size=6)), min_size=1, max_size=8),
-       batch_size=st.integers(1, 5))
+@given(
+    shared=st.lists(st.lists(TOKENS, min_size=0, max_size=30), min_size=1, max_size=3),
+    pairs=st.lists(
+        st.tuples(
+            st.integers(0, 2),
+            st.lists(TOKENS, min_size=1, max_size=20),
+            st.lists(TOKENS, min_size=1, max_size=6),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    batch_size=st.integers(1, 5),
+)
 @IN_SESSION
-def test_scores_are_those_of_one_text_at_a_time(readers, monkeypatch, name, shared, pairs,
-                                                batch_size):
+def test_scores_are_those_of_one_text_at_a_time(
+    readers, monkeypatch, name, shared, pairs, batch_size
+):
     """Whatever begins alike, is cut, or is asked twice."""
     monkeypatch.setattr("flexolmo.evaluation.scorer.MIN_SHARED_TOKENS", 3)
     monkeypatch.setattr("flexolmo.evaluation.scorer.MIN_SAVED_TOKENS", 3)
@@ -123,8 +148,9 @@ def test_a_continuation_longer_than_the_model_holds_is_read_in_pieces(readers, n
     targets = [1 + i % 7 for i in range(2 * LONGEST + 11)]
     (score,) = Scorer(found[name]).score_ids([([0, 3], targets)])
     assert score.tokens == len(targets) and score.is_cut
-    assert score.log_prob == pytest.approx(brute_force(in_one_pass, name, [0, 3], targets)[0],
-                                           abs=5e-3)
+    assert score.log_prob == pytest.approx(
+        brute_force(in_one_pass, name, [0, 3], targets)[0], abs=5e-3
+    )
 
 
 def test_an_empty_text_is_certain_and_keeps_its_place(readers):
@@ -142,22 +168,30 @@ def test_what_begins_alike_is_read_once(readers):
     pairs = [([0, *start, *q], [60 + a, 70]) for q in questions for a in range(4)]
     read = []
     counted = SimpleNamespace(
-        tokenizer=reader.tokenizer, max_seq_len=LONGEST, start=[0], shares_prefixes=True,
-        kept_tokens=0, new_state=reader.new_state,
-        read=lambda ids, *a, **k: read.append(ids.numel()) or reader.read(ids, *a, **k))
+        tokenizer=reader.tokenizer,
+        max_seq_len=LONGEST,
+        start=[0],
+        shares_prefixes=True,
+        kept_tokens=0,
+        new_state=reader.new_state,
+        read=lambda ids, *a, **k: read.append(ids.numel()) or reader.read(ids, *a, **k),
+    )
     Scorer(counted, batch_size=8).score_ids(pairs)
     assert sum(read) == 25 + 12 * 3 + 48 * 1  # beginning, questions, answers but the last token
 
 
-@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), max_size=12,
-                     unique=True))
+@given(
+    rows=st.lists(
+        st.lists(st.integers(0, 2), min_size=1, max_size=12).map(tuple), max_size=12, unique=True
+    )
+)
 @settings(derandomize=True, max_examples=200, database=None)
 def test_groups_share_a_beginning_and_take_every_row_once(rows):
     groups = list(_share(rows, True))
     assert sorted(i for _, places in groups for i in places) == list(range(len(rows)))
     for root, places in groups:
         for i in places:
-            assert len(root) < len(rows[i]) and rows[i][:len(root)] == root
+            assert len(root) < len(rows[i]) and rows[i][: len(root)] == root
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -174,14 +208,24 @@ def test_a_continuation_without_a_token_of_its_own_is_refused(readers):
         Scorer(readers[0]["anchor"]).log_likelihoods([("a question", "")])
 
 
-@pytest.mark.parametrize("name", ["anchor", "mixture without basalt", "btm", "btm that switches",
-                                  "chosen by its prompt", "stock"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anchor",
+        "mixture without basalt",
+        "btm",
+        "btm that switches",
+        "chosen by its prompt",
+        "stock",
+    ],
+)
 def test_greedy_continuations_are_the_likeliest_token_each_time(readers, name):
     found, in_one_pass = readers
     reader = found[name]
     prompts = ["one two three", "The sum", "x", "one two four and more"]
     written = Scorer(reader, batch_size=3).continuations(
-        prompts, Sampling(max_new_tokens=6, temperature=0))
+        prompts, Sampling(max_new_tokens=6, temperature=0)
+    )
     for prompt, (text, is_cut) in zip(prompts, written, strict=True):
         ids = cut([*reader.start, *reader.tokenizer.encode(prompt)], LONGEST - 6, name)
         prompt_length = len(ids)
@@ -211,14 +255,14 @@ def test_continuations_end_before_the_first_stop_and_do_not_depend_on_the_batch(
         found = Scorer(reader, batch_size).continuations(prompts, sampling, stops)
         for text, (cut, _) in zip(free, found, strict=True):
             ends = [text.find(s) for s in stops if s and s in text]
-            assert cut == text[:min(ends, default=len(text))]
+            assert cut == text[: min(ends, default=len(text))]
 
 
 def test_without_a_cache_continue_ids_says_the_same(readers, house):
     """`inference.generate` is another way to the same tokens."""
     reader, sampling = readers[0]["anchor"], Sampling(max_new_tokens=5, temperature=0)
     ids = reader.tokenizer.encode("one two")
-    (text, _), = Scorer(reader).continuations(["one two"], sampling)
+    ((text, _),) = Scorer(reader).continuations(["one two"], sampling)
     assert text == reader.tokenizer.decode(continue_ids(house.anchor.model, [ids], sampling)[0])
 
 

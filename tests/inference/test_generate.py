@@ -10,21 +10,18 @@ from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from flexolmo.errors import ConfigError, FlexOlmoError, PolicyError
-from flexolmo.inference.generate import (
-    Sampling,
-    choose_token,
-    decode,
-    generate,
-    stream,
-    stream_ids,
-)
+from flexolmo.inference.generate import Sampling, choose_token, decode, generate, stream, stream_ids
 
 NAMES = ("amber", "basalt", "zinc")
 PROMPTS = ["the time", "a proof of the lemma by the sum", "", "minister"]
 CHOICES = [[], ["amber"], list(NAMES), ["basalt", "zinc"]]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
-IN_SESSION = settings(derandomize=True, max_examples=60, database=None,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True,
+    max_examples=60,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 router = pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 
 
@@ -91,9 +88,11 @@ def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperatur
 @router
 def test_a_choice_for_all_prompts_is_that_choice_for_each(house, router):
     mixture = house.mixture(NAMES, router)
-    assert (generate(mixture, PROMPTS, without=["zinc"], sampling=GREEDY)
-            == generate(mixture, PROMPTS, without=[["zinc"]] * 4, sampling=GREEDY)
-            == generate(mixture, PROMPTS, only=("amber", "basalt"), sampling=GREEDY))
+    assert (
+        generate(mixture, PROMPTS, without=["zinc"], sampling=GREEDY)
+        == generate(mixture, PROMPTS, without=[["zinc"]] * 4, sampling=GREEDY)
+        == generate(mixture, PROMPTS, only=("amber", "basalt"), sampling=GREEDY)
+    )
 
 
 @router
@@ -113,8 +112,7 @@ def test_streamed_pieces_join_to_the_text(house, router, seed):
     sampling = Sampling(max_new_tokens=25, temperature=1.5, seed=seed)
     for prompt, without in zip(PROMPTS, CHOICES, strict=True):
         pieces = list(stream(mixture, prompt, without=without, sampling=sampling))
-        assert ["".join(pieces)] == generate(mixture, [prompt], without=without,
-                                             sampling=sampling)
+        assert ["".join(pieces)] == generate(mixture, [prompt], without=without, sampling=sampling)
         only = [n for n in NAMES if n not in without]
         assert pieces == list(stream(mixture, prompt, only=only, sampling=sampling))
 
@@ -123,7 +121,8 @@ def test_the_same_seed_writes_the_same_and_another_another(house):
     mixture = house.mixture(NAMES)
     first, again, other = (
         generate(mixture, ["the"], sampling=Sampling(max_new_tokens=20, seed=seed))
-        for seed in (1, 1, 2))
+        for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 
@@ -134,13 +133,20 @@ def test_generating_leaves_no_trace_in_the_global_random_state(house):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("wrong, error", [
-    ({"without": ["nickel"]}, PolicyError), ({"only": ["nickel"]}, PolicyError),
-    ({"without": [["zinc"], ["nickel"]]}, PolicyError), ({"without": ["public"]}, PolicyError),
-    ({"without": ["zinc"], "only": ["amber"]}, PolicyError),
-    ({"without": [["zinc"], []], "only": [["amber"], []]}, PolicyError),
-    ({"without": [["zinc"]]}, ConfigError), ({"without": [["zinc"], "amber"]}, ConfigError),
-    ({"without": "zinc"}, FlexOlmoError)])
+@pytest.mark.parametrize(
+    "wrong, error",
+    [
+        ({"without": ["nickel"]}, PolicyError),
+        ({"only": ["nickel"]}, PolicyError),
+        ({"without": [["zinc"], ["nickel"]]}, PolicyError),
+        ({"without": ["public"]}, PolicyError),
+        ({"without": ["zinc"], "only": ["amber"]}, PolicyError),
+        ({"without": [["zinc"], []], "only": [["amber"], []]}, PolicyError),
+        ({"without": [["zinc"]]}, ConfigError),
+        ({"without": [["zinc"], "amber"]}, ConfigError),
+        ({"without": "zinc"}, FlexOlmoError),
+    ],
+)
 def test_a_choice_that_is_not_clear_is_refused(house, wrong, error):
     with pytest.raises(error):
         generate(house.mixture(NAMES), ["a", "b"], **wrong)
@@ -186,8 +192,10 @@ def tell(house, script, count=1000):
     return list(stream_ids(told, tokenizer, "the", sampling, None))
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-       | st.text("é—漢🙂👩‍🚀 a�", max_size=12))
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    | st.text("é—漢🙂👩‍🚀 a�", max_size=12)
+)
 @IN_SESSION
 def test_characters_split_over_tokens_come_out_whole(house, text):
     tokenizer = house.anchor.tokenizer
@@ -252,8 +260,13 @@ def draw(logits, seed=0, **options):
     return choose_token(torch.tensor(logits), Sampling(**options), generator)
 
 
-@given(logits=LOGITS, seed=st.integers(0, 99), top_p=st.floats(0.01, 1),
-       top_k=st.none() | st.integers(1, 12), temperature=st.floats(0.05, 5))
+@given(
+    logits=LOGITS,
+    seed=st.integers(0, 99),
+    top_p=st.floats(0.01, 1),
+    top_k=st.none() | st.integers(1, 12),
+    temperature=st.floats(0.05, 5),
+)
 @IN_SESSION
 def test_a_chosen_token_is_always_allowed(logits, seed, top_k, top_p, temperature):
     token = draw(logits, seed, top_k=top_k, top_p=top_p, temperature=temperature)
@@ -269,8 +282,12 @@ def test_a_chosen_token_is_always_allowed(logits, seed, top_k, top_p, temperatur
 @IN_SESSION
 def test_no_temperature_one_candidate_or_no_probability_to_spare_is_the_likeliest(logits, seed):
     best = max(logits)
-    for options in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9},
-                    {"temperature": 0, "top_k": 5, "top_p": 0.5}):
+    for options in (
+        {"temperature": 0},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"temperature": 0, "top_k": 5, "top_p": 0.5},
+    ):
         assert logits[draw(logits, seed, **options)] == pytest.approx(best, abs=1e-5)
 
 
@@ -278,12 +295,17 @@ def test_draws_follow_the_probabilities():
     """Chi-square over 8,000 draws; the odds of a false alarm are one in a million."""
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
     for options, expected in (
-            ({"temperature": 1.0, "top_p": 1.0}, logits.softmax(-1)),
-            ({"temperature": 0.5, "top_p": 1.0}, (logits / 0.5).softmax(-1)),
-            ({"temperature": 2.0, "top_p": 1.0, "top_k": 3},
-             (logits / 2).masked_fill(torch.tensor([1, 0, 1, 0, 0]).bool(), -99).softmax(-1)),
-            ({"temperature": 1.0, "top_p": 0.8},  # 0.57 and 0.21 are not enough, 0.13 is needed
-             logits.masked_fill(torch.tensor([1, 0, 1, 0, 0]).bool(), -99).softmax(-1))):
+        ({"temperature": 1.0, "top_p": 1.0}, logits.softmax(-1)),
+        ({"temperature": 0.5, "top_p": 1.0}, (logits / 0.5).softmax(-1)),
+        (
+            {"temperature": 2.0, "top_p": 1.0, "top_k": 3},
+            (logits / 2).masked_fill(torch.tensor([1, 0, 1, 0, 0]).bool(), -99).softmax(-1),
+        ),
+        (
+            {"temperature": 1.0, "top_p": 0.8},  # 0.57 and 0.21 are not enough, 0.13 is needed
+            logits.masked_fill(torch.tensor([1, 0, 1, 0, 0]).bool(), -99).softmax(-1),
+        ),
+    ):
         generator, sampling = torch.Generator().manual_seed(11), Sampling(**options)
         counts = torch.zeros(5)
         for _ in range(8_000):
@@ -294,9 +316,18 @@ def test_draws_follow_the_probabilities():
         assert chisquare(counts[possible].double(), share / share.sum() * 8_000).pvalue > 1e-6
 
 
-@pytest.mark.parametrize("wrong", [
-    {"temperature": -0.1}, {"top_p": 0}, {"top_p": 1.01}, {"top_k": 0}, {"max_new_tokens": 0},
-    {"seed": -1}, {"temprature": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -0.1},
+        {"top_p": 0},
+        {"top_p": 1.01},
+        {"top_k": 0},
+        {"max_new_tokens": 0},
+        {"seed": -1},
+        {"temprature": 1},
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         Sampling(**wrong)

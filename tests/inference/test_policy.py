@@ -30,7 +30,8 @@ def test_only_enables_exactly_what_it_names(available, only, kind):
 def test_only_and_without_are_complements(available, chosen):
     chosen &= available
     assert choose_experts(available, only=chosen) == choose_experts(
-        available, without=available - chosen)
+        available, without=available - chosen
+    )
 
 
 @given(available=names)
@@ -76,6 +77,8 @@ def test_the_answer_never_holds_more_than_is_available(available, without):
 
 
 def test_the_policy_can_be_audited_without_torch():
-    code = ("import sys, flexolmo.inference.policy as p; p.choose_experts(['a']); "
-            "sys.exit(any(m.split('.')[0] in ('torch', 'numpy') for m in sys.modules))")
+    code = (
+        "import sys, flexolmo.inference.policy as p; p.choose_experts(['a']); "
+        "sys.exit(any(m.split('.')[0] in ('torch', 'numpy') for m in sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -39,8 +39,9 @@ def test_a_mixture_holds_the_anchor_and_every_bundle_whole(house):
     found = tree(house.mixture_dir(NAMES))
     expected = {f"anchor/{n}": data for n, data in tree(house.anchor_dir).items()}
     for name in NAMES:
-        expected |= {f"experts/{name}.bundle/{n}": data
-                     for n, data in tree(house.bundle(name)).items()}
+        expected |= {
+            f"experts/{name}.bundle/{n}": data for n, data in tree(house.bundle(name)).items()
+        }
     assert found.pop("mixture.json")
     assert found == expected
 
@@ -79,8 +80,7 @@ def refused(house, tmp_path, bundles, error, trusted=True, **options):
     """The message of the refusal, which must leave nothing behind."""
     out = tmp_path / "refused"
     with pytest.raises(error) as caught:
-        build_mixture(house.anchor_dir, bundles, out, house.trusted if trusted else None,
-                      **options)
+        build_mixture(house.anchor_dir, bundles, out, house.trusted if trusted else None, **options)
     assert not out.exists()
     assert not list(tmp_path.glob(".refused*"))
     return str(caught.value)
@@ -104,20 +104,23 @@ def test_a_changed_bundle_is_refused_by_its_path(house, tmp_path):
 
 def test_an_unknown_signer_is_refused_unless_told_to_trust(house, tmp_path):
     create_key(tmp_path / "mallory")
-    bundle = differ_in_router(house, tmp_path, "amber", "evidence", owner="Mallory",
-                              key=tmp_path / "mallory")
+    bundle = differ_in_router(
+        house, tmp_path, "amber", "evidence", owner="Mallory", key=tmp_path / "mallory"
+    )
     for trusted in (True, False):
         assert "unknown key" in refused(house, tmp_path, [bundle], SignatureError, trusted)
-    about = build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted,
-                          allow_unknown_signers=True)
+    about = build_mixture(
+        house.anchor_dir, [bundle], tmp_path / "m", house.trusted, allow_unknown_signers=True
+    )
     assert about["experts"]["amber"]["signer"] is None
     assert load_mixture(tmp_path / "m").expert_names == ["amber"]
 
 
 def test_trusting_any_signer_lets_nobody_speak_for_a_trusted_owner(house, tmp_path):
     create_key(tmp_path / "mallory")
-    bundle = differ_in_router(house, tmp_path, "amber", "evidence", owner="Ann",
-                              key=tmp_path / "mallory")
+    bundle = differ_in_router(
+        house, tmp_path, "amber", "evidence", owner="Ann", key=tmp_path / "mallory"
+    )
     said = refused(house, tmp_path, [bundle], SignatureError, allow_unknown_signers=True)
     assert "'Ann'" in said
 
@@ -129,9 +132,11 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(house, tmp_path
     tensors["layers.0.down_proj.weight"] = torch.ones(3, 5)
     bad = house.write(tmp_path, "amber", tensors, "linear")
     said = refused(house, tmp_path, [bad, house.bundle("zinc", "linear")], MergeError)
-    for line in ("amber: missing: layers.1.up_proj.weight",
-                 "amber: extra: layers.9.gate_proj.weight",
-                 "amber: shape of layers.0.down_proj.weight: found [3, 5], expected [32, "):
+    for line in (
+        "amber: missing: layers.1.up_proj.weight",
+        "amber: extra: layers.9.gate_proj.weight",
+        "amber: shape of layers.0.down_proj.weight: found [3, 5], expected [32, ",
+    ):
         assert line in said
     assert "zinc" not in said
 
@@ -139,14 +144,26 @@ def test_missing_extra_and_misshapen_tensors_are_listed_together(house, tmp_path
 RICH = {"rank": 3, "attention_rank": 2, "embedding_rank": 4, "head_rank": 5}
 
 
-@pytest.mark.parametrize("claim", ["num_layers", "d_model", "d_ff", "rank", "attention_rank",
-                                   "embedding_rank", "head_rank", "num_bigrams"])
+@pytest.mark.parametrize(
+    "claim",
+    [
+        "num_layers",
+        "d_model",
+        "d_ff",
+        "rank",
+        "attention_rank",
+        "embedding_rank",
+        "head_rank",
+        "num_bigrams",
+    ],
+)
 @pytest.mark.parametrize("sizes", [{}, RICH], ids=["an FFN", "all parts"])
 def test_an_architecture_that_the_tensors_do_not_have_is_refused(house, tmp_path, claim, sizes):
     tensors = house.wild.expert(ROUTERS["evidence"], 0, **sizes)
     true = house.architecture(tensors)
-    bad = house.write(tmp_path, "amber", tensors, "evidence",
-                      architecture=true | {claim: true[claim] + 1})
+    bad = house.write(
+        tmp_path, "amber", tensors, "evidence", architecture=true | {claim: true[claim] + 1}
+    )
     said = refused(house, tmp_path, [bad], MergeError)
     assert f"amber: architecture claims {claim} {true[claim] + 1}, found {true[claim]}\n" in said
     assert said.count("amber:") == 1
@@ -162,9 +179,11 @@ def test_tensors_of_an_architecture_that_is_not_the_anchors_are_refused(house, t
     tensors["embed_tokens.lora_b"] = torch.ones(299, 4)
     bad = house.write(tmp_path, "amber", tensors, "evidence")
     said = refused(house, tmp_path, [bad], MergeError)
-    for line in ("amber: shape of layers.0.q_proj.lora_a: found [2, 31], expected [2, 32]",
-                 "amber: shape of layers.1.v_proj.lora_b: found [32, 2], expected [16, 2]",
-                 "amber: shape of embed_tokens.lora_b: found [299, 4], expected [300, 4]"):
+    for line in (
+        "amber: shape of layers.0.q_proj.lora_a: found [2, 31], expected [2, 32]",
+        "amber: shape of layers.1.v_proj.lora_b: found [32, 2], expected [16, 2]",
+        "amber: shape of embed_tokens.lora_b: found [299, 4], expected [300, 4]",
+    ):
         assert line in said
 
 
@@ -178,14 +197,18 @@ def test_deltas_may_be_half_as_long_and_nothing_else_may(house, tmp_path):
     expected = assemble_mixture(house.wild.anchor, {"amber": widened}, ROUTERS["evidence"])
     assert torch.equal(load_mixture(tmp_path / "m").model(ids), expected(ids))
     for name in ("layers.0.q_proj.weight", "router.unigram"):
-        bad = house.write(tmp_path / name, "amber", half | {name: half[name].bfloat16()},
-                          "evidence")
+        bad = house.write(
+            tmp_path / name, "amber", half | {name: half[name].bfloat16()}, "evidence"
+        )
         said = refused(house, tmp_path, [bad], MergeError)
         assert f"amber: dtype of {name} is BF16, expected F32" in said
 
 
-@pytest.mark.parametrize("place, key", [(0, -1), (-1, 300 ** 2), (-1, 0), (1, None)],
-                         ids=["below", "above", "descending", "twice"])
+@pytest.mark.parametrize(
+    "place, key",
+    [(0, -1), (-1, 300**2), (-1, 0), (1, None)],
+    ids=["below", "above", "descending", "twice"],
+)
 def test_bigrams_out_of_order_or_of_no_token_are_refused(house, tmp_path, place, key):
     tensors = house.wild.expert(ROUTERS["evidence"], 0)
     keys = tensors["router.bigram_keys"]
@@ -197,40 +220,52 @@ def test_bigrams_out_of_order_or_of_no_token_are_refused(house, tmp_path, place,
 
 def test_experts_of_every_shape_come_through_the_bundle_as_they_were(house, tmp_path):
     wild, router = house.wild, ROUTERS["evidence"]
-    experts = {"amber": wild.expert(router, 0, **RICH), "basalt": wild.expert(router, 1, 20),
-               "copper": wild.expert(router, 3, attention_rank=32, embedding_rank=32, head_rank=32),
-               "zinc": wild.expert(router, 2, **{k: v for k, v in RICH.items() if k != "rank"})}
+    experts = {
+        "amber": wild.expert(router, 0, **RICH),
+        "basalt": wild.expert(router, 1, 20),
+        "copper": wild.expert(router, 3, attention_rank=32, embedding_rank=32, head_rank=32),
+        "zinc": wild.expert(router, 2, **{k: v for k, v in RICH.items() if k != "rank"}),
+    }
     bundles = [house.write(tmp_path, n, t, "evidence") for n, t in experts.items()]
     about = build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
     assert {n: e["architecture"] for n, e in about["experts"].items()} == {
-        n: house.architecture(t) for n, t in experts.items()}
+        n: house.architecture(t) for n, t in experts.items()
+    }
     found = load_mixture(tmp_path / "m").model
     expected = assemble_mixture(wild.anchor, experts, router)
     ids = wild.ids(2, 12)
     assert torch.equal(found(ids), expected(ids))
     remove_experts(tmp_path / "m", ["zinc"])
     del experts["zinc"]
-    assert torch.equal(load_mixture(tmp_path / "m").model(ids),
-                       assemble_mixture(wild.anchor, experts, router)(ids))
+    assert torch.equal(
+        load_mixture(tmp_path / "m").model(ids), assemble_mixture(wild.anchor, experts, router)(ids)
+    )
 
 
 def test_two_experts_of_one_name_are_refused(house, tmp_path):
     again = differ_in_router(house, tmp_path, "amber", "evidence")
-    said = refused(house, tmp_path, [house.bundle("amber"), house.bundle("zinc"), again],
-                   MergeError)
+    said = refused(
+        house, tmp_path, [house.bundle("amber"), house.bundle("zinc"), again], MergeError
+    )
     assert "amber: two experts have this name" in said
     with pytest.raises(MergeError, match="amber: two experts"):
         add_experts(house.build(["amber"], tmp_path / "m"), [again], house.trusted)
 
 
 def test_experts_with_different_routers_are_refused(house, tmp_path):
-    said = refused(house, tmp_path, [house.bundle("amber"), house.bundle("zinc", "linear")],
-                   MergeError)
+    said = refused(
+        house, tmp_path, [house.bundle("amber"), house.bundle("zinc", "linear")], MergeError
+    )
     assert "zinc: router is" in said and "linear" in said and "evidence" in said
     sharper = house.write(
-        tmp_path, "zinc", house.tensors("zinc", "evidence"), "evidence",
+        tmp_path,
+        "zinc",
+        house.tensors("zinc", "evidence"),
+        "evidence",
         router_settings=room._ROUTER.validate_python(
-            {"kind": "evidence", "clip_nats": 9.0}).model_dump(mode="json"))
+            {"kind": "evidence", "clip_nats": 9.0}
+        ).model_dump(mode="json"),
+    )
     said = refused(house, tmp_path, [house.bundle("amber"), sharper], MergeError)
     assert "9.0" in said and "5.0" in said
 
@@ -240,12 +275,19 @@ def test_every_problem_of_every_bundle_is_listed_at_once(house, tmp_path):
     tensors = house.tensors("basalt", "evidence")
     del tensors["router.backoff"]
     bundles = [
-        house.bundle("amber"), house.write(tmp_path, "basalt", tensors, "evidence"),
+        house.bundle("amber"),
+        house.write(tmp_path, "basalt", tensors, "evidence"),
         differ_in_router(house, tmp_path, "cobalt", "evidence", anchor_digest=other),
-        house.bundle("zinc", "linear"), differ_in_router(house, tmp_path, "amber", "evidence")]
+        house.bundle("zinc", "linear"),
+        differ_in_router(house, tmp_path, "amber", "evidence"),
+    ]
     said = refused(house, tmp_path, bundles, MergeError)
-    for part in ("amber: two experts", "basalt: missing: router.backoff",
-                 f"cobalt: trained on anchor {other}", "zinc: router is"):
+    for part in (
+        "amber: two experts",
+        "basalt: missing: router.backoff",
+        f"cobalt: trained on anchor {other}",
+        "zinc: router is",
+    ):
         assert part in said
 
 
@@ -257,16 +299,24 @@ def test_expired_terms_are_refused_at_the_door(house, tmp_path):
 
 
 def test_a_router_this_release_does_not_know_is_refused(house, tmp_path):
-    bad = differ_in_router(house, tmp_path, "amber", "evidence", router_kind="oracle",
-                           router_settings={"kind": "oracle"})
-    assert "amber: router settings are not understood" in refused(house, tmp_path, [bad],
-                                                                  MergeError)
+    bad = differ_in_router(
+        house,
+        tmp_path,
+        "amber",
+        "evidence",
+        router_kind="oracle",
+        router_settings={"kind": "oracle"},
+    )
+    assert "amber: router settings are not understood" in refused(
+        house, tmp_path, [bad], MergeError
+    )
 
 
 @pytest.mark.parametrize("owners", [("Ann",), ()])
 def test_each_owner_must_be_trusted(house, tmp_path, owners):
     trusted = TrustedOwners.from_keys(
-        {o: house.keys[o].with_name(f"{o}.pub").read_bytes() for o in owners})
+        {o: house.keys[o].with_name(f"{o}.pub").read_bytes() for o in owners}
+    )
     with pytest.raises(SignatureError, match="unknown key"):
         build_mixture(house.anchor_dir, house.bundles(NAMES), tmp_path / "m", trusted)
 
@@ -285,8 +335,9 @@ def test_a_directory_that_is_no_mixture_is_not_overwritten(house, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.txt").write_text("ten years of work")
     with pytest.raises(FlexOlmoError, match="thesis"):
-        build_mixture(house.anchor_dir, house.bundles(["amber"]), tmp_path / "thesis",
-                      house.trusted)
+        build_mixture(
+            house.anchor_dir, house.bundles(["amber"]), tmp_path / "thesis", house.trusted
+        )
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "ten years of work"
 
 

@@ -39,7 +39,8 @@ def stock(directory, **options):
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, output_loading_info=True, **options)
+        directory, dtype=torch.float32, output_loading_info=True, **options
+    )
     assert not any(report.values()), report
     return model.eval()
 
@@ -89,8 +90,9 @@ def test_stock_transformers_continues_a_text_as_we_do(exported, house):
     mixture, _, theirs = exported
     ids = house.wild.ids(1, 12, eos_every=10**6)
     with torch.inference_mode():
-        out = theirs.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None,
-                              pad_token_id=0)
+        out = theirs.generate(
+            ids, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         for _ in range(8):
             ids = torch.cat([ids, mixture.model(ids)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(out, ids)
@@ -106,15 +108,17 @@ def test_narrow_experts_are_padded_with_zeros(exported):
             prefix = f"model.layers.{i}.mlp.experts.{e}."
             up, down = tensors[prefix + "up_proj.weight"], tensors[prefix + "down_proj.weight"]
             assert up.shape[0] == down.shape[1] == max(widths.values())
-            assert torch.equal(up[:widths[name]], m.expert(name).up_proj.weight)
-            assert torch.equal(down[:, :widths[name]], m.expert(name).down_proj.weight)
-            assert (up[widths[name]:] == 0).all() and (down[:, widths[name]:] == 0).all()
+            assert torch.equal(up[: widths[name]], m.expert(name).up_proj.weight)
+            assert torch.equal(down[:, : widths[name]], m.expert(name).down_proj.weight)
+            assert (up[widths[name] :] == 0).all() and (down[:, widths[name] :] == 0).all()
 
 
 def test_the_export_names_its_experts_and_has_no_other_tensors(exported, house):
     mixture, out, _ = exported
     assert json.loads((out / "flexolmo.json").read_text()) == {
-        "experts": ["public", *sorted(NAMES)], "exact": True}
+        "experts": ["public", *sorted(NAMES)],
+        "exact": True,
+    }
     config = json.loads((out / "config.json").read_text())
     assert config["num_experts"] == 4
     assert config["num_experts_per_tok"] == (mixture.model.top_k or 4)
@@ -178,8 +182,7 @@ def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_p
     assert torch.equal(load_mixture(tmp_path / "m").model(ids), mixture.model(ids))
 
 
-@pytest.mark.parametrize("names", [[], ["amber"], ["amber", "amber", "zinc"],
-                                   ["a", "b", "c", "d"]])
+@pytest.mark.parametrize("names", [[], ["amber"], ["amber", "amber", "zinc"], ["a", "b", "c", "d"]])
 def test_a_wrong_number_of_names_is_refused(exported, house, tmp_path, names):
     with pytest.raises(CheckpointError, match=r"has 4 experts, the first of them public: give 3 "):
         import_stock(exported[1], names, tmp_path / "m", house.keys["Ann"], **TERMS)
@@ -212,12 +215,15 @@ def test_a_checkpoint_without_an_expert_is_refused_by_the_tensors_name(exported,
         import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **TERMS)
 
 
-@pytest.mark.parametrize("extra", ["model.layers.0.mlp.gate.bias",
-                                   "model.layers.0.mlp.experts.4.up_proj.weight"])
+@pytest.mark.parametrize(
+    "extra", ["model.layers.0.mlp.gate.bias", "model.layers.0.mlp.experts.4.up_proj.weight"]
+)
 def test_a_tensor_that_would_be_ignored_is_refused(exported, house, tmp_path, extra):
     """checkpoint.md: an extra bias is ignored by transformers and vLLM; we must not."""
+
     def add(tensors):
         tensors[extra] = torch.ones(4)
+
     copy = changed_export(exported, tmp_path, add)
     with pytest.raises(FlexOlmoError, match=extra):
         import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **TERMS)
@@ -245,9 +251,14 @@ def test_only_the_stock_router_is_exported_as_it_is(house, tmp_path, router):
 
 
 @pytest.mark.parametrize("top_k", [None, 2])
-@pytest.mark.parametrize("shapes", [
-    {"amber": {"rank": 1}, "basalt": {"rank": 5}}, {"amber": {"rank": 40}, "zinc": {"d_ff": 20}},
-    {"amber": {"rank": 3}, "basalt": {"d_ff": 70}, "zinc": {}}])
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"amber": {"rank": 1}, "basalt": {"rank": 5}},
+        {"amber": {"rank": 40}, "zinc": {"d_ff": 20}},
+        {"amber": {"rank": 3}, "basalt": {"d_ff": 70}, "zinc": {}},
+    ],
+)
 def test_low_rank_and_wide_experts_are_exported_exactly(house, tmp_path, shapes, top_k):
     mixture = with_shapes(house, "stock", shapes, top_k)
     export_stock(mixture, mixture.model, tmp_path / "hf", {"exact": True})
@@ -276,13 +287,20 @@ def test_a_low_rank_experts_matrices_are_the_anchors_and_the_product(house):
 
 @pytest.mark.parametrize("part", ["attention_rank", "embedding_rank", "head_rank"])
 def test_what_the_stock_format_has_no_place_for_is_refused_by_name(house, tmp_path, part):
-    mixture = with_shapes(house, "evidence", {"amber": {}, "basalt": {part: 2}, "zinc": {"rank": 1},
-                                              "cobalt": {part: 1}})
-    said = (r"basalt, cobalt also change attention, embedding or output head\..*"
-            r"flexolmo mix remove.*--scope ffn")
+    mixture = with_shapes(
+        house,
+        "evidence",
+        {"amber": {}, "basalt": {part: 2}, "zinc": {"rank": 1}, "cobalt": {part: 1}},
+    )
+    said = (
+        r"basalt, cobalt also change attention, embedding or output head\..*"
+        r"flexolmo mix remove.*--scope ffn"
+    )
     rows = refit_router(mixture.model, windows_of(house))
-    for act in (lambda: refuse_more_than_ffn(mixture.model),
-                lambda: with_stock_router(mixture.model, rows)):
+    for act in (
+        lambda: refuse_more_than_ffn(mixture.model),
+        lambda: with_stock_router(mixture.model, rows),
+    ):
         with pytest.raises(MergeError, match=said) as e:
             act()
         assert "amber" not in str(e.value) and "zinc" not in str(e.value)
@@ -295,8 +313,11 @@ def test_what_the_stock_format_has_no_place_for_is_refused_by_name(house, tmp_pa
 
 
 def test_every_expert_speaks_from_its_own_ffn_whatever_its_shape(house):
-    mixture = with_shapes(house, "evidence", {"amber": {"rank": 2}, "basalt": {"d_ff": 20},
-                                              "zinc": {"rank": 2, "head_rank": 3}})
+    mixture = with_shapes(
+        house,
+        "evidence",
+        {"amber": {"rank": 2}, "basalt": {"d_ff": 20}, "zinc": {"rank": 2, "head_rank": 3}},
+    )
     windows = own_windows(mixture, sequences=2, tokens=12)
     assert len(windows) == 8 and all(ids.shape == (13,) for ids, _ in windows)
 
@@ -319,8 +340,10 @@ def test_refitting_is_least_squares(house, router, top_k):
     targets = [[] for _ in model.layers]
     for ids, _ in windows:
         routing, residual = [], []
-        hooks = [m.register_forward_hook(lambda _m, args, _out, to=residual: to.append(args[0]))
-                 for m in model.mixtures()]
+        hooks = [
+            m.register_forward_hook(lambda _m, args, _out, to=residual: to.append(args[0]))
+            for m in model.mixtures()
+        ]
         model(torch.from_numpy(ids[:-1])[None], routing=routing)
         for hook in hooks:
             hook.remove()
@@ -345,7 +368,7 @@ def test_refitting_a_stock_router_finds_it_again(house):
     model = house.mixture(NAMES, "stock").model
     found = refit_router(model, windows_of(house, count=30, length=100), ridge=1e-9)
     for rows, true in zip(found, router_rows(model), strict=True):
-        logits = (true - true.mean(0))
+        logits = true - true.mean(0)
         assert (rows - rows.mean(0) - logits).norm() < 0.2 * logits.norm()
 
 
@@ -394,25 +417,37 @@ def test_an_anchor_of_little_public_text_is_imported_and_saved(house, pico_set_d
     """So little that no bigram is in enough documents; its tables are empty."""
     public = open_set(pico_set_dirs["public"])
     train = public.splits["train"]
-    few = TokenSplit(train.tokens[:train.offsets[2]], train.offsets[:3], train.bytes[:2])
+    few = TokenSplit(train.tokens[: train.offsets[2]], train.offsets[:3], train.bytes[:2])
     anchor = import_anchor(house.anchor_dir, replace(public, splits=public.splits | {"train": few}))
     assert not len(anchor.public.keys)
     save_anchor(anchor, tmp_path / "anchor")
     assert load_anchor(tmp_path / "anchor").digest == anchor.digest
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "rope_theta": 10_000.0},
-                                     {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2, "rope_theta": 10_000.0}, {"tie_word_embeddings": True}],
+)
 def test_an_imported_stock_anchor_computes_the_same_logits(pico_set_dirs, tmp_path, changes):
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     public = open_set(pico_set_dirs["public"])
     theta = changes.pop("rope_theta", 500_000.0)
     torch.manual_seed(0)
-    made = Olmo2ForCausalLM(Olmo2Config(
-        vocab_size=public.vocab_size, hidden_size=48, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, pad_token_id=0, bos_token_id=0, eos_token_id=0,
-        rope_parameters={"rope_type": "default", "rope_theta": theta}, **changes)).eval()
+    made = Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=public.vocab_size,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            bos_token_id=0,
+            eos_token_id=0,
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            **changes,
+        )
+    ).eval()
     with torch.no_grad():
         for p in made.parameters():
             p.copy_(torch.randn_like(p) / 6 if p.dim() == 2 else 1 + 0.3 * torch.randn_like(p))

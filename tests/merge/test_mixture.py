@@ -70,13 +70,15 @@ def test_adding_to_a_mixture_of_no_owner_is_building_byte_for_byte(house, tmp_pa
 def test_adding_checks_as_building_does(house, tmp_path):
     model = house.build(["amber"], tmp_path / "m")
     before = tree(model)
-    other = differ_in_router(house, tmp_path, "basalt", "evidence",
-                             anchor_digest="sha256:" + "7" * 64)
+    other = differ_in_router(
+        house, tmp_path, "basalt", "evidence", anchor_digest="sha256:" + "7" * 64
+    )
     for bundles, trusted, error in (
-            ([house.bundle("zinc")], None, SignatureError),
-            ([house.bundle("zinc", "linear")], house.trusted, MergeError),
-            ([other], house.trusted, MergeError),
-            ([house.bundle("zinc"), house.bundle("zinc")], house.trusted, MergeError)):
+        ([house.bundle("zinc")], None, SignatureError),
+        ([house.bundle("zinc", "linear")], house.trusted, MergeError),
+        ([other], house.trusted, MergeError),
+        ([house.bundle("zinc"), house.bundle("zinc")], house.trusted, MergeError),
+    ):
         with pytest.raises(error):
             add_experts(model, bundles, trusted)
     assert tree(model) == before
@@ -119,8 +121,7 @@ def test_a_replaced_anchor_cannot_be_made_the_mixtures_own(house, make_wild, tmp
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("how", ["exception", "kill"])
-def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monkeypatch, how,
-                                                           call):
+def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monkeypatch, how, call):
     """Stopped while the anchor (1) or a bundle (2, 3) is put in place."""
     model = house.build(["amber"], tmp_path / "m")
     before, calls, place = tree(model), [], room._place
@@ -132,6 +133,7 @@ def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monk
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
         place(source, target)
+
     bundles = house.bundles(["zinc"])
     if how == "exception":
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -161,12 +163,16 @@ def breakable(house, tmp_path_factory):
     return house.build(["amber", "zinc"], tmp_path_factory.mktemp("breakable") / "m")
 
 
-@given(name=st.sampled_from(["amber", "zinc"]), place=st.floats(0, 1), change=st.integers(1, 255),
-       file=st.sampled_from(["expert.safetensors", "manifest.json", "signer.pub",
-                             "signature.sig"]))
+@given(
+    name=st.sampled_from(["amber", "zinc"]),
+    place=st.floats(0, 1),
+    change=st.integers(1, 255),
+    file=st.sampled_from(["expert.safetensors", "manifest.json", "signer.pub", "signature.sig"]),
+)
 @settings(IN_SESSION, max_examples=40)
-def test_a_flipped_byte_in_any_file_of_a_bundle_is_refused_by_name(breakable, name, file, place,
-                                                                   change):
+def test_a_flipped_byte_in_any_file_of_a_bundle_is_refused_by_name(
+    breakable, name, file, place, change
+):
     path = breakable / "experts" / f"{name}.bundle" / file
     old = flip(path, place, change)
     try:
@@ -179,12 +185,24 @@ def test_a_flipped_byte_in_any_file_of_a_bundle_is_refused_by_name(breakable, na
         path.write_bytes(old)
 
 
-@given(place=st.floats(0, 1), change=st.integers(1, 255),
-       file=st.sampled_from(["model.safetensors", "public.safetensors", "tokenizer.json",
-                             "config.json", "anchor.json", "tokenizer_config.json"]))
+@given(
+    place=st.floats(0, 1),
+    change=st.integers(1, 255),
+    file=st.sampled_from(
+        [
+            "model.safetensors",
+            "public.safetensors",
+            "tokenizer.json",
+            "config.json",
+            "anchor.json",
+            "tokenizer_config.json",
+        ]
+    ),
+)
 @settings(IN_SESSION, max_examples=60)
 def test_a_flipped_byte_in_the_anchor_is_refused_or_changes_nothing_that_is_used(
-        breakable, house, file, place, change):
+    breakable, house, file, place, change
+):
     """Some bytes mean nothing to us: a file's metadata, the record, how text may be padded."""
     path = breakable / "anchor" / file
     old = flip(path, place, change)
@@ -262,10 +280,12 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
 
     def on(*moment):
         now = datetime.datetime(*moment, tzinfo=datetime.UTC)
-        fake = SimpleNamespace(UTC=datetime.UTC, date=datetime.date,
-                               datetime=SimpleNamespace(now=now.astimezone))
+        fake = SimpleNamespace(
+            UTC=datetime.UTC, date=datetime.date, datetime=SimpleNamespace(now=now.astimezone)
+        )
         monkeypatch.setattr(room, "datetime", fake)
         return tmp_path / "m"
+
     assert load_mixture(on(2031, 5, 1, 23, 59)).expert_names == ["amber", "zinc"]
     with pytest.raises(MergeError, match=r"amber: terms expired on 2031-05-01") as caught:
         load_mixture(on(2031, 5, 2))
@@ -284,8 +304,7 @@ def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
         load_mixture(model)
 
 
-@pytest.mark.parametrize("text", [
-    "", "{", "\x00", "[]"])
+@pytest.mark.parametrize("text", ["", "{", "\x00", "[]"])
 def test_a_mixture_json_that_is_none_is_refused(house, tmp_path, text):
     model = house.build(["amber"], tmp_path / "m")
     (model / "mixture.json").write_text(text)

@@ -9,10 +9,14 @@ from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.shape import count_parameters, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 
-SHAPES = {"whole": {}, "narrow": {"d_ff": 20}, "low rank": {"rank": 3, "num_bigrams": 0},
-          "all whole": {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},
-          "all": {"attention_rank": 2, "embedding_rank": 3, "head_rank": 4},
-          "low rank, all": {"rank": 3, "attention_rank": 2, "embedding_rank": 3, "head_rank": 4}}
+SHAPES = {
+    "whole": {},
+    "narrow": {"d_ff": 20},
+    "low rank": {"rank": 3, "num_bigrams": 0},
+    "all whole": {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},
+    "all": {"attention_rank": 2, "embedding_rank": 3, "head_rank": 4},
+    "low rank, all": {"rank": 3, "attention_rank": 2, "embedding_rank": 3, "head_rank": 4},
+}
 
 
 def shapes_for(router):
@@ -36,15 +40,19 @@ def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
             assert mixture.router.row(PUBLIC).weight.dtype == torch.float32
     if isinstance(router, EvidenceSettings):
         public = wild.anchor.public
-        for part, expected in (("unigram", public.unigram), ("backoff", public.backoff),
-                               ("bigram_keys", public.keys),
-                               ("bigram_log_probs", public.log_probs)):
+        for part, expected in (
+            ("unigram", public.unigram),
+            ("backoff", public.backoff),
+            ("bigram_keys", public.keys),
+            ("bigram_log_probs", public.log_probs),
+        ):
             t = found.pop(f"router.tables.expert_{PUBLIC}.{part}")
             assert torch.equal(t, torch.from_numpy(expected)), part
     for i, shape in enumerate(shapes.values()):
         own = [n for n in found if f"expert_e{i}." in n or n.endswith(f"expert_e{i}")]
         assert sum(found.pop(n).numel() for n in own) == count_parameters(
-            wild.anchor.config, shape, router)
+            wild.anchor.config, shape, router
+        )
     assert not found, "the rest is the experts'"
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.training
@@ -57,8 +65,11 @@ def test_an_experts_tensors_come_back_as_they_went_in(make_wild, router, dtype):
         expert, other = wild.expert(router, 3, **sizes), wild.expert(router, 4)
         model = assemble_mixture(wild.anchor, {"b": other, "a": expert}, router)
         found = expert_tensors(model, "a")
-        assert found.keys() == expert.keys() == expert_shapes(
-            wild.anchor.config, wild.shape(**sizes), router).keys()
+        assert (
+            found.keys()
+            == expert.keys()
+            == expert_shapes(wild.anchor.config, wild.shape(**sizes), router).keys()
+        )
         for name, t in expert.items():
             whole = torch.int64 if "keys" in name else torch.float32
             assert found[name].dtype == t.dtype == (whole if "router" in name else dtype)
@@ -69,8 +80,14 @@ def test_a_mixture_shares_no_memory_with_its_parts(wild, router):
     more = {} if isinstance(router, LinearSettings) else SHAPES["all"]
     expert = wild.expert(router, 0, **more)
     model = assemble_mixture(wild.anchor, {"a": expert}, router)
-    given = {t.data_ptr() for t in (*expert.values(), *wild.anchor.model.state_dict().values(),
-                                    wild.anchor.router_rows)}
+    given = {
+        t.data_ptr()
+        for t in (
+            *expert.values(),
+            *wild.anchor.model.state_dict().values(),
+            wild.anchor.router_rows,
+        )
+    }
     assert not given & {t.data_ptr() for t in model.state_dict().values()}
 
 
@@ -88,17 +105,21 @@ def test_every_misfit_of_every_expert_is_listed(wild, router):
     with pytest.raises(MergeError) as e:
         assemble_mixture(wild.anchor, experts, router)
     lines = [line.strip() for line in str(e.value).splitlines()[1:]]
-    assert lines == ["bad: missing layers.1.down_proj.weight",
-                     "bad: extra layers.9.up_proj.weight",
-                     "low: missing layers.0.up_proj.lora_b",
-                     "low: extra layers.1.gate_proj.weight",
-                     "low: extra lm_head.lora_b",
-                     "low: shape of layers.1.gate_proj.lora_a is [2, 32], expected [3, 32]",
-                     "strange: shape of layers.0.up_proj.weight is [48, 31], expected [48, 32]"]
+    assert lines == [
+        "bad: missing layers.1.down_proj.weight",
+        "bad: extra layers.9.up_proj.weight",
+        "low: missing layers.0.up_proj.lora_b",
+        "low: extra layers.1.gate_proj.weight",
+        "low: extra lm_head.lora_b",
+        "low: shape of layers.1.gate_proj.lora_a is [2, 32], expected [3, 32]",
+        "strange: shape of layers.0.up_proj.weight is [48, 31], expected [48, 32]",
+    ]
 
 
-@pytest.mark.parametrize("name", ["layers.0.gate_proj.weight", "layers.0.q_proj.lora_a",
-                                  "lm_head.lora_a", "router.bigram_keys"])
+@pytest.mark.parametrize(
+    "name",
+    ["layers.0.gate_proj.weight", "layers.0.q_proj.lora_a", "lm_head.lora_a", "router.bigram_keys"],
+)
 def test_a_tensor_without_dimensions_is_a_misfit(wild, name):
     expert = wild.expert(EvidenceSettings(), 0, **SHAPES["all"]) | {name: torch.tensor(1)}
     with pytest.raises(MergeError, match=f"{name}|extra|missing"):
@@ -131,8 +152,11 @@ def test_bigrams_that_cannot_be_looked_up_are_refused(wild, change):
 
 def test_an_expert_of_another_router_is_refused(wild):
     evidence, linear = EvidenceSettings(), LinearSettings()
-    for its, ours in ((evidence, linear), (linear, evidence),
-                      (linear, LinearSettings(has_bias=False))):
+    for its, ours in (
+        (evidence, linear),
+        (linear, evidence),
+        (linear, LinearSettings(has_bias=False)),
+    ):
         with pytest.raises(MergeError, match=r"router\.(weight|unigram|raw_bias)"):
             assemble_mixture(wild.anchor, {"a": wild.expert(its, 0)}, ours)
 

@@ -55,8 +55,9 @@ def test_an_anchor_comes_back_bit_for_bit(make_wild, tmp_path, dtype):
         assert np.array_equal(vars(back.public)[part], array), part
     before, after = anchor.model.state_dict(), back.model.state_dict()
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype
-               for n in before)
+    assert all(
+        torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before
+    )
     assert not any(p.requires_grad for p in back.model.parameters())
     assert not back.model.training
     ids = torch.tensor([[1, 2, 3]])
@@ -87,15 +88,28 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
         publics.append(BigramModel(**(vars(a.public) | {part: other})))
     shifted = a.router_rows.clone()
     shifted[0, 0] += 1e-3
-    digests = {digest(), digest(model=changed), digest(rows=shifted),
-               *(digest(public=p) for p in publics)}
+    digests = {
+        digest(),
+        digest(model=changed),
+        digest(rows=shifted),
+        *(digest(public=p) for p in publics),
+    }
     assert len(digests) == 7
 
 
 def test_a_tensors_digest_tells_dtype_shape_and_bytes_apart():
     zeros = torch.zeros(2, 3)
-    different = [zeros, zeros.T, zeros.int(), -zeros, zeros.bfloat16(), torch.zeros(6),
-                 torch.zeros(0), torch.zeros(0).long(), torch.zeros(2, 0)]
+    different = [
+        zeros,
+        zeros.T,
+        zeros.int(),
+        -zeros,
+        zeros.bfloat16(),
+        torch.zeros(6),
+        torch.zeros(0),
+        torch.zeros(0).long(),
+        torch.zeros(2, 0),
+    ]
     assert len({digest_tensor(t) for t in different}) == len(different)
     view = torch.arange(6.0).view(2, 3).T
     assert digest_tensor(view) == digest_tensor(view.contiguous())
@@ -147,28 +161,39 @@ def test_another_tokenizer_is_refused(copied):
 
 
 def test_another_angle_base_is_refused(copied):
-    edit_json(copied / "config.json",
-              rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    edit_json(
+        copied / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}
+    )
     with pytest.raises(CheckpointError, match="was changed"):
         load_anchor(copied)
 
 
-@pytest.mark.parametrize(("file", "message"), [
-    ("anchor.json", "anchor.json does not exist"), ("config.json", "config.json does not exist"),
-    ("model.safetensors", "has no model.safetensors"),
-    ("public.safetensors", "public.safetensors cannot be read"),
-    ("tokenizer.json", "No tokenizer at")])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("anchor.json", "anchor.json does not exist"),
+        ("config.json", "config.json does not exist"),
+        ("model.safetensors", "has no model.safetensors"),
+        ("public.safetensors", "public.safetensors cannot be read"),
+        ("tokenizer.json", "No tokenizer at"),
+    ],
+)
 def test_a_missing_file_is_named(copied, file, message):
     (copied / file).unlink()
     with pytest.raises(FlexOlmoError, match=message):
         load_anchor(copied)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"format": "x"}, "expected 'flexolmo-anchor' version 1"),
-    ({"format_version": 2}, "expected 'flexolmo-anchor' version 1"),
-    ({"digest": "sha256:0"}, "was changed"), ({"digest": None}, "not an anchor's description"),
-    ({"record": None}, "not an anchor's description")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "x"}, "expected 'flexolmo-anchor' version 1"),
+        ({"format_version": 2}, "expected 'flexolmo-anchor' version 1"),
+        ({"digest": "sha256:0"}, "was changed"),
+        ({"digest": None}, "not an anchor's description"),
+        ({"record": None}, "not an anchor's description"),
+    ],
+)
 def test_an_anchor_json_that_does_not_fit_is_refused(copied, change, message):
     edit_json(copied / "anchor.json", **change)
     with pytest.raises(CheckpointError, match=message):
@@ -183,8 +208,11 @@ def test_missing_extra_and_misshapen_tensors_are_listed(copied):
     save_file(tensors, copied / "model.safetensors")
     with pytest.raises(CheckpointError) as e:
         load_anchor(copied)
-    for line in ("missing: norm.weight", "extra: layers.0.self_attn.q_proj.bias",
-                 "shape of lm_head.weight: found [299, 32], expected [300, 32]"):
+    for line in (
+        "missing: norm.weight",
+        "extra: layers.0.self_attn.q_proj.bias",
+        "shape of lm_head.weight: found [299, 32], expected [300, 32]",
+    ):
         assert line in str(e.value)
 
 
@@ -207,16 +235,22 @@ def test_a_tokenizer_that_does_not_fit_the_model_is_refused(pico_anchor, make_wi
 # --- stock checkpoints --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-    ({"attention_bias": True}, "attention_bias true"),
-    ({"norm_topk_prob": True}, "norm_topk_prob true"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-    ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-     "rope type 'linear'"),
-    ({"model_type": "llama"}, "model_type is 'llama', expected 'olmo2'"),
-    ({"hidden_size": None}, "has no 'hidden_size'"),
-    ({"num_attention_heads": 3}, "multiple of num_heads")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"norm_topk_prob": True}, "norm_topk_prob true"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
+        (
+            {"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            "rope type 'linear'",
+        ),
+        ({"model_type": "llama"}, "model_type is 'llama', expected 'olmo2'"),
+        ({"hidden_size": None}, "has no 'hidden_size'"),
+        ({"num_attention_heads": 3}, "multiple of num_heads"),
+    ],
+)
 def test_a_feature_this_decoder_lacks_is_refused_by_name(copied, change, message):
     edit_json(copied / "config.json", **change)
     with pytest.raises(CheckpointError, match=message):
@@ -225,8 +259,12 @@ def test_a_feature_this_decoder_lacks_is_refused_by_name(copied, change, message
 
 def test_a_rope_type_under_its_older_key_is_refused(copied):
     """transformers reads `type` where there is no `rope_type`."""
-    edit_json(copied / "config.json", rope_parameters=None,
-              rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=500000.0)
+    edit_json(
+        copied / "config.json",
+        rope_parameters=None,
+        rope_scaling={"type": "linear", "factor": 2.0},
+        rope_theta=500000.0,
+    )
     with pytest.raises(CheckpointError, match="rope type 'linear'"):
         read_stock_config(copied, "olmo2")
 
@@ -236,8 +274,9 @@ def test_an_older_config_gives_its_angle_base_at_the_top(copied):
     assert read_stock_config(copied, "olmo2")[0].rope_theta == 1234.0
 
 
-@pytest.mark.parametrize(("gone", "named"), [("rope_parameters", "rope_theta"),
-                                             ("rms_norm_eps", "rms_norm_eps")])
+@pytest.mark.parametrize(
+    ("gone", "named"), [("rope_parameters", "rope_theta"), ("rms_norm_eps", "rms_norm_eps")]
+)
 def test_a_number_that_decides_the_logits_is_not_guessed(copied, gone, named):
     """Versions of transformers differ in what they take it for."""
     edit_json(copied / "config.json", **{gone: None})
@@ -277,9 +316,11 @@ def test_a_checkpoint_in_several_files_is_read_through_its_index(copied, pico_an
 def test_an_index_that_leads_elsewhere_or_nowhere_is_refused(copied):
     index, where = shard(copied, 2)
     name = next(iter(where))
-    for file, message in ((f"../{copied.name}/{where[name]}", "outside its directory"),
-                          ("/etc/passwd", "outside its directory"),
-                          ("model-00009-of-00002.safetensors", "has no model-00009")):
+    for file, message in (
+        (f"../{copied.name}/{where[name]}", "outside its directory"),
+        ("/etc/passwd", "outside its directory"),
+        ("model-00009-of-00002.safetensors", "has no model-00009"),
+    ):
         index.write_text(json.dumps({"weight_map": where | {name: file}}))
         with pytest.raises(CheckpointError, match=message):
             read_tensors(copied)

@@ -16,13 +16,19 @@ from flexolmo.model.transformer import ForwardContext, language_model_loss
 
 OWNERS = ("amber", "basalt", "cobalt")
 ROUTER = EvidenceSettings()
-IN_SESSION = settings(derandomize=True, max_examples=60,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 D = 32  # of the wild anchor: a whole matrix
 RANKS = st.sampled_from([0, 0, 1, 2, 5, D])
-SIZES = st.fixed_dictionaries({
-    "ffn": st.sampled_from([{}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 4}]),
-    "attention_rank": RANKS, "embedding_rank": RANKS, "head_rank": RANKS})
+SIZES = st.fixed_dictionaries(
+    {
+        "ffn": st.sampled_from([{}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 4}]),
+        "attention_rank": RANKS,
+        "embedding_rank": RANKS,
+        "head_rank": RANKS,
+    }
+)
 
 
 def sizes_of(drawn):
@@ -65,19 +71,23 @@ class Reference:
         half = len(x) // 2
         angle = t / self.config.rope_theta ** (torch.arange(half).double() / half)
         first, second = x[:half], x[half:]
-        return torch.cat([first * angle.cos() - second * angle.sin(),
-                          second * angle.cos() + first * angle.sin()])
+        return torch.cat(
+            [first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()]
+        )
 
     def attend(self, i, xs, b):
         """What attention adds at each position of one sequence."""
         c, H, G = self.config.d_head, self.config.num_heads, self.config.kv_heads
         q, k, v, out = [], [], [], []
         for t, x in enumerate(xs):
-            own = {part: self.matrix(f"layers.{i}.{part}", f"layers.{i}.self_attn.{part}.weight",
-                                     b, t) @ x for part in ("q_proj", "k_proj", "v_proj")}
+            own = {
+                part: self.matrix(f"layers.{i}.{part}", f"layers.{i}.self_attn.{part}.weight", b, t)
+                @ x
+                for part in ("q_proj", "k_proj", "v_proj")
+            }
             for part, heads, to in (("q", H, q), ("k", G, k)):
                 y = self.norm(own[f"{part}_proj"], f"layers.{i}.self_attn.{part}_norm.weight")
-                to.append([self.rotate(y[h * c:(h + 1) * c], t) for h in range(heads)])
+                to.append([self.rotate(y[h * c : (h + 1) * c], t) for h in range(heads)])
             v.append(own["v_proj"].split(c))
         for t in range(len(xs)):
             heads = []
@@ -110,28 +120,48 @@ class Reference:
         """[B,T,V]."""
         out = []
         for b, row in enumerate(ids):
-            xs = [self.matrix("embed_tokens", "embed_tokens.weight", b, t)[token]
-                  for t, token in enumerate(row)]
+            xs = [
+                self.matrix("embed_tokens", "embed_tokens.weight", b, t)[token]
+                for t, token in enumerate(row)
+            ]
             for i in range(self.config.num_layers):
                 added = self.attend(i, xs, b)
-                hs = [x + self.norm(a, f"layers.{i}.post_attention_layernorm.weight")
-                      for x, a in zip(xs, added, strict=True)]
-                xs = [h + self.norm(self.feed_forward(i, h, b, t),
-                                    f"layers.{i}.post_feedforward_layernorm.weight")
-                      for t, h in enumerate(hs)]
-            out.append(torch.stack([
-                self.matrix("lm_head", "lm_head.weight", b, t) @ self.norm(x, "norm.weight")
-                for t, x in enumerate(xs)]))
+                hs = [
+                    x + self.norm(a, f"layers.{i}.post_attention_layernorm.weight")
+                    for x, a in zip(xs, added, strict=True)
+                ]
+                xs = [
+                    h
+                    + self.norm(
+                        self.feed_forward(i, h, b, t),
+                        f"layers.{i}.post_feedforward_layernorm.weight",
+                    )
+                    for t, h in enumerate(hs)
+                ]
+            out.append(
+                torch.stack(
+                    [
+                        self.matrix("lm_head", "lm_head.weight", b, t) @ self.norm(x, "norm.weight")
+                        for t, x in enumerate(xs)
+                    ]
+                )
+            )
         return torch.stack(out)
 
 
-@given(drawn=st.lists(SIZES, min_size=1, max_size=3), top_k=st.sampled_from([None, None, 1, 2]),
-       seed=st.integers(0, 99), off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]))
+@given(
+    drawn=st.lists(SIZES, min_size=1, max_size=3),
+    top_k=st.sampled_from([None, None, 1, 2]),
+    seed=st.integers(0, 99),
+    off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]),
+)
 @IN_SESSION
 def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off):
     wild = make_wild(torch.float64)
-    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
-               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    experts = {
+        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
+    }
     model, routing = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k), []
     ids = wild.ids(2, 6, seed)
     active = model.expert_mask([None, set(experts) - set(off)])
@@ -140,14 +170,20 @@ def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@given(drawn=st.lists(SIZES, min_size=1, max_size=3), seed=st.integers(0, 99),
-       off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]), chunk=st.sampled_from([8, 40, 400]))
+@given(
+    drawn=st.lists(SIZES, min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]),
+    chunk=st.sampled_from([8, 40, 400]),
+)
 @IN_SESSION
 def test_working_in_pieces_changes_nothing(make_wild, drawn, seed, off, chunk):
     """To the last bits; neither does training mode, in which nothing is cut."""
     wild = make_wild(torch.float64)
-    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
-               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    experts = {
+        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
+    }
     model, ids = assemble_mixture(wild.anchor, experts, ROUTER), wild.ids(3, 30, seed)
     active = model.expert_mask([None, set(experts) - set(off), ()])
     expected = model(ids, active=active)
@@ -159,25 +195,36 @@ def test_working_in_pieces_changes_nothing(make_wild, drawn, seed, off, chunk):
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
-@given(drawn=st.lists(SIZES, min_size=1, max_size=3), top_k=st.sampled_from([None, 1, 2]),
-       seed=st.integers(0, 99), off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]))
+@given(
+    drawn=st.lists(SIZES, min_size=1, max_size=3),
+    top_k=st.sampled_from([None, 1, 2]),
+    seed=st.integers(0, 99),
+    off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]),
+)
 @IN_SESSION
-def test_reading_only_the_tokens_that_picked_an_expert_changes_nothing(make_wild, drawn, top_k,
-                                                                       seed, off):
+def test_reading_only_the_tokens_that_picked_an_expert_changes_nothing(
+    make_wild, drawn, top_k, seed, off
+):
     """To the last bits; also in the loss, through a cache, and for the last position alone."""
     wild, found = make_wild(torch.float64), []
-    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
-               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    experts = {
+        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
+    }
     ids = wild.ids(3, 9, seed)
     for is_sparse in (False, True):
         model = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k)
         model.is_sparse = is_sparse
         active, cache = model.expert_mask([None, set(experts) - set(off), ()]), model.new_cache()
-        found.append([
-            model(ids, active=active), model(ids[:, :6], active=active, cache=cache),
-            model(ids[:, 6:], active=active, cache=cache),
-            model(ids, active=active, last=1),
-            language_model_loss(model, ids, active=active).double()])
+        found.append(
+            [
+                model(ids, active=active),
+                model(ids[:, :6], active=active, cache=cache),
+                model(ids[:, 6:], active=active, cache=cache),
+                model(ids, active=active, last=1),
+                language_model_loss(model, ids, active=active).double(),
+            ]
+        )
     for dense, sparse in zip(*found, strict=True):
         torch.testing.assert_close(sparse, dense, rtol=1e-6, atol=1e-6)
 
@@ -197,14 +244,20 @@ def test_the_reference_tells_every_part_from_none(make_wild):
 # --- gradients ----------------------------------------------------------------------------------
 
 
-@given(drawn=st.lists(SIZES, min_size=1, max_size=2), seed=st.integers(0, 99),
-       chunk=st.integers(1, 20), masked=st.booleans())
+@given(
+    drawn=st.lists(SIZES, min_size=1, max_size=2),
+    seed=st.integers(0, 99),
+    chunk=st.integers(1, 20),
+    masked=st.booleans(),
+)
 @IN_SESSION
 def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed, chunk, masked):
     """Of the owner's tensors all, of the anchor's and the other owner's none."""
     wild = make_wild(torch.float64)
-    experts = {n: wild.expert(ROUTER, seed + i, **sizes_of(d))
-               for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))}
+    experts = {
+        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
+    }
     ids, found = wild.ids(2, 9, seed), []
     for is_plain in (False, True):
         model = assemble_mixture(wild.anchor, experts, ROUTER).train()
@@ -219,7 +272,8 @@ def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed,
             loss = language_model_loss(model, ids, chunk=chunk, active=active)
         loss.backward()
         assert {id(p) for p in model.parameters() if p.grad is not None} == {
-            id(p) for p in own.values()}
+            id(p) for p in own.values()
+        }
         found.append({n: p.grad for n, p in own.items()} | {"loss": loss.detach().double()})
     for name, g in found[0].items():  # the sums are taken in float32
         torch.testing.assert_close(g, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
@@ -229,8 +283,10 @@ def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed,
 @pytest.mark.parametrize("top_k", [None, 1, 2])
 def test_nothing_of_the_anchor_runs_where_whole_experts_have_all_the_weight(wild, top_k):
     """Else the FLOPs of `evaluation.cost` would be too few."""
-    experts = {n: wild.expert(ROUTER, i, attention_rank=D, embedding_rank=D, head_rank=D)
-               for i, n in enumerate(OWNERS)}
+    experts = {
+        n: wild.expert(ROUTER, i, attention_rank=D, embedding_rank=D, head_rank=D)
+        for i, n in enumerate(OWNERS)
+    }
     model = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k)
     model.is_sparse = True
     ctx = model._context(wild.ids(4, 40), None, None, None)

@@ -24,10 +24,13 @@ from flexolmo.model.transformer import language_model_loss
 
 D, EOS, NAMES = 6, 4, [PUBLIC, "a", "b"]
 OWNERS = ("amber", "basalt", "cobalt")
-ROUTERS = {"states": DiscriminantSettings(tempering=0.4),
-           "context": DiscriminantSettings(has_context=True, half_life_tokens=5.0)}
-FREQUENT = settings(derandomize=True, max_examples=30,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])
+ROUTERS = {
+    "states": DiscriminantSettings(tempering=0.4),
+    "context": DiscriminantSettings(has_context=True, half_life_tokens=5.0),
+}
+FREQUENT = settings(
+    derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 IDS = st.lists(st.integers(0, 9), min_size=24, max_size=24)
 
 
@@ -46,10 +49,14 @@ def features_by_hand(ids, states, router):
             text = []  # positions of this text so far, from the last end on
             for s in range(t + 1):
                 text = [] if ids[s] == EOS else [*text, s]
-            halves = [0.5 ** ((len(text) - 1 - i) / router.half_life_tokens)
-                      for i in range(len(text))]
-            x += [sum(w * float(states[s][d]) for w, s in zip(halves, text, strict=True))
-                  / (sum(halves) or 1.0) for d in range(len(states[t]))]
+            halves = [
+                0.5 ** ((len(text) - 1 - i) / router.half_life_tokens) for i in range(len(text))
+            ]
+            x += [
+                sum(w * float(states[s][d]) for w, s in zip(halves, text, strict=True))
+                / (sum(halves) or 1.0)
+                for d in range(len(states[t]))
+            ]
         found.append(x)
     return np.array(found)
 
@@ -77,14 +84,18 @@ def test_logits_are_tempered_log_odds_of_state_and_running_mean(texts, kind):
         for name, logits in zip(NAMES[1:], found[1:], strict=True):
             row = router.row(name)
             expected = ROUTERS[kind].tempering * (
-                x @ row.weight[0].double().numpy() + row.offset.item())
+                x @ row.weight[0].double().numpy() + row.offset.item()
+            )
             expected[np.array(ids) == EOS] = 0.0
             np.testing.assert_allclose(logits[b].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
-@given(texts=st.lists(IDS, min_size=2, max_size=2), cuts=st.sets(st.integers(1, 23), max_size=8),
-       padding=st.lists(st.integers(0, 5), min_size=2, max_size=2),
-       kind=st.sampled_from(sorted(ROUTERS)))
+@given(
+    texts=st.lists(IDS, min_size=2, max_size=2),
+    cuts=st.sets(st.integers(1, 23), max_size=8),
+    padding=st.lists(st.integers(0, 5), min_size=2, max_size=2),
+    kind=st.sampled_from(sorted(ROUTERS)),
+)
 @FREQUENT
 def test_read_in_pieces_and_behind_padding_is_read_at_once(texts, cuts, padding, kind):
     router, states = make_router(ROUTERS[kind]), make_states(2, 24)
@@ -97,8 +108,9 @@ def test_read_in_pieces_and_behind_padding_is_read_at_once(texts, cuts, padding,
         pieces.append(torch.stack(logits))
     found = torch.cat(pieces, dim=-1)  # [E,B,T]
     for b, p in enumerate(padding):
-        alone, last = router(states[b:b + 1, p:],
-                             find_texts(ids[b:b + 1, p:], None, EOS, ROUTERS[kind]), None)
+        alone, last = router(
+            states[b : b + 1, p:], find_texts(ids[b : b + 1, p:], None, EOS, ROUTERS[kind]), None
+        )
         torch.testing.assert_close(found[:, b, p:], torch.stack(alone)[:, 0], rtol=1e-4, atol=1e-5)
         assert (state is None) == (last is None) == (not ROUTERS[kind].has_context)
         if state is not None:
@@ -117,8 +129,9 @@ def test_padding_alone_leaves_the_mean_as_it_was():
 def test_a_text_far_longer_than_the_half_life_stays_finite():
     settings = DiscriminantSettings(has_context=True, half_life_tokens=0.5)
     ids = torch.zeros(1, 1000, dtype=torch.long)
-    logits, state = make_router(settings)(make_states(1, 1000),
-                                          find_texts(ids, None, EOS, settings), None)
+    logits, state = make_router(settings)(
+        make_states(1, 1000), find_texts(ids, None, EOS, settings), None
+    )
     assert torch.isfinite(torch.stack(logits)).all() and torch.isfinite(state).all()
 
 
@@ -139,18 +152,21 @@ def test_a_model_routes_by_each_layers_own_states(wild, router):
             z = [np.zeros(20)]
             for name in OWNERS:
                 row = model.mixtures()[i].router.row(name)
-                z.append(router.tempering * (x @ row.weight[0].double().numpy()
-                                             + row.offset.item()))
+                z.append(
+                    router.tempering * (x @ row.weight[0].double().numpy() + row.offset.item())
+                )
             z = torch.tensor(np.stack(z, -1)).masked_fill((ids[b] == eos)[:, None], 0.0)
             weights = z.masked_fill(~mask[b], -math.inf).softmax(-1)
             best = weights.sort(dim=-1, descending=True, stable=True).indices[:, :2]
             kept = torch.zeros_like(weights).scatter(-1, best, 1)
-            torch.testing.assert_close(routing[i][b].double(), weights * kept,
-                                       rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(routing[i][b].double(), weights * kept, rtol=1e-3, atol=1e-4)
 
 
-@given(cuts=st.sets(st.integers(1, 23), max_size=6), seed=st.integers(0, 99),
-       padding=st.lists(st.integers(0, 7), min_size=2, max_size=2))
+@given(
+    cuts=st.sets(st.integers(1, 23), max_size=6),
+    seed=st.integers(0, 99),
+    padding=st.lists(st.integers(0, 7), min_size=2, max_size=2),
+)
 @settings(FREQUENT, max_examples=15)
 def test_cached_and_padded_is_whole(wild, router, cuts, seed, padding):
     model, ids = wild.mixture(router, OWNERS), wild.ids(2, 24, seed)
@@ -160,7 +176,7 @@ def test_cached_and_padded_is_whole(wild, router, cuts, seed, padding):
         pieces.append(model(ids[:, a:b], cache=cache, is_token=is_token[:, a:b]))
     found = torch.cat(pieces, dim=1)
     for b, p in enumerate(padding):
-        torch.testing.assert_close(found[b, p:], model(ids[b:b + 1, p:])[0], rtol=0, atol=1e-3)
+        torch.testing.assert_close(found[b, p:], model(ids[b : b + 1, p:])[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("off", OWNERS)
@@ -206,8 +222,10 @@ def test_it_takes_ffns_alone(wild, router):
 def states_of(model, ids):
     """What stands before each layer's FFN, [L][T] arrays [D]; ids [1,T]."""
     seen = []
-    hooks = [b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()))
-             for b in model.layers]
+    hooks = [
+        b.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].numpy()))
+        for b in model.layers
+    ]
     model.hidden(ids)
     for hook in hooks:
         hook.remove()
@@ -225,8 +243,11 @@ def test_sums_are_those_of_a_loop_over_tokens(wild, settings):
     for window in map(np.atleast_2d, windows):
         ends = window[0] == eos
         for i, h in enumerate(states_of(model, torch.from_numpy(window))):
-            x = h.astype(float) if settings is None else features_by_hand(
-                np.where(ends, EOS, -1), h, settings)
+            x = (
+                h.astype(float)
+                if settings is None
+                else features_by_hand(np.where(ends, EOS, -1), h, settings)
+            )
             for t in range(len(ends)):
                 if settings is None or not ends[t]:
                     count += i == 0
@@ -267,8 +288,10 @@ def test_a_row_is_the_log_odds_of_two_gaussians_with_publics_covariance(shrinkag
     settings = DiscriminantSettings(shrinkage=shrinkage)
     found = discriminant_tensors(own, public, settings)
     assert {n: tuple(t.shape) for n, t in found.items()} == {
-        f"layers.{i}.router.{n}": s for i in range(2) for n, s in (("weight", (1, 4)),
-                                                                   ("offset", (1,)))}
+        f"layers.{i}.router.{n}": s
+        for i in range(2)
+        for n, s in (("weight", (1, 4)), ("offset", (1,)))
+    }
     for i in range(2):
         S = np.cov(x[i].T, bias=True)
         S = (1 - shrinkage) * S + shrinkage * np.diag(np.diag(S))
@@ -278,8 +301,10 @@ def test_a_row_is_the_log_odds_of_two_gaussians_with_publics_covariance(shrinkag
 
         for z in rng.normal(size=(9, 4)) * 3:
             wanted = log_density(z, y[i].mean(0)) - log_density(z, x[i].mean(0))
-            got = (found[f"layers.{i}.router.weight"][0].double().numpy() @ z
-                   + found[f"layers.{i}.router.offset"].item())
+            got = (
+                found[f"layers.{i}.router.weight"][0].double().numpy() @ z
+                + found[f"layers.{i}.router.offset"].item()
+            )
             assert got == pytest.approx(wanted, rel=1e-4, abs=1e-4)
 
 

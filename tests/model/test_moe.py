@@ -11,9 +11,11 @@ from flexolmo.model.statistics import EvidenceSettings
 
 OWNERS = ["amber", "basalt", "cobalt"]
 MASKS = [None, ("amber", "cobalt"), ()]
-FFNS = {"whole": [{}, {"d_ff": 20}, {"d_ff": 70}],
-        "low rank": [{"rank": 1}, {"rank": 5}, {"rank": 40}],
-        "mixed": [{"rank": 3}, {"d_ff": 20}, {"rank": 2}]}
+FFNS = {
+    "whole": [{}, {"d_ff": 20}, {"d_ff": 70}],
+    "low rank": [{"rank": 1}, {"rank": 5}, {"rank": 40}],
+    "mixed": [{"rank": 3}, {"d_ff": 20}, {"rank": 2}],
+}
 
 
 def matrices(mixture, name):
@@ -21,8 +23,11 @@ def matrices(mixture, name):
     found = []
     for part in FFN_PARTS:
         own, public = (getattr(mixture.expert(n), part) for n in (name, PUBLIC))
-        found.append(public.weight.double() + own.lora_b.double() @ own.lora_a.double()
-                     if isinstance(own, LowRank) else own.weight.double())
+        found.append(
+            public.weight.double() + own.lora_b.double() @ own.lora_a.double()
+            if isinstance(own, LowRank)
+            else own.weight.double()
+        )
     return found
 
 
@@ -43,6 +48,7 @@ def loop_over_experts(mixture, names, h, weights):
 def capture(model):
     """Lists that fill with each layer's mixture input and output."""
     inputs, outputs = [], []
+
     def hook(_, args, out):
         inputs.append(args[0])
         outputs.append(out)
@@ -109,7 +115,9 @@ def test_training_runs_every_expert_so_that_gradients_reach_it(wild):
     def count(name):
         def hook(*_):
             runs[name] += 1
+
         return hook
+
     for name in model.expert_names:
         model.mixtures()[0].expert(name).gate_proj.register_forward_hook(count(name))
     ids = wild.ids(1, 2)

@@ -22,21 +22,30 @@ from flexolmo.model.transformer import language_model_loss
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
-ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(),
-           "discriminant": DiscriminantSettings(),
-           "discriminant with context": DiscriminantSettings(has_context=True)}
+ROUTERS = {
+    "evidence": EvidenceSettings(),
+    "linear": LinearSettings(),
+    "discriminant": DiscriminantSettings(),
+    "discriminant with context": DiscriminantSettings(has_context=True),
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What an owner may hold, by parts; routers that decide in every layer take FFNs alone.
 FFNS = ({}, {"d_ff": 20}, {"d_ff": 70}, {"rank": 1}, {"rank": 3})
-MORE = ({}, {"attention_rank": 2}, {"embedding_rank": 3}, {"head_rank": 2},
-        {"embedding_rank": 1, "head_rank": 4},
-        {"attention_rank": 3, "embedding_rank": 2, "head_rank": 1},
-        {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},  # whole
-        {"attention_rank": 32, "embedding_rank": 2, "head_rank": 32})
+MORE = (
+    {},
+    {"attention_rank": 2},
+    {"embedding_rank": 3},
+    {"head_rank": 2},
+    {"embedding_rank": 1, "head_rank": 4},
+    {"attention_rank": 3, "embedding_rank": 2, "head_rank": 1},
+    {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32},  # whole
+    {"attention_rank": 32, "embedding_rank": 2, "head_rank": 32},
+)
 PLAIN, RICH = ((0, 0), (1, 0), (2, 0)), ((0, 6), (3, 5), (4, 7))  # of the three owners
 AS_INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-IN_SESSION = settings(derandomize=True, max_examples=40,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,14 +59,17 @@ def small_pieces():
 
 def same_bits(a, b):
     """Equal as integers: -0 differs from +0, and a NaN from nothing but another NaN."""
-    return a.dtype == b.dtype and torch.equal(a.view(AS_INTEGERS[a.dtype]),
-                                              b.view(AS_INTEGERS[b.dtype]))
+    return a.dtype == b.dtype and torch.equal(
+        a.view(AS_INTEGERS[a.dtype]), b.view(AS_INTEGERS[b.dtype])
+    )
 
 
 def shapes_of(wild, kind, parts):
     """By owner, from places in FFNS and MORE."""
-    return {n: wild.shape(**FFNS[ffn], **(MORE[more] if kind == "evidence" else {}))
-            for n, (ffn, more) in zip(OWNERS, parts, strict=True)}
+    return {
+        n: wild.shape(**FFNS[ffn], **(MORE[more] if kind == "evidence" else {}))
+        for n, (ffn, more) in zip(OWNERS, parts, strict=True)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +81,7 @@ def mixtures(make_wild):
     def get(kind, dtype, names, top_k, parts=PLAIN):
         wild = wilds[dtype]
         return wild.mixture(ROUTERS[kind], list(names), top_k, shapes_of(wild, kind, parts))
+
     get.wilds = wilds
     return get
 
@@ -82,20 +95,23 @@ def run(model, prompt, decode, masks, is_token):
     return out
 
 
-CASES = st.fixed_dictionaries({
-    "kind": st.sampled_from(sorted(ROUTERS)),
-    "dtype": st.sampled_from(sorted(DTYPES)),
-    "top_k": st.sampled_from([None, 1, 2, 3]),
-    "parts": st.tuples(*[st.tuples(st.sampled_from(range(len(FFNS))),
-                                   st.sampled_from(range(len(MORE))))] * 3),
-    "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
-    "length": st.integers(1, 24),
-    "has_grad": st.booleans(),  # without, an FFN works a piece at a time
-    "steps": st.integers(0, 3),
-    "padding": st.lists(st.integers(0, 23), min_size=5, max_size=5),
-    "is_padded": st.booleans(),
-    "seed": st.integers(0, 999),
-})
+CASES = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(sorted(ROUTERS)),
+        "dtype": st.sampled_from(sorted(DTYPES)),
+        "top_k": st.sampled_from([None, 1, 2, 3]),
+        "parts": st.tuples(
+            *[st.tuples(st.sampled_from(range(len(FFNS))), st.sampled_from(range(len(MORE))))] * 3
+        ),
+        "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
+        "length": st.integers(1, 24),
+        "has_grad": st.booleans(),  # without, an FFN works a piece at a time
+        "steps": st.integers(0, 3),
+        "padding": st.lists(st.integers(0, 23), min_size=5, max_size=5),
+        "is_padded": st.booleans(),
+        "seed": st.integers(0, 999),
+    }
+)
 
 
 @given(case=CASES)
@@ -104,11 +120,13 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
     masks, length, key = case["masks"], case["length"], (case["kind"], case["dtype"])
     more = (case["top_k"], case["parts"])
     ids = mixtures.wilds["float32"].ids(len(masks), length + case["steps"], case["seed"])
-    prompt, decode = ids[:, :length], [ids[:, length + i:length + i + 1]
-                                       for i in range(case["steps"])]
+    prompt, decode = (
+        ids[:, :length],
+        [ids[:, length + i : length + i + 1] for i in range(case["steps"])],
+    )
     is_token = None
     if case["is_padded"]:
-        first = torch.tensor([p % length for p in case["padding"][:len(masks)]])
+        first = torch.tensor([p % length for p in case["padding"][: len(masks)]])
         is_token = torch.arange(length)[None] >= first[:, None]
     with torch.set_grad_enabled(case["has_grad"]):
         merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, is_token)
@@ -152,7 +170,7 @@ def test_all_off_is_the_anchor(mixtures, kind, dtype, parts):
     anchor = mixtures.wilds[dtype].anchor.model
     ids = mixtures.wilds[dtype].ids(3, 20)
     merged = mixtures(kind, dtype, OWNERS, 2, parts)
-    prompt, decode = ids[:, :17], [ids[:, i:i + 1] for i in (17, 18, 19)]
+    prompt, decode = ids[:, :17], [ids[:, i : i + 1] for i in (17, 18, 19)]
     store = anchor.new_cache()
     expected = [anchor(part, cache=store) for part in (prompt, *decode)]
     for got, wanted in zip(run(merged, prompt, decode, [()] * 3, None), expected, strict=True):
@@ -183,8 +201,9 @@ def test_the_order_of_merging_is_irrelevant(wild, router, order, seed):
     assert one.expert_names == other.expert_names == ["public", *OWNERS]
     assert same_bits(one(ids), other(ids))
     masks = [["cobalt", "amber"], None]
-    assert same_bits(one(ids, active=one.expert_mask(masks)),
-                     other(ids, active=other.expert_mask(masks)))
+    assert same_bits(
+        one(ids, active=one.expert_mask(masks)), other(ids, active=other.expert_mask(masks))
+    )
 
 
 @pytest.mark.parametrize("off", OWNERS)
@@ -195,8 +214,10 @@ def test_what_a_disabled_expert_holds_changes_no_bit(wild, router, off, scale):
     others = tuple(n for n in OWNERS if n != off)
     for factor in (1.0, scale):
         experts = rich_experts(wild, router)
-        experts[off] = {n: t if "keys" in n else t.sign() * factor if factor > 1 else t
-                        for n, t in experts[off].items()}
+        experts[off] = {
+            n: t if "keys" in n else t.sign() * factor if factor > 1 else t
+            for n, t in experts[off].items()
+        }
         model = assemble_mixture(wild.anchor, experts, router, top_k=2)
         outputs.append(model(ids, active=model.expert_mask([others, OWNERS, ()])))
         two = ids[[0, 2]]
@@ -213,8 +234,9 @@ def test_a_loss_under_mixed_masks_is_that_of_the_logits(wild):
     """Also where what an expert that is off computes overflows."""
     router, ids = EvidenceSettings(), wild.ids(3, 17)
     experts = rich_experts(wild, router)
-    experts["cobalt"] = {n: t if "router" in n else t.sign() * 1e30
-                         for n, t in experts["cobalt"].items()}
+    experts["cobalt"] = {
+        n: t if "router" in n else t.sign() * 1e30 for n, t in experts["cobalt"].items()
+    }
     model = assemble_mixture(wild.anchor, experts, router)
     active = model.expert_mask([("amber",), ("basalt", "amber"), ()])
     logits = model(ids[:, :-1], active=active)
@@ -227,8 +249,9 @@ def test_a_loss_under_mixed_masks_is_that_of_the_logits(wild):
 @IN_SESSION
 def test_weights_keep_their_bits_when_many_experts_are_dropped(data, experts, top_k):
     """Sums over more experts than a vector register holds are no longer taken one by one."""
-    active = torch.tensor([True, *data.draw(
-        st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))])
+    active = torch.tensor(
+        [True, *data.draw(st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))]
+    )
     generator = torch.Generator().manual_seed(experts)
     logits = [torch.randn(2, 7, generator=generator) for _ in range(experts)]
     masked = mixture_weights(logits, active.expand(2, -1), top_k)
@@ -252,8 +275,12 @@ class Uses(TorchFunctionMode):
     def __init__(self, model):
         super().__init__()
         self.counts = dict.fromkeys(model.expert_names, 0)
-        self.owner = {id(p): e for n, p in model.named_parameters() for e in model.expert_names
-                      if f"expert_{e}" in n.split(".") and "router" not in n}
+        self.owner = {
+            id(p): e
+            for n, p in model.named_parameters()
+            for e in model.expert_names
+            if f"expert_{e}" in n.split(".") and "router" not in n
+        }
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         for x in (*args, *(kwargs or {}).values()):
@@ -270,10 +297,12 @@ def test_an_expert_that_no_sequence_enables_is_never_run(wild, router, parts):
     model = wild.mixture(router, list(OWNERS), shapes=shapes_of(wild, router.kind, parts))
     active = model.expert_mask([("amber",), ("amber", "cobalt")])
     store = model.new_cache()
-    for step in (lambda: model(wild.ids(2, 8), active=active, cache=store),
-                 lambda: model(wild.ids(2, 1), active=active, cache=store),
-                 lambda: model.train()(wild.ids(2, 8), active=active),  # a router is calibrated
-                 lambda: language_model_loss(model, wild.ids(2, 8), active=active)):
+    for step in (
+        lambda: model(wild.ids(2, 8), active=active, cache=store),
+        lambda: model(wild.ids(2, 1), active=active, cache=store),
+        lambda: model.train()(wild.ids(2, 8), active=active),  # a router is calibrated
+        lambda: language_model_loss(model, wild.ids(2, 8), active=active),
+    ):
         with Uses(model) as uses:
             step()
         assert uses.counts["basalt"] == 0

@@ -23,8 +23,9 @@ from flexolmo.model.statistics import EvidenceSettings
 NAMES = [PUBLIC, "a", "b"]
 V, EOS = 20, 4
 BIGRAMS = {PUBLIC: 90, "a": 150, "b": 0, "c": 1}
-FREQUENT = settings(derandomize=True, max_examples=40,
-                    suppress_health_check=[HealthCheck.function_scoped_fixture])
+FREQUENT = settings(
+    derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), min_size=40, max_size=40), min_size=1, max_size=3)
 
 
@@ -36,7 +37,7 @@ def make_evidence_router(names=NAMES, **changes):
         table = router.table(name)
         table.unigram.copy_(torch.randn(V, generator=generator).log_softmax(0))
         table.backoff.copy_(-torch.rand(V, generator=generator))
-        keys = torch.randperm(V * V, generator=generator)[:BIGRAMS[name]].msort()
+        keys = torch.randperm(V * V, generator=generator)[: BIGRAMS[name]].msort()
         table.bigram_keys.copy_(keys)
         table.bigram_log_probs.copy_(-3 * torch.rand(len(keys), generator=generator))
     return router
@@ -47,8 +48,11 @@ def log_prob(router, name, before, token):
     table = router.table(name)
     listed = dict(zip(table.bigram_keys.tolist(), table.bigram_log_probs.tolist(), strict=True))
     key = before * V + token
-    return listed[key] if key in listed else (
-        table.backoff[before].item() + table.unigram[token].item())
+    return (
+        listed[key]
+        if key in listed
+        else (table.backoff[before].item() + table.unigram[token].item())
+    )
 
 
 def likelihoods(router, before, token):
@@ -68,8 +72,11 @@ def loop_over_tokens(router, ids, on=None):
     weights, before, found = prior, EOS, []
     for token in ids:
         seen = [w * x for w, x in zip(weights, likelihoods(router, before, token), strict=True)]
-        weights = prior if token == EOS else [
-            (1 - rate) * x / sum(seen) + rate * p for x, p in zip(seen, prior, strict=True)]
+        weights = (
+            prior
+            if token == EOS
+            else [(1 - rate) * x / sum(seen) + rate * p for x, p in zip(seen, prior, strict=True)]
+        )
         before = token
         found.append(weights)
     return found
@@ -81,24 +88,31 @@ def weights_of(router, ids, active=None, is_token=None):
     return torch.stack(logs, dim=-1).double().exp()
 
 
-@given(texts=TEXTS, switch_rate=st.sampled_from([1e-4, 0.003, 0.5]),
-       tempering=st.sampled_from([0.35, 1.0]), clip_nats=st.sampled_from([0.5, 5.0]),
-       on=st.tuples(st.booleans(), st.booleans()))
+@given(
+    texts=TEXTS,
+    switch_rate=st.sampled_from([1e-4, 0.003, 0.5]),
+    tempering=st.sampled_from([0.35, 1.0]),
+    clip_nats=st.sampled_from([0.5, 5.0]),
+    on=st.tuples(st.booleans(), st.booleans()),
+)
 @FREQUENT
 def test_evidence_is_a_filter_over_domains(texts, switch_rate, tempering, clip_nats, on):
-    router = make_evidence_router(switch_rate=switch_rate, tempering=tempering,
-                                  clip_nats=clip_nats)
+    router = make_evidence_router(switch_rate=switch_rate, tempering=tempering, clip_nats=clip_nats)
     active = torch.tensor([[True, *on]] * len(texts))
     found = weights_of(router, texts, active)
     for b, text in enumerate(texts):
         expected = torch.tensor(loop_over_tokens(router, text, [True, *on]), dtype=torch.float64)
         torch.testing.assert_close(found[b], expected, rtol=1e-5, atol=1e-12)
-    torch.testing.assert_close(found.sum(-1), torch.ones(len(texts), 40).double(),
-                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        found.sum(-1), torch.ones(len(texts), 40).double(), rtol=0, atol=1e-6
+    )
 
 
-@given(ids=st.lists(st.sampled_from([v for v in range(V) if v != EOS]), min_size=1, max_size=4),
-       rate=st.sampled_from([0.003, 0.2, 0.9]), names=st.sampled_from([NAMES, [PUBLIC, "a"]]))
+@given(
+    ids=st.lists(st.sampled_from([v for v in range(V) if v != EOS]), min_size=1, max_size=4),
+    rate=st.sampled_from([0.003, 0.2, 0.9]),
+    names=st.sampled_from([NAMES, [PUBLIC, "a"]]),
+)
 @settings(FREQUENT, max_examples=15)
 def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
     """P(domain of the token to come | tokens), from every sequence of domains there could be."""
@@ -115,9 +129,11 @@ def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
     torch.testing.assert_close(weights_of(router, [ids])[0, -1], expected, rtol=1e-5, atol=1e-9)
 
 
-@given(ids=st.lists(st.integers(0, V - 1), min_size=60, max_size=60),
-       cuts=st.sets(st.integers(1, 59), max_size=12),
-       active=st.sampled_from([None, [[True, True, False], [True, False, True]]]))
+@given(
+    ids=st.lists(st.integers(0, V - 1), min_size=60, max_size=60),
+    cuts=st.sets(st.integers(1, 59), max_size=12),
+    active=st.sampled_from([None, [[True, True, False], [True, False, True]]]),
+)
 @settings(FREQUENT, max_examples=25)
 def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active):
     router, active = make_evidence_router(), active and torch.tensor(active)
@@ -128,19 +144,23 @@ def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active)
         logs, state = router(whole[:, a:b], None, active, state)
         pieces.append(logs)
     for e, wanted in enumerate(expected):
-        torch.testing.assert_close(torch.cat([p[e] for p in pieces], dim=1), wanted,
-                                   rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            torch.cat([p[e] for p in pieces], dim=1), wanted, rtol=1e-6, atol=1e-6
+        )
     assert torch.equal(state[0], last[0])
     torch.testing.assert_close(state[1], last[1], rtol=1e-9, atol=1e-15)
 
 
-@given(texts=TEXTS, padding=st.lists(st.integers(0, 6), min_size=3, max_size=3),
-       filler=st.sampled_from([0, EOS, V - 1]))
+@given(
+    texts=TEXTS,
+    padding=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+    filler=st.sampled_from([0, EOS, V - 1]),
+)
 @FREQUENT
 def test_evidence_takes_no_notice_of_left_padding(texts, padding, filler):
     """Neither of how much there is nor of what id it has, also for the tokens that follow."""
     router, width = make_evidence_router(), 46
-    padding = padding[:len(texts)]
+    padding = padding[: len(texts)]
     rows = [[filler] * p + t + [7] * (width - p - 40) for p, t in zip(padding, texts, strict=True)]
     is_token = torch.arange(width)[None] >= torch.tensor(padding)[:, None]
     logs, state = router(torch.tensor(rows), is_token, None, None)
@@ -165,12 +185,14 @@ def test_padding_alone_leaves_evidence_as_it_was():
     torch.testing.assert_close(empty[1], torch.full((3, 1), 1 / 3).double())
 
 
-@given(before=st.lists(st.integers(0, V - 1), max_size=20),
-       text=st.lists(st.integers(0, V - 1), min_size=1, max_size=20))
+@given(
+    before=st.lists(st.integers(0, V - 1), max_size=20),
+    text=st.lists(st.integers(0, V - 1), min_size=1, max_size=20),
+)
 @FREQUENT
 def test_after_the_end_of_a_text_evidence_starts_afresh(before, text):
     router = make_evidence_router()
-    found = weights_of(router, [[*before, EOS, *text]])[0, len(before):]
+    found = weights_of(router, [[*before, EOS, *text]])[0, len(before) :]
     torch.testing.assert_close(found[0], torch.full((3,), 1 / 3).double())
     torch.testing.assert_close(found[1:], weights_of(router, [text])[0])
 
@@ -229,8 +251,15 @@ def test_linear_logits_are_rows_against_the_state_less_a_softplus():
 @FREQUENT
 def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k):
     """With ties, which go to the first name."""
-    z = data.draw(st.lists(st.lists(st.sampled_from([-3.0, -0.5, 0.0, 0.5, 40.0]),
-                                    min_size=experts, max_size=experts), min_size=4, max_size=4))
+    z = data.draw(
+        st.lists(
+            st.lists(
+                st.sampled_from([-3.0, -0.5, 0.0, 0.5, 40.0]), min_size=experts, max_size=experts
+            ),
+            min_size=4,
+            max_size=4,
+        )
+    )
     active = data.draw(st.lists(st.booleans(), min_size=experts, max_size=experts))
     active[0] = True
     logits = torch.tensor(z)[None]  # [1,4,E]
@@ -245,15 +274,20 @@ def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k)
             assert found[0, t, e].item() == pytest.approx(wanted, rel=1e-6, abs=0)
 
 
-@given(data=st.data(), experts=st.integers(1, 6), top_k=st.sampled_from([None, 1, 3]),
-       min_weight=st.sampled_from([0.0, 0.05, 0.3, 0.9]))
+@given(
+    data=st.data(),
+    experts=st.integers(1, 6),
+    top_k=st.sampled_from([None, 1, 3]),
+    min_weight=st.sampled_from([0.0, 0.05, 0.3, 0.9]),
+)
 @FREQUENT
 def test_a_small_weight_is_none_but_the_largest_stays(data, experts, top_k, min_weight):
     """Just as if a mask had been laid over the weights; and all that is left is as it was."""
     draw = data.draw(st.lists(st.floats(-6, 6), min_size=7 * experts, max_size=7 * experts))
     logits = list(torch.tensor(draw).view(experts, 1, 7))
-    active = torch.tensor([[True, *data.draw(
-        st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))]])
+    active = torch.tensor(
+        [[True, *data.draw(st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))]]
+    )
     plain = mixture_weights(logits, active, top_k)
     found = mixture_weights(logits, active, top_k, min_weight)
     keep = (plain >= min_weight) | (plain == plain.amax(-1, keepdim=True))
@@ -265,7 +299,10 @@ def test_every_routers_page_row_says_what_its_settings_say():
     """docs/decisions/routers.md, the table: the kind first, whether opting out is strict last."""
     page = (Path(__file__).parents[2] / "docs" / "decisions" / "routers.md").read_text()
     rows = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
-    said = {(row[0].split("`")[1], row[-1].strip().startswith("yes"))
-            for row in rows if len(row) == 5}
-    assert said == {(kind().kind, kind.is_strict)
-                    for kind in (EvidenceSettings, LinearSettings, DiscriminantSettings)}
+    said = {
+        (row[0].split("`")[1], row[-1].strip().startswith("yes")) for row in rows if len(row) == 5
+    }
+    assert said == {
+        (kind().kind, kind.is_strict)
+        for kind in (EvidenceSettings, LinearSettings, DiscriminantSettings)
+    }

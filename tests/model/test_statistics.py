@@ -15,10 +15,15 @@ from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 
 V, EOS = 12, 3
 PLENTY = settings(derandomize=True, max_examples=60)
-DOCUMENTS = st.lists(st.lists(st.integers(0, V - 3), min_size=0, max_size=9), min_size=0,
-                     max_size=30)
-SETTINGS = st.builds(EvidenceSettings, smoothing=st.sampled_from([1e-3, 0.5, 20.0]),
-                     discount=st.sampled_from([0.1, 0.75]), min_documents=st.integers(1, 4))
+DOCUMENTS = st.lists(
+    st.lists(st.integers(0, V - 3), min_size=0, max_size=9), min_size=0, max_size=30
+)
+SETTINGS = st.builds(
+    EvidenceSettings,
+    smoothing=st.sampled_from([1e-3, 0.5, 20.0]),
+    discount=st.sampled_from([0.1, 0.75]),
+    min_documents=st.integers(1, 4),
+)
 
 
 def stream_of(documents):
@@ -30,8 +35,10 @@ def stream_of(documents):
 def make_documents(seed, count=30, low=0, high=V - 2):
     """Documents of 1 to 9 ids from `low` to below `high`."""
     rng = random.Random(seed)
-    return [[rng.choice([v for v in range(low, high) if v != EOS])
-             for _ in range(rng.randint(1, 9))] for _ in range(count)]
+    return [
+        [rng.choice([v for v in range(low, high) if v != EOS]) for _ in range(rng.randint(1, 9))]
+        for _ in range(count)
+    ]
 
 
 def fit(documents, public=None, **changes):
@@ -43,8 +50,10 @@ PUBLIC = fit(make_documents(0, 100))
 
 def write_out(model):
     """p(v | u) as a matrix [u][v] of Python floats."""
-    found = [[math.exp(float(model.backoff[u]) + float(model.unigram[v])) for v in range(V)]
-             for u in range(V)]
+    found = [
+        [math.exp(float(model.backoff[u]) + float(model.unigram[v])) for v in range(V)]
+        for u in range(V)
+    ]
     for key, log_prob in zip(model.keys.tolist(), model.log_probs.tolist(), strict=True):
         found[key // V][key % V] = math.exp(log_prob)
     return found
@@ -75,9 +84,13 @@ def count_by_hand(documents, public, settings):
         left = 1.0
         if after:
             left = 1.0 - sum(n - settings.discount for n in listed.values()) / after
-        found.append([left * unigram[v]
-                      + ((listed[v] - settings.discount) / after if v in listed else 0.0)
-                      for v in range(V)])
+        found.append(
+            [
+                left * unigram[v]
+                + ((listed[v] - settings.discount) / after if v in listed else 0.0)
+                for v in range(V)
+            ]
+        )
     return found, unigram, {u * V + v for (u, v), i in pair_holders.items() if len(i) >= enough}
 
 
@@ -92,7 +105,8 @@ def test_a_bigram_model_is_discounted_counts_that_back_off(documents, settings, 
     assert model.keys.tolist() == sorted(keys)
     assert model.keys.dtype == np.int64
     assert {a.dtype for a in (model.unigram, model.backoff, model.log_probs)} == {
-        np.dtype(np.float32)}
+        np.dtype(np.float32)
+    }
 
 
 @given(documents=DOCUMENTS, settings=SETTINGS, is_public=st.booleans())
@@ -119,12 +133,16 @@ def test_an_empty_or_one_token_stream_says_what_public_text_says(tokens):
 def test_too_few_documents_wording_does_not_show(data, holders):
     """One rare word for another leaves the same model; in one document more, it would not."""
     documents = [d or [0] for d in data.draw(DOCUMENTS)] + [[0, 1]] * 5
-    places = data.draw(st.lists(st.integers(0, len(documents) - 1), min_size=holders,
-                                max_size=holders, unique=True))
+    places = data.draw(
+        st.lists(
+            st.integers(0, len(documents) - 1), min_size=holders, max_size=holders, unique=True
+        )
+    )
     models = []
     for word in (V - 2, V - 1):
-        found = [[*d[:1], word, word, *d[1:]] if i in places else d
-                 for i, d in enumerate(documents)]
+        found = [
+            [*d[:1], word, word, *d[1:]] if i in places else d for i, d in enumerate(documents)
+        ]
         models.append(fit(found, PUBLIC, min_documents=holders + 1))
     for one, other in zip(vars(models[0]).values(), vars(models[1]).values(), strict=True):
         assert np.array_equal(one, other)
@@ -141,8 +159,9 @@ def test_smoothing_draws_an_owners_frequencies_to_public_ones():
     public = np.exp(PUBLIC.unigram.astype(float))
     for smoothing, share in ((1e-3, 1 / 1.001), (1.0, 0.5), (9.0, 0.1)):
         model = fit(documents, PUBLIC, smoothing=smoothing, min_documents=1)
-        np.testing.assert_allclose(np.exp(model.unigram), share * own + (1 - share) * public,
-                                   rtol=1e-5, atol=1e-8)
+        np.testing.assert_allclose(
+            np.exp(model.unigram), share * own + (1 - share) * public, rtol=1e-5, atol=1e-8
+        )
     assert np.isfinite(fit([[5]] * 4, PUBLIC).unigram).all()
 
 

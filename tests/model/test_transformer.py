@@ -14,18 +14,17 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
 from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import (
-    ModelConfig,
-    Transformer,
-    _ChunkedLoss,
-    language_model_loss,
-)
+from flexolmo.model.transformer import ModelConfig, Transformer, _ChunkedLoss, language_model_loss
 
-SHAPES = {"as many key-value heads": {"num_kv_heads": None}, "grouped": {"num_kv_heads": 2},
-          "one key-value head": {"num_kv_heads": 1, "rope_theta": 1000.0, "norm_eps": 1e-4}}
+SHAPES = {
+    "as many key-value heads": {"num_kv_heads": None},
+    "grouped": {"num_kv_heads": 2},
+    "one key-value head": {"num_kv_heads": 1, "rope_theta": 1000.0, "norm_eps": 1e-4},
+}
 UNTIL_CLOSE = {"rtol": 0, "atol": 1e-4}
-IN_SESSION = settings(derandomize=True, max_examples=25,
-                      suppress_health_check=[HealthCheck.function_scoped_fixture])
+IN_SESSION = settings(
+    derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 # --- stock transformers -------------------------------------------------------------------------
@@ -34,6 +33,7 @@ IN_SESSION = settings(derandomize=True, max_examples=25,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_anchor_is_stock_olmo2(make_wild, tmp_path, shape):
     from transformers import Olmo2ForCausalLM
+
     wild = make_wild(**SHAPES[shape])
     save_anchor(wild.anchor, tmp_path / "anchor")
     stock, info = Olmo2ForCausalLM.from_pretrained(tmp_path / "anchor", output_loading_info=True)
@@ -42,8 +42,9 @@ def test_the_anchor_is_stock_olmo2(make_wild, tmp_path, shape):
     with torch.no_grad():
         theirs = stock(ids, labels=ids)
     torch.testing.assert_close(wild.anchor.model(ids), theirs.logits, **UNTIL_CLOSE)
-    torch.testing.assert_close(language_model_loss(wild.anchor.model, ids), theirs.loss,
-                               rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        language_model_loss(wild.anchor.model, ids), theirs.loss, rtol=1e-6, atol=1e-6
+    )
 
 
 def save_as_stock_mixture(model, directory, tokenizer):
@@ -59,23 +60,33 @@ def save_as_stock_mixture(model, directory, tokenizer):
             for part, t in mixture.expert(name).state_dict().items():
                 tensors[f"model.layers.{i}.mlp.experts.{e}.{part}"] = t
     directory.mkdir()
-    write_stock(directory, stock_config(
-        model.config, torch.float32, architectures=["FlexOlmoForCausalLM"],
-        model_type="flex_olmo", num_experts=len(model.expert_names),
-        num_experts_per_tok=model.top_k or len(model.expert_names), norm_topk_prob=False,
-        output_router_logits=False), tensors, tokenizer)
+    write_stock(
+        directory,
+        stock_config(
+            model.config,
+            torch.float32,
+            architectures=["FlexOlmoForCausalLM"],
+            model_type="flex_olmo",
+            num_experts=len(model.expert_names),
+            num_experts_per_tok=model.top_k or len(model.expert_names),
+            norm_topk_prob=False,
+            output_router_logits=False,
+        ),
+        tensors,
+        tokenizer,
+    )
 
 
 @pytest.mark.parametrize("top_k", [None, 2, 1])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_linear_mixture_is_stock_flex_olmo(make_wild, tmp_path, shape, top_k):
     from transformers import FlexOlmoForCausalLM
+
     wild, router = make_wild(**SHAPES[shape]), LinearSettings(has_bias=False)
     experts = {n: wild.expert(router, i) for i, n in enumerate("abc")}
     model = assemble_mixture(wild.anchor, experts, router, top_k=top_k)
     save_as_stock_mixture(model, tmp_path / "stock", wild.anchor.tokenizer)
-    stock, info = FlexOlmoForCausalLM.from_pretrained(tmp_path / "stock",
-                                                      output_loading_info=True)
+    stock, info = FlexOlmoForCausalLM.from_pretrained(tmp_path / "stock", output_loading_info=True)
     assert not any(info.values())
     ids, routing = wild.ids(3, 40), []
     ours = model(ids, routing=routing)
@@ -115,16 +126,18 @@ def test_reading_in_pieces_is_reading_at_once(wild, router, cuts, seed):
         assert cache.num_positions == 30
 
 
-@given(padding=st.lists(st.integers(0, 7), min_size=3, max_size=3), seed=st.integers(0, 99),
-       fill=st.sampled_from(["eos", "word"]))
+@given(
+    padding=st.lists(st.integers(0, 7), min_size=3, max_size=3),
+    seed=st.integers(0, 99),
+    fill=st.sampled_from(["eos", "word"]),
+)
 @IN_SESSION
 def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
     """In one pass and through the cache, whatever id the padding has."""
     texts = [wild.ids(1, 12 - p, seed + i) for i, p in enumerate(padding)]
     after = wild.ids(3, 4, seed)
     filler = wild.anchor.config.eos_token_id if fill == "eos" else 7
-    ids = torch.cat([F.pad(t, (p, 0), value=filler)
-                     for t, p in zip(texts, padding, strict=True)])
+    ids = torch.cat([F.pad(t, (p, 0), value=filler) for t, p in zip(texts, padding, strict=True)])
     is_token = torch.arange(12)[None] >= torch.tensor(padding)[:, None]
     rich = wild.mixture(router, "ab", 2, wild.rich_shapes(router, "ab"))
     for model in (wild.anchor.model, wild.mixture(router, ["a", "b"], top_k=2), rich):
@@ -132,10 +145,10 @@ def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
         first = model(ids, is_token=is_token, cache=cache)
         rest = torch.cat([model(after[:, :1], cache=cache), model(after[:, 1:], cache=cache)], 1)
         for i, (text, p) in enumerate(zip(texts, padding, strict=True)):
-            alone = model(torch.cat([text, after[i:i + 1]], dim=1))[0]
-            torch.testing.assert_close(plain[i, p:], alone[:12 - p], **UNTIL_CLOSE)
-            torch.testing.assert_close(first[i, p:], alone[:12 - p], **UNTIL_CLOSE)
-            torch.testing.assert_close(rest[i], alone[12 - p:], **UNTIL_CLOSE)
+            alone = model(torch.cat([text, after[i : i + 1]], dim=1))[0]
+            torch.testing.assert_close(plain[i, p:], alone[: 12 - p], **UNTIL_CLOSE)
+            torch.testing.assert_close(first[i, p:], alone[: 12 - p], **UNTIL_CLOSE)
+            torch.testing.assert_close(rest[i], alone[12 - p :], **UNTIL_CLOSE)
 
 
 def test_no_position_sees_a_later_one(wild, router):
@@ -152,12 +165,19 @@ def test_the_last_positions_logits_are_those_of_all(wild, router, last, is_spars
     model, ids = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab")), wild.ids(3, 9)
     model.is_sparse = is_sparse
     active = model.expert_mask([("a",), None, ()])
-    torch.testing.assert_close(model(ids, active=active, last=last),
-                               model(ids, active=active)[:, -last:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        model(ids, active=active, last=last),
+        model(ids, active=active)[:, -last:],
+        rtol=0,
+        atol=1e-5,
+    )
 
 
-@given(rows=st.lists(st.integers(0, 2), min_size=1, max_size=4), first=st.integers(1, 8),
-       pads=st.tuples(*[st.integers(0, 3)] * 3))
+@given(
+    rows=st.lists(st.integers(0, 2), min_size=1, max_size=4),
+    first=st.integers(1, 8),
+    pads=st.tuples(*[st.integers(0, 3)] * 3),
+)
 @IN_SESSION
 def test_a_selected_cache_goes_on_as_its_sequences_would(wild, router, rows, first, pads):
     """And what the selection reads is not seen by what it was taken from."""
@@ -170,12 +190,12 @@ def test_a_selected_cache_goes_on_as_its_sequences_would(wild, router, rows, fir
     model(padded[:, :first], active=active, cache=cache)
     chosen = cache.select(picked)
     for c, at, on in ((chosen, picked, active[picked]), (cache, torch.arange(3), active)):
-        model(padded[at][:, first:first + 4], active=on, cache=c, is_token=real[at])
-        found = model(padded[at][:, first + 4:], active=on, cache=c)
+        model(padded[at][:, first : first + 4], active=on, cache=c, is_token=real[at])
+        found = model(padded[at][:, first + 4 :], active=on, cache=c)
         for row, i in zip(found, at.tolist(), strict=True):
-            text = torch.cat([ids[i, :first], ids[i, pads[i]:4], ids[i, first:]])[None]
-            alone = model(text, active=active[i:i + 1])[0]
-            torch.testing.assert_close(row, alone[first + 4 - pads[i]:], rtol=0, atol=2e-5)
+            text = torch.cat([ids[i, :first], ids[i, pads[i] : 4], ids[i, first:]])[None]
+            alone = model(text, active=active[i : i + 1])[0]
+            torch.testing.assert_close(row, alone[first + 4 - pads[i] :], rtol=0, atol=2e-5)
 
 
 def test_one_sequence_is_selected_many_times_without_copies(wild, router):
@@ -185,23 +205,33 @@ def test_one_sequence_is_selected_many_times_without_copies(wild, router):
     many = cache.select(torch.zeros(5, dtype=torch.long))
     assert many.layers[0].keys.data_ptr() == cache.layers[0].keys.data_ptr()
     again = model(wild.ids(5, 3, 1), cache=many)
-    torch.testing.assert_close(again[2], model(torch.cat([ids, wild.ids(5, 3, 1)[2:3]], 1))[0, 6:],
-                               rtol=0, atol=2e-5)
+    torch.testing.assert_close(
+        again[2], model(torch.cat([ids, wild.ids(5, 3, 1)[2:3]], 1))[0, 6:], rtol=0, atol=2e-5
+    )
 
 
 # --- loss ---------------------------------------------------------------------------------------
 
 
-@given(num=st.integers(1, 40), chunk=st.integers(1, 50), seed=st.integers(0, 99),
-       scale=st.sampled_from([1.0, -3.0, 0.01]), ranks=st.lists(st.integers(1, 5), max_size=3),
-       asked=st.integers(1, 255))
+@given(
+    num=st.integers(1, 40),
+    chunk=st.integers(1, 50),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1.0, -3.0, 0.01]),
+    ranks=st.lists(st.integers(1, 5), max_size=3),
+    asked=st.integers(1, 255),
+)
 @IN_SESSION
-def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(num, chunk, seed, scale,
-                                                                    ranks, asked):
+def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(
+    num, chunk, seed, scale, ranks, asked
+):
     """Of logits sum_j u_j w_j^T, for any subset of the u and w; the others get none."""
     rng = np.random.default_rng(seed)
-    parts = [torch.from_numpy(rng.normal(size=(n, inner)) * 3 * inner**-0.5)
-             for inner in (8, *ranks) for n in (num, 13)]
+    parts = [
+        torch.from_numpy(rng.normal(size=(n, inner)) * 3 * inner**-0.5)
+        for inner in (8, *ranks)
+        for n in (num, 13)
+    ]
     targets = torch.from_numpy(rng.integers(0, 13, num))
     wanted = [bool(asked >> j & 1) for j in range(len(parts))]
     wanted[0] |= not any(wanted)
@@ -209,9 +239,12 @@ def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(num, chunk, 
     def plain(*parts):
         logits = sum(u @ w.T for u, w in zip(parts[::2], parts[1::2], strict=True))
         return F.cross_entropy(logits, targets)
+
     found, expected = [], []
-    for out, loss_of in ((found, lambda *p: _ChunkedLoss.apply(targets, chunk, *p)),
-                         (expected, plain)):
+    for out, loss_of in (
+        (found, lambda *p: _ChunkedLoss.apply(targets, chunk, *p)),
+        (expected, plain),
+    ):
         leaves = [p.clone().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)]
         loss = loss_of(*leaves)
         (loss * scale).backward()
@@ -234,10 +267,16 @@ def test_loss_does_not_depend_on_the_chunk(wild):
 # --- the shape ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"num_heads": 5}, "multiple of num_heads"), ({"num_heads": 32}, "must be even"),
-    ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
-    ({"eos_token_id": 300}, "outside the vocabulary"), ({"layers": 3}, "Extra inputs")])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 5}, "multiple of num_heads"),
+        ({"num_heads": 32}, "must be even"),
+        ({"num_kv_heads": 3}, "multiple of num_kv_heads"),
+        ({"eos_token_id": 300}, "outside the vocabulary"),
+        ({"layers": 3}, "Extra inputs"),
+    ],
+)
 def test_a_shape_that_cannot_be_built_is_refused(change, message):
     shape = {"vocab_size": 300, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48}
     with pytest.raises(ValidationError, match=message):

@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 
 from flexolmo.report import drawing, plots
 
-PLOTS = (plots.plot_bits_per_byte, plots.plot_optout_matrix, plots.plot_routing,
-         plots.plot_kept_gain)
+PLOTS = (
+    plots.plot_bits_per_byte,
+    plots.plot_optout_matrix,
+    plots.plot_routing,
+    plots.plot_kept_gain,
+)
 MakeResults = Callable[..., dict[str, Any]]
 
 
@@ -35,7 +39,8 @@ def assert_nothing_is_cut_or_overlaps(fig: Figure) -> None:
 @pytest.mark.parametrize("owners", [1, 7])
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 def test_each_figure_holds_one_or_seven_owners(
-        plot: Any, owners: int, make_results: MakeResults) -> None:
+    plot: Any, owners: int, make_results: MakeResults
+) -> None:
     fig = plot(make_results(owners))
     assert fig.get_figwidth() <= drawing.MAX_WIDTH_INCHES
     assert_nothing_is_cut_or_overlaps(fig)
@@ -43,8 +48,9 @@ def test_each_figure_holds_one_or_seven_owners(
 
 @pytest.mark.parametrize("plot", PLOTS, ids=lambda p: p.__name__)
 @pytest.mark.parametrize("left_out", ["paper_router", "owners", "bits_per_byte", None])
-def test_what_is_missing_is_left_out(plot: Any, left_out: str | None,
-                                     make_results: MakeResults) -> None:
+def test_what_is_missing_is_left_out(
+    plot: Any, left_out: str | None, make_results: MakeResults
+) -> None:
     results = make_results(1) if left_out else {}
     results.pop(left_out or "", None)
     assert isinstance(plot(results), Figure)
@@ -65,9 +71,13 @@ def texts_of(fig: Figure) -> list[str]:
 
 
 def test_the_matrix_prints_change_against_the_anchor_in_percent() -> None:
-    results = {"bits_per_byte": {
-        "anchor": {"public": 2.0, "code": 4.0}, "mixture": {"public": 2.01, "code": 3.0},
-        "mixture without code": {"public": 2.0, "code": 3.9999}}}
+    results = {
+        "bits_per_byte": {
+            "anchor": {"public": 2.0, "code": 4.0},
+            "mixture": {"public": 2.01, "code": 3.0},
+            "mixture without code": {"public": 2.0, "code": 3.9999},
+        }
+    }
     fig = plots.plot_optout_matrix(results | {"owners": [{"name": "code"}]})
     assert texts_of(fig) == ["+0.5", "−25.0", "0.0", "0.0"]
     assert [ax.get_title(loc="left") for ax in fig.axes] == ["our router"]
@@ -79,8 +89,13 @@ def test_the_papers_router_is_a_second_panel(make_results: MakeResults) -> None:
 
 
 def test_kept_gain_is_the_mixtures_gain_over_the_pairs() -> None:
-    results = {"bits_per_byte": {"anchor": {"code": 4.0}, "expert code": {"code": 3.0},
-                                 "mixture": {"code": 3.25}}}
+    results = {
+        "bits_per_byte": {
+            "anchor": {"code": 4.0},
+            "expert code": {"code": 3.0},
+            "mixture": {"code": 3.25},
+        }
+    }
     assert texts_of(plots.plot_kept_gain(results)) == ["75 % kept, ours"]
 
 
@@ -98,11 +113,21 @@ def test_a_router_that_ignores_layers_is_said_to(make_results: MakeResults) -> N
 def make_curve(series: int = 3, points: int = 5) -> dict[str, Any]:
     """A size-quality curve as `measure_curve` returns it."""
     kinds = ("FFN of low rank", "FFN and deltas of low rank", "narrow FFN")
-    return {"set": "maths", "whole_bytes": 7_300_000,
-            "bits_per_byte": {"anchor": 2.2, "whole": 1.7},
-            "points": [{"series": kind, ("width" if "narrow" in kind else "rank"): 2 ** (i + 1),
-                        "bytes": (j + 1) * 100_000 + i * 900_000, "bits_per_byte": 2.15 - 0.1 * i}
-                       for j, kind in enumerate(kinds[:series]) for i in range(points)]}
+    return {
+        "set": "maths",
+        "whole_bytes": 7_300_000,
+        "bits_per_byte": {"anchor": 2.2, "whole": 1.7},
+        "points": [
+            {
+                "series": kind,
+                ("width" if "narrow" in kind else "rank"): 2 ** (i + 1),
+                "bytes": (j + 1) * 100_000 + i * 900_000,
+                "bits_per_byte": 2.15 - 0.1 * i,
+            }
+            for j, kind in enumerate(kinds[:series])
+            for i in range(points)
+        ],
+    }
 
 
 @pytest.mark.parametrize("series", [0, 1, 3])
@@ -110,8 +135,11 @@ def test_a_curve_shows_every_point_between_the_anchor_and_the_whole_expert(serie
     fig = plots.plot_compression(make_curve(series))
     assert_nothing_is_cut_or_overlaps(fig)
     shown = texts_of(fig)
-    assert shown == [*["2", "4", "8", "16", "32"] * series, "the anchor alone",
-                     "the expert as it was"]
+    assert shown == [
+        *["2", "4", "8", "16", "32"] * series,
+        "the anchor alone",
+        "the expert as it was",
+    ]
     assert "maths" in fig.axes[0].get_ylabel()
     for lacking in ("set", "whole_bytes", "bits_per_byte", "points"):
         curve = make_curve(series)
@@ -146,7 +174,8 @@ def test_nothing_invisible_that_acts_is_shown() -> None:
 
 
 def test_a_figure_is_saved_whole_and_twice_the_same(
-        tmp_path: Path, make_results: MakeResults) -> None:
+    tmp_path: Path, make_results: MakeResults
+) -> None:
     for name in ("one.png", "two.png"):
         drawing.save_figure(plots.plot_kept_gain(make_results(1)), tmp_path / "new" / name)
     one, two = ((tmp_path / "new" / n).read_bytes() for n in ("one.png", "two.png"))

@@ -67,11 +67,17 @@ def test_with_moments_it_is_the_closest_on_what_the_matrix_reads(out, inner, dat
     assert error <= ((matrix - plain[1] @ plain[0]) @ inputs).norm() + 0.05 * values.norm()
 
 
-@given(out=st.integers(2, 8), inner=st.integers(2, 8), data=st.data(), seed=st.integers(0, 99),
-       is_diagonal=st.booleans())
+@given(
+    out=st.integers(2, 8),
+    inner=st.integers(2, 8),
+    data=st.data(),
+    seed=st.integers(0, 99),
+    is_diagonal=st.booleans(),
+)
 @IN_SESSION
-def test_with_both_sides_known_no_matrix_of_that_rank_costs_less(out, inner, data, seed,
-                                                                 is_diagonal):
+def test_with_both_sides_known_no_matrix_of_that_rank_costs_less(
+    out, inner, data, seed, is_diagonal
+):
     """The cost of the difference is that of the least singular values, and no other's is less."""
     matrix, rank = draw(seed, out, inner), data.draw(st.integers(1, min(out, inner)))
     inputs, outputs = draw(seed + 1, inner, 40), draw(seed + 2, out, 40)
@@ -86,8 +92,11 @@ def test_with_both_sides_known_no_matrix_of_that_rank_costs_less(out, inner, dat
     roots = [torch.linalg.cholesky(m) for m in (G, A)]
     least = torch.linalg.svdvals(roots[0].T @ matrix @ roots[1])[rank:].square().sum()
     assert best == pytest.approx(float(least), rel=1e-6, abs=1e-6)
-    for other in (truncate(matrix, rank), truncate(matrix, rank, Curvature(A)),
-                  (a + 0.01 * draw(seed + 3, *a.shape), b)):
+    for other in (
+        truncate(matrix, rank),
+        truncate(matrix, rank, Curvature(A)),
+        (a + 0.01 * draw(seed + 3, *a.shape), b),
+    ):
         assert cost(other[1] @ other[0]) >= best - 1e-6
     torch.testing.assert_close(a.square().sum(1), b.square().sum(0))
 
@@ -107,10 +116,12 @@ def test_curvature_is_what_a_small_change_costs(wild, pico_sets):
         head += wrong.square().sum(0)
         head_input += states.T @ states
         count += len(logits)
-    torch.testing.assert_close(found["lm_head"].outputs, (head / count).double(), rtol=1e-4,
-                               atol=1e-7)
-    torch.testing.assert_close(found["lm_head"].inputs, (head_input / count).double(), rtol=1e-4,
-                               atol=1e-5)
+    torch.testing.assert_close(
+        found["lm_head"].outputs, (head / count).double(), rtol=1e-4, atol=1e-7
+    )
+    torch.testing.assert_close(
+        found["lm_head"].inputs, (head_input / count).double(), rtol=1e-4, atol=1e-5
+    )
     assert found["embed_tokens"].inputs is None
     assert found["embed_tokens"].outputs.shape == (32, 32)
     for i in range(2):
@@ -127,8 +138,10 @@ def test_curvature_is_of_whole_matrices_only(wild, pico_sets):
     sizes = {"attention_rank": 32, "embedding_rank": 2, "head_rank": 4}
     pair = assemble_mixture(wild.anchor, {"maths": wild.expert(ROUTER, 0, **sizes)}, ROUTER)
     assert measure_curvature(pair, "maths", pico_sets["maths"]).keys() == {
-        f"layers.{i}.{part}_proj" for i in range(2)
-        for part in ("gate", "up", "down", "q", "k", "v", "o")}
+        f"layers.{i}.{part}_proj"
+        for i in range(2)
+        for part in ("gate", "up", "down", "q", "k", "v", "o")
+    }
 
 
 @given(out=st.integers(1, 12), inner=st.integers(1, 12), seed=st.integers(0, 99))
@@ -139,8 +152,13 @@ def test_full_rank_is_exact(out, inner, seed):
     torch.testing.assert_close(b @ a, matrix)
 
 
-@given(out=st.integers(1, 12), inner=st.integers(1, 12), old=st.integers(1, 15), data=st.data(),
-       seed=st.integers(0, 99))
+@given(
+    out=st.integers(1, 12),
+    inner=st.integers(1, 12),
+    old=st.integers(1, 15),
+    data=st.data(),
+    seed=st.integers(0, 99),
+)
 @IN_SESSION
 def test_truncating_a_product_is_truncating_what_it_multiplies_to(out, inner, old, data, seed):
     """Also of a rank above the sides, where the rest is zero."""
@@ -197,7 +215,9 @@ def test_deltas_are_cut_to_their_own_rank(wild, delta_rank):
     expert = wild.expert(ROUTER, 0, **RICH)
     small = compress_rank(wild.anchor, expert, 3, delta_rank)
     assert shape_of(wild, small).model_dump() == shape_of(wild, expert).model_dump() | {
-        "rank": 3, **{k: min(v, delta_rank) for k, v in RICH.items()}}
+        "rank": 3,
+        **{k: min(v, delta_rank) for k, v in RICH.items()},
+    }
     for name in ("layers.1.v_proj", "embed_tokens", "lm_head"):
         a, b = expert[f"{name}.lora_a"], expert[f"{name}.lora_b"]
         found = small[f"{name}.lora_b"] @ small[f"{name}.lora_a"]
@@ -212,8 +232,10 @@ def test_a_rank_above_a_matrixs_side_still_makes_one_expert(wild):
     expert = wild.expert(ROUTER, 0, attention_rank=30)
     small = compress_rank(wild.anchor, expert, 3, 20)
     name = "layers.0.v_proj"
-    torch.testing.assert_close(small[f"{name}.lora_b"] @ small[f"{name}.lora_a"],
-                               expert[f"{name}.lora_b"] @ expert[f"{name}.lora_a"])
+    torch.testing.assert_close(
+        small[f"{name}.lora_b"] @ small[f"{name}.lora_a"],
+        expert[f"{name}.lora_b"] @ expert[f"{name}.lora_a"],
+    )
     assert shape_of(wild, small).attention_rank == 20
     assemble_mixture(wild.anchor, {"a": small}, ROUTER)
 
@@ -224,14 +246,18 @@ def test_whole_matrices_are_cut_as_differences_to_the_anchors(wild, delta_rank):
     expert, state = wild.expert(ROUTER, 0, **WHOLE), wild.anchor.model.state_dict()
     small = compress_rank(wild.anchor, expert, 3, delta_rank)
     assert shape_of(wild, small).model_dump() == shape_of(wild, expert).model_dump() | {
-        "rank": 3, **dict.fromkeys(WHOLE, delta_rank)}
-    for name, key in (("layers.1.v_proj", "layers.1.self_attn.v_proj"), ("lm_head", "lm_head"),
-                      ("embed_tokens", "embed_tokens")):
+        "rank": 3,
+        **dict.fromkeys(WHOLE, delta_rank),
+    }
+    for name, key in (
+        ("layers.1.v_proj", "layers.1.self_attn.v_proj"),
+        ("lm_head", "lm_head"),
+        ("embed_tokens", "embed_tokens"),
+    ):
         difference = expert[f"{name}.weight"] - state[f"{key}.weight"]
         found = small[f"{name}.lora_b"] @ small[f"{name}.lora_a"]
         left = torch.linalg.svdvals(difference.double())[delta_rank:].square().sum().sqrt()
-        torch.testing.assert_close((difference - found).double().norm(), left, rtol=1e-4,
-                                   atol=1e-4)
+        torch.testing.assert_close((difference - found).double().norm(), left, rtol=1e-4, atol=1e-4)
     assemble_mixture(wild.anchor, {"a": small}, ROUTER)
 
 
@@ -239,8 +265,14 @@ def test_whole_matrices_stay_whole_when_no_rank_would_cut_them(wild):
     expert = wild.expert(ROUTER, 0, **WHOLE)
     for delta_rank in (None, 32, 40):
         small = compress_rank(wild.anchor, expert, 3, delta_rank)
-        kept = {n for n in expert if n.partition(".")[0] != "router" and "gate" not in n
-                and "up" not in n and "down" not in n}
+        kept = {
+            n
+            for n in expert
+            if n.partition(".")[0] != "router"
+            and "gate" not in n
+            and "up" not in n
+            and "down" not in n
+        }
         assert len(kept) == 10 and all(small[n] is expert[n] for n in kept)
 
 
@@ -250,8 +282,12 @@ def test_a_low_rank_expert_is_cut_further_and_never_grown(wild):
     for i in range(2):
         name = f"layers.{i}.down_proj"
         wanted = truncate(expert[f"{name}.lora_b"] @ expert[f"{name}.lora_a"], 2)
-        torch.testing.assert_close(small[f"{name}.lora_b"] @ small[f"{name}.lora_a"],
-                                   wanted[1] @ wanted[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            small[f"{name}.lora_b"] @ small[f"{name}.lora_a"],
+            wanted[1] @ wanted[0],
+            rtol=1e-4,
+            atol=1e-5,
+        )
     for rank in (6, 7):
         with pytest.raises(ConfigError, match=f"of rank 6 already: give a rank below .*{rank}"):
             compress_rank(wild.anchor, expert, rank)
@@ -286,8 +322,9 @@ def test_the_columns_that_matter_most_are_kept_as_they_were(wild, pico_sets, d_f
     expert, data = wild.expert(ROUTER, 0, d_ff), pico_sets["maths"]
     small = prune_width(wild.anchor, expert, data, width)
     batches = training_batches(data, "train", 1, 256, seed=0)
-    windows = [torch.from_numpy(batches.batch(i))[:, :-1]
-               for i in range(min(32, batches.num_windows))]
+    windows = [
+        torch.from_numpy(batches.batch(i))[:, :-1] for i in range(min(32, batches.num_windows))
+    ]
     model, ctx_of = wild.anchor.model, wild.anchor.model._context
     sums = [torch.zeros(d_ff, dtype=torch.float64) for _ in range(2)]
     for window in windows:
@@ -308,8 +345,9 @@ def test_the_columns_that_matter_most_are_kept_as_they_were(wild, pico_sets, d_f
         assert torch.equal(small[f"layers.{i}.down_proj.weight"], down[:, kept])
         h = torch.randn(5, 32)
         wanted = (torch.nn.functional.silu(h @ gate.T) * (h @ up.T))[:, kept]
-        found = (torch.nn.functional.silu(h @ small[f"layers.{i}.gate_proj.weight"].T)
-                 * (h @ small[f"layers.{i}.up_proj.weight"].T))
+        found = torch.nn.functional.silu(h @ small[f"layers.{i}.gate_proj.weight"].T) * (
+            h @ small[f"layers.{i}.up_proj.weight"].T
+        )
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert all(small[n] is t for n, t in expert.items() if "_proj.weight" not in n)
 
@@ -318,8 +356,9 @@ def test_pruning_leaves_the_anchor_and_the_expert_alone(wild, pico_sets):
     expert = wild.expert(ROUTER, 0)
     before = {n: t.clone() for n, t in (expert | wild.anchor.model.state_dict()).items()}
     small = prune_width(wild.anchor, expert, pico_sets["maths"], 5)
-    assert all(torch.equal(t, before[n])
-               for n, t in (expert | wild.anchor.model.state_dict()).items())
+    assert all(
+        torch.equal(t, before[n]) for n, t in (expert | wild.anchor.model.state_dict()).items()
+    )
     assert not any(m._forward_pre_hooks for m in wild.anchor.model.modules())
     assert shape_of(wild, small).d_ff == 5
     assemble_mixture(wild.anchor, {"a": small}, ROUTER)

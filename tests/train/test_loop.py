@@ -28,8 +28,13 @@ KINDS = ["adamw", "muon"]
 def make_toy():
     """Parameters of several shapes by name, and a loss that depends on the step alone."""
     g = torch.Generator().manual_seed(0)
-    shapes = {"embed": (5, 4), "layers.0.up": (6, 4), "layers.0.down": (3, 6),
-              "layers.0.row": (1, 4), "layers.0.bias": (1,)}
+    shapes = {
+        "embed": (5, 4),
+        "layers.0.up": (6, 4),
+        "layers.0.down": (3, 6),
+        "layers.0.row": (1, 4),
+        "layers.0.bias": (1,),
+    }
     parameters = {n: nn.Parameter(torch.randn(s, generator=g)) for n, s in shapes.items()}
 
     def loss_of_step(step):
@@ -38,6 +43,7 @@ def make_toy():
         y = torch.tanh(x @ parameters["layers.0.up"].T) @ parameters["layers.0.down"].T
         gate = torch.sigmoid(x @ parameters["layers.0.row"].T + parameters["layers.0.bias"])
         return (gate * y - torch.randn(8, 3, generator=g)).square().mean()
+
     return parameters, loss_of_step
 
 
@@ -49,6 +55,7 @@ def run_toy(settings, run_dir, identity=None, spoil=None):
         if spoil:
             spoil(step)
         return loss_of_step(step)
+
     result = train(parameters, loss, settings, run_dir, "toy", identity or {"seed": 0}, {})
     return parameters, result
 
@@ -89,8 +96,12 @@ def test_every_parameter_is_in_one_optimizer():
     for kind, matrices in (("adamw", set()), ("muon", {"layers.0.up", "layers.0.down"})):
         built = build_optimizers(parameters, BASE.model_copy(update={"optimizer": kind}))
         names = {id(p): n for n, p in parameters.items()}
-        held = [(type(o).__name__, names[id(p)])
-                for o, _ in built for g in o.param_groups for p in g["params"]]
+        held = [
+            (type(o).__name__, names[id(p)])
+            for o, _ in built
+            for g in o.param_groups
+            for p in g["params"]
+        ]
         assert sorted(n for _, n in held) == sorted(parameters)
         assert {n for o, n in held if o == "Muon"} == matrices
 
@@ -103,6 +114,7 @@ def test_the_first_step_of_adamw_has_the_size_of_the_warm_up_rate():
     def look(step):
         if step == 1:
             seen.update({n: p.detach().clone() for n, p in live.items()})
+
     live, loss = make_toy()
     train(live, lambda step: (look(step), loss(step))[1], s, None, "toy", {}, {})
     move = (seen["layers.0.up"] - before["layers.0.up"]).abs()
@@ -111,8 +123,13 @@ def test_the_first_step_of_adamw_has_the_size_of_the_warm_up_rate():
 
 def test_large_gradients_are_clipped_together(monkeypatch):
     norms = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: norms.append(
-        torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        "step",
+        lambda self: norms.append(
+            torch.stack([p.grad.norm() for g in self.param_groups for p in g["params"]]).norm()
+        ),
+    )
     settings = BASE.model_copy(update={"optimizer": "adamw", "grad_clip": 0.01})
     run_toy(settings, None)
     torch.testing.assert_close(torch.stack(norms), torch.full((12,), 0.01), rtol=1e-3, atol=0)
@@ -128,17 +145,25 @@ def test_interrupted_is_uninterrupted(tmp_path, monkeypatch, kind, every):
     settings = BASE.model_copy(update={"optimizer": kind, "checkpoint_every_seconds": 1e-9})
     expected, whole = run_toy(settings, None)
     save = loop._save
-    monkeypatch.setattr(loop, "_save", lambda path, parameters, optimizers, result, identity: (
-        save(path, parameters, optimizers, result, identity)
-        if len(result.losses_nats) % every == 0 else None))
+    monkeypatch.setattr(
+        loop,
+        "_save",
+        lambda path, parameters, optimizers, result, identity: (
+            save(path, parameters, optimizers, result, identity)
+            if len(result.losses_nats) % every == 0
+            else None
+        ),
+    )
     rng = random.Random(every)
     first, second = sorted(rng.sample(range(every + 1, 12), 2))
     ran = []
     for kill_at in (first, second, None):
+
         def spoil(step, kill_at=kill_at):
             ran.append(step)
             if step == kill_at:
                 raise KeyboardInterrupt
+
         try:
             parameters, result = run_toy(settings, tmp_path, spoil=spoil)
         except KeyboardInterrupt:
@@ -155,19 +180,27 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
 
     def spoil(step):
         raise AssertionError("no step is left")
+
     parameters, result = run_toy(BASE, tmp_path, spoil=spoil)
     assert same(parameters, expected)
     assert (result.losses_nats, result.seconds, result.tokens) == (
-        whole.losses_nats, whole.seconds, 12 * 2 * 4)
+        whole.losses_nats,
+        whole.seconds,
+        12 * 2 * 4,
+    )
 
 
 def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
     """SIGKILL at whatever moment, in the middle of a write perhaps."""
-    settings = TrainSettings(steps=40, batch_size=2, seq_len=4, warmup_steps=3,
-                             checkpoint_every_seconds=1e-9)
+    settings = TrainSettings(
+        steps=40, batch_size=2, seq_len=4, warmup_steps=3, checkpoint_every_seconds=1e-9
+    )
     expected, whole = run_toy(settings, None)
     imports = "import time\nimport torch\nfrom pathlib import Path\nfrom torch import nn\n"
-    code = imports + inspect.getsource(make_toy) + textwrap.dedent(f"""
+    code = (
+        imports
+        + inspect.getsource(make_toy)
+        + textwrap.dedent(f"""
         from flexolmo.train.loop import TrainSettings, train
         torch.set_num_threads(1)
         parameters, loss = make_toy()
@@ -175,6 +208,7 @@ def test_a_killed_process_goes_on_bit_for_bit(tmp_path):
               TrainSettings.model_validate_json('''{settings.model_dump_json()}'''),
               Path({str(tmp_path)!r}), "toy", {{"seed": 0}}, {{}})
     """)
+    )
     child = subprocess.Popen([sys.executable, "-c", code])
     try:
         deadline = time.monotonic() + 60
@@ -200,6 +234,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     def stop(step):
         if step == 5:
             raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         run_toy(settings, tmp_path, spoil=stop)
     before = (tmp_path / CHECKPOINT).read_bytes()
@@ -207,6 +242,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     def half_a_file(tensors, path, metadata):
         path.write_bytes(before[:100])
         raise OSError("disk full")
+
     with monkeypatch.context() as patch:
         patch.setattr(loop, "save_file", half_a_file)
         with pytest.raises(OSError, match="disk full"):
@@ -241,8 +277,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_not_kept(tmp_path):
     settings = BASE.model_copy(update={"checkpoint_every_seconds": 1e-9})
     parameters, loss_of_step = make_toy()
     with pytest.raises(CheckpointError, match="toy: at step 4 the loss is nan"):
-        train(parameters, lambda s: loss_of_step(s) * (float("nan") if s == 4 else 1), settings,
-              tmp_path, "toy", {"seed": 0}, {})
+        train(
+            parameters,
+            lambda s: loss_of_step(s) * (float("nan") if s == 4 else 1),
+            settings,
+            tmp_path,
+            "toy",
+            {"seed": 0},
+            {},
+        )
     with safetensors.safe_open(tmp_path / CHECKPOINT, framework="pt") as f:
         tensors = [f.get_tensor(n) for n in f.keys()]  # noqa: SIM118
         assert len(json.loads(f.metadata()["state"])["losses_nats"]) == 4
@@ -254,10 +297,11 @@ def test_parameters_are_named_not_numbered():
     parameters, _ = make_toy()
     backwards = dict(reversed(parameters.items()))
     for given in (parameters, backwards):
-        (adam, _), = build_optimizers(given, BASE.model_copy(update={"optimizer": "adamw"}))
+        ((adam, _),) = build_optimizers(given, BASE.model_copy(update={"optimizer": "adamw"}))
         for p in given.values():
             p.grad = torch.ones_like(p)
         adam.step()
         names = loop._optimizer_tensors(given, [(adam, 1.0)])
         assert {n.split(".exp_avg")[0].removesuffix(".step") for n in names} == {
-            f"optimizer.{n}" for n in parameters}
+            f"optimizer.{n}" for n in parameters
+        }

@@ -104,7 +104,7 @@ class Watch:
         names, at = set(), 0
         while at < len(data):
             _, _, _, size = struct.unpack_from("iIII", data, at)
-            names.add(data[at + 16:at + 16 + size].rstrip(b"\0").decode())
+            names.add(data[at + 16 : at + 16 + size].rstrip(b"\0").decode())
             at += 16 + size
         return names
 
@@ -132,13 +132,27 @@ def run_recorded(house: Path, code: str, *args: str):
     """Run `code` in a process of its own: its events, and what the kernel saw of Bob's files."""
     log, scratch = house / "log", str(house / "scratch")
     log.unlink(missing_ok=True)
-    places = {n: scratch for n in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME",
-                                   "HF_HOME", "TORCHINDUCTOR_CACHE_DIR")}
+    places = {
+        n: scratch
+        for n in (
+            "HOME",
+            "TMPDIR",
+            "XDG_CACHE_HOME",
+            "XDG_CONFIG_HOME",
+            "HF_HOME",
+            "TORCHINDUCTOR_CACHE_DIR",
+        )
+    }
     watch = Watch(house / "bob")
     try:
-        done = subprocess.run([sys.executable, "-c", RECORDER + code, str(log), *args],
-                              cwd=house / "ann" / "run", env={**os.environ, **places},
-                              capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", RECORDER + code, str(log), *args],
+            cwd=house / "ann" / "run",
+            env={**os.environ, **places},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
         assert done.returncode == 0, done.stderr
         touched = watch.touched()
     finally:
@@ -149,9 +163,21 @@ def run_recorded(house: Path, code: str, *args: str):
 def find_strangers(events, house: Path) -> list[str]:
     """Every path, connection or program that an owner's run has no business with."""
     ann = house / "ann"
-    own = [ann / "anchor", ann / "data", ann / "run", ann / "keys", house / "scratch",
-           sys.prefix, sys.base_prefix, sys.exec_prefix, SOURCE, "/proc", "/sys", "/dev",
-           *(p for p in sys.path if p)]
+    own = [
+        ann / "anchor",
+        ann / "data",
+        ann / "run",
+        ann / "keys",
+        house / "scratch",
+        sys.prefix,
+        sys.base_prefix,
+        sys.exec_prefix,
+        SOURCE,
+        "/proc",
+        "/sys",
+        "/dev",
+        *(p for p in sys.path if p),
+    ]
     own = {os.path.realpath(p) for p in own} | {os.path.abspath(p) for p in own}
     assert not any(str(house).startswith(p + os.sep) for p in own), "the check would see nothing"
     strangers = []
@@ -170,8 +196,14 @@ def find_strangers(events, house: Path) -> list[str]:
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_an_owners_run_opens_nothing_of_another_owner_and_no_connection(house):
     ann = house / "ann"
-    events, touched = run_recorded(house, TRAIN, str(ann / "anchor"), str(ann / "data"),
-                                   str(ann / "run"), str(ann / "keys" / "Ann"))
+    events, touched = run_recorded(
+        house,
+        TRAIN,
+        str(ann / "anchor"),
+        str(ann / "data"),
+        str(ann / "run"),
+        str(ann / "keys" / "Ann"),
+    )
     for kind in ("evidence", "linear"):
         assert (ann / "run" / kind / "maths.bundle").is_dir(), "it did train and pack"
     opened = {seen for event, seen in events if event == "open"}
@@ -181,12 +213,19 @@ def test_an_owners_run_opens_nothing_of_another_owner_and_no_connection(house):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
-@pytest.mark.parametrize(("how", "by_python", "by_kernel"), [
-    ("open", "open ", {"card.json"}), ("list", "os.listdir ", {""}),
-    ("program", "subprocess.Popen cat", {"card.json"}),
-    ("connect", "socket.connect ", set()), ("resolve", "socket.getaddrinfo ", set())])
-def test_the_watch_sees_a_process_that_looks_next_door_or_calls_out(house, how, by_python,
-                                                                   by_kernel):
+@pytest.mark.parametrize(
+    ("how", "by_python", "by_kernel"),
+    [
+        ("open", "open ", {"card.json"}),
+        ("list", "os.listdir ", {""}),
+        ("program", "subprocess.Popen cat", {"card.json"}),
+        ("connect", "socket.connect ", set()),
+        ("resolve", "socket.getaddrinfo ", set()),
+    ],
+)
+def test_the_watch_sees_a_process_that_looks_next_door_or_calls_out(
+    house, how, by_python, by_kernel
+):
     events, touched = run_recorded(house, PEEK, str(house / "bob" / "data"), how)
     assert any(s.startswith(by_python) for s in find_strangers(events, house))
     assert by_kernel <= touched if by_kernel else not touched

@@ -40,9 +40,13 @@ def linear_expert(pico_anchor, pico_sets):
 def test_an_owners_row_is_from_the_anchor_its_text_and_public_text(pico_anchor, pico_sets, router):
     config = pico_anchor.config
     found = start_router(pico_anchor, pico_sets["maths"], router, pico_sets["public"])
-    expected = discriminant_tensors(*(
-        gather(pico_anchor.model, embedding_windows(pico_sets[n], config, count), router)
-        for n, count in (("maths", 64), ("public", 256))), router)
+    expected = discriminant_tensors(
+        *(
+            gather(pico_anchor.model, embedding_windows(pico_sets[n], config, count), router)
+            for n, count in (("maths", 64), ("public", 256))
+        ),
+        router,
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[n], expected[n]) for n in found)
 
@@ -54,8 +58,9 @@ def test_without_public_text_there_is_no_discriminant(pico_anchor, pico_sets):
 
 def test_training_leaves_the_row_as_it_was_made(pico_anchor, pico_sets):
     start = start_router(pico_anchor, pico_sets["maths"], CONTEXT, pico_sets["public"])
-    made = train_expert(pico_anchor, pico_sets["maths"], "maths", make_recipe(CONTEXT),
-                        public=pico_sets["public"])
+    made = train_expert(
+        pico_anchor, pico_sets["maths"], "maths", make_recipe(CONTEXT), public=pico_sets["public"]
+    )
     assert all(torch.equal(made.tensors[n], t) for n, t in start.items())
     ffn = made.tensors["layers.0.gate_proj.weight"]
     assert not torch.equal(ffn, pico_anchor.model.layers[0].mlp.gate_proj.weight)
@@ -67,8 +72,9 @@ def test_the_row_tells_the_owners_text_from_public_text(pico_anchor, pico_sets):
     experts = {}
     for name in ("maths", "news"):
         plain = train_expert(pico_anchor, pico_sets[name], name, make_recipe(LinearSettings()))
-        experts[name] = reroute_expert(plain, pico_anchor, pico_sets[name], CONTEXT,
-                                       pico_sets["public"]).tensors
+        experts[name] = reroute_expert(
+            plain, pico_anchor, pico_sets[name], CONTEXT, pico_sets["public"]
+        ).tensors
     model = assemble_mixture(pico_anchor, experts, CONTEXT)
     for name in ("public", "maths", "news"):
         routing = []
@@ -80,10 +86,12 @@ def test_the_row_tells_the_owners_text_from_public_text(pico_anchor, pico_sets):
 
 
 @pytest.mark.parametrize("router", [CONTEXT, EvidenceSettings(), LinearSettings(has_bias=False)])
-def test_a_rerouted_expert_is_the_expert_with_another_router(linear_expert, pico_anchor, pico_sets,
-                                                             router, tmp_path):
-    made = reroute_expert(linear_expert, pico_anchor, pico_sets["maths"], router,
-                          pico_sets["public"])
+def test_a_rerouted_expert_is_the_expert_with_another_router(
+    linear_expert, pico_anchor, pico_sets, router, tmp_path
+):
+    made = reroute_expert(
+        linear_expert, pico_anchor, pico_sets["maths"], router, pico_sets["public"]
+    )
     for name, t in linear_expert.tensors.items():
         if "router." not in name:
             assert torch.equal(made.tensors[name], t)
@@ -103,12 +111,20 @@ def test_an_expert_beyond_the_ffn_keeps_a_router_that_decides_once(pico_anchor, 
         reroute_expert(expert, pico_anchor, pico_sets["maths"], CONTEXT, pico_sets["public"])
 
 
-def test_it_travels_in_a_bundle_like_any_other(linear_expert, pico_anchor, pico_anchor_dir,
-                                               pico_sets, owner_keys, tmp_path):
-    made = reroute_expert(linear_expert, pico_anchor, pico_sets["maths"], CONTEXT,
-                          pico_sets["public"])
-    bundle = pack_expert(made, tmp_path / "maths.bundle", owner_keys["Ann"], owner="Ann",
-                         licence="MIT", terms="For tests.")
+def test_it_travels_in_a_bundle_like_any_other(
+    linear_expert, pico_anchor, pico_anchor_dir, pico_sets, owner_keys, tmp_path
+):
+    made = reroute_expert(
+        linear_expert, pico_anchor, pico_sets["maths"], CONTEXT, pico_sets["public"]
+    )
+    bundle = pack_expert(
+        made,
+        tmp_path / "maths.bundle",
+        owner_keys["Ann"],
+        owner="Ann",
+        licence="MIT",
+        terms="For tests.",
+    )
     trusted = TrustedOwners.from_keys({"Ann": owner_keys["Ann"].with_suffix(".pub").read_bytes()})
     build_mixture(pico_anchor_dir, [bundle], tmp_path / "model", trusted)
     loaded = load_mixture(tmp_path / "model")

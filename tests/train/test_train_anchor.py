@@ -20,10 +20,19 @@ def train_briefly(pico_sets, pico_set_dirs, pico_recipe):
     tokenizer = load_tokenizer(pico_set_dirs["public"])
 
     def run(run_dir=None, seed=0, **changes):
-        settings = TrainSettings(**{"steps": 8, "batch_size": 2, "seq_len": 16, "warmup_steps": 2,
-                                    "checkpoint_every_seconds": 1e-9} | changes)
+        settings = TrainSettings(
+            **{
+                "steps": 8,
+                "batch_size": 2,
+                "seq_len": 16,
+                "warmup_steps": 2,
+                "checkpoint_every_seconds": 1e-9,
+            }
+            | changes
+        )
         recipe = pico_recipe.model_copy(update={"train": settings, "seed": seed})
         return train_anchor(pico_sets["public"], tokenizer, recipe, run_dir, num_threads=1)
+
     return run
 
 
@@ -54,6 +63,7 @@ def test_interrupted_is_uninterrupted(train_briefly, tmp_path, monkeypatch, opti
         if step == 5:
             raise KeyboardInterrupt
         return batch(self, step)
+
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_save", save_every_third)
         patch.setattr(TrainingBatches, "batch", killed)
@@ -61,8 +71,10 @@ def test_interrupted_is_uninterrupted(train_briefly, tmp_path, monkeypatch, opti
             train_briefly(tmp_path / "cut", optimizer=optimizer)
     torch.manual_seed(99)  # the state of the process is of no account
     assert train_briefly(tmp_path / "cut", optimizer=optimizer).digest == expected.digest
-    losses = [json.loads((tmp_path / d / "metrics.json").read_text())["loss_nats"]
-              for d in ("whole", "cut")]
+    losses = [
+        json.loads((tmp_path / d / "metrics.json").read_text())["loss_nats"]
+        for d in ("whole", "cut")
+    ]
     assert losses[0] == losses[1]
     assert losses[0][-1] < losses[0][0]
 
@@ -86,12 +98,20 @@ def test_a_refused_run_leaves_the_other_runs_record(train_briefly, tmp_path):
 
 def test_a_stock_checkpoint_becomes_an_anchor(make_wild, pico_anchor, pico_sets, tmp_path):
     from transformers import Olmo2Config, Olmo2ForCausalLM
+
     torch.manual_seed(0)
-    config = Olmo2Config(vocab_size=310, hidden_size=32, intermediate_size=40,
-                         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                         pad_token_id=0, eos_token_id=5, rope_parameters={
-                             "rope_type": "default", "rope_theta": 500000.0},
-                         initializer_range=0.3)
+    config = Olmo2Config(
+        vocab_size=310,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        eos_token_id=5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        initializer_range=0.3,
+    )
     stock = Olmo2ForCausalLM(config).eval()
     stock.save_pretrained(tmp_path / "stock")
     pico_anchor.tokenizer.save(tmp_path / "stock" / "tokenizer.json")

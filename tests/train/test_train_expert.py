@@ -29,20 +29,32 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 
-BRIEF = TrainSettings(steps=6, batch_size=2, seq_len=16, warmup_steps=2,
-                      checkpoint_every_seconds=1e-9)
+BRIEF = TrainSettings(
+    steps=6, batch_size=2, seq_len=16, warmup_steps=2, checkpoint_every_seconds=1e-9
+)
 
 
 WHOLE = {"attention_rank": None, "embedding_rank": None, "head_rank": None}
-SCOPES = {"ffn": {}, "ffn+head": {"head_rank": 4},
-          "all": {"attention_rank": 3, "embedding_rank": 2, "head_rank": 4}}
+SCOPES = {
+    "ffn": {},
+    "ffn+head": {"head_rank": 4},
+    "all": {"attention_rank": 3, "embedding_rank": 2, "head_rank": 4},
+}
 
 
 def recipe_of(router, seed=0, scope=None, rank=0, width=None, replay=0.0, **changes):
     """All that the router allows, unless a scope is given; `changes` are of the training."""
     scope = scope or ("ffn" if router.kind == "linear" else "all")
-    return ExpertRecipe(router=router, seed=seed, scope=scope, rank=rank, width=width,
-                        replay=replay, **SCOPES[scope], train=BRIEF.model_copy(update=changes))
+    return ExpertRecipe(
+        router=router,
+        seed=seed,
+        scope=scope,
+        rank=rank,
+        width=width,
+        replay=replay,
+        **SCOPES[scope],
+        train=BRIEF.model_copy(update=changes),
+    )
 
 
 def shapes_in(expert):
@@ -62,9 +74,13 @@ def watched(monkeypatch):
     def build(parameters, settings):
         built = original(parameters, settings)
         seen["optimizers"] = [o for o, _ in built]
-        built[0][0].register_step_pre_hook(lambda *_: seen["grads"].append(
-            {n for n, p in seen["pair"].named_parameters() if p.grad is not None}))
+        built[0][0].register_step_pre_hook(
+            lambda *_: seen["grads"].append(
+                {n for n, p in seen["pair"].named_parameters() if p.grad is not None}
+            )
+        )
         return built
+
     original = loop.build_optimizers
     monkeypatch.setattr(room, "assemble_mixture", assemble)
     monkeypatch.setattr(loop, "build_optimizers", build)
@@ -76,14 +92,17 @@ def may_learn(name, router):
     if ".mlp.experts.expert_maths." in name or ".deltas.expert_maths." in name:
         return True
     return isinstance(router, LinearSettings) and name.endswith(
-        (".mlp.router.rows.expert_maths.weight", ".mlp.router.raw_bias.expert_maths"))
+        (".mlp.router.rows.expert_maths.weight", ".mlp.router.raw_bias.expert_maths")
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("rank, others", [(0, {}), (3, {}), (0, WHOLE)],
-                         ids=["whole FFN", "low rank", "all whole"])
-def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router, watched,
-                                                 optimizer, rank, others):
+@pytest.mark.parametrize(
+    "rank, others", [(0, {}), (3, {}), (0, WHOLE)], ids=["whole FFN", "low rank", "all whole"]
+)
+def test_all_that_is_inherited_stays_bit_for_bit(
+    pico_anchor, pico_sets, router, watched, optimizer, rank, others
+):
     recipe = recipe_of(router, rank=rank, optimizer=optimizer, weight_decay=0.1)
     train_expert(pico_anchor, pico_sets["maths"], "maths", recipe.model_copy(update=others))
     pair, before = watched["pair"], watched["before"]
@@ -100,38 +119,50 @@ def test_all_that_is_inherited_stays_bit_for_bit(pico_anchor, pico_sets, router,
     assert watched["grads"] == [learns] * BRIEF.steps, "frozen parameters get no gradient at all"
     names = {id(p): n for n, p in pair.named_parameters()}
     with_state = [names[id(p)] for o in watched["optimizers"] for p in o.state]
-    in_groups = [names[id(p)] for o in watched["optimizers"] for g in o.param_groups
-                 for p in g["params"]]
+    in_groups = [
+        names[id(p)] for o in watched["optimizers"] for g in o.param_groups for p in g["params"]
+    ]
     assert sorted(with_state) == sorted(in_groups) == sorted(learns)
-    rebuilt = build_anchor(pico_anchor.model, pico_anchor.tokenizer, pico_anchor.public,
-                           pico_anchor.router_rows, {})
+    rebuilt = build_anchor(
+        pico_anchor.model, pico_anchor.tokenizer, pico_anchor.public, pico_anchor.router_rows, {}
+    )
     assert rebuilt.digest == pico_anchor.digest, "the anchor in memory is untouched"
 
 
 def test_half_deltas_are_the_others_rounded(pico_anchor, pico_sets):
     recipe = recipe_of(EvidenceSettings(), rank=3)
     recipe = recipe.model_copy(update={"head_rank": None})
-    full, half = (train_expert(pico_anchor, pico_sets["maths"], "maths", recipe.model_copy(
-        update={"has_half_deltas": is_half})).tensors for is_half in (False, True))
+    full, half = (
+        train_expert(
+            pico_anchor,
+            pico_sets["maths"],
+            "maths",
+            recipe.model_copy(update={"has_half_deltas": is_half}),
+        ).tensors
+        for is_half in (False, True)
+    )
     for name, t in full.items():
         assert torch.equal(half[name], t.bfloat16() if ".lora_" in name else t), name
     assert {t.dtype for n, t in half.items() if "router" not in n} == {
-        torch.float32, torch.bfloat16}
+        torch.float32,
+        torch.bfloat16,
+    }
     model = assemble_mixture(pico_anchor, {"maths": half}, recipe.router)
     assert model.layers[0].self_attn.q_proj.deltas.of("maths").lora_a.dtype == torch.float32
 
 
-def test_the_checkpoint_holds_the_expert_and_nothing_else(pico_anchor, pico_sets, router,
-                                                          tmp_path):
+def test_the_checkpoint_holds_the_expert_and_nothing_else(pico_anchor, pico_sets, router, tmp_path):
     train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(router), tmp_path)
     with safetensors.safe_open(tmp_path / loop.CHECKPOINT, framework="pt") as f:
         names = set(f.keys())
     shape = recipe_of(router).shape(pico_anchor.config)
-    own = {n for n in expert_shapes(pico_anchor.config, shape, router)
-           if not n.startswith("router.")}
+    own = {
+        n for n in expert_shapes(pico_anchor.config, shape, router) if not n.startswith("router.")
+    }
     assert {n.removeprefix("parameter.") for n in names if n.startswith("parameter.")} == own
-    kept = {n.removeprefix("optimizer.").rsplit(".", 1)[0] for n in names
-            if n.startswith("optimizer.")}
+    kept = {
+        n.removeprefix("optimizer.").rsplit(".", 1)[0] for n in names if n.startswith("optimizer.")
+    }
     assert kept == own
 
 
@@ -139,32 +170,56 @@ def test_the_evidence_is_the_owners_statistics_and_is_not_trained(pico_anchor, p
     settings = EvidenceSettings(min_documents=2)
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(settings))
     split = pico_sets["maths"].splits["train"]
-    own = fit_bigrams(split.tokens, split.offsets, pico_anchor.config.vocab_size, settings,
-                      pico_anchor.public)
-    for name, expected in (("unigram", own.unigram), ("backoff", own.backoff),
-                           ("bigram_keys", own.keys), ("bigram_log_probs", own.log_probs)):
+    own = fit_bigrams(
+        split.tokens, split.offsets, pico_anchor.config.vocab_size, settings, pico_anchor.public
+    )
+    for name, expected in (
+        ("unigram", own.unigram),
+        ("backoff", own.backoff),
+        ("bigram_keys", own.keys),
+        ("bigram_log_probs", own.log_probs),
+    ):
         assert torch.equal(expert.tensors[f"router.{name}"], torch.from_numpy(expected)), name
 
 
 def test_a_recipe_says_what_the_owner_may_change(pico_anchor):
     config, evidence = pico_anchor.config, EvidenceSettings()
-    ranks = {(s, part): getattr(ExpertRecipe(router=evidence, scope=s).shape(config), part)
-             for s in SCOPES for part in ("attention_rank", "embedding_rank", "head_rank")}
+    ranks = {
+        (s, part): getattr(ExpertRecipe(router=evidence, scope=s).shape(config), part)
+        for s in SCOPES
+        for part in ("attention_rank", "embedding_rank", "head_rank")
+    }
     assert {k for k, rank in ranks.items() if rank} == {
-        ("ffn+head", "head_rank"), ("all", "attention_rank"), ("all", "embedding_rank"),
-        ("all", "head_rank")}
+        ("ffn+head", "head_rank"),
+        ("all", "attention_rank"),
+        ("all", "embedding_rank"),
+        ("all", "head_rank"),
+    }
     assert ExpertRecipe().scope == "all"
     assert ExpertRecipe(scope="ffn", width=7).shape(config).d_ff == 7
     assert ExpertRecipe(scope="ffn", rank=7).shape(config).model_dump() == {
-        "d_ff": 48, "rank": 7, "attention_rank": 0, "embedding_rank": 0, "head_rank": 0,
-        "num_bigrams": 0}
+        "d_ff": 48,
+        "rank": 7,
+        "attention_rank": 0,
+        "embedding_rank": 0,
+        "head_rank": 0,
+        "num_bigrams": 0,
+    }
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"rank": 2, "width": 20}, "width or rank, not both"), ({"scope": "head"}, "ffn\\+head"),
-    ({"router": {"kind": "linear"}}, 'scope all needs .* set scope = "ffn"'),
-    ({"router": {"kind": "linear"}, "scope": "ffn+head"}, "set scope"), ({"replay": 1.0}, "replay"),
-    ({"replay": -0.1}, "replay"), ({"head_rank": 0}, "head_rank"), ({"width": 0}, "width")])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rank": 2, "width": 20}, "width or rank, not both"),
+        ({"scope": "head"}, "ffn\\+head"),
+        ({"router": {"kind": "linear"}}, 'scope all needs .* set scope = "ffn"'),
+        ({"router": {"kind": "linear"}, "scope": "ffn+head"}, "set scope"),
+        ({"replay": 1.0}, "replay"),
+        ({"replay": -0.1}, "replay"),
+        ({"head_rank": 0}, "head_rank"),
+        ({"width": 0}, "width"),
+    ],
+)
 def test_a_recipe_that_contradicts_itself_is_refused(wrong, said):
     with pytest.raises(ValidationError, match=said):
         ExpertRecipe.model_validate(wrong)
@@ -193,8 +248,11 @@ def test_a_deltas_first_values_depend_on_the_seed_alone(pico_anchor, pico_sets):
     starts = []
     for i, (seed, rank) in enumerate(((0, 3), (0, 3), (1, 3))):
         torch.manual_seed(i)
-        starts.append(start_expert(pico_anchor, pico_sets["maths"],
-                                   recipe_of(EvidenceSettings(), seed, rank=rank)))
+        starts.append(
+            start_expert(
+                pico_anchor, pico_sets["maths"], recipe_of(EvidenceSettings(), seed, rank=rank)
+            )
+        )
     name = "layers.1.q_proj.lora_a"
     assert all(torch.equal(t, starts[1][n]) for n, t in starts[0].items())
     assert not torch.equal(starts[0][name], starts[2][name])
@@ -203,11 +261,13 @@ def test_a_deltas_first_values_depend_on_the_seed_alone(pico_anchor, pico_sets):
 
 
 def test_a_narrow_expert_starts_with_columns_of_the_anchors(pico_anchor, pico_sets):
-    start = start_expert(pico_anchor, pico_sets["maths"],
-                         recipe_of(EvidenceSettings(), scope="ffn", width=20))
+    start = start_expert(
+        pico_anchor, pico_sets["maths"], recipe_of(EvidenceSettings(), scope="ffn", width=20)
+    )
     for i, block in enumerate(pico_anchor.model.layers):
-        gate, up, down = (start[f"layers.{i}.{p}.weight"] for p in ("gate_proj", "up_proj",
-                                                                    "down_proj"))
+        gate, up, down = (
+            start[f"layers.{i}.{p}.weight"] for p in ("gate_proj", "up_proj", "down_proj")
+        )
         kept = [int((block.mlp.gate_proj.weight == row).all(1).nonzero()) for row in gate]
         assert kept == sorted(set(kept)) and len(kept) == 20
         assert torch.equal(up, block.mlp.up_proj.weight[kept])
@@ -216,12 +276,14 @@ def test_a_narrow_expert_starts_with_columns_of_the_anchors(pico_anchor, pico_se
 
 @pytest.mark.parametrize("sizes", [{}, {"rank": 3}, {"width": 20}])
 @pytest.mark.parametrize("scope", SCOPES)
-def test_an_expert_of_any_shape_is_trained_and_says_what_it_is(pico_anchor, pico_sets, scope,
-                                                               sizes):
+def test_an_expert_of_any_shape_is_trained_and_says_what_it_is(
+    pico_anchor, pico_sets, scope, sizes
+):
     recipe = recipe_of(EvidenceSettings(), scope=scope, steps=2, **sizes)
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
     shape = recipe.shape(pico_anchor.config).model_copy(
-        update={"num_bigrams": len(expert.tensors["router.bigram_keys"])})
+        update={"num_bigrams": len(expert.tensors["router.bigram_keys"])}
+    )
     assert shapes_in(expert) == expert_shapes(pico_anchor.config, shape, recipe.router)
     assert expert.architecture == architecture_of(pico_anchor.config, shape)
 
@@ -243,14 +305,21 @@ def test_an_expert_learns_its_owners_text(pico_anchor, pico_sets, router):
     batch = training_batches(pico_sets["maths"], "train", 32, 32, seed=7).batch(0)
     recipe = recipe_of(router, steps=40, batch_size=4, seq_len=32)
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
-    losses = [language_model_loss(model, torch.from_numpy(batch)) for model in (
-        pico_anchor.model, assemble_mixture(pico_anchor, {"maths": expert.tensors}, router))]
+    losses = [
+        language_model_loss(model, torch.from_numpy(batch))
+        for model in (
+            pico_anchor.model,
+            assemble_mixture(pico_anchor, {"maths": expert.tensors}, router),
+        )
+    ]
     assert losses[1] < losses[0] - 0.5
 
 
 def test_the_z_loss_counts_in_the_linear_routers_training_only(pico_anchor, pico_sets, router):
-    experts = [train_expert(pico_anchor, pico_sets["maths"], "maths",
-                            recipe_of(router, z_loss=z, steps=2)) for z in (0.0, 10.0)]
+    experts = [
+        train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(router, z_loss=z, steps=2))
+        for z in (0.0, 10.0)
+    ]
     name = "layers.0.up_proj.weight"
     equal = torch.equal(experts[0].tensors[name], experts[1].tensors[name])
     assert equal == isinstance(router, EvidenceSettings)
@@ -258,8 +327,9 @@ def test_the_z_loss_counts_in_the_linear_routers_training_only(pico_anchor, pico
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kind", ["evidence", "linear"])
-def test_interrupted_is_uninterrupted(pico_anchor, pico_sets, tmp_path, monkeypatch, optimizer,
-                                      kind):
+def test_interrupted_is_uninterrupted(
+    pico_anchor, pico_sets, tmp_path, monkeypatch, optimizer, kind
+):
     router = EvidenceSettings() if kind == "evidence" else LinearSettings()
     recipe = recipe_of(router, optimizer=optimizer)
     data, batch = pico_sets["maths"], TrainingBatches.batch
@@ -269,6 +339,7 @@ def test_interrupted_is_uninterrupted(pico_anchor, pico_sets, tmp_path, monkeypa
         if self.batch_size == BRIEF.batch_size and step == 4:
             raise KeyboardInterrupt
         return batch(self, step)
+
     with monkeypatch.context() as patch:
         patch.setattr(TrainingBatches, "batch", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -283,21 +354,25 @@ def test_interrupted_is_uninterrupted(pico_anchor, pico_sets, tmp_path, monkeypa
 def test_another_experts_directory_is_refused(pico_anchor, pico_sets, wild, tmp_path):
     recipe = recipe_of(EvidenceSettings())
     train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path)
-    other_anchor = build_anchor(wild.anchor.model, pico_anchor.tokenizer, pico_anchor.public,
-                                pico_anchor.router_rows, {})
+    other_anchor = build_anchor(
+        wild.anchor.model, pico_anchor.tokenizer, pico_anchor.public, pico_anchor.router_rows, {}
+    )
     for anchor, data, name, its in (
-            (pico_anchor, pico_sets["news"], "maths", recipe),
-            (pico_anchor, pico_sets["maths"], "mathematics", recipe),
-            (other_anchor, pico_sets["maths"], "maths", recipe),
-            (pico_anchor, pico_sets["maths"], "maths", recipe_of(EvidenceSettings(), seed=1)),
-            (pico_anchor, pico_sets["maths"], "maths", recipe_of(LinearSettings()))):
+        (pico_anchor, pico_sets["news"], "maths", recipe),
+        (pico_anchor, pico_sets["maths"], "mathematics", recipe),
+        (other_anchor, pico_sets["maths"], "maths", recipe),
+        (pico_anchor, pico_sets["maths"], "maths", recipe_of(EvidenceSettings(), seed=1)),
+        (pico_anchor, pico_sets["maths"], "maths", recipe_of(LinearSettings())),
+    ):
         with pytest.raises(CheckpointError, match="anchor, data, device or number"):
             train_expert(anchor, data, name, its, tmp_path)
 
 
 def test_a_set_called_anchor_still_counts_in_a_runs_identity(pico_anchor, pico_sets, tmp_path):
-    one, other = (replace(pico_sets[n], card=pico_sets[n].card | {"name": "anchor"})
-                  for n in ("maths", "news"))
+    one, other = (
+        replace(pico_sets[n], card=pico_sets[n].card | {"name": "anchor"})
+        for n in ("maths", "news")
+    )
     recipe = recipe_of(EvidenceSettings())
     train_expert(pico_anchor, one, "x", recipe, tmp_path)
     with pytest.raises(CheckpointError, match="anchor, data, device or number"):
@@ -334,20 +409,28 @@ def test_a_directory_without_a_finished_expert_is_refused(tmp_path):
 
 
 def test_a_bundle_holds_the_experts_tensors_and_nothing_of_the_anchor_or_the_text(
-        pico_anchor, pico_sets, pico_set_dirs, router, owner_keys, tmp_path):
-    expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(router),
-                          tmp_path / "run")
-    path = pack_expert(expert, tmp_path / "maths.bundle", owner_keys["Ann"], owner="Ann",
-                       licence="Apache-2.0", terms="Research only.")
-    trusted = TrustedOwners.from_keys(
-        {"Ann": owner_keys["Ann"].with_name("Ann.pub").read_bytes()})
+    pico_anchor, pico_sets, pico_set_dirs, router, owner_keys, tmp_path
+):
+    expert = train_expert(
+        pico_anchor, pico_sets["maths"], "maths", recipe_of(router), tmp_path / "run"
+    )
+    path = pack_expert(
+        expert,
+        tmp_path / "maths.bundle",
+        owner_keys["Ann"],
+        owner="Ann",
+        licence="Apache-2.0",
+        terms="Research only.",
+    )
+    trusted = TrustedOwners.from_keys({"Ann": owner_keys["Ann"].with_name("Ann.pub").read_bytes()})
     bundle = open_bundle(path, trusted)
     tensors = safetensors.torch.load(bundle.weights)
     assert tensors.keys() == expert.tensors.keys()
     assert bundle.manifest.architecture.model_dump() == expert.architecture
     assert all(torch.equal(t, expert.tensors[n]) for n, t in tensors.items())
-    inherited = {t.numpy().tobytes() for t in pico_anchor.model.state_dict().values()
-                 if t.dim() == 2}
+    inherited = {
+        t.numpy().tobytes() for t in pico_anchor.model.state_dict().values() if t.dim() == 2
+    }
     assert not any(t.numpy().tobytes() in inherited for t in tensors.values())
     claims = bundle.manifest.model_dump_json()
     assert bundle.manifest.anchor_digest == pico_anchor.digest

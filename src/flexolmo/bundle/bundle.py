@@ -13,26 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexolmo.bundle.manifest import (
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    encode_manifest,
-    read_manifest,
-)
-from flexolmo.bundle.signing import (
-    TrustedOwners,
-    key_id,
-    read_public_key,
-    sign_files,
-    verify_files,
-)
+from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, encode_manifest, read_manifest
+from flexolmo.bundle.signing import TrustedOwners, key_id, read_public_key, sign_files, verify_files
 from flexolmo.bundle.strict import raise_listed
-from flexolmo.bundle.tensors import (
-    TensorEntry,
-    compare_tensors,
-    describe_tensors,
-    find_nonfinite,
-)
+from flexolmo.bundle.tensors import TensorEntry, compare_tensors, describe_tensors, find_nonfinite
 from flexolmo.errors import BundleError, SignatureError
 from flexolmo.files import digest_bytes, write_directory_aside
 
@@ -309,8 +293,13 @@ def _check(
         lines,
         f"Ask the owner ({manifest.owner}) for a new bundle.",
     )
-    return Bundle(manifest, files[WEIGHTS_FILE], signer, signed.key_id,
-                  {**signed.digests, SIGNATURE_FILE: digest_bytes(files[SIGNATURE_FILE])})
+    return Bundle(
+        manifest,
+        files[WEIGHTS_FILE],
+        signer,
+        signed.key_id,
+        {**signed.digests, SIGNATURE_FILE: digest_bytes(files[SIGNATURE_FILE])},
+    )
 
 
 def _find_content_problems(

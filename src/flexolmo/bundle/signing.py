@@ -48,9 +48,7 @@ def create_key(private_path: Path) -> Path:
     public_path = private_path.with_name(private_path.name + ".pub")
     key = ec.generate_private_key(ec.SECP256R1())
     private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     for path in (private_path, public_path):
         if os.path.lexists(path):

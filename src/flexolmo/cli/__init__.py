@@ -47,9 +47,12 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option(
-        "--version", callback=_show_version, is_eager=True,
-        help="Show the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
 ) -> None:
     pass
 
@@ -67,6 +70,8 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            print("Stopped. Run the same command again to go on from the last checkpoint.",
-                  file=sys.stderr)
+            print(
+                "Stopped. Run the same command again to go on from the last checkpoint.",
+                file=sys.stderr,
+            )
         raise

@@ -5,26 +5,37 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True,
-                  help="Train, import or inspect the anchor: the public model all owners share.")
-Threads = Annotated[int | None, typer.Option(
-    min=1, help="CPU threads. Another number gives slightly different floats.")]
-Device = Annotated[str, typer.Option(
-    help="Where to train: cpu, cuda, or one of several: cuda:1.")]
-Overrides = Annotated[list[str] | None, typer.Option(
-    "--set", help="Override one value of the recipe, for example --set train.steps=100. "
-    "May be repeated.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train, import or inspect the anchor: the public model all owners share.",
+)
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="CPU threads. Another number gives slightly different floats."),
+]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, or one of several: cuda:1.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Override one value of the recipe, for example --set train.steps=100. "
+        "May be repeated.",
+    ),
+]
 
 
 @app.command("train")
 def train(
-    data: Annotated[Path, typer.Option(
-        help="The prepared public set (see flexolmo data prepare).")],
+    data: Annotated[
+        Path, typer.Option(help="The prepared public set (see flexolmo data prepare).")
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
-    run: Annotated[Path | None, typer.Option(
-        help="Directory for checkpoints and metrics. Default: OUT.run")] = None,
-    recipe: Annotated[Path | None, typer.Option(
-        help="TOML recipe; what it leaves out has defaults.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Directory for checkpoints and metrics. Default: OUT.run")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe; what it leaves out has defaults.")
+    ] = None,
     overrides: Overrides = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -41,18 +52,26 @@ def train(
     from flexolmo.train.anchor import AnchorRecipe, train_anchor
 
     settings = read_recipe(recipe, AnchorRecipe, overrides or ())
-    made = train_anchor(open_set(data), load_tokenizer(data), settings,
-                        run or out.with_name(out.name + ".run"), threads, choose_device(device))
+    made = train_anchor(
+        open_set(data),
+        load_tokenizer(data),
+        settings,
+        run or out.with_name(out.name + ".run"),
+        threads,
+        choose_device(device),
+    )
     save_anchor(made, out)
     typer.echo(f"{out}: anchor {made.digest}")
 
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(
-        help="Directory of a stock Olmo2ForCausalLM checkpoint (safetensors).")],
-    data: Annotated[Path, typer.Option(
-        help="A public set prepared with that checkpoint's tokenizer.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Directory of a stock Olmo2ForCausalLM checkpoint (safetensors).")
+    ],
+    data: Annotated[
+        Path, typer.Option(help="A public set prepared with that checkpoint's tokenizer.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
 ) -> None:
     """Make an anchor from any stock OLMo 2 checkpoint.
@@ -76,7 +95,15 @@ def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.
     from flexolmo.model.checkpoint import load_anchor
 
     found = load_anchor(anchor)
-    typer.echo(json.dumps({
-        "digest": found.digest, "config": found.config.model_dump(),
-        "parameters": sum(p.numel() for p in found.model.parameters()),
-        "public_bigrams": len(found.public.keys), "record": found.record}, indent=2))
+    typer.echo(
+        json.dumps(
+            {
+                "digest": found.digest,
+                "config": found.config.model_dump(),
+                "parameters": sum(p.numel() for p in found.model.parameters()),
+                "public_bigrams": len(found.public.keys),
+                "record": found.record,
+            },
+            indent=2,
+        )
+    )

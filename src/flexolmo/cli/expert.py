@@ -8,35 +8,65 @@ import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
 
-app = typer.Typer(no_args_is_help=True,
-                  help="Train an expert on your own text, sign it into a bundle, check bundles.")
-TrustDirectory = Annotated[Path | None, typer.Option(
-    "--trust", help="Directory of trusted owners' public keys, one OWNER.pub each.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Train an expert on your own text, sign it into a bundle, check bundles.",
+)
+TrustDirectory = Annotated[
+    Path | None,
+    typer.Option("--trust", help="Directory of trusted owners' public keys, one OWNER.pub each."),
+]
 
 
 @app.command("train")
 def train(
     anchor: Annotated[Path, typer.Option(help="Directory of the anchor.")],
-    data: Annotated[Path, typer.Option(
-        help="Your set, prepared with the anchor's tokenizer (see flexolmo data prepare).")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Your set, prepared with the anchor's tokenizer (see flexolmo data prepare)."
+        ),
+    ],
     name: Annotated[str, typer.Option(help="Name of the expert, for example math.")],
-    out: Annotated[Path | None, typer.Option(
-        help="Directory of the run. Default: NAME.run")] = None,
-    recipe: Annotated[Path | None, typer.Option(
-        help="TOML recipe; what it leaves out has defaults.")] = None,
-    scope: Annotated[str | None, typer.Option(
-        help="What you may change, over the recipe: all (FFN, attention, embedding and output "
-        "head), ffn+head, or ffn (the paper's; the only one that exports to the stock format).",
-        show_default="the recipe's")] = None,
-    rank: Annotated[int | None, typer.Option(
-        min=0, help="Train the FFN as a delta of this rank to the anchor's: a smaller bundle. "
-        "0 is a whole FFN.", show_default="the recipe's")] = None,
-    width: Annotated[int | None, typer.Option(
-        min=1, help="Train an FFN of this width, begun with the anchor's columns that your text "
-        "uses most.", show_default="the recipe's")] = None,
-    public: Annotated[Path | None, typer.Option(
-        help="The prepared public set: to mix in the recipe's replay fraction of it, or for the "
-        "discriminant router.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the run. Default: NAME.run")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML recipe; what it leaves out has defaults.")
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            help="What you may change, over the recipe: all (FFN, attention, embedding and output "
+            "head), ffn+head, or ffn (the paper's; the only one that exports to the stock format).",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Train the FFN as a delta of this rank to the anchor's: a smaller bundle. "
+            "0 is a whole FFN.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train an FFN of this width, begun with the anchor's columns that your text "
+            "uses most.",
+            show_default="the recipe's",
+        ),
+    ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            help="The prepared public set: to mix in the recipe's replay fraction of it, or for "
+            "the discriminant router."
+        ),
+    ] = None,
     overrides: Overrides = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -57,20 +87,37 @@ def train(
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
 
     short = {"scope": scope, "rank": rank, "width": width}
-    settings = read_recipe(recipe, ExpertRecipe, [*(overrides or ()), *(
-        f"{k}={v}" for k, v in short.items() if v is not None)])
+    settings = read_recipe(
+        recipe,
+        ExpertRecipe,
+        [*(overrides or ()), *(f"{k}={v}" for k, v in short.items() if v is not None)],
+    )
     if public is not None and not (settings.replay or settings.router.kind == "discriminant"):
-        raise ConfigError(f"Found a public set, {public}, but replay is 0, so none of it would be "
-                          "read. Say how much: --set replay=0.1, or leave --public out.")
+        raise ConfigError(
+            f"Found a public set, {public}, but replay is 0, so none of it would be "
+            "read. Say how much: --set replay=0.1, or leave --public out."
+        )
     if public is None and settings.replay:
-        raise ConfigError(f"Replay is {settings.replay}, but no public set was given: add --public "
-                          "DIRECTORY, or --set replay=0.")
+        raise ConfigError(
+            f"Replay is {settings.replay}, but no public set was given: add --public "
+            "DIRECTORY, or --set replay=0."
+        )
     start = load_anchor(anchor)
     start.model.to(choose_device(device))
     replayed = None if public is None else open_set(public, start.tokenizer.digest)
     out = out or Path(f"{name}.run")
-    save_expert(train_expert(start, open_set(data, start.tokenizer.digest), name, settings, out,
-                             threads, public=replayed), out)
+    save_expert(
+        train_expert(
+            start,
+            open_set(data, start.tokenizer.digest),
+            name,
+            settings,
+            out,
+            threads,
+            public=replayed,
+        ),
+        out,
+    )
     typer.echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
 
 
@@ -78,32 +125,64 @@ def train(
 def compress(
     run: Annotated[Path, typer.Argument(help="Directory of a finished expert run.")],
     anchor: Annotated[Path, typer.Option(help="Directory of the anchor it was trained beside.")],
-    out: Annotated[Path, typer.Option(
-        help="Directory for the smaller expert's run; of a curve, for curve.json and curve.png.")],
-    rank: Annotated[int | None, typer.Option(
-        min=1, help="Keep the FFN's difference to the anchor's at this rank.")] = None,
-    attention_rank: Annotated[int | None, typer.Option(
-        min=1, help="With --rank: keep what it changes in attention at this rank. Default: as it "
-        "is.")] = None,
-    embedding_rank: Annotated[int | None, typer.Option(
-        min=1, help="The same of the embedding.")] = None,
-    head_rank: Annotated[int | None, typer.Option(
-        min=1, help="The same of the output head.")] = None,
-    heal: Annotated[int, typer.Option(
-        min=0, help="With --data: afterwards train the smaller expert for this many steps, which "
-        "makes good much of what was cut. 40 is a good start.")] = 0,
-    half: Annotated[bool, typer.Option(
-        "--half", help="With --heal: keep low-rank deltas in bfloat16, half the bytes.")] = False,
-    width: Annotated[int | None, typer.Option(
-        min=1, help="Keep this many of the FFN's columns, those your text uses most.")] = None,
-    data: Annotated[Path | None, typer.Option(
-        help="Your prepared set: says which columns and directions matter (with --rank, do give "
-        "it), and is what a curve is measured on.")] = None,
-    curve: Annotated[bool, typer.Option(
-        "--curve", help="Make no expert: measure what several ranks and widths would cost.")
-        ] = False,
-    max_bytes: Annotated[int | None, typer.Option(
-        min=1, help="Of a curve: read at most this much text. Default: all.")] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory for the smaller expert's run; of a curve, for curve.json and curve.png."
+        ),
+    ],
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep the FFN's difference to the anchor's at this rank."),
+    ] = None,
+    attention_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --rank: keep what it changes in attention at this rank. Default: as it is.",
+        ),
+    ] = None,
+    embedding_rank: Annotated[
+        int | None, typer.Option(min=1, help="The same of the embedding.")
+    ] = None,
+    head_rank: Annotated[
+        int | None, typer.Option(min=1, help="The same of the output head.")
+    ] = None,
+    heal: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --data: afterwards train the smaller expert for this many steps, which "
+            "makes good much of what was cut. 40 is a good start.",
+        ),
+    ] = 0,
+    half: Annotated[
+        bool,
+        typer.Option(
+            "--half", help="With --heal: keep low-rank deltas in bfloat16, half the bytes."
+        ),
+    ] = False,
+    width: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep this many of the FFN's columns, those your text uses most."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Your prepared set: says which columns and directions matter (with --rank, do "
+            "give it), and is what a curve is measured on."
+        ),
+    ] = None,
+    curve: Annotated[
+        bool,
+        typer.Option(
+            "--curve", help="Make no expert: measure what several ranks and widths would cost."
+        ),
+    ] = False,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a curve: read at most this much text. Default: all."),
+    ] = None,
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
@@ -121,12 +200,7 @@ def compress(
     """
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.curve import (
-        compress_expert,
-        count_bytes,
-        heal_expert,
-        measure_curve,
-    )
+    from flexolmo.evaluation.curve import compress_expert, count_bytes, heal_expert, measure_curve
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.report.drawing import save_figure
@@ -135,15 +209,20 @@ def compress(
     from flexolmo.train.expert import load_expert, save_expert
 
     if sum((rank is not None, width is not None, curve)) != 1:
-        raise ConfigError("Say how, in one way: --rank R, --width W --data SET, or --curve "
-                          "--data SET.")
-    given = {"attention_rank": attention_rank, "embedding_rank": embedding_rank,
-             "head_rank": head_rank}
+        raise ConfigError(
+            "Say how, in one way: --rank R, --width W --data SET, or --curve --data SET."
+        )
+    given = {
+        "attention_rank": attention_rank,
+        "embedding_rank": embedding_rank,
+        "head_rank": head_rank,
+    }
     ranks = {k: v for k, v in given.items() if v is not None}
     if ranks and rank is None:
         name, value = next(iter(ranks.items()))
-        raise ConfigError(f"--{name.replace('_', '-')} {value} goes with --rank, which was not "
-                          "given.")
+        raise ConfigError(
+            f"--{name.replace('_', '-')} {value} goes with --rank, which was not given."
+        )
     if data is None and rank is None:
         raise ConfigError("This reads text: add --data with your prepared set.")
     if heal and (data is None or curve):
@@ -165,15 +244,19 @@ def compress(
         print_curve(found)
         typer.echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
         return
-    small = compress_expert(base, expert, rank=rank, delta_rank=ranks or None, width=width,
-                            data=own)
+    small = compress_expert(
+        base, expert, rank=rank, delta_rank=ranks or None, width=width, data=own
+    )
     if heal and own is not None:
-        small = heal_expert(base, small, own, heal, has_half_deltas=half, run_dir=out,
-                            num_threads=threads)
+        small = heal_expert(
+            base, small, own, heal, has_half_deltas=half, run_dir=out, num_threads=threads
+        )
     save_expert(small, out)
     before, after = count_bytes(expert.tensors), count_bytes(small.tensors)
-    typer.echo(f"{out}: expert {small.name}, {before:,} bytes before, {after:,} after "
-               f"({100 * after / before:.0f} %); sign it with flexolmo expert pack {out}")
+    typer.echo(
+        f"{out}: expert {small.name}, {before:,} bytes before, {after:,} after "
+        f"({100 * after / before:.0f} %); sign it with flexolmo expert pack {out}"
+    )
 
 
 def print_curve(curve) -> None:
@@ -183,8 +266,9 @@ def print_curve(curve) -> None:
 
     bits, whole = curve["bits_per_byte"], curve["whole_bytes"]
     gain = bits["anchor"] - bits["whole"]
-    table = Table("anchor + expert", "bytes", "of whole", f"bits per byte, {curve['set']}",
-                  "of gain kept")
+    table = Table(
+        "anchor + expert", "bytes", "of whole", f"bits per byte, {curve['set']}", "of gain kept"
+    )
 
     def row(label: str, size: int, found: float) -> None:
         kept = f"{(bits['anchor'] - found) / gain:.0%}" if gain > 0 else "none to keep"
@@ -214,12 +298,15 @@ def pack(
     run: Annotated[Path, typer.Argument(help="Directory of a finished expert run.")],
     key: Annotated[Path, typer.Option(help="Your private key (see flexolmo expert key).")],
     owner: Annotated[str, typer.Option(help="Who you are, as the coordinator knows you.")],
-    licence: Annotated[str, typer.Option(
-        help="SPDX expression, or LicenseRef-NAME for terms of your own.")],
-    terms: Annotated[str, typer.Option(help="What the coordinator may do with it, in a sentence.")
-                     ] = "No terms beyond the licence.",
-    expires: Annotated[datetime.datetime | None, typer.Option(
-        formats=["%Y-%m-%d"], help="Last day of use.")] = None,
+    licence: Annotated[
+        str, typer.Option(help="SPDX expression, or LicenseRef-NAME for terms of your own.")
+    ],
+    terms: Annotated[
+        str, typer.Option(help="What the coordinator may do with it, in a sentence.")
+    ] = "No terms beyond the licence.",
+    expires: Annotated[
+        datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: NAME.bundle")] = None,
 ) -> None:
     """Sign a trained expert into a bundle, the only thing that leaves your house.
@@ -229,8 +316,15 @@ def pack(
     from flexolmo.train.expert import load_expert, pack_expert
 
     expert = load_expert(run)
-    path = pack_expert(expert, out or Path(f"{expert.name}.bundle"), key, owner=owner,
-                       licence=licence, terms=terms, expires=expires and expires.date())
+    path = pack_expert(
+        expert,
+        out or Path(f"{expert.name}.bundle"),
+        key,
+        owner=owner,
+        licence=licence,
+        terms=terms,
+        expires=expires and expires.date(),
+    )
     size = sum(f.stat().st_size for f in path.iterdir())
     typer.echo(f"{path}: {size / 1e6:.1f} MB. Read what it says: flexolmo expert inspect {path}")
 
@@ -254,8 +348,9 @@ def inspect(
 def verify(
     bundle: Annotated[Path, typer.Argument(help="Directory NAME.bundle.")],
     trust: TrustDirectory = None,
-    trust_any_signer: Annotated[bool, typer.Option(
-        help="Accept a signer you do not know; its key is printed.")] = False,
+    trust_any_signer: Annotated[
+        bool, typer.Option(help="Accept a signer you do not know; its key is printed.")
+    ] = False,
 ) -> None:
     """Check a bundle: files, signature, signer, tensors, terms. Exits 2 when it is refused.
 
@@ -267,5 +362,7 @@ def verify(
     trusted = TrustedOwners.load(trust) if trust else None
     found = open_bundle(bundle, trusted, allow_unknown_signer=trust_any_signer)
     signer = f"trusted owner {found.signer}" if found.signer else f"unknown key {found.key_id}"
-    typer.echo(f"{bundle}: whole, signed by {signer}; expert {found.manifest.name} for anchor "
-               f"{found.manifest.anchor_digest}")
+    typer.echo(
+        f"{bundle}: whole, signed by {signer}; expert {found.manifest.name} for anchor "
+        f"{found.manifest.anchor_digest}"
+    )

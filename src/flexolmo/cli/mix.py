@@ -7,10 +7,16 @@ import typer
 
 from flexolmo.cli.expert import TrustDirectory
 
-app = typer.Typer(no_args_is_help=True,
-                  help="Merge bundles into one mixture; add, remove, inspect, export, import.")
-TrustAny = Annotated[bool, typer.Option(
-    "--trust-any-signer", help="Accept signers you do not know. Every other check stays.")]
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Merge bundles into one mixture; add, remove, inspect, export, import.",
+)
+TrustAny = Annotated[
+    bool,
+    typer.Option(
+        "--trust-any-signer", help="Accept signers you do not know. Every other check stays."
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
 
 
@@ -21,8 +27,11 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
-    top_k: Annotated[int | None, typer.Option(
-        min=1, help="Experts active per token, public included. Default: all enabled ones.")
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Experts active per token, public included. Default: all enabled ones."
+        ),
     ] = None,
 ) -> None:
     """Check bundles and merge them. Nothing is trained.
@@ -32,8 +41,14 @@ def build(
     from flexolmo.bundle.signing import TrustedOwners
     from flexolmo.merge.mixture import build_mixture
 
-    about = build_mixture(anchor, bundles, out, TrustedOwners.load(trust) if trust else None,
-                          allow_unknown_signers=trust_any_signer, top_k=top_k)
+    about = build_mixture(
+        anchor,
+        bundles,
+        out,
+        TrustedOwners.load(trust) if trust else None,
+        allow_unknown_signers=trust_any_signer,
+        top_k=top_k,
+    )
     typer.echo(f"{out}: public + {', '.join(about['experts'])}")
 
 
@@ -48,15 +63,18 @@ def add(
     from flexolmo.bundle.signing import TrustedOwners
     from flexolmo.merge.mixture import add_experts
 
-    about = add_experts(model, bundles, TrustedOwners.load(trust) if trust else None,
-                        allow_unknown_signers=trust_any_signer)
+    about = add_experts(
+        model,
+        bundles,
+        TrustedOwners.load(trust) if trust else None,
+        allow_unknown_signers=trust_any_signer,
+    )
     typer.echo(f"{model}: public + {', '.join(about['experts'])}")
 
 
 @app.command("remove")
 def remove(
-    model: Model,
-    names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")],
+    model: Model, names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")]
 ) -> None:
     """Remove owners' experts, files and all."""
     from flexolmo.merge.mixture import remove_experts
@@ -79,11 +97,14 @@ def inspect(model: Model) -> None:
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoint.")],
-    to: Annotated[str, typer.Option(help="Format: hf (transformers' FlexOlmoForCausalLM).")
-                  ] = "hf",
-    data: Annotated[list[Path] | None, typer.Option(
-        help="Prepared sets to refit the router on (their validation split) and to measure the "
-        "cost on (their held-out split). Default: text the mixture itself writes.")] = None,
+    to: Annotated[str, typer.Option(help="Format: hf (transformers' FlexOlmoForCausalLM).")] = "hf",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Prepared sets to refit the router on (their validation split) and to measure the "
+            "cost on (their held-out split). Default: text the mixture itself writes."
+        ),
+    ] = None,
 ) -> None:
     """Write a stock checkpoint.
 
@@ -130,16 +151,23 @@ def export(
         cost[name] = {"ours": ours, "stock": theirs}
         typer.echo(f"{name:<15} {ours:6.3f}  {theirs:6.3f}   ({theirs / ours - 1:+.1%})")
     export_stock(mixture, stock, out, {"exact": False, "bits_per_byte": cost})
-    typer.echo(f"{out}: the stock format has no place for the {mixture.model.settings.kind} "
-               "router; the table shows what its closest linear router costs")
+    typer.echo(
+        f"{out}: the stock format has no place for the {mixture.model.settings.kind} "
+        "router; the table shows what its closest linear router costs"
+    )
 
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(
-        help="Directory of a stock FlexOlmoForCausalLM checkpoint.")],
-    names: Annotated[str, typer.Option(
-        help="Names of its experts after the first (public), in order, comma-separated.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Directory of a stock FlexOlmoForCausalLM checkpoint.")
+    ],
+    names: Annotated[
+        str,
+        typer.Option(
+            help="Names of its experts after the first (public), in order, comma-separated."
+        ),
+    ],
     key: Annotated[Path, typer.Option(help="Your private key: you vouch for the import.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
     owner: Annotated[str, typer.Option(help="Who you are.")] = "importer",
@@ -151,6 +179,13 @@ def import_(
     """
     from flexolmo.merge.export import import_stock
 
-    import_stock(checkpoint, [n.strip() for n in names.split(",") if n.strip()], out, key,
-                 owner=owner, licence=licence, terms=f"As licensed by the checkpoint: {licence}.")
+    import_stock(
+        checkpoint,
+        [n.strip() for n in names.split(",") if n.strip()],
+        out,
+        key,
+        owner=owner,
+        licence=licence,
+        terms=f"As licensed by the checkpoint: {licence}.",
+    )
     typer.echo(f"{out}: imported; with its linear router, without bias")

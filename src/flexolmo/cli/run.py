@@ -8,8 +8,10 @@ from typing import Annotated, Any
 import typer
 
 Without = Annotated[str | None, typer.Option(help="Experts to switch off, comma-separated.")]
-Only = Annotated[str | None, typer.Option(
-    help="Experts to use alone, comma-separated; an empty text is the anchor.")]
+Only = Annotated[
+    str | None,
+    typer.Option(help="Experts to use alone, comma-separated; an empty text is the anchor."),
+]
 
 
 def names_of(text: str | None) -> list[str]:
@@ -28,8 +30,9 @@ def generate(
     without: Without = None,
     only: Only = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
-    temperature: Annotated[float, typer.Option(
-        min=0, help="0 is greedy: always the likeliest token.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 is greedy: always the likeliest token.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep this many likeliest.")] = None,
     top_p: Annotated[float, typer.Option(help="Keep this probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
@@ -44,9 +47,17 @@ def generate(
     from flexolmo.merge.mixture import load_mixture
     from flexolmo.model.checkpoint import load_anchor
 
-    sampling = parse_settings({"max_new_tokens": max_new_tokens, "temperature": temperature,
-                               "top_k": top_k, "top_p": top_p, "seed": seed}, Sampling,
-                              "the command line")
+    sampling = parse_settings(
+        {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        },
+        Sampling,
+        "the command line",
+    )
     chosen = switches(without, only)
     if (model / "anchor.json").exists():
         choose_experts([], **chosen)
@@ -77,12 +88,18 @@ def print_table(results) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/demo"),
-    sets: Annotated[str | None, typer.Option(
-        help="Owners, comma-separated, or all for all seven (needs apt and npm; a source that "
-        "cannot be had is skipped by name). Default: the recipe's.")] = None,
+    sets: Annotated[
+        str | None,
+        typer.Option(
+            help="Owners, comma-separated, or all for all seven (needs apt and npm; a source that "
+            "cannot be had is skipped by name). Default: the recipe's."
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe of the demo.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option(
-        "--set", help="Override one value, for example --set anchor.train.steps=100.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Override one value, for example --set anchor.train.steps=100."),
+    ] = None,
 ) -> None:
     """The whole story on real text: owners train apart, a coordinator merges, you switch.
 

@@ -9,17 +9,23 @@ from flexolmo.cli.anchor import Device, Overrides
 
 
 def study(
-    recipe: Annotated[str, typer.Option(
-        help="mini (two cores), small (one GPU), or a TOML recipe of your own.")] = "mini",
-    out: Annotated[Path | None, typer.Option(
-        help="Directory of the study; run again to go on. Default: runs/study-RECIPE")] = None,
-    processes: Annotated[int, typer.Option(
-        min=1, help="Steps to run at a time, one thread each.")] = 2,
+    recipe: Annotated[
+        str, typer.Option(help="mini (two cores), small (one GPU), or a TOML recipe of your own.")
+    ] = "mini",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the study; run again to go on. Default: runs/study-RECIPE"),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Steps to run at a time, one thread each.")
+    ] = 2,
     device: Device = "cpu",
-    dry_run: Annotated[bool, typer.Option(
-        help="Only list the steps, and which of them are done.")] = False,
-    verify: Annotated[bool, typer.Option(
-        help="First read every file of the steps done before.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Only list the steps, and which of them are done.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="First read every file of the steps done before.")
+    ] = False,
     overrides: Overrides = None,
 ) -> None:
     """Every method of the paper against ours, from one recipe: tables, figures, a page.

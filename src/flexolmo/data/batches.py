@@ -34,7 +34,7 @@ class TokenSplit:
     def document(self, index: int) -> np.ndarray:
         """Ids of document `index`, int64, without the eos that follows it."""
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
-        return self.tokens[start:end - 1].astype(np.int64)
+        return self.tokens[start : end - 1].astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,11 @@ def open_set(prepared: Path, tokenizer_digest: str | None = None) -> TokenSet:
     card = read_card(prepared)
     found = card["tokenizer"]["digest"]
     if tokenizer_digest is not None and found != tokenizer_digest:
-        raise DataError(f"{prepared} was tokenized with {found}, but {tokenizer_digest} is in "
-                        "use here: prepare the set again with the anchor's tokenizer.")
-    return TokenSet(prepared, card, {split: _open_split(prepared, card, split)
-                                     for split in SPLITS})
+        raise DataError(
+            f"{prepared} was tokenized with {found}, but {tokenizer_digest} is in "
+            "use here: prepare the set again with the anchor's tokenizer."
+        )
+    return TokenSet(prepared, card, {split: _open_split(prepared, card, split) for split in SPLITS})
 
 
 def _open_split(prepared: Path, card: dict[str, Any], split: str) -> TokenSplit:
@@ -94,13 +95,17 @@ def _open_split(prepared: Path, card: dict[str, Any], split: str) -> TokenSplit:
             raise DataError(f"{file} cannot be opened ({e}): prepare the set again.") from None
     opened = TokenSplit(**arrays)
     counts = card["splits"][split]
-    if (len(opened.tokens) != counts["tokens"] or len(opened.bytes) != counts["documents"]
-            or len(opened.offsets) != counts["documents"] + 1
-            or opened.offsets[-1] != counts["tokens"]):
+    if (
+        len(opened.tokens) != counts["tokens"]
+        or len(opened.bytes) != counts["documents"]
+        or len(opened.offsets) != counts["documents"] + 1
+        or opened.offsets[-1] != counts["tokens"]
+    ):
         raise DataError(
             f"{prepared}, split {split}: the shards hold {len(opened.tokens)} tokens in "
             f"{len(opened.bytes)} documents; its card says {counts['tokens']} in "
-            f"{counts['documents']}. Prepare the set again.")
+            f"{counts['documents']}. Prepare the set again."
+        )
     return opened
 
 
@@ -125,14 +130,20 @@ class TrainingBatches:
     def windows(self, step: int) -> np.ndarray:
         """Numbers of the windows in batch `step`, int64 [B]."""
         places = np.arange(step * self.batch_size, (step + 1) * self.batch_size)  # [B]
-        return np.array([self._order(int(place) // self.num_windows)[place % self.num_windows]
-                         for place in places], dtype=np.int64)  # [B]
+        return np.array(
+            [
+                self._order(int(place) // self.num_windows)[place % self.num_windows]
+                for place in places
+            ],
+            dtype=np.int64,
+        )  # [B]
 
     def batch(self, step: int) -> np.ndarray:
         """Batch number `step` (from 0), int64 [B, T + 1]: inputs [:, :-1], targets [:, 1:]."""
         starts = self.windows(step) * self.seq_len  # [B]
-        return np.stack([self.tokens[start:start + self.seq_len + 1]
-                         for start in starts]).astype(np.int64)  # [B, T+1]
+        return np.stack([self.tokens[start : start + self.seq_len + 1] for start in starts]).astype(
+            np.int64
+        )  # [B, T+1]
 
     def _order_of_epoch(self, epoch: int) -> np.ndarray:
         """A permutation of the windows, int64 [num_windows].
@@ -155,9 +166,11 @@ def training_batches(
     """
     tokens = token_set.splits[split].tokens
     if len(tokens) < seq_len + 1:
-        raise DataError(f"{token_set.directory}, split {split}: {len(tokens)} tokens are fewer "
-                        f"than one window of seq_len + 1 = {seq_len + 1}; lower seq_len or give "
-                        "more text.")
+        raise DataError(
+            f"{token_set.directory}, split {split}: {len(tokens)} tokens are fewer "
+            f"than one window of seq_len + 1 = {seq_len + 1}; lower seq_len or give "
+            "more text."
+        )
     return TrainingBatches(tokens, batch_size, seq_len, seed)
 
 
@@ -189,4 +202,4 @@ def evaluation_windows(
             passed += share
             if read == 0 or (read + share) * total <= allowed * passed:
                 read += share
-                yield ids[start:end + 1], share
+                yield ids[start : end + 1], share

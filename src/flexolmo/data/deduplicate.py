@@ -41,9 +41,10 @@ def fingerprint(text: str) -> Fingerprint:
         words = [text]
     exact = hashlib.sha256(" ".join(words).encode()).digest()
     last = max(1, len(words) - SHINGLE_WORDS + 1)
-    shingles = {zlib.crc32(" ".join(words[i:i + SHINGLE_WORDS]).encode()) for i in range(last)}
-    sketch = MinHash(num_perm=SIGNATURE_SIZE, hashfunc=int, permutations=_PERMUTATIONS,
-                     scheme=_SCHEME)
+    shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE_WORDS]).encode()) for i in range(last)}
+    sketch = MinHash(
+        num_perm=SIGNATURE_SIZE, hashfunc=int, permutations=_PERMUTATIONS, scheme=_SCHEME
+    )
     sketch.update_batch(sorted(shingles))
     return Fingerprint(exact, sketch.hashvalues.astype(np.uint32))
 
@@ -73,8 +74,10 @@ class Seen:
     def has_near(self, mark: Fingerprint) -> bool:
         """Whether a remembered text shares about 70% of its word 5-grams (estimated Jaccard)."""
         matches = self._lsh.query(_sketch(mark.signature))
-        return any(np.mean(self._signatures[i] == mark.signature) >= NEAR_DUPLICATE_JACCARD
-                   for i in matches)
+        return any(
+            np.mean(self._signatures[i] == mark.signature) >= NEAR_DUPLICATE_JACCARD
+            for i in matches
+        )
 
 
 def save_fingerprints(directory: Path, marks: Iterable[Fingerprint]) -> list[Path]:
@@ -98,18 +101,24 @@ def load_fingerprints(directory: Path) -> list[Fingerprint]:
     try:
         exact, near = (np.load(path, allow_pickle=False) for path in paths)
     except (OSError, ValueError) as e:
-        raise DataError(f"{directory} has no readable fingerprints ({e}): it must be a directory "
-                        "written by `flexolmo data prepare`.") from None
+        raise DataError(
+            f"{directory} has no readable fingerprints ({e}): it must be a directory "
+            "written by `flexolmo data prepare`."
+        ) from None
     if exact.shape[1:] != (32,) or near.shape != (len(exact), SIGNATURE_SIZE):
-        raise DataError(f"{directory}: fingerprints of shapes {exact.shape} and {near.shape}; "
-                        f"expected [n, 32] and [n, {SIGNATURE_SIZE}]. Prepare the set again.")
-    return [Fingerprint(row.tobytes(), signature)
-            for row, signature in zip(exact, near, strict=True)]
+        raise DataError(
+            f"{directory}: fingerprints of shapes {exact.shape} and {near.shape}; "
+            f"expected [n, 32] and [n, {SIGNATURE_SIZE}]. Prepare the set again."
+        )
+    return [
+        Fingerprint(row.tobytes(), signature) for row, signature in zip(exact, near, strict=True)
+    ]
 
 
 def _sketch(signature: np.ndarray) -> MinHash:
-    return MinHash(num_perm=SIGNATURE_SIZE, hashvalues=signature, permutations=_PERMUTATIONS,
-                   scheme=_SCHEME)
+    return MinHash(
+        num_perm=SIGNATURE_SIZE, hashvalues=signature, permutations=_PERMUTATIONS, scheme=_SCHEME
+    )
 
 
 def _paths(directory: Path) -> list[Path]:

@@ -46,9 +46,13 @@ def list_files(path: Path) -> list[Path]:
         raise DataError(f"{path} is not a kind of file we read: {expected}.")
     if not path.is_dir():
         raise DataError(f"{path} does not exist: give a directory or a file of documents.")
-    files = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES)
-                   and file.is_file()
-                   and not any(part.startswith(".") for part in file.relative_to(path).parts))
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.name.endswith(SUFFIXES)
+        and file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    )
     if not files:
         raise DataError(f"{path} has no documents: {expected}.")
     return files
@@ -83,8 +87,12 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     The same documents give the same bytes.
     """
     count = 0
-    with write_aside(path) as aside, zstandard.open(aside, "wt", encoding="utf-8", newline="\n",
-                        cctx=zstandard.ZstdCompressor(level=10)) as f:
+    with (
+        write_aside(path) as aside,
+        zstandard.open(
+            aside, "wt", encoding="utf-8", newline="\n", cctx=zstandard.ZstdCompressor(level=10)
+        ) as f,
+    ):
         for document in documents:
             record = {"id": document.id, "source": document.source, "text": document.text}
             f.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -97,12 +105,15 @@ def _to_document(
 ) -> Document:
     if text_field not in record:
         fields = ", ".join(sorted(record)) or "none"
-        raise DataError(f"{where}: no field {text_field!r}; its fields are: {fields}. Name the "
-                        "field that holds the text with --text-field.")
+        raise DataError(
+            f"{where}: no field {text_field!r}; its fields are: {fields}. Name the "
+            "field that holds the text with --text-field."
+        )
     text = record[text_field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: field {text_field!r} is {type(text).__name__}; "
-                        "a string was expected.")
+        raise DataError(
+            f"{where}: field {text_field!r} is {type(text).__name__}; a string was expected."
+        )
     name = record.get("id")
     return Document(
         text=text.encode("utf-8", "replace").decode(),  # JSON may hold halves of a character
@@ -153,8 +164,11 @@ def _open_text(file: Path) -> io.TextIOBase:
     if file.name.endswith(".gz"):
         return io.TextIOWrapper(gzip.open(file), encoding="utf-8-sig", newline="\n")
     if file.name.endswith(".zst"):
-        return io.TextIOWrapper(io.BufferedReader(_ZstandardReader(open(file, "rb"))),
-                                encoding="utf-8-sig", newline="\n")
+        return io.TextIOWrapper(
+            io.BufferedReader(_ZstandardReader(open(file, "rb"))),
+            encoding="utf-8-sig",
+            newline="\n",
+        )
     return open(file, encoding="utf-8-sig", newline="\n")
 
 
@@ -169,11 +183,14 @@ def _read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 try:
                     record = json.loads(line)
                 except ValueError as e:
-                    raise DataError(f"{where}: not JSON ({e}); one JSON object a line was "
-                                    "expected.") from None
+                    raise DataError(
+                        f"{where}: not JSON ({e}); one JSON object a line was expected."
+                    ) from None
                 if not isinstance(record, dict):
-                    raise DataError(f"{where}: found a JSON {type(record).__name__}; "
-                                    "an object with a text field was expected.")
+                    raise DataError(
+                        f"{where}: found a JSON {type(record).__name__}; "
+                        "an object with a text field was expected."
+                    )
                 yield where, record
                 where = f"{file}, after line {number}"
     except UnicodeDecodeError as e:
@@ -187,9 +204,11 @@ def _read_parquet(file: Path, text_field: str) -> Iterator[tuple[str, dict[str, 
         with pyarrow.parquet.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if text_field not in names:
-                raise DataError(f"{file}: no column {text_field!r}; its columns are: "
-                                f"{', '.join(names)}. Name the column that holds the text with "
-                                "--text-field.")
+                raise DataError(
+                    f"{file}: no column {text_field!r}; its columns are: "
+                    f"{', '.join(names)}. Name the column that holds the text with "
+                    "--text-field."
+                )
             columns = [name for name in (text_field, "id", "source") if name in names]
             row = 0
             for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=columns):
@@ -204,7 +223,9 @@ def _read_plain(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise DataError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start}); convert it "
-                        "first, for example with iconv.") from None
+        raise DataError(
+            f"{file}: not UTF-8 text ({e.reason} at byte {e.start}); convert it "
+            "first, for example with iconv."
+        ) from None
     except OSError as e:
         raise DataError(f"{file}: cannot be read ({e}).") from None

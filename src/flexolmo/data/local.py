@@ -38,16 +38,31 @@ def fetch_local(
         raise DataError(f"{name!r} cannot name a set: use lower-case letters, digits, - and _.")
     path, target = Path(path), Path(out) / name
     files, digests = list_files(path), digest_files(path)
-    request = digest_bytes(canonical_json(
-        {"format": FORMAT, "files": digests, "licence": licence, "text_field": text_field}))
+    request = digest_bytes(
+        canonical_json(
+            {"format": FORMAT, "files": digests, "licence": licence, "text_field": text_field}
+        )
+    )
     done = finished_card(target, request)
     if done is not None:
         return done
     card: dict[str, Any] = {
-        "format": FORMAT, "name": name, "request": request, "weak_spots": [], "skipped": [],
-        "sources": [{"source": name, "client": "local", "package": path.resolve().name,
-                     "version": None, "licence": licence,
-                     "digest": digest_bytes(canonical_json(digests))}]}
+        "format": FORMAT,
+        "name": name,
+        "request": request,
+        "weak_spots": [],
+        "skipped": [],
+        "sources": [
+            {
+                "source": name,
+                "client": "local",
+                "package": path.resolve().name,
+                "version": None,
+                "licence": licence,
+                "digest": digest_bytes(canonical_json(digests)),
+            }
+        ],
+    }
 
     def documents() -> Iterator[Document]:
         with progress(f"Reading {name}", len(files), "files") as meter:
@@ -61,8 +76,10 @@ def fetch_local(
 
 def digest_files(path: Path) -> list[list[str]]:
     """Name and digest of every file that `fetch_local` would read."""
-    return [[str(file.relative_to(path)) if path.is_dir() else file.name, digest_file(file)]
-            for file in list_files(path)]
+    return [
+        [str(file.relative_to(path)) if path.is_dir() else file.name, digest_file(file)]
+        for file in list_files(path)
+    ]
 
 
 def write_set(
@@ -84,8 +101,12 @@ def write_set(
         for source in card["sources"]:
             source["documents"], source["bytes"] = counts.get(source["source"], [0, 0])
         card["bytes"] = sum(source["bytes"] for source in card["sources"])
-        card["files"] = {DOCUMENTS: {"bytes": (aside / DOCUMENTS).stat().st_size,
-                                     "digest": digest_file(aside / DOCUMENTS)}}
+        card["files"] = {
+            DOCUMENTS: {
+                "bytes": (aside / DOCUMENTS).stat().st_size,
+                "digest": digest_file(aside / DOCUMENTS),
+            }
+        }
         write_json(aside / "card.json", card)
 
 
@@ -94,7 +115,10 @@ def finished_card(target: Path, request: str) -> dict[str, Any] | None:
     if not (target / "card.json").is_file():
         return None
     card = read_json(target / "card.json", DataError)
-    whole = (card.get("request") == request and not card.get("skipped")
-             and (target / DOCUMENTS).is_file()
-             and digest_file(target / DOCUMENTS) == card["files"][DOCUMENTS]["digest"])
+    whole = (
+        card.get("request") == request
+        and not card.get("skipped")
+        and (target / DOCUMENTS).is_file()
+        and digest_file(target / DOCUMENTS) == card["files"][DOCUMENTS]["digest"]
+    )
     return card if whole else None

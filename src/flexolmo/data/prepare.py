@@ -112,14 +112,18 @@ def prepare_set(
     name = corpus["name"]
     if tokenizer is None and public is not None:
         tokenizer = load_tokenizer(public)
-    recipe = digest_bytes(canonical_json({
-        "format": FORMAT,
-        "settings": asdict(settings),
-        "corpus": digest_bytes(canonical_json(corpus)),
-        "tokenizer": tokenizer.digest if tokenizer else None,
-        "public": card_digest(read_card(public)) if public else None,
-        "disjoint_from": sorted(card_digest(read_card(other)) for other in disjoint_from),
-    }))
+    recipe = digest_bytes(
+        canonical_json(
+            {
+                "format": FORMAT,
+                "settings": asdict(settings),
+                "corpus": digest_bytes(canonical_json(corpus)),
+                "tokenizer": tokenizer.digest if tokenizer else None,
+                "public": card_digest(read_card(public)) if public else None,
+                "disjoint_from": sorted(card_digest(read_card(other)) for other in disjoint_from),
+            }
+        )
+    )
     done = _finished(out, recipe)
     if done is not None:
         return done
@@ -138,8 +142,10 @@ def prepare_set(
             if tokenizer is None:
                 texts = (_text(f, piece) for piece in splits["train"])
                 tokenizer = train_tokenizer(texts, settings.vocab_size)
-            counts = {split: _write_split(aside, split, splits[split], f, tokenizer, name)
-                      for split in SPLITS}
+            counts = {
+                split: _write_split(aside, split, splits[split], f, tokenizer, name)
+                for split in SPLITS
+            }
         spill.unlink()
         save_fingerprints(aside, [piece.mark for split in SPLITS for piece in splits[split]])
         tokenizer.save(aside / "tokenizer.json")
@@ -150,15 +156,21 @@ def prepare_set(
             "splits": counts,
             "removed": asdict(removed),
             "settings": asdict(settings),
-            "tokenizer": {"digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
-                          "eos": tokenizer.eos, "eos_id": tokenizer.eos_id},
+            "tokenizer": {
+                "digest": tokenizer.digest,
+                "vocab_size": tokenizer.vocab_size,
+                "eos": tokenizer.eos,
+                "eos_id": tokenizer.eos_id,
+            },
             "public": card_digest(read_card(public)) if public else None,
             "corpus_card": digest_bytes(canonical_json(corpus)),
             "licences": sorted({source["licence"] for source in corpus["sources"]}),
             "weak_spots": corpus.get("weak_spots", []),
             "sources": _sources_kept(corpus, splits),
-            "files": {file.name: {"bytes": file.stat().st_size, "digest": digest_file(file)}
-                      for file in sorted(aside.iterdir())},
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "digest": digest_file(file)}
+                for file in sorted(aside.iterdir())
+            },
         }
         write_json(aside / "card.json", card)
     return card
@@ -177,8 +189,10 @@ def read_card(prepared: Path) -> dict[str, Any]:
     """
     card = read_json(Path(prepared) / "card.json", DataError)
     if not isinstance(card, dict) or card.get("format") != FORMAT:
-        raise DataError(f"{prepared} is not a prepared set of format {FORMAT}: make one with "
-                        "`flexolmo data prepare`.")
+        raise DataError(
+            f"{prepared} is not a prepared set of format {FORMAT}: make one with "
+            "`flexolmo data prepare`."
+        )
     return card
 
 
@@ -189,17 +203,24 @@ def read_corpus_card(raw: Path) -> dict[str, Any]:
         DataError: `raw` is not a fetched set; says how to make one of a directory of files.
     """
     if not (Path(raw) / "card.json").is_file():
-        raise DataError(f"{raw} has no card.json, so its licence and sources are not known. Make "
-                        f"a set of your own files with `flexolmo data fetch --from {raw} "
-                        "--name NAME`, then prepare that.")
+        raise DataError(
+            f"{raw} has no card.json, so its licence and sources are not known. Make "
+            f"a set of your own files with `flexolmo data fetch --from {raw} "
+            "--name NAME`, then prepare that."
+        )
     card = read_json(Path(raw) / "card.json", DataError)
-    missing = [key for key in ("name", "sources", "documents", "files")
-               if not isinstance(card, dict) or key not in card]
+    missing = [
+        key
+        for key in ("name", "sources", "documents", "files")
+        if not isinstance(card, dict) or key not in card
+    ]
     if missing:
         raise DataError(f"{raw}/card.json is not a corpus card: it lacks {', '.join(missing)}.")
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", str(card["name"])):
-        raise DataError(f"{raw}/card.json names its set {card['name']!r}; expected lower-case "
-                        "letters, digits, - and _ alone.")
+        raise DataError(
+            f"{raw}/card.json names its set {card['name']!r}; expected lower-case "
+            "letters, digits, - and _ alone."
+        )
     return card
 
 
@@ -231,16 +252,19 @@ def split_by_hash(
         return taken
 
     heldout = take(rising, settings.heldout_share, falling=False)
-    validation = take(rising[len(heldout):][::-1], settings.validation_share, falling=True)
-    train = rising[len(heldout):len(rising) - len(validation)]
+    validation = take(rising[len(heldout) :][::-1], settings.validation_share, falling=True)
+    train = rising[len(heldout) : len(rising) - len(validation)]
     if not (train and validation and heldout):
         raise DataError(
             f"{name}: {len(by_parent)} source documents with {total_bytes} bytes are left after "
             "cleaning; that is too few to train on and still hold some out. Give more documents, "
-            "or cut long ones into chapters, one document each.")
+            "or cut long ones into chapters, one document each."
+        )
     chosen = {"train": train, "validation": validation, "heldout": heldout}
-    return {split: [piece for parent in parents for piece in by_parent[parent]]
-            for split, parents in chosen.items()}
+    return {
+        split: [piece for parent in parents for piece in by_parent[parent]]
+        for split, parents in chosen.items()
+    }
 
 
 def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
@@ -251,15 +275,15 @@ def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
         return None
     files = card["files"]
     if card["recipe"] != recipe or not all(
-            (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
-            for file in files):
+        (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
+        for file in files
+    ):
         return None
     return card
 
 
 def _clean_all(
-    raw: Path, corpus: dict[str, Any], spill: BinaryIO, settings: PrepareSettings,
-    removed: _Removed,
+    raw: Path, corpus: dict[str, Any], spill: BinaryIO, settings: PrepareSettings, removed: _Removed
 ) -> list[_Piece]:
     """Clean, cut and fingerprint every document of `raw`; their text goes to `spill`."""
     pieces = []
@@ -267,8 +291,9 @@ def _clean_all(
     with progress(f"Cleaning {corpus['name']}", corpus["documents"], "documents") as meter:
         for file, found in corpus["files"].items():
             if digest_file(raw / file) != found["digest"]:
-                raise DataError(f"{raw / file} is not the file its card.json describes: fetch "
-                                "the set again.")
+                raise DataError(
+                    f"{raw / file} is not the file its card.json describes: fetch the set again."
+                )
             for document in read_documents(raw / file):
                 meter.advance()
                 text = clean_text(document.text)
@@ -282,23 +307,28 @@ def _clean_all(
                 for index, part in enumerate(parts):
                     encoded = part.encode()
                     spill.write(encoded)
-                    pieces.append(_Piece(
-                        parent=parent.exact,
-                        parent_text=parent_text,
-                        index=index,
-                        source=document.source,
-                        id=(document.id or parent.exact.hex()[:16])
-                        + (f"#{index + 1}" if len(parts) > 1 else ""),
-                        start=start,
-                        size=len(encoded),
-                        mark=parent if len(parts) == 1 else fingerprint(part),
-                    ))
+                    pieces.append(
+                        _Piece(
+                            parent=parent.exact,
+                            parent_text=parent_text,
+                            index=index,
+                            source=document.source,
+                            id=(document.id or parent.exact.hex()[:16])
+                            + (f"#{index + 1}" if len(parts) > 1 else ""),
+                            start=start,
+                            size=len(encoded),
+                            mark=parent if len(parts) == 1 else fingerprint(part),
+                        )
+                    )
                     start += len(encoded)
     return pieces
 
 
 def _deduplicate(
-    name: str, pieces: list[_Piece], public: Path | None, disjoint_from: Sequence[Path],
+    name: str,
+    pieces: list[_Piece],
+    public: Path | None,
+    disjoint_from: Sequence[Path],
     removed: _Removed,
 ) -> list[_Piece]:
     """Pieces that repeat nothing public, nothing of other sets, and no piece before them.
@@ -337,17 +367,18 @@ def _text(spill: BinaryIO, piece: _Piece) -> str:
 
 
 def _write_split(
-    aside: Path, split: str, pieces: list[_Piece], spill: BinaryIO, tokenizer: Tokenizer,
-    name: str,
+    aside: Path, split: str, pieces: list[_Piece], spill: BinaryIO, tokenizer: Tokenizer, name: str
 ) -> dict[str, int]:
     """Write one split's shards and text into `aside`; its counts."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     lengths = []
     flat = aside / f"{split}_tokens.flat"
-    with open(flat, "wb") as f, progress(f"Tokenizing {name} {split}", len(pieces),
-                                         "documents") as meter:
+    with (
+        open(flat, "wb") as f,
+        progress(f"Tokenizing {name} {split}", len(pieces), "documents") as meter,
+    ):
         for first in range(0, len(pieces), _DOCUMENTS_TOKENIZED_AT_ONCE):
-            some = pieces[first:first + _DOCUMENTS_TOKENIZED_AT_ONCE]
+            some = pieces[first : first + _DOCUMENTS_TOKENIZED_AT_ONCE]
             for ids in tokenizer.encode_batch([_text(spill, piece) for piece in some]):
                 f.write(np.array([*ids, tokenizer.eos_id], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
@@ -375,9 +406,7 @@ def _as_documents(pieces: list[_Piece], spill: BinaryIO) -> Iterator[Document]:
         yield Document(_text(spill, piece), piece.source, piece.id)
 
 
-def _sources_kept(
-    corpus: dict[str, Any], splits: dict[str, list[_Piece]]
-) -> list[dict[str, Any]]:
+def _sources_kept(corpus: dict[str, Any], splits: dict[str, list[_Piece]]) -> list[dict[str, Any]]:
     """The corpus card's sources, each with what of it is in the prepared set."""
     documents: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -385,5 +414,11 @@ def _sources_kept(
         for piece in pieces:
             documents[piece.source] += 1
             sizes[piece.source] += piece.size
-    return [{**source, "kept_documents": documents[source["source"]],
-             "kept_bytes": sizes[source["source"]]} for source in corpus["sources"]]
+    return [
+        {
+            **source,
+            "kept_documents": documents[source["source"]],
+            "kept_bytes": sizes[source["source"]],
+        }
+        for source in corpus["sources"]
+    ]

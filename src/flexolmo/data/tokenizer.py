@@ -24,8 +24,16 @@ LONGEST_LEARNED_TOKEN_CHARACTERS = 20
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Names under which published tokenizers keep the token that ends a text, most explicit first.
-_KNOWN_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]",
-                    "<|end_of_sentence|>", "<|end▁of▁sentence|>")
+_KNOWN_END_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<|end_of_sentence|>",
+    "<|end▁of▁sentence|>",
+)
 
 
 class Tokenizer:
@@ -90,13 +98,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     Source: ours; GPT-2's byte-level BPE, with digits apart.
     """
     if vocab_size < BYTES + 1:
-        raise DataError(f"A byte-level vocabulary has at least {BYTES + 1} entries "
-                        f"(256 bytes and {END_OF_TEXT}); {vocab_size} were asked for.")
+        raise DataError(
+            f"A byte-level vocabulary has at least {BYTES + 1} entries "
+            f"(256 bytes and {END_OF_TEXT}); {vocab_size} were asked for."
+        )
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.Sequence([  # type: ignore[assignment]
-        pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    inner.pre_tokenizer = pre_tokenizers.Sequence(
+        [  # type: ignore[assignment]
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     inner.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -121,8 +133,9 @@ def load_tokenizer(path: Path, eos: str | None = None) -> Tokenizer:
     path = Path(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        raise DataError(f"No tokenizer at {file}: give a tokenizer.json, or a model directory "
-                        "that has one.")
+        raise DataError(
+            f"No tokenizer at {file}: give a tokenizer.json, or a model directory that has one."
+        )
     definition = read_json(file, DataError)
     if not isinstance(definition, dict) or "model" not in definition:
         raise DataError(f"{file} is JSON but not a tokenizer: it has no `model` entry.")
@@ -138,7 +151,8 @@ def load_tokenizer(path: Path, eos: str | None = None) -> Tokenizer:
     raise DataError(
         f"{file} has no token recognisable as the end of a text (looked for "
         f"{', '.join(_KNOWN_END_NAMES)}). Put a tokenizer_config.json with an `eos_token` beside "
-        "it, or name the token with eos=.")
+        "it, or name the token with eos=."
+    )
 
 
 def _recognise_eos(named: list[str | None], known: set[str]) -> str | None:
@@ -157,6 +171,8 @@ def _eos_beside(file: Path) -> str | None:
 
 def _only_text(definition: dict[str, Any], eos: str) -> dict[str, Any]:
     """`definition` with nothing that shortens, pads, or lets text spell the end of a document."""
-    added = [{**token, "special": True} if token.get("content") == eos else token
-             for token in definition.get("added_tokens") or []]
+    added = [
+        {**token, "special": True} if token.get("content") == eos else token
+        for token in definition.get("added_tokens") or []
+    ]
     return {**definition, "added_tokens": added, "truncation": None, "padding": None}

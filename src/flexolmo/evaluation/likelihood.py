@@ -42,16 +42,28 @@ class Likelihood:
         return self.bits / self.bytes
 
 
-def measure_likelihood(model: Transformer, token_set: TokenSet, split: str, *,
-                       enabled: Iterable[str] | None = None, seq_len: int = 256,
-                       max_bytes: int | None = None, meter: Meter | None = None) -> Likelihood:
+def measure_likelihood(
+    model: Transformer,
+    token_set: TokenSet,
+    split: str,
+    *,
+    enabled: Iterable[str] | None = None,
+    seq_len: int = 256,
+    max_bytes: int | None = None,
+    meter: Meter | None = None,
+) -> Likelihood:
     """Read `split` of a prepared set; `enabled` names a mixture's active experts (None: all)."""
     windows = list(evaluation_windows(token_set, split, seq_len, max_bytes))
     return read_windows(model, windows, enabled=enabled, meter=meter)
 
 
-def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], *,
-                 enabled: Iterable[str] | None = None, meter: Meter | None = None) -> Likelihood:
+def read_windows(
+    model: Transformer,
+    windows: Sequence[tuple[np.ndarray, int]],
+    *,
+    enabled: Iterable[str] | None = None,
+    meter: Meter | None = None,
+) -> Likelihood:
     """Read (ids, bytes) windows, as `evaluation_windows` gives them, batched by length."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
     ordered = [windows[i] for i in order]
@@ -61,10 +73,11 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
     start = 0
     with torch.inference_mode():
         while start < len(ordered):
-            longest = len(ordered[min(start + BATCH_TOKENS // len(ordered[start][0]),
-                                      len(ordered) - 1)][0])
-            batch = [ids for ids, _ in ordered[start:start + max(1, BATCH_TOKENS // longest)]]
-            places = order[start:start + len(batch)]
+            longest = len(
+                ordered[min(start + BATCH_TOKENS // len(ordered[start][0]), len(ordered) - 1)][0]
+            )
+            batch = [ids for ids, _ in ordered[start : start + max(1, BATCH_TOKENS // longest)]]
+            places = order[start : start + len(batch)]
             start += len(batch)
             ids, real = (x.to(model.device) for x in _pad(batch))
             active = None
@@ -72,11 +85,12 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
                 active = model.expert_mask([list(enabled)] * len(batch))
             routing: list[Tensor] = []
             logits = model(ids[:, :-1], active=active, routing=routing)  # [B,T,V]
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(),
-                                   reduction="none").view(real.shape)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+            ).view(real.shape)
             nats += float(loss[real].double().sum())
             for place, row, own in zip(places, loss, batch, strict=True):
-                log_probs[place] = -row[:len(own) - 1].cpu().numpy()
+                log_probs[place] = -row[: len(own) - 1].cpu().numpy()
             tokens += int(real.sum())
             if routing:
                 said = torch.stack([w[real] for w in routing]).double()  # [L,N,E]
@@ -85,8 +99,9 @@ def read_windows(model: Transformer, windows: Sequence[tuple[np.ndarray, int]], 
             if meter is not None:
                 meter.advance(int(real.sum()))
     routed, active = [None, None] if weights is None else (weights / tokens).tolist()
-    return Likelihood(nats / math.log(2), sum(size for _, size in windows), tokens, routed, active,
-                      log_probs)
+    return Likelihood(
+        nats / math.log(2), sum(size for _, size in windows), tokens, routed, active, log_probs
+    )
 
 
 def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -95,14 +110,20 @@ def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     real = torch.zeros(len(batch), length - 1, dtype=torch.bool)
     for i, row in enumerate(batch):
-        ids[i, :len(row)] = torch.from_numpy(row)
-        real[i, :len(row) - 1] = True
+        ids[i, : len(row)] = torch.from_numpy(row)
+        real[i, : len(row) - 1] = True
     return ids, real
 
 
-def evaluate_mixture(mixture: LoadedMixture, sets: Mapping[str, TokenSet], split: str, *,
-                     seq_len: int = 256, max_bytes: int | None = None,
-                     label: str = "evaluate") -> dict[str, Any]:
+def evaluate_mixture(
+    mixture: LoadedMixture,
+    sets: Mapping[str, TokenSet],
+    split: str,
+    *,
+    seq_len: int = 256,
+    max_bytes: int | None = None,
+    label: str = "evaluate",
+) -> dict[str, Any]:
     """Bits per byte of every arrangement on every set, the routing, and a summary.
 
     Arrangements: `anchor`, `expert NAME` (with the anchor alone), `mixture`, `mixture without
@@ -130,7 +151,8 @@ def evaluate_mixture(mixture: LoadedMixture, sets: Mapping[str, TokenSet], split
         "bits_per_byte": table,
         "routing": {"sets": list(sets), "experts": mixture.model.expert_names, "weights": routing},
         "summary": summarise(table, names),
-        "split": split, "seq_len": seq_len,
+        "split": split,
+        "seq_len": seq_len,
         "bytes": {s: sum(size for _, size in w) for s, w in windows.items()},
     }
 
@@ -151,8 +173,13 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
         gain = anchor[n] - table[f"expert {n}"][n]
         kept[n] = (anchor[n] - merged[n]) / gain if gain > 0 else 0.0  # no gain, nothing kept
     away = {n: table[f"mixture without {n}"][n] / anchor[n] - 1 for n in own}
-    side = {n: max((table[f"mixture without {n}"][s] / merged[s] - 1 for s in merged if s != n),
-                   default=0.0) for n in names}
+    side = {
+        n: max(
+            (table[f"mixture without {n}"][s] / merged[s] - 1 for s in merged if s != n),
+            default=0.0,
+        )
+        for n in names
+    }
     better = sum(merged[n] < anchor[n] for n in own)
     mean_kept = sum(min(k, 1.0) for k in kept.values()) / len(kept) if kept else 0.0
     public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
@@ -163,17 +190,37 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
         bars.append({"text": text, "met": bool(met), "value": value})
 
     if own:
-        bar("The mixture is better than the anchor on every owner's set", better == len(own),
-            f"{better} of {len(own)}")
-        bar("It keeps on average at least 60 % of what anchor + own expert gains", mean_kept >= 0.6,
-            f"{100 * mean_kept:.0f} %")
+        bar(
+            "The mixture is better than the anchor on every owner's set",
+            better == len(own),
+            f"{better} of {len(own)}",
+        )
+        bar(
+            "It keeps on average at least 60 % of what anchor + own expert gains",
+            mean_kept >= 0.6,
+            f"{100 * mean_kept:.0f} %",
+        )
     if public is not None:
-        bar("On public text it is within 2 % of the anchor", public <= 0.02,
-            f"{100 * public:+.2f} %")
+        bar(
+            "On public text it is within 2 % of the anchor",
+            public <= 0.02,
+            f"{100 * public:+.2f} %",
+        )
     if own:
-        bar("With an owner off, that owner's set is at most 2 % worse than the anchor",
-            worst_away <= 0.02, f"worst {100 * worst_away:+.2f} %")
-    bar("With an owner off, no other set is more than 1 % worse than before",
-        worst_side <= 0.01, f"worst {100 * worst_side:+.2f} %")
-    return {"kept_of_pair_gain": {**kept, "mean": mean_kept}, "public_change": public,
-            "optout_vs_anchor": away, "optout_side_effect": side, "bars": bars}
+        bar(
+            "With an owner off, that owner's set is at most 2 % worse than the anchor",
+            worst_away <= 0.02,
+            f"worst {100 * worst_away:+.2f} %",
+        )
+    bar(
+        "With an owner off, no other set is more than 1 % worse than before",
+        worst_side <= 0.01,
+        f"worst {100 * worst_side:+.2f} %",
+    )
+    return {
+        "kept_of_pair_gain": {**kept, "mean": mean_kept},
+        "public_change": public,
+        "optout_vs_anchor": away,
+        "optout_side_effect": side,
+        "bars": bars,
+    }

@@ -36,8 +36,12 @@ class Score:
     is_cut: bool = False  # whether the model did not hold the whole context
 
     def __add__(self, other: "Score") -> "Score":
-        return Score(self.log_prob + other.log_prob, self.is_greedy and other.is_greedy,
-                     self.tokens + other.tokens, self.is_cut or other.is_cut)
+        return Score(
+            self.log_prob + other.log_prob,
+            self.is_greedy and other.is_greedy,
+            self.tokens + other.tokens,
+            self.is_cut or other.is_cut,
+        )
 
 
 @dataclass(frozen=True)
@@ -63,25 +67,32 @@ class Scorer:
 
     # --- text ---------------------------------------------------------------------------------
 
-    def log_likelihoods(self, pairs: Sequence[tuple[str, str]], meter: Meter | None = None
-                        ) -> list[Score]:
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[str, str]], meter: Meter | None = None
+    ) -> list[Score]:
         """Of each continuation after its context, both text; the order of `pairs` is kept.
 
         Spaces that end a context count to the continuation, for tokens begin with them.
         """
         return self.score_ids(self._encode_pairs(pairs), meter)
 
-    def rolling_log_likelihoods(self, texts: Sequence[str], meter: Meter | None = None
-                                ) -> list[Score]:
+    def rolling_log_likelihoods(
+        self, texts: Sequence[str], meter: Meter | None = None
+    ) -> list[Score]:
         """Of each whole text. One that is too long is read in pieces as long as the model holds,
         the last with as much before it as fits, as harnesses do."""
         nothing = self.reader.start or [self.reader.tokenizer.eos_id]
         ids = self.reader.tokenizer.encode_batch(texts)
         return self.score_ids([(nothing, row) for row in ids], meter)
 
-    def continuations(self, prompts: Sequence[str], sampling: Sampling, stops: Sequence[str] = (),
-                      seeds: Sequence[int] | None = None, meter: Meter | None = None
-                      ) -> list[tuple[str, bool]]:
+    def continuations(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        stops: Sequence[str] = (),
+        seeds: Sequence[int] | None = None,
+        meter: Meter | None = None,
+    ) -> list[tuple[str, bool]]:
         """What the model writes after each prompt, up to the first of `stops`, which is left out;
         and whether the prompt was cut to leave room.
 
@@ -92,19 +103,29 @@ class Scorer:
             seeds = range(sampling.seed, sampling.seed + len(prompts))
         room = self.reader.max_seq_len - sampling.max_new_tokens
         if room < 1:
-            raise ConfigError(f"{sampling.max_new_tokens} new tokens were asked for; this model "
-                              f"holds {self.reader.max_seq_len}, prompt and continuation together.")
+            raise ConfigError(
+                f"{sampling.max_new_tokens} new tokens were asked for; this model "
+                f"holds {self.reader.max_seq_len}, prompt and continuation together."
+            )
         rows = [self.reader.start + r for r in self.reader.tokenizer.encode_batch(prompts)]
         rows = [r or [self.reader.tokenizer.eos_id] for r in rows]
         found = [("", len(r) > room) for r in rows]
         cut = [tuple(self._cut(r, room)) for r in rows]
         for root, members in _share(cut, self.reader.shares_prefixes):
             state = self._read_root(root)
-            batches = (self._batches(members, lambda i: cut[i]) if self.reader.shares_prefixes
-                       else ([i] for i in members))  # texts that end cannot leave a batch
+            batches = (
+                self._batches(members, lambda i: cut[i])
+                if self.reader.shares_prefixes
+                else ([i] for i in members)
+            )  # texts that end cannot leave a batch
             for places in batches:
-                written = self._write([cut[i][len(root):] for i in places], state, sampling,
-                                      [seeds[i] for i in places], stops)
+                written = self._write(
+                    [cut[i][len(root) :] for i in places],
+                    state,
+                    sampling,
+                    [seeds[i] for i in places],
+                    stops,
+                )
                 for i, text in zip(places, written, strict=True):
                     found[i] = (text, found[i][1])
                 if meter is not None:
@@ -116,7 +137,7 @@ class Scorer:
         moved = []
         for context, continuation in pairs:
             bare = context.rstrip()
-            moved.append((bare, context[len(bare):] + continuation))
+            moved.append((bare, context[len(bare) :] + continuation))
         tokenizer, start = self.reader.tokenizer, self.reader.start
         contexts = list(dict.fromkeys(c for c, _ in moved))
         known = dict(zip(contexts, tokenizer.encode_batch(contexts), strict=True))
@@ -125,16 +146,19 @@ class Scorer:
         for (context, continuation), ids in zip(moved, whole, strict=True):
             length = len(known[context])
             if len(ids) <= length:
-                raise ConfigError(f"Nothing is left to predict of {continuation!r} after "
-                                  f"{context[-40:]!r}; a continuation needs a token of its own.")
+                raise ConfigError(
+                    f"Nothing is left to predict of {continuation!r} after "
+                    f"{context[-40:]!r}; a continuation needs a token of its own."
+                )
             head = start + ids[:length]
             found.append((head or [tokenizer.eos_id], ids[length:]))
         return found
 
     # --- likelihood -----------------------------------------------------------------------------
 
-    def score_ids(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-                  meter: Meter | None = None) -> list[Score]:
+    def score_ids(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], meter: Meter | None = None
+    ) -> list[Score]:
         """Of each continuation after its context, which is not empty; both ids.
 
         What does not fit is cut from the context's left, as harnesses do; a continuation longer
@@ -154,11 +178,12 @@ class Scorer:
                     meter.advance(1)
         return [s or Score(0.0, True, 0) for s in found]  # nothing to predict is certain
 
-    def _parts(self, request: int, context: Sequence[int], targets: Sequence[int]
-               ) -> Iterator[_Part]:
+    def _parts(
+        self, request: int, context: Sequence[int], targets: Sequence[int]
+    ) -> Iterator[_Part]:
         limit = self.reader.max_seq_len
         for start in range(0, len(targets), limit):
-            piece = tuple(targets[start:start + limit])
+            piece = tuple(targets[start : start + limit])
             before = [*context, *targets[:start]]
             room = limit + 1 - len(piece)  # the last target is not read
             yield _Part(request, tuple(self._cut(before, room)), piece, len(before) > room)
@@ -166,7 +191,7 @@ class Scorer:
     def _cut(self, ids: Sequence[int], room: int) -> Sequence[int]:
         """The last `room` ids; of a longer text after those that the reader keeps of its start."""
         kept = self.reader.kept_tokens if self.reader.kept_tokens < room < len(ids) else 0
-        return [*ids[:kept], *ids[kept:][-(room - kept):]]
+        return [*ids[:kept], *ids[kept:][-(room - kept) :]]
 
     def _score_parts(self, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Score]]:
         by_context: dict[tuple[int, ...], list[_Part]] = {}
@@ -179,14 +204,15 @@ class Scorer:
             for i in members:
                 same = by_context[contexts[i]]
                 if self.reader.shares_prefixes and len(same) > 1:
-                    forked.append((contexts[i][len(root):], same))
+                    forked.append((contexts[i][len(root) :], same))
                 else:
-                    single += [(contexts[i][len(root):], p) for p in same]
+                    single += [(contexts[i][len(root) :], p) for p in same]
             yield from self._score_single(single, state, len(root))
             yield from self._score_forked(forked, state, len(root))
 
-    def _score_single(self, jobs: Sequence[tuple[tuple[int, ...], _Part]], state: Any, held: int
-                      ) -> Iterator[tuple[_Part, Score]]:
+    def _score_single(
+        self, jobs: Sequence[tuple[tuple[int, ...], _Part]], state: Any, held: int
+    ) -> Iterator[tuple[_Part, Score]]:
         """Rest of the context and continuation in one go; `state` holds `held` tokens."""
         for batch in self._batches(jobs, lambda job: (*job[0], *job[1].targets[:-1]), held):
             ids, real = _pad([(*rest, *p.targets[:-1]) for rest, p in batch])
@@ -196,8 +222,9 @@ class Scorer:
             for (_, p), score in zip(batch, scores, strict=True):
                 yield p, replace(score, is_cut=p.is_cut)
 
-    def _score_forked(self, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Part]]], state: Any,
-                      held: int) -> Iterator[tuple[_Part, Score]]:
+    def _score_forked(
+        self, jobs: Sequence[tuple[tuple[int, ...], Sequence[_Part]]], state: Any, held: int
+    ) -> Iterator[tuple[_Part, Score]]:
         """The rest of each context once, then its continuations from there."""
         for batch in self._batches(jobs, lambda job: job[0], held):
             ids, real = _pad([rest for rest, _ in batch])
@@ -206,11 +233,14 @@ class Scorer:
             likeliest = said.argmax(-1).tolist()
             leaves = [(b, p) for b, (_, same) in enumerate(batch) for p in same]
             firsts = said[[b for b, _ in leaves], [p.targets[0] for _, p in leaves]].tolist()
-            found = {id(p): Score(first, likeliest[b] == p.targets[0], 1, p.is_cut)
-                     for (b, p), first in zip(leaves, firsts, strict=True)}
+            found = {
+                id(p): Score(first, likeliest[b] == p.targets[0], 1, p.is_cut)
+                for (b, p), first in zip(leaves, firsts, strict=True)
+            }
             longer = [leaf for leaf in leaves if len(leaf[1].targets) > 1]
-            for group in self._batches(longer, lambda leaf: leaf[1].targets[:-1],
-                                       held + ids.shape[1]):
+            for group in self._batches(
+                longer, lambda leaf: leaf[1].targets[:-1], held + ids.shape[1]
+            ):
                 ids, real = _pad([p.targets[:-1] for _, p in group])
                 state_here = stem.select(torch.tensor([b for b, _ in group]))
                 said = self.reader.read(ids, state_here, is_token=real, last=ids.shape[1])
@@ -221,8 +251,14 @@ class Scorer:
 
     # --- continuing -----------------------------------------------------------------------------
 
-    def _write(self, prompts: Sequence[tuple[int, ...]], root: Any, sampling: Sampling,
-               seeds: Sequence[int], stops: Sequence[str]) -> list[str]:
+    def _write(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        root: Any,
+        sampling: Sampling,
+        seeds: Sequence[int],
+        stops: Sequence[str],
+    ) -> list[str]:
         """Continuations of one batch; texts that have ended leave it."""
         tokenizer = self.reader.tokenizer
         window = max((len(s.encode()) for s in stops), default=0) + 4  # tokens a stop may span
@@ -260,8 +296,9 @@ class Scorer:
                 self.reader.read(torch.tensor([root]), state, last=1)
         return state
 
-    def _batches(self, jobs: Sequence[Job], row: Callable[[Job], tuple[int, ...]], held: int = 0
-                 ) -> Iterator[list[Job]]:
+    def _batches(
+        self, jobs: Sequence[Job], row: Callable[[Job], tuple[int, ...]], held: int = 0
+    ) -> Iterator[list[Job]]:
         """Jobs from the longest row to read to the shortest, as many at once as are allowed; each
         goes on from a state of `held` tokens."""
         ordered = sorted(jobs, key=lambda job: (-len(row(job)), row(job)))
@@ -273,8 +310,9 @@ class Scorer:
             start = end
 
 
-def _share(rows: Sequence[tuple[int, ...]], is_possible: bool
-           ) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+def _share(
+    rows: Sequence[tuple[int, ...]], is_possible: bool
+) -> Iterator[tuple[tuple[int, ...], list[int]]]:
     """Groups of rows by what they begin with: the beginning, shorter than each row, and places.
 
     In alphabetical order, a row joins the group before it if that keeps at least half of the
@@ -332,4 +370,4 @@ def _judge(said: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Score]:
 
 def _until(text: str, stops: Sequence[str]) -> str:
     """The text before the first of `stops`."""
-    return text[:min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
+    return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]

@@ -27,14 +27,27 @@ class Sampling(BaseModel):
     max_new_tokens: int = Field(200, ge=1, description="tokens to write at most")
     temperature: float = Field(0.8, ge=0, description="0 is greedy: always the likeliest token")
     top_k: int | None = Field(None, ge=1, description="choose among this many likeliest tokens")
-    top_p: float = Field(0.95, gt=0, le=1, description="choose among the likeliest tokens that "
-                                                       "together have this probability")
-    seed: int = Field(0, ge=0, lt=2**62, description="of the draws; sequence number i of a batch "
-                                                     "draws from seed + i")
+    top_p: float = Field(
+        0.95,
+        gt=0,
+        le=1,
+        description="choose among the likeliest tokens that together have this probability",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**62,
+        description="of the draws; sequence number i of a batch draws from seed + i",
+    )
 
 
-def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sampling: Sampling,
-           active: Tensor | None = None) -> Iterator[list[int | None]]:
+def decode(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    eos_id: int,
+    sampling: Sampling,
+    active: Tensor | None = None,
+) -> Iterator[list[int | None]]:
     """Yield the next token of every sequence, None where a sequence has ended.
 
     `prompts` are ids without the leading end-of-text token, which is added; `active` is [B,E].
@@ -43,8 +56,10 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
     longest = max(len(r) for r in rows)
     limit = model.config.max_seq_len
     if longest >= limit:
-        raise ConfigError(f"The longest prompt has {longest - 1} tokens; this model holds {limit} "
-                          "positions, prompt and continuation together.")
+        raise ConfigError(
+            f"The longest prompt has {longest - 1} tokens; this model holds {limit} "
+            "positions, prompt and continuation together."
+        )
     ids = torch.tensor([[eos_id] * (longest - len(r)) + r for r in rows])  # [B,T]
     real = torch.tensor([[i >= longest - len(r) for i in range(longest)] for r in rows])  # [B,T]
     is_token = None if bool(real.all()) else real
@@ -53,8 +68,11 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
     ended = [False] * len(rows)
     with torch.inference_mode():
         for _ in range(min(sampling.max_new_tokens, limit - longest)):
-            logits = model(ids, cache=cache, active=active, is_token=is_token,
-                           last=1)[:, 0].float().cpu()  # [B,V]
+            logits = (
+                model(ids, cache=cache, active=active, is_token=is_token, last=1)[:, 0]
+                .float()
+                .cpu()
+            )  # [B,V]
             chosen = [choose_token(z, sampling, g) for z, g in zip(logits, draws, strict=True)]
             ended = [e or t == eos_id for e, t in zip(ended, chosen, strict=True)]
             yield [None if e else t for e, t in zip(ended, chosen, strict=True)]
@@ -63,8 +81,9 @@ def decode(model: Transformer, prompts: Sequence[Sequence[int]], eos_id: int, sa
             ids, is_token = torch.tensor(chosen)[:, None], None  # [B,1]
 
 
-def continue_ids(model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling
-                 ) -> list[list[int]]:
+def continue_ids(
+    model: Transformer, prompts: Sequence[Sequence[int]], sampling: Sampling
+) -> list[list[int]]:
     """The continuations of `prompts` (ids, as for `decode`), without their end-of-text tokens."""
     written: list[list[int]] = [[] for _ in prompts]
     for tokens in decode(model, prompts, model.config.eos_token_id, sampling):
@@ -83,14 +102,18 @@ def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator)
     ranked, order = probabilities.sort(descending=True, stable=True)
     keep = ranked.cumsum(-1) - ranked < sampling.top_p  # the first always stays
     if sampling.top_k is not None:
-        keep[sampling.top_k:] = False
+        keep[sampling.top_k :] = False
     return int(order[torch.multinomial(ranked * keep, 1, generator=generator)])
 
 
-def generate(mixture: LoadedMixture, prompts: Sequence[str], *,
-             without: Iterable[str] | Sequence[Iterable[str]] = (),
-             only: Iterable[str] | Sequence[Iterable[str]] | None = None,
-             sampling: Sampling | None = None) -> list[str]:
+def generate(
+    mixture: LoadedMixture,
+    prompts: Sequence[str],
+    *,
+    without: Iterable[str] | Sequence[Iterable[str]] = (),
+    only: Iterable[str] | Sequence[Iterable[str]] | None = None,
+    sampling: Sampling | None = None,
+) -> list[str]:
     """Continuations of `prompts`, as one batch.
 
     `without` and `only` name experts, for all prompts (`["news"]`) or for each prompt its own
@@ -101,8 +124,10 @@ def generate(mixture: LoadedMixture, prompts: Sequence[str], *,
     sampling = sampling or Sampling()
     left_out = _for_each(without, len(prompts))
     alone = [None] * len(prompts) if only is None else _for_each(only, len(prompts))
-    enabled = [choose_experts(mixture.expert_names, without=w or (), only=o)
-               for w, o in zip(left_out, alone, strict=True)]
+    enabled = [
+        choose_experts(mixture.expert_names, without=w or (), only=o)
+        for w, o in zip(left_out, alone, strict=True)
+    ]
     active = mixture.model.expert_mask(enabled)
     written: list[list[int]] = [[] for _ in prompts]
     encoded = mixture.tokenizer.encode_batch(list(prompts))
@@ -113,16 +138,28 @@ def generate(mixture: LoadedMixture, prompts: Sequence[str], *,
     return [mixture.tokenizer.decode(row) for row in written]
 
 
-def stream(mixture: LoadedMixture, prompt: str, *, without: Iterable[str] = (),
-           only: Iterable[str] | None = None, sampling: Sampling | None = None) -> Iterator[str]:
+def stream(
+    mixture: LoadedMixture,
+    prompt: str,
+    *,
+    without: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+    sampling: Sampling | None = None,
+) -> Iterator[str]:
     """The continuation of `prompt` in pieces of whole characters, as they are written."""
     enabled = choose_experts(mixture.expert_names, without=without, only=only)
-    return stream_ids(mixture.model, mixture.tokenizer, prompt, sampling or Sampling(),
-                      mixture.model.expert_mask([enabled]))
+    return stream_ids(
+        mixture.model,
+        mixture.tokenizer,
+        prompt,
+        sampling or Sampling(),
+        mixture.model.expert_mask([enabled]),
+    )
 
 
-def stream_ids(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling,
-               active: Tensor | None) -> Iterator[str]:
+def stream_ids(
+    model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: Sampling, active: Tensor | None
+) -> Iterator[str]:
     """As `stream`, for any decoder; an anchor has no experts to switch."""
     written: list[int] = []
     shown = ""
@@ -132,9 +169,9 @@ def stream_ids(model: Transformer, tokenizer: Tokenizer, prompt: str, sampling: 
         written.append(token)
         text = tokenizer.decode(written)
         if not text.endswith("\ufffd"):  # a character whose bytes are still to come
-            yield text[len(shown):]
+            yield text[len(shown) :]
             shown = text
-    yield tokenizer.decode(written)[len(shown):]
+    yield tokenizer.decode(written)[len(shown) :]
 
 
 def _for_each(names: Iterable[str] | Sequence[Iterable[str]], count: int) -> list[list[str]]:
@@ -142,6 +179,8 @@ def _for_each(names: Iterable[str] | Sequence[Iterable[str]], count: int) -> lis
     if all(isinstance(n, str) for n in items):
         return [[str(n) for n in items]] * count
     if any(isinstance(n, str) for n in items) or len(items) != count:
-        raise ConfigError(f"Give one list of expert names for all prompts, or one list for each "
-                          f"of the {count} prompts; found {items!r}.")
+        raise ConfigError(
+            f"Give one list of expert names for all prompts, or one list for each "
+            f"of the {count} prompts; found {items!r}."
+        )
     return [list(n) for n in items]

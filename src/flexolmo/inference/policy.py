@@ -5,8 +5,9 @@ from collections.abc import Collection, Iterable
 from flexolmo.errors import PolicyError
 
 
-def choose_experts(available: Collection[str], *, without: Iterable[str] = (),
-                   only: Iterable[str] | None = None) -> frozenset[str]:
+def choose_experts(
+    available: Collection[str], *, without: Iterable[str] = (), only: Iterable[str] | None = None
+) -> frozenset[str]:
     """The experts to enable: all `available` but `without`, or exactly `only`.
 
     Public text always takes part; `only=[]` is the anchor alone.
@@ -17,11 +18,14 @@ def choose_experts(available: Collection[str], *, without: Iterable[str] = (),
     """
     without = set(without)
     if only is not None and without:
-        raise PolicyError("Give either the experts to use alone (only) or those to leave out "
-                          "(without), not both.")
+        raise PolicyError(
+            "Give either the experts to use alone (only) or those to leave out (without), not both."
+        )
     named = without if only is None else set(only)
     unknown = sorted(named - set(available))
     if unknown:
-        raise PolicyError(f"Unknown expert {', '.join(unknown)}: this mixture holds "
-                          f"{', '.join(sorted(available)) or 'none'}.")
+        raise PolicyError(
+            f"Unknown expert {', '.join(unknown)}: this mixture holds "
+            f"{', '.join(sorted(available)) or 'none'}."
+        )
     return frozenset(available) - without if only is None else frozenset(named)

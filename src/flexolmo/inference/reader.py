@@ -70,8 +70,10 @@ class OwnReader:
             self.model.is_sparse = True
             self._mask = self.model.expert_mask([self.enabled])
         elif self.enabled:
-            raise ConfigError(f"Experts {', '.join(self.enabled)} were named, but this model is "
-                              "dense: it has none to switch.")
+            raise ConfigError(
+                f"Experts {', '.join(self.enabled)} were named, but this model is "
+                "dense: it has none to switch."
+            )
 
     def new_state(self) -> Any:
         return self.model.new_cache()
@@ -121,12 +123,17 @@ class StockReader:
 
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, use_safetensors=True, trust_remote_code=False,
-                dtype=torch.float32)
+                directory,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+            )
             start = AutoTokenizer.from_pretrained(directory, local_files_only=True)("").input_ids
         except (OSError, ValueError, KeyError) as e:
-            raise CheckpointError(f"{directory} is no model that stock transformers loads: {e}"
-                                  ) from None
+            raise CheckpointError(
+                f"{directory} is no model that stock transformers loads: {e}"
+            ) from None
         layers = DynamicCache(config=model.config).layers
         is_plain = bool(layers) and all(type(x) is DynamicLayer for x in layers)
         limit = getattr(model.config, "max_position_embeddings", 2048)
@@ -142,16 +149,25 @@ class StockReader:
         new = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
         seen = new if state.is_token is None else torch.cat([state.is_token, new], dim=1)  # [B,S]
         state.is_token = seen
-        places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+        places = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         device = self.model.device
         return self.model(
-            ids.to(device), past_key_values=state.cache, use_cache=True,
+            ids.to(device),
+            past_key_values=state.cache,
+            use_cache=True,
             attention_mask=None if bool(seen.all()) else seen.long().to(device),
-            position_ids=places.to(device), logits_to_keep=min(last, ids.shape[1])).logits.float()
+            position_ids=places.to(device),
+            logits_to_keep=min(last, ids.shape[1]),
+        ).logits.float()
 
 
-def open_reader(directory: Path, *, without: Iterable[str] = (), only: Iterable[str] | None = None,
-                device: torch.device | None = None) -> tuple[Reader, dict[str, Any]]:
+def open_reader(
+    directory: Path,
+    *,
+    without: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+    device: torch.device | None = None,
+) -> tuple[Reader, dict[str, Any]]:
     """The model in a directory, and what it is: kind, digest, and the experts that are on.
 
     A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
@@ -162,21 +178,34 @@ def open_reader(directory: Path, *, without: Iterable[str] = (), only: Iterable[
     if (directory / ABOUT).is_file():
         mixture = load_mixture(directory)
         enabled = choose_experts(mixture.expert_names, without=without, only=only)
-        return (OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled)),
-                {"kind": "mixture", "digest": digest_file(directory / ABOUT),
-                 "enabled": sorted(enabled), "experts": mixture.expert_names})
+        return (
+            OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled)),
+            {
+                "kind": "mixture",
+                "digest": digest_file(directory / ABOUT),
+                "enabled": sorted(enabled),
+                "experts": mixture.expert_names,
+            },
+        )
     choose_experts([], without=without, only=only)  # a dense model has nothing to switch
     if (directory / "anchor.json").is_file():
         anchor = load_anchor(directory)
-        return (OwnReader(anchor.model.to(device), anchor.tokenizer),
-                {"kind": "anchor", "digest": anchor.digest})
+        return (
+            OwnReader(anchor.model.to(device), anchor.tokenizer),
+            {"kind": "anchor", "digest": anchor.digest},
+        )
     files = sorted(directory.glob("*.safetensors"))
     if not (directory / "config.json").is_file() or not files:
-        raise CheckpointError(f"{directory} holds no model: expected a mixture ({ABOUT}), an "
-                              "anchor (anchor.json), or a Hugging Face model (config.json, "
-                              "*.safetensors and tokenizer.json).")
-    files = [f for f in (directory / "config.json", directory / "tokenizer.json", *files)
-             if f.is_file()]
+        raise CheckpointError(
+            f"{directory} holds no model: expected a mixture ({ABOUT}), an "
+            "anchor (anchor.json), or a Hugging Face model (config.json, "
+            "*.safetensors and tokenizer.json)."
+        )
+    files = [
+        f for f in (directory / "config.json", directory / "tokenizer.json", *files) if f.is_file()
+    ]
     digests = [digest_file(f) for f in files]
-    return (StockReader.open(directory, device),
-            {"kind": "stock", "digest": digest_bytes("".join(digests).encode())})
+    return (
+        StockReader.open(directory, device),
+        {"kind": "stock", "digest": digest_bytes("".join(digests).encode())},
+    )

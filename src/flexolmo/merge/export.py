@@ -51,8 +51,9 @@ def is_stock_router(model: MixtureModel) -> bool:
     return isinstance(model.settings, LinearSettings) and not model.settings.has_bias
 
 
-def own_windows(mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
-                ) -> list[tuple[np.ndarray, int]]:
+def own_windows(
+    mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
+) -> list[tuple[np.ndarray, int]]:
     """Text that the mixture itself writes, each expert by itself, to refit and measure on.
 
     A coordinator holds no owner's text. Every expert (and public) speaks alone from its own FFN,
@@ -85,7 +86,8 @@ def refuse_more_than_ffn(model: MixtureModel) -> None:
         raise MergeError(
             f"The stock format has room for experts' FFNs alone, but {', '.join(more)} also "
             "change attention, embedding or output head. Leave these out (flexolmo mix remove), "
-            "or ask their owners for an expert trained with --scope ffn.")
+            "or ask their owners for an expert trained with --scope ffn."
+        )
 
 
 def whole_ffn(model: MixtureModel, name: str, layer: int) -> dict[str, Tensor]:
@@ -94,8 +96,11 @@ def whole_ffn(model: MixtureModel, name: str, layer: int) -> dict[str, Tensor]:
     found = {}
     for part in FFN_PARTS:
         matrix = getattr(mixture.expert(name), part)
-        found[part] = matrix.weight if isinstance(matrix, Linear) else (
-            getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a)
+        found[part] = (
+            matrix.weight
+            if isinstance(matrix, Linear)
+            else (getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a)
+        )
     return found
 
 
@@ -105,16 +110,20 @@ def _speak_alone(model: MixtureModel, name: str) -> Transformer:
     width = len(ffns[0]["gate_proj"])
     dense = Transformer(model.config.model_copy(update={"d_ff": width}))
     dense.to(model.embed_tokens.weight.dtype)
-    state = {k: v for k, v in model.state_dict().items()
-             if not (".mlp." in k or ".deltas." in k or k.startswith("router."))}
+    state = {
+        k: v
+        for k, v in model.state_dict().items()
+        if not (".mlp." in k or ".deltas." in k or k.startswith("router."))
+    }
     for i, ffn in enumerate(ffns):
         state |= {f"layers.{i}.mlp.{part}.weight": w for part, w in ffn.items()}
     dense.load_state_dict(state)
     return dense.requires_grad_(False).eval()
 
 
-def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
-                 ridge: float = 1e-3) -> list[Tensor]:
+def refit_router(
+    model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]], ridge: float = 1e-3
+) -> list[Tensor]:
     """Rows of the stock router closest to this model's own, one [E,D] a layer, float32.
 
     Least squares from each layer's residual stream to the log weights of the mixture's router,
@@ -125,8 +134,9 @@ def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
     gram = [torch.zeros(D, D, dtype=torch.float64) for _ in model.layers]
     cross = [torch.zeros(D, E, dtype=torch.float64) for _ in model.layers]
     seen: list[Tensor] = []
-    hooks = [m.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-             for m in model.mixtures()]
+    hooks = [
+        m.register_forward_pre_hook(lambda _m, args: seen.append(args[0])) for m in model.mixtures()
+    ]
     try:
         with torch.inference_mode():
             for ids, _ in windows:
@@ -152,11 +162,15 @@ def refit_router(model: MixtureModel, windows: Iterable[tuple[np.ndarray, int]],
 def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureModel:
     """The same experts under a linear router without bias; `rows` are [E,D], one a layer."""
     refuse_more_than_ffn(model)
-    stock = MixtureModel(model.config, model.shapes, LinearSettings(has_bias=False),
-                         top_k=model.top_k)
+    stock = MixtureModel(
+        model.config, model.shapes, LinearSettings(has_bias=False), top_k=model.top_k
+    )
     stock.to(model.embed_tokens.weight.dtype)
-    kept = {k: v for k, v in model.state_dict().items()
-            if not k.startswith("router.") and ".mlp.router." not in k}
+    kept = {
+        k: v
+        for k, v in model.state_dict().items()
+        if not k.startswith("router.") and ".mlp.router." not in k
+    }
     for i, layer_rows in enumerate(rows):
         for e, name in enumerate(model.expert_names):
             kept[f"layers.{i}.mlp.router.rows.{slot(name)}.weight"] = layer_rows[e][None]
@@ -176,8 +190,9 @@ def router_rows(model: MixtureModel) -> list[Tensor]:
     return found
 
 
-def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
-                 about: dict[str, Any]) -> None:
+def export_stock(
+    mixture: LoadedMixture, model: MixtureModel, out: Path, about: dict[str, Any]
+) -> None:
     """Write `model` (its router must be stock) to `out` for `FlexOlmoForCausalLM`.
 
     Experts get contiguous numbers: public is 0, the owners follow alphabetically; the names are
@@ -188,7 +203,8 @@ def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
     refuse_more_than_ffn(model)
     names = model.expert_names
     tensors: dict[str, Tensor] = {
-        stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k}
+        stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k
+    }
     width = max([model.config.d_ff, *(s.d_ff for s in model.shapes.values())])
     width = math.ceil(width / 8) * 8  # stock's grouped products want rows of whole 16 bytes
     for i, rows in enumerate(router_rows(model)):
@@ -200,17 +216,32 @@ def export_stock(mixture: LoadedMixture, model: MixtureModel, out: Path,
                 w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
                 tensors[f"{prefix}experts.{e}.{part}.weight"] = w
     config = stock_config(
-        model.config, model.embed_tokens.weight.dtype, architectures=["FlexOlmoForCausalLM"],
-        model_type="flex_olmo", intermediate_size=width, num_experts=len(names),
-        num_experts_per_tok=min(model.top_k or len(names), len(names)), norm_topk_prob=False,
-        output_router_logits=False, router_aux_loss_coef=0.01)
+        model.config,
+        model.embed_tokens.weight.dtype,
+        architectures=["FlexOlmoForCausalLM"],
+        model_type="flex_olmo",
+        intermediate_size=width,
+        num_experts=len(names),
+        num_experts_per_tok=min(model.top_k or len(names), len(names)),
+        norm_topk_prob=False,
+        output_router_logits=False,
+        router_aux_loss_coef=0.01,
+    )
     with write_directory_aside(out, "flexolmo.json") as aside:
         write_stock(aside, config, tensors, mixture.tokenizer)
         write_json(aside / "flexolmo.json", {"experts": names, **about})
 
 
-def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: Path, *,
-                 owner: str, licence: str, terms: str) -> dict[str, Any]:
+def import_stock(
+    directory: Path,
+    names: Sequence[str],
+    out: Path,
+    private_key: Path,
+    *,
+    owner: str,
+    licence: str,
+    terms: str,
+) -> dict[str, Any]:
     """A mixture of ours from a stock FlexOlmo checkpoint; expert 0 becomes the public anchor.
 
     `names` are the other experts' names, in the checkpoint's order. Each is signed with the
@@ -219,15 +250,19 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
     config, raw = read_stock_config(directory, "flex_olmo")
     count = int(raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"])
     if len(names) != count - 1 or len(set(names)) != len(names):
-        raise CheckpointError(f"{directory} has {count} experts, the first of them public: give "
-                              f"{count - 1} different names, found {len(names)}: "
-                              f"{', '.join(names)}.")
+        raise CheckpointError(
+            f"{directory} has {count} experts, the first of them public: give "
+            f"{count - 1} different names, found {len(names)}: "
+            f"{', '.join(names)}."
+        )
     tensors = read_tensors(directory)
     tokenizer = load_tokenizer(directory)
     config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
     top_k = int(raw.get("num_experts_per_tok", count))
-    gates = [_take(tensors, f"model.layers.{i}.mlp.gate.weight", directory)
-             for i in range(config.num_layers)]  # [E,D] each
+    gates = [
+        _take(tensors, f"model.layers.{i}.mlp.gate.weight", directory)
+        for i in range(config.num_layers)
+    ]  # [E,D] each
     if any(len(g) != count for g in gates):
         raise CheckpointError(f"{directory}: a router has not {count} rows.")
     dense = {k: v for k, v in tensors.items() if ".mlp." not in k}
@@ -242,20 +277,24 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
                 else:
                     experts[e][f"layers.{i}.{part}.weight"] = w.contiguous()
             if e > 0:
-                experts[e][f"layers.{i}.router.weight"] = gates[i][e:e + 1].float().contiguous()
+                experts[e][f"layers.{i}.router.weight"] = gates[i][e : e + 1].float().contiguous()
     model = build_transformer(config, dense, str(directory))
     even = np.full(config.vocab_size, -math.log(config.vocab_size), dtype=np.float32)
-    nothing = BigramModel(even, np.zeros_like(even), np.zeros(0, dtype=np.int64),
-                          np.zeros(0, dtype=np.float32))
+    nothing = BigramModel(
+        even, np.zeros_like(even), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    )
     record = run_record({"imported_from": Path(directory).name}, 0, {})
-    anchor = build_anchor(model, tokenizer, nothing,
-                          torch.stack([g[0].float() for g in gates]), record)
+    anchor = build_anchor(
+        model, tokenizer, nothing, torch.stack([g[0].float() for g in gates]), record
+    )
     router = LinearSettings(has_bias=False).model_dump(mode="json")
     source_digest = digest_bytes(canonical_json(raw))
     left = sorted(k for k in tensors if ".mlp." in k)
     if left:
-        raise CheckpointError(f"{directory} has tensors this format has no place for; left out, "
-                              f"the model would silently differ: {', '.join(left)}.")
+        raise CheckpointError(
+            f"{directory} has tensors this format has no place for; left out, "
+            f"the model would silently differ: {', '.join(left)}."
+        )
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as temporary:
         aside = Path(temporary)
@@ -264,14 +303,23 @@ def import_stock(directory: Path, names: Sequence[str], out: Path, private_key: 
         for name, expert in zip(names, experts[1:], strict=True):
             weights = save(expert)
             manifest = build_manifest(
-                weights, name=name, owner=owner, anchor_digest=anchor.digest,
+                weights,
+                name=name,
+                owner=owner,
+                anchor_digest=anchor.digest,
                 architecture=architecture_of(config, ExpertShape(d_ff=config.d_ff)),
-                router_kind="linear", router_settings=router,
-                recipe={"imported_from": Path(directory).name}, tokens_seen=0,
-                data_card_digest=source_digest, licence=licence, terms_text=terms)
+                router_kind="linear",
+                router_settings=router,
+                recipe={"imported_from": Path(directory).name},
+                tokens_seen=0,
+                data_card_digest=source_digest,
+                licence=licence,
+                terms_text=terms,
+            )
             bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
-        about = build_mixture(aside / "anchor", bundles, Path(out), allow_unknown_signers=True,
-                              top_k=top_k)
+        about = build_mixture(
+            aside / "anchor", bundles, Path(out), allow_unknown_signers=True, top_k=top_k
+        )
     return about
 
 

@@ -54,9 +54,15 @@ class LoadedMixture:
         return self.model.expert_names[1:]
 
 
-def build_mixture(anchor_dir: Path, bundles: Sequence[Path], out: Path,
-                  trusted: TrustedOwners | None = None, *, allow_unknown_signers: bool = False,
-                  top_k: int | None = None) -> dict[str, Any]:
+def build_mixture(
+    anchor_dir: Path,
+    bundles: Sequence[Path],
+    out: Path,
+    trusted: TrustedOwners | None = None,
+    *,
+    allow_unknown_signers: bool = False,
+    top_k: int | None = None,
+) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
 
     `top_k` experts (public included) are active per token; None: all enabled ones.
@@ -73,12 +79,24 @@ def build_mixture(anchor_dir: Path, bundles: Sequence[Path], out: Path,
     sources = {b.manifest.name: p for p, b in opened}
     experts = {b.manifest.name: _describe_expert(b) for _, b in opened}
     router = opened[0][1].manifest.router.settings if opened else {"kind": "evidence"}
-    return _write(out, Path(anchor_dir), anchor, sources, experts,
-                  _ROUTER.validate_python(router).model_dump(mode="json"), top_k)
+    return _write(
+        out,
+        Path(anchor_dir),
+        anchor,
+        sources,
+        experts,
+        _ROUTER.validate_python(router).model_dump(mode="json"),
+        top_k,
+    )
 
 
-def add_experts(model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners | None = None, *,
-                allow_unknown_signers: bool = False) -> dict[str, Any]:
+def add_experts(
+    model_dir: Path,
+    bundles: Sequence[Path],
+    trusted: TrustedOwners | None = None,
+    *,
+    allow_unknown_signers: bool = False,
+) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`."""
     about = read_about(model_dir)
     anchor = _load_own_anchor(model_dir, about)
@@ -89,8 +107,15 @@ def add_experts(model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners
     sources = held | {b.manifest.name: p for p, b in opened}
     experts = about["experts"] | {b.manifest.name: _describe_expert(b) for _, b in opened}
     router = about["router"] if held or not opened else opened[0][1].manifest.router.settings
-    return _write(Path(model_dir), Path(model_dir) / "anchor", anchor, sources, experts,
-                  _ROUTER.validate_python(router).model_dump(mode="json"), about["top_k"])
+    return _write(
+        Path(model_dir),
+        Path(model_dir) / "anchor",
+        anchor,
+        sources,
+        experts,
+        _ROUTER.validate_python(router).model_dump(mode="json"),
+        about["top_k"],
+    )
 
 
 def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -100,8 +125,15 @@ def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
     _refuse_unknown(gone, about)
     kept = {n: e for n, e in about["experts"].items() if n not in gone}
     sources = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in kept}
-    return _write(Path(model_dir), Path(model_dir) / "anchor", _load_own_anchor(model_dir, about),
-                  sources, kept, about["router"], about["top_k"])
+    return _write(
+        Path(model_dir),
+        Path(model_dir) / "anchor",
+        _load_own_anchor(model_dir, about),
+        sources,
+        kept,
+        about["router"],
+        about["top_k"],
+    )
 
 
 def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> LoadedMixture:
@@ -124,24 +156,31 @@ def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> Loade
             late.append(f"{name}: terms expired on {manifest.terms.expires}")
         tensors[name] = load_bytes(weights)
     if late:
-        raise MergeError(f"{model_dir} may not be used as it is:\n  " + "\n  ".join(late)
-                         + "\nRemove these experts (flexolmo mix remove) or ask their owners.")
-    model = assemble_mixture(anchor, tensors, _ROUTER.validate_python(about["router"]),
-                             top_k=about["top_k"])
+        raise MergeError(
+            f"{model_dir} may not be used as it is:\n  "
+            + "\n  ".join(late)
+            + "\nRemove these experts (flexolmo mix remove) or ask their owners."
+        )
+    model = assemble_mixture(
+        anchor, tensors, _ROUTER.validate_python(about["router"]), top_k=about["top_k"]
+    )
     return LoadedMixture(model, anchor.tokenizer, about)
 
 
 def read_about(model_dir: Path) -> dict[str, Any]:
     """What `mixture.json` says: anchor digest, router, top_k, and each expert's claims."""
     if not (Path(model_dir) / ABOUT).is_file():
-        raise MergeError(f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with "
-                         "flexolmo mix build.")
+        raise MergeError(
+            f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."
+        )
     about = read_json(Path(model_dir) / ABOUT, MergeError)
     if not isinstance(about, dict):
         raise MergeError(f"{model_dir}/{ABOUT} does not describe a mixture.")
     if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
-        raise MergeError(f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
-                         f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1.")
+        raise MergeError(
+            f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
+            f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1."
+        )
     missing = sorted({"anchor_digest", "router", "top_k", "experts"} - about.keys())
     if missing:
         raise MergeError(f"{model_dir}/{ABOUT} lacks {', '.join(missing)}.")
@@ -159,24 +198,32 @@ def read_about(model_dir: Path) -> dict[str, Any]:
 def _load_own_anchor(model_dir: Path, about: Mapping[str, Any]) -> Anchor:
     anchor = load_anchor(Path(model_dir) / "anchor")
     if anchor.digest != about["anchor_digest"]:
-        raise MergeError(f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
-                         f"on {about['anchor_digest']}. Build it again.")
+        raise MergeError(
+            f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
+            f"on {about['anchor_digest']}. Build it again."
+        )
     return anchor
 
 
 def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     m = bundle.manifest
     return {
-        "owner": m.owner, "signer": bundle.signer, "key_id": bundle.key_id,
-        "licence": m.licence, "terms": m.terms.model_dump(mode="json"),
-        "architecture": m.architecture.model_dump(mode="json"), "tokens_seen": m.tokens_seen,
-        "weights_bytes": len(bundle.weights), "data_card_digest": m.data_card_digest,
+        "owner": m.owner,
+        "signer": bundle.signer,
+        "key_id": bundle.key_id,
+        "licence": m.licence,
+        "terms": m.terms.model_dump(mode="json"),
+        "architecture": m.architecture.model_dump(mode="json"),
+        "tokens_seen": m.tokens_seen,
+        "weights_bytes": len(bundle.weights),
+        "data_card_digest": m.data_card_digest,
         "files": {name: bundle.digests[name] for name in sorted(MAX_FILE_BYTES)},
     }
 
 
-def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
-                    held: Sequence[Manifest] = ()) -> None:
+def _refuse_misfits(
+    anchor: Anchor, bundles: Sequence[Bundle], held: Sequence[Manifest] = ()
+) -> None:
     manifests = [b.manifest for b in bundles]
     dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
     lines: list[str] = []
@@ -186,8 +233,9 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
             lines.append(f"{m.name}: two experts have this name")
         seen.add(m.name)
         if m.anchor_digest != anchor.digest:
-            lines.append(f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is "
-                         f"{anchor.digest}")
+            lines.append(
+                f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is {anchor.digest}"
+            )
             continue
         try:
             router = _ROUTER.validate_python(m.router.settings)
@@ -196,25 +244,38 @@ def _refuse_misfits(anchor: Anchor, bundles: Sequence[Bundle],
             continue
         shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
         claimed, found = m.architecture.model_dump(), architecture_of(anchor.config, shape)
-        lines += [f"{m.name}: architecture claims {key} {claimed[key]}, found {found[key]}"
-                  for key in found if claimed[key] != found[key]]
+        lines += [
+            f"{m.name}: architecture claims {key} {claimed[key]}, found {found[key]}"
+            for key in found
+            if claimed[key] != found[key]
+        ]
         expected = expert_shapes(anchor.config, shape, router)
         lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
-        lines += [f"{m.name}: dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
-                  for key, entry in m.tensors.items()
-                  if entry.dtype not in (wanted := _dtypes_of(key, dtype))]
+        lines += [
+            f"{m.name}: dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
+            for key, entry in m.tensors.items()
+            if entry.dtype not in (wanted := _dtypes_of(key, dtype))
+        ]
         keys = m.tensors.get(BIGRAM_KEYS)
-        if keys is not None and keys.dtype == "I64" and not are_bigram_keys(
-                read_integers(b.weights, BIGRAM_KEYS), anchor.config.vocab_size):
+        if (
+            keys is not None
+            and keys.dtype == "I64"
+            and not are_bigram_keys(read_integers(b.weights, BIGRAM_KEYS), anchor.config.vocab_size)
+        ):
             lines.append(f"{m.name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
     first = [*held, *manifests][0] if (held or manifests) else None
     for m in manifests:
         if first is not None and m.router != first.router:
-            lines.append(f"{m.name}: router is {m.router.settings}, that of {first.name} is "
-                         f"{first.router.settings}")
+            lines.append(
+                f"{m.name}: router is {m.router.settings}, that of {first.name} is "
+                f"{first.router.settings}"
+            )
     if lines:
-        raise MergeError("These experts cannot be merged:\n  " + "\n  ".join(lines)
-                         + "\nAsk their owners to train again on this anchor with one router.")
+        raise MergeError(
+            "These experts cannot be merged:\n  "
+            + "\n  ".join(lines)
+            + "\nAsk their owners to train again on this anchor with one router."
+        )
 
 
 def _dtypes_of(key: str, weights: str) -> list[str]:
@@ -228,8 +289,10 @@ def _dtypes_of(key: str, weights: str) -> list[str]:
 def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
     unknown = sorted(names - set(about["experts"]))
     if unknown:
-        raise MergeError(f"No expert {', '.join(unknown)} here: the mixture holds "
-                         f"{', '.join(sorted(about['experts'])) or 'none'}.")
+        raise MergeError(
+            f"No expert {', '.join(unknown)} here: the mixture holds "
+            f"{', '.join(sorted(about['experts'])) or 'none'}."
+        )
 
 
 def _reopen(path: Path, name: str, about: Mapping[str, Any]) -> tuple[Manifest, bytes]:
@@ -246,23 +309,41 @@ def _reopen(path: Path, name: str, about: Mapping[str, Any]) -> tuple[Manifest, 
         found = open_bundle(path, None, allow_unknown_signer=True, today=datetime.date.min)
         manifest = found.manifest
         for claim, value, expected in (
-                ("name", manifest.name, name), ("key", found.key_id, entry["key_id"]),
-                ("anchor", manifest.anchor_digest, about["anchor_digest"]),
-                ("router", _ROUTER.validate_python(manifest.router.settings),
-                 _ROUTER.validate_python(about["router"]))):
+            ("name", manifest.name, name),
+            ("key", found.key_id, entry["key_id"]),
+            ("anchor", manifest.anchor_digest, about["anchor_digest"]),
+            (
+                "router",
+                _ROUTER.validate_python(manifest.router.settings),
+                _ROUTER.validate_python(about["router"]),
+            ),
+        ):
             if value != expected:
                 wrong.append(f"{claim}: found {value}, {ABOUT} says {expected}")
         if not wrong and found.digests == entry["files"]:
             return manifest, found.weights
-    raise MergeError(f"{path} is not the bundle that was verified:\n  " + "\n  ".join(wrong)
-                     + "\nBuild the mixture again from the owner's bundle.")
+    raise MergeError(
+        f"{path} is not the bundle that was verified:\n  "
+        + "\n  ".join(wrong)
+        + "\nBuild the mixture again from the owner's bundle."
+    )
 
 
-def _write(out: Path, anchor_dir: Path, anchor: Anchor, sources: Mapping[str, Path],
-           experts: Mapping[str, Any], router: Any, top_k: int | None) -> dict[str, Any]:
+def _write(
+    out: Path,
+    anchor_dir: Path,
+    anchor: Anchor,
+    sources: Mapping[str, Path],
+    experts: Mapping[str, Any],
+    router: Any,
+    top_k: int | None,
+) -> dict[str, Any]:
     about = {
-        "format": "flexolmo-mixture", "format_version": 1, "anchor_digest": anchor.digest,
-        "router": router, "top_k": top_k,
+        "format": "flexolmo-mixture",
+        "format_version": 1,
+        "anchor_digest": anchor.digest,
+        "router": router,
+        "top_k": top_k,
         "experts": {n: experts[n] for n in sorted(experts)},
     }
     with write_directory_aside(Path(out), ABOUT) as aside:
@@ -284,4 +365,3 @@ def _place(source: Path, target: Path) -> None:
             os.link(file.resolve(), target / file.name)
         except OSError:
             shutil.copyfile(file, target / file.name)
-

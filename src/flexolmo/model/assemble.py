@@ -28,8 +28,13 @@ from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys
 from flexolmo.model.transformer import Block, Linear
 
 
-def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]],
-                     router: RouterSettings, *, top_k: int | None = None) -> MixtureModel:
+def assemble_mixture(
+    anchor: Anchor,
+    experts: Mapping[str, Mapping[str, Tensor]],
+    router: RouterSettings,
+    *,
+    top_k: int | None = None,
+) -> MixtureModel:
     """A mixture of `anchor` and `experts` (tensors as in `expert_shapes`, by name), frozen.
 
     Everything inherited is a bit-for-bit copy of the anchor's, and all is on its device. Raises
@@ -45,20 +50,28 @@ def assemble_mixture(anchor: Anchor, experts: Mapping[str, Mapping[str, Tensor]]
         expected = expert_shapes(config, shapes[name], router)
         lines += [f"{name}: missing {n}" for n in sorted(expected.keys() - tensors.keys())]
         lines += [f"{name}: extra {n}" for n in sorted(tensors.keys() - expected.keys())]
-        lines += [f"{name}: shape of {n} is {list(tensors[n].shape)}, expected {list(shape)}"
-                  for n, shape in expected.items()
-                  if n in tensors and tuple(tensors[n].shape) != shape]
+        lines += [
+            f"{name}: shape of {n} is {list(tensors[n].shape)}, expected {list(shape)}"
+            for n, shape in expected.items()
+            if n in tensors and tuple(tensors[n].shape) != shape
+        ]
         keys = tensors.get("router.bigram_keys")
-        if keys is not None and keys.dim() == 1 and not are_bigram_keys(
-                keys.cpu().numpy(), config.vocab_size):
+        if (
+            keys is not None
+            and keys.dim() == 1
+            and not are_bigram_keys(keys.cpu().numpy(), config.vocab_size)
+        ):
             lines.append(f"{name}: router.bigram_keys are not ascending pairs of token ids")
         if not (shapes[name].is_ffn_only or isinstance(router, EvidenceSettings)):
-            lines.append(f"{name}: changes more than the FFN, which needs a router that decides "
-                         "once for all layers (kind evidence)")
+            lines.append(
+                f"{name}: changes more than the FFN, which needs a router that decides "
+                "once for all layers (kind evidence)"
+            )
     if lines:
         raise MergeError("Experts that do not fit the anchor:\n  " + "\n  ".join(lines))
-    model = MixtureModel(config, shapes, router, top_k=top_k,
-                         public_bigrams=len(anchor.public.keys))
+    model = MixtureModel(
+        config, shapes, router, top_k=top_k, public_bigrams=len(anchor.public.keys)
+    )
     model.to(anchor.model.device, anchor.model.embed_tokens.weight.dtype)
     with torch.no_grad():
         _copy_anchor(model, anchor)
@@ -99,8 +112,10 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
         for part in ATTENTION_PARTS:
             add_delta(f"layers.{i}.{part}", getattr(block.self_attn, part))
         if mixture.router is not None:
-            found |= {f"layers.{i}.router.{part}": tensor
-                      for part, tensor in mixture.router.tensors(name).items()}
+            found |= {
+                f"layers.{i}.router.{part}": tensor
+                for part, tensor in mixture.router.tensors(name).items()
+            }
     add_delta("embed_tokens", model.embed_tokens)
     add_delta("lm_head", model.lm_head)
     if model.router is not None:
@@ -120,7 +135,8 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
             getattr(mixture.expert(PUBLIC), part).weight.copy_(
-                source[f"layers.{i}.mlp.{part}.weight"])
+                source[f"layers.{i}.mlp.{part}.weight"]
+            )
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are
             if isinstance(mixture.router, LinearRouter):
@@ -128,9 +144,12 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
     if model.router is not None:
         model.router.float()
         table, public = model.router.table(PUBLIC), anchor.public
-        for target, values in ((table.unigram, public.unigram), (table.backoff, public.backoff),
-                               (table.bigram_keys, public.keys),
-                               (table.bigram_log_probs, public.log_probs)):
+        for target, values in (
+            (table.unigram, public.unigram),
+            (table.backoff, public.backoff),
+            (table.bigram_keys, public.keys),
+            (table.bigram_log_probs, public.log_probs),
+        ):
             target.copy_(torch.from_numpy(values))
 
 

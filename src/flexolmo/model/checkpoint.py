@@ -73,8 +73,9 @@ def read_stock_config(directory: Path, model_type: str) -> tuple[ModelConfig, di
     path = Path(directory) / "config.json"
     raw = read_json(path, CheckpointError)
     if raw.get("model_type") != model_type:
-        raise CheckpointError(f"{path}: model_type is {raw.get('model_type')!r}, expected "
-                              f"{model_type!r}.")
+        raise CheckpointError(
+            f"{path}: model_type is {raw.get('model_type')!r}, expected {model_type!r}."
+        )
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     wrong = []
     if raw.get("hidden_act", "silu") != "silu":
@@ -86,8 +87,7 @@ def read_stock_config(directory: Path, model_type: str) -> tuple[ModelConfig, di
     if raw.get("norm_topk_prob"):
         wrong.append("norm_topk_prob true (only false)")
     if wrong:
-        raise CheckpointError(f"{path} asks for what this decoder does not do: "
-                              f"{'; '.join(wrong)}.")
+        raise CheckpointError(f"{path} asks for what this decoder does not do: {'; '.join(wrong)}.")
     try:
         eos = raw.get("eos_token_id")
         return ModelConfig(
@@ -128,11 +128,13 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                         raise CheckpointError(f"{directory}: {key} is in two files.")
                     tensors[key] = f.get_tensor(key)
         except FileNotFoundError:
-            raise CheckpointError(f"{directory} has no {name}; only safetensors checkpoints are "
-                                  "read.") from None
+            raise CheckpointError(
+                f"{directory} has no {name}; only safetensors checkpoints are read."
+            ) from None
         except safetensors.SafetensorError as e:
-            raise CheckpointError(f"{directory / name} is not a whole safetensors file: {e}."
-                                  ) from None
+            raise CheckpointError(
+                f"{directory / name} is not a whole safetensors file: {e}."
+            ) from None
     return tensors
 
 
@@ -149,8 +151,11 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
     own = {n: p for n, p in model.state_dict(keep_vars=True).items()}
     lines = [f"missing: {n}" for n in sorted(own.keys() - tensors.keys())]
     lines += [f"extra: {n}" for n in sorted(tensors.keys() - own.keys())]
-    lines += [f"shape of {n}: found {list(tensors[n].shape)}, expected {list(own[n].shape)}"
-              for n in sorted(own.keys() & tensors.keys()) if tensors[n].shape != own[n].shape]
+    lines += [
+        f"shape of {n}: found {list(tensors[n].shape)}, expected {list(own[n].shape)}"
+        for n in sorted(own.keys() & tensors.keys())
+        if tensors[n].shape != own[n].shape
+    ]
     if lines:
         raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
     with torch.no_grad():
@@ -158,8 +163,9 @@ def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) 
             p.copy_(tensors[n])  # into freshly aligned memory: files align to 8 bytes
 
 
-def build_transformer(config: ModelConfig, tensors: Mapping[str, Tensor], where: str
-                      ) -> Transformer:
+def build_transformer(
+    config: ModelConfig, tensors: Mapping[str, Tensor], where: str
+) -> Transformer:
     """The dense decoder from tensors with stock names, in the tensors' own dtype."""
     dtypes = {t.dtype for t in tensors.values()}
     if len(dtypes) != 1:
@@ -169,20 +175,31 @@ def build_transformer(config: ModelConfig, tensors: Mapping[str, Tensor], where:
     return model.eval()
 
 
-def write_stock(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor],
-                tokenizer: Tokenizer) -> None:
+def write_stock(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
     """Write config.json, model.safetensors, tokenizer.json into an existing directory."""
     write_json(directory / "config.json", dict(config))
-    write_json(directory / "generation_config.json",
-               {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")})
-    save_file({n: t.contiguous().clone() for n, t in tensors.items()},
-              directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(
+        directory / "generation_config.json",
+        {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     tokenizer.save(directory / "tokenizer.json")
-    write_json(directory / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.eos,
-        "bos_token": tokenizer.eos, "pad_token": tokenizer.eos,
-        "model_max_length": config["max_position_embeddings"],
-    })
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.eos,
+            "bos_token": tokenizer.eos,
+            "pad_token": tokenizer.eos,
+            "model_max_length": config["max_position_embeddings"],
+        },
+    )
 
 
 # --- digests ------------------------------------------------------------------------------------
@@ -220,21 +237,35 @@ class Anchor:
         return self.model.config
 
 
-def build_anchor(model: Transformer, tokenizer: Tokenizer, public: BigramModel,
-                 router_rows: Tensor, record: dict[str, Any]) -> Anchor:
+def build_anchor(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    public: BigramModel,
+    router_rows: Tensor,
+    record: dict[str, Any],
+) -> Anchor:
     """An anchor in memory; its digest covers weights, tokenizer and public statistics."""
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise CheckpointError(f"The tokenizer has {tokenizer.vocab_size} ids, the model's "
-                              f"vocabulary only {model.config.vocab_size}.")
+        raise CheckpointError(
+            f"The tokenizer has {tokenizer.vocab_size} ids, the model's "
+            f"vocabulary only {model.config.vocab_size}."
+        )
     if tokenizer.eos_id != model.config.eos_token_id:
-        raise CheckpointError(f"The tokenizer ends texts with id {tokenizer.eos_id}, the model's "
-                              f"config says {model.config.eos_token_id}.")
+        raise CheckpointError(
+            f"The tokenizer ends texts with id {tokenizer.eos_id}, the model's "
+            f"config says {model.config.eos_token_id}."
+        )
     digest = digest_tensors(
         [*model.state_dict().items(), *_public_tensors(public, router_rows).items()],
         tokenizer=tokenizer.digest,
-        config=digest_bytes(canonical_json(
-            {**model.config.model_dump(exclude={"max_seq_len"}),
-             "num_kv_heads": model.config.kv_heads})),
+        config=digest_bytes(
+            canonical_json(
+                {
+                    **model.config.model_dump(exclude={"max_seq_len"}),
+                    "num_kv_heads": model.config.kv_heads,
+                }
+            )
+        ),
     )
     model.requires_grad_(False)
     return Anchor(model.eval(), tokenizer, public, router_rows, digest, record)
@@ -251,10 +282,16 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
     dtype = next(iter(tensors.values())).dtype
     with write_directory_aside(directory, "anchor.json") as aside:
         write_stock(aside, stock_config(anchor.config, dtype), tensors, anchor.tokenizer)
-        save_file(_public_tensors(anchor.public, anchor.router_rows),
-                  aside / "public.safetensors")
-        write_json(aside / "anchor.json", {"format": "flexolmo-anchor", "format_version": 1,
-                                           "digest": anchor.digest, "record": anchor.record})
+        save_file(_public_tensors(anchor.public, anchor.router_rows), aside / "public.safetensors")
+        write_json(
+            aside / "anchor.json",
+            {
+                "format": "flexolmo-anchor",
+                "format_version": 1,
+                "digest": anchor.digest,
+                "record": anchor.record,
+            },
+        )
 
 
 def load_anchor(directory: Path) -> Anchor:
@@ -266,14 +303,16 @@ def load_anchor(directory: Path) -> Anchor:
     if about.get("format") != "flexolmo-anchor" or about.get("format_version") != 1:
         raise CheckpointError(
             f"{directory}/anchor.json is format {about.get('format')!r} version "
-            f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version 1.")
+            f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version 1."
+        )
     config, _ = read_stock_config(directory, "olmo2")
     model = build_transformer(config, read_tensors(directory), str(directory))
     try:
         with safetensors.safe_open(directory / "public.safetensors", framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        public = BigramModel(**{f.name: found[f"public.{f.name}"].numpy().copy()
-                                for f in fields(BigramModel)})
+        public = BigramModel(
+            **{f.name: found[f"public.{f.name}"].numpy().copy() for f in fields(BigramModel)}
+        )
         rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
@@ -281,7 +320,8 @@ def load_anchor(directory: Path) -> Anchor:
     if anchor.digest != about.get("digest"):
         raise CheckpointError(
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "
-            f"{about.get('digest')}. Fetch the anchor again.")
+            f"{about.get('digest')}. Fetch the anchor again."
+        )
     return anchor
 
 

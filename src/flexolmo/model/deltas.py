@@ -17,13 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.model.router import slot
-from flexolmo.model.transformer import (
-    Embedding,
-    FeedForward,
-    ForwardContext,
-    Linear,
-    pieces,
-)
+from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear, pieces
 
 PIECE_NUMBERS = 131072  # activations of one expert worked on at a time when nothing is learnt
 
@@ -103,8 +97,9 @@ class Share:
         return new if self.enabled is None else torch.where(self.enabled, new, old)
 
 
-def shares_of(weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, keep_all: bool,
-              is_sparse: bool) -> list[Share | None]:
+def shares_of(
+    weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, keep_all: bool, is_sparse: bool
+) -> list[Share | None]:
     """Every expert's share from mixture weights [B,T,E] and mask [B,E]; None: it has nothing to do.
 
     An expert is left out if it is off for the whole batch or, unless `keep_all`, if no token
@@ -112,14 +107,16 @@ def shares_of(weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, kee
     """
     found: list[Share | None] = []
     for e in range(weights.shape[-1]):
-        weight = weights[..., e:e + 1].to(dtype)
+        weight = weights[..., e : e + 1].to(dtype)
         enabled = None if active is None else active[:, e, None, None].expand_as(weight)
         if enabled is not None and bool(enabled.all()):
             enabled = None
         rows = weight[..., 0].nonzero(as_tuple=True) if is_sparse else None
-        idle = ((enabled is not None and not bool(enabled.any()))
-                or (not keep_all and not bool((weight > 0).any()))
-                or (rows is not None and not len(rows[0])))
+        idle = (
+            (enabled is not None and not bool(enabled.any()))
+            or (not keep_all and not bool((weight > 0).any()))
+            or (rows is not None and not len(rows[0]))
+        )
         found.append(None if idle else Share(weight, enabled, rows))
     return found
 
@@ -158,23 +155,31 @@ class _Deltas(nn.Module):
     def rest(self, ctx: ForwardContext | None) -> Share | None:
         """What whole matrices leave to the anchor's, exactly 1 where they are off; None: all."""
         assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
-        places = tuple(p for n, p in self.places.items()
-                       if ctx.shares[p] is not None and isinstance(self.of(n), Linear))
+        places = tuple(
+            p
+            for n, p in self.places.items()
+            if ctx.shares[p] is not None and isinstance(self.of(n), Linear)
+        )
         if not places:
             return None
         if places not in ctx.rests:  # the same for most matrices
             assert ctx.weights is not None
             rest, one = torch.ones_like(ctx.weights[..., :1]), ctx.shares[places[0]]  # [B,T,1]
             for place in places:
-                rest = rest - ctx.weights[..., place:place + 1]
+                rest = rest - ctx.weights[..., place : place + 1]
             # less is the rounding of weights that sum to 1
             rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
             rows = None if one.rows is None else rest[..., 0].nonzero(as_tuple=True)
             ctx.rests[places] = Share(rest.to(one.weight.dtype), None, rows)
         return cast(Share, ctx.rests[places])
 
-    def mix(self, x: Tensor, ctx: ForwardContext | None, weight: Tensor,
-            read: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def mix(
+        self,
+        x: Tensor,
+        ctx: ForwardContext | None,
+        weight: Tensor,
+        read: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
         """`read(x, .)` of the anchor's `weight` and of owners' whole matrices, by their shares."""
         if (rest := self.rest(ctx)) is None:
             return read(x, weight)
@@ -267,8 +272,12 @@ class LowRankFeedForward(nn.Module):
         return F.silu(gate, inplace=True).mul_(up)
 
 
-def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
-                 experts: Sequence[tuple[Share, LowRankFeedForward]]) -> Tensor:
+def mix_low_rank(
+    h: Tensor,
+    public: FeedForward,
+    share: Share | None,
+    experts: Sequence[tuple[Share, LowRankFeedForward]],
+) -> Tensor:
     """The weighted sum of what `public` (None: it has no share) and `experts` make of h [..., D].
 
     The anchor's gate and up products are computed once for all, and its down product once for the
@@ -282,8 +291,10 @@ def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
         inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))
     lows: list[list[Tensor]] = [[] for _ in experts]
     if experts:
-        columns = [(own.by_column(), expert, expert.read(own.pick(h)))  # reads [2r,N or picked]
-                   for own, expert in experts]
+        columns = [
+            (own.by_column(), expert, expert.read(own.pick(h)))  # reads [2r,N or picked]
+            for own, expert in experts
+        ]
         flat = [x.flatten(0, -2) for x in (inner, gate, up)]  # [N,F] each
         sums = []
         for part in _column_pieces(flat[0], experts):
@@ -298,8 +309,9 @@ def mix_low_rank(h: Tensor, public: FeedForward, share: Share | None,
     y = public.down_proj(inner)  # [...,D]
     for (own, expert), low in zip(experts, lows, strict=True):
         found = torch.cat(low, dim=1).T  # [N or picked,r]
-        y = own.add_delta(y, found if own.rows else found.reshape(*h.shape[:-1], -1),
-                          expert.down_proj.lora_b)
+        y = own.add_delta(
+            y, found if own.rows else found.reshape(*h.shape[:-1], -1), expert.down_proj.lora_b
+        )
     return y
 
 

@@ -27,8 +27,9 @@ class HiddenSums:
     gram: Tensor  # [L,R,R] of x x^T
 
 
-def gather(model: Transformer, windows: Iterable[np.ndarray],
-           router: DiscriminantSettings | None = None) -> HiddenSums:
+def gather(
+    model: Transformer, windows: Iterable[np.ndarray], router: DiscriminantSettings | None = None
+) -> HiddenSums:
     """The sums over `windows` (ids [T] or [1,T]) of what each layer's router reads in `model`.
 
     With `router`, what its rows read, end-of-text tokens left out; else the states as they are.
@@ -38,8 +39,11 @@ def gather(model: Transformer, windows: Iterable[np.ndarray],
     R = R if router is None else router.num_features(R)
     count, seen = 0, list[Tensor]()
     total, gram = (torch.zeros(L, *size, dtype=torch.float64) for size in ((R,), (R, R)))
-    hooks = [block.mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-             for block in model.layers if isinstance(block.mlp, nn.Module)]
+    hooks = [
+        block.mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        for block in model.layers
+        if isinstance(block.mlp, nn.Module)
+    ]
     try:
         with torch.inference_mode():
             for window in windows:
@@ -63,8 +67,9 @@ def gather(model: Transformer, windows: Iterable[np.ndarray],
     return HiddenSums(count, total, gram)
 
 
-def discriminant_tensors(own: HiddenSums, public: HiddenSums, router: DiscriminantSettings
-                         ) -> dict[str, Tensor]:
+def discriminant_tensors(
+    own: HiddenSums, public: HiddenSums, router: DiscriminantSettings
+) -> dict[str, Tensor]:
     """An owner's part of a discriminant router, by name, float32.
 
     Per layer the log odds that a state is of a Gaussian around the owner's mean rather than

@@ -55,8 +55,12 @@ class Mixture(nn.Module):
     The anchor's FFN is computed once, for itself and for all low-rank experts.
     """
 
-    def __init__(self, experts: Mapping[str, nn.Module],
-                 router: LinearRouter | DiscriminantRouter | None, top_k: int | None):
+    def __init__(
+        self,
+        experts: Mapping[str, nn.Module],
+        router: LinearRouter | DiscriminantRouter | None,
+        top_k: int | None,
+    ):
         super().__init__()
         self.experts = nn.ModuleDict({slot(n): e for n, e in experts.items()})
         self.router = router
@@ -71,8 +75,9 @@ class Mixture(nn.Module):
         if self.router is not None:
             logits = self._logits(self.router, h, ctx)
             weights = mixture_weights(logits, ctx.active, self.top_k)
-            shares = shares_of(weights, ctx.active, h.dtype, keep_all=self.training,
-                               is_sparse=ctx.is_sparse)
+            shares = shares_of(
+                weights, ctx.active, h.dtype, keep_all=self.training, is_sparse=ctx.is_sparse
+            )
             if ctx.router_logits is not None:
                 ctx.router_logits.append(torch.stack(logits, dim=-1))
         assert weights is not None, "a mixture needs weights from its model or its layer"
@@ -83,8 +88,9 @@ class Mixture(nn.Module):
         rows = [s and s.by_row() for s in shares]
         return by_pieces(lambda x, part: self._mix(x, [s and s.at_rows(part) for s in rows]), h)
 
-    def _logits(self, router: LinearRouter | DiscriminantRouter, h: Tensor,
-                ctx: ForwardContext) -> list[Tensor]:
+    def _logits(
+        self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext
+    ) -> list[Tensor]:
         if isinstance(router, LinearRouter):
             return router(h)
         memory = None if ctx.cache is None else ctx.cache[router.layer]
@@ -120,9 +126,15 @@ class MixtureModel(Transformer):
     then depend on the rest of the batch.
     """
 
-    def __init__(self, config: ModelConfig, experts: Mapping[str, ExpertShape],
-                 router: RouterSettings, *, top_k: int | None = None,
-                 public_bigrams: int = 0):
+    def __init__(
+        self,
+        config: ModelConfig,
+        experts: Mapping[str, ExpertShape],
+        router: RouterSettings,
+        *,
+        top_k: int | None = None,
+        public_bigrams: int = 0,
+    ):
         """`experts` maps each owner's expert to its shape; `public_bigrams` are the anchor's."""
         super().__init__(config)
         self.expert_names = [PUBLIC, *sorted(experts)]
@@ -133,8 +145,9 @@ class MixtureModel(Transformer):
         self.router: EvidenceRouter | None = None
         if isinstance(router, EvidenceSettings):
             sizes = {PUBLIC: public_bigrams} | {n: s.num_bigrams for n, s in self.shapes.items()}
-            self.router = EvidenceRouter(router, self.expert_names, config.vocab_size, sizes,
-                                         config.eos_token_id)
+            self.router = EvidenceRouter(
+                router, self.expert_names, config.vocab_size, sizes, config.eos_token_id
+            )
         for i, block in enumerate(self.layers):
             ffns: dict[str, nn.Module] = {PUBLIC: cast(nn.Module, block.mlp)}
             ffns |= {n: _feed_forward(config, shape) for n, shape in self.shapes.items()}
@@ -174,23 +187,31 @@ class MixtureModel(Transformer):
             chosen = set(self.expert_names) if names is None else {PUBLIC, *names}
             unknown = sorted(chosen - set(self.expert_names))
             if unknown:
-                raise PolicyError(f"Unknown expert {', '.join(unknown)}: this mixture holds "
-                                  f"{', '.join(self.expert_names[1:]) or 'no owner'}.")
+                raise PolicyError(
+                    f"Unknown expert {', '.join(unknown)}: this mixture holds "
+                    f"{', '.join(self.expert_names[1:]) or 'no owner'}."
+                )
             rows.append([n in chosen for n in self.expert_names])
         return torch.tensor(rows, dtype=torch.bool, device=self.device)
 
-    def _context(self, ids: Tensor, cache: Cache | None, is_token: Tensor | None,
-                 active: Tensor | None) -> ForwardContext:
+    def _context(
+        self, ids: Tensor, cache: Cache | None, is_token: Tensor | None, active: Tensor | None
+    ) -> ForwardContext:
         ctx = super()._context(ids, cache, is_token, active)
         if self.router is not None:
-            logits, evidence = self.router(ids, ctx.is_token, active,
-                                           cache and cache.evidence)
+            logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
             if cache is not None:
                 cache.evidence = evidence
-            ctx.weights = mixture_weights(logits, active, self.top_k,
-                                          self.router.settings.min_weight, renormalise=True)
-            ctx.shares = shares_of(ctx.weights, active, self.embed_tokens.weight.dtype,
-                                   keep_all=self.training, is_sparse=self.is_sparse)
+            ctx.weights = mixture_weights(
+                logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
+            )
+            ctx.shares = shares_of(
+                ctx.weights,
+                active,
+                self.embed_tokens.weight.dtype,
+                keep_all=self.training,
+                is_sparse=self.is_sparse,
+            )
         if isinstance(self.settings, DiscriminantSettings):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         ctx.is_sparse = self.is_sparse

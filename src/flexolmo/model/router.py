@@ -38,11 +38,14 @@ class LinearSettings(BaseModel):
     is_strict: ClassVar[bool] = True  # of rows as owners send them; not once tuned jointly
 
     kind: Literal["linear"] = "linear"
-    has_bias: bool = Field(True, description="negative bias on owners' experts (paper); the stock "
-                                             "format has none")
+    has_bias: bool = Field(
+        True, description="negative bias on owners' experts (paper); the stock format has none"
+    )
     bias_form: Literal["softplus", "clamp"] = Field(
-        "softplus", description="how b_i is kept negative: -softplus(raw) (ours), or min(raw, 0) "
-        "(paper), which has no gradient once raw is positive")
+        "softplus",
+        description="how b_i is kept negative: -softplus(raw) (ours), or min(raw, 0) "
+        "(paper), which has no gradient once raw is positive",
+    )
 
 
 class DiscriminantSettings(BaseModel):
@@ -55,22 +58,29 @@ class DiscriminantSettings(BaseModel):
 
     kind: Literal["discriminant"] = "discriminant"
     tempering: float = Field(
-        0.7, gt=0, le=1, description="what a token's log odds count: states of one text are not "
-        "independent")
+        0.7,
+        gt=0,
+        le=1,
+        description="what a token's log odds count: states of one text are not independent",
+    )
     shrinkage: float = Field(
-        0.1, gt=0, le=1, description="weight of the covariance's diagonal over the whole of it")
+        0.1, gt=0, le=1, description="weight of the covariance's diagonal over the whole of it"
+    )
     has_context: bool = Field(
-        False, description="also read the decayed mean of the text's states so far")
+        False, description="also read the decayed mean of the text's states so far"
+    )
     half_life_tokens: float = Field(
-        32.0, gt=0, description="tokens after which a state counts half in that mean")
+        32.0, gt=0, description="tokens after which a state counts half in that mean"
+    )
 
     def num_features(self, d_model: int) -> int:
         """How many numbers a row has."""
         return 2 * d_model if self.has_context else d_model
 
 
-RouterSettings = Annotated[EvidenceSettings | LinearSettings | DiscriminantSettings,
-                           Field(discriminator="kind")]
+RouterSettings = Annotated[
+    EvidenceSettings | LinearSettings | DiscriminantSettings, Field(discriminator="kind")
+]
 
 
 def first_raw_bias(settings: LinearSettings) -> Tensor:
@@ -105,8 +115,9 @@ class BigramTable(nn.Module):
             return backed_off
         wanted = before * len(self.unigram) + ids
         place = torch.searchsorted(self.bigram_keys, wanted).clamp(max=len(self.bigram_keys) - 1)
-        return torch.where(self.bigram_keys[place] == wanted, self.bigram_log_probs[place],
-                           backed_off)
+        return torch.where(
+            self.bigram_keys[place] == wanted, self.bigram_log_probs[place], backed_off
+        )
 
 
 class EvidenceRouter(nn.Module):
@@ -121,22 +132,34 @@ class EvidenceRouter(nn.Module):
     Herbster and Warmuth 1998.
     """
 
-    def __init__(self, settings: EvidenceSettings, names: list[str], vocab_size: int,
-                 num_bigrams: Mapping[str, int], eos_token_id: int):
+    def __init__(
+        self,
+        settings: EvidenceSettings,
+        names: list[str],
+        vocab_size: int,
+        num_bigrams: Mapping[str, int],
+        eos_token_id: int,
+    ):
         """`num_bigrams` by expert, "public" included."""
         super().__init__()
         self.settings = settings
         self.names = names
         self.eos_token_id = eos_token_id
-        self.tables = nn.ModuleDict({slot(n): BigramTable(vocab_size, num_bigrams[n])
-                                     for n in names})
+        self.tables = nn.ModuleDict(
+            {slot(n): BigramTable(vocab_size, num_bigrams[n]) for n in names}
+        )
 
     def table(self, name: str) -> BigramTable:
         """The bigram model of one domain."""
         return cast(BigramTable, self.tables[slot(name)])
 
-    def forward(self, ids: Tensor, is_token: Tensor | None, active: Tensor | None,
-                past: EvidenceState | None) -> tuple[list[Tensor], EvidenceState]:
+    def forward(
+        self,
+        ids: Tensor,
+        is_token: Tensor | None,
+        active: Tensor | None,
+        past: EvidenceState | None,
+    ) -> tuple[list[Tensor], EvidenceState]:
         """Log weights [B,T] in float32, one for each of `names`, and what to hand to the next call.
 
         `past` is None, or the second result of the call that read the positions before: the last
@@ -157,8 +180,9 @@ class EvidenceRouter(nn.Module):
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         prior = on / _in_turn(on)  # [E,B]
         weights = prior if past is None else past[1].numpy()  # [E,B]
-        ends = ids == self.eos_token_id if is_token is None else is_token & (
-            ids == self.eos_token_id)
+        ends = (
+            ids == self.eos_token_id if is_token is None else is_token & (ids == self.eos_token_id)
+        )
         fresh = ends.T.cpu().numpy()  # [T,B]
         padding = None if is_token is None else ~is_token.T.cpu().numpy()  # [T,B]
         found = np.empty_like(likelihood)
@@ -172,8 +196,11 @@ class EvidenceRouter(nn.Module):
             found[t] = weights
         with np.errstate(divide="ignore"):
             logs = torch.from_numpy(np.log(found)).float().permute(1, 2, 0).to(ids.device)
-        last = ids[:, -1] if is_token is None else torch.where(is_token[:, -1], ids[:, -1],
-                                                               first[:, 0])
+        last = (
+            ids[:, -1]
+            if is_token is None
+            else torch.where(is_token[:, -1], ids[:, -1], first[:, 0])
+        )
         return list(logs), (last, torch.from_numpy(weights))
 
 
@@ -197,10 +224,13 @@ class LinearRouter(nn.Module):
         self.settings = settings
         self.names = names
         self.rows = nn.ModuleDict({slot(n): nn.Linear(d_model, 1, bias=False) for n in names})
-        self.raw_bias = nn.ParameterDict({
-            slot(n): nn.Parameter(first_raw_bias(settings)) for n in names
-            if n != PUBLIC and settings.has_bias
-        })
+        self.raw_bias = nn.ParameterDict(
+            {
+                slot(n): nn.Parameter(first_raw_bias(settings))
+                for n in names
+                if n != PUBLIC and settings.has_bias
+            }
+        )
 
     def row(self, name: str) -> nn.Linear:
         """The row of one expert; its weight is [1,D]."""
@@ -224,8 +254,11 @@ class LinearRouter(nn.Module):
             raw = self.bias(name)
             if raw is not None:
                 free = raw.float()
-                logit = logit + (free.clamp(max=0) if self.settings.bias_form == "clamp"
-                                 else -nn.functional.softplus(free))
+                logit = logit + (
+                    free.clamp(max=0)
+                    if self.settings.bias_form == "clamp"
+                    else -nn.functional.softplus(free)
+                )
             logits.append(logit)
         return logits
 
@@ -254,8 +287,9 @@ class DiscriminantRouter(nn.Module):
         self.settings = settings
         self.names = names
         self.layer = layer
-        self.rows = nn.ModuleDict({slot(n): DiscriminantRow(settings.num_features(d_model))
-                                   for n in names if n != PUBLIC})
+        self.rows = nn.ModuleDict(
+            {slot(n): DiscriminantRow(settings.num_features(d_model)) for n in names if n != PUBLIC}
+        )
 
     def row(self, name: str) -> DiscriminantRow:
         """The row of one owner's expert; public has none."""
@@ -266,8 +300,9 @@ class DiscriminantRouter(nn.Module):
         row = self.row(name)
         return {"weight": row.weight, "offset": row.offset}
 
-    def forward(self, h: Tensor, texts: "Texts", past: Tensor | None
-                ) -> tuple[list[Tensor], Tensor | None]:
+    def forward(
+        self, h: Tensor, texts: "Texts", past: Tensor | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Logits [B,T], one for each of `names`, and what to hand to the next call as `past`.
 
         h [B,T,D]; `past` is what the call that read the positions before gave.
@@ -307,8 +342,9 @@ class Texts:
         return torch.cat([x, mean], dim=-1), sums[:, -1]
 
 
-def find_texts(ids: Tensor, is_token: Tensor | None, eos_token_id: int,
-                 settings: DiscriminantSettings) -> Texts:
+def find_texts(
+    ids: Tensor, is_token: Tensor | None, eos_token_id: int, settings: DiscriminantSettings
+) -> Texts:
     """What the routers of all layers need to know of ids [B,T].
 
     A state's count halves every `half_life_tokens` tokens. Padding counts nothing; at an
@@ -326,8 +362,13 @@ def find_texts(ids: Tensor, is_token: Tensor | None, eos_token_id: int,
     return Texts(is_end, torch.where(reaches, 0.5 ** (gap / settings.half_life_tokens), 0.0))
 
 
-def mixture_weights(logits: list[Tensor], active: Tensor | None, top_k: int | None,
-                    min_weight: float = 0.0, renormalise: bool = False) -> Tensor:
+def mixture_weights(
+    logits: list[Tensor],
+    active: Tensor | None,
+    top_k: int | None,
+    min_weight: float = 0.0,
+    renormalise: bool = False,
+) -> Tensor:
     """Softmax over the enabled experts, then top-k: [B,T,E] float32.
 
     A weight below `min_weight` becomes 0, unless it is the largest. With `renormalise` what is left

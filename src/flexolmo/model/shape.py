@@ -26,10 +26,14 @@ class ExpertShape(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     d_ff: int = Field(ge=1, description="width of the FFN; of a low-rank one, the anchor's")
-    rank: int = Field(0, ge=0, description="rank of the FFN's deltas to the anchor's; 0: whole "
-                                           "matrices of its own")
-    attention_rank: int = Field(0, ge=0, description="rank of deltas to attention; 0: none; "
-                                "d_model: whole matrices")
+    rank: int = Field(
+        0,
+        ge=0,
+        description="rank of the FFN's deltas to the anchor's; 0: whole matrices of its own",
+    )
+    attention_rank: int = Field(
+        0, ge=0, description="rank of deltas to attention; 0: none; d_model: whole matrices"
+    )
     embedding_rank: int = Field(0, ge=0, description="the same of the embedding")
     head_rank: int = Field(0, ge=0, description="the same of the output head")
     num_bigrams: int = Field(0, ge=0, description="bigrams listed for the evidence router")
@@ -40,13 +44,21 @@ class ExpertShape(BaseModel):
         return not (self.attention_rank or self.embedding_rank or self.head_rank)
 
 
-def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSettings
-                  ) -> dict[str, tuple[int, ...]]:
+def expert_shapes(
+    config: ModelConfig, shape: ExpertShape, router: RouterSettings
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of such an expert; exactly what a bundle holds."""
     D, V, F = config.d_model, config.vocab_size, shape.d_ff
     heads, kv = config.num_heads * config.d_head, config.kv_heads * config.d_head
-    matrices = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F),
-                "q_proj": (heads, D), "k_proj": (kv, D), "v_proj": (kv, D), "o_proj": (D, heads)}
+    matrices = {
+        "gate_proj": (F, D),
+        "up_proj": (F, D),
+        "down_proj": (D, F),
+        "q_proj": (heads, D),
+        "k_proj": (kv, D),
+        "v_proj": (kv, D),
+        "o_proj": (D, heads),
+    }
     found: dict[str, tuple[int, ...]] = {}
 
     def add(name: str, matrix: tuple[int, int], rank: int, is_whole: bool) -> None:
@@ -60,8 +72,12 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
         for part in FFN_PARTS:
             add(f"layers.{i}.{part}", matrices[part], shape.rank, not shape.rank)
         for part in ATTENTION_PARTS:
-            add(f"layers.{i}.{part}", matrices[part], shape.attention_rank,
-                shape.attention_rank >= D)
+            add(
+                f"layers.{i}.{part}",
+                matrices[part],
+                shape.attention_rank,
+                shape.attention_rank >= D,
+            )
         if isinstance(router, LinearSettings):
             found[f"layers.{i}.router.weight"] = (1, D)
             if router.has_bias:
@@ -81,6 +97,7 @@ def expert_shapes(config: ModelConfig, shape: ExpertShape, router: RouterSetting
 def shape_of_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> ExpertShape:
     """The shape that tensors of these names and shapes claim; `expert_shapes` then says what
     should be there."""
+
     def rank(name: str) -> int:
         if f"{name}.weight" in shapes:
             return config.d_model

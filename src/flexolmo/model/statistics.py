@@ -24,25 +24,42 @@ class EvidenceSettings(BaseModel):
     is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
 
     kind: Literal["evidence"] = "evidence"
-    version: Literal[2] = Field(2, description="of the arithmetic from tables to weights; experts "
-                                "learnt under another are not for this one")
+    version: Literal[2] = Field(
+        2,
+        description="of the arithmetic from tables to weights; experts "
+        "learnt under another are not for this one",
+    )
     switch_rate: float = Field(
-        0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain")
+        0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain"
+    )
     tempering: float = Field(
-        0.35, gt=0, le=1, description="what a token's evidence counts: tokens of one text are not "
-        "independent")
+        0.35,
+        gt=0,
+        le=1,
+        description="what a token's evidence counts: tokens of one text are not independent",
+    )
     clip_nats: float = Field(5.0, gt=0, description="largest evidence one token may give, in nats")
     smoothing: float = Field(
-        0.001, gt=0, description="public text mixed into each owner's frequencies, as a fraction "
-        "of the owner's token count")
+        0.001,
+        gt=0,
+        description="public text mixed into each owner's frequencies, as a fraction "
+        "of the owner's token count",
+    )
     discount: float = Field(
-        0.75, gt=0, lt=1, description="taken from each bigram's count for those never seen")
+        0.75, gt=0, lt=1, description="taken from each bigram's count for those never seen"
+    )
     min_weight: float = Field(
-        0.05, ge=0, lt=1, description="an expert with less weight at a token is not run there; "
-        "one always is")
+        0.05,
+        ge=0,
+        lt=1,
+        description="an expert with less weight at a token is not run there; one always is",
+    )
     min_documents: int = Field(
-        3, ge=1, description="tokens and bigrams in fewer stored documents than this count as "
-        "absent; a long text is stored as several, of up to 50 kB")
+        3,
+        ge=1,
+        description="tokens and bigrams in fewer stored documents than this count as "
+        "absent; a long text is stored as several, of up to 50 kB",
+    )
 
 
 @dataclass(frozen=True)
@@ -58,8 +75,13 @@ class BigramModel:
     log_probs: np.ndarray  # float32 [n]
 
 
-def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int,
-                settings: EvidenceSettings, public: BigramModel | None = None) -> BigramModel:
+def fit_bigrams(
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    vocab_size: int,
+    settings: EvidenceSettings,
+    public: BigramModel | None = None,
+) -> BigramModel:
     """Counts of a training stream with absolute discounting; `offsets` [.] are document starts.
 
     Tokens and bigrams in fewer than `min_documents` documents count as absent, so that no single
@@ -68,8 +90,10 @@ def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int,
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if len(ids) and int(ids.max()) >= vocab_size:
-        raise DataError(f"Token id {int(ids.max())} found, but the anchor's vocabulary has "
-                        f"{vocab_size}: prepare the set with the anchor's tokenizer.")
+        raise DataError(
+            f"Token id {int(ids.max())} found, but the anchor's vocabulary has "
+            f"{vocab_size}: prepare the set with the anchor's tokenizer."
+        )
     document = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))  # [N]
     keys, counts, common = _count(ids, document, settings.min_documents)
     frequencies = np.zeros(vocab_size)
@@ -81,26 +105,33 @@ def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int,
         frequencies += settings.smoothing * max(len(ids), 1) * prior
     frequencies /= frequencies.sum()
 
-    pairs, counts, common = _count(ids[:-1] * vocab_size + ids[1:], document[:-1],
-                                   settings.min_documents)
+    pairs, counts, common = _count(
+        ids[:-1] * vocab_size + ids[1:], document[:-1], settings.min_documents
+    )
     after = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)  # [V]
     pairs, counts = pairs[common], counts[common] - settings.discount
     listed = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)
     left = 1.0 - listed / np.maximum(after, 1.0)  # [V]
     first, second = pairs // vocab_size, pairs % vocab_size
     probs = counts / after[first] + left[first] * frequencies[second]
-    return BigramModel(np.log(frequencies).astype(np.float32), np.log(left).astype(np.float32),
-                       pairs, np.log(probs).astype(np.float32))
+    return BigramModel(
+        np.log(frequencies).astype(np.float32),
+        np.log(left).astype(np.float32),
+        pairs,
+        np.log(probs).astype(np.float32),
+    )
 
 
 def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
     """Whether `keys` [n] are pairs of token ids, ascending, as a `BigramModel` has them."""
-    return not len(keys) or bool((keys[1:] > keys[:-1]).all() and keys[0] >= 0
-                                 and keys[-1] < vocab_size ** 2)
+    return not len(keys) or bool(
+        (keys[1:] > keys[:-1]).all() and keys[0] >= 0 and keys[-1] < vocab_size**2
+    )
 
 
-def _count(keys: np.ndarray, document: np.ndarray, min_documents: int
-           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _count(
+    keys: np.ndarray, document: np.ndarray, min_documents: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Distinct keys, how often each occurs, and whether in at least so many documents."""
     if not len(keys):
         return keys, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)

@@ -40,13 +40,15 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _shapes_agree(self) -> "ModelConfig":
         if self.d_model % self.num_heads:
-            raise ValueError(f"d_model {self.d_model} is not a multiple of num_heads "
-                             f"{self.num_heads}")
+            raise ValueError(
+                f"d_model {self.d_model} is not a multiple of num_heads {self.num_heads}"
+            )
         if (self.d_model // self.num_heads) % 2:
             raise ValueError("the width of one head must be even, for rotary positions")
         if self.num_heads % self.kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
-                             f"{self.kv_heads}")
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}"
+            )
         if self.eos_token_id >= self.vocab_size:
             raise ValueError(f"eos_token_id {self.eos_token_id} is outside the vocabulary")
         return self
@@ -109,6 +111,7 @@ class Cache:
     def select(self, rows: Tensor) -> "Cache":
         """A cache of the sequences `rows` [n] of this one, in that order; any may come several
         times. What either reads on is not seen by the other."""
+
         def of(x: Tensor | None) -> Tensor | None:
             if x is None:
                 return None
@@ -194,8 +197,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k = self.q_norm(self.q_proj(x, ctx)), self.k_norm(self.k_proj(x, ctx))
-        q, k, v = (y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
-                   for y in (q, k, self.v_proj(x, ctx)))
+        q, k, v = (
+            y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
+            for y in (q, k, self.v_proj(x, ctx))
+        )
         q, k = _rotate(q, ctx), _rotate(k, ctx)
         if ctx.cache is not None:
             past = ctx.cache[layer]
@@ -204,7 +209,11 @@ class Attention(nn.Module):
                 v = torch.cat([past.values, v], dim=2)
             past.keys, past.values = k, v
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=ctx.attention_bias, is_causal=ctx.attention_bias is None and T > 1,
+            q,
+            k,
+            v,
+            attn_mask=ctx.attention_bias,
+            is_causal=ctx.attention_bias is None and T > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # [B,H,T,C]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx)  # [B,T,D]
@@ -297,8 +306,9 @@ class Transformer(nn.Module):
             x = block(x, ctx, i)
         return self.norm(x), ctx
 
-    def _context(self, ids: Tensor, cache: Cache | None, is_token: Tensor | None,
-                 active: Tensor | None) -> ForwardContext:
+    def _context(
+        self, ids: Tensor, cache: Cache | None, is_token: Tensor | None, active: Tensor | None
+    ) -> ForwardContext:
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
         past = 0 if cache is None else cache.num_positions
@@ -328,8 +338,9 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
             bias = bias if bias.dim() == 4 else bias[None, None]
         cos, sin = self._angles(positions, dtype)
-        return ForwardContext(cos, sin, bias, is_token, active,
-                              cache=None if cache is None else cache.layers)
+        return ForwardContext(
+            cos, sin, bias, is_token, active, cache=None if cache is None else cache.layers
+        )
 
     def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         c = self.config.d_head
@@ -381,8 +392,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, None, *(None if g is None else g * scale for g in ctx.saved_tensors))
 
 
-def language_model_loss(model: Transformer, ids: Tensor, *, chunk: int = 1024,
-                        **options: Any) -> Tensor:
+def language_model_loss(
+    model: Transformer, ids: Tensor, *, chunk: int = 1024, **options: Any
+) -> Tensor:
     """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1]."""
     ids = ids.to(model.device)
     x, ctx = model._stream(ids[:, :-1], **options)

@@ -26,23 +26,38 @@ from flexolmo.files import write_aside
 MAX_WIDTH_INCHES = 11.0
 INK, MUTED, RULE, GREY = "#1f2328", "#59636e", "#d1d9e0", "#767676"
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.parse_math": False, "text.color": INK,
-    "axes.edgecolor": RULE, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": INK,
-    "xtick.labelcolor": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.titlesize": 10.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.unicode_minus": True, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "legend.frameon": False, "hatch.linewidth": 0.6,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.unicode_minus": True,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
 }
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     """`plot` drawn in the house's style, whatever the caller's settings are."""
+
     @functools.wraps(plot)
     def draw(*args: Any, **kwargs: Any) -> Figure:
         with rc_context(STYLE):
             fig = plot(*args, **kwargs)
         FigureCanvasAgg(fig)
         return fig
+
     return draw
 
 
@@ -53,6 +68,7 @@ def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
 
 
 # --- text ------------------------------------------------------------------------------------
+
 
 def make_printable(text: Any, font: str | None = None) -> str:
     """`text` with nothing invisible in it that acts: safe to show, in HTML or drawn.
@@ -84,16 +100,19 @@ def wrap_name(name: str, width: int, max_lines: int = 3) -> str:
     text = make_printable(name, "DejaVu Sans").replace("\n", " ").replace("_", "_ ")
     lines = [line.replace("_ ", "_") for line in textwrap.wrap(text, width)] or ["?"]
     if len(lines) > max_lines:
-        rest = " ".join(lines[max_lines - 1:]).replace("_ ", "_")
-        lines = [*lines[:max_lines - 1], rest[:width - 1].rstrip() + "…"]
+        rest = " ".join(lines[max_lines - 1 :]).replace("_ ", "_")
+        lines = [*lines[: max_lines - 1], rest[: width - 1].rstrip() + "…"]
     return "\n".join(lines)
 
 
 def darken_for_text(colour: str) -> str:
     """`colour`, darkened until letters in it have a contrast of 4.5 to 1 on white. Source: WCAG."""
     rgb = np.array(to_rgb(colour))
-    while np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [
-            0.2126, 0.7152, 0.0722] > 1.05 / 4.5 - 0.05:
+    while (
+        np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        @ [0.2126, 0.7152, 0.0722]
+        > 1.05 / 4.5 - 0.05
+    ):
         rgb = rgb * 0.96
     return to_hex((rgb[0], rgb[1], rgb[2]))
 
@@ -108,10 +127,17 @@ def percent(fraction: float, digits: int = 1) -> str:
 
 # --- parts of figures ------------------------------------------------------------------------
 
+
 def draw_cells(ax: Axes, values: np.ndarray, colours: str, low: float, high: float) -> np.ndarray:
     """Draw a matrix as cells with white gaps; the cells' colours [rows, columns, 4]."""
-    image = ax.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=low, vmax=high,
-                      aspect="auto", interpolation="nearest")
+    image = ax.imshow(
+        np.ma.masked_invalid(values),
+        cmap=colours,
+        vmin=low,
+        vmax=high,
+        aspect="auto",
+        interpolation="nearest",
+    )
     ax.set_facecolor("#eeeeee")
     for edge in range(1, values.shape[1]):
         ax.axvline(edge - 0.5, color="white", lw=1.5)
@@ -137,12 +163,23 @@ def ink_on(colour: np.ndarray) -> str:
 
 def outline(ax: Axes, x: int, y: int, colour: str, height: int = 1) -> None:
     """A frame round the cell at column x, row y, and the `height` - 1 below it."""
-    ax.add_patch(Rectangle((x - 0.46, y - 0.44), 0.92, height - 0.12, fill=False, lw=2.2,
-                           edgecolor=colour, zorder=4, clip_on=False))
+    ax.add_patch(
+        Rectangle(
+            (x - 0.46, y - 0.44),
+            0.92,
+            height - 0.12,
+            fill=False,
+            lw=2.2,
+            edgecolor=colour,
+            zorder=4,
+            clip_on=False,
+        )
+    )
 
 
-def label_columns(ax: Axes, names: list[str], colours: Mapping[str, str], width: int,
-                  slanted: bool) -> None:
+def label_columns(
+    ax: Axes, names: list[str], colours: Mapping[str, str], width: int, slanted: bool
+) -> None:
     """Column names below the cells, each in its owner's colour; slanted where they are close."""
     texts = [wrap_name(n, 15, 1) if slanted else wrap_name(n, width) for n in names]
     ax.set_xticks(range(len(names)), texts)

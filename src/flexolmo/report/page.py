@@ -130,33 +130,45 @@ def _block_html(block: Block, images: Mapping[str, bytes]) -> str:
         return f'<p class="{block.kind}">{_e(block.text)}</p>'
     if isinstance(block, Table):
         numbers = [any(r[i].number for r in block.rows) for i in range(len(block.head))]
-        head = "".join(f'<th scope="col" class="{"n" * is_n}">{_e(h).replace("_", "_<wbr>")}</th>'
-                       for h, is_n in zip(block.head, numbers, strict=True))
-        rows = "\n".join("<tr>" + "".join(_cell_html(c, i == 0) for i, c in enumerate(r)) + "</tr>"
-                         for r in block.rows)
-        return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(block.caption)}">'
-                f'<table><caption>{_e(block.caption)}</caption>\n<thead><tr>'
-                f"{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>")
+        head = "".join(
+            f'<th scope="col" class="{"n" * is_n}">{_e(h).replace("_", "_<wbr>")}</th>'
+            for h, is_n in zip(block.head, numbers, strict=True)
+        )
+        rows = "\n".join(
+            "<tr>" + "".join(_cell_html(c, i == 0) for i, c in enumerate(r)) + "</tr>"
+            for r in block.rows
+        )
+        return (
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{_e(block.caption)}">'
+            f"<table><caption>{_e(block.caption)}</caption>\n<thead><tr>"
+            f"{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
+        )
     if isinstance(block, Picture):
         data = base64.b64encode(images[block.name]).decode()
         width = round(block.figure.get_figwidth() * 98)
-        return (f'<figure><img width="{width}" alt="{_e(block.alt)}" '
-                f'src="data:image/png;base64,{data}">\n'
-                f"<figcaption>{_e(block.caption)}</figcaption></figure>")
+        return (
+            f'<figure><img width="{width}" alt="{_e(block.alt)}" '
+            f'src="data:image/png;base64,{data}">\n'
+            f"<figcaption>{_e(block.caption)}</figcaption></figure>"
+        )
     if isinstance(block, Fold):
-        return (f"<details><summary>{_e(block.title)}</summary>"
-                f'<pre class="mono">{_e(block.text)}</pre></details>')
+        return (
+            f"<details><summary>{_e(block.title)}</summary>"
+            f'<pre class="mono">{_e(block.text)}</pre></details>'
+        )
     sections = "\n".join(
         f'<section><h3>{word} {_e(block.source)}</h3><pre class="{"mono" * block.mono}">'
         f'<span class="prompt">{_e(block.prompt)}</span>{_e(text)}</pre></section>'
-        for word, text in zip(("with", "without"), block.parts, strict=True))
+        for word, text in zip(("with", "without"), block.parts, strict=True)
+    )
     return f'<div class="pair" style="--own:{block.colour}">\n{sections}\n</div>'
 
 
 def _cell_html(cell: Cell, is_heading: bool) -> str:
     tag = 'th scope="row"' if is_heading else "td"
-    classes = " ".join(c for c, on in (("n", cell.number), ("b", cell.bold), ("mono", cell.mono))
-                       if on)
+    classes = " ".join(
+        c for c, on in (("n", cell.number), ("b", cell.bold), ("mono", cell.mono)) if on
+    )
     tint = f' style="background:{cell.tint}33"' if cell.tint else ""
     text = _e(cell.text).replace("_", "_<wbr>")  # long names may break there
     return f'<{tag} class="{classes}"{tint}>{text}</{tag[:2]}>'

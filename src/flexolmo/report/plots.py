@@ -41,11 +41,15 @@ _MAX_NUMBERED_LAYERS = 12  # with more, cells are too low for a number
 
 # --- reading results -------------------------------------------------------------------------
 
+
 def owner_names(results: Results) -> list[str]:
     """Names of the owners' experts, in the order of `owners`, then of the bits-per-byte rows."""
     listed = [str(o["name"]) for o in results.get("owners") or [] if o.get("name")]
-    rows = [key.removeprefix("expert ") for key in results.get("bits_per_byte") or {}
-            if key.startswith("expert ")]
+    rows = [
+        key.removeprefix("expert ")
+        for key in results.get("bits_per_byte") or {}
+        if key.startswith("expert ")
+    ]
     return [n for n in dict.fromkeys(listed + rows) if n != PUBLIC]
 
 
@@ -59,8 +63,9 @@ def set_names(results: Results) -> list[str]:
 def owner_colours(results: Results) -> dict[str, str]:
     """One colour a name, the same in every figure and table; public is grey."""
     names = owner_names(results)
-    return {PUBLIC: GREY} | {n: _OWNER_COLOURS[i % len(_OWNER_COLOURS)]
-                             for i, n in enumerate(names)}
+    return {PUBLIC: GREY} | {
+        n: _OWNER_COLOURS[i % len(_OWNER_COLOURS)] for i, n in enumerate(names)
+    }
 
 
 def bits_table(results: Results, paper: bool = False) -> dict[str, dict[str, float]]:
@@ -72,12 +77,15 @@ def bits_table(results: Results, paper: bool = False) -> dict[str, dict[str, flo
     if not found:
         return {}
     anchor = (results.get("bits_per_byte") or {}).get("anchor") or {}
-    return {row: {s: float(x) for s, x in (values or {}).items() if _is_number(x)}
-            for row, values in {"anchor": anchor, **found}.items()}
+    return {
+        row: {s: float(x) for s, x in (values or {}).items() if _is_number(x)}
+        for row, values in {"anchor": anchor, **found}.items()
+    }
 
 
-def relative_change(bits: Mapping[str, Mapping[str, float]], row: str, of_set: str,
-                    base: str = "anchor") -> float:
+def relative_change(
+    bits: Mapping[str, Mapping[str, float]], row: str, of_set: str, base: str = "anchor"
+) -> float:
     """Bits per byte of `row` on `of_set` relative to `base`'s, minus 1; NaN if not measured."""
     x, y = (bits.get(r, {}).get(of_set, math.nan) for r in (row, base))
     return x / y - 1 if y else math.nan
@@ -89,33 +97,64 @@ def _is_number(x: Any) -> bool:
 
 # --- figures ---------------------------------------------------------------------------------
 
+
 @styled
 def plot_bits_per_byte(results: Results) -> Figure:
     """One line per set: the anchor, that set's expert alone, all experts, all but that one."""
     bits, sets, colours = bits_table(results), set_names(results), owner_colours(results)
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.55 * max(len(sets), 1)), layout="constrained")
     ax = fig.subplots()
-    kinds = [("anchor", "anchor", "|", 260), ("that set's expert alone", "expert {}", "D", 130),
-             ("mixture, all on", "mixture", "o", 40),
-             ("mixture without that set's expert", "mixture without {}", "x", 60)]
+    kinds = [
+        ("anchor", "anchor", "|", 260),
+        ("that set's expert alone", "expert {}", "D", 130),
+        ("mixture, all on", "mixture", "o", 40),
+        ("mixture without that set's expert", "mixture without {}", "x", 60),
+    ]
     for y, s in enumerate(sets):
         own = colours.get(s, GREY)
         xs = {row: bits.get(row.format(s), {}).get(s) for _, row, _, _ in kinds}
         present = [x for x in xs.values() if x is not None]
-        ax.plot([min(present), max(present)], [y, y], color=own, lw=5, alpha=0.22, zorder=1,
-                solid_capstyle="round")
+        ax.plot(
+            [min(present), max(present)],
+            [y, y],
+            color=own,
+            lw=5,
+            alpha=0.22,
+            zorder=1,
+            solid_capstyle="round",
+        )
         for _, row, marker, size in kinds:
             x = xs[row]
             if x is not None:
                 colour = MUTED if row == "anchor" else own
-                face: dict[str, Any] = {"color": colour} if marker in "|x" else {
-                    "edgecolors": colour, "facecolors": own if marker == "o" else "white"}
+                face: dict[str, Any] = (
+                    {"color": colour}
+                    if marker in "|x"
+                    else {"edgecolors": colour, "facecolors": own if marker == "o" else "white"}
+                )
                 ax.scatter([x], [y], s=size, marker=marker, lw=2, zorder=3, **face)
         change = relative_change(bits, "mixture", s)
-        ax.annotate(percent(change), (1, y), xycoords=("axes fraction", "data"), va="center",
-                    xytext=(58, 0), textcoords="offset points", ha="right", fontweight="bold")
-    ax.annotate("mixture\nv anchor", (1, 1), xycoords="axes fraction", xytext=(58, 2),
-                textcoords="offset points", ha="right", va="bottom", color=MUTED, fontsize=8.5)
+        ax.annotate(
+            percent(change),
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            xytext=(58, 0),
+            textcoords="offset points",
+            ha="right",
+            fontweight="bold",
+        )
+    ax.annotate(
+        "mixture\nv anchor",
+        (1, 1),
+        xycoords="axes fraction",
+        xytext=(58, 2),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=MUTED,
+        fontsize=8.5,
+    )
     ax.set_yticks(range(len(sets)), [wrap_name(s, 22) for s in sets])
     no_ticks(ax, "y")
     ax.set_ylim(len(sets) - 0.4, -0.6)
@@ -123,11 +162,23 @@ def plot_bits_per_byte(results: Results) -> Figure:
     ax.grid(axis="x", color=RULE, lw=0.7)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("bits per byte on held-out text of the set (further left is better)")
-    handles = [Line2D([], [], ls="", marker=m, markersize=12 if m == "|" else 7.5,
-                      markeredgewidth=2, color=MUTED, label=text,
-                      markerfacecolor="white" if m == "D" else MUTED) for text, _, m, _ in kinds]
-    fig.legend(handles=handles, loc="outside upper left", ncols=4, handletextpad=0.3,
-               columnspacing=1.6)
+    handles = [
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker=m,
+            markersize=12 if m == "|" else 7.5,
+            markeredgewidth=2,
+            color=MUTED,
+            label=text,
+            markerfacecolor="white" if m == "D" else MUTED,
+        )
+        for text, _, m, _ in kinds
+    ]
+    fig.legend(
+        handles=handles, loc="outside upper left", ncols=4, handletextpad=0.3, columnspacing=1.6
+    )
     return fig
 
 
@@ -139,37 +190,62 @@ def plot_optout_matrix(results: Results) -> Figure:
     off. A second panel has the paper's router, if it was measured.
     """
     sets, names, colours = set_names(results), owner_names(results), owner_colours(results)
-    panels = [("our router", bits_table(results)),
-              ("the paper's router", bits_table(results, paper=True))]
+    panels = [
+        ("our router", bits_table(results)),
+        ("the paper's router", bits_table(results, paper=True)),
+    ]
     panels = [(title, bits) for title, bits in panels if bits]
     rows = ["mixture", *(f"mixture without {n}" for n in names)]
     rows = [r for r in rows if any(bits.get(r) for _, bits in panels)]
-    values = [np.array([[100 * relative_change(bits, r, s) for s in sets] for r in rows]
-                       ).reshape(len(rows), len(sets)) for _, bits in panels]
+    values = [
+        np.array([[100 * relative_change(bits, r, s) for s in sets] for r in rows]).reshape(
+            len(rows), len(sets)
+        )
+        for _, bits in panels
+    ]
     limit = max([5.0, *(float(np.nanmax(np.abs(v))) for v in values if np.isfinite(v).any())])
     cell = min(0.95, (MAX_WIDTH_INCHES - 2.2) / max(1, len(sets) * len(panels)))
-    fig = Figure(figsize=(min(MAX_WIDTH_INCHES, 2.3 + cell * max(3, len(sets) * len(panels))),
-                          1.75 + 0.46 * len(rows)), layout="constrained")
+    fig = Figure(
+        figsize=(
+            min(MAX_WIDTH_INCHES, 2.3 + cell * max(3, len(sets) * len(panels))),
+            1.75 + 0.46 * len(rows),
+        ),
+        layout="constrained",
+    )
     axes = fig.subplots(1, len(panels), squeeze=False)[0] if panels and rows and sets else []
     narrow = max(4, int(cell * 13))
     for i, (ax, (title, _), matrix) in enumerate(zip(axes, panels, values, strict=False)):
         shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
             text = "–" if math.isnan(v) else percent(v / 100).removesuffix("\u00a0%")
-            ax.text(x, y, text, ha="center", va="center", color=ink_on(shown[y, x]),
-                    fontsize=9.5 if cell > 0.6 else 8.5)
+            ax.text(
+                x,
+                y,
+                text,
+                ha="center",
+                va="center",
+                color=ink_on(shown[y, x]),
+                fontsize=9.5 if cell > 0.6 else 8.5,
+            )
             if rows[y] == f"mixture without {sets[x]}":
                 outline(ax, x, y, colours.get(sets[x], INK))
         label_columns(ax, sets, colours, narrow, slanted=cell < 0.7)
-        off = ["none" if r == "mixture" else wrap_name(r.removeprefix("mixture without "), 18)
-               for r in rows]
+        off = [
+            "none" if r == "mixture" else wrap_name(r.removeprefix("mixture without "), 18)
+            for r in rows
+        ]
         ax.set_yticks(range(len(rows)), off if i == 0 else [""] * len(rows))
         ax.set_title(title, pad=8)
     for ax in axes[:1]:
         ax.set_ylabel("owner switched off")
-    fig.supxlabel("% change of bits per byte v the anchor, by held-out set. Blue: better, red: "
-                  "worse.\nOutlined: the set of the owner that is off; 0 is the anchor.",
-                  fontsize=9, color=MUTED, x=0.01, ha="left")
+    fig.supxlabel(
+        "% change of bits per byte v the anchor, by held-out set. Blue: better, red: "
+        "worse.\nOutlined: the set of the owner that is off; 0 is the anchor.",
+        fontsize=9,
+        color=MUTED,
+        x=0.01,
+        ha="left",
+    )
     return fig
 
 
@@ -180,8 +256,9 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
     With `paper`, of the paper's router. The outlined column is the set's own expert.
     """
     part = ((results.get("paper_router") or {}) if paper else results).get("routing") or {}
-    weights = {s: np.array(w, dtype=float, ndmin=2)
-               for s, w in (part.get("weights") or {}).items() if w}
+    weights = {
+        s: np.array(w, dtype=float, ndmin=2) for s, w in (part.get("weights") or {}).items() if w
+    }
     order = [*(part.get("sets") or []), *weights]
     sets = [s for s in dict.fromkeys(order) if s in weights]
     experts = [str(e) for e in part.get("experts") or []]
@@ -191,8 +268,10 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
     layers = max([len(w) for w in weights.values()], default=1)
     low = 0.36 if layers <= _MAX_NUMBERED_LAYERS else 0.13
     wide = min(MAX_WIDTH_INCHES / columns, 0.6 + 0.75 * max(2, len(experts)))
-    fig = Figure(figsize=(max(6.0, wide * columns), rows * (1.25 + low * layers) + 0.45),
-                 layout="constrained")
+    fig = Figure(
+        figsize=(max(6.0, wide * columns), rows * (1.25 + low * layers) + 0.45),
+        layout="constrained",
+    )
     panels = fig.subplots(rows, columns, squeeze=False).ravel()
     for i, ax in enumerate(panels):
         if i >= len(sets):
@@ -203,8 +282,15 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
         if len(w) <= _MAX_NUMBERED_LAYERS:
             for (y, x), v in np.ndenumerate(w):
                 text = "–" if math.isnan(v) else f"{v:.2f}"
-                ax.text(x, y, text[1:] if len(experts) > 5 and text.startswith("0") else text,
-                        ha="center", va="center", fontsize=8.5, color=ink_on(shown[y, x]))
+                ax.text(
+                    x,
+                    y,
+                    text[1:] if len(experts) > 5 and text.startswith("0") else text,
+                    ha="center",
+                    va="center",
+                    fontsize=8.5,
+                    color=ink_on(shown[y, x]),
+                )
         if sets[i] in experts:
             outline(ax, experts.index(sets[i]), 0, colours.get(sets[i], INK), height=len(w))
         label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
@@ -212,8 +298,12 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
         ax.set_yticks(range(0, len(w), step))
         if i % columns == 0:
             ax.set_ylabel("layer")
-        ax.set_title("text: " + wrap_name(sets[i], 20, max_lines=1), fontsize=9.5,
-                     color=darken_for_text(colours.get(sets[i], INK)), pad=6)
+        ax.set_title(
+            "text: " + wrap_name(sets[i], 20, max_lines=1),
+            fontsize=9.5,
+            color=darken_for_text(colours.get(sets[i], INK)),
+            pad=6,
+        )
     same = weights and all(np.allclose(w, w[:1], atol=5e-4) for w in weights.values())
     note = "Mean weight per expert (columns) and layer (rows). Outlined: the set's own expert."
     if same:
@@ -233,39 +323,62 @@ def plot_kept_gain(results: Results) -> Figure:
     routers = [("ours", bits_table(results)), ("paper's", bits_table(results, paper=True))]
     routers = [(r, bits) for r, bits in routers if bits]
     pitch = 1.0 if len(routers) > 1 else 0.6
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.35 + 0.62 * pitch * max(1, len(names))),
-                 layout="constrained")
+    fig = Figure(
+        figsize=(MAX_WIDTH_INCHES, 1.35 + 0.62 * pitch * max(1, len(names))), layout="constrained"
+    )
     ax = fig.subplots()
     for i, name in enumerate(names):
         for j, (router, bits) in enumerate(routers):
             y = i * pitch + 0.38 * (j - (len(routers) - 1) / 2)
             pair = -100 * relative_change(bits, f"expert {name}", name)
             kept = -100 * relative_change(bits, "mixture", name)
-            paint: dict[str, Any] = {"color": colours[name]} if router == "ours" else {
-                "facecolor": "white", "edgecolor": colours[name], "hatch": "/////", "lw": 1}
+            paint: dict[str, Any] = (
+                {"color": colours[name]}
+                if router == "ours"
+                else {"facecolor": "white", "edgecolor": colours[name], "hatch": "/////", "lw": 1}
+            )
             if math.isfinite(pair):
                 ax.barh(y, pair, 0.34, color=colours[name], alpha=0.2, zorder=2)
             if math.isfinite(kept):
                 ax.barh(y, kept, 0.2, zorder=3, **paint)
             if math.isfinite(pair) and math.isfinite(kept) and pair > 0:
-                ax.annotate(f"{kept / pair:.0%} kept, {router}".replace("%", " %"),
-                            (max(pair, kept, 0), y), xytext=(6, 0), fontsize=8.5, va="center",
-                            textcoords="offset points", color=INK if router == "ours" else MUTED)
+                ax.annotate(
+                    f"{kept / pair:.0%} kept, {router}".replace("%", " %"),
+                    (max(pair, kept, 0), y),
+                    xytext=(6, 0),
+                    fontsize=8.5,
+                    va="center",
+                    textcoords="offset points",
+                    color=INK if router == "ours" else MUTED,
+                )
     ax.set_yticks([i * pitch for i in range(len(names))], [wrap_name(n, 22) for n in names])
     no_ticks(ax, "y")
     ax.set_ylim(max(1, len(names)) * pitch - pitch / 2, -pitch / 2)
     ax.margins(x=0.17)
-    ax.set_xlim(min(ax.get_xlim()[0], 0) if ax.get_xlim()[0] < -1 and any(
-        p.get_width() < 0 for p in ax.patches if isinstance(p, Rectangle)) else 0, None)
+    ax.set_xlim(
+        min(ax.get_xlim()[0], 0)
+        if ax.get_xlim()[0] < -1
+        and any(p.get_width() < 0 for p in ax.patches if isinstance(p, Rectangle))
+        else 0,
+        None,
+    )
     ax.axvline(0, color=INK, lw=1, zorder=4)
     ax.grid(axis="x", color=RULE, lw=0.7)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("% fewer bits per byte than the anchor on the owner's own set")
-    handles = [Patch(color=GREY, alpha=0.25, label="expert alone (the pair)"),
-               Patch(color=GREY, label="mixture, our router")]
+    handles = [
+        Patch(color=GREY, alpha=0.25, label="expert alone (the pair)"),
+        Patch(color=GREY, label="mixture, our router"),
+    ]
     if len(routers) > 1:
-        handles.append(Patch(facecolor="white", edgecolor=GREY, hatch="/////",
-                             label="mixture, the paper's router"))
+        handles.append(
+            Patch(
+                facecolor="white",
+                edgecolor=GREY,
+                hatch="/////",
+                label="mixture, the paper's router",
+            )
+        )
     fig.legend(handles=handles, loc="outside upper left", ncols=3)
     return fig
 
@@ -280,20 +393,41 @@ def plot_compression(curve: Results) -> Figure:
     points, bits = curve.get("points") or [], curve.get("bits_per_byte") or {}
     fig = Figure(figsize=(7.5, 4.3), layout="constrained")
     ax = fig.subplots()
-    for series, colour, marker in zip(dict.fromkeys(p["series"] for p in points),
-                                      _OWNER_COLOURS, "osD^v", strict=False):
+    for series, colour, marker in zip(
+        dict.fromkeys(p["series"] for p in points), _OWNER_COLOURS, "osD^v", strict=False
+    ):
         own = sorted((p for p in points if p["series"] == series), key=lambda p: p["bytes"])
-        ax.plot([p["bytes"] / 1e6 for p in own], [p["bits_per_byte"] for p in own], color=colour,
-                marker=marker, ms=6, lw=1.8, label=series, zorder=3)
+        ax.plot(
+            [p["bytes"] / 1e6 for p in own],
+            [p["bits_per_byte"] for p in own],
+            color=colour,
+            marker=marker,
+            ms=6,
+            lw=1.8,
+            label=series,
+            zorder=3,
+        )
         for p in own:
-            ax.annotate(str(p.get("rank", p.get("width"))), (p["bytes"] / 1e6, p["bits_per_byte"]),
-                        xytext=(6, 4), textcoords="offset points", fontsize=8,
-                        color=darken_for_text(colour))
+            ax.annotate(
+                str(p.get("rank", p.get("width"))),
+                (p["bytes"] / 1e6, p["bits_per_byte"]),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8,
+                color=darken_for_text(colour),
+            )
     for name, text in (("anchor", "the anchor alone"), ("whole", "the expert as it was")):
         if _is_number(bits.get(name)):
             ax.axhline(bits[name], color=MUTED, lw=1, ls="--" if name == "anchor" else "-")
-            ax.annotate(text, (0, bits[name]), xycoords=("axes fraction", "data"),
-                        xytext=(6, 3), textcoords="offset points", color=MUTED, fontsize=8.5)
+            ax.annotate(
+                text,
+                (0, bits[name]),
+                xycoords=("axes fraction", "data"),
+                xytext=(6, 3),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8.5,
+            )
     if _is_number(curve.get("whole_bytes")) and _is_number(bits.get("whole")):
         ax.plot([curve["whole_bytes"] / 1e6], [bits["whole"]], "o", color=INK, ms=7, zorder=4)
     ax.set_xlim(0, None)

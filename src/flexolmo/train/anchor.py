@@ -51,29 +51,43 @@ class AnchorRecipe(BaseModel):
     train: TrainSettings = TrainSettings(steps=700)
 
 
-def train_anchor(public: TokenSet, tokenizer: Tokenizer, recipe: AnchorRecipe,
-                 run_dir: Path | None = None, num_threads: int | None = None,
-                 device: str | torch.device = "cpu") -> Anchor:
+def train_anchor(
+    public: TokenSet,
+    tokenizer: Tokenizer,
+    recipe: AnchorRecipe,
+    run_dir: Path | None = None,
+    num_threads: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Anchor:
     """Train an anchor on the public set's training split.
 
     With `run_dir`, resumes a run that was cut off there and leaves its record beside the metrics.
     The anchor's model is left on `device`.
     """
     set_up(recipe.seed, num_threads)
-    config = ModelConfig(vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id,
-                         **recipe.model.model_dump())
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **recipe.model.model_dump()
+    )
     model = Transformer(config)
     model.initialise(recipe.seed)
     model.to(device)
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, {public.name: public.digest})
-    batches = training_batches(public, "train", recipe.train.batch_size, recipe.train.seq_len,
-                               recipe.seed)
+    batches = training_batches(
+        public, "train", recipe.train.batch_size, recipe.train.seq_len, recipe.seed
+    )
 
     def loss_of_step(step: int) -> Tensor:
         return language_model_loss(model, torch.from_numpy(batches.batch(step)))
 
-    result = train(dict(model.named_parameters()), loss_of_step, recipe.train, run_dir, "anchor",
-                   identity_of(recipe, data=public.digest), record)
+    result = train(
+        dict(model.named_parameters()),
+        loss_of_step,
+        recipe.train,
+        run_dir,
+        "anchor",
+        identity_of(recipe, data=public.digest),
+        record,
+    )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return describe_anchor(model, tokenizer, public, record)
 
@@ -96,25 +110,30 @@ def import_anchor(directory: Path, public: TokenSet) -> Anchor:
     tensors = read_tensors(directory)
     if raw.get("tie_word_embeddings") and "model.embed_tokens.weight" in tensors:
         tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    model = build_transformer(config.model_copy(update={"eos_token_id": tokenizer.eos_id}),
-                              tensors, str(directory))
+    model = build_transformer(
+        config.model_copy(update={"eos_token_id": tokenizer.eos_id}), tensors, str(directory)
+    )
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
     return describe_anchor(model, tokenizer, public, record)
 
 
-def describe_anchor(model: Transformer, tokenizer: Tokenizer, public: TokenSet,
-                    record: dict[str, Any]) -> Anchor:
+def describe_anchor(
+    model: Transformer, tokenizer: Tokenizer, public: TokenSet, record: dict[str, Any]
+) -> Anchor:
     """Add to a dense model what owners need of public text: its statistics, its embedding."""
     split = public.splits["train"]
-    statistics = fit_bigrams(split.tokens, split.offsets, model.config.vocab_size,
-                             EvidenceSettings())
+    statistics = fit_bigrams(
+        split.tokens, split.offsets, model.config.vocab_size, EvidenceSettings()
+    )
     row = mean_hidden_state(model.eval(), embedding_windows(public, model.config))
-    return build_anchor(model, tokenizer, statistics, row.repeat(model.config.num_layers, 1),
-                        copy.deepcopy(record))
+    return build_anchor(
+        model, tokenizer, statistics, row.repeat(model.config.num_layers, 1), copy.deepcopy(record)
+    )
 
 
-def embedding_windows(token_set: TokenSet, config: ModelConfig,
-                      count: int = EMBEDDING_WINDOWS) -> Iterator[np.ndarray]:
+def embedding_windows(
+    token_set: TokenSet, config: ModelConfig, count: int = EMBEDDING_WINDOWS
+) -> Iterator[np.ndarray]:
     """The windows of text that stand for a set's domain: int64 [1,T], at most `count`."""
     seq_len = min(256, config.max_seq_len - 1, len(token_set.splits["train"].tokens) - 1)
     batches = training_batches(token_set, "train", 1, seq_len, seed=0)

@@ -42,8 +42,9 @@ class Curvature:
     outputs: Tensor | None = None  # of the loss's gradient by what it makes: [out,out], or [out]
 
 
-def truncate(matrix: Tensor, rank: int, curvature: Curvature | None = None
-             ) -> tuple[Tensor, Tensor]:
+def truncate(
+    matrix: Tensor, rank: int, curvature: Curvature | None = None
+) -> tuple[Tensor, Tensor]:
     """A [r,in] and B [out,r] with B A the matrix of that rank that is closest, or costs least.
 
     Without `curvature` the closest (Eckart-Young), with it the one whose difference costs the loss
@@ -57,14 +58,18 @@ def truncate(matrix: Tensor, rank: int, curvature: Curvature | None = None
     a = unread((s[:rank, None] * v[:rank]).T).T
     b = unmade(u[:, :rank])
     balance = (b.norm(dim=0) / a.norm(dim=1).clamp(min=1e-300)).sqrt()
-    return ((balance[:, None] * a).to(matrix.dtype).contiguous(),
-            (b / balance.clamp(min=1e-300)).to(matrix.dtype).contiguous())
+    return (
+        (balance[:, None] * a).to(matrix.dtype).contiguous(),
+        (b / balance.clamp(min=1e-300)).to(matrix.dtype).contiguous(),
+    )
 
 
 def _check_rank(rank: int, shape: Sequence[int]) -> None:
     if not 1 <= rank <= min(shape):
-        raise ConfigError(f"Rank {rank} is not between 1 and {min(shape)}, the smaller side of a "
-                          f"{shape[0]} x {shape[1]} matrix.")
+        raise ConfigError(
+            f"Rank {rank} is not between 1 and {min(shape)}, the smaller side of a "
+            f"{shape[0]} x {shape[1]} matrix."
+        )
 
 
 def _root(moments: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -80,6 +85,7 @@ def _root(moments: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[
     def times(factor: Tensor) -> Callable[[Tensor], Tensor]:
         def product(x: Tensor) -> Tensor:
             return factor * x if vectors is None else vectors @ (factor * (vectors.T @ x))
+
         return product
 
     return times(root), times(1 / root)
@@ -102,9 +108,13 @@ def _widen(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(a, (0, 0, 0, short)).contiguous(), F.pad(b, (0, short)).contiguous()
 
 
-def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
-                  delta_ranks: int | Mapping[str, int] | None = None,
-                  curvature: Mapping[str, Curvature] | None = None) -> dict[str, Tensor]:
+def compress_rank(
+    anchor: Anchor,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+    delta_ranks: int | Mapping[str, int] | None = None,
+    curvature: Mapping[str, Curvature] | None = None,
+) -> dict[str, Tensor]:
     """The expert with its FFN as a delta of `rank` to the anchor's.
 
     What it changes in attention, embedding and head is cut to `delta_ranks`: one number, or by
@@ -112,9 +122,15 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
     `curvature`, as `measure_curvature` gives it, makes the better cut.
     Raises ConfigError if the FFN is not of the anchor's width, or of that rank or less already.
     """
-    groups = {"embedding_rank": ["embed_tokens"], "head_rank": ["lm_head"],
-              "attention_rank": [f"layers.{i}.{part}" for i in range(anchor.config.num_layers)
-                                 for part in ATTENTION_PARTS]}
+    groups = {
+        "embedding_rank": ["embed_tokens"],
+        "head_rank": ["lm_head"],
+        "attention_rank": [
+            f"layers.{i}.{part}"
+            for i in range(anchor.config.num_layers)
+            for part in ATTENTION_PARTS
+        ],
+    }
     if not isinstance(delta_ranks, Mapping):
         delta_ranks = {} if delta_ranks is None else dict.fromkeys(groups, delta_ranks)
     if (least := min([rank, *delta_ranks.values()])) < 1:
@@ -135,22 +151,27 @@ def compress_rank(anchor: Anchor, tensors: Mapping[str, Tensor], rank: int,
 
     def cut_again(name: str, rank: int) -> None:
         found[f"{name}.lora_a"], found[f"{name}.lora_b"] = truncate_product(
-            found[f"{name}.lora_a"], found[f"{name}.lora_b"], rank)
+            found[f"{name}.lora_a"], found[f"{name}.lora_b"], rank
+        )
 
     for i, block in enumerate(anchor.model.layers):
         for part in FFN_PARTS:
             name, shape = f"layers.{i}.{part}", getattr(block.mlp, part).weight.shape
             whole = found.get(f"{name}.weight")
             if whole is not None and whole.shape != shape:
-                raise ConfigError(f"The expert's FFN is {list(whole.shape)} in {name}, the "
-                                  f"anchor's {list(shape)}: only an FFN of the anchor's "
-                                  "width has a difference to cut. Give a width, not a rank.")
+                raise ConfigError(
+                    f"The expert's FFN is {list(whole.shape)} in {name}, the "
+                    f"anchor's {list(shape)}: only an FFN of the anchor's "
+                    "width has a difference to cut. Give a width, not a rank."
+                )
             if whole is not None:
                 _check_rank(rank, shape)
                 cut(name, rank)
             elif (old := len(found[f"{name}.lora_a"])) <= rank:
-                raise ConfigError(f"The expert's FFN is a delta of rank {old} already: "
-                                  f"give a rank below that, not {rank}.")
+                raise ConfigError(
+                    f"The expert's FFN is a delta of rank {old} already: "
+                    f"give a rank below that, not {rank}."
+                )
             else:
                 cut_again(name, rank)
     for group, delta_rank in delta_ranks.items():
@@ -186,6 +207,7 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
         def note(_module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
             add(inputs, key, args[0])
             out.register_hook(lambda grad: add(outputs, key, grad, key == "lm_head"))
+
         return note
 
     def watch_embedding(_module: Any, _args: Any, out: Tensor) -> Tensor:
@@ -193,8 +215,11 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
         out.register_hook(lambda grad: add(outputs, "embed_tokens", grad))
         return out
 
-    hooks = [module.register_forward_hook(watch(key)) for key, module in readers.items()
-             if f"{key}.weight" in own]
+    hooks = [
+        module.register_forward_hook(watch(key))
+        for key, module in readers.items()
+        if f"{key}.weight" in own
+    ]
     hooks.append(pair.embed_tokens.register_forward_hook(watch_embedding))
     seq_len = min(256, pair.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)
@@ -207,20 +232,24 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
     for hook in hooks:
         hook.remove()
     keys = [k for k in (*readers, "embed_tokens") if f"{k}.weight" in own]
-    return {k: Curvature(inputs[k] / count if k in inputs else None, outputs[k] / count)
-            for k in keys}
+    return {
+        k: Curvature(inputs[k] / count if k in inputs else None, outputs[k] / count) for k in keys
+    }
 
 
-def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
-                ) -> dict[str, Tensor]:
+def prune_width(
+    anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
+) -> dict[str, Tensor]:
     """The expert with the `width` columns of each layer's FFN that matter most to `data`.
 
     A column's importance is the mean of |activation| on training text, read with these FFNs in
     the anchor's frame, times the norm of its down row. Source: ours, after structured pruning.
     """
     if "layers.0.gate_proj.weight" not in tensors:
-        raise ConfigError("The expert's FFN is a low-rank delta to the anchor's, which has no "
-                          "columns of its own to leave out. Give a rank, not a width.")
+        raise ConfigError(
+            "The expert's FFN is a low-rank delta to the anchor's, which has no "
+            "columns of its own to leave out. Give a rank, not a width."
+        )
     d_ff = len(tensors["layers.0.gate_proj.weight"])
     if not 1 <= width <= d_ff:
         raise ConfigError(f"Width {width} is not between 1 and {d_ff}, the FFN's own.")
@@ -230,13 +259,15 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
     def watch(total: Tensor) -> Callable[..., None]:
         def add(_module: Any, args: tuple[Tensor]) -> None:  # returns nothing: it only looks
             total.add_(args[0].cpu().abs().double().flatten(0, -2).sum(0))
+
         return add
 
     for i, block in enumerate(model.layers):
         ffn = cast(FeedForward, block.mlp)
         for part in FFN_PARTS:
             getattr(ffn, part).weight = torch.nn.Parameter(
-                tensors[f"layers.{i}.{part}.weight"].to(model.device), requires_grad=False)
+                tensors[f"layers.{i}.{part}.weight"].to(model.device), requires_grad=False
+            )
         ffn.down_proj.register_forward_pre_hook(watch(sums[i]))
     seq_len = min(256, anchor.config.max_seq_len - 1, len(data.splits["train"].tokens) - 1)
     batches = training_batches(data, "train", 1, seq_len, seed=0)
@@ -251,5 +282,6 @@ def prune_width(anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, w
         for part in FFN_PARTS:
             whole = tensors[f"layers.{i}.{part}.weight"]
             found[f"layers.{i}.{part}.weight"] = whole.index_select(
-                1 if part == "down_proj" else 0, kept).contiguous()
+                1 if part == "down_proj" else 0, kept
+            ).contiguous()
     return found

@@ -35,12 +35,7 @@ from flexolmo.model.router import (
     RouterSettings,
     first_raw_bias,
 )
-from flexolmo.model.shape import (
-    ExpertShape,
-    architecture_of,
-    expert_shapes,
-    shape_of_tensors,
-)
+from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
@@ -58,30 +53,52 @@ class ExpertRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="of batch order and of the deltas' first values")
-    scope: Scope = Field("all", description="what the owner may change: ffn (paper; exports to the "
-                         "stock format), ffn+head, or all: also attention and embedding (ours)")
+    scope: Scope = Field(
+        "all",
+        description="what the owner may change: ffn (paper; exports to the "
+        "stock format), ffn+head, or all: also attention and embedding (ours)",
+    )
     width: int | None = Field(None, ge=1, description="FFN width; none: the anchor's")
     rank: int = Field(0, ge=0, description="rank of the FFN as a delta to the anchor's; 0: whole")
-    attention_rank: int | None = Field(None, ge=1, description="rank of attention's deltas, if in "
-                                       "scope; none, or d_model and above: whole matrices")
+    attention_rank: int | None = Field(
+        None,
+        ge=1,
+        description="rank of attention's deltas, if in "
+        "scope; none, or d_model and above: whole matrices",
+    )
     embedding_rank: int | None = Field(None, ge=1, description="the same of the embedding")
     head_rank: int | None = Field(None, ge=1, description="the same of the output head")
-    has_half_deltas: bool = Field(False, description="keep low-rank deltas in bfloat16: half the "
-                                  "bytes; they are small beside what they are added to")
-    replay: float = Field(0.0, ge=0, lt=1, description="fraction of the sequences that are public "
-                          "text, which shows what is not the owner's domain (ours)")
+    has_half_deltas: bool = Field(
+        False,
+        description="keep low-rank deltas in bfloat16: half the "
+        "bytes; they are small beside what they are added to",
+    )
+    replay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the sequences that are public "
+        "text, which shows what is not the owner's domain (ours)",
+    )
     train: TrainSettings = TrainSettings(steps=240)
-    router: RouterSettings = Field(EvidenceSettings(), description="how the expert is weighed "
-                                   "against public text; the same for all of one mixture")
+    router: RouterSettings = Field(
+        EvidenceSettings(),
+        description="how the expert is weighed "
+        "against public text; the same for all of one mixture",
+    )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "ExpertRecipe":
         if self.rank and self.width is not None:
-            raise ValueError("an FFN is of a width of its own or a low-rank delta to the "
-                             "anchor's: give width or rank, not both")
+            raise ValueError(
+                "an FFN is of a width of its own or a low-rank delta to the "
+                "anchor's: give width or rank, not both"
+            )
         if self.scope != "ffn" and not isinstance(self.router, EvidenceSettings):
-            raise ValueError(f"scope {self.scope} needs a router that decides once for all "
-                             f"layers, which {self.router.kind} does not: set scope = \"ffn\"")
+            raise ValueError(
+                f"scope {self.scope} needs a router that decides once for all "
+                f'layers, which {self.router.kind} does not: set scope = "ffn"'
+            )
         return self
 
     def shape(self, config: ModelConfig) -> ExpertShape:
@@ -92,10 +109,12 @@ class ExpertRecipe(BaseModel):
             return min(given or D, D) if self.scope in scopes else 0
 
         return ExpertShape(
-            d_ff=self.width or config.d_ff, rank=self.rank,
+            d_ff=self.width or config.d_ff,
+            rank=self.rank,
             attention_rank=rank(self.attention_rank, "all"),
             embedding_rank=rank(self.embedding_rank, "all"),
-            head_rank=rank(self.head_rank, "ffn+head", "all"))
+            head_rank=rank(self.head_rank, "ffn+head", "all"),
+        )
 
 
 @dataclass(frozen=True)
@@ -111,8 +130,9 @@ class Expert:
     architecture: dict[str, int]  # see shape.architecture_of
 
 
-def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
-                 public: TokenSet | None = None) -> dict[str, Tensor]:
+def start_expert(
+    anchor: Anchor, data: TokenSet, recipe: ExpertRecipe, public: TokenSet | None = None
+) -> dict[str, Tensor]:
     """The expert before training: the anchor's matrices, no deltas, and the router's part.
 
     FFN of a width of its own: those columns of the anchor's that the owner's text uses most.
@@ -139,8 +159,9 @@ def start_expert(anchor: Anchor, data: TokenSet, recipe: ExpertRecipe,
     return tensors | start_router(anchor, data, router, public)
 
 
-def start_router(anchor: Anchor, data: TokenSet, router: RouterSettings,
-                 public: TokenSet | None = None) -> dict[str, Tensor]:
+def start_router(
+    anchor: Anchor, data: TokenSet, router: RouterSettings, public: TokenSet | None = None
+) -> dict[str, Tensor]:
     """The router's part of an expert before training, from the anchor and the owner's text alone.
 
     evidence: the bigram model of that text, final. linear: in every layer the same row, the mean
@@ -152,19 +173,27 @@ def start_router(anchor: Anchor, data: TokenSet, router: RouterSettings,
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
         own = fit_bigrams(split.tokens, split.offsets, config.vocab_size, router, anchor.public)
-        tensors |= {"router.unigram": torch.from_numpy(own.unigram),
-                    "router.backoff": torch.from_numpy(own.backoff)}
+        tensors |= {
+            "router.unigram": torch.from_numpy(own.unigram),
+            "router.backoff": torch.from_numpy(own.backoff),
+        }
         if len(own.keys):
-            tensors |= {"router.bigram_keys": torch.from_numpy(own.keys),
-                        "router.bigram_log_probs": torch.from_numpy(own.log_probs)}
+            tensors |= {
+                "router.bigram_keys": torch.from_numpy(own.keys),
+                "router.bigram_log_probs": torch.from_numpy(own.log_probs),
+            }
         return tensors
     if isinstance(router, DiscriminantSettings):
         if public is None:
-            raise ConfigError("The discriminant router holds an owner's states against public "
-                              "text: give the prepared public set.")
+            raise ConfigError(
+                "The discriminant router holds an owner's states against public "
+                "text: give the prepared public set."
+            )
         _refuse_other_tokenizer(public, data)
-        own_sums, public_sums = (gather(anchor.model, embedding_windows(s, config, n), router)
-                                 for s, n in ((data, EMBEDDING_WINDOWS), (public, PUBLIC_WINDOWS)))
+        own_sums, public_sums = (
+            gather(anchor.model, embedding_windows(s, config, n), router)
+            for s, n in ((data, EMBEDDING_WINDOWS), (public, PUBLIC_WINDOWS))
+        )
         return discriminant_tensors(own_sums, public_sums, router)
     row = mean_hidden_state(anchor.model, embedding_windows(data, config))
     for i in range(config.num_layers):
@@ -174,10 +203,17 @@ def start_router(anchor: Anchor, data: TokenSet, router: RouterSettings,
     return tensors
 
 
-def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe,
-                 run_dir: Path | None = None, num_threads: int | None = None, *,
-                 public: TokenSet | None = None,
-                 start: Mapping[str, Tensor] | None = None) -> Expert:
+def train_expert(
+    anchor: Anchor,
+    data: TokenSet,
+    name: str,
+    recipe: ExpertRecipe,
+    run_dir: Path | None = None,
+    num_threads: int | None = None,
+    *,
+    public: TokenSet | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Expert:
     """Train one expert to coordinate: a mixture of it and the public expert, on the owner's text.
 
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
@@ -200,8 +236,10 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
     def loss_of_step(step: int) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
         loss = language_model_loss(
-            pair, torch.from_numpy(batch_of_step(step)),
-            router_logits=logits if isinstance(recipe.router, LinearSettings) else None)
+            pair,
+            torch.from_numpy(batch_of_step(step)),
+            router_logits=logits if isinstance(recipe.router, LinearSettings) else None,
+        )
         for z in logits:
             loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
         return loss
@@ -210,18 +248,31 @@ def train_expert(anchor: Anchor, data: TokenSet, name: str, recipe: ExpertRecipe
     identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
     if start is not None:
         identity["start"] = digest_tensors(start.items())
-    result = train(parameters, loss_of_step, recipe.train, run_dir, f"expert {name}",
-                   identity, record)
+    result = train(
+        parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
+    )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     tensors = {n: t.detach().cpu().clone() for n, t in expert_tensors(pair, name).items()}
     if recipe.has_half_deltas:
         tensors |= {n: t.bfloat16() for n, t in tensors.items() if ".lora_" in n}
-    return Expert(name, anchor.digest, recipe.router, tensors, record, data.digest,
-                  architecture_of(anchor.config, pair.shapes[name]))
+    return Expert(
+        name,
+        anchor.digest,
+        recipe.router,
+        tensors,
+        record,
+        data.digest,
+        architecture_of(anchor.config, pair.shapes[name]),
+    )
 
 
-def reroute_expert(expert: Expert, anchor: Anchor, data: TokenSet, router: RouterSettings,
-                   public: TokenSet | None = None) -> Expert:
+def reroute_expert(
+    expert: Expert,
+    anchor: Anchor,
+    data: TokenSet,
+    router: RouterSettings,
+    public: TokenSet | None = None,
+) -> Expert:
     """A trained expert with another router in place of its own, made as before training.
 
     Its owner alone can do this, with `data` and, for the discriminant router, `public`. What the
@@ -231,17 +282,27 @@ def reroute_expert(expert: Expert, anchor: Anchor, data: TokenSet, router: Route
     tensors |= start_router(anchor, data, router, public)
     shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
     if not (shape.is_ffn_only or isinstance(router, EvidenceSettings)):
-        raise ConfigError(f"{expert.name} changes more than the FFN, which needs a router that "
-                          f"decides once for all layers (kind evidence), not {router.kind}.")
+        raise ConfigError(
+            f"{expert.name} changes more than the FFN, which needs a router that "
+            f"decides once for all layers (kind evidence), not {router.kind}."
+        )
     settings = {"router": router.model_dump(mode="json")}
-    record = expert.record | {"config": expert.record["config"] | settings,
-                              "router_before": expert.router.model_dump(mode="json")}
-    return replace(expert, router=router, tensors=tensors, record=record,
-                   architecture=architecture_of(anchor.config, shape))
+    record = expert.record | {
+        "config": expert.record["config"] | settings,
+        "router_before": expert.router.model_dump(mode="json"),
+    }
+    return replace(
+        expert,
+        router=router,
+        tensors=tensors,
+        record=record,
+        architecture=architecture_of(anchor.config, shape),
+    )
 
 
-def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
-             ) -> Callable[[int], np.ndarray]:
+def _batches(
+    data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
+) -> Callable[[int], np.ndarray]:
     """Batch of a step, int64 [B,T+1]; with replay, every so many-th sequence is public text."""
     settings = recipe.train
     size = settings.batch_size
@@ -272,33 +333,41 @@ def _batches(data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
 
 def _refuse_other_tokenizer(public: TokenSet, data: TokenSet) -> None:
     if public.card["tokenizer"]["digest"] != data.card["tokenizer"]["digest"]:
-        raise ConfigError(f"{public.directory} and {data.directory} were prepared with different "
-                          "tokenizers.")
+        raise ConfigError(
+            f"{public.directory} and {data.directory} were prepared with different tokenizers."
+        )
 
 
 def _refuse_bad_name(name: str) -> None:
     try:
         TypeAdapter(Name).validate_python(name)
     except ValidationError as e:
-        raise ConfigError(f"{name!r} cannot name an expert: {e.errors()[0]['msg']}. Use lower-case "
-                          "letters, digits, - and _, at most 64, starting with a letter or digit."
-                          ) from None
+        raise ConfigError(
+            f"{name!r} cannot name an expert: {e.errors()[0]['msg']}. Use lower-case "
+            "letters, digits, - and _, at most 64, starting with a letter or digit."
+        ) from None
 
 
 def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Parameter]:
     """What of `pair` learns: all of the expert but an evidence router's statistics."""
-    return {n: p for n, p in expert_tensors(pair, name).items()
-            if isinstance(p, nn.Parameter)}
+    return {n: p for n, p in expert_tensors(pair, name).items() if isinstance(p, nn.Parameter)}
 
 
 def save_expert(expert: Expert, run_dir: Path) -> None:
     """Write the trained expert into its run's directory; it is not signed and goes nowhere."""
     with write_aside(run_dir / "expert.safetensors") as aside:
         save_file(expert.tensors, aside)
-    write_json(run_dir / "expert.json", {
-        "name": expert.name, "anchor_digest": expert.anchor_digest,
-        "router": expert.router.model_dump(mode="json"), "record": expert.record,
-        "data_card_digest": expert.data_card_digest, "architecture": expert.architecture})
+    write_json(
+        run_dir / "expert.json",
+        {
+            "name": expert.name,
+            "anchor_digest": expert.anchor_digest,
+            "router": expert.router.model_dump(mode="json"),
+            "record": expert.record,
+            "data_card_digest": expert.data_card_digest,
+            "architecture": expert.architecture,
+        },
+    )
 
 
 def load_expert(run_dir: Path) -> Expert:
@@ -308,14 +377,29 @@ def load_expert(run_dir: Path) -> Expert:
         with safetensors.safe_open(Path(run_dir) / "expert.safetensors", framework="pt") as f:
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
         recipe = ExpertRecipe.model_validate(about["record"]["config"])
-        return Expert(about["name"], about["anchor_digest"], recipe.router, tensors,
-                      about["record"], about["data_card_digest"], about["architecture"])
+        return Expert(
+            about["name"],
+            about["anchor_digest"],
+            recipe.router,
+            tensors,
+            about["record"],
+            about["data_card_digest"],
+            about["architecture"],
+        )
     except (OSError, KeyError, ValueError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{run_dir} holds no finished expert: {e}.") from None
 
 
-def pack_expert(expert: Expert, path: Path, private_key: Path, *, owner: str, licence: str,
-                terms: str, expires: datetime.date | None = None) -> Path:
+def pack_expert(
+    expert: Expert,
+    path: Path,
+    private_key: Path,
+    *,
+    owner: str,
+    licence: str,
+    terms: str,
+    expires: datetime.date | None = None,
+) -> Path:
     """Sign the expert into a bundle at `path` (NAME.bundle) and return that path.
 
     The bundle holds the expert's tensors, its claims and the signature: no optimizer state, no
@@ -330,8 +414,10 @@ def pack_expert(expert: Expert, path: Path, private_key: Path, *, owner: str, li
         architecture=expert.architecture,
         router_kind=expert.router.kind,
         router_settings=expert.router.model_dump(mode="json"),
-        recipe=copy.deepcopy(expert.record["config"] | {
-            k: expert.record[k] for k in ("compressed", "healed") if k in expert.record}),
+        recipe=copy.deepcopy(
+            expert.record["config"]
+            | {k: expert.record[k] for k in ("compressed", "healed") if k in expert.record}
+        ),
         tokens_seen=expert.record["tokens"],
         data_card_digest=expert.data_card_digest,
         licence=licence,

@@ -33,17 +33,24 @@ class TrainSettings(BaseModel):
     batch_size: int = Field(8, ge=1, description="sequences a step")
     seq_len: int = Field(256, ge=2, description="predicted tokens a sequence (paper: 4,096)")
     optimizer: Literal["adamw", "muon"] = Field(
-        "muon", description="muon for matrices inside the blocks with AdamW for the rest (ours), "
-        "or adamw for all (paper)")
+        "muon",
+        description="muon for matrices inside the blocks with AdamW for the rest (ours), "
+        "or adamw for all (paper)",
+    )
     learning_rate: float = Field(4e-3, gt=0, description="AdamW's peak rate (paper: 9e-4)")
     muon_learning_rate: float = Field(0.02, gt=0, description="Muon's peak rate")
     warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up (paper: 2,000)")
-    final_rate: float = Field(0.05, ge=0, le=1, description="last rate as a fraction of the peak, "
-                                                            "reached along a cosine")
+    final_rate: float = Field(
+        0.05, ge=0, le=1, description="last rate as a fraction of the peak, reached along a cosine"
+    )
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay (paper: 0 for experts)")
     grad_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
-    z_loss: float = Field(1e-3, ge=0, description="weight of the squared log-partition of the "
-                                                  "linear router's logits (paper: 1e-3)")
+    z_loss: float = Field(
+        1e-3,
+        ge=0,
+        description="weight of the squared log-partition of the "
+        "linear router's logits (paper: 1e-3)",
+    )
     checkpoint_every_seconds: float = Field(30.0, gt=0, description="time between checkpoints")
 
     @model_validator(mode="after")
@@ -76,22 +83,45 @@ def rate_fraction(step: int, settings: TrainSettings) -> float:
     return settings.final_rate + (1 - settings.final_rate) * cosine
 
 
-def build_optimizers(parameters: Mapping[str, nn.Parameter], settings: TrainSettings
-                     ) -> list[tuple[torch.optim.Optimizer, float]]:
+def build_optimizers(
+    parameters: Mapping[str, nn.Parameter], settings: TrainSettings
+) -> list[tuple[torch.optim.Optimizer, float]]:
     """Optimizers with their peak rates; every parameter is in exactly one."""
-    inner = {n: p for n, p in parameters.items()
-             if settings.optimizer == "muon" and n.startswith("layers.") and min(p.shape) > 1
-             and p.dim() == 2}
+    inner = {
+        n: p
+        for n, p in parameters.items()
+        if settings.optimizer == "muon"
+        and n.startswith("layers.")
+        and min(p.shape) > 1
+        and p.dim() == 2
+    }
     outer = [p for n, p in parameters.items() if n not in inner]
     built: list[tuple[torch.optim.Optimizer, float]] = []
     if inner:
-        built.append((torch.optim.Muon(inner.values(), lr=settings.muon_learning_rate,
-                                       weight_decay=settings.weight_decay, momentum=0.95,
-                                       adjust_lr_fn="original"), settings.muon_learning_rate))
+        built.append(
+            (
+                torch.optim.Muon(
+                    inner.values(),
+                    lr=settings.muon_learning_rate,
+                    weight_decay=settings.weight_decay,
+                    momentum=0.95,
+                    adjust_lr_fn="original",
+                ),
+                settings.muon_learning_rate,
+            )
+        )
     if outer:
-        built.append((torch.optim.AdamW(outer, lr=settings.learning_rate, betas=(0.9, 0.95),
-                                        weight_decay=settings.weight_decay),
-                      settings.learning_rate))
+        built.append(
+            (
+                torch.optim.AdamW(
+                    outer,
+                    lr=settings.learning_rate,
+                    betas=(0.9, 0.95),
+                    weight_decay=settings.weight_decay,
+                ),
+                settings.learning_rate,
+            )
+        )
     return built
 
 
@@ -113,8 +143,9 @@ def train(
     """
     optimizers = build_optimizers(parameters, settings)
     device = next(iter(parameters.values())).device.type
-    identity_digest = digest_bytes(canonical_json(
-        {**identity, **({} if device == "cpu" else {"device": device})}))
+    identity_digest = digest_bytes(
+        canonical_json({**identity, **({} if device == "cpu" else {"device": device})})
+    )
     result = TrainResult(tokens=settings.tokens)
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
@@ -131,8 +162,10 @@ def train(
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip))
             nats = float(loss.detach())
             if not math.isfinite(nats + norm):
-                raise CheckpointError(f"{label}: at step {step} the loss is {nats} and the "
-                                      f"gradient's norm {norm}. Lower the learning rate.")
+                raise CheckpointError(
+                    f"{label}: at step {step} the loss is {nats} and the "
+                    f"gradient's norm {norm}. Lower the learning rate."
+                )
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = peak * rate_fraction(step, settings)
@@ -142,18 +175,22 @@ def train(
             meter.advance(tokens_a_step, f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
             if run_dir is not None and (
-                    step + 1 == settings.steps
-                    or time.monotonic() - last_save > settings.checkpoint_every_seconds):
+                step + 1 == settings.steps
+                or time.monotonic() - last_save > settings.checkpoint_every_seconds
+            ):
                 _save(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
                 last_save = time.monotonic()
     if run_dir is not None:
-        write_json(run_dir / "metrics.json", {
-            "loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens})
+        write_json(
+            run_dir / "metrics.json",
+            {"loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens},
+        )
     return result
 
 
-def _optimizer_tensors(parameters: Mapping[str, nn.Parameter],
-                       optimizers: list[tuple[torch.optim.Optimizer, float]]) -> dict[str, Tensor]:
+def _optimizer_tensors(
+    parameters: Mapping[str, nn.Parameter], optimizers: list[tuple[torch.optim.Optimizer, float]]
+) -> dict[str, Tensor]:
     name_of = {id(p): n for n, p in parameters.items()}
     return {
         f"optimizer.{name_of[id(p)]}.{key}": value
@@ -163,21 +200,35 @@ def _optimizer_tensors(parameters: Mapping[str, nn.Parameter],
     }
 
 
-def _save(path: Path, parameters: Mapping[str, nn.Parameter],
-          optimizers: list[tuple[torch.optim.Optimizer, float]], result: TrainResult,
-          identity_digest: str) -> None:
+def _save(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    result: TrainResult,
+    identity_digest: str,
+) -> None:
     tensors = {f"parameter.{n}": p.detach() for n, p in parameters.items()}
     tensors |= _optimizer_tensors(parameters, optimizers)
-    state = {"losses_nats": result.losses_nats, "seconds": result.seconds,
-             "identity": identity_digest}
+    state = {
+        "losses_nats": result.losses_nats,
+        "seconds": result.seconds,
+        "identity": identity_digest,
+    }
     with write_aside(path) as aside:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, aside,
-                  metadata={"state": json.dumps(state)})
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()},
+            aside,
+            metadata={"state": json.dumps(state)},
+        )
 
 
-def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
-            optimizers: list[tuple[torch.optim.Optimizer, float]], result: TrainResult,
-            identity_digest: str) -> None:
+def _resume(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: list[tuple[torch.optim.Optimizer, float]],
+    result: TrainResult,
+    identity_digest: str,
+) -> None:
     if not path.exists():
         return
     try:
@@ -185,12 +236,14 @@ def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
             state = json.loads(f.metadata()["state"])
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
-        raise CheckpointError(f"{path} is not a checkpoint of this loop: {e}. Remove it to start "
-                              "again.") from None
+        raise CheckpointError(
+            f"{path} is not a checkpoint of this loop: {e}. Remove it to start again."
+        ) from None
     if state["identity"] != identity_digest:
         raise CheckpointError(
             f"{path} belongs to a run with another recipe, seed, anchor, data, device or number "
-            "of threads. Give this run a directory of its own, or remove the old one.")
+            "of threads. Give this run a directory of its own, or remove the old one."
+        )
     with torch.no_grad():
         for n, p in parameters.items():
             p.copy_(tensors.pop(f"parameter.{n}"))
@@ -199,10 +252,12 @@ def _resume(path: Path, parameters: Mapping[str, nn.Parameter],
             for p in group["params"]:
                 name = next(n for n, q in parameters.items() if q is p)
                 prefix = f"optimizer.{name}."
-                saved = {n.removeprefix(prefix): t for n, t in tensors.items()
-                         if n.startswith(prefix)}
+                saved = {
+                    n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
+                }
                 if saved:  # AdamW counts its steps on the CPU
-                    optimizer.state[p] = {k: t if k == "step" else t.to(p.device)
-                                          for k, t in saved.items()}
+                    optimizer.state[p] = {
+                        k: t if k == "step" else t.to(p.device) for k, t in saved.items()
+                    }
     result.losses_nats[:] = state["losses_nats"]
     result.seconds = state["seconds"]

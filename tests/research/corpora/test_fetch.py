@@ -24,8 +24,9 @@ def _wheel(path, members):
         for name, text in members.items():
             wheel.writestr(name, text)
         info = "tiny_texts-1.0.dist-info"
-        wheel.writestr(f"{info}/METADATA",
-                       "Metadata-Version: 2.1\nName: tiny-texts\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-texts\nVersion: 1.0\n"
+        )
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
@@ -39,14 +40,20 @@ def registry(tmp_path, monkeypatch):
     """A folder that pip takes for its only registry, with one wheel; two sources of set `news`."""
     links = tmp_path / "links"
     links.mkdir()
-    _wheel(links / "tiny_texts-1.0-py3-none-any.whl",
-           {f"tiny/{i}.txt": made_text(i) for i in range(9)})
+    _wheel(
+        links / "tiny_texts-1.0-py3-none-any.whl", {f"tiny/{i}.txt": made_text(i) for i in range(9)}
+    )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
-    monkeypatch.setattr(sources, "SOURCES", (
-        Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract),
-        Source("news", "absent", "pip", "no-such-package", "1.0", "CC0-1.0", _extract),
-        Source("news", "other", "npm", "other", None, "CC0-1.0", _extract)))
+    monkeypatch.setattr(
+        sources,
+        "SOURCES",
+        (
+            Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract),
+            Source("news", "absent", "pip", "no-such-package", "1.0", "CC0-1.0", _extract),
+            Source("news", "other", "npm", "other", None, "CC0-1.0", _extract),
+        ),
+    )
     return links
 
 
@@ -86,7 +93,8 @@ def test_the_cache_serves_without_a_registry_and_is_checked(tmp_path, registry):
 
 
 def test_a_set_with_no_source_to_be_had_is_refused_and_leaves_nothing(
-        tmp_path, registry, monkeypatch):
+    tmp_path, registry, monkeypatch
+):
     monkeypatch.setattr(sources, "SOURCES", sources.SOURCES[1:2])
     with pytest.raises(SourceUnavailable, match="absent"):
         fetch_set("news", tmp_path / "out", cache=tmp_path / "cache", say=lambda _: None)
@@ -197,8 +205,10 @@ def test_a_damaged_package_is_refused(tmp_path, name):
         Archive(tmp_path / name)
 
 
-@pytest.mark.skipif(os.environ.get("FLEXOLMO_NETWORK_TESTS") != "1",
-                    reason="set FLEXOLMO_NETWORK_TESTS=1 to fetch the demo's sets from registries")
+@pytest.mark.skipif(
+    os.environ.get("FLEXOLMO_NETWORK_TESTS") != "1",
+    reason="set FLEXOLMO_NETWORK_TESTS=1 to fetch the demo's sets from registries",
+)
 @pytest.mark.parametrize("name", sources.DEMO_SETS)
 def test_the_demo_sets_have_a_megabyte_each(tmp_path, name):
     card = fetch_set(name, tmp_path)

@@ -12,16 +12,19 @@ from flexolmo.research.corpora.markup import (
 )
 
 
-@pytest.mark.parametrize("source, plain", [
-    ("'''A''' is [[b|c]] and [[d]].<ref name=x>no</ref>", "A is c and d."),
-    ("{{Infobox|a={{b}}}}Text {{convert|3|km|mi}} on.", "Text 3 km on."),
-    ("a\n{| class=x\n|-\n| cell\n{|\n| inner\n|}\n|}\nb", "a\n\nb"),
-    ("[[File:x.png|thumb|a [[link]] here]]Text", "Text"),
-    ("== Life ==\ntext\n== References ==\nno\n== Later ==\nyes", "Life\ntext\nLater\nyes"),
-    ("See [http://x.example the page] &amp;amp; more", "See the page & more"),
-    ("* one\n* two", "- one\n- two"),
-    ("Name ({{lang-el|Ἀχ}}; {{IPA|x}}) was", "Name (Ἀχ; ) was"),
-])
+@pytest.mark.parametrize(
+    "source, plain",
+    [
+        ("'''A''' is [[b|c]] and [[d]].<ref name=x>no</ref>", "A is c and d."),
+        ("{{Infobox|a={{b}}}}Text {{convert|3|km|mi}} on.", "Text 3 km on."),
+        ("a\n{| class=x\n|-\n| cell\n{|\n| inner\n|}\n|}\nb", "a\n\nb"),
+        ("[[File:x.png|thumb|a [[link]] here]]Text", "Text"),
+        ("== Life ==\ntext\n== References ==\nno\n== Later ==\nyes", "Life\ntext\nLater\nyes"),
+        ("See [http://x.example the page] &amp;amp; more", "See the page & more"),
+        ("* one\n* two", "- one\n- two"),
+        ("Name ({{lang-el|Ἀχ}}; {{IPA|x}}) was", "Name (Ἀχ; ) was"),
+    ],
+)
 def test_wikipedia_source_is_made_plain(source, plain):
     assert plain_wiki(source) == plain
 
@@ -33,7 +36,8 @@ def test_html_keeps_code_and_drops_navigation():
     <pre>def f():
     return <b>1</b></pre><div class="toc"><div>x</div></div><p>End</p><script>no</script></body>"""
     assert plain_html(page) == (
-        "Title\n\nOne <b> two.\nThree\n\n- item\n\n- other\n\ndef f():\n    return 1\n\nEnd")
+        "Title\n\nOne <b> two.\nThree\n\n- item\n\n- other\n\ndef f():\n    return 1\n\nEnd"
+    )
 
 
 def test_html_prefers_the_article():
@@ -70,9 +74,15 @@ def test_mail_keeps_own_words_only():
         assert gone not in text
 
 
-@pytest.mark.parametrize("source", [
-    "", "Subject: x\n\nshort", "Content-Type: text/plain; charset=nothing\n\n\xff" + "word " * 50,
-    "Content-Type: multipart/mixed; boundary=x\n\nno parts"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "Subject: x\n\nshort",
+        "Content-Type: text/plain; charset=nothing\n\n\xff" + "word " * 50,
+        "Content-Type: multipart/mixed; boundary=x\n\nno parts",
+    ],
+)
 def test_mails_without_words_or_with_broken_headers_give_nothing_or_text(source):
     assert isinstance(plain_mail(source), str)
 

@@ -30,13 +30,26 @@ from flexolmo.train.loop import TrainSettings
 
 BRIEF = TrainSettings(steps=4, batch_size=2, seq_len=24, warmup_steps=1)
 RECIPE = DemoRecipe(
-    seed=3, sets=("code", "academic", "creative"), vocab_size=300, processes=1,
-    evaluation_bytes=1000, sample_tokens=4, expert_train=BRIEF,
+    seed=3,
+    sets=("code", "academic", "creative"),
+    vocab_size=300,
+    processes=1,
+    evaluation_bytes=1000,
+    sample_tokens=4,
+    expert_train=BRIEF,
     anchor=AnchorRecipe(
         train=BRIEF,
-        model=AnchorShape(d_model=16, num_layers=1, num_heads=2, d_ff=24, max_seq_len=320)))
-STEPS = ["gather public text", "gather owners' text", "train the anchor", "train experts",
-         "sign and merge", "measure"]
+        model=AnchorShape(d_model=16, num_layers=1, num_heads=2, d_ff=24, max_seq_len=320),
+    ),
+)
+STEPS = [
+    "gather public text",
+    "gather owners' text",
+    "train the anchor",
+    "train experts",
+    "sign and merge",
+    "measure",
+]
 
 
 def made_texts(source):
@@ -50,12 +63,20 @@ def made_texts(source):
 @pytest.fixture(scope="session")
 def made_sources():
     """Sources give made text; those of `creative` cannot be had."""
+
     def give(source, _cache):
         if source.set == "creative":
             raise SourceUnavailable(f"{source.client} is missing.")
-        entry = {"source": source.name, "client": source.client, "package": source.package,
-                 "version": "1", "licence": source.licence, "digest": "sha256:" + "0" * 64}
+        entry = {
+            "source": source.name,
+            "client": source.client,
+            "package": source.package,
+            "version": "1",
+            "licence": source.licence,
+            "digest": "sha256:" + "0" * 64,
+        }
         return entry, made_texts(source)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fetch, "_fetch_source", give)
         yield
@@ -101,18 +122,42 @@ def finished(made_sources, tmp_path_factory):
 
 def test_every_owner_and_the_coordinator_do_their_part(finished):
     assert finished[2] == [
-        "fetch public", "prepare public", "fetch code", "fetch academic", "fetch creative",
-        "prepare code", "prepare academic", "anchor", "expert code", "expert academic",
-        "expert code-paper", "expert academic-paper", "key code", "key academic", "pack code",
-        "pack academic", "pack code-paper", "pack academic-paper", "merge", "merge-paper",
-        "evaluate", "evaluate-paper"]
+        "fetch public",
+        "prepare public",
+        "fetch code",
+        "fetch academic",
+        "fetch creative",
+        "prepare code",
+        "prepare academic",
+        "anchor",
+        "expert code",
+        "expert academic",
+        "expert code-paper",
+        "expert academic-paper",
+        "key code",
+        "key academic",
+        "pack code",
+        "pack academic",
+        "pack code-paper",
+        "pack academic-paper",
+        "merge",
+        "merge-paper",
+        "evaluate",
+        "evaluate-paper",
+    ]
 
 
 def test_the_results_have_what_the_report_and_machines_need(finished):
     out, results, _ = finished
     assert json.loads((out / "results.json").read_text()) == results
-    rows = ["anchor", "expert academic", "expert code", "mixture", "mixture without academic",
-            "mixture without code"]
+    rows = [
+        "anchor",
+        "expert academic",
+        "expert code",
+        "mixture",
+        "mixture without academic",
+        "mixture without code",
+    ]
     for table in (results["bits_per_byte"], results["paper_router"]["bits_per_byte"]):
         assert list(table) == rows
         assert all(list(row) == ["public", "code", "academic"] for row in table.values())
@@ -122,11 +167,18 @@ def test_the_results_have_what_the_report_and_machines_need(finished):
     assert ours["mixture"] != paper["mixture"]
     assert list(results["seconds"]) == [*STEPS, "total", "this run"]
     assert results["seconds"]["total"] == pytest.approx(
-        sum(results["seconds"][s] for s in STEPS), abs=0.1)
+        sum(results["seconds"][s] for s in STEPS), abs=0.1
+    )
     assert results["seed"] == 3 and results["recipe"] == RECIPE.model_dump(mode="json")
     assert {"flexolmo", "torch", "python"} <= results["versions"].keys()
-    assert results["digests"].keys() == {"anchor", "set public", "set code", "set academic",
-                                         "bundle code", "bundle academic"}
+    assert results["digests"].keys() == {
+        "anchor",
+        "set public",
+        "set code",
+        "set academic",
+        "bundle code",
+        "bundle academic",
+    }
     assert len(results["summary"]["bars"]) == 5
     assert results["routing"]["experts"] == ["public", "academic", "code"]
 
@@ -143,7 +195,8 @@ def test_the_results_tell_of_each_owner_only_what_is_true(finished):
         assert (opened.key_id, opened.manifest.licence) == (owner["key_id"], owner["licence"])
     model = load_mixture(out / "model").model
     assert results["anchor"]["parameters"] == sum(
-        p.numel() for p in load_mixture(out / "model", experts=[]).model.parameters())
+        p.numel() for p in load_mixture(out / "model", experts=[]).model.parameters()
+    )
     assert results["anchor"]["config"] == model.config.model_dump()
 
 
@@ -185,7 +238,8 @@ def test_owners_never_meet(finished):
         assert not keys
         for anchors in (house / "anchor", out / "model" / "anchor"):
             assert (anchors / "anchor.json").read_bytes() == (
-                out / "coordinator" / "anchor" / "anchor.json").read_bytes()
+                out / "coordinator" / "anchor" / "anchor.json"
+            ).read_bytes()
 
 
 def test_the_report_is_there_and_stands_alone(finished):
@@ -215,11 +269,13 @@ def interrupted(finished, tmp_path_factory):
     for label in ("fetch public", "fetch code", "expert code", "merge", None):
         runner = Runner()
         if label is not None:
+
             def stop(jobs, processes, runner=runner, label=label):
                 for job in jobs:
                     if label in runner.labels:
                         raise KeyboardInterrupt
                     Runner.__call__(runner, [job], 1)
+
             with pytest.raises(KeyboardInterrupt):
                 run(out, stop)
         else:
@@ -230,8 +286,15 @@ def interrupted(finished, tmp_path_factory):
 
 def test_stopped_and_run_again_it_ends_with_the_same_results(interrupted, finished):
     results, expected = interrupted[1], finished[1]
-    for key in ("bits_per_byte", "paper_router", "routing", "summary", "samples", "recipe",
-                "skipped"):
+    for key in (
+        "bits_per_byte",
+        "paper_router",
+        "routing",
+        "summary",
+        "samples",
+        "recipe",
+        "skipped",
+    ):
         assert results[key] == expected[key], key
     assert results["digests"]["anchor"] == expected["digests"]["anchor"]
     assert results["digests"]["set code"] == expected["digests"]["set code"]
@@ -253,8 +316,12 @@ def test_another_recipe_does_again_only_what_depends_on_it(interrupted):
     assert runner.labels == ["evaluate", "evaluate-paper"]
     runner, other = Runner(), BRIEF.model_copy(update={"steps": 5})
     results = run(out, runner, RECIPE.model_copy(update={"expert_train": other}))
-    assert runner.labels[:4] == ["expert code", "expert academic", "expert code-paper",
-                                 "expert academic-paper"]
+    assert runner.labels[:4] == [
+        "expert code",
+        "expert academic",
+        "expert code-paper",
+        "expert academic-paper",
+    ]
     assert not {"anchor", "fetch code", "key code"} & set(runner.labels)
     assert [o["tokens_seen"] for o in results["owners"]] == [other.tokens] * 2
 
@@ -283,8 +350,12 @@ def left(finished, tmp_path_factory):
 def test_an_owner_that_left_is_not_in_the_mixture(left):
     out, results, _ = left
     assert load_mixture(out / "model").expert_names == ["code"]
-    assert list(results["bits_per_byte"]) == ["anchor", "expert code", "mixture",
-                                              "mixture without code"]
+    assert list(results["bits_per_byte"]) == [
+        "anchor",
+        "expert code",
+        "mixture",
+        "mixture without code",
+    ]
 
 
 def test_with_other_owners_neither_the_anchor_nor_trained_experts_are_made_again(left):
@@ -342,6 +413,7 @@ def test_a_step_that_failed_is_done_again_and_its_seconds_add_up(tmp_path, monke
 
     def fail():
         raise error("no")
+
     with pytest.raises(error):
         begin(tmp_path).step("one", (), 1, fail)
     demo = begin(tmp_path)
@@ -355,11 +427,17 @@ def test_a_step_that_failed_is_done_again_and_its_seconds_add_up(tmp_path, monke
 
 WORDS = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
 TEXTS = st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs"]), max_size=8)
-PLAIN = (st.booleans() | st.integers(-2**62, 2**62) | TEXTS
-         | st.floats(allow_nan=False, allow_infinity=False))
+PLAIN = (
+    st.booleans()
+    | st.integers(-(2**62), 2**62)
+    | TEXTS
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 TABLES = st.recursive(
     st.dictionaries(WORDS, PLAIN | st.lists(PLAIN, max_size=3), max_size=4),
-    lambda inner: st.dictionaries(WORDS, PLAIN | inner, max_size=3), max_leaves=6)
+    lambda inner: st.dictionaries(WORDS, PLAIN | inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @given(values=TABLES)
@@ -376,8 +454,9 @@ def test_any_text_is_written_as_toml(tmp_path, text):
     assert tomllib.loads((tmp_path / "x.toml").read_text(encoding="utf-8")) == {"name": text}
 
 
-@pytest.mark.parametrize("recipe", [
-    RECIPE.anchor, RECIPE, ExpertRecipe(scope="ffn", router=LinearSettings()), BRIEF])
+@pytest.mark.parametrize(
+    "recipe", [RECIPE.anchor, RECIPE, ExpertRecipe(scope="ffn", router=LinearSettings()), BRIEF]
+)
 def test_recipes_are_read_back_as_they_were(recipe, tmp_path):
     write_toml(tmp_path / "deep" / "x.toml", recipe)
     read = tomllib.loads((tmp_path / "deep" / "x.toml").read_text())

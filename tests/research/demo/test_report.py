@@ -56,8 +56,14 @@ def page(tmp_path_factory: pytest.TempPathFactory, make_page: MakePage) -> tuple
 
 def test_the_report_is_html_png_and_figures(page: tuple[Path, str, Reader]) -> None:
     found = {str(p.relative_to(page[0])) for p in page[0].rglob("*") if p.is_file()}
-    assert found == {"report.html", "report.png", *(f"figures/{n}.png" for n in (
-        "bits_per_byte", "optout_matrix", "routing", "routing_paper", "kept_gain"))}
+    assert found == {
+        "report.html",
+        "report.png",
+        *(
+            f"figures/{n}.png"
+            for n in ("bits_per_byte", "optout_matrix", "routing", "routing_paper", "kept_gain")
+        ),
+    }
 
 
 def test_the_png_is_1600_pixels_wide(page: tuple[Path, str, Reader]) -> None:
@@ -83,7 +89,8 @@ def test_what_models_wrote_is_shown_as_text(page: tuple[Path, str, Reader]) -> N
 
 
 def test_every_picture_has_a_text_and_every_heading_cell_a_scope(
-        page: tuple[Path, str, Reader]) -> None:
+    page: tuple[Path, str, Reader],
+) -> None:
     tags = page[2].tags
     assert all(len(a.get("alt") or "") > 40 for tag, a in tags if tag == "img")
     assert all(a.get("scope") in ("col", "row") for tag, a in tags if tag == "th")
@@ -94,10 +101,17 @@ def test_every_picture_has_a_text_and_every_heading_cell_a_scope(
 
 
 def test_the_opening_is_three_sentences_with_the_numbers(make_page: MakePage) -> None:
-    results = make_page(1, summary={}, seconds={"total": 480}, bits_per_byte={
-        "anchor": {"public": 2.0, "code": 4.0}, "expert code": {"public": 2.0, "code": 3.0},
-        "mixture": {"public": 2.01, "code": 3.1}, "mixture without code":
-        {"public": 2.0, "code": 4.01}})
+    results = make_page(
+        1,
+        summary={},
+        seconds={"total": 480},
+        bits_per_byte={
+            "anchor": {"public": 2.0, "code": 4.0},
+            "expert code": {"public": 2.0, "code": 3.0},
+            "mixture": {"public": 2.01, "code": 3.1},
+            "mixture without code": {"public": 2.0, "code": 4.01},
+        },
+    )
     assert plain(report._opening(results)) == [
         "One owner (code) trained one expert on its own text alone, beside a public "
         "model that nobody changed (the anchor, 3.3 million parameters), and handed over one "
@@ -106,7 +120,8 @@ def test_the_opening_is_three_sentences_with_the_numbers(make_page: MakePage) ->
         "predict a byte of an owner's text that no model was trained on; on public text it needs "
         "0.5 % more bits.",
         "Switch an owner off, with nothing trained again, and on that owner's text the model is "
-        "within 0.3 % of the public model, while no other set moves by more than 0.5 %."]
+        "within 0.3 % of the public model, while no other set moves by more than 0.5 %.",
+    ]
 
 
 def test_a_mixture_that_is_worse_is_said_to_be_worse(make_page: MakePage) -> None:
@@ -121,7 +136,8 @@ def test_a_bar_that_was_missed_is_said_to_be_missed(page: tuple[Path, str, Reade
 
 
 def test_a_router_that_loses_is_said_to_lose(
-        page: tuple[Path, str, Reader], make_page: MakePage) -> None:
+    page: tuple[Path, str, Reader], make_page: MakePage
+) -> None:
     assert "In this run ours keeps" in page[2].words
     results = make_page(3)
     results["paper_router"]["summary"]["kept_of_pair_gain"]["mean"] = 0.99
@@ -154,8 +170,12 @@ def test_no_results_make_an_empty_report(tmp_path: Path) -> None:
 def test_the_rows_of_a_table_follow_the_owners() -> None:
     bits = {row: {"public": 1.0} for row in ("mixture", "expert b", "expert a", "anchor")}
     table = report._bits_table({"owners": [{"name": "a"}, {"name": "b"}], "bits_per_byte": bits})
-    assert [row[0].text for row in table.rows] == ["anchor", "anchor + a alone",
-                                                   "anchor + b alone", "mixture, all on"]
+    assert [row[0].text for row in table.rows] == [
+        "anchor",
+        "anchor + a alone",
+        "anchor + b alone",
+        "mixture, all on",
+    ]
 
 
 def test_many_sources_are_counted_after_the_first() -> None:

@@ -106,8 +106,8 @@ def test_no_weight_depends_on_its_own_token_or_a_later_one(method, log_probs, to
     other = log_probs.copy()
     other[:, t:] = data.draw(windows(1, 1))[0, 0] * np.arange(1, len(other) + 1)[:, None]
     before, after = method(log_probs, top_k), method(other, top_k)
-    assert (before[:, :t + 1] == after[:, :t + 1]).all()
-    np.testing.assert_allclose(method(log_probs[:, :t + 1], top_k), before[:, :t + 1], rtol=1e-12)
+    assert (before[:, : t + 1] == after[:, : t + 1]).all()
+    np.testing.assert_allclose(method(log_probs[:, : t + 1], top_k), before[:, : t + 1], rtol=1e-12)
 
 
 def test_these_weights_do_depend_on_the_tokens_before():
@@ -164,8 +164,9 @@ def test_losses_and_missing_numbers_are_no_log_probabilities(method):
 @given(windows(), TEMPERATURES, st.sampled_from([None, 1, 2, 3]))
 def test_btm_is_the_softmax_of_what_was_said_so_far(log_probs, temperature, top_k):
     found = btm_weights(log_probs, temperature=temperature, top_k=top_k)
-    np.testing.assert_allclose(found, btm_loop(log_probs, temperature, top_k), rtol=1e-9,
-                               atol=1e-300)
+    np.testing.assert_allclose(
+        found, btm_loop(log_probs, temperature, top_k), rtol=1e-9, atol=1e-300
+    )
 
 
 @FREQUENT
@@ -173,16 +174,20 @@ def test_btm_is_the_softmax_of_what_was_said_so_far(log_probs, temperature, top_
 def test_fixed_share_sums_over_every_way_to_switch(log_probs, temperature, rate):
     log_probs = np.maximum(log_probs, -20)  # the sum over paths is not guarded against underflow
     found = btm_weights(log_probs, temperature=temperature, switch_rate=rate)
-    np.testing.assert_allclose(found, fixed_share_by_paths(log_probs, temperature, rate),
-                               rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(
+        found, fixed_share_by_paths(log_probs, temperature, rate), rtol=1e-9, atol=1e-300
+    )
 
 
 @FREQUENT
 @given(windows(), TEMPERATURES)
 def test_a_vanishing_switch_rate_is_plain_btm(log_probs, temperature):
     log_probs = np.maximum(log_probs, -5)  # else a share even of 1e-300 could tell in the end
-    np.testing.assert_allclose(btm_weights(log_probs, temperature=temperature, switch_rate=1e-300),
-                               btm_weights(log_probs, temperature=temperature), rtol=1e-9)
+    np.testing.assert_allclose(
+        btm_weights(log_probs, temperature=temperature, switch_rate=1e-300),
+        btm_weights(log_probs, temperature=temperature),
+        rtol=1e-9,
+    )
 
 
 @FREQUENT
@@ -191,8 +196,11 @@ def test_the_mixture_of_a_window_is_the_mean_over_paths(log_probs, rate):
     """The chain rule: step by step, or all at once over every way to switch."""
     stepwise = mix_log_probs(log_probs, btm_weights(log_probs, switch_rate=rate)).sum()
     E, T = log_probs.shape
-    total = [math.log(prior) + sum(log_probs[m, t] for t, m in enumerate(path))
-             for path, prior in paths(E, T, rate) if prior > 0]
+    total = [
+        math.log(prior) + sum(log_probs[m, t] for t, m in enumerate(path))
+        for path, prior in paths(E, T, rate)
+        if prior > 0
+    ]
     assert stepwise == pytest.approx(np.logaddexp.reduce(total), rel=1e-9)
 
 
@@ -213,14 +221,25 @@ def test_fixed_share_follows_a_switch_that_plain_btm_misses():
 
 def test_ties_go_to_the_first():
     log_probs = np.full((4, 6), -1.0)
-    for weights in (btm_weights(log_probs, top_k=2),
-                    btm_weights(log_probs, top_k=2, switch_rate=0.1),
-                    btm_prefix_weights(log_probs, prefix_tokens=0, top_k=2)):
+    for weights in (
+        btm_weights(log_probs, top_k=2),
+        btm_weights(log_probs, top_k=2, switch_rate=0.1),
+        btm_prefix_weights(log_probs, prefix_tokens=0, top_k=2),
+    ):
         assert (weights[:2] == 0.5).all() and (weights[2:] == 0).all()
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"temperature": math.nan}, {"top_k": 0},
-                                   {"switch_rate": -0.1}, {"switch_rate": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"switch_rate": -0.1},
+        {"switch_rate": 1.5},
+    ],
+    ids=str,
+)
 def test_settings_out_of_range_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} .* found; expected"):
         btm_weights(np.zeros((2, 2)), **wrong)
@@ -231,16 +250,18 @@ def test_settings_out_of_range_are_refused(wrong):
 
 @FREQUENT
 @given(windows(), st.integers(0, 14), st.integers(1, 6), TEMPERATURES)
-def test_members_are_chosen_by_the_prefix_and_weigh_among_themselves(log_probs, prefix, top_k,
-                                                                     temperature):
+def test_members_are_chosen_by_the_prefix_and_weigh_among_themselves(
+    log_probs, prefix, top_k, temperature
+):
     E, T = log_probs.shape
     seen = [math.fsum(log_probs[i, :prefix]) for i in range(E)]
     members = sorted(sorted(range(E), key=lambda i: (-seen[i], i))[:top_k])
     expected = btm_loop(log_probs, temperature)
     expected[:, prefix:] = 0
     expected[members, prefix:] = btm_loop(log_probs[members], temperature)[:, prefix:]
-    found = btm_prefix_weights(log_probs, prefix_tokens=prefix, top_k=top_k,
-                               temperature=temperature)
+    found = btm_prefix_weights(
+        log_probs, prefix_tokens=prefix, top_k=top_k, temperature=temperature
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-300)
     assert found.shape == (E, T)
 
@@ -261,8 +282,10 @@ def test_what_was_not_run_is_not_read(log_probs, prefix, top_k):
 @given(windows())
 def test_a_prefix_of_the_whole_window_is_plain_btm(log_probs):
     for prefix, top_k in ((99, 1), (0, len(log_probs))):
-        assert (btm_prefix_weights(log_probs, prefix_tokens=prefix, top_k=top_k)
-                == btm_weights(log_probs)).all()
+        assert (
+            btm_prefix_weights(log_probs, prefix_tokens=prefix, top_k=top_k)
+            == btm_weights(log_probs)
+        ).all()
 
 
 def test_the_prefix_is_the_longest_within_the_budget():
@@ -279,8 +302,11 @@ def test_the_prefix_is_the_longest_within_the_budget():
 
 
 def test_settings_of_the_prefix_are_refused_too():
-    for wrong in ({"prefix_tokens": -1, "top_k": 1}, {"prefix_tokens": 1, "top_k": 0},
-                  {"prefix_tokens": 1, "top_k": 1, "temperature": -1.0}):
+    for wrong in (
+        {"prefix_tokens": -1, "top_k": 1},
+        {"prefix_tokens": 1, "top_k": 0},
+        {"prefix_tokens": 1, "top_k": 1, "temperature": -1.0},
+    ):
         with pytest.raises(ConfigError, match="found; expected"):
             btm_prefix_weights(np.zeros((2, 2)), **wrong)
 
@@ -293,11 +319,12 @@ def test_settings_of_the_prefix_are_refused_too():
 def test_mixing_is_the_log_of_the_weighted_sum(log_probs, seed):
     log_probs = np.maximum(log_probs, -300)
     weights = np.random.default_rng(seed).random(log_probs.shape) ** 4
-    weights[0, log_probs.shape[1] // 2:] = 0
+    weights[0, log_probs.shape[1] // 2 :] = 0
     weights /= np.maximum(weights.sum(0), 1e-300)
     for t, found in enumerate(mix_log_probs(log_probs, weights)):
-        total = math.fsum(w * math.exp(lp) for w, lp in zip(weights[:, t], log_probs[:, t],
-                                                            strict=True))
+        total = math.fsum(
+            w * math.exp(lp) for w, lp in zip(weights[:, t], log_probs[:, t], strict=True)
+        )
         assert found == (pytest.approx(math.log(total), rel=1e-9) if total else -math.inf)
 
 
@@ -314,7 +341,8 @@ def test_mixing_survives_tiny_probabilities():
 def test_likelihood_weights_are_a_softmax(log_likelihood, temperature):
     log_likelihood = log_likelihood[:, 0] * 100
     found = likelihood_weights(log_likelihood, temperature)
-    np.testing.assert_allclose(found, softmax_loop((log_likelihood / temperature).tolist()),
-                               rtol=1e-9, atol=1e-300)
+    np.testing.assert_allclose(
+        found, softmax_loop((log_likelihood / temperature).tolist()), rtol=1e-9, atol=1e-300
+    )
     with pytest.raises(ConfigError, match="temperature"):
         likelihood_weights(log_likelihood, 0.0)

@@ -59,8 +59,9 @@ def test_btx_starts_from_the_mean_and_each_models_own_ffn(fresh):
     assert torch.equal(ours["up_proj.weight"], dense["b"]["layers.1.mlp.up_proj.weight"])
 
 
-def test_a_dense_expert_and_a_rival_learn_and_come_back_from_disk(fresh, pico_sets, tmp_path,
-                                                                  pico_anchor):
+def test_a_dense_expert_and_a_rival_learn_and_come_back_from_disk(
+    fresh, pico_sets, tmp_path, pico_anchor
+):
     model = train_dense(fresh, pico_sets["maths"], BRIEF, 0, tmp_path / "dense")
     save_model(model, tmp_path / "dense.safetensors")
     back = load_dense(pico_anchor, tmp_path / "dense.safetensors")
@@ -72,8 +73,11 @@ def test_a_dense_expert_and_a_rival_learn_and_come_back_from_disk(fresh, pico_se
     before = {n: t.clone() for n, t in rival.state_dict().items()}
     train_rival(rival, [pico_sets["maths"], pico_sets["news"]], BRIEF, 0, tmp_path / "moe", "moe")
     moved = {n for n, t in rival.state_dict().items() if not torch.equal(t, before[n])}
-    assert {"embed_tokens.weight", "layers.0.mlp.router.rows.expert_news.weight",
-            "layers.1.mlp.experts.expert_public.up_proj.weight"} <= moved
+    assert {
+        "embed_tokens.weight",
+        "layers.0.mlp.router.rows.expert_news.weight",
+        "layers.1.mlp.experts.expert_public.up_proj.weight",
+    } <= moved
     save_model(rival, tmp_path / "moe.safetensors")
     again = load_rival(pico_anchor, ["maths", "news"], 2, tmp_path / "moe.safetensors")
     with torch.no_grad():
@@ -82,8 +86,7 @@ def test_a_dense_expert_and_a_rival_learn_and_come_back_from_disk(fresh, pico_se
 
 def test_a_reading_comes_back_window_by_window(tmp_path):
     rows = {"a": [np.float32([-1, -2]), np.float32([-3])], "b": [np.float32([-4, -5, -6])]}
-    windows = {n: [(np.zeros(len(r) + 1, dtype=np.int64), 1) for r in rs]
-               for n, rs in rows.items()}
+    windows = {n: [(np.zeros(len(r) + 1, dtype=np.int64), 1) for r in rs] for n, rs in rows.items()}
     Reading(rows).save(tmp_path / "r.npz")
     back = load_reading(tmp_path / "r.npz", windows).log_probs
     assert all(np.array_equal(x, y) for n in rows for x, y in zip(rows[n], back[n], strict=True))

@@ -17,36 +17,47 @@ from flexolmo.errors import ConfigError, DataError
 from flexolmo.research.rivals.proxy import Proxy, load_proxy, save_proxy, select_proxy
 from made_sets import SMALL, write_raw
 
-TOPICS = {topic: words.split() for topic, words in {
-    "garden": "rose tulip spade soil seed hedge lawn moss fern pruning compost bulb",
-    "harbour": "ship crane quay rope tide anchor cargo pilot buoy mast sail dock",
-    "common": "the of and to in that it was for on with as at by from",
-}.items()}
+TOPICS = {
+    topic: words.split()
+    for topic, words in {
+        "garden": "rose tulip spade soil seed hedge lawn moss fern pruning compost bulb",
+        "harbour": "ship crane quay rope tide anchor cargo pilot buoy mast sail dock",
+        "common": "the of and to in that it was for on with as at by from",
+    }.items()
+}
 
 
 def _text(topic: str, seed: int) -> str:
     """90 words, half of them of the topic."""
     rng = random.Random(f"{topic} {seed}")
-    return " ".join(rng.choice(TOPICS[topic if rng.random() < 0.5 else "common"])
-                    for _ in range(90))
+    return " ".join(
+        rng.choice(TOPICS[topic if rng.random() < 0.5 else "common"]) for _ in range(90)
+    )
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory) -> dict[str, TokenSet]:
     """An owner of garden text, and a public set on harbours with a few garden texts."""
     here = tmp_path_factory.mktemp("proxy")
-    texts = {"public": [_text("garden" if i % 10 == 0 else "harbour", i) for i in range(120)],
-             "gardener": [_text("garden", 1000 + i) for i in range(40)]}
+    texts = {
+        "public": [_text("garden" if i % 10 == 0 else "harbour", i) for i in range(120)],
+        "gardener": [_text("garden", 1000 + i) for i in range(40)],
+    }
     for name, some in texts.items():
         raw = write_raw(here / name, name, some)
-        prepare_set(raw, here / "prepared" / name, settings=replace(SMALL, max_document_bytes=5000),
-                    public=None if name == "public" else here / "prepared" / "public")
+        prepare_set(
+            raw,
+            here / "prepared" / name,
+            settings=replace(SMALL, max_document_bytes=5000),
+            public=None if name == "public" else here / "prepared" / "public",
+        )
     return {name: open_set(here / "prepared" / name) for name in texts}
 
 
 def _select(sets, tokens=400, piece_tokens=60, **options):
-    return select_proxy(sets["gardener"], sets["public"], tokens=tokens,
-                        piece_tokens=piece_tokens, **options)
+    return select_proxy(
+        sets["gardener"], sets["public"], tokens=tokens, piece_tokens=piece_tokens, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +74,9 @@ def saved(proxy, tmp_path) -> Path:
 
 def _is_garden(text: str) -> bool:
     words = text.split()
-    return (sum(word in TOPICS["garden"] for word in words)
-            > sum(word in TOPICS["harbour"] for word in words))
+    return sum(word in TOPICS["garden"] for word in words) > sum(
+        word in TOPICS["harbour"] for word in words
+    )
 
 
 def test_the_public_text_most_like_the_owners_is_chosen(sets, proxy):
@@ -90,8 +102,9 @@ def test_the_pieces_are_of_the_public_train_split_in_order_and_as_many_as_asked(
 
 def test_fewer_tokens_are_the_best_of_more(sets):
     few, many = _select(sets, tokens=200), _select(sets, tokens=900)
-    chosen = {tuple(piece): score for piece, score in zip(many.pieces.tolist(), many.scores,
-                                                           strict=True)}
+    chosen = {
+        tuple(piece): score for piece, score in zip(many.pieces.tolist(), many.scores, strict=True)
+    }
     assert {tuple(piece) for piece in few.pieces.tolist()} <= chosen.keys()
     left_out = [score for piece, score in chosen.items() if list(piece) not in few.pieces.tolist()]
     assert few.scores.min() >= max(left_out)
@@ -108,8 +121,10 @@ class _Unread(dict):
 def test_held_out_text_is_never_read_and_validation_text_does_not_choose(sets, proxy):
     careful = {name: replace(one, splits=_Unread(one.splits)) for name, one in sets.items()}
     np.testing.assert_array_equal(_select(careful).pieces, proxy.pieces)
-    swapped = {name: replace(one, splits={**one.splits, "validation": one.splits["train"]})
-               for name, one in sets.items()}
+    swapped = {
+        name: replace(one, splits={**one.splits, "validation": one.splits["train"]})
+        for name, one in sets.items()
+    }
     np.testing.assert_array_equal(_select(swapped).pieces, proxy.pieces)
 
 
@@ -134,6 +149,7 @@ def test_no_public_text_is_ranked_by_a_classifier_that_was_told_it_is_public(set
 def test_an_embedder_can_take_the_place_of_words(sets):
     def embed(texts: Sequence[str]) -> np.ndarray:
         return np.array([[text.count("ro"), text.count("sh")] for text in texts], float)
+
     proxy = _select(sets, embed=embed)
     tokenizer = load_tokenizer(sets["public"].directory)
     garden = [_is_garden(tokenizer.decode(ids.tolist())) for ids in proxy.ids]
@@ -143,12 +159,22 @@ def test_an_embedder_can_take_the_place_of_words(sets):
 
 def test_what_leaves_the_house_is_the_choice_and_two_digests(sets, proxy, saved):
     written = json.loads(saved.read_text())
-    assert set(written) == {"format", "owner", "owner_digest", "public_digest", "accuracy",
-                            "pieces"}
+    assert set(written) == {
+        "format",
+        "owner",
+        "owner_digest",
+        "public_digest",
+        "accuracy",
+        "pieces",
+    }
     loaded = load_proxy(saved, sets["public"])
     assert loaded.scores is None
     assert (loaded.owner, loaded.owner_digest, loaded.public_digest, loaded.accuracy) == (
-        proxy.owner, proxy.owner_digest, proxy.public_digest, proxy.accuracy)
+        proxy.owner,
+        proxy.owner_digest,
+        proxy.public_digest,
+        proxy.accuracy,
+    )
     np.testing.assert_array_equal(loaded.pieces, proxy.pieces)
     for a, b in zip(loaded.ids, proxy.ids, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -157,10 +183,26 @@ def test_what_leaves_the_house_is_the_choice_and_two_digests(sets, proxy, saved)
     assert saved.read_bytes() == first
 
 
-@pytest.mark.parametrize("pieces", [
-    [], [[0, 0, 10**9]], [[10**9, 0, 1]], [[-1, 0, 1]], [[0, -1, 1]], [[0, 5, 5]], [[0, 0, 1.0]],
-    [[0, 0, True]], [[0, 1]], [[1, 0, 5], [0, 0, 5]], [[0, 0, 5], [0, 0, 5]],
-    [[0, 0, 5], [0, 4, 9]], ["abc"], [None]], ids=str)
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [],
+        [[0, 0, 10**9]],
+        [[10**9, 0, 1]],
+        [[-1, 0, 1]],
+        [[0, -1, 1]],
+        [[0, 5, 5]],
+        [[0, 0, 1.0]],
+        [[0, 0, True]],
+        [[0, 1]],
+        [[1, 0, 5], [0, 0, 5]],
+        [[0, 0, 5], [0, 0, 5]],
+        [[0, 0, 5], [0, 4, 9]],
+        ["abc"],
+        [None],
+    ],
+    ids=str,
+)
 def test_pieces_the_public_set_does_not_have_are_refused(sets, saved, pieces):
     written = json.loads(saved.read_text())
     saved.write_text(json.dumps(written | {"pieces": pieces}))
@@ -168,9 +210,18 @@ def test_pieces_the_public_set_does_not_have_are_refused(sets, saved, pieces):
         load_proxy(saved, sets["public"])
 
 
-@pytest.mark.parametrize("change", [
-    {"format": "other"}, {"accuracy": float("nan")}, {"accuracy": "1"}, {"owner": 3},
-    {"more": 1}, {"pieces": {}}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other"},
+        {"accuracy": float("nan")},
+        {"accuracy": "1"},
+        {"owner": 3},
+        {"more": 1},
+        {"pieces": {}},
+    ],
+    ids=str,
+)
 def test_a_file_that_is_no_proxy_is_refused(sets, saved, change):
     written = json.loads(saved.read_text())
     for content in (written | change, [written], 3):
@@ -184,8 +235,9 @@ def test_a_proxy_of_another_public_set_is_refused(sets, saved):
         load_proxy(saved, sets["gardener"])
 
 
-@pytest.mark.parametrize("change", [{"tokens": 0}, {"tokens": 10**9}, {"piece_tokens": 0},
-                                    {"max_pieces": 0}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"tokens": 0}, {"tokens": 10**9}, {"piece_tokens": 0}, {"max_pieces": 0}], ids=str
+)
 def test_sizes_that_cannot_be_are_refused(sets, change):
     with pytest.raises(ConfigError, match="expected at least 1 each"):
         _select(sets, **change)

@@ -42,11 +42,17 @@ def test_rows_minimise_the_squared_error_of_whose_text_it_is(subset, ridge):
     for i in range(L):
         parts = [made_states(0, n)[i] for n in names]
         scaled = np.concatenate([x / np.sqrt(len(x)) for x in parts])
-        labels = np.concatenate([np.full((len(x), 1), 1 / np.sqrt(len(x))) * np.eye(len(names))[e]
-                                 for e, x in enumerate(parts)])
+        labels = np.concatenate(
+            [
+                np.full((len(x), 1), 1 / np.sqrt(len(x))) * np.eye(len(names))[e]
+                for e, x in enumerate(parts)
+            ]
+        )
         damping = ridge * (scaled**2).sum(0).mean()
-        expected = np.linalg.lstsq(np.concatenate([scaled, np.sqrt(damping) * np.eye(D)]),
-                                   np.concatenate([labels, np.zeros((D, len(names)))]))[0]
+        expected = np.linalg.lstsq(
+            np.concatenate([scaled, np.sqrt(damping) * np.eye(D)]),
+            np.concatenate([labels, np.zeros((D, len(names)))]),
+        )[0]
         for e, name in enumerate(names):
             np.testing.assert_allclose(found[name][i], expected[:, e], rtol=1e-4, atol=1e-6)
 
@@ -75,8 +81,7 @@ def test_an_owner_without_sums_is_refused():
 
 def test_a_mixture_reads_solved_rows(wild):
     names = [PUBLIC, *OWNERS]
-    sums = {n: gather(wild.anchor.model, [wild.ids(1, 40, i).numpy()])
-            for i, n in enumerate(names)}
+    sums = {n: gather(wild.anchor.model, [wild.ids(1, 40, i).numpy()]) for i, n in enumerate(names)}
     model = wild.mixture(LinearSettings(has_bias=False), OWNERS)
     rows = solve_ridge(sums)
     set_rows(model, rows, scale=3.0)

@@ -9,17 +9,15 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import MergeError
 from flexolmo.model.transformer import ModelConfig, Transformer
-from flexolmo.research.rivals.baselines import (
-    average_shared,
-    soup,
-)
+from flexolmo.research.rivals.baselines import average_shared, soup
 
 FREQUENT = settings(derandomize=True, max_examples=60)
 
 
 def pico(seed, dtype=torch.float32):
-    model = Transformer(ModelConfig(vocab_size=13, d_model=8, num_layers=2, num_heads=2, d_ff=6,
-                                    max_seq_len=16))
+    model = Transformer(
+        ModelConfig(vocab_size=13, d_model=8, num_layers=2, num_heads=2, d_ff=6, max_seq_len=16)
+    )
     model.initialise(seed)
     return model.to(dtype).state_dict()
 
@@ -33,9 +31,10 @@ def test_a_soup_is_the_weighted_mean_of_every_number(dtype, weights):
     w = weights or {"a": 1.0, "b": 1.0, "c": 1.0}
     for name, tensor in mixed.items():
         assert tensor.dtype == dtype
-        expected = [math.fsum(w[m] * v for m, v in zip("abc", values, strict=True))
-                    / sum(w.values()) for values in
-                    zip(*(models[m][name].flatten().tolist() for m in "abc"), strict=True)]
+        expected = [
+            math.fsum(w[m] * v for m, v in zip("abc", values, strict=True)) / sum(w.values())
+            for values in zip(*(models[m][name].flatten().tolist() for m in "abc"), strict=True)
+        ]
         wanted = torch.tensor(expected, dtype=torch.float64).to(dtype).view(tensor.shape)
         # the last bit may go either way where the sums end half way between two numbers
         torch.testing.assert_close(tensor, wanted, rtol=torch.finfo(dtype).eps, atol=1e-15)
@@ -55,8 +54,11 @@ def test_the_order_of_the_models_does_not_matter(order, weights):
 
 def test_a_soup_of_one_is_that_model_and_a_model_of_weight_zero_leaves_no_trace():
     here, broken = pico(0), {n: torch.full_like(t, math.nan) for n, t in pico(1).items()}
-    for mixed in (soup({"a": here}), soup({"a": here, "b": here, "c": here}),
-                  soup({"a": here, "b": broken}, {"a": 0.3, "b": 0.0})):
+    for mixed in (
+        soup({"a": here}),
+        soup({"a": here, "b": here, "c": here}),
+        soup({"a": here, "b": broken}, {"a": 0.3, "b": 0.0}),
+    ):
         assert all(torch.equal(mixed[n], t) for n, t in here.items())
 
 
@@ -66,21 +68,37 @@ def test_models_of_another_form_are_refused_with_all_that_differs():
     other["extra.weight"] = other.pop("norm.weight")
     other["lm_head.weight"] = torch.zeros(13, 9)
     other["embed_tokens.weight"] = other["embed_tokens.weight"].double()
-    for refused in (lambda: soup({"a": here, "b": other}),
-                    lambda: average_shared({"a": here, "b": other}, here)):
+    for refused in (
+        lambda: soup({"a": here, "b": other}),
+        lambda: average_shared({"a": here, "b": other}, here),
+    ):
         with pytest.raises(MergeError) as error:
             refused()
-        for part in ("b lacks norm.weight", "b has extra.weight besides", "[13, 9]", "[13, 8]",
-                     "torch.float64"):
+        for part in (
+            "b lacks norm.weight",
+            "b has extra.weight besides",
+            "[13, 9]",
+            "[13, 8]",
+            "torch.float64",
+        ):
             assert part in str(error.value)
     with pytest.raises(MergeError, match="No model found"):
         soup({})
 
 
-@pytest.mark.parametrize("weights", [{"a": 1.0}, {"a": 1.0, "b": 1.0, "c": 1.0},
-                                     {"a": 2.0, "b": -1.0}, {"a": 0.0, "b": 0.0},
-                                     {"a": math.nan, "b": 1.0}, {"a": 1.0, "b": math.nan},
-                                     {"a": math.inf, "b": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"a": 1.0},
+        {"a": 1.0, "b": 1.0, "c": 1.0},
+        {"a": 2.0, "b": -1.0},
+        {"a": 0.0, "b": 0.0},
+        {"a": math.nan, "b": 1.0},
+        {"a": 1.0, "b": math.nan},
+        {"a": math.inf, "b": 1.0},
+    ],
+    ids=str,
+)
 def test_weights_that_do_not_fit_are_refused(weights):
     with pytest.raises(MergeError, match="Soup weights"):
         soup({"a": pico(0), "b": pico(1)}, weights)

@@ -73,9 +73,13 @@ def test_what_a_step_leaves(tmp_path):
     assert {p.name for p in directory.iterdir()} == {"step.json", "done.json", "log", "empty"}
     assert (directory / "log" / "last-one-two.txt").exists()
     assert json.loads((directory / "step.json").read_text()) == {
-        "label": "last/one two", "kind": "describe", "version": 1, "settings": {"seed": 7},
+        "label": "last/one two",
+        "kind": "describe",
+        "version": 1,
+        "settings": {"seed": 7},
         "identity": last.identity,
-        "inputs": {"before": {"kind": "add", "identity": first.identity}}}
+        "inputs": {"before": {"kind": "add", "identity": first.identity}},
+    }
     done = last.result(tmp_path, verify=True)
     assert done["metrics"] == {"cwd": str(directory), "threads": "1", "label": "last/one two"}
     assert done["run"]["seed"] == 7 and set(done["run"]["data"]) == {"before"}
@@ -85,18 +89,28 @@ def test_what_a_step_leaves(tmp_path):
 
 def test_roles_settings_kind_and_version_decide_a_step_and_its_label_does_not():
     a, b = Step("a", "add", {"n": 1}), Step("b", "add", {"n": 2})
-    steps = [a, b, Step("", "subtract", {"n": 1}), Step("", "add", {"n": 1.0}),
-             Step("", "add", {"n": 1}, {"x": a, "y": b}),
-             Step("", "add", {"n": 1}, {"x": b, "y": a}),
-             Step("", "add", {"n": 1}, {"x": a, "z": b})]
+    steps = [
+        a,
+        b,
+        Step("", "subtract", {"n": 1}),
+        Step("", "add", {"n": 1.0}),
+        Step("", "add", {"n": 1}, {"x": a, "y": b}),
+        Step("", "add", {"n": 1}, {"x": b, "y": a}),
+        Step("", "add", {"n": 1}, {"x": a, "z": b}),
+    ]
     assert len({s.identity for s in steps}) == len(steps)
     assert Step("other", "add", {"n": 1}).identity == a.identity
 
 
-nodes = st.tuples(st.sampled_from(["add", "subtract"]), st.integers(0, 1),
-                  st.lists(st.integers(0, 5), max_size=3))
-edits = st.tuples(st.integers(0, 5), nodes, st.sampled_from([None, None, "add", "subtract"]),
-                  st.sets(st.integers(0, 5), min_size=1))
+nodes = st.tuples(
+    st.sampled_from(["add", "subtract"]), st.integers(0, 1), st.lists(st.integers(0, 5), max_size=3)
+)
+edits = st.tuples(
+    st.integers(0, 5),
+    nodes,
+    st.sampled_from([None, None, "add", "subtract"]),
+    st.sets(st.integers(0, 5), min_size=1),
+)
 
 
 class _Ended:
@@ -172,6 +186,7 @@ def test_a_step_starts_as_soon_as_it_can_while_others_run(tmp_path, monkeypatch)
         alive.append(start(job))
         most.append(sum(p.poll() is None for p in alive))
         return alive[-1]
+
     monkeypatch.setattr(jobs, "_start", watch)
     late = Step("late", "meet", {"me": 1, "other": 0}, {"x": Step("first", "add", {"n": 1})})
     run_graph([Step("early", "meet", {"me": 0, "other": 1}), late], tmp_path, 2)
@@ -185,7 +200,9 @@ def test_kinds_that_took_long_are_taken_to_take_long(tmp_path):
     first = Step("a", "add", {"n": 1})
     last = Step("b", "add", {"n": 2}, {"x": first})
     assert graph._seconds_to_the_end([first, last], tmp_path) == {
-        first.identity: 200.0, last.identity: 100.0}
+        first.identity: 200.0,
+        last.identity: 100.0,
+    }
 
 
 # --- what goes wrong --------------------------------------------------------------------------
@@ -263,8 +280,10 @@ def test_a_damaged_input_is_refused(tmp_path, capfd):
 
 def driver(root):
     """Another Python that runs two steps without an end."""
-    code = ("import sys, made_kinds; from flexolmo.research.steps.graph import run_graph, Step; "
-            "run_graph([Step('a', 'hang'), Step('b', 'hang', {'x': 1})], sys.argv[1], 2)")
+    code = (
+        "import sys, made_kinds; from flexolmo.research.steps.graph import run_graph, Step; "
+        "run_graph([Step('a', 'hang'), Step('b', 'hang', {'x': 1})], sys.argv[1], 2)"
+    )
     return subprocess.Popen([sys.executable, "-c", code, str(root)], stderr=subprocess.DEVNULL)
 
 
@@ -344,7 +363,13 @@ def test_prune_removes_what_no_target_needs_and_nothing_else(tmp_path, ran):
     assert prune([two], tmp_path) == [other.directory(tmp_path)]
     assert one.is_done(tmp_path) and two.is_done(tmp_path)
     assert {p.name for p in (tmp_path / "steps").iterdir()} == {
-        "mine", "add-copied", "x", "link", one.directory("").name, two.directory("").name}
+        "mine",
+        "add-copied",
+        "x",
+        "link",
+        one.directory("").name,
+        two.directory("").name,
+    }
     assert prune([two], tmp_path) == []
     assert run_graph([two], tmp_path, 1) == []
 
@@ -371,12 +396,19 @@ def test_a_step_runs_with_the_seed_it_names_and_says_where_it_was_made(tmp_path)
     (tmp_path / "kinds" / "drawing_kinds.py").write_text(
         "import torch\nfrom flexolmo.research.steps.step import step_kind\n\n\n"
         "@step_kind('draw', version=1)\ndef draw(step):\n"
-        "    return {'x': torch.rand(()).item(), 'threads': torch.get_num_threads()}\n")
-    code = ("import sys, drawing_kinds; from flexolmo.research.steps.graph import Step, run_graph; "
-            "run_graph([Step('draw', 'draw', {'seed': 5})], sys.argv[1], 1)")
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True,
-                   env={**os.environ, "PYTHONPATH": str(tmp_path / "kinds")})
+        "    return {'x': torch.rand(()).item(), 'threads': torch.get_num_threads()}\n"
+    )
+    code = (
+        "import sys, drawing_kinds; from flexolmo.research.steps.graph import Step, run_graph; "
+        "run_graph([Step('draw', 'draw', {'seed': 5})], sys.argv[1], 1)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "kinds")},
+    )
     import torch
+
     done = json.loads(next(tmp_path.glob("steps/*/done.json")).read_text())
     x = torch.rand((), generator=torch.Generator().manual_seed(5)).item()
     assert done["metrics"] == {"x": x, "threads": 1}

@@ -53,8 +53,10 @@ def is_alive(directory):
 
 
 def test_each_job_runs_in_its_own_directory_and_its_seconds_are_told(tmp_path):
-    jobs = [Job("a", ("sleep", "0.3"), tmp_path / "one"), Job("b b", ("say", "hi"),
-                                                            tmp_path / "two")]
+    jobs = [
+        Job("a", ("sleep", "0.3"), tmp_path / "one"),
+        Job("b b", ("say", "hi"), tmp_path / "two"),
+    ]
     seconds = run_jobs(jobs, 2)
     assert set(seconds) == {"a", "b b"}
     assert 0.3 <= seconds["a"] < 10 and seconds["b b"] > 0
@@ -71,6 +73,7 @@ def test_no_more_run_at_once_than_asked(tmp_path, monkeypatch):
         running.add(process)
         most.append(sum(p.poll() is None for p in running))
         return process
+
     monkeypatch.setattr(room, "_start", watch)
     seconds = run_jobs([Job(f"j{i}", ("sleep", "1"), tmp_path / f"d{i}") for i in range(3)], 2)
     assert len(seconds) == 3
@@ -82,9 +85,11 @@ def test_no_jobs_take_no_time():
 
 
 def test_a_failing_job_gives_its_last_words_and_stops_the_others(tmp_path):
-    jobs = [Job("long", ("sleep", "60"), tmp_path / "long"),
-            Job("bad", ("fail",), tmp_path / "bad"),
-            Job("later", ("sleep", "0"), tmp_path / "later")]
+    jobs = [
+        Job("long", ("sleep", "60"), tmp_path / "long"),
+        Job("bad", ("fail",), tmp_path / "bad"),
+        Job("later", ("sleep", "0"), tmp_path / "later"),
+    ]
     started = time.monotonic()
     with pytest.raises(JobFailed) as caught:
         run_jobs(jobs, 2)
@@ -103,6 +108,7 @@ def test_ctrl_c_stops_the_children(tmp_path):
         while not (tmp_path / "long" / "pid").exists():
             time.sleep(0.02)
         _thread.interrupt_main()
+
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):

@@ -55,13 +55,18 @@ def test_the_best_rival_spends_no_more_than_ours_and_keeps_data_apart() -> None:
     assert best_rival(table) == "btm_equal_flops"
 
 
-@pytest.mark.parametrize(("method", "kind", "words", "mark"), [
-    ("btm", "mixed", ("mixed", "1.1 times BTM"), 1.1),
-    ("btm", "gap_closed", ("held-out", "0.95 times BTM"), 0.95),
-    ("unrestricted_2x", "gap_closed", ("held-out", "half"), 0.5),
-    ("unrestricted_2x", "mixed", ("mixed", "half"), 0.5)])
+@pytest.mark.parametrize(
+    ("method", "kind", "words", "mark"),
+    [
+        ("btm", "mixed", ("mixed", "1.1 times BTM"), 1.1),
+        ("btm", "gap_closed", ("held-out", "0.95 times BTM"), 0.95),
+        ("unrestricted_2x", "gap_closed", ("held-out", "half"), 0.5),
+        ("unrestricted_2x", "mixed", ("mixed", "half"), 0.5),
+    ],
+)
 def test_bars_against_one_method_are_judged_at_their_mark(
-        method: str, kind: str, words: tuple[str, ...], mark: float) -> None:
+    method: str, kind: str, words: tuple[str, ...], mark: float
+) -> None:
     results = make_results(2)
     set_mean(results, kind, method, 0.8)
     for ours, met in ((0.8 * mark, True), (0.8 * mark - 1e-4, False)):
@@ -94,8 +99,9 @@ def test_one_owner_in_one_seed_is_enough_to_miss_the_opt_out_bar() -> None:
     assert find(find_bars(results), "owner off").met is True
     seed = results["seeds"]["1"]
     for change, met in ((0.005, True), (0.0051, False)):
-        seed["optout"]["default"]["math"]["math"] = (
-            seed["bits_per_byte"]["dense public"]["math"] * (1 + change))
+        seed["optout"]["default"]["math"]["math"] = seed["bits_per_byte"]["dense public"][
+            "math"
+        ] * (1 + change)
         bar = find(find_bars(results), "owner off")
         assert bar.met is met and "math" in bar.detail and bar.value == pytest.approx(change)
 
@@ -111,9 +117,10 @@ def test_against_a_rival_below_the_anchor_ours_must_be_above_it() -> None:
 
 
 def test_verdicts_on_the_page_are_those_of_the_bars(
-        whole: tuple[dict[str, Any], Path, str]) -> None:
+    whole: tuple[dict[str, Any], Path, str],
+) -> None:
     results, _, page = whole
-    part = page[page.index("## What was asked"):page.index("## Table 2")]
+    part = page[page.index("## What was asked") : page.index("## Table 2")]
     bars = find_bars(results)
     assert part.count("✓ met") == sum(b.met is True for b in bars)
     assert part.count("✗ **missed**") == sum(b.met is False for b in bars)
@@ -137,7 +144,8 @@ def test_the_papers_own_order_agrees_with_itself_and_its_reverse_does_not() -> N
 
 
 def test_one_swapped_pair_is_named_with_the_seeds_it_swaps_in(
-        tmp_path: Path, no_figures: None) -> None:
+    tmp_path: Path, no_figures: None
+) -> None:
     results = make_results(3)
     for m, x in PAPER_AVERAGES.items():
         if m != "public":
@@ -148,10 +156,11 @@ def test_one_swapped_pair_is_named_with_the_seeds_it_swaps_in(
     found = compare_orders(results, "gap_closed")
     assert found is not None and found.tau == pytest.approx((43 - 2) / 45)
     assert {(s.better, s.worse, s.seeds) for s in found.swaps} == {
-        ("unrestricted_1x", "btm", 2), ("flexolmo_paper", "btm", 1)}
+        ("unrestricted_1x", "btm", 2),
+        ("flexolmo_paper", "btm", 1),
+    }
     page = write_page(results, tmp_path).read_text(encoding="utf-8")
-    assert ("| held-out | unrestricted 1x | BTM | 46.3 v 43.4 | 0.463 v 0.470 | 2 of 3 |"
-            in page)
+    assert "| held-out | unrestricted 1x | BTM | 46.3 v 43.4 | 0.463 v 0.470 | 2 of 3 |" in page
 
 
 def test_our_default_may_stand_in_for_the_papers_flexolmo() -> None:

@@ -24,8 +24,13 @@ NAMES = ["code", "news"]
 
 def made_rows(rng, shift=0.0):
     """Log-probabilities of two sets, public and mixed text, three windows each."""
-    return {n: [np.log(rng.uniform(0.05, 0.5, 12)).astype(np.float32) + np.float32(shift)
-                for _ in range(3)] for n in [PUBLIC, *NAMES, MIXED]}
+    return {
+        n: [
+            np.log(rng.uniform(0.05, 0.5, 12)).astype(np.float32) + np.float32(shift)
+            for _ in range(3)
+        ]
+        for n in [PUBLIC, *NAMES, MIXED]
+    }
 
 
 @pytest.fixture
@@ -36,7 +41,9 @@ def readings():
 
 def test_public_closes_nothing_and_each_dense_model_all_of_its_own(readings):
     assert gap_closed(readings[PUBLIC], readings[PUBLIC], readings, NAMES) == {
-        "code": 0.0, "news": 0.0}
+        "code": 0.0,
+        "news": 0.0,
+    }
     for n in NAMES:
         closed = gap_closed(readings[n], readings[PUBLIC], readings, NAMES)
         assert closed[n] == pytest.approx(1.0)
@@ -47,8 +54,13 @@ def test_half_way_is_half(share):
     rng = np.random.default_rng(1)
     public = made_rows(rng, -1.0)
     dense = {n: made_rows(rng) for n in NAMES}
-    method = {n: [(1 - share) * p.astype(float) + share * d for p, d in
-                  zip(public[n], dense[n][n], strict=True)] for n in NAMES}
+    method = {
+        n: [
+            (1 - share) * p.astype(float) + share * d
+            for p, d in zip(public[n], dense[n][n], strict=True)
+        ]
+        for n in NAMES
+    }
     for value in gap_closed(method, public, dense, NAMES).values():
         assert value == pytest.approx(share, abs=1e-6)
 
@@ -59,8 +71,9 @@ def test_on_mixed_text_only_a_sets_own_pieces_count(readings):
     method[MIXED][0][6:] = readings["news"][MIXED][0][6:]
     method[MIXED][2] = readings["news"][MIXED][2]
     method[MIXED][0][:6] = -99.0  # public's pieces, which no owner's figure may see
-    closed = gap_closed_mixed(method, readings[PUBLIC], readings, sources,
-                              [PUBLIC, "code", "news"], NAMES)
+    closed = gap_closed_mixed(
+        method, readings[PUBLIC], readings, sources, [PUBLIC, "code", "news"], NAMES
+    )
     assert closed["news"] == pytest.approx(1.0) and closed["code"] == 0.0
 
 

@@ -34,11 +34,16 @@ def _text(name: str, seed: int) -> str:
     rng = random.Random(f"{name} {seed}")
 
     def line() -> str:
-        words = ("".join(rng.choices(LETTERS[name], k=rng.randint(2, 6)))
-                 for _ in range(rng.randint(2, 12)))
-        return " ".join(words) + rng.choice([".", "", "?\"", " (!)"])
-    return "\n\n".join("\n".join(rng.choice(["", "    "]) + line()
-                                 for _ in range(rng.randint(1, 3))) for _ in range(6))
+        words = (
+            "".join(rng.choices(LETTERS[name], k=rng.randint(2, 6)))
+            for _ in range(rng.randint(2, 12))
+        )
+        return " ".join(words) + rng.choice([".", "", '?"', " (!)"])
+
+    return "\n\n".join(
+        "\n".join(rng.choice(["", "    "]) + line() for _ in range(rng.randint(1, 3)))
+        for _ in range(6)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +53,12 @@ def sets(tmp_path_factory) -> dict[str, TokenSet]:
     some = replace(SMALL, validation_share=0.3, heldout_share=0.3)
     for name in ("public", "ash", "birch", "cedar"):
         raw = write_raw(here / name, name, [_text(name, i) for i in range(40)])
-        prepare_set(raw, here / "prepared" / name, settings=some,
-                    public=None if name == "public" else here / "prepared" / "public")
+        prepare_set(
+            raw,
+            here / "prepared" / name,
+            settings=some,
+            public=None if name == "public" else here / "prepared" / "public",
+        )
     return {name: open_set(here / "prepared" / name) for name in LETTERS}
 
 
@@ -58,10 +67,18 @@ def tokenizer(sets) -> Tokenizer:
     return load_tokenizer(sets["public"].directory)
 
 
-def _splice(sets, split="heldout", num_windows=4, seq_len=120, sets_per_window=(2, 3), seed=1
-            ) -> SplicedWindows:
-    return splice_windows(sets, split, num_windows=num_windows, seq_len=seq_len, seed=seed,
-                          sets_per_window=sets_per_window, piece_tokens=PIECES)
+def _splice(
+    sets, split="heldout", num_windows=4, seq_len=120, sets_per_window=(2, 3), seed=1
+) -> SplicedWindows:
+    return splice_windows(
+        sets,
+        split,
+        num_windows=num_windows,
+        seq_len=seq_len,
+        seed=seed,
+        sets_per_window=sets_per_window,
+        piece_tokens=PIECES,
+    )
 
 
 def _texts(token_set: TokenSet, split: str) -> str:
@@ -72,7 +89,8 @@ def _texts(token_set: TokenSet, split: str) -> str:
 @few
 @given(seed=st.integers(0, 99), seq_len=st.integers(80, 300), split=st.sampled_from(SPLITS))
 def test_each_token_belongs_to_the_set_and_the_split_it_names(
-        sets, tokenizer, seed, seq_len, split):
+    sets, tokenizer, seed, seq_len, split
+):
     windows = _splice(sets, split, seq_len=seq_len, seed=seed)
     assert windows.names == sorted(sets)
     for index, window in enumerate(windows):
@@ -119,14 +137,14 @@ def test_pieces_have_the_length_asked_for_and_bytes_add_up(sets, tokenizer, seed
         assert 0 <= rest <= longest * len(last)
         whole_text = "".join(texts)
         together = tokenizer.encode(whole_text)
-        assert together == window.ids[1:1 + len(together)].tolist(), "reads as one text"
+        assert together == window.ids[1 : 1 + len(together)].tolist(), "reads as one text"
 
 
 def test_a_window_that_ends_with_a_piece_has_its_exact_bytes(sets, tokenizer):
     window = _splice(sets, num_windows=1, seq_len=150)
     whole = sum(len(ids) for _, ids in list(window.pieces(0))[:-1])
     shorter = _splice(sets, num_windows=1, seq_len=whole)[0]
-    np.testing.assert_array_equal(shorter.ids, window[0].ids[:whole + 1])
+    np.testing.assert_array_equal(shorter.ids, window[0].ids[: whole + 1])
     assert shorter.bytes == len(tokenizer.decode(shorter.ids[1:].tolist()).encode())
 
 
@@ -134,18 +152,22 @@ def test_a_paragraph_comes_again_only_when_its_set_is_used_up(sets, tokenizer):
     windows = _splice(sets, num_windows=150)
     used: dict[str, list[str]] = {name: [] for name in sets}
     for index in range(len(windows)):
-        pieces = [(name, tokenizer.decode(ids.tolist()).removeprefix(JOINT))
-                  for name, ids in windows.pieces(index)]
+        pieces = [
+            (name, tokenizer.decode(ids.tolist()).removeprefix(JOINT))
+            for name, ids in windows.pieces(index)
+        ]
         assert len(set(pieces)) == len(pieces), "never twice in one window"
         for place, (name, text) in enumerate(pieces):
             used[name].append(text if place < len(pieces) - 1 else "cut off")
     repeats = 0
     for name, texts in used.items():
-        supply = {piece for document in read_documents(
-            sets[name].directory / "heldout.jsonl.zst")
-            for piece in cut_pieces(document.text, tokenizer, PIECES)}
+        supply = {
+            piece
+            for document in read_documents(sets[name].directory / "heldout.jsonl.zst")
+            for piece in cut_pieces(document.text, tokenizer, PIECES)
+        }
         assert len(texts) > len(supply), "every set was used up"
-        first = [text for text in texts[:len(supply)] if text != "cut off"]
+        first = [text for text in texts[: len(supply)] if text != "cut off"]
         assert len(set(first)) == len(first) and set(first) <= supply
         repeats += len(texts) - len(supply)
     assert sum(window.num_repeats for window in windows) == repeats
@@ -156,8 +178,12 @@ def test_a_paragraph_that_many_documents_share_comes_once(sets, tokenizer, tmp_p
     shared = "abc def gab cde fga bcd efg."
     raw = write_raw(tmp_path, "oak", [f"{_text('ash', i)}\n\n{shared}" for i in range(99, 119)])
     prepare_set(raw, tmp_path / "oak", settings=SMALL, public=sets["public"].directory)
-    windows = _splice({"oak": open_set(tmp_path / "oak"), "birch": sets["birch"]}, "train",
-                      num_windows=200, sets_per_window=(2, 2))
+    windows = _splice(
+        {"oak": open_set(tmp_path / "oak"), "birch": sets["birch"]},
+        "train",
+        num_windows=200,
+        sets_per_window=(2, 2),
+    )
     fresh = [tokenizer.decode(window.ids.tolist()) for window in windows if not window.num_repeats]
     assert len(fresh) < len(windows) and sum(text.count(shared) for text in fresh) == 1
 
@@ -181,8 +207,9 @@ def test_draws_are_the_same_in_every_version_of_numpy():
 GOLDEN = ([1, 4, 3, 2, 5, 0], [3, 0, 9, 1, 0, 1])
 
 
-@given(st.text(st.sampled_from("ab .!?\n\"世"), max_size=400), st.integers(1, 12),
-       st.integers(0, 30))
+@given(
+    st.text(st.sampled_from('ab .!?\n"世'), max_size=400), st.integers(1, 12), st.integers(0, 30)
+)
 def test_pieces_are_stretches_of_their_text_in_order(tokenizer, text, least, more):
     place = 0
     for piece in cut_pieces(text, tokenizer, (least, least + more)):
@@ -193,8 +220,11 @@ def test_pieces_are_stretches_of_their_text_in_order(tokenizer, text, least, mor
 def test_pieces_end_where_a_reader_pauses(tokenizer):
     prose = " ".join(["This is it."] * 12)
     verse = "\n".join(["    a line of verse"] * 6)
-    cut = list(cut_pieces(f"Head\n\nA whole paragraph here.\n\n\n{prose}\n\n{verse}\n\nlost",
-                          tokenizer, PIECES))
+    cut = list(
+        cut_pieces(
+            f"Head\n\nA whole paragraph here.\n\n\n{prose}\n\n{verse}\n\nlost", tokenizer, PIECES
+        )
+    )
     assert cut[0].startswith("Head\n\nA whole")
     assert [piece for piece in cut if not piece.endswith((".", "verse"))] == []
     assert any(piece.startswith("    a line") for piece in cut), "indentation is kept"
@@ -218,18 +248,31 @@ def test_what_is_loaded_is_what_was_saved(sets, tokenizer, tmp_path):
 def test_windows_of_other_sets_are_refused(sets, tmp_path):
     save_spliced(_splice(sets), tmp_path / "mixed.npz")
     changed = replace(sets["birch"], card=sets["birch"].card | {"recipe": "other"})
-    for others, named in (({**sets, "birch": changed}, "birch"),
-                          ({k: v for k, v in sets.items() if k != "ash"}, "ash"),
-                          ({**sets, "oak": changed}, "oak")):
+    for others, named in (
+        ({**sets, "birch": changed}, "birch"),
+        ({k: v for k, v in sets.items() if k != "ash"}, "ash"),
+        ({**sets, "oak": changed}, "oak"),
+    ):
         with pytest.raises(DataError, match=f"other sets: {named} differ"):
             load_spliced(tmp_path / "mixed.npz", others)
 
 
-@pytest.mark.parametrize("change", [
-    {"ids": np.zeros((4, 5), np.int64)}, {"source": np.full((4, 120), 4)},
-    {"source": np.zeros((4, 120))}, {"bytes": np.zeros(3, np.int64)}, {"seq_len": 119},
-    {"format": "other"}, {"num_repeats": None}, {"ids": np.full((4, 121), -1)},
-    {"bytes": np.array([{}] * 4, object)}, {"card": np.zeros(3, np.uint8)}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"ids": np.zeros((4, 5), np.int64)},
+        {"source": np.full((4, 120), 4)},
+        {"source": np.zeros((4, 120))},
+        {"bytes": np.zeros(3, np.int64)},
+        {"seq_len": 119},
+        {"format": "other"},
+        {"num_repeats": None},
+        {"ids": np.full((4, 121), -1)},
+        {"bytes": np.array([{}] * 4, object)},
+        {"card": np.zeros(3, np.uint8)},
+    ],
+    ids=str,
+)
 def test_a_file_that_does_not_fit_is_refused(sets, tmp_path, change):
     path = tmp_path / "mixed.npz"
     save_spliced(_splice(sets), path)
@@ -250,8 +293,13 @@ def test_a_damaged_or_missing_file_is_refused(sets, tmp_path):
     path = tmp_path / "mixed.npz"
     save_spliced(_splice(sets), path)
     whole = path.read_bytes()
-    for damaged in (whole[:100], whole[:len(whole) // 2], b"", b"\x00" + whole[1:],
-                    whole[:900] + bytes([whole[900] ^ 255]) + whole[901:]):
+    for damaged in (
+        whole[:100],
+        whole[: len(whole) // 2],
+        b"",
+        b"\x00" + whole[1:],
+        whole[:900] + bytes([whole[900] ^ 255]) + whole[901:],
+    ):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match="does not hold"):
             load_spliced(path)
@@ -259,9 +307,17 @@ def test_a_damaged_or_missing_file_is_refused(sets, tmp_path):
         load_spliced(tmp_path / "none.npz")
 
 
-@pytest.mark.parametrize("change", [
-    {"num_windows": 0}, {"sets_per_window": (1, 2)}, {"sets_per_window": (3, 2)},
-    {"sets_per_window": (5, 6)}, {"seq_len": 79}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_windows": 0},
+        {"sets_per_window": (1, 2)},
+        {"sets_per_window": (3, 2)},
+        {"sets_per_window": (5, 6)},
+        {"seq_len": 79},
+    ],
+    ids=str,
+)
 def test_settings_no_window_can_meet_are_refused(sets, change):
     with pytest.raises(ConfigError, match="expected"):
         _splice(sets, **change)

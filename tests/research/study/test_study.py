@@ -31,31 +31,66 @@ from flexolmo.runtime import run_record
 from made_documents import write_documents
 
 RECIPES = Path(flexolmo.__file__).parent / "recipes"
-SETS = PrepareSettings(min_characters=20, max_document_bytes=5000, min_split_bytes=300,
-                       validation_share=0.25, heldout_share=0.25, vocab_size=300)
+SETS = PrepareSettings(
+    min_characters=20,
+    max_document_bytes=5000,
+    min_split_bytes=300,
+    validation_share=0.25,
+    heldout_share=0.25,
+    vocab_size=300,
+)
 BRIEF = {"steps": 2, "batch_size": 2, "seq_len": 64, "warmup_steps": 1}
-RECIPE = StudyRecipe.model_validate({
-    "seeds": [0], "owners": ["maths", "news"], "vocab_size": 300, "seq_len": 320,
-    "heldout_bytes": 2000, "validation_bytes": 2000, "heldout_mixed": 2, "validation_mixed": 2,
-    "samples": 8, "tuning_steps": 2, "proxy_tokens": 500, "has_ablations": False,
-    "anchor": {"model": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48,
-                         "max_seq_len": 512}, "train": BRIEF | {"steps": 4}},
-    "train": BRIEF,
-    "low_rank": {"rank": 2, "attention_rank": 2, "embedding_rank": 2, "head_rank": 2,
-                 "train": BRIEF}})
+RECIPE = StudyRecipe.model_validate(
+    {
+        "seeds": [0],
+        "owners": ["maths", "news"],
+        "vocab_size": 300,
+        "seq_len": 320,
+        "heldout_bytes": 2000,
+        "validation_bytes": 2000,
+        "heldout_mixed": 2,
+        "validation_mixed": 2,
+        "samples": 8,
+        "tuning_steps": 2,
+        "proxy_tokens": 500,
+        "has_ablations": False,
+        "anchor": {
+            "model": {
+                "d_model": 32,
+                "num_layers": 2,
+                "num_heads": 2,
+                "d_ff": 48,
+                "max_seq_len": 512,
+            },
+            "train": BRIEF | {"steps": 4},
+        },
+        "train": BRIEF,
+        "low_rank": {
+            "rank": 2,
+            "attention_rank": 2,
+            "embedding_rank": 2,
+            "head_rank": 2,
+            "train": BRIEF,
+        },
+    }
+)
 
 
 def make_corpus(directory):
     """What the corpus step leaves, of made text."""
     for name, count in (("public", 120), ("maths", 60), ("news", 60)):
         (directory / "in" / name).mkdir(parents=True)
-        (directory / "in" / name / "all.jsonl").write_text("\n".join(
-            json.dumps({"text": t, "id": f"d{i}"})
-            for i, t in enumerate(write_documents(name, count, 0))))
+        (directory / "in" / name / "all.jsonl").write_text(
+            "\n".join(
+                json.dumps({"text": t, "id": f"d{i}"})
+                for i, t in enumerate(write_documents(name, count, 0))
+            )
+        )
         fetch_local(directory / "in" / name, name, directory / "corpus", licence="CC0-1.0")
         public = None if name == "public" else directory / "prepared" / "public"
-        prepare_set(directory / "corpus" / name, directory / "prepared" / name, public=public,
-                    settings=SETS)
+        prepare_set(
+            directory / "corpus" / name, directory / "prepared" / name, public=public, settings=SETS
+        )
     return {"tokens": {}}
 
 
@@ -70,8 +105,16 @@ def do_all(step, root):
     inputs = {role: s.directory(root) for role, s in step.inputs.items()}
     context = StepContext(step.label, dict(step.settings), inputs, out)
     metrics = make_corpus(out) if step.kind == "corpus" else _KINDS[step.kind].run(context)
-    write_json(out / "done.json", {"identity": step.identity, "seconds": 1.0, "outputs": {},
-                                   "metrics": dict(metrics or {}), "run": run_record({}, 0, {})})
+    write_json(
+        out / "done.json",
+        {
+            "identity": step.identity,
+            "seconds": 1.0,
+            "outputs": {},
+            "metrics": dict(metrics or {}),
+            "run": run_record({}, 0, {}),
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +136,22 @@ def test_every_method_has_its_figures(study):
     assert tokens["flexolmo_default"] == 2 * RECIPE.train.tokens < tokens["low_rank"]
     assert tokens["unrestricted_2x"] == 2 * RECIPE.train.tokens > tokens["unrestricted_1x"]
     assert all(c["reading_seconds"] > 0 for c in cost.values())
-    methods = {"flexolmo_paper", "flexolmo_default", "flexolmo_joint_tuned", "own_pair", "low_rank",
-               "btm", "btm_equal_flops", "soup_mean", "soup_weighted", "prompt_routing", "btx",
-               "dume", "unrestricted_1x", "unrestricted_2x"}
+    methods = {
+        "flexolmo_paper",
+        "flexolmo_default",
+        "flexolmo_joint_tuned",
+        "own_pair",
+        "low_rank",
+        "btm",
+        "btm_equal_flops",
+        "soup_mean",
+        "soup_weighted",
+        "prompt_routing",
+        "btx",
+        "dume",
+        "unrestricted_1x",
+        "unrestricted_2x",
+    }
     assert methods <= set(results["gap_closed"]) & set(results["mixed"])
     for kind in ("gap_closed", "mixed"):
         for entry in results[kind].values():
@@ -115,9 +171,13 @@ def test_a_shipped_recipes_small_expert_is_at_most_a_quarter_of_the_full_one(nam
     config = ModelConfig(vocab_size=recipe.vocab_size, **recipe.anchor.model.model_dump())
     ranks = recipe.low_rank.model_dump(exclude={"train", "has_half_deltas"})
     low = ExpertShape(d_ff=config.d_ff, **ranks)
-    bytes_of = [sum(prod(size) * (2 if ".lora_" in n else 4) for n, size in expert_shapes(
-        config, shape, recipe.default.router).items())
-        for shape in (low, recipe.default.shape(config))]
+    bytes_of = [
+        sum(
+            prod(size) * (2 if ".lora_" in n else 4)
+            for n, size in expert_shapes(config, shape, recipe.default.router).items()
+        )
+        for shape in (low, recipe.default.shape(config))
+    ]
     assert recipe.low_rank.has_half_deltas and bytes_of[0] <= bytes_of[1] / 4
     assert recipe.seq_len <= config.max_seq_len and len(build_graph(recipe).scores)
 
@@ -147,9 +207,17 @@ def test_ablations_run_and_differ_from_what_they_are_compared_with(study):
     _, root = study
     rows = build_graph(RECIPE.model_copy(update={"has_ablations": True})).ablations.inputs
     read = {}
-    for name in ("paper", "paper, no coordination", "paper, random rows", "paper, a row per layer",
-                 "paper, upstream's clamp", "paper, no bias", "paper, 25 % replay",
-                 "default, scope ffn+head", "paper, top-1"):
+    for name in (
+        "paper",
+        "paper, no coordination",
+        "paper, random rows",
+        "paper, a row per layer",
+        "paper, upstream's clamp",
+        "paper, no bias",
+        "paper, 25 % replay",
+        "default, scope ffn+head",
+        "paper, top-1",
+    ):
         step = rows[f"row.{name}"]
         do_all(step, root)
         with np.load(step.directory(root) / "heldout.npz") as found:
@@ -165,13 +233,31 @@ def test_one_recipe_is_one_graph():
     assert other.targets[0].identity != again.targets[0].identity
 
 
-RIVALS_OVER_DENSE = ["btm", "btm_switching", "btm_equal_flops", "soup_weighted",
-                     "soup_weighted_equal_flops", "prompt_routing"]
+RIVALS_OVER_DENSE = [
+    "btm",
+    "btm_switching",
+    "btm_equal_flops",
+    "soup_weighted",
+    "soup_weighted_equal_flops",
+    "prompt_routing",
+]
 
 
-@pytest.mark.parametrize("method", ["flexolmo_default", "flexolmo_paper", "low_rank", "btx", "dume",
-                                    "soup_mean", "dense.news", "unrestricted_1x",
-                                    "flexolmo_joint_tuned", *RIVALS_OVER_DENSE])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "flexolmo_default",
+        "flexolmo_paper",
+        "low_rank",
+        "btx",
+        "dume",
+        "soup_mean",
+        "dense.news",
+        "unrestricted_1x",
+        "flexolmo_joint_tuned",
+        *RIVALS_OVER_DENSE,
+    ],
+)
 def test_a_method_opened_for_tasks_says_what_the_study_read(study, method):
     """The same windows, one by one through the scorer, as the study's own reading of them."""
     graph, root = study
@@ -183,8 +269,14 @@ def test_a_method_opened_for_tasks_says_what_the_study_read(study, method):
     def read(name):
         return load_reading(score.inputs[name].directory(root) / "heldout.npz", windows).log_probs
 
-    said = read_by_the_study(method, about, read, windows, reader.tokenizer, lambda n: load_samples(
-        score.inputs[f"samples.{n}"].directory(root)))
+    said = read_by_the_study(
+        method,
+        about,
+        read,
+        windows,
+        reader.tokenizer,
+        lambda n: load_samples(score.inputs[f"samples.{n}"].directory(root)),
+    )
     for name in ("news", "mixed") if "mixed" in said else ("news",):
         for (ids, _), log_probs in list(zip(windows[name], said[name], strict=True))[:3]:
             (found,) = Scorer(reader).score_ids([(ids[:1].tolist(), ids[1:].tolist())])
@@ -199,18 +291,25 @@ def read_by_the_study(method, about, read, windows, tokenizer, samples):
         return btm(dense, about["temperature"], switch_rate=about.get("switch rate", 0.0))
     if method == "btm_equal_flops":
         assert 0 < about["prompt tokens"] < RECIPE.seq_len and about["top k"] == 1
-        return mix(dense, lambda p, _n, _i: btm_prefix_weights(
-            p, prefix_tokens=about["prompt tokens"], top_k=1, temperature=about["temperature"]))
+        return mix(
+            dense,
+            lambda p, _n, _i: btm_prefix_weights(
+                p, prefix_tokens=about["prompt tokens"], top_k=1, temperature=about["temperature"]
+            ),
+        )
     if method.startswith("soup_weighted"):
         return read(f"soup_weighted.{about['prompt tokens']}.{about['temperature']}")
     if method == "prompt_routing":
         length = about["prompt tokens"]
         classifier = fit_prompt_classifier({n: samples(n) for n in names}, tokenizer, length)
         assert classifier.names == names
-        starts = {n: [tokenizer.decode(ids[1:1 + length].tolist()) for ids, _ in rows]
-                  for n, rows in windows.items()}
-        return prompt_routing(dense, {n: classifier.probabilities(s) for n, s in starts.items()},
-                              length)
+        starts = {
+            n: [tokenizer.decode(ids[1 : 1 + length].tolist()) for ids, _ in rows]
+            for n, rows in windows.items()
+        }
+        return prompt_routing(
+            dense, {n: classifier.probabilities(s) for n, s in starts.items()}, length
+        )
     return read(f"dume.{about['scale']}" if method == "dume" else method)
 
 
@@ -218,8 +317,10 @@ def test_a_method_is_opened_without_an_owner_and_not_by_a_wrong_name(study):
     graph, root = study
     write_results(graph, root)
     assert open_method(root, "flexolmo_default", without=["news"])[1]["enabled"] == ["maths"]
-    for method, said in (("btn", "no model called 'btn'.*flexolmo_default"),
-                         ("samples.news", "no model called")):
+    for method, said in (
+        ("btn", "no model called 'btn'.*flexolmo_default"),
+        ("samples.news", "no model called"),
+    ):
         with pytest.raises(ConfigError, match=said):
             open_method(root, method)
     with pytest.raises(ConfigError, match="no seed 7"):
@@ -233,8 +334,9 @@ def test_a_rival_over_dense_models_does_not_open_those_that_are_off(study, metho
     graph, root = study
     write_results(graph, root)
     opened, really_open = [], methods._open
-    monkeypatch.setattr(methods, "_open", lambda step, root: opened.append(step.label)
-                        or really_open(step, root))
+    monkeypatch.setattr(
+        methods, "_open", lambda step, root: opened.append(step.label) or really_open(step, root)
+    )
     reader, about = open_method(root, method, without=["news"])
     assert len(opened) == 2 and not any("news" in label for label in opened)
     whole, about_whole = open_method(root, method)

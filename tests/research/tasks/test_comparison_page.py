@@ -16,8 +16,11 @@ from flexolmo.research.tasks.sources import Sources
 from made_items import choice_items, code_items, task_of, written_items
 from made_mixtures import NAMES
 
-TASKS = [task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
-         task_of("mbpp", code_items(), "code")]
+TASKS = [
+    task_of("arc_easy", choice_items()),
+    task_of("squad", written_items(), "answer"),
+    task_of("mbpp", code_items(), "code"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +29,13 @@ def runs(house, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     found = {}
     for name, off in (("anchor", {"only": []}), ("all|of*it", {}), ("less", {"without": ["zinc"]})):
-        run_suite(*open_reader(house.mixture_dir(NAMES, "rich"), **off), TASKS, Sources(),
-                  root / name, RunSettings())
+        run_suite(
+            *open_reader(house.mixture_dir(NAMES, "rich"), **off),
+            TASKS,
+            Sources(),
+            root / name,
+            RunSettings(),
+        )
         found[name] = root / name
     return found
 
@@ -57,27 +65,45 @@ def test_the_best_of_a_row_is_bold(runs, tmp_path):
 
 def test_runs_that_cannot_stand_side_by_side_are_refused(runs, house, tmp_path):
     other = tmp_path / "other"
-    run_suite(*open_reader(house.mixture_dir(NAMES, "rich")),
-              [task_of("arc_easy", choice_items(4))], Sources(), other, RunSettings())
+    run_suite(
+        *open_reader(house.mixture_dir(NAMES, "rich")),
+        [task_of("arc_easy", choice_items(4))],
+        Sources(),
+        other,
+        RunSettings(),
+    )
     forms = tmp_path / "forms"
-    run_suite(*open_reader(house.mixture_dir(NAMES, "rich")), TASKS, Sources(), forms,
-              RunSettings(forms=("rc",)))
+    run_suite(
+        *open_reader(house.mixture_dir(NAMES, "rich")),
+        TASKS,
+        Sources(),
+        forms,
+        RunSettings(forms=("rc",)),
+    )
     more = tmp_path / "more"
     shutil.copytree(runs["anchor"], more)
-    run_suite(*open_reader(house.mixture_dir(NAMES, "rich"), only=[]), TASKS[:1], Sources(), more,
-              RunSettings())
-    for paths, said in (([runs["anchor"], other], "items of arc_easy, the items of squad"),
-                        ([runs["anchor"], forms], "differs in setting forms"),
-                        ([runs["anchor"], more], "more tasks than its results"),
-                        ([runs["anchor"]], "at least two"),
-                        ([runs["anchor"], runs["anchor"]], "called anchor"),
-                        ([runs["anchor"], tmp_path], "no finished run")):
+    run_suite(
+        *open_reader(house.mixture_dir(NAMES, "rich"), only=[]),
+        TASKS[:1],
+        Sources(),
+        more,
+        RunSettings(),
+    )
+    for paths, said in (
+        ([runs["anchor"], other], "items of arc_easy, the items of squad"),
+        ([runs["anchor"], forms], "differs in setting forms"),
+        ([runs["anchor"], more], "more tasks than its results"),
+        ([runs["anchor"]], "at least two"),
+        ([runs["anchor"], runs["anchor"]], "called anchor"),
+        ([runs["anchor"], tmp_path], "no finished run"),
+    ):
         with pytest.raises(DataError, match=said):
             write_page(paths, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_names_its_page(runs, tmp_path):
-    found = CliRunner().invoke(app, ["eval", "table", *map(str, runs.values()), "--out",
-                                     str(tmp_path / "t")])
+    found = CliRunner().invoke(
+        app, ["eval", "table", *map(str, runs.values()), "--out", str(tmp_path / "t")]
+    )
     assert found.exit_code == 0 and "page.md" in found.output

@@ -30,25 +30,29 @@ def as_written(rng, words):
 def corpora(draw):
     """Items of two tasks and documents patched together from them, with a word here and there."""
     rng = random.Random(draw(st.integers(0, 10**6)))
-    vocabulary = WORDS[:draw(st.sampled_from([1, 2, 6, 40]))]
-    items = [(rng.choice(["arc", "boolq"]), f"{i}", rng.choices(vocabulary, k=rng.randint(0, 14)))
-             for i in range(draw(st.integers(1, 8)))]
+    vocabulary = WORDS[: draw(st.sampled_from([1, 2, 6, 40]))]
+    items = [
+        (rng.choice(["arc", "boolq"]), f"{i}", rng.choices(vocabulary, k=rng.randint(0, 14)))
+        for i in range(draw(st.integers(1, 8)))
+    ]
     documents = []
     for _ in range(draw(st.integers(0, 5))):
         words = []
         for _ in range(rng.randint(0, 6)):
             source = rng.choice(items)[2]
             start = rng.randint(0, len(source))
-            words += source[start:start + rng.randint(0, 14)] + ["other"] * rng.randint(0, 1)
+            words += source[start : start + rng.randint(0, 14)] + ["other"] * rng.randint(0, 1)
         documents.append(words)
-    return ([(task, name, as_written(rng, words)) for task, name, words in items],
-            [Document(as_written(rng, w), "made", f"d{i}") for i, w in enumerate(documents)])
+    return (
+        [(task, name, as_written(rng, words)) for task, name, words in items],
+        [Document(as_written(rng, w), "made", f"d{i}") for i, w in enumerate(documents)],
+    )
 
 
 def every_gram(text, n):
     words = re.sub(r"[\W_]+", " ", text).lower().split()
     length = min(n, len(words))
-    return [tuple(words[i:i + length]) for i in range(len(words) - length + 1)], len(words)
+    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)], len(words)
 
 
 def search_all(items, documents, n, template_items):
@@ -64,8 +68,11 @@ def search_all(items, documents, n, template_items):
             own[task, name] = set(grams)
     hits = {}
     for (task, name), grams in own.items():
-        kept = {g for g in grams if sum(g in other for (t, _), other in own.items()
-                                        if t == task) <= template_items}
+        kept = {
+            g
+            for g in grams
+            if sum(g in other for (t, _), other in own.items() if t == task) <= template_items
+        }
         counts[task]["only_template"] += not kept
         found, where = set(), []
         for document in documents:
@@ -78,8 +85,12 @@ def search_all(items, documents, n, template_items):
 
 
 @FREQUENT
-@given(corpus=corpora(), n=st.sampled_from([1, 2, 5, 9, 13]), template_items=st.integers(1, 4),
-       sizes=st.sampled_from([(1, 1), (20, 6), (1 << 20, 15), (1 << 20, 1 << 18)]))
+@given(
+    corpus=corpora(),
+    n=st.sampled_from([1, 2, 5, 9, 13]),
+    template_items=st.integers(1, 4),
+    sizes=st.sampled_from([(1, 1), (20, 6), (1 << 20, 15), (1 << 20, 1 << 18)]),
+)
 def test_overlaps_are_those_of_a_search_of_everything(corpus, n, template_items, sizes):
     items, documents = corpus
     with patch.multiple(room, _PIECE_CHARACTERS=sizes[0], _BATCH_WORDS=sizes[1]):
@@ -131,8 +142,14 @@ def test_what_many_items_of_a_task_share_is_template_in_that_task_only():
     assert found.tasks["bbh"].only_template == 1
     # one n-gram of 14 in each of 11 items, and the only one of "bare"
     assert found.tasks["bbh"].template_share == pytest.approx(12 / (11 * 14 + 1))
-    assert len(find_overlaps(items, [Document(shared, "made", "d")],
-                             template_items=12).tasks["bbh"].hits) == 12
+    assert (
+        len(
+            find_overlaps(items, [Document(shared, "made", "d")], template_items=12)
+            .tasks["bbh"]
+            .hits
+        )
+        == 12
+    )
 
 
 def test_other_writings_of_the_same_words_are_found():
@@ -161,8 +178,11 @@ def test_documents_keep_their_order_whatever_is_found_first():
 
 def test_documents_can_be_told_by_how_much_of_an_item_they_are_about():
     items = [("arc", "whole", sentence(0, 40)), ("arc", "line", sentence(100, 140))]
-    documents = [Document(sentence(0, 40), "made", "copy"),
-                 Document(sentence(100, 113), "made", None), Document("clean", "made", "clean")]
+    documents = [
+        Document(sentence(0, 40), "made", "copy"),
+        Document(sentence(100, 113), "made", None),
+        Document("clean", "made", "clean"),
+    ]
     found = find_overlaps(items, documents)
     assert found.contaminated_documents() == ["copy", "#2"]
     assert found.contaminated_documents(least_share=0.5) == ["copy"]
@@ -171,16 +191,42 @@ def test_documents_can_be_told_by_how_much_of_an_item_they_are_about():
 def test_the_result_is_json():
     items = [("arc", "q", sentence(0, 14)), ("nq", "short", "why")]
     found = find_overlaps(items, [Document(sentence(0, 13), "made", "d")]).to_json()
-    assert json.loads(json.dumps(found)) == found == {
-        "n": 13, "template_items": 10, "num_documents": 1, "read_bytes": 41,
-        "tasks": {
-            "arc": {"items": 1, "too_short": 0, "only_template": 0, "template_share": 0.0,
+    assert (
+        json.loads(json.dumps(found))
+        == found
+        == {
+            "n": 13,
+            "template_items": 10,
+            "num_documents": 1,
+            "read_bytes": 41,
+            "tasks": {
+                "arc": {
+                    "items": 1,
+                    "too_short": 0,
+                    "only_template": 0,
+                    "template_share": 0.0,
                     "items_hit": 1,
-                    "hits": {"q": {"example": sentence(0, 13), "share": 0.5, "num_documents": 1,
-                                   "documents": ["d"]}}},
-            "nq": {"items": 1, "too_short": 1, "only_template": 0, "template_share": 0.0,
-                   "items_hit": 0, "hits": {}}},
-        "documents": {"d": {"items": 1, "largest_share": 0.5}}}
+                    "hits": {
+                        "q": {
+                            "example": sentence(0, 13),
+                            "share": 0.5,
+                            "num_documents": 1,
+                            "documents": ["d"],
+                        }
+                    },
+                },
+                "nq": {
+                    "items": 1,
+                    "too_short": 1,
+                    "only_template": 0,
+                    "template_share": 0.0,
+                    "items_hit": 0,
+                    "hits": {},
+                },
+            },
+            "documents": {"d": {"items": 1, "largest_share": 0.5}},
+        }
+    )
 
 
 def test_documents_are_not_held_and_are_counted_as_they_go():

@@ -37,15 +37,19 @@ def answers(model, tasks):
 
 def test_scores_are_the_harness_s_item_by_item(stock_dir):
     """Both forms of choices, and greedy answers; of a stock model, so that both read one thing."""
+
     def tasks():
-        return [harness_task(task_of("arc_easy", []), choice_items(), "rc"),
-                harness_task(task_of("boolq", []), choice_items(), "mc"),
-                harness_task(task_of("squad", [], "answer"), written_items())]
+        return [
+            harness_task(task_of("arc_easy", []), choice_items(), "rc"),
+            harness_task(task_of("boolq", []), choice_items(), "mc"),
+            harness_task(task_of("squad", [], "answer"), written_items()),
+        ]
 
     reader = StockReader.open(stock_dir, torch.device("cpu"))
     ours, our_results = answers(HarnessModel(reader, batch_size=3), tasks())
     theirs, their_results = answers(
-        HFLM(pretrained=str(stock_dir), batch_size=4, device="cpu", dtype="float32"), tasks())
+        HFLM(pretrained=str(stock_dir), batch_size=4, device="cpu", dtype="float32"), tasks()
+    )
     assert our_results == their_results
     for name, samples in theirs.items():
         for mine, his in zip(ours[name], samples, strict=True):
@@ -58,9 +62,14 @@ def test_scores_are_the_harness_s_item_by_item(stock_dir):
 
 def test_a_task_of_the_harness_runs_on_a_mixture_without_an_expert(house):
     task = harness_task(task_of("arc_easy", []), choice_items())
-    found = [answers(HarnessModel(str(house.mixture_dir(*which)), without=off), [task])[0]
-             for which, off in (((NAMES, "rich"), "basalt"), ((("amber", "zinc"), "rich"), ""),
-                                ((NAMES, "rich"), ""))]
+    found = [
+        answers(HarnessModel(str(house.mixture_dir(*which)), without=off), [task])[0]
+        for which, off in (
+            ((NAMES, "rich"), "basalt"),
+            ((("amber", "zinc"), "rich"), ""),
+            ((NAMES, "rich"), ""),
+        )
+    ]
     resps = [[s["resps"] for s in f["flexolmo_arc_easy"]] for f in found]
     assert resps[0] == resps[1] != resps[2]
 
@@ -72,26 +81,33 @@ def test_whole_texts_are_scored_as_the_harness_does(stock_dir):
     requests = [Instance("loglikelihood_rolling", {}, (t,), i) for i, t in enumerate(texts)]
     theirs = HFLM(pretrained=str(stock_dir), batch_size=1, device="cpu", dtype="float32")
     reader = StockReader.open(stock_dir, torch.device("cpu"))
-    for a, b in zip(HarnessModel(reader).loglikelihood_rolling(requests),
-                    theirs.loglikelihood_rolling(requests), strict=True):
+    for a, b in zip(
+        HarnessModel(reader).loglikelihood_rolling(requests),
+        theirs.loglikelihood_rolling(requests),
+        strict=True,
+    ):
         assert a == pytest.approx(b, rel=1e-5)
     assert len(reader.tokenizer.encode(texts[-1])) > reader.max_seq_len
 
 
 def test_a_user_s_own_task_runs_and_an_unknown_one_is_named(house, tmp_path):
-    rows = [{"q": "What comes after one?", "o": ["two", "ten"], "g": 0},
-            {"q": "After two?", "o": ["nine", "three"], "g": 1}]
+    rows = [
+        {"q": "What comes after one?", "o": ["two", "ten"], "g": 0},
+        {"q": "After two?", "o": ["nine", "three"], "g": 1},
+    ]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "mine.yaml").write_text(
         "task: mine\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
         f"dataset_kwargs: {{data_files: {{test: '{tmp_path}/mine.jsonl'}}}}\n"
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{o}}"\ndoc_to_target: "{{g}}"\n'
-        "metric_list: [{metric: acc}]\n")
+        "metric_list: [{metric: acc}]\n"
+    )
     reader, _ = open_reader(house.mixture_dir(NAMES, "rich"), without=["zinc"])
     found = run_harness(reader, ["mine"], tmp_path)
     scores = [Scorer(reader).log_likelihoods([(r["q"], f" {o}") for o in r["o"]]) for r in rows]
-    right = [max(s, key=lambda x: x.log_prob) is s[r["g"]]
-             for s, r in zip(scores, rows, strict=True)]
+    right = [
+        max(s, key=lambda x: x.log_prob) is s[r["g"]] for s, r in zip(scores, rows, strict=True)
+    ]
     assert found["mine"]["acc,none"] == sum(right) / 2
     with pytest.raises(ConfigError, match="no task nosuch"):
         run_harness(reader, ["mine", "nosuch"], tmp_path)

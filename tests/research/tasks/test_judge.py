@@ -105,12 +105,21 @@ def test_scores_go_from_0_to_100():
     assert Verdict(1, 0.5, 0.5).score == 40
 
 
-@pytest.mark.parametrize("bad", [
-    "I liked it.", None, "", '{"quality": 3, "coherence": 1, "clarity": 1}',
-    '{"quality": 1, "coherence": -0.5, "clarity": 1}', '{"quality": 1, "coherence": 1}',
-    '{"quality": true, "coherence": 1, "clarity": 1}',
-    '{"quality": "1", "coherence": 1, "clarity": 1}',
-    '{"quality": NaN, "coherence": 1, "clarity": 1}', '{"a":' * 5000])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "I liked it.",
+        None,
+        "",
+        '{"quality": 3, "coherence": 1, "clarity": 1}',
+        '{"quality": 1, "coherence": -0.5, "clarity": 1}',
+        '{"quality": 1, "coherence": 1}',
+        '{"quality": true, "coherence": 1, "clarity": 1}',
+        '{"quality": "1", "coherence": 1, "clarity": 1}',
+        '{"quality": NaN, "coherence": 1, "clarity": 1}',
+        '{"a":' * 5000,
+    ],
+)
 def test_a_bad_answer_is_asked_for_again_once(endpoint, bad):
     judge = EndpointJudge(endpoint.url, "judge-1")
     endpoint.replies = [bad, GOOD]
@@ -125,8 +134,12 @@ def test_a_bad_answer_is_asked_for_again_once(endpoint, bad):
 
 
 @FREQUENT
-@given(before=st.text("ab \n{}[]\":,1", max_size=30), after=st.text("ab \n[]\":,1}", max_size=30),
-       quality=st.integers(0, 4), clarity=st.floats(0, 1))
+@given(
+    before=st.text('ab \n{}[]":,1', max_size=30),
+    after=st.text('ab \n[]":,1}', max_size=30),
+    quality=st.integers(0, 4),
+    clarity=st.floats(0, 1),
+)
 def test_a_verdict_is_found_anywhere_in_an_answer(before, after, quality, clarity):
     made = {"clarity": clarity, "reason": {"x": 1}, "coherence": 2, "quality": quality / 2}
     answer = f"{GOOD} {before}\n{json.dumps(made)}{after}"
@@ -135,19 +148,29 @@ def test_a_verdict_is_found_anywhere_in_an_answer(before, after, quality, clarit
 
 def test_a_busy_endpoint_is_asked_later(endpoint, waits):
     busy = (429, {}, b"{}")
-    endpoint.replies = [busy, (429, {"Retry-After": "7"}, b""), (503, {"Retry-After": "9" * 400},
-                        b""), (500, {"Retry-After": "nan"}, b""), GOOD]
+    endpoint.replies = [
+        busy,
+        (429, {"Retry-After": "7"}, b""),
+        (503, {"Retry-After": "9" * 400}, b""),
+        (500, {"Retry-After": "nan"}, b""),
+        GOOD,
+    ]
     assert EndpointJudge(endpoint.url, "judge-1").judge("text") == Verdict(1.5, 2, 1)
     assert waits == [0, 1, 7, 60, 8]
 
 
-@pytest.mark.parametrize(("reply", "found"), [
-    ((500, {}, b"out of\x1b[2J memory"), r"HTTP 500 out of\[2J memory"),
-    (b"<html>Welcome</html>", "no chat completion"),
-    (b'{"error": "no"}', "no chat completion"),
-    (b"[" * 9999, "no chat completion"),
-    ((200, {"Content-Length": "9"}, b""), "no chat completion"),
-    (LATE, "TimeoutError")], ids=["500", "page", "error", "nested", "cut off", "late"])
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ((500, {}, b"out of\x1b[2J memory"), r"HTTP 500 out of\[2J memory"),
+        (b"<html>Welcome</html>", "no chat completion"),
+        (b'{"error": "no"}', "no chat completion"),
+        (b"[" * 9999, "no chat completion"),
+        ((200, {"Content-Length": "9"}, b""), "no chat completion"),
+        (LATE, "TimeoutError"),
+    ],
+    ids=["500", "page", "error", "nested", "cut off", "late"],
+)
 def test_an_endpoint_that_never_judges_is_given_up(endpoint, monkeypatch, reply, found):
     monkeypatch.setattr(room, "ATTEMPTS", 2)
     endpoint.replies = [reply]
@@ -172,7 +195,8 @@ def test_a_refusal_is_not_repeated_and_the_key_not_shown(endpoint, monkeypatch, 
     with pytest.raises(ConfigError, match=f"HTTP {status}.*JUDGE_KEY") as caught:
         judge.judge("text")
     assert ("is no key" in str(caught.value) or "xxx" in str(caught.value)) == (
-        status not in (401, 403))  # those may say more of the key than that it is wrong
+        status not in (401, 403)
+    )  # those may say more of the key than that it is wrong
     assert len(endpoint.requests) == 1
     assert endpoint.requests[0][1]["Authorization"] == f"Bearer {KEY}"
     for shown in (str(caught.value), repr(judge), str(asdict(judge))):
@@ -211,10 +235,24 @@ def test_a_key_may_go_to_this_machine_by_http(monkeypatch, host):
     EndpointJudge(f"http://{host}/v1", "judge-1")
 
 
-@pytest.mark.parametrize("url", [
-    "", "api.example.org/v1", "file:///etc/passwd", "ftp://h/v1", "https://", "https://[::1/v1",
-    "https://me:secret@h/v1", "https://h/v1?key=secret", "https://h/v1#secret", "https://h:x/v1",
-    "https://h/v 1", "https://h/v\n1", "https://h/é"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "api.example.org/v1",
+        "file:///etc/passwd",
+        "ftp://h/v1",
+        "https://",
+        "https://[::1/v1",
+        "https://me:secret@h/v1",
+        "https://h/v1?key=secret",
+        "https://h/v1#secret",
+        "https://h:x/v1",
+        "https://h/v 1",
+        "https://h/v\n1",
+        "https://h/é",
+    ],
+)
 def test_what_is_no_plain_url_is_refused(url):
     with pytest.raises(ConfigError, match="URL") as caught:
         EndpointJudge(url, "judge-1")

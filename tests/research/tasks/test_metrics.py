@@ -36,8 +36,31 @@ from flexolmo.research.tasks.metrics import (
 )
 
 OFTEN = settings(derandomize=True, max_examples=60)
-WORDS = ["the", "a", "An", "cat", "Cat.", "cats", "(dog", "dog)", "5", "5.0", "1,000", "1000", "-3",
-         "$20", "20", "u.s.", "US", "co-op", "nan", "!", "é", "½", "x_1"]
+WORDS = [
+    "the",
+    "a",
+    "An",
+    "cat",
+    "Cat.",
+    "cats",
+    "(dog",
+    "dog)",
+    "5",
+    "5.0",
+    "1,000",
+    "1000",
+    "-3",
+    "$20",
+    "20",
+    "u.s.",
+    "US",
+    "co-op",
+    "nan",
+    "!",
+    "é",
+    "½",
+    "x_1",
+]
 PHRASES = st.lists(st.sampled_from(WORDS), max_size=5).map(" ".join)
 PHRASE_LISTS = st.lists(PHRASES, min_size=1, max_size=4)
 TEXTS = PHRASES | st.text(max_size=12)
@@ -53,8 +76,12 @@ def oracle(path: str, **names) -> SimpleNamespace:
         pytest.skip("lm_eval is not installed")
     file = Path(spec.origin).parent / "tasks" / path
     tree = ast.parse(file.read_text())
-    tree.body = [node for node in tree.body if not isinstance(node, ast.Try)
-                 and not (isinstance(node, ast.Import) and node.names[0].asname in names)]
+    tree.body = [
+        node
+        for node in tree.body
+        if not isinstance(node, ast.Try)
+        and not (isinstance(node, ast.Import) and node.names[0].asname in names)
+    ]
     exec(compile(tree, str(file), "exec"), names)
     return SimpleNamespace(**names)
 
@@ -66,7 +93,8 @@ def oracle(path: str, **names) -> SimpleNamespace:
 @given(prediction=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=4), data=st.data())
 @OFTEN
 def test_a_score_is_0_to_1_and_the_order_of_references_is_irrelevant(
-        metric, prediction, references, data):
+    metric, prediction, references, data
+):
     score = metric(prediction, references)
     assert isinstance(score, float) and 0 <= score <= 1
     assert metric(prediction, data.draw(st.permutations(references))) == score
@@ -126,8 +154,10 @@ def test_drop_scores_are_those_of_the_script(prediction, references):
     assert drop_scores(prediction, references) == (expected["em"], expected["f1"])
 
 
-@given(spans=st.lists(st.sampled_from(["cat", "5", "red dog", "1,000 men"]), min_size=1),
-       data=st.data())
+@given(
+    spans=st.lists(st.sampled_from(["cat", "5", "red dog", "1,000 men"]), min_size=1),
+    data=st.data(),
+)
 @OFTEN
 def test_the_order_of_dropped_spans_is_irrelevant_and_identity_is_full(spans, data):
     mixed = data.draw(st.permutations(spans))
@@ -152,8 +182,10 @@ def test_drop_knows_numbers_and_pairs_spans():
 # --- lists and summaries ------------------------------------------------------------------------
 
 
-@given(items=st.lists(st.text("abc XYZ-", min_size=1, max_size=6).filter(str.strip), min_size=1),
-       data=st.data())
+@given(
+    items=st.lists(st.text("abc XYZ-", min_size=1, max_size=6).filter(str.strip), min_size=1),
+    data=st.data(),
+)
 @OFTEN
 def test_lists_are_compared_as_sets_without_case(items, data):
     mixed = data.draw(st.permutations(items))
@@ -161,17 +193,23 @@ def test_lists_are_compared_as_sets_without_case(items, data):
     assert list_f1(text, items) == 1
     assert list_f1(json.dumps(items + items), items) == 1
     assert list_f1(json.dumps(items), [*items, "other"]) == pytest.approx(
-        2 * (n := len({" ".join(i.lower().split()) for i in items})) / (2 * n + 1))
+        2 * (n := len({" ".join(i.lower().split()) for i in items})) / (2 * n + 1)
+    )
 
 
 def test_a_list_without_json_is_split_at_commas_and_lines():
     gold = ["MYC", "TP53", "BRCA1"]
-    for text in ("MYC, tp53, BRCA1.", '["MYC", "TP53", "BRCA1"', "- MYC\n- TP53\n- BRCA1\n",
-                 "1. MYC\n2. TP53\n3) BRCA1", "['MYC', 'TP53', 'BRCA1']"):
+    for text in (
+        "MYC, tp53, BRCA1.",
+        '["MYC", "TP53", "BRCA1"',
+        "- MYC\n- TP53\n- BRCA1\n",
+        "1. MYC\n2. TP53\n3) BRCA1",
+        "['MYC', 'TP53', 'BRCA1']",
+    ):
         assert list_f1(text, gold) == 1
     assert list_f1("MYC", gold) == 0.5
     assert list_f1("", gold) == list_f1("[]", gold) == list_f1("[null]", gold) == 0
-    assert list_f1("[1, 2.503, [\"a\", \"b\"], {\"c\": 3}]", ["1", "2.5", "a b"]) == 6 / 7
+    assert list_f1('[1, 2.503, ["a", "b"], {"c": 3}]', ["1", "2.5", "a b"]) == 6 / 7
     assert list_f1("[" * 3000, gold) == 0
 
 
@@ -192,12 +230,15 @@ def test_rouge_l_counts_the_longest_common_subsequence():
 # --- numbers ------------------------------------------------------------------------------------
 
 
-@given(number=st.decimals(-10**7, 10**7, places=2), before=PHRASES)
+@given(number=st.decimals(-(10**7), 10**7, places=2), before=PHRASES)
 @OFTEN
 def test_the_last_number_is_found_whatever_stands_around_it(number, before):
     for spelled in (f"{number}", f"{number:,}", f"{number:f}"):
-        for text in (f"{before} So it is {spelled}.", f"{before}\n#### {spelled}",
-                     f"{before} 7 of {spelled} apples"):
+        for text in (
+            f"{before} So it is {spelled}.",
+            f"{before}\n#### {spelled}",
+            f"{before} 7 of {spelled} apples",
+        ):
             assert same_number(gsm8k_answer(text), spelled)
 
 
@@ -213,20 +254,30 @@ def test_numbers_are_read_with_their_sign_and_without_their_dress():
 # --- mathematics --------------------------------------------------------------------------------
 
 ATOMS = st.integers(1, 99).map(str) | st.sampled_from(["x", r"\pi", "7.25", r"\infty"])
-PLAIN = st.recursive(ATOMS, lambda inner: st.one_of(
-    st.tuples(inner, inner).map(lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"),
-    inner.map(lambda i: rf"\sqrt{{{i}}}"),
-    inner.map(lambda i: f"({i},-{i})"),
-    st.tuples(inner, inner).map("+".join)), max_leaves=3)
+PLAIN = st.recursive(
+    ATOMS,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map(lambda p: rf"\frac{{{p[0]}}}{{{p[1]}}}"),
+        inner.map(lambda i: rf"\sqrt{{{i}}}"),
+        inner.map(lambda i: f"({i},-{i})"),
+        st.tuples(inner, inner).map("+".join),
+    ),
+    max_leaves=3,
+)
 DRESSES = [
-    lambda t: t.replace(r"\frac", r"\dfrac"), lambda t: t.replace(r"\frac", r"\tfrac"),
+    lambda t: t.replace(r"\frac", r"\dfrac"),
+    lambda t: t.replace(r"\frac", r"\tfrac"),
     lambda t: t.replace("(", r"\left(").replace(")", r"\right)"),
     lambda t: re.sub(r"\\frac\{(\d)\}\{(\d)\}", r"\\frac\1\2", t),
     lambda t: re.sub(r"^\\frac\{(\d+)\}\{(\d+)\}$", r"\1/\2", t),
     lambda t: re.sub(r"\\sqrt\{(\d)\}", r"\\sqrt\1", t),
-    lambda t: t.replace(",", ", ").replace("+", " + "), lambda t: rf"\!{t}",
-    lambda t: f"x = {t}" if "=" not in t else t, lambda t: rf"{t}^\circ", lambda t: rf"{t}\%",
-    lambda t: rf"\${t}", lambda t: rf"{t}\text{{ cm}}" if "text" not in t else t,
+    lambda t: t.replace(",", ", ").replace("+", " + "),
+    lambda t: rf"\!{t}",
+    lambda t: f"x = {t}" if "=" not in t else t,
+    lambda t: rf"{t}^\circ",
+    lambda t: rf"{t}\%",
+    lambda t: rf"\${t}",
+    lambda t: rf"{t}\text{{ cm}}" if "text" not in t else t,
 ]
 DRESSED = st.tuples(PLAIN, st.lists(st.sampled_from(DRESSES), max_size=3))
 
@@ -253,36 +304,82 @@ def test_what_the_math_code_calls_equal_is_the_same(drawn, others, other):
         assert same_math(a, b) or not is_equiv(a, b)
 
 
-@pytest.mark.parametrize("a, b", [
-    (r"\frac1{72}", r"\frac{1}{72}"), (r"\frac{72}1", r"\frac{72}{1}"),
-    (r"\frac \pi 4", r"\frac{\pi}{4}"), (r"\frac{\sqrt2}2", r"\frac{\sqrt{2}}{2}"),
-    (r"\cfrac{1}{2}", "0.5"), (".5", "1/2"), ("-1/2", r"\frac{-1}{2}"),
-    ("(1/2, 3)", r"(\frac12,3)"),
-    (r"\sqrt[3]8", r"\sqrt[3]{8}"), (r"2 \sqrt 5", r"2\sqrt{5}"), (r"\tfrac 3 4", r"\dfrac34"),
-    (r"x=5", "5"), (r"y = 2x+3", "2x + 3"), (r"5.", "5"), ("$5$", "5"), (r"\$1,\!000", "1000"),
-    ("12,345,678", "12345678"), ("5{,}525", "5525"), (r"30^{\circ}", "30°"), (r"25\%", "25%"),
-    (r"10\text{ cm}", "10"), (r"10\,\mbox{ cm}^2", "10"), (r"8\sqrt{3} \text { square inches}",
-    r"8\sqrt{3}"), (r"25\mathrm{km}", "25"), ("12 square units", "12"), ("3 dollars", "3"),
-    (r"\text{Evelyn}", "Evelyn"), (r"(\text{E})", r"\text{(E)}"),
-    (r"\mbox{even}", r"\textbf{even}"),
-    (r"19 \text{ and } 43", "19, 43"), (r"7, -2, \text{ and } -5", "7,-2,-5"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"), (r"a\quad b", "ab"),
-    (r"\begin{pmatrix} 1/2 \\ -3/5 \end{pmatrix}",
-     r"\begin{pmatrix}\frac12\\-\frac{3}{5}\end{pmatrix}"), (r"5\ ", "5"), ("", " "),
-    (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{pmatrix}1\-2\end{pmatrix}"),
-])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (r"\frac1{72}", r"\frac{1}{72}"),
+        (r"\frac{72}1", r"\frac{72}{1}"),
+        (r"\frac \pi 4", r"\frac{\pi}{4}"),
+        (r"\frac{\sqrt2}2", r"\frac{\sqrt{2}}{2}"),
+        (r"\cfrac{1}{2}", "0.5"),
+        (".5", "1/2"),
+        ("-1/2", r"\frac{-1}{2}"),
+        ("(1/2, 3)", r"(\frac12,3)"),
+        (r"\sqrt[3]8", r"\sqrt[3]{8}"),
+        (r"2 \sqrt 5", r"2\sqrt{5}"),
+        (r"\tfrac 3 4", r"\dfrac34"),
+        (r"x=5", "5"),
+        (r"y = 2x+3", "2x + 3"),
+        (r"5.", "5"),
+        ("$5$", "5"),
+        (r"\$1,\!000", "1000"),
+        ("12,345,678", "12345678"),
+        ("5{,}525", "5525"),
+        (r"30^{\circ}", "30°"),
+        (r"25\%", "25%"),
+        (r"10\text{ cm}", "10"),
+        (r"10\,\mbox{ cm}^2", "10"),
+        (r"8\sqrt{3} \text { square inches}", r"8\sqrt{3}"),
+        (r"25\mathrm{km}", "25"),
+        ("12 square units", "12"),
+        ("3 dollars", "3"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"(\text{E})", r"\text{(E)}"),
+        (r"\mbox{even}", r"\textbf{even}"),
+        (r"19 \text{ and } 43", "19, 43"),
+        (r"7, -2, \text{ and } -5", "7,-2,-5"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"a\quad b", "ab"),
+        (
+            r"\begin{pmatrix} 1/2 \\ -3/5 \end{pmatrix}",
+            r"\begin{pmatrix}\frac12\\-\frac{3}{5}\end{pmatrix}",
+        ),
+        (r"5\ ", "5"),
+        ("", " "),
+        (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{pmatrix}1\-2\end{pmatrix}"),
+    ],
+)
 def test_spellings_of_one_answer(a, b):
     assert same_math(a, b) and same_math(b, a)
 
 
-@pytest.mark.parametrize("a, b", [
-    ("5", "-5"), ("5", "6"), (r"\frac{1}{2}", r"\frac{2}{1}"), ("(1,2)", "[1,2]"), ("1,2", "12"),
-    ("x=5", "x=6"), ("2^3/4", r"2^\frac34"), (r"3\frac{-1}{2}", r"3-\frac{1}{2}"),
-    (r"19 \text{ and } 43", "19"), (r"3\mathrm{i}", "3"), ("even", "Even"), ("A", "B"),
-    (r"\text{even}", ""), ("1/2x", r"\frac{1}{2}"), ("3m", "3"), (r"\leftarrow", "arrow"),
-    (r"0.\overline{3}", "0.3"), (r"f\circ g", "fg"), (r"\sqrt{12}", r"\sqrt{1}2"), ("a=b=c", "b=c"),
-    (None, "5"), (None, None),
-])
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        ("5", "-5"),
+        ("5", "6"),
+        (r"\frac{1}{2}", r"\frac{2}{1}"),
+        ("(1,2)", "[1,2]"),
+        ("1,2", "12"),
+        ("x=5", "x=6"),
+        ("2^3/4", r"2^\frac34"),
+        (r"3\frac{-1}{2}", r"3-\frac{1}{2}"),
+        (r"19 \text{ and } 43", "19"),
+        (r"3\mathrm{i}", "3"),
+        ("even", "Even"),
+        ("A", "B"),
+        (r"\text{even}", ""),
+        ("1/2x", r"\frac{1}{2}"),
+        ("3m", "3"),
+        (r"\leftarrow", "arrow"),
+        (r"0.\overline{3}", "0.3"),
+        (r"f\circ g", "fg"),
+        (r"\sqrt{12}", r"\sqrt{1}2"),
+        ("a=b=c", "b=c"),
+        (None, "5"),
+        (None, None),
+    ],
+)
 def test_answers_that_stay_apart(a, b):
     assert not same_math(a, b) and not same_math(b, a)
 
@@ -316,8 +413,10 @@ def test_answers_are_found_where_the_minerva_code_finds_them(answer, before):
 # --- other texts --------------------------------------------------------------------------------
 
 
-@given(target=st.sampled_from(["(A)", "True", "-50", "] ] >", "valid", "3.5", "barn damp dot"]),
-       after=st.sampled_from(["", "\n", "\n\nQ: more, the answer is 5.", "  "]))
+@given(
+    target=st.sampled_from(["(A)", "True", "-50", "] ] >", "valid", "3.5", "barn damp dot"]),
+    after=st.sampled_from(["", "\n", "\n\nQ: more, the answer is 5.", "  "]),
+)
 @OFTEN
 def test_bbh_answers_are_those_of_the_prompts_own_form(target, after):
     text = f"Let's think.\nTwo steps. So the answer is {target}.{after}"

@@ -34,8 +34,11 @@ def opened(house):
 @pytest.fixture
 def tasks():
     """One of each kind."""
-    return [task_of("arc_easy", choice_items()), task_of("squad", written_items(), "answer"),
-            task_of("mbpp", code_items(), "code")]
+    return [
+        task_of("arc_easy", choice_items()),
+        task_of("squad", written_items(), "answer"),
+        task_of("mbpp", code_items(), "code"),
+    ]
 
 
 def lines(out, task):
@@ -45,15 +48,21 @@ def lines(out, task):
 @pytest.mark.parametrize("normalise", ["none", "character", "pmi"])
 def test_choices_are_judged_as_by_hand(opened, tmp_path, normalise):
     items = choice_items()
-    results = run_suite(*opened, [task_of("arc_easy", items, normalise=normalise)], SOURCES,
-                        tmp_path, RunSettings())
+    results = run_suite(
+        *opened, [task_of("arc_easy", items, normalise=normalise)], SOURCES, tmp_path, RunSettings()
+    )
     scorer = Scorer(opened[0], 4)
     right = {"rc": [], "mc": []}
-    for item, row in zip(items, sorted(lines(tmp_path, "arc_easy"), key=lambda r: r["id"]),
-                         strict=True):
+    for item, row in zip(
+        items, sorted(lines(tmp_path, "arc_easy"), key=lambda r: r["id"]), strict=True
+    ):
         for form, c in item.forms.items():
-            said = np.array([scorer.log_likelihoods([p])[0].log_prob
-                             for p in zip(c.contexts, c.options, strict=True)])
+            said = np.array(
+                [
+                    scorer.log_likelihoods([p])[0].log_prob
+                    for p in zip(c.contexts, c.options, strict=True)
+                ]
+            )
             assert row["log_probs"][form] == pytest.approx(said, abs=2e-3)
             if form == "rc":
                 assert row["bits"] == pytest.approx(-said[c.gold] / math.log(2), abs=2e-3)
@@ -61,11 +70,14 @@ def test_choices_are_judged_as_by_hand(opened, tmp_path, normalise):
                 if normalise == "character":
                     said = said / [len(o.strip()) for o in c.options]
                 elif normalise == "pmi":
-                    said = said - [scorer.log_likelihoods([("Answer:", o)])[0].log_prob
-                                   for o in c.options]
+                    said = said - [
+                        scorer.log_likelihoods([("Answer:", o)])[0].log_prob for o in c.options
+                    ]
             right[form].append((item.subtask, int(said.argmax()) == c.gold))
-    by_form = {f: 100 * np.mean([np.mean([ok for s, ok in r if s == which]) for which in "ab"])
-               for f, r in right.items()}
+    by_form = {
+        f: 100 * np.mean([np.mean([ok for s, ok in r if s == which]) for which in "ab"])
+        for f, r in right.items()
+    }
     found = results["tasks"]["arc_easy"]
     assert found["forms"] == pytest.approx(by_form)
     assert found["score"] == max(by_form.values()) and found["items"] == 9
@@ -86,8 +98,9 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(opened, tmp_path, tasks, monkeypatch,
-                                                             torn):
+def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(
+    opened, tmp_path, tasks, monkeypatch, torn
+):
     monkeypatch.setattr(room, "SLICE", 4)
     whole = run_suite(*opened, tasks, SOURCES, tmp_path / "whole", RunSettings())
     score, calls = room.score_items, []
@@ -113,18 +126,24 @@ def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(opened, tmp_path, t
         assert {r["id"]: r for r in part} == {r["id"]: r for r in all_at_once}
         assert len(part) == len(all_at_once)
     assert {k: again[k] for k in ("tasks", "groups", "average")} == {
-        k: whole[k] for k in ("tasks", "groups", "average")}
+        k: whole[k] for k in ("tasks", "groups", "average")
+    }
 
 
 def test_another_run_in_the_same_place_is_refused(opened, house, tmp_path, tasks):
     run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(limit=2))
     before = (tmp_path / "items/arc_easy.jsonl").read_bytes()
     for model, settings, asked, said in (
-            (opened, RunSettings(limit=3), tasks[:1], "items of arc_easy"),
-            (opened, RunSettings(limit=2, seed=1), tasks[:1], "setting seed"),
-            (open_reader(house.mixture_dir(NAMES, "rich"), without=["amber"]),
-             RunSettings(limit=2), tasks[:1], "model"),
-            (opened, RunSettings(limit=2), [task_of("arc_easy", choice_items(4))], "arc_easy")):
+        (opened, RunSettings(limit=3), tasks[:1], "items of arc_easy"),
+        (opened, RunSettings(limit=2, seed=1), tasks[:1], "setting seed"),
+        (
+            open_reader(house.mixture_dir(NAMES, "rich"), without=["amber"]),
+            RunSettings(limit=2),
+            tasks[:1],
+            "model",
+        ),
+        (opened, RunSettings(limit=2), [task_of("arc_easy", choice_items(4))], "arc_easy"),
+    ):
         with pytest.raises(ConfigError, match=f"differs in .*{said}"):
             run_suite(*model, asked, SOURCES, tmp_path, settings)
     assert (tmp_path / "items/arc_easy.jsonl").read_bytes() == before
@@ -134,8 +153,7 @@ def test_what_a_run_has_had_is_remembered_when_other_tasks_are_asked(opened, tmp
     run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings())
     run_suite(*opened, tasks[1:2], SOURCES, tmp_path, RunSettings())
     with pytest.raises(ConfigError, match="items of arc_easy"):
-        run_suite(*opened, [task_of("arc_easy", choice_items(4))], SOURCES, tmp_path,
-                  RunSettings())
+        run_suite(*opened, [task_of("arc_easy", choice_items(4))], SOURCES, tmp_path, RunSettings())
 
 
 def test_files_of_another_layout_are_told_by_task(tmp_path):
@@ -144,14 +162,17 @@ def test_files_of_another_layout_are_told_by_task(tmp_path):
 
     with pytest.raises(DataError, match=r"arc_easy are not laid out.*question"):
         prepare_jobs([task_of("arc_easy", [], load=broken)], SOURCES, None)
-    jobs, missing = prepare_jobs([task_of("arc_easy", []), task_of("boolq", choice_items())],
-                                 SOURCES, None)
+    jobs, missing = prepare_jobs(
+        [task_of("arc_easy", []), task_of("boolq", choice_items())], SOURCES, None
+    )
     assert missing == {"arc_easy": "its file is empty"} and len(jobs) == 1
 
 
 def test_a_judge_is_checked_before_anything_is_read(opened, tmp_path, tasks):
-    for settings, said in ((RunSettings(judge_url="http://localhost:1/v1"), "--judge-model"),
-                           (RunSettings(judge_url="ftp://x", judge_model="m"), "http")):
+    for settings, said in (
+        (RunSettings(judge_url="http://localhost:1/v1"), "--judge-model"),
+        (RunSettings(judge_url="ftp://x", judge_model="m"), "http"),
+    ):
         with pytest.raises(ConfigError, match=said):
             run_suite(*opened, tasks, SOURCES, tmp_path, settings)
     assert not (tmp_path / "items").exists()
@@ -176,10 +197,12 @@ def test_more_tasks_may_be_asked_of_the_same_run(opened, tmp_path, tasks):
 
 def test_an_expert_left_out_gives_the_rows_of_a_model_without_it(house, tmp_path, tasks):
     for name, (reader, about) in (
-            ("without", open_reader(house.mixture_dir(NAMES, "rich"), without=["basalt"])),
-            ("never", open_reader(house.mixture_dir(("amber", "zinc"), "rich")))):
-        run_suite(reader, about | {"digest": "same"}, tasks, SOURCES, tmp_path / name,
-                  RunSettings())
+        ("without", open_reader(house.mixture_dir(NAMES, "rich"), without=["basalt"])),
+        ("never", open_reader(house.mixture_dir(("amber", "zinc"), "rich"))),
+    ):
+        run_suite(
+            reader, about | {"digest": "same"}, tasks, SOURCES, tmp_path / name, RunSettings()
+        )
     for name in ("arc_easy", "squad", "mbpp"):
         assert lines(tmp_path / "without", name) == lines(tmp_path / "never", name)
 
@@ -218,8 +241,15 @@ def test_what_cannot_be_had_is_named_and_not_averaged(opened, tmp_path, tasks):
 
 def test_sums_are_means_of_subtasks_of_tasks_of_groups():
     def row(subtask, right):
-        return {"subtask": subtask, "id": "", "bits": 2.0, "bytes": 1, "cut": False, "options": 4,
-                "right": {"rc": right, "mc": 0}}
+        return {
+            "subtask": subtask,
+            "id": "",
+            "bits": 2.0,
+            "bytes": 1,
+            "cut": False,
+            "options": 4,
+            "right": {"rc": right, "mc": 0},
+        }
 
     jobs = [Job(task_of(n, []), []) for n in ("arc_easy", "boolq")]
     rows = {"arc_easy": [row("a", 1), row("a", 0), row("b", 1)], "boolq": [row("", 0)] * 2}
@@ -227,7 +257,8 @@ def test_sums_are_means_of_subtasks_of_tasks_of_groups():
     assert found["tasks"]["arc_easy"]["score"] == 75 and found["tasks"]["boolq"]["score"] == 0
     assert found["groups"]["MC9"]["score"] == 37.5 == found["average"]["score"]
     assert found["tasks"]["arc_easy"]["error"] == pytest.approx(
-        100 * math.sqrt(1 / 4 / 2 + 2 / 9) / 2)  # p is (1 + 1) / 4 of two, (1 + 1) / 3 of one
+        100 * math.sqrt(1 / 4 / 2 + 2 / 9) / 2
+    )  # p is (1 + 1) / 4 of two, (1 + 1) / 3 of one
     assert found["groups"]["MC9"]["bits_per_byte"] == 2
 
 
@@ -236,22 +267,35 @@ def test_chance_is_seldom_called_better_than_chance():
     500 that this test fails."""
     rng, called = np.random.default_rng(0), 0
     for _ in range(100):
-        rows = [{"subtask": "", "id": "", "bits": 1.0, "bytes": 1, "cut": False, "options": 4,
-                 "right": {"rc": int(a), "mc": int(b)}} for a, b in rng.random((200, 2)) < 0.25]
-        found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
-                          RunSettings(), 64)
+        rows = [
+            {
+                "subtask": "",
+                "id": "",
+                "bits": 1.0,
+                "bytes": 1,
+                "cut": False,
+                "options": 4,
+                "right": {"rc": int(a), "mc": int(b)},
+            }
+            for a, b in rng.random((200, 2)) < 0.25
+        ]
+        found = summarise(
+            [Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64
+        )
         called += found["tasks"]["boolq"]["above_chance"]
     assert called <= 8
     rows = [r | {"right": {"rc": 1, "mc": 0}} for r in rows]
-    found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {},
-                      RunSettings(), 64)
+    found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64)
     assert found["tasks"]["boolq"]["above_chance"]
 
 
 def test_chance_of_a_closed_set_of_answers_is_its_commonest_one():
     """In every subtask; answers that all differ cannot be guessed."""
-    items = [Item(f"{s}{i}", s, references=(a,)) for s, answers in (
-        ("a", ["yes", "Yes", "no"]), ("b", ["1", "2", "3", "4"])) for i, a in enumerate(answers)]
+    items = [
+        Item(f"{s}{i}", s, references=(a,))
+        for s, answers in (("a", ["yes", "Yes", "no"]), ("b", ["1", "2", "3", "4"]))
+        for i, a in enumerate(answers)
+    ]
     for limit in (1, None):
         (job,), _ = prepare_jobs([task_of("bbh", items, "answer")], SOURCES, limit)
         assert job.chance == pytest.approx((2 / 3 + 0) / 2)
@@ -275,10 +319,25 @@ def test_answers_that_suit_any_question_are_not_above_chance():
     items = [Item(f"{i}", references=(f"the cells {WORDS[i]}",)) for i in range(10)]
     for answer, is_above in (("cells", False), ("{}", True)):
         texts = [answer.format(WORDS[i]) for i in range(10)]
-        rows = [{"subtask": "", "id": i.id, "bits": 1.0, "bytes": 1, "cut": False, "text": t,
-                 "score": token_f1(t, i.references)} for i, t in zip(items, texts, strict=True)]
-        found = summarise([Job(task_of("squad", items, "answer"), items, 0.0)], {"squad": rows},
-                          {}, RunSettings(), 64)["tasks"]["squad"]
+        rows = [
+            {
+                "subtask": "",
+                "id": i.id,
+                "bits": 1.0,
+                "bytes": 1,
+                "cut": False,
+                "text": t,
+                "score": token_f1(t, i.references),
+            }
+            for i, t in zip(items, texts, strict=True)
+        ]
+        found = summarise(
+            [Job(task_of("squad", items, "answer"), items, 0.0)],
+            {"squad": rows},
+            {},
+            RunSettings(),
+            64,
+        )["tasks"]["squad"]
         assert found["above_chance"] == is_above and found["score"] > 50
         assert found["chance"] == pytest.approx(0 if is_above else found["score"])
 
@@ -291,10 +350,14 @@ def test_a_run_of_some_tasks_is_not_called_whole(opened, tmp_path, tasks):
 
 def test_an_equal_option_is_as_right_as_the_right_one(opened, tmp_path):
     item = choice_items(2)[1]  # its gold is the second
-    same = {f: replace(c, options=(c.options[1],) * len(c.options))
-            for f, c in item.forms.items()}
-    run_suite(*opened, [task_of("arc_easy", [replace(item, forms=same)])], SOURCES, tmp_path,
-              RunSettings())
+    same = {f: replace(c, options=(c.options[1],) * len(c.options)) for f, c in item.forms.items()}
+    run_suite(
+        *opened,
+        [task_of("arc_easy", [replace(item, forms=same)])],
+        SOURCES,
+        tmp_path,
+        RunSettings(),
+    )
     assert lines(tmp_path, "arc_easy")[0]["right"] == {"rc": 1, "mc": 1}
 
 
@@ -312,10 +375,16 @@ def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch)
     scorer = SimpleNamespace(
         reader=SimpleNamespace(max_seq_len=64),
         log_likelihoods=lambda pairs: [SimpleNamespace(log_prob=-1.0, is_cut=False)] * len(pairs),
-        continuations=lambda prompts, *_: [("pass\n", True)] * len(prompts))
+        continuations=lambda prompts, *_: [("pass\n", True)] * len(prompts),
+    )
     ran = []
-    monkeypatch.setattr(answers, "run_programs", lambda programs, *_, **__: [
-        ran.append(p) or SimpleNamespace(passed="is None" in p, reason="?") for p in programs])
+    monkeypatch.setattr(
+        answers,
+        "run_programs",
+        lambda programs, *_, **__: [
+            ran.append(p) or SimpleNamespace(passed="is None" in p, reason="?") for p in programs
+        ],
+    )
     rows = answers.score_items(scorer, task, items, RunSettings())
     assert not ran and "score" not in rows[0]
     assert not rows[0]["cut"]
@@ -326,8 +395,10 @@ def test_programs_run_only_when_asked_and_are_judged_by_their_tests(monkeypatch)
 
 
 def test_two_runs_do_not_write_into_one_directory(opened, tmp_path, tasks):
-    with hold_lock(tmp_path / "lock", wait=False), pytest.raises(FlexOlmoError,
-                                                                 match="Another run is at work"):
+    with (
+        hold_lock(tmp_path / "lock", wait=False),
+        pytest.raises(FlexOlmoError, match="Another run is at work"),
+    ):
         run_suite(*opened, tasks, SOURCES, tmp_path, RunSettings())
     assert not (tmp_path / "run.json").exists()
     run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings())
@@ -336,14 +407,19 @@ def test_two_runs_do_not_write_into_one_directory(opened, tmp_path, tasks):
 # --- comparing ------------------------------------------------------------------------------------
 
 
-def test_a_comparison_is_of_the_summed_up_scores_on_the_items_of_both(opened, house, tmp_path,
-                                                                      tasks):
+def test_a_comparison_is_of_the_summed_up_scores_on_the_items_of_both(
+    opened, house, tmp_path, tasks
+):
     anchor = open_reader(house.mixture_dir(NAMES, "rich"), only=[])
-    found = {name: run_suite(*model, tasks, SOURCES, tmp_path / name, RunSettings())
-             for name, model in (("a", anchor), ("b", opened))}
+    found = {
+        name: run_suite(*model, tasks, SOURCES, tmp_path / name, RunSettings())
+        for name, model in (("a", anchor), ("b", opened))
+    }
     both = compare_runs(tmp_path / "a", tmp_path / "b", draws=200)
-    for kind, scored in (("score", ("arc_easy", "squad")),
-                         ("bits_per_byte", ("arc_easy", "squad", "mbpp"))):
+    for kind, scored in (
+        ("score", ("arc_easy", "squad")),
+        ("bits_per_byte", ("arc_easy", "squad", "mbpp")),
+    ):
         entries, groups = both[kind]["levels"]
         assert set(entries) == set(scored)
         for run, results in found.items():

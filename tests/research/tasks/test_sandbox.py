@@ -28,6 +28,7 @@ def nothing_is_left(tmp_path, monkeypatch):
     def watch(*arguments, **named):
         started.append(popen(*arguments, **named))
         return started[-1]
+
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setattr(sandbox.subprocess, "Popen", watch)
@@ -80,12 +81,15 @@ def test_a_program_that_runs_to_its_end_passes():
     assert (outcome.passed, outcome.reason, outcome.detail) == (True, "passed", "")
 
 
-@pytest.mark.parametrize(("program", "words"), [
-    ("assert 1 + 1 == 3, 'wrong sum'", "AssertionError: wrong sum"),
-    ("def f(:\n", "SyntaxError"),
-    ("x = '\udcff'", "Error"),  # not UTF-8
-    ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
-])
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("assert 1 + 1 == 3, 'wrong sum'", "AssertionError: wrong sum"),
+        ("def f(:\n", "SyntaxError"),
+        ("x = '\udcff'", "Error"),  # not UTF-8
+        ("import ctypes; ctypes.string_at(0)", "SIGSEGV"),
+    ],
+)
 def test_a_program_that_fails_says_why(program, words):
     outcome = run_program(program)
     assert not outcome.passed and outcome.reason == "failed"
@@ -102,14 +106,17 @@ for fd in range(3, 64):
 """
 
 
-@pytest.mark.parametrize("program", [
-    "import sys; sys.exit(0)",
-    "import os; os._exit(0)",
-    "import atexit, sys; atexit.register(print, 'passed'); sys.exit()",
-    "print('passed'); print('confined'); raise SystemExit",
-    SAY_ON_EVERY_FILE + "os._exit(0)",
-    SAY_ON_EVERY_FILE,  # to its end, but something was said before
-])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sys; sys.exit(0)",
+        "import os; os._exit(0)",
+        "import atexit, sys; atexit.register(print, 'passed'); sys.exit()",
+        "print('passed'); print('confined'); raise SystemExit",
+        SAY_ON_EVERY_FILE + "os._exit(0)",
+        SAY_ON_EVERY_FILE,  # to its end, but something was said before
+    ],
+)
 def test_leaving_early_or_saying_so_is_not_passing(program):
     outcome = run_program(program)
     assert not outcome.passed and outcome.reason == "failed"
@@ -140,8 +147,9 @@ assert open("yours").read() == "kept"
 
 
 def test_numpy_can_be_imported_and_nothing_else():
-    assert run_program("import numpy as np\nassert np.allclose(np.eye(3) @ np.eye(3), np.eye(3))"
-                       ).passed
+    assert run_program(
+        "import numpy as np\nassert np.allclose(np.eye(3) @ np.eye(3), np.eye(3))"
+    ).passed
     assert are_refused("import rich", "import flexolmo", error="ModuleNotFoundError")
 
 
@@ -153,8 +161,12 @@ def test_strings_hash_alike_in_every_run():
 
 def test_what_does_not_end_is_timed_out():
     forever = "while True:\n    try:\n        {}\n    except BaseException: pass"
-    programs = ["while True: pass", "import time; time.sleep(60)",
-                forever.format("while True: pass"), "import os\n" + forever.format("os.fork()")]
+    programs = [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        forever.format("while True: pass"),
+        "import os\n" + forever.format("os.fork()"),
+    ]
     started = time.monotonic()
     outcomes = run_programs(programs, Limits(wall_seconds=1.5), processes=4)
     assert [outcome.reason for outcome in outcomes] == ["timed out"] * 4
@@ -171,8 +183,10 @@ def test_processor_time_is_limited():
 
 def test_memory_is_limited():
     limits = Limits(memory_bytes=128 << 20)
-    assert run_program("x = []\nwhile True: x.append(bytes(10 ** 6))",
-                       limits).reason == "out of memory"
+    assert (
+        run_program("x = []\nwhile True: x.append(bytes(10 ** 6))", limits).reason
+        == "out of memory"
+    )
     assert run_program("x = bytearray(1 << 27)", limits).reason == "out of memory"
     assert run_program("x = bytearray(1 << 25)", limits).passed
 
@@ -183,8 +197,11 @@ def test_other_processes_are_out_of_reach():
         "if os.fork() == 0:\n    os.setsid()\n    time.sleep(60)",  # would outlive its parent
         f"if ctypes.CDLL(None, use_errno=True).syscall({clone}, 17, 0, 0, 0, 0) < 0:\n"
         "    raise PermissionError",
-        "subprocess.run(['/bin/true'])", "os.execv('/bin/true', ['true'])",
-        "os.kill(os.getppid(), 0)", "resource.prlimit(os.getppid(), resource.RLIMIT_CORE)")
+        "subprocess.run(['/bin/true'])",
+        "os.execv('/bin/true', ['true'])",
+        "os.kill(os.getppid(), 0)",
+        "resource.prlimit(os.getppid(), resource.RLIMIT_CORE)",
+    )
 
 
 def test_threads_are_refused():
@@ -200,8 +217,9 @@ def test_what_was_started_all_the_same_is_killed_with_the_program(monkeypatch):
 
 
 def test_sockets_are_refused():
-    assert are_refused(*(f"socket.socket(socket.{kind})"
-                         for kind in ("AF_INET", "AF_INET6", "AF_UNIX")))
+    assert are_refused(
+        *(f"socket.socket(socket.{kind})" for kind in ("AF_INET", "AF_INET6", "AF_UNIX"))
+    )
 
 
 def test_the_web_is_out_of_reach_even_on_this_machine():
@@ -210,12 +228,15 @@ def test_the_web_is_out_of_reach_even_on_this_machine():
     class Answer(BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
+
     server = HTTPServer(("127.0.0.1", 0), Answer)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
-        assert are_refused(f"urllib.request.urlopen('http://127.0.0.1:{server.server_port}/')",
-                           error="urllib.error.URLError")
+        assert are_refused(
+            f"urllib.request.urlopen('http://127.0.0.1:{server.server_port}/')",
+            error="urllib.error.URLError",
+        )
     finally:
         server.shutdown()
         thread.join()
@@ -226,17 +247,23 @@ def test_the_web_is_out_of_reach_even_on_this_machine():
 def test_other_files_cannot_be_read(landlock, tmp_path):
     (tmp_path / "owner.txt").write_text("closed")
     paths = (tmp_path / "owner.txt", sandbox.__file__, "/etc/passwd", "/proc/self/environ")
-    assert are_refused(*(f"open({str(path)!r})" for path in paths),
-                       f"os.listdir({str(tmp_path)!r})")
+    assert are_refused(
+        *(f"open({str(path)!r})" for path in paths), f"os.listdir({str(tmp_path)!r})"
+    )
 
 
 def test_nothing_can_be_changed_outside(landlock, tmp_path):
     file = tmp_path / "owner.txt"
     file.write_text("closed")
     path, new = repr(str(file)), repr(str(tmp_path / "new"))
-    assert are_refused(f"open({path}, 'w')", f"open({path}, 'a')", f"open({new}, 'w')",
-                       f"os.unlink({path})", f"os.rename({path}, {new})",
-                       error="OSError")
+    assert are_refused(
+        f"open({path}, 'w')",
+        f"open({path}, 'a')",
+        f"open({new}, 'w')",
+        f"os.unlink({path})",
+        f"os.rename({path}, {new})",
+        error="OSError",
+    )
     assert file.read_text() == "closed" and not (tmp_path / "new").exists()
 
 
@@ -245,17 +272,25 @@ def test_what_landlock_does_not_see_is_refused(tmp_path):
     file.write_text("closed")
     os.utime(file, (1, 1))
     path, mode = repr(str(file)), file.stat().st_mode
-    assert are_refused(f"os.chmod({path}, 0)", f"os.utime({path})", f"os.truncate({path}, 0)",
-                       f"os.link({path}, 'a')", f"os.symlink({path}, 'a')", "os.mkdir('a')")
+    assert are_refused(
+        f"os.chmod({path}, 0)",
+        f"os.utime({path})",
+        f"os.truncate({path}, 0)",
+        f"os.link({path}, 'a')",
+        f"os.symlink({path}, 'a')",
+        "os.mkdir('a')",
+    )
     assert (file.stat().st_mode, file.stat().st_mtime, file.stat().st_size) == (mode, 1, 6)
 
 
 def test_written_bytes_are_limited():
     outcome = run_program("open('a', 'wb').write(bytes(2 << 20))")
     assert outcome.reason == "failed" and "File too large" in outcome.detail
-    outcome = run_program("i = 0\nwhile True:\n    i += 1\n"
-                          "    with open(str(i % 2000), 'wb') as f: f.write(bytes(10 ** 5))",
-                          Limits(directory_bytes=4 << 20))
+    outcome = run_program(
+        "i = 0\nwhile True:\n    i += 1\n"
+        "    with open(str(i % 2000), 'wb') as f: f.write(bytes(10 ** 5))",
+        Limits(directory_bytes=4 << 20),
+    )
     assert (outcome.reason, outcome.detail) == ("failed", "wrote more than 4194304 bytes")
 
 
@@ -295,10 +330,13 @@ def answers(call_filter, architecture, number):
             at += if_true if (value == k if code == 0x15 else value >= k) else if_false
 
 
-@pytest.mark.parametrize(("machine", "architecture", "read", "refused"), [
-    ("x86_64", 0xC000003E, 0, {"socket": 41, "fork": 57, "open_by_handle_at": 304}),
-    ("aarch64", 0xC00000B7, 63, {"socket": 198, "clone": 220, "open_by_handle_at": 265}),
-])
+@pytest.mark.parametrize(
+    ("machine", "architecture", "read", "refused"),
+    [
+        ("x86_64", 0xC000003E, 0, {"socket": 41, "fork": 57, "open_by_handle_at": 304}),
+        ("aarch64", 0xC00000B7, 63, {"socket": 198, "clone": 220, "open_by_handle_at": 265}),
+    ],
+)
 def test_the_filter_of_each_machine(monkeypatch, machine, architecture, read, refused):
     monkeypatch.setattr(sandbox.platform, "machine", lambda: machine)
     call_filter = sandbox._call_filter()
@@ -325,8 +363,12 @@ def test_a_kernel_that_refuses_the_filter_runs_nothing(monkeypatch):
 
 
 def test_what_holds_is_told(protections):
-    assert protections[:4] == ["no network (seccomp)", "no other process (seccomp)",
-                               "no signals (seccomp)", "bounded memory (rlimit)"]
+    assert protections[:4] == [
+        "no network (seccomp)",
+        "no other process (seccomp)",
+        "no signals (seccomp)",
+        "bounded memory (rlimit)",
+    ]
     assert len(protections) in (5, 6)
 
 
@@ -340,4 +382,5 @@ def test_a_kernel_without_landlock_is_told(monkeypatch):
     source = sandbox._child_source().replace("libc.syscall, 444", "libc.syscall, 9999")
     monkeypatch.setattr(sandbox, "_child_source", lambda: source)
     assert check_sandbox()[4:] == [
-        "files outside NOT protected: no Landlock in this kernel (Linux 5.13)"]
+        "files outside NOT protected: no Landlock in this kernel (Linux 5.13)"
+    ]

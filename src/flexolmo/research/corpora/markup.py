@@ -12,18 +12,26 @@ import re
 
 _WIKI_DROP = re.compile(
     r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>|<(gallery|math|timeline|score|imagemap|source)\b.*?"
-    r"</\1>|__[A-Z]+__", re.DOTALL | re.IGNORECASE)
+    r"</\1>|__[A-Z]+__",
+    re.DOTALL | re.IGNORECASE,
+)
 _WIKI_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _WIKI_MEASURE = re.compile(r"\{\{(?:convert|cvt)\|([\d.,/+-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
 _WIKI_FOREIGN = re.compile(r"\{\{lang(?:-[a-z]+|\|[a-z-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
 _WIKI_TABLE = re.compile(r"^[ :*]*\{\|(?:(?!^[ :*]*\{\|).)*?^\s*\|\}", re.DOTALL | re.MULTILINE)
-_WIKI_FILE = re.compile(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):"
-                        r"(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", re.IGNORECASE)
+_WIKI_FILE = re.compile(
+    r"\[\[(?:File|Image|Category|[a-z-]{2,12}):"
+    r"(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]",
+    re.IGNORECASE,
+)
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
 _WIKI_URL = re.compile(r"\[(?:https?:)?//[^\s\]]+ ?([^\]]*)\]")
-_WIKI_TAIL = re.compile(r"^==+ *(See also|References|External links|Notes|Further reading|"
-                        r"Bibliography|Sources|Footnotes|Citations|Gallery|Notes and references)"
-                        r" *==+.*?(?=^==[^=]|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
+_WIKI_TAIL = re.compile(
+    r"^==+ *(See also|References|External links|Notes|Further reading|"
+    r"Bibliography|Sources|Footnotes|Citations|Gallery|Notes and references)"
+    r" *==+.*?(?=^==[^=]|\Z)",
+    re.DOTALL | re.MULTILINE | re.IGNORECASE,
+)
 _WIKI_HEADING = re.compile(r"^(=+) *(.*?) *\1 *$", re.MULTILINE)
 
 
@@ -55,10 +63,28 @@ def plain_fragment(fragment: str) -> str:
 _SKIPPED_ELEMENTS = {"script", "style", "head", "nav", "footer", "svg", "button"}
 _SKIPPED_CLASSES = re.compile(
     r"\b(docnav|navheader|navfooter|toc|chlink\w*|ChapSects|ContSect|nav-panel|header|headerlink|"
-    r"sphinxsidebar|related|clearer|breadcrumbs|footer)\b")
+    r"sphinxsidebar|related|clearer|breadcrumbs|footer)\b"
+)
 _SKIPPED_IDS = {"banner", "title", "mathjaxlink"}
-_PARAGRAPH = {"p", "div", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "dl", "table", "section",
-              "blockquote", "dd", "hr", "pre"}
+_PARAGRAPH = {
+    "p",
+    "div",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+    "ul",
+    "ol",
+    "dl",
+    "table",
+    "section",
+    "blockquote",
+    "dd",
+    "hr",
+    "pre",
+}
 _LINE = {"br", "dt", "tr", "li"}
 _NEVER_CLOSED = {"br", "hr", "img", "input", "link", "meta", "col", "wbr"}
 
@@ -78,8 +104,10 @@ class _PageReader(html.parser.HTMLParser):
             if tag == self._skipping[0]:
                 self._skipping.append(tag)
         elif tag not in _NEVER_CLOSED and (
-                tag in _SKIPPED_ELEMENTS or named.get("id") in _SKIPPED_IDS
-                or _SKIPPED_CLASSES.search(named.get("class") or "")):
+            tag in _SKIPPED_ELEMENTS
+            or named.get("id") in _SKIPPED_IDS
+            or _SKIPPED_CLASSES.search(named.get("class") or "")
+        ):
             self._skipping.append(tag)
         elif tag in _PARAGRAPH:
             self._pre += tag == "pre"
@@ -99,8 +127,11 @@ class _PageReader(html.parser.HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self._skipping:
-            self.pieces.append(data.replace("\n", "\0").replace(" ", "\1") if self._pre
-                               else re.sub(r"[ \t\r\n]+", " ", data))
+            self.pieces.append(
+                data.replace("\n", "\0").replace(" ", "\1")
+                if self._pre
+                else re.sub(r"[ \t\r\n]+", " ", data)
+            )
 
 
 def plain_html(page: str) -> str:
@@ -121,8 +152,8 @@ def plain_brown(tagged: str) -> str:
     words = re.sub(r"(\S+)/[^\s/]+", r"\1", tagged)
     lines = [re.sub(r"\s+", " ", line).strip() for line in words.split("\n")]
     text = "\n".join(lines)
-    text = re.sub(r"`` ?", "\"", text)
-    text = re.sub(r" ?''", "\"", text)
+    text = re.sub(r"`` ?", '"', text)
+    text = re.sub(r" ?''", '"', text)
     text = re.sub(r"([.,:;?!])\s\1", r"\1", text)
     text = re.sub(r" ([.,:;?!)])", r"\1", re.sub(r"\( ", "(", text))
     paragraphs = re.split(r"\n{2,}", text.strip())

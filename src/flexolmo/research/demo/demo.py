@@ -51,8 +51,11 @@ class DemoRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="of the anchor, the experts and the samples")
-    sets: tuple[str, ...] = Field(("code", "academic", "creative"), min_length=1,
-                                  description="owners, by the name of their set")
+    sets: tuple[str, ...] = Field(
+        ("code", "academic", "creative"),
+        min_length=1,
+        description="owners, by the name of their set",
+    )
     vocab_size: int = Field(4096, ge=300, description="entries of the tokenizer")
     processes: int = Field(2, ge=1, description="owners that train at once, one thread each")
     evaluation_bytes: int = Field(50_000, ge=1000, description="held-out text read of each set")
@@ -69,12 +72,19 @@ def default_recipe() -> Path:
 def run_demo(recipe: DemoRecipe, out: Path, sets: str | None = None) -> dict[str, Any]:
     """Run or resume the demo in `out`; returns what is in results.json."""
     everything = sets == "all"
-    names = ([s for s in SETS if s != "public"] if everything
-             else [s.strip() for s in sets.split(",")] if sets else list(recipe.sets))
+    names = (
+        [s for s in SETS if s != "public"]
+        if everything
+        else [s.strip() for s in sets.split(",")]
+        if sets
+        else list(recipe.sets)
+    )
     unknown = sorted(set(names) - (set(SETS) - {"public"}))
     if unknown or len(set(names)) != len(names):
-        raise ConfigError(f"Owners {', '.join(names)}: expected different names out of "
-                          f"{', '.join(s for s in SETS if s != 'public')}.")
+        raise ConfigError(
+            f"Owners {', '.join(names)}: expected different names out of "
+            f"{', '.join(s for s in SETS if s != 'public')}."
+        )
     started = time.monotonic()
     demo = _Demo(recipe, Path(out), CLIENTS if everything else None)
     demo.gather(names)
@@ -104,11 +114,11 @@ class _Demo:
 
     # --- steps ----------------------------------------------------------------------------------
 
-    def step(self, label: str, after: Sequence[str], settings: Any, run: Callable[[], Any]
-             ) -> None:
+    def step(self, label: str, after: Sequence[str], settings: Any, run: Callable[[], Any]) -> None:
         """Run a step unless it was finished with these settings `after` these steps."""
-        identity = digest_bytes(canonical_json(
-            [settings, [self.stages[earlier]["identity"] for earlier in after]]))
+        identity = digest_bytes(
+            canonical_json([settings, [self.stages[earlier]["identity"] for earlier in after]])
+        )
         done = self.stages.get(label, {})
         if done.get("identity") == identity and done.get("finished"):
             print(f"== {label}: done before, {format_seconds(done['seconds'])}", flush=True)
@@ -120,8 +130,11 @@ class _Demo:
         start = time.monotonic()
 
         def note(finished: bool) -> None:
-            self.stages[label] = {"identity": identity, "finished": finished,
-                                  "seconds": spent + time.monotonic() - start}
+            self.stages[label] = {
+                "identity": identity,
+                "finished": finished,
+                "seconds": spent + time.monotonic() - start,
+            }
             write_json(self.out / "stages.json", self.stages)
 
         note(finished=False)  # so that after a kill the next run knows what was under way
@@ -136,8 +149,10 @@ class _Demo:
         """Remove what an earlier run with another recipe left of this step."""
         for path in {
             "train the anchor": [self.coordinator / "anchor", self.coordinator / "anchor.run"],
-            "sign and merge": [*self.out.glob("owners/*/outbox*"),
-                               *(self.out / f"model{s}" for s in ROUTERS.values())],
+            "sign and merge": [
+                *self.out.glob("owners/*/outbox*"),
+                *(self.out / f"model{s}" for s in ROUTERS.values()),
+            ],
             "measure": [self.coordinator / f"eval{s}" for s in ROUTERS.values()],
         }.get(label, []):
             shutil.rmtree(path, ignore_errors=True)
@@ -148,14 +163,32 @@ class _Demo:
 
         def fetch(name: str, directory: Path) -> Job:
             extra = ("--clients", ",".join(self.clients)) if self.clients else ()
-            return Job(f"fetch {name}", ("data", "fetch", "--sets", name, "--out", "corpus",
-                                         *extra), directory)
+            return Job(
+                f"fetch {name}",
+                ("data", "fetch", "--sets", name, "--out", "corpus", *extra),
+                directory,
+            )
 
         def public() -> None:
             run_jobs([fetch("public", self.coordinator)], 1)
-            run_jobs([Job("prepare public", (
-                "data", "prepare", "corpus/public", "--out", "prepared", "--vocab-size",
-                str(self.recipe.vocab_size)), self.coordinator)], 1)
+            run_jobs(
+                [
+                    Job(
+                        "prepare public",
+                        (
+                            "data",
+                            "prepare",
+                            "corpus/public",
+                            "--out",
+                            "prepared",
+                            "--vocab-size",
+                            str(self.recipe.vocab_size),
+                        ),
+                        self.coordinator,
+                    )
+                ],
+                1,
+            )
 
         def owners() -> None:
             for name in names:
@@ -165,20 +198,39 @@ class _Demo:
                 except JobFailed as e:
                     if e.code != UNAVAILABLE:
                         raise
-                    print(f"{name}: skipped. {e}\nWhen it can be had, run the demo into another "
-                          "directory (--out).", flush=True)
+                    print(
+                        f"{name}: skipped. {e}\nWhen it can be had, run the demo into another "
+                        "directory (--out).",
+                        flush=True,
+                    )
                     write_json(self.house(name) / "skipped.json", str(e).splitlines()[-1])
-            run_jobs([Job(f"prepare {name}", (
-                "data", "prepare", f"corpus/{name}", "--out", "prepared", "--public",
-                str((self.coordinator / "prepared/public").resolve())), self.house(name))
-                for name in names if not (self.house(name) / "skipped.json").exists()],
-                self.recipe.processes)
+            run_jobs(
+                [
+                    Job(
+                        f"prepare {name}",
+                        (
+                            "data",
+                            "prepare",
+                            f"corpus/{name}",
+                            "--out",
+                            "prepared",
+                            "--public",
+                            str((self.coordinator / "prepared/public").resolve()),
+                        ),
+                        self.house(name),
+                    )
+                    for name in names
+                    if not (self.house(name) / "skipped.json").exists()
+                ],
+                self.recipe.processes,
+            )
 
         self.step("gather public text", (), settings, public)
         self.step("gather owners' text", ("gather public text",), sorted(names), owners)
         self.names = [n for n in names if not (self.house(n) / "skipped.json").exists()]
-        self.skipped = {n: read_json(self.house(n) / "skipped.json") for n in names
-                        if n not in self.names}
+        self.skipped = {
+            n: read_json(self.house(n) / "skipped.json") for n in names if n not in self.names
+        }
         if not self.names:
             raise FlexOlmoError("No owner's text could be had; the reasons are above.")
 
@@ -187,11 +239,29 @@ class _Demo:
         recipe = self.recipe
 
         def anchor() -> None:
-            write_toml(self.coordinator / "anchor.toml",
-                       recipe.anchor.model_copy(update={"seed": recipe.seed}))
-            run_jobs([Job("anchor", ("anchor", "train", "--data", "prepared/public", "--recipe",
-                                     "anchor.toml", "--threads", str(recipe.processes)),
-                          self.coordinator)], 1)
+            write_toml(
+                self.coordinator / "anchor.toml",
+                recipe.anchor.model_copy(update={"seed": recipe.seed}),
+            )
+            run_jobs(
+                [
+                    Job(
+                        "anchor",
+                        (
+                            "anchor",
+                            "train",
+                            "--data",
+                            "prepared/public",
+                            "--recipe",
+                            "anchor.toml",
+                            "--threads",
+                            str(recipe.processes),
+                        ),
+                        self.coordinator,
+                    )
+                ],
+                1,
+            )
 
         def experts() -> None:
             for name in self.names:  # each owner gets the published anchor, whole and fresh
@@ -202,30 +272,68 @@ class _Demo:
             for kind, suffix in ROUTERS.items():
                 for name in self.names:
                     house = self.house(name)
-                    write_toml(house / f"expert{suffix}.toml", {
-                        "seed": recipe.seed, "scope": SCOPES[kind], "router": {"kind": kind},
-                        "train": recipe.expert_train})
+                    write_toml(
+                        house / f"expert{suffix}.toml",
+                        {
+                            "seed": recipe.seed,
+                            "scope": SCOPES[kind],
+                            "router": {"kind": kind},
+                            "train": recipe.expert_train,
+                        },
+                    )
                     if not self._is_trained(name, suffix):
-                        jobs.append(Job(f"expert {name}{suffix}", (
-                            "expert", "train", "--anchor", "anchor", "--data",
-                            f"prepared/{name}", "--name", name, "--recipe",
-                            f"expert{suffix}.toml", "--out", f"expert{suffix}.run",
-                            "--threads", "1"), house))
+                        jobs.append(
+                            Job(
+                                f"expert {name}{suffix}",
+                                (
+                                    "expert",
+                                    "train",
+                                    "--anchor",
+                                    "anchor",
+                                    "--data",
+                                    f"prepared/{name}",
+                                    "--name",
+                                    name,
+                                    "--recipe",
+                                    f"expert{suffix}.toml",
+                                    "--out",
+                                    f"expert{suffix}.run",
+                                    "--threads",
+                                    "1",
+                                ),
+                                house,
+                            )
+                        )
             run_jobs(jobs, recipe.processes)
 
         card = read_card(self.coordinator / "prepared/public")
-        self.step("train the anchor", ("gather public text",), [
-            recipe.anchor.model_dump(mode="json"), recipe.seed, card["files"]], anchor)
-        self.step("train experts", ("train the anchor", "gather owners' text"), [
-            recipe.expert_train.model_dump(mode="json"), self.names], experts)
+        self.step(
+            "train the anchor",
+            ("gather public text",),
+            [recipe.anchor.model_dump(mode="json"), recipe.seed, card["files"]],
+            anchor,
+        )
+        self.step(
+            "train experts",
+            ("train the anchor", "gather owners' text"),
+            [recipe.expert_train.model_dump(mode="json"), self.names],
+            experts,
+        )
 
     def _is_trained(self, name: str, suffix: str) -> bool:
         """Whether the expert is there; removes a run with another recipe, anchor or text."""
         house = self.house(name)
         run = house / f"expert{suffix}.run"
-        wanted = digest_bytes(b"".join(p.read_bytes() for p in (
-            house / f"expert{suffix}.toml", house / "anchor/anchor.json",
-            house / "prepared" / name / "card.json")))
+        wanted = digest_bytes(
+            b"".join(
+                p.read_bytes()
+                for p in (
+                    house / f"expert{suffix}.toml",
+                    house / "anchor/anchor.json",
+                    house / "prepared" / name / "card.json",
+                )
+            )
+        )
         mark = house / f"expert{suffix}.wanted.json"
         if not mark.exists() or read_json(mark) != wanted:
             shutil.rmtree(run, ignore_errors=True)
@@ -239,13 +347,18 @@ class _Demo:
             trusted = self.coordinator / "trusted"
             shutil.rmtree(trusted, ignore_errors=True)
             trusted.mkdir(parents=True)
-            keyless = [n for n in self.names if not all(
-                (self.house(n) / half).exists() for half in ("key.pem", "key.pem.pub"))]
+            keyless = [
+                n
+                for n in self.names
+                if not all((self.house(n) / half).exists() for half in ("key.pem", "key.pem.pub"))
+            ]
             for name in keyless:
                 for half in ("key.pem", "key.pem.pub"):  # a kill may have left one
                     (self.house(name) / half).unlink(missing_ok=True)
-            run_jobs([Job(f"key {n}", ("expert", "key", "key.pem"), self.house(n))
-                      for n in keyless], self.recipe.processes)
+            run_jobs(
+                [Job(f"key {n}", ("expert", "key", "key.pem"), self.house(n)) for n in keyless],
+                self.recipe.processes,
+            )
             packs, merges = [], []
             for name in self.names:
                 shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
@@ -254,27 +367,75 @@ class _Demo:
                 for name, bundle in zip(self.names, bundles, strict=True):
                     shutil.rmtree(bundle, ignore_errors=True)
                     bundle.parent.mkdir(exist_ok=True)
-                    packs.append(Job(f"pack {name}{suffix}", (
-                        "expert", "pack", f"expert{suffix}.run", "--key", "key.pem", "--owner",
-                        owner_of(name), "--licence", "LicenseRef-Demo", "--terms",
-                        "For this demonstration.", "--out", f"outbox{suffix}/{name}.bundle"),
-                        self.house(name)))
-                merges.append(Job(f"merge{suffix}", (
-                    "mix", "build", "anchor", *(str(b.resolve()) for b in bundles), "--trust",
-                    "trusted", "-o", str((self.out / f"model{suffix}").resolve())),
-                    self.coordinator))
+                    packs.append(
+                        Job(
+                            f"pack {name}{suffix}",
+                            (
+                                "expert",
+                                "pack",
+                                f"expert{suffix}.run",
+                                "--key",
+                                "key.pem",
+                                "--owner",
+                                owner_of(name),
+                                "--licence",
+                                "LicenseRef-Demo",
+                                "--terms",
+                                "For this demonstration.",
+                                "--out",
+                                f"outbox{suffix}/{name}.bundle",
+                            ),
+                            self.house(name),
+                        )
+                    )
+                merges.append(
+                    Job(
+                        f"merge{suffix}",
+                        (
+                            "mix",
+                            "build",
+                            "anchor",
+                            *(str(b.resolve()) for b in bundles),
+                            "--trust",
+                            "trusted",
+                            "-o",
+                            str((self.out / f"model{suffix}").resolve()),
+                        ),
+                        self.coordinator,
+                    )
+                )
             run_jobs(packs, self.recipe.processes)
             run_jobs(merges, self.recipe.processes)
 
         def measure() -> None:
-            data = [self.coordinator / "prepared/public",
-                    *(self.house(n) / "prepared" / n for n in self.names)]
+            data = [
+                self.coordinator / "prepared/public",
+                *(self.house(n) / "prepared" / n for n in self.names),
+            ]
             flags = [x for d in data for x in ("--data", str(d.resolve()))]
-            run_jobs([Job(f"evaluate{suffix}", (
-                "eval", "sets", "--model", str((self.out / f"model{suffix}").resolve()), *flags,
-                "--out", f"eval{suffix}", "--max-bytes", str(self.recipe.evaluation_bytes),
-                "--threads", "1"), self.coordinator) for suffix in ROUTERS.values()],
-                self.recipe.processes)
+            run_jobs(
+                [
+                    Job(
+                        f"evaluate{suffix}",
+                        (
+                            "eval",
+                            "sets",
+                            "--model",
+                            str((self.out / f"model{suffix}").resolve()),
+                            *flags,
+                            "--out",
+                            f"eval{suffix}",
+                            "--max-bytes",
+                            str(self.recipe.evaluation_bytes),
+                            "--threads",
+                            "1",
+                        ),
+                        self.coordinator,
+                    )
+                    for suffix in ROUTERS.values()
+                ],
+                self.recipe.processes,
+            )
 
         self.step("sign and merge", ("train experts",), self.names, merge)
         self.step("measure", ("sign and merge",), self.recipe.evaluation_bytes, measure)
@@ -283,8 +444,10 @@ class _Demo:
 
     def results(self, seconds: float) -> dict[str, Any]:
         """Everything the report shows, as one JSON value."""
-        ours, paper = (read_json(self.coordinator / f"eval{suffix}" / "results.json")
-                       for suffix in ROUTERS.values())
+        ours, paper = (
+            read_json(self.coordinator / f"eval{suffix}" / "results.json")
+            for suffix in ROUTERS.values()
+        )
         anchor = json.loads((self.coordinator / "anchor/anchor.json").read_text())
         mixture = load_mixture(self.out / "model")
         stage_seconds = {k: round(v["seconds"], 1) for k, v in self.stages.items()}
@@ -297,24 +460,38 @@ class _Demo:
             "paper_router": {k: paper[k] for k in ("bits_per_byte", "summary", "routing")},
             "owners": [self._owner(n) for n in self.names],
             "anchor": {
-                "parameters": sum(p.numel() for n, p in mixture.model.named_parameters()
-                                  if not n.startswith("router.")
-                                  and not any(f".{slot(e)}." in n for e in self.names)),
-                "digest": anchor["digest"], "tokens": anchor["record"]["tokens"],
+                "parameters": sum(
+                    p.numel()
+                    for n, p in mixture.model.named_parameters()
+                    if not n.startswith("router.")
+                    and not any(f".{slot(e)}." in n for e in self.names)
+                ),
+                "digest": anchor["digest"],
+                "tokens": anchor["record"]["tokens"],
                 "seconds": anchor["record"]["seconds"],
-                "config": mixture.model.config.model_dump()},
+                "config": mixture.model.config.model_dump(),
+            },
             "samples": self._samples(mixture),
-            "seconds": {**stage_seconds, "total": round(sum(stage_seconds.values()), 1),
-                        "this run": round(seconds, 1)},
+            "seconds": {
+                **stage_seconds,
+                "total": round(sum(stage_seconds.values()), 1),
+                "this run": round(seconds, 1),
+            },
             "skipped": self.skipped,
             "seed": self.recipe.seed,
             "recipe": self.recipe.model_dump(mode="json"),
-            "versions": self.record["software"], "commit": self.record["commit"],
-            "machine": self.record["machine"], "started": self.record["started"],
-            "digests": {"anchor": anchor["digest"], **{
-                f"set {n}": open_set(d).digest for n, d in sets.items()}, **{
-                f"bundle {n}": e["files"]["expert.safetensors"]
-                for n, e in mixture.about["experts"].items()}},
+            "versions": self.record["software"],
+            "commit": self.record["commit"],
+            "machine": self.record["machine"],
+            "started": self.record["started"],
+            "digests": {
+                "anchor": anchor["digest"],
+                **{f"set {n}": open_set(d).digest for n, d in sets.items()},
+                **{
+                    f"bundle {n}": e["files"]["expert.safetensors"]
+                    for n, e in mixture.about["experts"].items()
+                },
+            },
         }
 
     def _owner(self, name: str) -> dict[str, Any]:
@@ -323,11 +500,15 @@ class _Demo:
         claims = inspect_bundle(bundle)
         expert = read_json(self.house(name) / "expert.run/expert.json")
         return {
-            "name": name, "owner": owner_of(name), "set_description": SETS[name].description,
+            "name": name,
+            "owner": owner_of(name),
+            "set_description": SETS[name].description,
             "documents": card["splits"]["train"]["documents"],
             "tokens": card["splits"]["train"]["tokens"],
-            "tokens_seen": expert["record"]["tokens"], "seconds": expert["record"]["seconds"],
-            "licence": claims["claims"]["licence"], "terms": claims["claims"]["terms"]["text"],
+            "tokens_seen": expert["record"]["tokens"],
+            "seconds": expert["record"]["seconds"],
+            "licence": claims["claims"]["licence"],
+            "terms": claims["claims"]["terms"]["text"],
             "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir()),
             "key_id": claims["key_id"],
             "sources": [s["source"] for s in card["sources"]],
@@ -335,16 +516,17 @@ class _Demo:
 
     def _samples(self, mixture) -> list[dict[str, str]]:
         samples = []
-        sampling = Sampling(max_new_tokens=self.recipe.sample_tokens, temperature=0.7,
-                            seed=self.recipe.seed)
+        sampling = Sampling(
+            max_new_tokens=self.recipe.sample_tokens, temperature=0.7, seed=self.recipe.seed
+        )
         for name in self.names:
             prepared = self.house(name) / "prepared" / name
             document = next(iter(read_documents(prepared / "heldout.jsonl.zst")))
             prompt = document.text[:200].rsplit(" ", 1)[0]
-            with_it, without = generate(mixture, [prompt, prompt], without=[[], [name]],
-                                        sampling=sampling)
-            samples.append({"source": name, "prompt": prompt, "with": with_it,
-                            "without": without})
+            with_it, without = generate(
+                mixture, [prompt, prompt], without=[[], [name]], sampling=sampling
+            )
+            samples.append({"source": name, "prompt": prompt, "with": with_it, "without": without})
         return samples
 
 
@@ -367,8 +549,11 @@ def write_toml(path: Path, values: Any) -> None:
         content = {k: plain(v) for k, v in content.items()}
         if prefix:
             lines.append(f"\n[{prefix}]")
-        lines.extend(f"{k} = {to_toml(v)}" for k, v in content.items()
-                     if v is not None and not isinstance(v, dict))
+        lines.extend(
+            f"{k} = {to_toml(v)}"
+            for k, v in content.items()
+            if v is not None and not isinstance(v, dict)
+        )
         for k, v in content.items():
             if isinstance(v, dict):
                 table(v, f"{prefix}.{k}" if prefix else k)

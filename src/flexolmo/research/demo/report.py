@@ -28,29 +28,33 @@ _WHAT_WORDS_ARE = (
     "additional weights, trained by that owner beside the anchor. Bundle: the signed file an owner "
     "hands over; it holds weights and a description, no text. Set: one owner's text, or the public "
     "text; part of each set is held out, that is, never trained on and used only to measure. "
-    "Token: the piece of text a model reads at once, a few letters long.")
+    "Token: the piece of text a model reads at once, a few letters long."
+)
 _WHAT_IS_NOT_SHOWN = (
     "For data protection: weights are not text, but a model may have memorised some of what it was "
     "trained on, and this page does not measure that. A signature says whose a bundle is and that "
     "it is unaltered, not what it remembers. An owner that is switched off takes no part in any "
-    "answer; its weights stay on the coordinator's disk until somebody deletes them.")
+    "answer; its weights stay on the coordinator's disk until somebody deletes them."
+)
 _WHAT_BITS_ARE = (
     "Bits per byte: how many bits the model needs, on average, for one byte of held-out text, "
     "counted as the negative base-2 logarithm of the probability it gave that byte. Lower is "
     "better. A model that knows nothing needs 8; one that is certain and right needs 0. From 2.0 "
     "to 1.9 means files 5 % smaller if the model were used to compress. Counted by byte, models "
-    "with different vocabularies can be compared.")
+    "with different vocabularies can be compared."
+)
 _WHY_OURS = (
     "The router decides how much each expert has a say. The one of the paper this project follows "
     "(FlexOlmo, arXiv:2507.07024) has one row of weights per expert and layer, read against the "
-    "hidden state, with a negative bias. Each owner trains its row to answer \"mine or public?\" "
+    'hidden state, with a negative bias. Each owner trains its row to answer "mine or public?" '
     "and never meets another owner, so after merging nothing has compared the rows with each "
     "other; in short training they also hardly leave their start. Ours follows evidence instead: "
     "how much likelier each token, after the one before it, is in the owner's text than in public "
     "text, in a filter that expects a text to change hands now and then. It takes no training, has "
     "one scale for all owners, and an owner's part depends on the anchor and that owner alone, so "
     "switching off stays exact. Our experts also have attention, embedding and head of their own, "
-    "which the paper's do not. The paper's form is an option.")
+    "which the paper's do not. The paper's form is an option."
+)
 
 
 def write_report(results: Results, directory: Path) -> Path:
@@ -73,6 +77,7 @@ def write_report(results: Results, directory: Path) -> Path:
 
 # --- results -> blocks -----------------------------------------------------------------------
 
+
 def _blocks(results: Results) -> Iterator[Block]:
     yield Text("FlexOlmo: one model from owners who share no data", "h1")
     for sentence in _opening(results):
@@ -81,8 +86,11 @@ def _blocks(results: Results) -> Iterator[Block]:
     if bars:
         met = sum(b.get("met") is True for b in bars)
         yield Text("What was asked of this run, and what it reached", "h2")
-        yield Table(f"{met} of {len(bars)} met", ["Verdict", "Asked", "Measured"],
-                    [_bar_row(b) for b in bars])
+        yield Table(
+            f"{met} of {len(bars)} met",
+            ["Verdict", "Asked", "Measured"],
+            [_bar_row(b) for b in bars],
+        )
     for name, why in (results.get("skipped") or {}).items():
         yield Text(f"Left out of this run: {name} ({why}).", "note")
     yield Text("What was trained, and by whom", "h2")
@@ -93,10 +101,13 @@ def _blocks(results: Results) -> Iterator[Block]:
         yield from _bits_section(results)
     if (results.get("routing") or {}).get("weights"):
         yield Text("Who answers", "h2")
-        yield Picture("routing", plots.plot_routing(results),
-                      "Heat map of the mean weight of each expert in each layer, by set.",
-                      "How our router shares the answer between experts on held-out text. The "
-                      "column \"public\" is the anchor's own part.")
+        yield Picture(
+            "routing",
+            plots.plot_routing(results),
+            "Heat map of the mean weight of each expert in each layer, by set.",
+            "How our router shares the answer between experts on held-out text. The "
+            'column "public" is the anchor\'s own part.',
+        )
     if plots.bits_table(results, paper=True):
         yield from _routers_section(results)
     if results.get("samples"):
@@ -108,55 +119,80 @@ def _bits_section(results: Results) -> Iterator[Block]:
     yield Text("How well each model predicts each set", "h2")
     yield Text(_WHAT_BITS_ARE, "note")
     yield _bits_table(results)
-    yield Picture("bits_per_byte", plots.plot_bits_per_byte(results),
-                  "Bits per byte by set: anchor, that set's expert alone, mixture, and "
-                  "mixture without that expert; the numbers are in the table above.",
-                  "The nearer the filled circle is to the diamond, the more of an expert survives "
-                  "merging; a cross on the upright bar means that switching off leaves what the "
-                  "public model knew.")
+    yield Picture(
+        "bits_per_byte",
+        plots.plot_bits_per_byte(results),
+        "Bits per byte by set: anchor, that set's expert alone, mixture, and "
+        "mixture without that expert; the numbers are in the table above.",
+        "The nearer the filled circle is to the diamond, the more of an expert survives "
+        "merging; a cross on the upright bar means that switching off leaves what the "
+        "public model knew.",
+    )
     yield Text("Switching an owner off", "h2")
-    yield Picture("optout_matrix", plots.plot_optout_matrix(results),
-                  "Matrix of the change of bits per byte against the anchor, by owner "
-                  f"switched off and by set. {' '.join(_opening(results)[2:3])}",
-                  "Read down a column: only the outlined cell, the owner's own set, should "
-                  "change, and it should go to 0.")
+    yield Picture(
+        "optout_matrix",
+        plots.plot_optout_matrix(results),
+        "Matrix of the change of bits per byte against the anchor, by owner "
+        f"switched off and by set. {' '.join(_opening(results)[2:3])}",
+        "Read down a column: only the outlined cell, the owner's own set, should "
+        "change, and it should go to 0.",
+    )
 
 
 def _routers_section(results: Results) -> Iterator[Block]:
     yield Text("The paper's router beside ours", "h2")
     yield Text(_WHY_OURS + _compare_routers(results))
     yield _router_table(results)
-    yield Picture("kept_gain", plots.plot_kept_gain(results),
-                  "Bars: each expert's gain alone and what the mixture keeps of it, with our "
-                  "router and with the paper's; the numbers are in the table above.",
-                  "Pale: the anchor with one expert. Solid and hatched: all experts merged, "
-                  "on the same text. Each router is held against its own pair of anchor and "
-                  "expert.")
+    yield Picture(
+        "kept_gain",
+        plots.plot_kept_gain(results),
+        "Bars: each expert's gain alone and what the mixture keeps of it, with our "
+        "router and with the paper's; the numbers are in the table above.",
+        "Pale: the anchor with one expert. Solid and hatched: all experts merged, "
+        "on the same text. Each router is held against its own pair of anchor and "
+        "expert.",
+    )
     if (results["paper_router"].get("routing") or {}).get("weights"):
-        yield Picture("routing_paper", plots.plot_routing(results, paper=True),
-                      "Heat map of the paper's router: mean weight of each expert in each "
-                      "layer, by set.", "The same text, answered through the paper's router.")
+        yield Picture(
+            "routing_paper",
+            plots.plot_routing(results, paper=True),
+            "Heat map of the paper's router: mean weight of each expert in each layer, by set.",
+            "The same text, answered through the paper's router.",
+        )
 
 
 def _samples_section(results: Results) -> Iterator[Block]:
     yield Text("The same prompt with and without an owner", "h2")
-    yield Text("In grey the prompt, the same on both sides; after it how the mixture goes on, "
-               "drawn with the same seed, first with all experts on, then with one switched "
-               "off. Small models write poorly; what to look at is whose words they use. Runs of "
-               "empty lines are shown as one.", "note")
-    yield Text("Prompts may quote an owner's held-out text, and so may this page; ask the owners "
-               "before passing it on.", "note")
+    yield Text(
+        "In grey the prompt, the same on both sides; after it how the mixture goes on, "
+        "drawn with the same seed, first with all experts on, then with one switched "
+        "off. Small models write poorly; what to look at is whose words they use. Runs of "
+        "empty lines are shown as one.",
+        "note",
+    )
+    yield Text(
+        "Prompts may quote an owner's held-out text, and so may this page; ask the owners "
+        "before passing it on.",
+        "note",
+    )
     colours = plots.owner_colours(results)
-    described = {o.get("name"): str(o.get("set_description", "")) for o in
-                 results.get("owners") or []}
+    described = {
+        o.get("name"): str(o.get("set_description", "")) for o in results.get("owners") or []
+    }
     for s in results["samples"]:
         source, prompt = str(s.get("source", "")), str(s.get("prompt", ""))
         about = f"{source} {described.get(source, '')}".lower()
-        parts = [_close_gaps(str(s.get(k, "")).removeprefix(prompt)) or "(empty lines only)"
-                 for k in ("with", "without")]
-        yield Sample(source, colours.get(source, drawing.GREY), _close_gaps(prompt),
-                     (parts[0], parts[1]),
-                     re.search(r"\bcode\b|python|program|javascript", about) is not None)
+        parts = [
+            _close_gaps(str(s.get(k, "")).removeprefix(prompt)) or "(empty lines only)"
+            for k in ("with", "without")
+        ]
+        yield Sample(
+            source,
+            colours.get(source, drawing.GREY),
+            _close_gaps(prompt),
+            (parts[0], parts[1]),
+            re.search(r"\bcode\b|python|program|javascript", about) is not None,
+        )
 
 
 def _origin_section(results: Results) -> Iterator[Block]:
@@ -164,20 +200,35 @@ def _origin_section(results: Results) -> Iterator[Block]:
     words = {"total": "all stages, whenever they ran", "this run": "this run, from start to end"}
     stages = results.get("seconds") or {}
     if stages:
-        yield Table("Time by stage", ["Stage", "Seconds"],
-                    [[Cell(words.get(k, str(k))), Cell(_count(v, 1), number=True)]
-                     for k, v in stages.items()])
-    yield Table("Seed, commit, versions and digests", ["What", "Value"], [
-        [Cell(k), Cell(v, mono=True)] for key in ("started", "seed", "commit", "versions",
-                                                  "machine", "digests")
-        if results.get(key) is not None for k, v in _flatten(results[key], key)] + [
-        [Cell(f"signing key of {o.get('name')}"), Cell(str(o["key_id"]), mono=True)]
-        for o in results.get("owners") or [] if o.get("key_id")])
+        yield Table(
+            "Time by stage",
+            ["Stage", "Seconds"],
+            [
+                [Cell(words.get(k, str(k))), Cell(_count(v, 1), number=True)]
+                for k, v in stages.items()
+            ],
+        )
+    yield Table(
+        "Seed, commit, versions and digests",
+        ["What", "Value"],
+        [
+            [Cell(k), Cell(v, mono=True)]
+            for key in ("started", "seed", "commit", "versions", "machine", "digests")
+            if results.get(key) is not None
+            for k, v in _flatten(results[key], key)
+        ]
+        + [
+            [Cell(f"signing key of {o.get('name')}"), Cell(str(o["key_id"]), mono=True)]
+            for o in results.get("owners") or []
+            if o.get("key_id")
+        ],
+    )
     if str(results.get("commit", "")).endswith("+changes"):
         yield Text("+changes: the code had changes that are not in that commit.", "note")
     if results.get("recipe"):
-        yield Fold("Recipe", json.dumps(results["recipe"], indent=2, ensure_ascii=False,
-                                        default=str))
+        yield Fold(
+            "Recipe", json.dumps(results["recipe"], indent=2, ensure_ascii=False, default=str)
+        )
 
 
 def _opening(results: Results) -> list[str]:
@@ -187,28 +238,41 @@ def _opening(results: Results) -> list[str]:
     size = (results.get("anchor") or {}).get("parameters")
     total = (results.get("seconds") or {}).get("total")
     took = f", all in {_duration(total).replace(' min', ' minutes')}." if total else "."
-    said = [f"{(_NUMBERS[n] if n < 8 else str(n)).capitalize()} owner{'s' * (n != 1)} "
+    said = (
+        [
+            f"{(_NUMBERS[n] if n < 8 else str(n)).capitalize()} owner{'s' * (n != 1)} "
             f"({_listed(names)}) {'each ' * (n > 1)}trained one expert on "
             f"{'their' if n > 1 else 'its'} own text alone, beside a public model that nobody "
-            "changed" + (f" (the anchor, {size / 1e6:.1f} million parameters)" if size else "")
+            "changed"
+            + (f" (the anchor, {size / 1e6:.1f} million parameters)" if size else "")
             + ", and handed over one signed file; a coordinator merged the files into a mixture"
-            + took] if names else []
+            + took
+        ]
+        if names
+        else []
+    )
     change = {s: plots.relative_change(bits, "mixture", s) for s in names}
     change = {s: x for s, x in change.items() if not math.isnan(x)}
     if change:
         public = found["public_change"]
-        said.append(f"Compared with the public model alone, the mixture needs {_span(change)} to "
-                    "predict a byte of an owner's text that no model was trained on"
-                    + (f"; on public text it needs {_fewer(public)}." if not math.isnan(public)
-                       else "."))
+        said.append(
+            f"Compared with the public model alone, the mixture needs {_span(change)} to "
+            "predict a byte of an owner's text that no model was trained on"
+            + (f"; on public text it needs {_fewer(public)}." if not math.isnan(public) else ".")
+        )
     off, side = found["optout_vs_anchor"], found["optout_side_effect"]
     if off:
         far = max(off, key=lambda s: abs(off[s]))
-        said.append(f"Switch an owner off, with nothing trained again, and on that owner's text "
-                    f"the model is within {_bound(off[far])} of the public model"
-                    + (f" (furthest: {far})" if len(off) > 1 else "")
-                    + (f", while no other set moves by more than "
-                       f"{_bound(max(side.values(), key=abs))}." if side else "."))
+        said.append(
+            f"Switch an owner off, with nothing trained again, and on that owner's text "
+            f"the model is within {_bound(off[far])} of the public model"
+            + (f" (furthest: {far})" if len(off) > 1 else "")
+            + (
+                f", while no other set moves by more than {_bound(max(side.values(), key=abs))}."
+                if side
+                else "."
+            )
+        )
     return said
 
 
@@ -222,8 +286,11 @@ def _summary(results: Results, paper: bool = False) -> dict[str, Any]:
         kept[n] = change("mixture", n) / pair if pair else math.nan
         moved = [change(f"mixture without {n}", s, "mixture") for s in sets if s != n]
         side[n] = max([x for x in moved if not math.isnan(x)], key=abs, default=math.nan)
-    found = {"kept_of_pair_gain": kept, "optout_side_effect": side,
-             "optout_vs_anchor": {n: change(f"mixture without {n}", n) for n in names}}
+    found = {
+        "kept_of_pair_gain": kept,
+        "optout_side_effect": side,
+        "optout_vs_anchor": {n: change(f"mixture without {n}", n) for n in names},
+    }
     given = ((results.get("paper_router") or {}) if paper else results).get("summary") or {}
     whole: dict[str, Any] = {}
     for key, values in found.items():
@@ -241,87 +308,152 @@ def _bar_row(bar: Mapping[str, Any]) -> list[Cell]:
     met = bar.get("met")
     said = "not measured" if met is None else "✓ met" if met else "✗ not met"
     tint = None if met is None else _GOOD if met else _BAD
-    return [Cell(said, tint, bold=True), Cell(str(bar.get("text", ""))),
-            Cell(str(bar.get("value", "–")))]
+    return [
+        Cell(said, tint, bold=True),
+        Cell(str(bar.get("text", ""))),
+        Cell(str(bar.get("value", "–"))),
+    ]
 
 
 def _owners_table(results: Results) -> Table:
     anchor, colours, rows = results.get("anchor") or {}, plots.owner_colours(results), []
     if anchor:
         size = anchor.get("parameters")
-        rows.append([Cell("anchor", drawing.GREY, bold=True), Cell("public"),
-                     Cell("public text" + (f"; {size / 1e6:.1f} million parameters" if size
-                                           else "")),
-                     Cell("–", number=True), Cell("–", number=True),
-                     Cell(_count(anchor.get("tokens")), number=True),
-                     Cell(_duration(anchor.get("seconds")), number=True),
-                     Cell("–", number=True), Cell("–")])
+        rows.append(
+            [
+                Cell("anchor", drawing.GREY, bold=True),
+                Cell("public"),
+                Cell("public text" + (f"; {size / 1e6:.1f} million parameters" if size else "")),
+                Cell("–", number=True),
+                Cell("–", number=True),
+                Cell(_count(anchor.get("tokens")), number=True),
+                Cell(_duration(anchor.get("seconds")), number=True),
+                Cell("–", number=True),
+                Cell("–"),
+            ]
+        )
     for o in results.get("owners") or []:
         text = str(o.get("set_description") or "–").rstrip(".")
         sources = [str(s) for s in o.get("sources") or []]
         if sources:
             more = len(sources) - _MAX_SOURCES
             text += ". Sources in this run: " + _listed(
-                sources[:_MAX_SOURCES] + ([f"{more} more"] if more > 0 else []))
+                sources[:_MAX_SOURCES] + ([f"{more} more"] if more > 0 else [])
+            )
         size = o.get("bundle_bytes")
         terms = [str(o[k]) for k in ("licence", "terms") if o.get(k)]
-        rows.append([Cell(str(o.get("name", "?")), colours.get(str(o.get("name"))), bold=True),
-                     Cell(str(o.get("owner") or "–")), Cell(text),
-                     *(Cell(_count(o.get(k)), number=True)
-                       for k in ("documents", "tokens", "tokens_seen")),
-                     Cell(_duration(o.get("seconds")), number=True),
-                     Cell(f"{size / 1e6:.1f} MB" if size else "–", number=True),
-                     Cell("; ".join(terms) or "–")])
-    return Table("Each owner trained beside the same frozen anchor, on its own text alone",
-                 ["Expert", "Owner", "Text", "Documents to train on", "Tokens to train on",
-                  "Tokens read in training", "Training time", "Signed bundle", "Licence; terms"],
-                 rows)
+        rows.append(
+            [
+                Cell(str(o.get("name", "?")), colours.get(str(o.get("name"))), bold=True),
+                Cell(str(o.get("owner") or "–")),
+                Cell(text),
+                *(
+                    Cell(_count(o.get(k)), number=True)
+                    for k in ("documents", "tokens", "tokens_seen")
+                ),
+                Cell(_duration(o.get("seconds")), number=True),
+                Cell(f"{size / 1e6:.1f} MB" if size else "–", number=True),
+                Cell("; ".join(terms) or "–"),
+            ]
+        )
+    return Table(
+        "Each owner trained beside the same frozen anchor, on its own text alone",
+        [
+            "Expert",
+            "Owner",
+            "Text",
+            "Documents to train on",
+            "Tokens to train on",
+            "Tokens read in training",
+            "Training time",
+            "Signed bundle",
+            "Licence; terms",
+        ],
+        rows,
+    )
 
 
 def _bits_table(results: Results) -> Table:
     sets, bits, rows = plots.set_names(results), plots.bits_table(results), []
     colours, names = plots.owner_colours(results), plots.owner_names(results)
     words = {"anchor": "anchor", "mixture": "mixture, all on"}
-    order = ["anchor", *(f"expert {n}" for n in names), "mixture",
-             *(f"mixture without {n}" for n in names), *bits]
+    order = [
+        "anchor",
+        *(f"expert {n}" for n in names),
+        "mixture",
+        *(f"mixture without {n}" for n in names),
+        *bits,
+    ]
     for row in dict.fromkeys(r for r in order if r in bits):
         own = row.removeprefix("expert ").removeprefix("mixture without ")
         heading = words.get(row, row if row.startswith("mixture") else f"anchor + {own} alone")
-        rows.append([Cell(heading, bold=row in words)] + [
-            Cell(f"{bits[row][s]:.3f}" if s in bits[row] else "–",
-                 colours.get(s) if s == own else None,
-                 bold=s == own or row == "mixture", number=True) for s in sets])
-    return Table("Bits per byte on held-out text, lower is better; a row a model, a column a set; "
-                 "tinted: the owner's own set", ["Model", *sets], rows)
+        rows.append(
+            [Cell(heading, bold=row in words)]
+            + [
+                Cell(
+                    f"{bits[row][s]:.3f}" if s in bits[row] else "–",
+                    colours.get(s) if s == own else None,
+                    bold=s == own or row == "mixture",
+                    number=True,
+                )
+                for s in sets
+            ]
+        )
+    return Table(
+        "Bits per byte on held-out text, lower is better; a row a model, a column a set; "
+        "tinted: the owner's own set",
+        ["Model", *sets],
+        rows,
+    )
 
 
 def _router_table(results: Results) -> Table:
     ours, papers = _summary(results), _summary(results, paper=True)
     keys = [*(n for n in plots.owner_names(results) if n in ours["kept_of_pair_gain"]), "mean"]
-    rows = [[Cell(f"kept of what {n} gains alone" if n != "mean" else "kept, mean of owners",
-                  bold=n == "mean"),
-             *(Cell(_share(s["kept_of_pair_gain"].get(n)), number=True, bold=n == "mean")
-               for s in (ours, papers))] for n in keys]
-    for said, key in (("public text: change against the anchor", "public_change"),
-                      ("owner off: its set against the anchor, furthest", "optout_vs_anchor"),
-                      ("owner off: another set against all on, furthest", "optout_side_effect")):
-        found = [max(v.values(), key=abs, default=math.nan) if isinstance(v, dict) else v
-                 for v in (ours[key], papers[key])]
+    rows = [
+        [
+            Cell(
+                f"kept of what {n} gains alone" if n != "mean" else "kept, mean of owners",
+                bold=n == "mean",
+            ),
+            *(
+                Cell(_share(s["kept_of_pair_gain"].get(n)), number=True, bold=n == "mean")
+                for s in (ours, papers)
+            ),
+        ]
+        for n in keys
+    ]
+    for said, key in (
+        ("public text: change against the anchor", "public_change"),
+        ("owner off: its set against the anchor, furthest", "optout_vs_anchor"),
+        ("owner off: another set against all on, furthest", "optout_side_effect"),
+    ):
+        found = [
+            max(v.values(), key=abs, default=math.nan) if isinstance(v, dict) else v
+            for v in (ours[key], papers[key])
+        ]
         rows.append([Cell(said), *(Cell(percent(x, 2), number=True) for x in found)])
-    return Table("How much of an expert's gain each router keeps, and by how much bits per byte "
-                 "change (positive is worse)", ["Measure", "Ours", "The paper's"], rows)
+    return Table(
+        "How much of an expert's gain each router keeps, and by how much bits per byte "
+        "change (positive is worse)",
+        ["Measure", "Ours", "The paper's"],
+        rows,
+    )
 
 
 def _compare_routers(results: Results) -> str:
     mean = [_summary(results, p)["kept_of_pair_gain"].get("mean") for p in (False, True)]
     if mean[0] is None or mean[1] is None:
         return ""
-    shown = f"ours keeps {100 * mean[0]:.0f}\u00a0% of what each expert gains alone, the paper's " \
-            f"{100 * mean[1]:.0f}\u00a0% (mean of owners)."
+    shown = (
+        f"ours keeps {100 * mean[0]:.0f}\u00a0% of what each expert gains alone, the paper's "
+        f"{100 * mean[1]:.0f}\u00a0% (mean of owners)."
+    )
     return f" In this run {shown}" if mean[0] > mean[1] else f" Not so in this run: {shown}"
 
 
 # --- words for numbers -----------------------------------------------------------------------
+
 
 def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
@@ -337,8 +469,11 @@ def _bound(fraction: float) -> str:
 
 
 def _fewer(fraction: float) -> str:
-    return "as many bits" if abs(fraction) < 5e-4 else \
-        f"{_size(fraction)} {'fewer' if fraction < 0 else 'more'} bits"
+    return (
+        "as many bits"
+        if abs(fraction) < 5e-4
+        else f"{_size(fraction)} {'fewer' if fraction < 0 else 'more'} bits"
+    )
 
 
 def _span(change: Mapping[str, float]) -> str:
@@ -347,8 +482,10 @@ def _span(change: Mapping[str, float]) -> str:
     if len(change) == 1:
         return f"{_fewer(change[best])} ({best})"
     if change[worst] <= -5e-4:
-        return (f"between {_size(change[worst])} ({worst}) and {_size(change[best])} ({best}) "
-                "fewer bits")
+        return (
+            f"between {_size(change[worst])} ({worst}) and {_size(change[best])} ({best}) "
+            "fewer bits"
+        )
     return f"between {_fewer(change[worst])} ({worst}) and {_fewer(change[best])} ({best})"
 
 

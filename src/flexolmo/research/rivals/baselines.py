@@ -24,8 +24,9 @@ from flexolmo.model.router import PUBLIC
 Tensors = Mapping[str, Tensor]
 
 
-def soup(models: Mapping[str, Tensors],
-         weights: Mapping[str, float] | None = None) -> dict[str, Tensor]:
+def soup(
+    models: Mapping[str, Tensors], weights: Mapping[str, float] | None = None
+) -> dict[str, Tensor]:
     """The weighted mean of models' tensors, in their own dtype; summed in float64.
 
     `weights` are normalised; without them every model counts the same. A model of weight 0 leaves
@@ -37,12 +38,16 @@ def soup(models: Mapping[str, Tensors],
     _check_same_form(models)
     weights = dict.fromkeys(models, 1.0) if weights is None else weights
     if set(weights) != set(models):
-        raise MergeError(f"Soup weights are for {', '.join(sorted(weights)) or 'no model'}, the "
-                         f"models are {', '.join(sorted(models))}; give one weight for each.")
+        raise MergeError(
+            f"Soup weights are for {', '.join(sorted(weights)) or 'no model'}, the "
+            f"models are {', '.join(sorted(models))}; give one weight for each."
+        )
     total = sum(sorted(weights.values()))
     if not (0 < total < math.inf and min(weights.values()) >= 0):
-        raise MergeError(f"Soup weights {dict(weights)} found; they must be finite, non-negative "
-                         "and sum to more than 0.")
+        raise MergeError(
+            f"Soup weights {dict(weights)} found; they must be finite, non-negative "
+            "and sum to more than 0."
+        )
     shares = {n: weights[n] / total for n in sorted(models) if weights[n] > 0}
     mixed = {}
     for name, like in next(iter(models.values())).items():
@@ -53,8 +58,9 @@ def soup(models: Mapping[str, Tensors],
     return mixed
 
 
-def average_shared(dense: Mapping[str, Tensors], anchor: Tensors
-                   ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+def average_shared(
+    dense: Mapping[str, Tensors], anchor: Tensors
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """BTX before its training: the mean of all that is not FFN, and every model's own FFN.
 
     First, each tensor without ".mlp." in its name, averaged over anchor and dense models; second,
@@ -67,8 +73,9 @@ def average_shared(dense: Mapping[str, Tensors], anchor: Tensors
         raise MergeError(f'A dense model is called "{PUBLIC}", which names the anchor; rename it.')
     models = {PUBLIC: anchor, **dense}
     _check_same_form(models)
-    frame = soup({m: {n: t for n, t in tensors.items() if ".mlp." not in n}
-                  for m, tensors in models.items()})
+    frame = soup(
+        {m: {n: t for n, t in tensors.items() if ".mlp." not in n} for m, tensors in models.items()}
+    )
     ffns = {m: {n: t for n, t in tensors.items() if ".mlp." in n} for m, tensors in models.items()}
     return frame, ffns
 
@@ -85,11 +92,15 @@ def _check_same_form(models: Mapping[str, Tensors]) -> None:
         for name in sorted(reference.keys() & tensors.keys()):
             here, there = tensors[name], reference[name]
             if (here.shape, here.dtype) != (there.shape, there.dtype):
-                found.append(f"{name} is {here.dtype} {list(here.shape)} in {model}, "
-                             f"{there.dtype} {list(there.shape)} in {first}")
+                found.append(
+                    f"{name} is {here.dtype} {list(here.shape)} in {model}, "
+                    f"{there.dtype} {list(there.shape)} in {first}"
+                )
     if found:
-        raise MergeError(f"Models that differ in form from {first} cannot be averaged; train all "
-                         f"from the same anchor: {'; '.join(found)}.")
+        raise MergeError(
+            f"Models that differ in form from {first} cannot be averaged; train all "
+            f"from the same anchor: {'; '.join(found)}."
+        )
 
 
 def likelihood_weights(log_likelihood: np.ndarray, temperature: float) -> np.ndarray:
@@ -102,8 +113,13 @@ def likelihood_weights(log_likelihood: np.ndarray, temperature: float) -> np.nda
     return softmax(_checked(log_likelihood) / temperature)
 
 
-def btm_weights(log_probs: np.ndarray, *, temperature: float = 1.0, top_k: int | None = None,
-                switch_rate: float = 0.0) -> np.ndarray:
+def btm_weights(
+    log_probs: np.ndarray,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    switch_rate: float = 0.0,
+) -> np.ndarray:
     """The posterior over models before each token, [E,T]; columns sum to 1.
 
     log_probs [E,T] in nats. The prior is uniform, the likelihood p^(1 / temperature). After every
@@ -138,8 +154,9 @@ def btm_weights(log_probs: np.ndarray, *, temperature: float = 1.0, top_k: int |
     return weights
 
 
-def btm_prefix_weights(log_probs: np.ndarray, *, prefix_tokens: int, top_k: int,
-                       temperature: float = 1.0) -> np.ndarray:
+def btm_prefix_weights(
+    log_probs: np.ndarray, *, prefix_tokens: int, top_k: int, temperature: float = 1.0
+) -> np.ndarray:
     """BTM whose members are chosen once, so that only K models need to go on; [E,T].
 
     All models read the first `prefix_tokens` tokens and answer by their posterior. The K likeliest
@@ -196,8 +213,9 @@ def _require(is_fit: bool, found: str, expected: str) -> None:
         raise ConfigError(f"{found} found; expected {expected}.")
 
 
-def prompt_routing_weights(probabilities: np.ndarray, T: int, prompt_tokens: int,
-                           public_index: int) -> np.ndarray:
+def prompt_routing_weights(
+    probabilities: np.ndarray, T: int, prompt_tokens: int, public_index: int
+) -> np.ndarray:
     """One model answers alone, [E,T] of 0 and 1: public during the prompt, then the likeliest.
 
     probabilities [E] are of the first `prompt_tokens` tokens alone; ties go to the first. Source:
@@ -242,8 +260,11 @@ class TextClassifier:
         names = list(texts_by_name)
         empty = [n for n in names if not any(text.strip() for text in texts_by_name[n])]
         if empty or len(names) < 2:
-            raise DataError(f"No text found for {', '.join(empty)}; give some, or leave it out."
-                            if empty else f"{len(names)} domain found, at least 2 are needed.")
+            raise DataError(
+                f"No text found for {', '.join(empty)}; give some, or leave it out."
+                if empty
+                else f"{len(names)} domain found, at least 2 are needed."
+            )
         shared: dict[str, Any] = {"sublinear_tf": True, "max_features": 200_000}
         words = TfidfVectorizer(token_pattern=r"\w+|[^\w\s]", ngram_range=(1, 2), **shared)
         characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), **shared)
@@ -277,8 +298,10 @@ class InstructRouter:
         self._index = {_plain(str(i + 1)): i for i in range(len(self.names))}
         self._index |= {_plain(name): i for i, name in enumerate(self.names)}
         if PUBLIC not in self.names or len(self._index) != 2 * len(self.names):
-            raise ConfigError(f"Domains {', '.join(self.names)} found; expected {PUBLIC} among "
-                              "them, and names that differ from each other and from 1, 2, ...")
+            raise ConfigError(
+                f"Domains {', '.join(self.names)} found; expected {PUBLIC} among "
+                "them, and names that differ from each other and from 1, 2, ..."
+            )
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """[n,E] of 0 and 1, see `PromptClassifier`; adds to `num_unclear`."""
@@ -288,10 +311,13 @@ class InstructRouter:
         return np.eye(len(self.names))[[public if c is None else c for c in chosen]]
 
     def _prompt(self, text: str) -> str:
-        domains = "\n".join(f"{i}. {name}: {self.descriptions[name]}"
-                            for i, name in enumerate(self.names, start=1))
-        return (f"Which domain does a text belong to?\n\n{domains}\n\nThe text begins:\n\n"
-                f"{text[:self.start_characters]}\n\nAnswer with the name of one domain only.")
+        domains = "\n".join(
+            f"{i}. {name}: {self.descriptions[name]}" for i, name in enumerate(self.names, start=1)
+        )
+        return (
+            f"Which domain does a text belong to?\n\n{domains}\n\nThe text begins:\n\n"
+            f"{text[: self.start_characters]}\n\nAnswer with the name of one domain only."
+        )
 
 
 def _plain(answer: str) -> str:

@@ -25,8 +25,14 @@ from flexolmo.research.rivals.proxy import Proxy
 from flexolmo.train.loop import TrainSettings, train
 
 
-def tune_router(model: MixtureModel, proxies: Sequence[Proxy], public: TokenSet,
-                settings: TrainSettings, seed: int, run_dir: Path | None = None) -> None:
+def tune_router(
+    model: MixtureModel,
+    proxies: Sequence[Proxy],
+    public: TokenSet,
+    settings: TrainSettings,
+    seed: int,
+    run_dir: Path | None = None,
+) -> None:
     """Tune all rows and biases of a linear router together, in place; all else stays frozen.
 
     Sequences come in turn from each owner's proxy (public text like its own, see data/proxy.py)
@@ -45,17 +51,34 @@ def tune_router(model: MixtureModel, proxies: Sequence[Proxy], public: TokenSet,
         rows = []
         for place in range(step * settings.batch_size, (step + 1) * settings.batch_size):
             which, turn = place % (len(pieces) + 1), place // (len(pieces) + 1)
-            rows.append(stream.batch(turn)[0] if which == len(pieces)
-                        else pieces[which][turn % len(pieces[which])])
+            rows.append(
+                stream.batch(turn)[0]
+                if which == len(pieces)
+                else pieces[which][turn % len(pieces[which])]
+            )
         logits: list[Tensor] = []
         loss = language_model_loss(model, torch.from_numpy(np.stack(rows)), router_logits=logits)
-        return loss + settings.z_loss * torch.stack(
-            [z.logsumexp(-1).square().mean() for z in logits]).mean()
+        return (
+            loss
+            + settings.z_loss
+            * torch.stack([z.logsumexp(-1).square().mean() for z in logits]).mean()
+        )
 
     model.train()
-    train(parameters, loss_of_step, settings, run_dir, "tune the router",
-          {"seed": seed, "public": public.digest, "train": settings.model_dump(mode="json"),
-           "proxies": [[p.owner_digest, p.pieces.tolist()] for p in proxies]}, {})
+    train(
+        parameters,
+        loss_of_step,
+        settings,
+        run_dir,
+        "tune the router",
+        {
+            "seed": seed,
+            "public": public.digest,
+            "train": settings.model_dump(mode="json"),
+            "proxies": [[p.owner_digest, p.pieces.tolist()] for p in proxies],
+        },
+        {},
+    )
     model.requires_grad_(False).eval()
 
 
@@ -64,13 +87,14 @@ def _windows_of(proxy: Proxy, seq_len: int, seed: int) -> np.ndarray:
     tokens = np.concatenate(proxy.ids).astype(np.int64)
     count = max((len(tokens) - 1) // seq_len, 1)
     tokens = np.resize(tokens, count * seq_len + 1)
-    windows = np.stack([tokens[i * seq_len:(i + 1) * seq_len + 1] for i in range(count)])
+    windows = np.stack([tokens[i * seq_len : (i + 1) * seq_len + 1] for i in range(count)])
     order = np.argsort(np.random.Philox(seed).random_raw(count), kind="stable")
     return windows[order]
 
 
-def solve_ridge(sums: Mapping[str, HiddenSums], enabled: Iterable[str] | None = None,
-                ridge: float = 1e-2) -> dict[str, Tensor]:
+def solve_ridge(
+    sums: Mapping[str, HiddenSums], enabled: Iterable[str] | None = None, ridge: float = 1e-2
+) -> dict[str, Tensor]:
     """Linear-router rows [L,D] of public and the `enabled` owners (none: all), float32.
 
     An owner sends its sums and no row: rows solve ridge regression from the residual stream to
@@ -82,8 +106,9 @@ def solve_ridge(sums: Mapping[str, HiddenSums], enabled: Iterable[str] | None = 
     owners = set(sums if enabled is None else enabled) - {PUBLIC}
     names = [PUBLIC, *sorted(owners)]
     if unknown := sorted(owners - set(sums)):
-        raise MergeError(f"No sums of {', '.join(unknown)}: these were given for "
-                         f"{', '.join(sorted(sums))}.")
+        raise MergeError(
+            f"No sums of {', '.join(unknown)}: these were given for {', '.join(sorted(sums))}."
+        )
     gram = torch.zeros_like(sums[PUBLIC].gram)  # [L,D,D]
     for name in names:
         gram = gram + sums[name].gram / sums[name].count

@@ -31,8 +31,11 @@ BALANCE = 0.01  # weight of the load-balancing loss. Source: OLMoE (arXiv 2409.0
 def save_model(model: Transformer, path: Path, **about: Any) -> None:
     """Write a model's tensors, and `about` it, into one file."""
     with write_aside(path) as aside:
-        save_file({n: t.contiguous() for n, t in model.state_dict().items()}, aside,
-                  metadata={"about": json.dumps(about)})
+        save_file(
+            {n: t.contiguous() for n, t in model.state_dict().items()},
+            aside,
+            metadata={"about": json.dumps(about)},
+        )
 
 
 def load_dense(anchor: Anchor, path: Path) -> Transformer:
@@ -42,15 +45,26 @@ def load_dense(anchor: Anchor, path: Path) -> Transformer:
     return model.to(anchor.model.device).requires_grad_(False).eval()
 
 
-def train_dense(anchor: Anchor, data: TokenSet, settings: TrainSettings, seed: int, out: Path
-                ) -> Transformer:
+def train_dense(
+    anchor: Anchor, data: TokenSet, settings: TrainSettings, seed: int, out: Path
+) -> Transformer:
     """Continued training of all of the anchor on one owner's text: the rivals' expert (§4.3)."""
     model = anchor.model.requires_grad_(True).train()
     batches = training_batches(data, "train", settings.batch_size, settings.seq_len, seed)
-    train(dict(model.named_parameters()),
-          lambda step: language_model_loss(model, torch.from_numpy(batches.batch(step))),
-          settings, out / "run", f"dense {data.name}", {"seed": seed, "data": data.digest,
-          "anchor": anchor.digest, "train": settings.model_dump(mode="json")}, {})
+    train(
+        dict(model.named_parameters()),
+        lambda step: language_model_loss(model, torch.from_numpy(batches.batch(step))),
+        settings,
+        out / "run",
+        f"dense {data.name}",
+        {
+            "seed": seed,
+            "data": data.digest,
+            "anchor": anchor.digest,
+            "train": settings.model_dump(mode="json"),
+        },
+        {},
+    )
     return model.requires_grad_(False).eval()
 
 
@@ -58,8 +72,9 @@ def rival_mixture(anchor: Anchor, names: Sequence[str], top_k: int, seed: int) -
     """A mixture with a linear router, every expert a copy of the anchor's FFN (upcycling); on the
     anchor's device."""
     shape = ExpertShape(d_ff=anchor.config.d_ff)
-    model = MixtureModel(anchor.config, {n: shape for n in names},
-                         LinearSettings(has_bias=False), top_k=top_k)
+    model = MixtureModel(
+        anchor.config, {n: shape for n in names}, LinearSettings(has_bias=False), top_k=top_k
+    )
     model.is_sparse = True
     state = anchor.model.state_dict()
     frame = {n: t for n, t in state.items() if ".mlp." not in n}
@@ -68,8 +83,10 @@ def rival_mixture(anchor: Anchor, names: Sequence[str], top_k: int, seed: int) -
         model.load_state_dict(frame, strict=False)
         for i, mixture in enumerate(model.mixtures()):
             for name in model.expert_names:
-                ffn = {p: state[f"layers.{i}.mlp.{p}.weight"]
-                       for p in ("gate_proj", "up_proj", "down_proj")}
+                ffn = {
+                    p: state[f"layers.{i}.mlp.{p}.weight"]
+                    for p in ("gate_proj", "up_proj", "down_proj")
+                }
                 mixture.expert(name).load_state_dict({f"{p}.weight": w for p, w in ffn.items()})
                 assert mixture.router is not None
                 mixture.router.row(name).weight.normal_(0, ROW_DEVIATION, generator=generator)
@@ -83,8 +100,9 @@ def load_rival(anchor: Anchor, names: Sequence[str], top_k: int, path: Path) -> 
     return model.requires_grad_(False).eval()
 
 
-def btx_start(anchor: Anchor, dense: Mapping[str, Mapping[str, Tensor]], top_k: int, seed: int
-              ) -> MixtureModel:
+def btx_start(
+    anchor: Anchor, dense: Mapping[str, Mapping[str, Tensor]], top_k: int, seed: int
+) -> MixtureModel:
     """BTX before its training: dense FFNs as experts, everything else averaged (§4.3)."""
     frame, ffns = average_shared(dense, anchor.model.state_dict())
     model = rival_mixture(anchor, sorted(dense), top_k, seed)
@@ -92,14 +110,23 @@ def btx_start(anchor: Anchor, dense: Mapping[str, Mapping[str, Tensor]], top_k: 
         model.load_state_dict(frame, strict=False)
         for i, mixture in enumerate(model.mixtures()):
             for name in model.expert_names:
-                own = {n.removeprefix(f"layers.{i}.mlp."): t for n, t in ffns[name].items()
-                       if n.startswith(f"layers.{i}.mlp.")}
+                own = {
+                    n.removeprefix(f"layers.{i}.mlp."): t
+                    for n, t in ffns[name].items()
+                    if n.startswith(f"layers.{i}.mlp.")
+                }
                 mixture.expert(name).load_state_dict(own)
     return model
 
 
-def train_rival(model: MixtureModel, sets: Sequence[TokenSet], settings: TrainSettings,
-                seed: int, out: Path, label: str) -> None:
+def train_rival(
+    model: MixtureModel,
+    sets: Sequence[TokenSet],
+    settings: TrainSettings,
+    seed: int,
+    out: Path,
+    label: str,
+) -> None:
     """Train all of a mixture, in place, on sequences taken from the sets in turn.
 
     Adds the load-balancing loss that keeps learned routers from using few experts.
@@ -111,20 +138,33 @@ def train_rival(model: MixtureModel, sets: Sequence[TokenSet], settings: TrainSe
         ids = np.concatenate([streams[p % len(streams)].batch(p // len(streams)) for p in places])
         routing: list[Tensor] = []
         logits: list[Tensor] = []
-        loss = language_model_loss(model, torch.from_numpy(ids), routing=routing,
-                                   router_logits=logits)
+        loss = language_model_loss(
+            model, torch.from_numpy(ids), routing=routing, router_logits=logits
+        )
         for weights, z in zip(routing, logits, strict=True):
             picked = (weights > 0).float().mean((0, 1))  # [E] fraction of tokens
             chance = z.softmax(-1).mean((0, 1))  # [E]
             balance = len(picked) / (model.top_k or len(picked)) * (picked * chance).sum()
-            loss = loss + (BALANCE * balance + settings.z_loss * z.logsumexp(-1).square().mean()
-                           ) / len(routing)
+            loss = loss + (
+                BALANCE * balance + settings.z_loss * z.logsumexp(-1).square().mean()
+            ) / len(routing)
         return loss
 
     model.requires_grad_(True).train()
-    train(dict(model.named_parameters()), loss_of_step, settings, out / "run", label,
-          {"seed": seed, "data": [s.digest for s in sets], "label": label,
-           "train": settings.model_dump(mode="json")}, {})
+    train(
+        dict(model.named_parameters()),
+        loss_of_step,
+        settings,
+        out / "run",
+        label,
+        {
+            "seed": seed,
+            "data": [s.digest for s in sets],
+            "label": label,
+            "train": settings.model_dump(mode="json"),
+        },
+        {},
+    )
     model.requires_grad_(False).eval()
 
 

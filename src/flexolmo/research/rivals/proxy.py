@@ -55,8 +55,13 @@ class Proxy:
 
 
 def select_proxy(
-    owner: TokenSet, public: TokenSet, *, tokens: int, piece_tokens: int = 500,
-    max_pieces: int = 4000, embed: Embed | None = None,
+    owner: TokenSet,
+    public: TokenSet,
+    *,
+    tokens: int,
+    piece_tokens: int = 500,
+    max_pieces: int = 4000,
+    embed: Embed | None = None,
 ) -> Proxy:
     """The public train text most like `owner`'s: `tokens` tokens or up to one piece more.
 
@@ -81,19 +86,24 @@ def select_proxy(
     if min(tokens, piece_tokens, max_pieces) < 1 or tokens >= len(split.tokens):
         raise ConfigError(
             f"tokens={tokens}, piece_tokens={piece_tokens}, max_pieces={max_pieces}; expected at "
-            f"least 1 each, and tokens below the {len(split.tokens)} of public train text.")
+            f"least 1 each, and tokens below the {len(split.tokens)} of public train text."
+        )
     tokenizer = load_tokenizer(public.directory)
     if owner.card["tokenizer"]["digest"] != public.card["tokenizer"]["digest"]:
-        raise DataError(f"{owner.name} and {public.name} were prepared with different tokenizers: "
-                        "prepare the owner's set again with the public one's.")
+        raise DataError(
+            f"{owner.name} and {public.name} were prepared with different tokenizers: "
+            "prepare the owner's set again with the public one's."
+        )
     if split.num_documents < 2:
         raise DataError(f"{public.name} has one training document; a proxy is chosen from many.")
 
     pieces = _cut(split, piece_tokens)  # [P, 3]
     is_second = pieces[:, 0] >= split.num_documents // 2  # [P]
     own_texts = _sample_texts(owner, "train", tokenizer, piece_tokens, max_pieces)
-    validation = [_sample_texts(one, "validation", tokenizer, piece_tokens, max_pieces)
-                  for one in (public, owner)]
+    validation = [
+        _sample_texts(one, "validation", tokenizer, piece_tokens, max_pieces)
+        for one in (public, owner)
+    ]
     scores = np.empty(len(pieces))  # [P]
     accuracies = []
     with progress(f"Ranking public text by {owner.name}", len(pieces), "pieces") as meter:
@@ -103,26 +113,39 @@ def select_proxy(
             accuracies += [np.mean(score(validation[0]) <= 0), np.mean(score(validation[1]) > 0)]
             places = np.flatnonzero(half)
             for first in range(0, len(places), _PIECES_SCORED_AT_ONCE):
-                some = places[first:first + _PIECES_SCORED_AT_ONCE]
+                some = places[first : first + _PIECES_SCORED_AT_ONCE]
                 scores[some] = score(_texts(split, pieces[some], tokenizer))
                 meter.advance(len(some))
     best = np.argsort(-scores, kind="stable")
     sizes = (pieces[:, 2] - pieces[:, 1])[best]
-    chosen = np.sort(best[:1 + int(np.searchsorted(np.cumsum(sizes), tokens))])  # [n]
-    return Proxy(owner.name, owner.digest, public.digest, float(np.mean(accuracies)),
-                 pieces[chosen], _ids(split, pieces[chosen]), scores[chosen])
+    chosen = np.sort(best[: 1 + int(np.searchsorted(np.cumsum(sizes), tokens))])  # [n]
+    return Proxy(
+        owner.name,
+        owner.digest,
+        public.digest,
+        float(np.mean(accuracies)),
+        pieces[chosen],
+        _ids(split, pieces[chosen]),
+        scores[chosen],
+    )
 
 
 def save_proxy(proxy: Proxy, path: Path) -> None:
     """Write what may leave the owner's house to `path` (.json), all or nothing."""
-    write_bytes(path, canonical_json({
-        "format": FORMAT,
-        "owner": proxy.owner,
-        "owner_digest": proxy.owner_digest,
-        "public_digest": proxy.public_digest,
-        "accuracy": proxy.accuracy,
-        "pieces": proxy.pieces.tolist(),
-    }) + b"\n")
+    write_bytes(
+        path,
+        canonical_json(
+            {
+                "format": FORMAT,
+                "owner": proxy.owner,
+                "owner_digest": proxy.owner_digest,
+                "public_digest": proxy.public_digest,
+                "accuracy": proxy.accuracy,
+                "pieces": proxy.pieces.tolist(),
+            }
+        )
+        + b"\n",
+    )
 
 
 def load_proxy(path: Path, public: TokenSet) -> Proxy:
@@ -133,23 +156,44 @@ def load_proxy(path: Path, public: TokenSet) -> Proxy:
             set does not have, or has only once.
     """
     found = read_json(path, DataError)
-    keys = {"format": str, "owner": str, "owner_digest": str, "public_digest": str,
-            "accuracy": float, "pieces": list}
-    if (not isinstance(found, dict) or found.keys() != keys.keys() or found["format"] != FORMAT
-            or not all(isinstance(found[key], kind) for key, kind in keys.items())
-            or not 0 <= found["accuracy"] <= 1):
-        raise DataError(f"{path} is not a proxy file of format {FORMAT}: ask the owner for it "
-                        "again.")
+    keys = {
+        "format": str,
+        "owner": str,
+        "owner_digest": str,
+        "public_digest": str,
+        "accuracy": float,
+        "pieces": list,
+    }
+    if (
+        not isinstance(found, dict)
+        or found.keys() != keys.keys()
+        or found["format"] != FORMAT
+        or not all(isinstance(found[key], kind) for key, kind in keys.items())
+        or not 0 <= found["accuracy"] <= 1
+    ):
+        raise DataError(
+            f"{path} is not a proxy file of format {FORMAT}: ask the owner for it again."
+        )
     if found["public_digest"] != public.digest:
-        raise DataError(f"{path} was chosen from the public set {found['public_digest']}; the one "
-                        f"here is {public.digest}. Ask the owner to choose from this one.")
+        raise DataError(
+            f"{path} was chosen from the public set {found['public_digest']}; the one "
+            f"here is {public.digest}. Ask the owner to choose from this one."
+        )
     split = public.splits["train"]
     if not _are_pieces(found["pieces"], split):
-        raise DataError(f"{path}: its pieces are not stretches of the {split.num_documents} public "
-                        "training documents, in order and none twice. Ask the owner for it again.")
+        raise DataError(
+            f"{path}: its pieces are not stretches of the {split.num_documents} public "
+            "training documents, in order and none twice. Ask the owner for it again."
+        )
     pieces = np.array(found["pieces"], np.int64)
-    return Proxy(found["owner"], found["owner_digest"], found["public_digest"], found["accuracy"],
-                 pieces, _ids(split, pieces))
+    return Proxy(
+        found["owner"],
+        found["owner_digest"],
+        found["public_digest"],
+        found["accuracy"],
+        pieces,
+        _ids(split, pieces),
+    )
 
 
 def _train_classifier(
@@ -161,8 +205,13 @@ def _train_classifier(
     rows = embed(public + own)
     wide = issparse(rows)  # then the dual problem takes a tenth of the time
     model = LogisticRegression(
-        solver="liblinear" if wide else "lbfgs", dual=wide, random_state=0, max_iter=1000,
-        C=_INVERSE_PENALTY, class_weight="balanced")
+        solver="liblinear" if wide else "lbfgs",
+        dual=wide,
+        random_state=0,
+        max_iter=1000,
+        C=_INVERSE_PENALTY,
+        class_weight="balanced",
+    )
     model.fit(rows, np.repeat([0, 1], [len(public), len(own)]))
     return lambda texts: model.decision_function(embed(texts))
 
@@ -175,8 +224,13 @@ def _hash_words(texts: Sequence[str]) -> Any:
     from sklearn.feature_extraction.text import HashingVectorizer
 
     return HashingVectorizer(
-        n_features=_FEATURES, ngram_range=(1, 2), token_pattern=_WORD_OR_MARK, lowercase=False,
-        binary=True, alternate_sign=False).transform(texts)
+        n_features=_FEATURES,
+        ngram_range=(1, 2),
+        token_pattern=_WORD_OR_MARK,
+        lowercase=False,
+        binary=True,
+        alternate_sign=False,
+    ).transform(texts)
 
 
 def _cut(split: TokenSplit, piece_tokens: int) -> np.ndarray:
@@ -212,11 +266,16 @@ def _sample_texts(
 
 def _are_pieces(pieces: list[Any], split: TokenSplit) -> bool:
     """Whether `pieces` are [document, start, end] of `split`, rising and without overlap."""
-    if not pieces or not all(isinstance(piece, list) and len(piece) == 3
-                             and all(type(number) is int for number in piece) for piece in pieces):
+    if not pieces or not all(
+        isinstance(piece, list) and len(piece) == 3 and all(type(number) is int for number in piece)
+        for piece in pieces
+    ):
         return False
     lengths = np.diff(split.offsets) - 1
-    inside = all(0 <= document < split.num_documents and 0 <= start < end <= lengths[document]
-                 for document, start, end in pieces)
-    return inside and all(a[0] < b[0] or (a[0] == b[0] and a[2] <= b[1])
-                          for a, b in pairwise(pieces))
+    inside = all(
+        0 <= document < split.num_documents and 0 <= start < end <= lengths[document]
+        for document, start, end in pieces
+    )
+    return inside and all(
+        a[0] < b[0] or (a[0] == b[0] and a[2] <= b[1]) for a, b in pairwise(pieces)
+    )

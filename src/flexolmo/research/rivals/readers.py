@@ -25,9 +25,11 @@ class _BtmState:
     last: Tensor | None = None  # [E,B,V] log-probabilities of the next token
 
     def select(self, rows: Tensor) -> "_BtmState":
-        return _BtmState([s.select(rows) for s in self.states],
-                         self.weights[:, rows],
-                         None if self.last is None else self.last[:, rows])
+        return _BtmState(
+            [s.select(rows) for s in self.states],
+            self.weights[:, rows],
+            None if self.last is None else self.last[:, rows],
+        )
 
 
 @dataclass
@@ -48,8 +50,10 @@ class BtmReader:
         self.start = self.readers[0].start
 
     def new_state(self) -> Any:
-        return _BtmState([r.new_state() for r in self.readers],
-                         torch.zeros(len(self.readers), 1, dtype=torch.float64))
+        return _BtmState(
+            [r.new_state() for r in self.readers],
+            torch.zeros(len(self.readers), 1, dtype=torch.float64),
+        )
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
         B, T = ids.shape
@@ -110,8 +114,10 @@ class _ChosenState:
             return here, torch.tensor([of.index(chosen[i]) for i in here], dtype=torch.long)
 
         here, at = places(list(self.waiting))
-        found = _ChosenState(self.opening.select(at) if here else None,
-                             {i: list(self.waiting[chosen[i]]) for i in here})
+        found = _ChosenState(
+            self.opening.select(at) if here else None,
+            {i: list(self.waiting[chosen[i]]) for i in here},
+        )
         for g in self.groups:
             here, at = places(g.rows)
             if here:
@@ -151,11 +157,12 @@ class PromptReader:
             parts += self._read_waiting(ids, state, real, last)
         said = parts[0][1].new_empty(len(ids), last, parts[0][1].shape[-1])
         for rows, of in parts:  # later ones go over earlier ones
-            said[rows, last - of.shape[1]:] = of
+            said[rows, last - of.shape[1] :] = of
         return said
 
-    def _read_waiting(self, ids: Tensor, state: Any, real: Tensor, last: int
-                      ) -> list[tuple[list[int], Tensor]]:
+    def _read_waiting(
+        self, ids: Tensor, state: Any, real: Tensor, last: int
+    ) -> list[tuple[list[int], Tensor]]:
         """Read on in the texts of which nothing is chosen, and choose where the prompt is whole."""
         needed = len(self.start) + self.prompt_tokens
         waiting = list(state.waiting)
@@ -166,10 +173,12 @@ class PromptReader:
         opened = [row for row in waiting if spoken[row] < last]
         if opened:
             if len(opened) < len(waiting):
-                state.opening = state.opening.select(torch.tensor([waiting.index(r)
-                                                                   for r in opened]))
-            parts.append((opened, _read(self.opening, ids[opened], state.opening, real[opened],
-                                        last)))
+                state.opening = state.opening.select(
+                    torch.tensor([waiting.index(r) for r in opened])
+                )
+            parts.append(
+                (opened, _read(self.opening, ids[opened], state.opening, real[opened], last))
+            )
         groups: dict[int, _Group] = {}
         for row in [row for row in waiting if spoken[row] > 0]:
             reader = self.choose(tuple(state.waiting[row][:needed]))
@@ -182,8 +191,9 @@ class PromptReader:
             g.state = g.reader.new_state().select(torch.zeros(len(texts), dtype=torch.long))
             end = min(last, max(spoken[row] for row in g.rows))
             said = _read(g.reader, whole, g.state, is_real, end)
-            parts += [([row], said[j:j + 1, -min(last, spoken[row]):])
-                      for j, row in enumerate(g.rows)]
+            parts += [
+                ([row], said[j : j + 1, -min(last, spoken[row]) :]) for j, row in enumerate(g.rows)
+            ]
             state.groups.append(g)
         still = [i for i, row in enumerate(opened) if row in state.waiting]
         if still and len(still) < len(opened):

@@ -35,8 +35,9 @@ def plan(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
 
     def visit(step: Step) -> None:
         if labels.setdefault(step.label, step.identity) != step.identity:
-            raise ConfigError(f"Two different steps are labelled {step.label!r}; a label is for "
-                              "one.")
+            raise ConfigError(
+                f"Two different steps are labelled {step.label!r}; a label is for one."
+            )
         if step.identity not in found:
             for needed in step.inputs.values():
                 visit(needed)
@@ -47,8 +48,9 @@ def plan(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
     return [(step, step.is_done(root)) for step in found.values()]
 
 
-def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool = False,
-              device: str = "cpu") -> list[str]:
+def run_graph(
+    targets: Sequence[Step], root: Path, processes: int, verify: bool = False, device: str = "cpu"
+) -> list[str]:
     """Run whatever `targets` need and is not done, `processes` at a time; labels of what ran.
 
     When a step fails, the steps that do not need it still run; then JobFailed lists what failed
@@ -67,8 +69,10 @@ def run_graph(targets: Sequence[Step], root: Path, processes: int, verify: bool 
             tried = _run_all(left, urgency, root, processes, running, device)
     failed = [attempt.job for attempt in tried.values() if attempt.step.identity in left]
     if failed:
-        lines = [f"{len(failed)} of {len(planned)} steps failed:",
-                 *(f"  {job.label} (log: {job.log})" for job in failed)]
+        lines = [
+            f"{len(failed)} of {len(planned)} steps failed:",
+            *(f"  {job.label} (log: {job.log})" for job in failed),
+        ]
         if not_run := [step.label for step in left.values() if step.label not in tried]:
             lines.append(f"Not run, for want of these: {', '.join(not_run)}.")
         raise JobFailed("\n".join(lines))
@@ -85,16 +89,26 @@ class _Attempt:
         note_seconds(self.job.directory, self.earlier + seconds)
 
 
-def _run_all(left: dict[str, Step], urgency: dict[str, float], root: Path, processes: int,
-             running: RunningJobs, device: str) -> dict[str, _Attempt]:
+def _run_all(
+    left: dict[str, Step],
+    urgency: dict[str, float],
+    root: Path,
+    processes: int,
+    running: RunningJobs,
+    device: str,
+) -> dict[str, _Attempt]:
     """Run all of `left` that can be and take it out when done; attempts by label."""
     tried, noted = dict[str, _Attempt](), time.monotonic()
     try:
         while True:
-            ready = [step for step in left.values() if step.label not in tried
-                     and not any(needed.identity in left for needed in step.inputs.values())]
+            ready = [
+                step
+                for step in left.values()
+                if step.label not in tried
+                and not any(needed.identity in left for needed in step.inputs.values())
+            ]
             ready.sort(key=lambda step: -urgency[step.identity])
-            for step in ready[:processes - len(running.seconds())]:
+            for step in ready[: processes - len(running.seconds())]:
                 tried[step.label] = _Attempt(step, *prepare_job(step, root, device))
                 running.start(tried[step.label].job)
             if not running.seconds():
@@ -137,8 +151,9 @@ def prune(targets: Sequence[Step], root: Path) -> list[Path]:
     root, removed = Path(root), []
     with hold_lock(root / "lock", wait=False):
         kept = {step.directory(root) for step, _ in plan(targets, root)}
-        for directory in sorted({file.parent for file in (root / "steps").glob("*/step.json")}
-                                - kept):
+        for directory in sorted(
+            {file.parent for file in (root / "steps").glob("*/step.json")} - kept
+        ):
             if _is_of_a_step(directory):
                 (directory / "done.json").unlink(missing_ok=True)  # half removed is not done
                 shutil.rmtree(directory)

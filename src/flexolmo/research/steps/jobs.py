@@ -72,8 +72,9 @@ def run_jobs(jobs: Sequence[Job], processes: int) -> dict[str, float]:
 
 
 @contextmanager
-def running_jobs(listed: Sequence[Job] = (), done: int = 0, total: int | None = None
-                 ) -> Iterator["RunningJobs"]:
+def running_jobs(
+    listed: Sequence[Job] = (), done: int = 0, total: int | None = None
+) -> Iterator["RunningJobs"]:
     """Jobs to be started one by one; on the way out, those still running are stopped.
 
     `listed` are shown as waiting from the start. With a `total` the jobs come and go instead and
@@ -140,9 +141,15 @@ def _start(job: Job) -> subprocess.Popen:
     state.unlink(missing_ok=True)
     environment = {**os.environ, PROGRESS_FILE: str(state.resolve()), "COLUMNS": "100"}
     with open(job.log, "wb") as log:
-        return subprocess.Popen([sys.executable, "-P", *job.program, *job.arguments],
-                                cwd=job.directory, stdin=subprocess.DEVNULL, stdout=log,
-                                stderr=log, env=environment, preexec_fn=_die_with_parent)
+        return subprocess.Popen(
+            [sys.executable, "-P", *job.program, *job.arguments],
+            cwd=job.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            preexec_fn=_die_with_parent,
+        )
 
 
 def _die_with_parent() -> None:
@@ -170,14 +177,23 @@ class _Display:
         self._tasks: dict[str, TaskID] = {}
         self._done, self._total, self._start = done, total, time.monotonic()
         if console.is_terminal:
-            self._bar = stack.enter_context(Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"), TimeElapsedColumn(), console=console))
-            self._tasks = {j.label: self._bar.add_task(j.label, total=1.0, text="waiting",
-                                                       start=False) for j in jobs}
+            self._bar = stack.enter_context(
+                Progress(
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=24),
+                    TextColumn("{task.fields[text]}"),
+                    TimeElapsedColumn(),
+                    console=console,
+                )
+            )
+            self._tasks = {
+                j.label: self._bar.add_task(j.label, total=1.0, text="waiting", start=False)
+                for j in jobs
+            }
             if total is not None:
-                self._all = self._bar.add_task("all", total=total, completed=done,
-                                               text=f"{done}/{total} done")
+                self._all = self._bar.add_task(
+                    "all", total=total, completed=done, text=f"{done}/{total} done"
+                )
 
     def update(self, job: Job, elapsed: float) -> None:
         state = self._read(job)

@@ -75,13 +75,17 @@ def step_kind(name: str, version: int) -> Callable[[Run], Run]:
     It runs in a process that imports its module by name, in the step's directory, with one thread
     and every generator seeded with the setting `seed` (none: 0).
     """
+
     def register(run: Run) -> Run:
         known = _KINDS.get(name)
         if not re.fullmatch(r"\w+", name) or (known and known.run.__module__ != run.__module__):
-            raise ConfigError(f"Kind {name!r} of {run.__module__}: expected a name of letters, "
-                              "digits and _ that no other module uses.")
+            raise ConfigError(
+                f"Kind {name!r} of {run.__module__}: expected a name of letters, "
+                "digits and _ that no other module uses."
+            )
         _KINDS[name] = _Kind(run, version)
         return run
+
     return register
 
 
@@ -96,8 +100,10 @@ class Step:
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
-            raise ConfigError(f"Step {self.label}: kind {self.kind!r} is unknown; known: "
-                              f"{', '.join(sorted(_KINDS)) or 'none'}.")
+            raise ConfigError(
+                f"Step {self.label}: kind {self.kind!r} is unknown; known: "
+                f"{', '.join(sorted(_KINDS)) or 'none'}."
+            )
         try:  # a copy, just as the step's own process will read it
             settings = json.loads(canonical_json(dict(self.settings)))
         except (TypeError, ValueError) as e:
@@ -108,10 +114,15 @@ class Step:
     @cached_property
     def about(self) -> dict[str, Any]:
         """What decides the step: kind, version, settings, and each input's kind and identity."""
-        return {"kind": self.kind, "version": _KINDS[self.kind].version,
-                "settings": self.settings,
-                "inputs": {role: {"kind": step.kind, "identity": step.identity}
-                           for role, step in self.inputs.items()}}
+        return {
+            "kind": self.kind,
+            "version": _KINDS[self.kind].version,
+            "settings": self.settings,
+            "inputs": {
+                role: {"kind": step.kind, "identity": step.identity}
+                for role, step in self.inputs.items()
+            },
+        }
 
     @cached_property
     def identity(self) -> str:
@@ -132,8 +143,10 @@ class Step:
         A file with the size and time noted there is taken as unchanged; `verify` reads them all.
         """
         if not self.is_done(root):
-            raise FlexOlmoError(f"Step {self.label} is not done: expected its done.json in "
-                                f"{self.directory(root)}. Run the study first.")
+            raise FlexOlmoError(
+                f"Step {self.label} is not done: expected its done.json in "
+                f"{self.directory(root)}. Run the study first."
+            )
         return _check_outputs(self.directory(root), verify)
 
 
@@ -168,12 +181,16 @@ def _check_outputs(directory: Path, verify: bool = False) -> dict[str, Any]:
             wrong.append(f"{name}: missing")
         elif (size := file.stat().st_size) != said["bytes"]:
             wrong.append(f"{name}: {size} bytes, expected {said['bytes']}")
-        elif ((verify or file.stat().st_mtime_ns != said["mtime_ns"])
-              and digest_file(file) != said["digest"]):
+        elif (verify or file.stat().st_mtime_ns != said["mtime_ns"]) and digest_file(file) != said[
+            "digest"
+        ]:
             wrong.append(f"{name}: not the content that was written")
     if wrong:
-        raise FlexOlmoError(f"{directory} is not as its step left it:\n  " + "\n  ".join(wrong)
-                            + "\nRemove the directory and run again to have it made anew.")
+        raise FlexOlmoError(
+            f"{directory} is not as its step left it:\n  "
+            + "\n  ".join(wrong)
+            + "\nRemove the directory and run again to have it made anew."
+        )
     return done
 
 
@@ -183,8 +200,9 @@ def prepare_job(step: Step, root: Path, device: str = "cpu") -> tuple[Job, float
     The device is no part of the step: what one has done, the other takes as it is.
     """
     directory = step.directory(root)
-    write_json(directory / "step.json",
-               {"label": step.label, **step.about, "identity": step.identity})
+    write_json(
+        directory / "step.json", {"label": step.label, **step.about, "identity": step.identity}
+    )
     spent = directory / "log" / "seconds.json"
     earlier = float(read_json(spent)) if spent.exists() else 0.0
     code = _CHILD.format(module=_KINDS[step.kind].run.__module__)
@@ -215,25 +233,47 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
         return
     kind, settings = _KINDS.get(about["kind"]), about["settings"]
     if kind is None or kind.version != about["version"]:
-        raise FlexOlmoError(f"The code changed during the run: version {about['version']} of kind "
-                            f"{about['kind']!r} is gone. Start the study again.")
-    inputs = {role: directory.parent / directory_name(step["kind"], step["identity"])
-              for role, step in about["inputs"].items()}
+        raise FlexOlmoError(
+            f"The code changed during the run: version {about['version']} of kind "
+            f"{about['kind']!r} is gone. Start the study again."
+        )
+    inputs = {
+        role: directory.parent / directory_name(step["kind"], step["identity"])
+        for role, step in about["inputs"].items()
+    }
     read = {role: _check_outputs(path)["outputs"] for role, path in inputs.items()}
     seed = settings.get("seed", 0)
     set_up(seed, num_threads=1)
-    run = run_record(settings, seed, {
-        role: digest_bytes(canonical_json({name: said["digest"] for name, said in files.items()}))
-        for role, files in read.items()})
-    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device))
-                   or {})
-    outputs = {str(path): {"digest": digest_file(file), "bytes": file.stat().st_size,
-                           "mtime_ns": file.stat().st_mtime_ns}
-               for file in sorted(directory.rglob("*")) if file.is_file()
-               and (path := file.relative_to(directory)).parts[0] not in _OURS}
-    write_json(directory / "done.json", {
-        "identity": about["identity"], "seconds": earlier + time.monotonic() - start,
-        "metrics": metrics, "run": run | {"device": device}, "outputs": outputs})
+    run = run_record(
+        settings,
+        seed,
+        {
+            role: digest_bytes(
+                canonical_json({name: said["digest"] for name, said in files.items()})
+            )
+            for role, files in read.items()
+        },
+    )
+    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device)) or {})
+    outputs = {
+        str(path): {
+            "digest": digest_file(file),
+            "bytes": file.stat().st_size,
+            "mtime_ns": file.stat().st_mtime_ns,
+        }
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and (path := file.relative_to(directory)).parts[0] not in _OURS
+    }
+    write_json(
+        directory / "done.json",
+        {
+            "identity": about["identity"],
+            "seconds": earlier + time.monotonic() - start,
+            "metrics": metrics,
+            "run": run | {"device": device},
+            "outputs": outputs,
+        },
+    )
 
 
 @contextmanager

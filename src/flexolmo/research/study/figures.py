@@ -52,8 +52,10 @@ from flexolmo.research.study.findings import (
 )
 
 _OUR_COLOUR, _PAPER_COLOUR, _RIVAL_COLOUR = "#0072B2", "#D55E00", "#009E73"
-FAMILIES = {"default": ("our default", _OUR_COLOUR, DEFAULT),
-            "paper": ("the paper's FlexOlmo", _PAPER_COLOUR, "flexolmo_paper")}
+FAMILIES = {
+    "default": ("our default", _OUR_COLOUR, DEFAULT),
+    "paper": ("the paper's FlexOlmo", _PAPER_COLOUR, "flexolmo_paper"),
+}
 _MAX_LAYERS = 8  # of the paper's router that are drawn; of more, evenly chosen ones
 _KEPT_RANGE = (-25.0, 125.0)  # percent; beyond it a value is written at the edge
 
@@ -73,42 +75,60 @@ def plot_routing(results: Results) -> Figure | None:
         found = over_seeds(results, "routing", method)
         if not found or not found[0].get("routing"):
             continue
-        weights = {s: np.array(w, dtype=float) for s, w in
-                   average([f["routing"] for f in found]).items()}  # by set [L,E]
+        weights = {
+            s: np.array(w, dtype=float) for s, w in average([f["routing"] for f in found]).items()
+        }  # by set [L,E]
         experts = [str(e) for e in found[0]["experts"]]
         sets = [s for s in [PUBLIC, *owners_of(results), MIXED] if s in weights]
         same = all(np.allclose(w, w[:1], atol=5e-4) for w in weights.values())
         num_layers = len(next(iter(weights.values())))
         if family == "default":
-            shown = [(f"{said}, {'every layer' if same else 'mean of layers'}",
-                      np.stack([weights[s].mean(0) for s in sets]))]
+            shown = [
+                (
+                    f"{said}, {'every layer' if same else 'mean of layers'}",
+                    np.stack([weights[s].mean(0) for s in sets]),
+                )
+            ]
         else:
-            chosen = np.unique(np.linspace(0, num_layers - 1, min(num_layers, _MAX_LAYERS)
-                                           ).round().astype(int))
-            shown = [(f"{said}, layer {i + 1} of {num_layers}",
-                      np.stack([weights[s][i] for s in sets])) for i in chosen]
+            chosen = np.unique(
+                np.linspace(0, num_layers - 1, min(num_layers, _MAX_LAYERS)).round().astype(int)
+            )
+            shown = [
+                (f"{said}, layer {i + 1} of {num_layers}", np.stack([weights[s][i] for s in sets]))
+                for i in chosen
+            ]
         panels += [(title, matrix, sets, experts) for title, matrix in shown]
     return _draw_routing(panels, colours_of(results)) if panels else None
 
 
 @styled
-def _draw_routing(panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]],
-                  colours: Mapping[str, str]) -> Figure:
+def _draw_routing(
+    panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]], colours: Mapping[str, str]
+) -> Figure:
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     height = max(len(sets) for _, _, sets, _ in panels)
-    fig = Figure(figsize=(max(5.5, MAX_WIDTH_INCHES * columns / 3),
-                          rows * (1.25 + 0.3 * height) + 0.4), layout="constrained")
+    fig = Figure(
+        figsize=(max(5.5, MAX_WIDTH_INCHES * columns / 3), rows * (1.25 + 0.3 * height) + 0.4),
+        layout="constrained",
+    )
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
-    for ax in axes[len(panels):]:
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     for i, (ax, (title, matrix, sets, experts)) in enumerate(zip(axes, panels, strict=False)):
         shown = draw_cells(ax, matrix, "Greys", 0, 1.15)
         crowded = len(experts) > 5
         for (y, x), v in np.ndenumerate(matrix):
             text = f"{v:.2f}"
-            ax.text(x, y, text.removeprefix("0") if crowded else text, ha="center", va="center",
-                    fontsize=8 if crowded else 8.5, color=ink_on(shown[y, x]))
+            ax.text(
+                x,
+                y,
+                text.removeprefix("0") if crowded else text,
+                ha="center",
+                va="center",
+                fontsize=8 if crowded else 8.5,
+                color=ink_on(shown[y, x]),
+            )
             if sets[y] == experts[x]:
                 outline(ax, x, y, colours.get(sets[y], INK))
         label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
@@ -116,9 +136,14 @@ def _draw_routing(panels: Sequence[tuple[str, np.ndarray, list[str], list[str]]]
         ax.set_title(title, fontsize=9.5, pad=6)
         if i % columns == 0:
             ax.set_ylabel("text of the set")
-    fig.supxlabel("Mean weight of each expert (columns) on each set's text (rows), after the "
-                  "choice of active experts. Outlined: the set's own expert.",
-                  fontsize=9, color=MUTED, x=0.01, ha="left")
+    fig.supxlabel(
+        "Mean weight of each expert (columns) on each set's text (rows), after the "
+        "choice of active experts. Outlined: the set's own expert.",
+        fontsize=9,
+        color=MUTED,
+        x=0.01,
+        ha="left",
+    )
     return fig
 
 
@@ -143,15 +168,32 @@ def _draw_active(found: Mapping[str, Mapping[int, Any]]) -> Figure:
             title, colour, _ = FAMILIES[family]
             counts = [k for k in sorted(by_count) if by_count[k].get(kind)]
             values = [by_count[k][kind]["mean"] for k in counts]
-            ax.plot(counts, values, color=colour, lw=2, marker="os"[family == "paper"], ms=6,
-                    label=title)
+            ax.plot(
+                counts,
+                values,
+                color=colour,
+                lw=2,
+                marker="os"[family == "paper"],
+                ms=6,
+                label=title,
+            )
             for k, v in zip(counts, values, strict=True):
-                others = [e[k][kind]["mean"] for f, e in found.items()
-                          if f != family and e.get(k, {}).get(kind)]
+                others = [
+                    e[k][kind]["mean"]
+                    for f, e in found.items()
+                    if f != family and e.get(k, {}).get(kind)
+                ]
                 is_below = any(v < x or (v == x and family == "paper") for x in others)
-                ax.annotate(f"{v:.2f}", (k, v), xytext=(0, -8 if is_below else 7), ha="center",
-                            textcoords="offset points", va="top" if is_below else "bottom",
-                            fontsize=8.5, color=darken_for_text(colour))
+                ax.annotate(
+                    f"{v:.2f}",
+                    (k, v),
+                    xytext=(0, -8 if is_below else 7),
+                    ha="center",
+                    textcoords="offset points",
+                    va="top" if is_below else "bottom",
+                    fontsize=8.5,
+                    color=darken_for_text(colour),
+                )
         ax.axhline(0, color=INK, lw=1)
         ax.grid(axis="y", color=RULE, lw=0.7)
         ax.margins(x=0.06, y=0.14)
@@ -177,9 +219,14 @@ def plot_optout(results: Results) -> Figure | None:
         whole = bits.get(method, {})
         rows = [n for n in owners_of(results) if isinstance(off, dict) and n in off]
         if rows:
-            panels.append((said, rows, np.array([[_change(off[n], whole, s) for s in sets]
-                                                 for n in rows]),
-                           [_change(off[n], anchor, n) for n in rows]))
+            panels.append(
+                (
+                    said,
+                    rows,
+                    np.array([[_change(off[n], whole, s) for s in sets] for n in rows]),
+                    [_change(off[n], anchor, n) for n in rows],
+                )
+            )
     return _draw_optout(panels, sets, colours_of(results)) if panels else None
 
 
@@ -188,34 +235,63 @@ def _change(bits: Mapping[str, float], base: Mapping[str, float], name: str) -> 
 
 
 @styled
-def _draw_optout(panels: Sequence[tuple[str, list[str], np.ndarray, list[float]]],
-                 sets: list[str], colours: Mapping[str, str]) -> Figure:
+def _draw_optout(
+    panels: Sequence[tuple[str, list[str], np.ndarray, list[float]]],
+    sets: list[str],
+    colours: Mapping[str, str],
+) -> Figure:
     cell = min(0.95, (MAX_WIDTH_INCHES - 1.5) / (len(sets) * len(panels)))
     rows = max(len(names) for _, names, _, _ in panels)
-    fig = Figure(figsize=(max(6.5, min(MAX_WIDTH_INCHES, 2 + cell * len(sets) * len(panels))),
-                          1.75 + 0.5 * rows), layout="constrained")
-    limit = max([0.05, *(float(np.nanmax(np.abs(m))) for _, _, m, _ in panels
-                         if np.isfinite(m).any())])
+    fig = Figure(
+        figsize=(
+            max(6.5, min(MAX_WIDTH_INCHES, 2 + cell * len(sets) * len(panels))),
+            1.75 + 0.5 * rows,
+        ),
+        layout="constrained",
+    )
+    limit = max(
+        [0.05, *(float(np.nanmax(np.abs(m))) for _, _, m, _ in panels if np.isfinite(m).any())]
+    )
     for i, (ax, (title, names, matrix, to_anchor)) in enumerate(
-            zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)):
+        zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True)
+    ):
         shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
             own, ink = names[y] == sets[x], ink_on(shown[y, x])
             text = _bare(v)
-            ax.text(x, y - 0.17 * own, text, ha="center", va="center", color=ink,
-                    fontsize=9 if cell > 0.65 else 8)
+            ax.text(
+                x,
+                y - 0.17 * own,
+                text,
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=9 if cell > 0.65 else 8,
+            )
             if own:
-                ax.text(x, y + 0.21, f"({_bare(to_anchor[y])})", ha="center", va="center",
-                        color=ink, fontsize=7.5)
+                ax.text(
+                    x,
+                    y + 0.21,
+                    f"({_bare(to_anchor[y])})",
+                    ha="center",
+                    va="center",
+                    color=ink,
+                    fontsize=7.5,
+                )
                 outline(ax, x, y, colours.get(sets[x], INK))
         label_columns(ax, sets, colours, max(4, int(cell * 13)), slanted=cell < 0.8)
         _label_rows(ax, names if i == 0 else [""] * len(names), colours)
         ax.set_title(title, pad=8)
     fig.axes[0].set_ylabel("owner switched off")
-    fig.supxlabel("% change of bits per byte v the full mixture of the same panel, by held-out "
-                  "set. Red: worse, blue: better.\nOutlined: the set of the owner that is off; "
-                  "in brackets its change v the anchor.", fontsize=9, color=MUTED, x=0.01,
-                  ha="left")
+    fig.supxlabel(
+        "% change of bits per byte v the full mixture of the same panel, by held-out "
+        "set. Red: worse, blue: better.\nOutlined: the set of the owner that is off; "
+        "in brackets its change v the anchor.",
+        fontsize=9,
+        color=MUTED,
+        x=0.01,
+        ha="left",
+    )
     return fig
 
 
@@ -229,8 +305,9 @@ def _bare(change: float) -> str:
 def plot_methods(results: Results) -> Figure | None:
     """Gap closed against FLOPs per token, one point a method, for both kinds of text."""
     one = anchor_flops(results)
-    panels = [(said, _distinct(results[kind])) for kind, said in TABLES.items()
-              if results.get(kind)]
+    panels = [
+        (said, _distinct(results[kind])) for kind, said in TABLES.items() if results.get(kind)
+    ]
     return _draw_methods(panels, one) if panels and not math.isnan(one) else None
 
 
@@ -250,41 +327,93 @@ def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -
         ax.set_xscale("log")
         for y, text in ((0, "the anchor"), (1, "that set's\ndense expert")):
             ax.axhline(y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-            ax.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                        textcoords="offset points", va="center", fontsize=8.5, color=MUTED)
+            ax.annotate(
+                text,
+                (1, y),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=MUTED,
+            )
         for m, e in entries.items():
             colour = method_colour(m)
-            ax.errorbar(e["flops_per_token"] / one, e["mean"], yerr=e.get("spread"), fmt="o",
-                        ms=8, mew=1.8, mec=colour, mfc=colour if e["strict_opt_out"] else "white",
-                        ecolor=colour, elinewidth=1.2, zorder=3)
+            ax.errorbar(
+                e["flops_per_token"] / one,
+                e["mean"],
+                yerr=e.get("spread"),
+                fmt="o",
+                ms=8,
+                mew=1.8,
+                mec=colour,
+                mfc=colour if e["strict_opt_out"] else "white",
+                ecolor=colour,
+                elinewidth=1.2,
+                zorder=3,
+            )
         ax.margins(x=0.1, y=0.14)
         ax.set_ylabel("gap closed")
         ax.set_title(said)
         ax.grid(color=RULE, lw=0.7)
         ax.xaxis.set_minor_locator(NullLocator())
     most = max(e["flops_per_token"] / one for _, entries in panels for e in entries.values())
-    ticks = [t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
-             if t <= 1.15 * most]
+    ticks = [
+        t for t in (1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32) if t <= 1.15 * most
+    ]
     axes[-1].set_xticks(ticks)
     axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes[-1].set_xlabel("forward FLOPs per token, in the anchor's (log scale)")
-    kinds = [(_OUR_COLOUR, "ours", True), (_PAPER_COLOUR, "the paper's FlexOlmo", True),
-             (_RIVAL_COLOUR, "rivals", True), (GREY, "trained on all data together", True),
-             (INK, "hollow: no strict opt-out", False)]
-    fig.legend(handles=[Line2D([], [], ls="", marker="o", ms=8, mew=1.8, mec=colour, label=text,
-                               mfc=colour if full else "white") for colour, text, full in kinds],
-               loc="outside upper left", ncols=5, handletextpad=0.2, columnspacing=1.4)
+    kinds = [
+        (_OUR_COLOUR, "ours", True),
+        (_PAPER_COLOUR, "the paper's FlexOlmo", True),
+        (_RIVAL_COLOUR, "rivals", True),
+        (GREY, "trained on all data together", True),
+        (INK, "hollow: no strict opt-out", False),
+    ]
+    fig.legend(
+        handles=[
+            Line2D(
+                [],
+                [],
+                ls="",
+                marker="o",
+                ms=8,
+                mew=1.8,
+                mec=colour,
+                label=text,
+                mfc=colour if full else "white",
+            )
+            for colour, text, full in kinds
+        ],
+        loc="outside upper left",
+        ncols=5,
+        handletextpad=0.2,
+        columnspacing=1.4,
+    )
     fig.draw_without_rendering()  # labels are placed in pixels, so the axes must have theirs
     for ax, (_, entries) in zip(axes, panels, strict=True):
-        _place_labels(ax, [(e["flops_per_token"] / one, e["mean"], word(m), method_colour(m),
-                            m == DEFAULT) for m, e in entries.items()])
+        _place_labels(
+            ax,
+            [
+                (e["flops_per_token"] / one, e["mean"], word(m), method_colour(m), m == DEFAULT)
+                for m, e in entries.items()
+            ],
+        )
     return fig
 
 
 def method_colour(method: str) -> str:
     """Whose method it is: ours, the paper's, trained on all data, or a rival's."""
-    return (_OUR_COLOUR if method in OURS else _PAPER_COLOUR if method in PAPERS else
-            GREY if method in UNSEPARATED else _RIVAL_COLOUR)
+    return (
+        _OUR_COLOUR
+        if method in OURS
+        else _PAPER_COLOUR
+        if method in PAPERS
+        else GREY
+        if method in UNSEPARATED
+        else _RIVAL_COLOUR
+    )
 
 
 def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]]) -> None:
@@ -292,15 +421,22 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     pixel, inside = renderer.points_to_pixels(1.0), ax.get_window_extent()
     places = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    dots = [Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel)
-            for x, y in places]
+    dots = [
+        Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places
+    ]
     taken: list[Bbox] = []
     for (x, y, text, colour, is_bold), place in zip(points, places, strict=True):
-        label = ax.annotate(wrap_name(text, 40, 1), (x, y), (9, 0), textcoords="offset points",
-                            fontsize=8.5, color=darken_for_text(colour), zorder=4,
-                            fontweight="bold" if is_bold else "normal",
-                            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": GREY,
-                                        "shrinkA": 0, "shrinkB": 4})
+        label = ax.annotate(
+            wrap_name(text, 40, 1),
+            (x, y),
+            (9, 0),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=darken_for_text(colour),
+            zorder=4,
+            fontweight="bold" if is_bold else "normal",
+            arrowprops={"arrowstyle": "-", "lw": 0.7, "color": GREY, "shrinkA": 0, "shrinkB": 4},
+        )
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
         best, least = (9.0, 0.0), math.inf
@@ -309,8 +445,9 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
                 dx = far * math.cos(math.radians(angle)) * pixel
                 dy = far * math.sin(math.radians(angle)) * pixel
                 left = place[0] + dx - size.width * (0.5 - 0.5 * np.sign(round(dx)))
-                box = Bbox.from_bounds(left, place[1] + dy - size.height / 2,
-                                       size.width, size.height)
+                box = Bbox.from_bounds(
+                    left, place[1] + dy - size.height / 2, size.width, size.height
+                )
                 covered = sum(_shared(box, other) for other in [*taken, *dots])
                 covered += size.width * size.height - _shared(box, inside)
                 if covered < least - 1e-6:
@@ -318,7 +455,8 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
         taken.append(chosen)
         label.set_position(best)
         label.set_horizontalalignment(
-            "left" if round(best[0]) > 0 else "right" if round(best[0]) < 0 else "center")
+            "left" if round(best[0]) > 0 else "right" if round(best[0]) < 0 else "center"
+        )
         label.set_verticalalignment("center")
         if math.hypot(*best) < 13 and label.arrow_patch is not None:
             label.arrow_patch.set_visible(False)
@@ -332,37 +470,62 @@ def _shared(a: Bbox, b: Bbox) -> float:
 
 def plot_kept_gain(results: Results) -> Figure | None:
     """By owner, the share of its own pair's gain that the mixture keeps, by family."""
-    kinds = [("default", "our default", "o", 75), ("low", "low rank", "D", 48),
-             ("paper", "the paper's FlexOlmo", "X", 60)]
+    kinds = [
+        ("default", "our default", "o", 75),
+        ("low", "low rank", "D", 48),
+        ("paper", "the paper's FlexOlmo", "X", 60),
+    ]
     found = {family: over_seeds(results, "kept", family) for family, *_ in kinds}
     kinds = [k for k in kinds if found[k[0]]]
     return _draw_kept(kinds, found, owners_of(results), colours_of(results)) if kinds else None
 
 
 @styled
-def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, list[Any]],
-               names: list[str], colours: Mapping[str, str]) -> Figure:
+def _draw_kept(
+    kinds: Sequence[tuple[str, str, str, int]],
+    found: Mapping[str, list[Any]],
+    names: list[str],
+    colours: Mapping[str, str],
+) -> Figure:
     rows = [*names, "mean"]
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.6 + 0.5 * len(rows)), layout="constrained")
     ax = fig.subplots()
     low, high = _KEPT_RANGE
     for y, name in enumerate(rows):
         for i, (family, _, marker, size) in enumerate(kinds):
-            values = [100 * (k["mean"] if name == "mean" else k["sets"].get(name, math.nan))
-                      for k in found[family]]
+            values = [
+                100 * (k["mean"] if name == "mean" else k["sets"].get(name, math.nan))
+                for k in found[family]
+            ]
             x, colour = float(np.mean(values)), colours.get(name, INK)
             if math.isnan(x):
                 continue
             at, level = min(max(x, low), high), y + 0.24 * (i - (len(kinds) - 1) / 2)
             face = "white" if family != "default" else colour
-            ax.scatter([at], [level], s=size, marker=marker, lw=1.6, zorder=3, edgecolors=colour,
-                       facecolors=face, clip_on=False)
+            ax.scatter(
+                [at],
+                [level],
+                s=size,
+                marker=marker,
+                lw=1.6,
+                zorder=3,
+                edgecolors=colour,
+                facecolors=face,
+                clip_on=False,
+            )
             ends = np.clip([min(values), max(values)], low, high)
             ax.plot(ends, [level] * 2, color=colour, lw=1.6, zorder=2)
-            ax.annotate(f"{x:.0f}\u00a0%".replace("-", "−"), (max(at, ends[1]), level),
-                        xytext=(8, 0), fontsize=8.5, va="center", textcoords="offset points",
-                        color=INK if family == "default" else MUTED, zorder=2.5,
-                        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})
+            ax.annotate(
+                f"{x:.0f}\u00a0%".replace("-", "−"),
+                (max(at, ends[1]), level),
+                xytext=(8, 0),
+                fontsize=8.5,
+                va="center",
+                textcoords="offset points",
+                color=INK if family == "default" else MUTED,
+                zorder=2.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+            )
     ax.set_yticks(range(len(rows)), [wrap_name(n, 22) for n in rows])
     no_ticks(ax, "y")
     for label, name in zip(ax.get_yticklabels(), rows, strict=True):
@@ -373,17 +536,39 @@ def _draw_kept(kinds: Sequence[tuple[str, str, str, int]], found: Mapping[str, l
     ax.set_xlim(max(low, min([0.0, *drawn])) - 2, max(105.0, min(high, max(drawn))) + 8)
     for x, text in ((90, "asked: 90 % "), (100, " all")):
         ax.axvline(x, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-        ax.annotate(text, (x, 1), xycoords=("data", "axes fraction"), xytext=(0, 2),
-                    textcoords="offset points", fontsize=8.5, color=MUTED,
-                    ha="right" if x < 100 else "left")
+        ax.annotate(
+            text,
+            (x, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=8.5,
+            color=MUTED,
+            ha="right" if x < 100 else "left",
+        )
     ax.axvline(0, color=INK, lw=1, zorder=1)
     ax.grid(axis="x", color=RULE, lw=0.7)
     ax.spines["left"].set_visible(False)
     ax.set_xlabel("% of the own pair's gain on the owner's set that is left after merging")
-    fig.legend(handles=[Line2D([], [], ls="", marker=marker, ms=8, mew=1.6, mec=MUTED, label=said,
-                               mfc=MUTED if family == "default" else "white")
-                        for family, said, marker, _ in kinds],
-               loc="outside upper left", ncols=3, handletextpad=0.2)
+    fig.legend(
+        handles=[
+            Line2D(
+                [],
+                [],
+                ls="",
+                marker=marker,
+                ms=8,
+                mew=1.6,
+                mec=MUTED,
+                label=said,
+                mfc=MUTED if family == "default" else "white",
+            )
+            for family, said, marker, _ in kinds
+        ],
+        loc="outside upper left",
+        ncols=3,
+        handletextpad=0.2,
+    )
     return fig
 
 

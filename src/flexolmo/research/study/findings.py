@@ -20,24 +20,47 @@ TABLES = {"gap_closed": "held-out documents", "mixed": "mixed documents"}
 OURS = (DEFAULT, "flexolmo_all_active", "low_rank")
 PAPERS = ("flexolmo_paper", "flexolmo_joint_tuned")
 UNSEPARATED = ("unrestricted_1x", "unrestricted_2x")  # trained on all sets together
-RIVALS = ("soup_mean", "soup_weighted", "soup_weighted_equal_flops", "prompt_routing",
-          "btm_equal_flops", "btx", "dume")
+RIVALS = (
+    "soup_mean",
+    "soup_weighted",
+    "soup_weighted_equal_flops",
+    "prompt_routing",
+    "btm_equal_flops",
+    "btx",
+    "dume",
+)
 WORDS = {
-    DEFAULT: "our default", "flexolmo_all_active": "our default, all experts active",
-    "low_rank": "our default, low rank", "own_pair": "own pair",
-    "flexolmo_paper": "the paper's FlexOlmo", "flexolmo_joint_tuned": "the paper's FlexOlmo + RT",
-    "soup_mean": "mean soup", "soup_weighted": "weighted soup",
-    "soup_weighted_equal_flops": "weighted soup at our FLOPs", "btm": "BTM",
-    "btm_switching": "switching BTM", "btm_equal_flops": "BTM at our FLOPs",
-    "prompt_routing": "prompt routing", "btx": "BTX", "dume": "DUME",
-    "unrestricted_1x": "unrestricted 1x", "unrestricted_2x": "unrestricted 2x",
+    DEFAULT: "our default",
+    "flexolmo_all_active": "our default, all experts active",
+    "low_rank": "our default, low rank",
+    "own_pair": "own pair",
+    "flexolmo_paper": "the paper's FlexOlmo",
+    "flexolmo_joint_tuned": "the paper's FlexOlmo + RT",
+    "soup_mean": "mean soup",
+    "soup_weighted": "weighted soup",
+    "soup_weighted_equal_flops": "weighted soup at our FLOPs",
+    "btm": "BTM",
+    "btm_switching": "switching BTM",
+    "btm_equal_flops": "BTM at our FLOPs",
+    "prompt_routing": "prompt routing",
+    "btx": "BTX",
+    "dume": "DUME",
+    "unrestricted_1x": "unrestricted 1x",
+    "unrestricted_2x": "unrestricted 2x",
     PUBLIC: "the anchor",
 }
 # Averages of the paper's table 1 (four sets, 24 tasks), for those methods that are in it.
 # Source: arXiv 2507.07024v4, table 1; of its two prompt routers the better one (the other: 40.0).
 PAPER_AVERAGES = {
-    PUBLIC: 36.9, "soup_mean": 39.6, "soup_weighted": 42.2, "btm": 43.4, "prompt_routing": 40.8,
-    "btx": 40.0, "flexolmo_paper": 46.7, "flexolmo_joint_tuned": 47.8, "unrestricted_1x": 46.3,
+    PUBLIC: 36.9,
+    "soup_mean": 39.6,
+    "soup_weighted": 42.2,
+    "btm": 43.4,
+    "prompt_routing": 40.8,
+    "btx": 40.0,
+    "flexolmo_paper": 46.7,
+    "flexolmo_joint_tuned": 47.8,
+    "unrestricted_1x": 46.3,
     "unrestricted_2x": 51.5,
 }
 FLOPS_SLACK = 1.02  # a rival may spend this much of our default's FLOPs and count as equal
@@ -118,8 +141,13 @@ Choose = Callable[[Table], str | None]  # whom to hold our default against
 
 def find_bars(results: Results) -> list[Bar]:
     """All bars, in the order in which they were asked."""
-    return [*_kept_bars(results), *_rival_bars(results), *_unrestricted_bars(results),
-            *_size_bars(results), *_optout_bars(results)]
+    return [
+        *_kept_bars(results),
+        *_rival_bars(results),
+        *_unrestricted_bars(results),
+        *_size_bars(results),
+        *_optout_bars(results),
+    ]
 
 
 def best_rival(table: Table) -> str | None:
@@ -132,76 +160,165 @@ def best_rival(table: Table) -> str | None:
 
 
 def _kept_bars(results: Results) -> Iterator[Bar]:
-    yield _bar("a", "merged, our default keeps at least 90 % of what each own pair gains, mean "
-               "over sets", over_seeds(results, "kept", "default", "mean"),
-               lambda x: _at_least(x, 0.9), "share")
-    yield _bar("a", "it needs at most 1 % more bits for public text than the anchor",
-               over_seeds(results, "kept", "default", "public_change"),
-               lambda x: _at_least(0.01, x), "change")
+    yield _bar(
+        "a",
+        "merged, our default keeps at least 90 % of what each own pair gains, mean over sets",
+        over_seeds(results, "kept", "default", "mean"),
+        lambda x: _at_least(x, 0.9),
+        "share",
+    )
+    yield _bar(
+        "a",
+        "it needs at most 1 % more bits for public text than the anchor",
+        over_seeds(results, "kept", "default", "public_change"),
+        lambda x: _at_least(0.01, x),
+        "change",
+    )
 
 
 def _rival_bars(results: Results) -> Iterator[Bar]:
     for kind, text in TABLES.items():
-        yield _versus(results, kind, "b", f"{text}: at least 1.1 times the best rival that "
-                      "respects data separation at equal inference FLOPs (up to 1.02 times ours)",
-                      best_rival, 1.1)
-    yield _versus(results, "mixed", "b", "mixed documents: at least 1.1 times BTM without a "
-                  "limit of FLOPs", _take("btm"), 1.1)
-    yield _versus(results, "gap_closed", "b", "held-out documents: at least 0.95 times BTM "
-                  "without a limit of FLOPs", _take("btm"), 0.95)
-    yield _versus(results, "mixed", "b", "mixed documents, against BTM that may switch (our "
-                  "strengthening of the rival), without a limit", _take("btm_switching"), None)
+        yield _versus(
+            results,
+            kind,
+            "b",
+            f"{text}: at least 1.1 times the best rival that "
+            "respects data separation at equal inference FLOPs (up to 1.02 times ours)",
+            best_rival,
+            1.1,
+        )
+    yield _versus(
+        results,
+        "mixed",
+        "b",
+        "mixed documents: at least 1.1 times BTM without a limit of FLOPs",
+        _take("btm"),
+        1.1,
+    )
+    yield _versus(
+        results,
+        "gap_closed",
+        "b",
+        "held-out documents: at least 0.95 times BTM without a limit of FLOPs",
+        _take("btm"),
+        0.95,
+    )
+    yield _versus(
+        results,
+        "mixed",
+        "b",
+        "mixed documents, against BTM that may switch (our "
+        "strengthening of the rival), without a limit",
+        _take("btm_switching"),
+        None,
+    )
 
 
 def _unrestricted_bars(results: Results) -> Iterator[Bar]:
     for kind, text in TABLES.items():
-        yield _versus(results, kind, "c", f"{text}: better than unrestricted training with 1x "
-                      "FLOPs", _take("unrestricted_1x"), 1.0, is_strict=True)
+        yield _versus(
+            results,
+            kind,
+            "c",
+            f"{text}: better than unrestricted training with 1x FLOPs",
+            _take("unrestricted_1x"),
+            1.0,
+            is_strict=True,
+        )
     for kind, text in TABLES.items():
-        yield _versus(results, kind, "c", f"{text}: at least half of what unrestricted training "
-                      "with 2x FLOPs closes", _take("unrestricted_2x"), 0.5)
+        yield _versus(
+            results,
+            kind,
+            "c",
+            f"{text}: at least half of what unrestricted training with 2x FLOPs closes",
+            _take("unrestricted_2x"),
+            0.5,
+        )
     for kind, text in TABLES.items():
-        yield _versus(results, kind, "c", f"{text}: does it beat unrestricted training with 2x "
-                      "FLOPs (more than 1)?", _take("unrestricted_2x"), None)
+        yield _versus(
+            results,
+            kind,
+            "c",
+            f"{text}: does it beat unrestricted training with 2x FLOPs (more than 1)?",
+            _take("unrestricted_2x"),
+            None,
+        )
 
 
 def _size_bars(results: Results) -> Iterator[Bar]:
-    sizes = [(max(low / full for low, full in zip(b["low"], b["default"], strict=True)), b)
-             for b in over_seeds(results, "bytes") if b.get("low") and b.get("default")]
-    totals = [fmean(sum(b[f]) / len(b[f]) for _, b in sizes) / 1e6 if sizes else math.nan
-              for f in ("low", "default")]
-    yield _bar("d", "a low-rank expert is at most a quarter of the full one's bytes, every owner",
-               [ratio for ratio, _ in sizes], lambda x: _at_least(0.25, x), "share",
-               f"mean {totals[0]:.2f} of {totals[1]:.2f} MB", over=max)
-    yield _bar("d", "it has at least 95 % of the full expert's gain, mean over sets",
-               [fmean(s.values()) for s in over_seeds(results, "low_rank_share_of_gain") if s],
-               lambda x: _at_least(x, 0.95), "share")
+    sizes = [
+        (max(low / full for low, full in zip(b["low"], b["default"], strict=True)), b)
+        for b in over_seeds(results, "bytes")
+        if b.get("low") and b.get("default")
+    ]
+    totals = [
+        fmean(sum(b[f]) / len(b[f]) for _, b in sizes) / 1e6 if sizes else math.nan
+        for f in ("low", "default")
+    ]
+    yield _bar(
+        "d",
+        "a low-rank expert is at most a quarter of the full one's bytes, every owner",
+        [ratio for ratio, _ in sizes],
+        lambda x: _at_least(0.25, x),
+        "share",
+        f"mean {totals[0]:.2f} of {totals[1]:.2f} MB",
+        over=max,
+    )
+    yield _bar(
+        "d",
+        "it has at least 95 % of the full expert's gain, mean over sets",
+        [fmean(s.values()) for s in over_seeds(results, "low_rank_share_of_gain") if s],
+        lambda x: _at_least(x, 0.95),
+        "share",
+    )
 
 
 def _optout_bars(results: Results) -> Iterator[Bar]:
-    for family, said in (("default", "with an owner off, its own set is at most 0.5 % worse than "
-                          "under the anchor, every owner and seed"),
-                         ("paper", "the same with the paper's FlexOlmo")):
+    for family, said in (
+        (
+            "default",
+            "with an owner off, its own set is at most 0.5 % worse than "
+            "under the anchor, every owner and seed",
+        ),
+        ("paper", "the same with the paper's FlexOlmo"),
+    ):
         worst, names = [], []
-        for off, bits in zip(over_seeds(results, "optout", family),
-                             over_seeds(results, "bits_per_byte", ANCHOR), strict=False):
+        for off, bits in zip(
+            over_seeds(results, "optout", family),
+            over_seeds(results, "bits_per_byte", ANCHOR),
+            strict=False,
+        ):
             change = {n: off[n][n] / bits[n] - 1 for n in off if n in off[n] and bits.get(n)}
             if change:
                 names.append(max(change, key=change.__getitem__))
                 worst.append(change[names[-1]])
         name = names[worst.index(max(worst))] if worst else ""
-        yield _bar("opt-out", said, worst,
-                   (lambda x: _at_least(0.005, x)) if family == "default" else None, "change",
-                   f"worst: {name}", over=max)
+        yield _bar(
+            "opt-out",
+            said,
+            worst,
+            (lambda x: _at_least(0.005, x)) if family == "default" else None,
+            "change",
+            f"worst: {name}",
+            over=max,
+        )
 
 
 def _take(method: str) -> Choose:
     return lambda table: method if method in table else None
 
 
-def _versus(results: Results, kind: str, part: str, asked: str, choose: Choose,
-            least: float | None, is_strict: bool = False) -> Bar:
+def _versus(
+    results: Results,
+    kind: str,
+    part: str,
+    asked: str,
+    choose: Choose,
+    least: float | None,
+    is_strict: bool = False,
+) -> Bar:
     """Our default's gap closed over a rival's: of the means over seeds, and in every seed."""
+
     def ratio(table: Table) -> float:
         rival = choose(table)
         if rival is None or DEFAULT not in table:
@@ -211,24 +328,48 @@ def _versus(results: Results, kind: str, part: str, asked: str, choose: Choose,
 
     whole: Table = results.get(kind) or {}
     rival = choose(whole)
-    is_met = None if least is None else (
-        lambda x: x > least if is_strict else _at_least(x, least))
-    detail = (f"{mean_of(whole, DEFAULT):.3f} v {mean_of(whole, rival):.3f}, {word(rival)}"
-              if rival and DEFAULT in whole else "")
+    is_met = None if least is None else (lambda x: x > least if is_strict else _at_least(x, least))
+    detail = (
+        f"{mean_of(whole, DEFAULT):.3f} v {mean_of(whole, rival):.3f}, {word(rival)}"
+        if rival and DEFAULT in whole
+        else ""
+    )
     value = ratio(whole)
-    bar = _bar(part, asked, [ratio(t) for t in over_seeds(results, kind)], is_met, "times",
-               detail, over=lambda _: value)
+    bar = _bar(
+        part,
+        asked,
+        [ratio(t) for t in over_seeds(results, kind)],
+        is_met,
+        "times",
+        detail,
+        over=lambda _: value,
+    )
     if detail and math.isnan(value) and least is not None:  # neither is better than the anchor
         return Bar(part, asked, value, bar.by_seed, False, "times", detail)
     return bar
 
 
-def _bar(part: str, asked: str, by_seed: Sequence[float], is_met: Callable[[float], bool] | None,
-         unit: str, detail: str = "", over: Callable[[Sequence[float]], float] = fmean) -> Bar:
+def _bar(
+    part: str,
+    asked: str,
+    by_seed: Sequence[float],
+    is_met: Callable[[float], bool] | None,
+    unit: str,
+    detail: str = "",
+    over: Callable[[Sequence[float]], float] = fmean,
+) -> Bar:
     value = over(by_seed) if by_seed else math.nan
     met = None if is_met is None or math.isnan(value) else is_met(value)
-    return Bar(part, asked, value, list(by_seed), met, unit, detail if by_seed else "",
-               is_information=is_met is None)
+    return Bar(
+        part,
+        asked,
+        value,
+        list(by_seed),
+        met,
+        unit,
+        detail if by_seed else "",
+        is_information=is_met is None,
+    )
 
 
 def _at_least(x: float, y: float) -> bool:
@@ -259,8 +400,9 @@ class Agreement:
     swaps: list[Swap] = field(default_factory=list)
 
 
-def compare_orders(results: Results, kind: str, stand_ins: Mapping[str, str] | None = None
-                   ) -> Agreement | None:
+def compare_orders(
+    results: Results, kind: str, stand_ins: Mapping[str, str] | None = None
+) -> Agreement | None:
     """Our order in the table `kind` against the paper's averages; None below two methods.
 
     `stand_ins`: for a method of the paper's, the one of ours to put in its place. The anchor's
@@ -283,6 +425,8 @@ def compare_orders(results: Results, kind: str, stand_ins: Mapping[str, str] | N
         return 0.0 if method == PUBLIC else mean_of(one, stand_ins.get(method, method))
 
     tables = over_seeds(results, kind)
-    swaps = [Swap(a, b, (ours[a], ours[b]), sum(in_seed(t, a) < in_seed(t, b) for t in tables))
-             for a, b in swapped]
+    swaps = [
+        Swap(a, b, (ours[a], ours[b]), sum(in_seed(t, a) < in_seed(t, b) for t in tables))
+        for a, b in swapped
+    ]
     return Agreement(methods, ours, len(pairs), (agreeing - len(swaps)) / len(pairs), swaps)

@@ -26,8 +26,9 @@ TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
 PROMPTS = (8, 16, 32, 64)  # tokens
 
 
-def gap_closed(method: Rows, public: Rows, dense: Mapping[str, Rows], names: Sequence[str]
-               ) -> dict[str, float]:
+def gap_closed(
+    method: Rows, public: Rows, dense: Mapping[str, Rows], names: Sequence[str]
+) -> dict[str, float]:
     """(public - method) / (public - dense expert of that set), in nats, by owner's set."""
     found = {}
     for n in names:
@@ -36,9 +37,14 @@ def gap_closed(method: Rows, public: Rows, dense: Mapping[str, Rows], names: Seq
     return found
 
 
-def gap_closed_mixed(method: Rows, public: Rows, dense: Mapping[str, Rows],
-                     sources: Sequence[np.ndarray], set_names: Sequence[str],
-                     names: Sequence[str]) -> dict[str, float]:
+def gap_closed_mixed(
+    method: Rows,
+    public: Rows,
+    dense: Mapping[str, Rows],
+    sources: Sequence[np.ndarray],
+    set_names: Sequence[str],
+    names: Sequence[str],
+) -> dict[str, float]:
     """The same over the tokens of mixed documents that came from each owner's set; what an owner's
     dense model says of its own pieces, reading the whole document, is the mark of 1.
 
@@ -48,12 +54,16 @@ def gap_closed_mixed(method: Rows, public: Rows, dense: Mapping[str, Rows],
     for n in names:
         place = set_names.index(n)
         if not any((s == place).any() for s in sources):
-            raise DataError(f"None of the {len(sources)} mixed documents has a piece of {n}; ask "
-                            "for more of them (heldout_mixed, validation_mixed).")
+            raise DataError(
+                f"None of the {len(sources)} mixed documents has a piece of {n}; ask "
+                "for more of them (heldout_mixed, validation_mixed)."
+            )
 
         def on(rows: Rows, place: int = place) -> float:
-            return sum(float(r[s == place].astype(np.float64).sum())
-                       for r, s in zip(rows[MIXED], sources, strict=True))
+            return sum(
+                float(r[s == place].astype(np.float64).sum())
+                for r, s in zip(rows[MIXED], sources, strict=True)
+            )
 
         base = on(public)
         found[n] = (on(method) - base) / (on(dense[n]) - base)
@@ -89,15 +99,24 @@ def mix(readings: Mapping[str, Rows], weigh: Callable[[np.ndarray, str, int], np
     return found
 
 
-def btm(readings: Mapping[str, Rows], temperature: float, top_k: int | None = None,
-        switch_rate: float = 0.0) -> Rows:
+def btm(
+    readings: Mapping[str, Rows],
+    temperature: float,
+    top_k: int | None = None,
+    switch_rate: float = 0.0,
+) -> Rows:
     """BTM over all models; see `baselines.btm_weights`."""
-    return mix(readings, lambda p, _n, _i: btm_weights(
-        p, temperature=temperature, top_k=top_k, switch_rate=switch_rate))
+    return mix(
+        readings,
+        lambda p, _n, _i: btm_weights(
+            p, temperature=temperature, top_k=top_k, switch_rate=switch_rate
+        ),
+    )
 
 
-def btm_equal_flops(readings: Mapping[str, Rows], temperature: float, top_k: int, budget: float
-                    ) -> tuple[Rows, float]:
+def btm_equal_flops(
+    readings: Mapping[str, Rows], temperature: float, top_k: int, budget: float
+) -> tuple[Rows, float]:
     """BTM within a budget of `budget` dense models a token: all read a prefix, `top_k` go on.
 
     Returns the rows and the dense models really run per token.
@@ -116,12 +135,17 @@ def btm_equal_flops(readings: Mapping[str, Rows], temperature: float, top_k: int
     return rows, spent / tokens
 
 
-def prompt_routing(readings: Mapping[str, Rows], probabilities: Mapping[str, np.ndarray],
-                   prompt_tokens: int) -> Rows:
+def prompt_routing(
+    readings: Mapping[str, Rows], probabilities: Mapping[str, np.ndarray], prompt_tokens: int
+) -> Rows:
     """One dense model for the rest of a text, by a classifier's reading of its start.
 
     `probabilities` holds [windows,E] by set, in the order of `readings`.
     """
     public = list(readings).index(PUBLIC)
-    return mix(readings, lambda p, name, i: prompt_routing_weights(
-        probabilities[name][i], p.shape[1], prompt_tokens, public))
+    return mix(
+        readings,
+        lambda p, name, i: prompt_routing_weights(
+            probabilities[name][i], p.shape[1], prompt_tokens, public
+        ),
+    )

@@ -33,8 +33,10 @@ def set_of(step: StepContext, name: str) -> TokenSet:
 
 def dense_states(step: StepContext, base: Anchor) -> dict[str, dict[str, Tensor]]:
     """State dicts of the inputs dense.SET, by set."""
-    return {n: load_dense(base, step.inputs[f"dense.{n}"] / "model.safetensors").state_dict()
-            for n in step.settings["sets"]}
+    return {
+        n: load_dense(base, step.inputs[f"dense.{n}"] / "model.safetensors").state_dict()
+        for n in step.settings["sets"]
+    }
 
 
 def first_rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
@@ -50,10 +52,13 @@ def first_rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
         def watch(total: Tensor) -> Any:
             def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 total.add_(args[0].sum((0, 1)).cpu())
+
             return add
 
-        hooks = [cast(nn.Module, block.mlp).register_forward_pre_hook(watch(total))
-                 for block, total in zip(base.model.layers, sums, strict=True)]
+        hooks = [
+            cast(nn.Module, block.mlp).register_forward_pre_hook(watch(total))
+            for block, total in zip(base.model.layers, sums, strict=True)
+        ]
         mean_hidden_state(base.model, embedding_windows(data, base.config))
         for hook in hooks:
             hook.remove()
@@ -71,8 +76,11 @@ def with_rows(step: StepContext, base: Anchor) -> Anchor:
 def mixture_of(step: StepContext, top_k: int | None) -> MixtureModel:
     """The mixture of the inputs expert.SET."""
     base = with_rows(step, anchor_of(step))
-    experts = {role.removeprefix("expert."): load_expert(path / "expert")
-               for role, path in step.inputs.items() if role.startswith("expert.")}
+    experts = {
+        role.removeprefix("expert."): load_expert(path / "expert")
+        for role, path in step.inputs.items()
+        if role.startswith("expert.")
+    }
     router: RouterSettings = next(iter(experts.values())).router
     tensors = {n: e.tensors for n, e in experts.items()}
     if isinstance(router, LinearSettings) and step.settings.get("no_bias"):

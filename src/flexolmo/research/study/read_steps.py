@@ -13,12 +13,7 @@ from flexolmo.model.moe import MixtureModel
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress
 from flexolmo.research.rivals.baselines import TextClassifier, likelihood_weights, soup
-from flexolmo.research.rivals.models import (
-    Reading,
-    load_dense,
-    load_reading,
-    load_rival,
-)
+from flexolmo.research.rivals.models import Reading, load_dense, load_reading, load_rival
 from flexolmo.research.steps.step import StepContext, step_kind
 from flexolmo.research.study.inputs import anchor_of, dense_states, mixture_of
 from flexolmo.research.study.text_steps import SPLITS, load_windows
@@ -33,8 +28,12 @@ def model_of(step: StepContext) -> Transformer:
     if what == "dense":
         return load_dense(anchor_of(step), step.inputs["model"] / "model.safetensors")
     if what == "rival":
-        return load_rival(anchor_of(step), step.settings["sets"], step.settings["top_k"],
-                          step.inputs["model"] / "model.safetensors")
+        return load_rival(
+            anchor_of(step),
+            step.settings["sets"],
+            step.settings["top_k"],
+            step.inputs["model"] / "model.safetensors",
+        )
     if what == "soup":
         base = anchor_of(step)
         models = {"public": base.model.state_dict()} | dense_states(step, base)
@@ -64,10 +63,13 @@ def read(step: StepContext) -> dict[str, Any]:
     for split in settings.get("splits", SPLITS):
         text = load_windows(step.inputs["windows"], split)
         chosen = settings.get("on") or list(text)
-        with progress(f"{step.label}, {split}",
-                      sum(len(i) - 1 for n in chosen for i, _ in text[n]), "tok") as meter:
-            found = {n: read_windows(model, text[n], enabled=settings.get("enabled"), meter=meter)
-                     for n in chosen}
+        with progress(
+            f"{step.label}, {split}", sum(len(i) - 1 for n in chosen for i, _ in text[n]), "tok"
+        ) as meter:
+            found = {
+                n: read_windows(model, text[n], enabled=settings.get("enabled"), meter=meter)
+                for n in chosen
+            }
         Reading({n: f.log_probs for n, f in found.items()}).save(step.out / f"{split}.npz")
         if split == "heldout":
             routing = {n: f.routing for n, f in found.items() if f.routing is not None}
@@ -90,8 +92,7 @@ def read_weighted_soup(step: StepContext) -> dict[str, Any]:
     model = Transformer(base.config).to(base.model.device).requires_grad_(False).eval()
     for split in SPLITS:
         text = load_windows(step.inputs["windows"], split)
-        readings = {n: load_reading(step.inputs[f"read.{n}"] / f"{split}.npz", text)
-                    for n in names}
+        readings = {n: load_reading(step.inputs[f"read.{n}"] / f"{split}.npz", text) for n in names}
         start = load_reading(step.inputs["read.mean"] / f"{split}.npz", text)
         found: dict[str, list[np.ndarray]] = {}
         total = sum(len(ids) - 1 for w in text.values() for ids, _ in w)
@@ -99,11 +100,11 @@ def read_weighted_soup(step: StepContext) -> dict[str, Any]:
             for name, rows in text.items():
                 found[name] = []
                 for i, (ids, size) in enumerate(rows):
-                    likelihood = np.array([readings[n].log_probs[name][i][:P].sum()
-                                           for n in names])
+                    likelihood = np.array([readings[n].log_probs[name][i][:P].sum() for n in names])
                     weights = likelihood_weights(likelihood, settings["temperature"])
-                    model.load_state_dict(soup(states, dict(zip(names, weights.tolist(),
-                                                                strict=True))))
+                    model.load_state_dict(
+                        soup(states, dict(zip(names, weights.tolist(), strict=True)))
+                    )
                     said = read_windows(model, [(ids, size)]).log_probs[0]
                     found[name].append(np.concatenate([start.log_probs[name][i][:P], said[P:]]))
                     meter.advance(len(ids) - 1)
@@ -118,14 +119,23 @@ def samples(step: StepContext) -> dict[str, Any]:
     Inputs: anchor, model (absent: the anchor speaks). Settings: count, tokens, seed.
     """
     base = anchor_of(step)
-    model = (load_dense(base, step.inputs["model"] / "model.safetensors")
-             if "model" in step.inputs else base.model)
-    sampling = Sampling(max_new_tokens=step.settings["tokens"], temperature=1.0, top_p=1.0,
-                        seed=step.settings["seed"])
+    model = (
+        load_dense(base, step.inputs["model"] / "model.safetensors")
+        if "model" in step.inputs
+        else base.model
+    )
+    sampling = Sampling(
+        max_new_tokens=step.settings["tokens"],
+        temperature=1.0,
+        top_p=1.0,
+        seed=step.settings["seed"],
+    )
     rows = continue_ids(model, [[] for _ in range(step.settings["count"])], sampling)
-    np.savez(step.out / "samples.npz", ids=np.concatenate([np.array(r, dtype=np.int64)
-                                                           for r in rows]),
-             lengths=np.array([len(r) for r in rows]))
+    np.savez(
+        step.out / "samples.npz",
+        ids=np.concatenate([np.array(r, dtype=np.int64) for r in rows]),
+        lengths=np.array([len(r) for r in rows]),
+    )
     return {}
 
 
@@ -135,10 +145,17 @@ def load_samples(directory: Path) -> list[np.ndarray]:
         return np.split(f["ids"], np.cumsum(f["lengths"])[:-1])
 
 
-def fit_prompt_classifier(written: Mapping[str, Sequence[np.ndarray]], tokenizer: Tokenizer,
-                          prompt_tokens: int) -> TextClassifier:
+def fit_prompt_classifier(
+    written: Mapping[str, Sequence[np.ndarray]], tokenizer: Tokenizer, prompt_tokens: int
+) -> TextClassifier:
     """Tells by a text's first tokens which of the models wrote it; of their samples by name."""
-    return TextClassifier.fit({
-        name: [tokenizer.decode(row[i:i + prompt_tokens].tolist()) for row in rows
-               for i in range(0, len(row) - prompt_tokens + 1, prompt_tokens)]
-        for name, rows in written.items()})
+    return TextClassifier.fit(
+        {
+            name: [
+                tokenizer.decode(row[i : i + prompt_tokens].tolist())
+                for row in rows
+                for i in range(0, len(row) - prompt_tokens + 1, prompt_tokens)
+            ]
+            for name, rows in written.items()
+        }
+    )

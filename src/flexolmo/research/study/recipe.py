@@ -42,29 +42,40 @@ class StudyRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of anchor, experts and "
-                                   "rivals; the first one's study also has the ablations")
+    seeds: tuple[int, ...] = Field(
+        (0, 1, 2),
+        min_length=1,
+        description="of anchor, experts and rivals; the first one's study also has the ablations",
+    )
     owners: tuple[str, ...] = Field(
-        ("academic", "code", "creative", "edu", "forum", "math", "news"), min_length=2,
-        description="owners, by the name of their set")
+        ("academic", "code", "creative", "edu", "forum", "math", "news"),
+        min_length=2,
+        description="owners, by the name of their set",
+    )
     vocab_size: int = Field(4096, ge=300, description="entries of the tokenizer")
-    from_directory: str | None = Field(None, description="directory of SET/*.jsonl.gz to read, "
-                                       "public and every owner's, instead of packages")
+    from_directory: str | None = Field(
+        None,
+        description="directory of SET/*.jsonl.gz to read, "
+        "public and every owner's, instead of packages",
+    )
     seq_len: int = Field(512, ge=64, description="tokens of a window that is read")
     heldout_bytes: int = Field(40_000, ge=1000, description="text reported on, of each set")
     validation_bytes: int = Field(20_000, ge=1000, description="text chosen by, of each set")
     heldout_mixed: int = Field(48, ge=1, description="mixed documents reported on")
     validation_mixed: int = Field(24, ge=1, description="mixed documents chosen by")
     anchor: AnchorRecipe = AnchorRecipe()
-    train: TrainSettings = Field(TrainSettings(steps=160, batch_size=4, seq_len=512),
-                                 description="of one owner's model, ours or a rival's")
+    train: TrainSettings = Field(
+        TrainSettings(steps=160, batch_size=4, seq_len=512),
+        description="of one owner's model, ours or a rival's",
+    )
     default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
     low_rank: LowRankRecipe = LowRankRecipe()
     top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")
     tuning_steps: int = Field(60, ge=1, description="of the paper's joint router tuning")
     proxy_tokens: int = Field(40_000, ge=100, description="public tokens in an owner's proxy")
-    samples: int = Field(96, ge=8, description="texts each dense model writes for the prompt "
-                         "classifier")
+    samples: int = Field(
+        96, ge=8, description="texts each dense model writes for the prompt classifier"
+    )
     has_ablations: bool = Field(True, description="run the ablations with the first seed")
 
 
@@ -87,8 +98,10 @@ def build_graph(recipe: StudyRecipe) -> Graph:
     graph, source = Graph(recipe), dict[str, Any](from_directory=None)
     if recipe.from_directory:
         directory = Path(recipe.from_directory).resolve()
-        source = {"from_directory": str(directory), "files": {
-            n: digest_files(directory / n) for n in ("public", *recipe.owners)}}
+        source = {
+            "from_directory": str(directory),
+            "files": {n: digest_files(directory / n) for n in ("public", *recipe.owners)},
+        }
     for seed in recipe.seeds:
         one = _Seed(recipe, seed, source)
         graph.scores[seed] = one.score()
@@ -103,65 +116,115 @@ class _Seed:
     def __init__(self, recipe: StudyRecipe, seed: int, source: Mapping[str, Any]):
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
         sets = ["public", *self.owners]
-        self.corpus = Step("corpus", "corpus", {
-            "sets": sets, **source, "vocab_size": recipe.vocab_size})
-        self.windows = Step("windows", "windows", {
-            "sets": sets, "seq_len": recipe.seq_len, "seed": 0,
-            "bytes": {"heldout": recipe.heldout_bytes, "validation": recipe.validation_bytes},
-            "mixed": {"heldout": recipe.heldout_mixed, "validation": recipe.validation_mixed},
-        }, {"corpus": self.corpus})
+        self.corpus = Step(
+            "corpus", "corpus", {"sets": sets, **source, "vocab_size": recipe.vocab_size}
+        )
+        self.windows = Step(
+            "windows",
+            "windows",
+            {
+                "sets": sets,
+                "seq_len": recipe.seq_len,
+                "seed": 0,
+                "bytes": {"heldout": recipe.heldout_bytes, "validation": recipe.validation_bytes},
+                "mixed": {"heldout": recipe.heldout_mixed, "validation": recipe.validation_mixed},
+            },
+            {"corpus": self.corpus},
+        )
         self.base: dict[str, Step] = {"corpus": self.corpus}
-        self.anchor = self.step("anchor", "anchor", {
-            "recipe": recipe.anchor.model_dump(mode="json", exclude={"seed"})})
+        self.anchor = self.step(
+            "anchor", "anchor", {"recipe": recipe.anchor.model_dump(mode="json", exclude={"seed"})}
+        )
         self.base["anchor"] = self.anchor
-        self.dense = {n: self.step(f"dense {n}", "dense", {
-            "set": n, "train": recipe.train.model_dump(mode="json")}) for n in self.owners}
+        self.dense = {
+            n: self.step(
+                f"dense {n}", "dense", {"set": n, "train": recipe.train.model_dump(mode="json")}
+            )
+            for n in self.owners
+        }
 
-    def step(self, label: str, kind: str, settings: Mapping[str, Any],
-             inputs: Mapping[str, Step] | None = None) -> Step:
-        return Step(f"seed {self.seed}: {label}", kind, {**settings, "seed": self.seed},
-                    {**self.base, **(inputs or {})})
+    def step(
+        self,
+        label: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, Step] | None = None,
+    ) -> Step:
+        return Step(
+            f"seed {self.seed}: {label}",
+            kind,
+            {**settings, "seed": self.seed},
+            {**self.base, **(inputs or {})},
+        )
 
-    def experts(self, label: str, recipe: ExpertRecipe, rows: str | None = None
-                ) -> dict[str, Step]:
+    def experts(self, label: str, recipe: ExpertRecipe, rows: str | None = None) -> dict[str, Step]:
         """One expert for each owner."""
         ours = recipe.model_copy(update={"train": self.recipe.train})
-        unread = {"ffn": {"attention_rank", "embedding_rank", "head_rank"},
-                  "ffn+head": {"attention_rank", "embedding_rank"}, "all": set[str]()}[ours.scope]
+        unread = {
+            "ffn": {"attention_rank", "embedding_rank", "head_rank"},
+            "ffn+head": {"attention_rank", "embedding_rank"},
+            "all": set[str](),
+        }[ours.scope]
         if not ours.has_half_deltas:
             unread = unread | {"has_half_deltas"}
-        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread),
-                    "rows": rows}
-        return {n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
-                for n in self.owners}
+        settings = {"recipe": ours.model_dump(mode="json", exclude={"seed"} | unread), "rows": rows}
+        return {
+            n: self.step(f"{label} {n}", "expert", {"set": n, **settings}, _embedder(rows))
+            for n in self.owners
+        }
 
     def compressed(self, experts: Mapping[str, Step]) -> dict[str, Step]:
         """Full experts made small."""
         low = self.recipe.low_rank.model_dump(mode="json")
         settings = {key: low.pop(key) for key in ("rank", "has_half_deltas", "train")}
-        return {n: self.step(f"low-rank expert {n}", "compressed", {
-            "set": n, **settings, "delta_rank": low}, {"expert": e}) for n, e in experts.items()}
+        return {
+            n: self.step(
+                f"low-rank expert {n}",
+                "compressed",
+                {"set": n, **settings, "delta_rank": low},
+                {"expert": e},
+            )
+            for n, e in experts.items()
+        }
 
-    def rerouted(self, label: str, experts: Mapping[str, Step], router: RouterSettings
-                 ) -> dict[str, Step]:
+    def rerouted(
+        self, label: str, experts: Mapping[str, Step], router: RouterSettings
+    ) -> dict[str, Step]:
         """Trained experts with another router."""
-        return {n: self.step(f"{label} {n}", "rerouted", {
-            "set": n, "router": router.model_dump(mode="json")}, {"expert": e})
-            for n, e in experts.items()}
+        return {
+            n: self.step(
+                f"{label} {n}",
+                "rerouted",
+                {"set": n, "router": router.model_dump(mode="json")},
+                {"expert": e},
+            )
+            for n, e in experts.items()
+        }
 
     def read(self, label: str, what: str, inputs: Mapping[str, Step], **settings: Any) -> Step:
-        return Step(f"seed {self.seed}: read {label}", "read", {"what": what, **settings},
-                    {"windows": self.windows, **self.base, **inputs})
+        return Step(
+            f"seed {self.seed}: read {label}",
+            "read",
+            {"what": what, **settings},
+            {"windows": self.windows, **self.base, **inputs},
+        )
 
     def read_mixture(self, label: str, experts: Mapping[str, Step], **settings: Any) -> Step:
-        return self.read(label, "mixture", {f"expert.{n}": e for n, e in experts.items()}
-                         | _embedder(settings.get("rows")),
-                         **(settings | ({"seed": self.seed} if settings.get("rows") else {})))
+        return self.read(
+            label,
+            "mixture",
+            {f"expert.{n}": e for n, e in experts.items()} | _embedder(settings.get("rows")),
+            **(settings | ({"seed": self.seed} if settings.get("rows") else {})),
+        )
 
     def pairs(self, label: str, experts: Mapping[str, Step]) -> dict[str, Step]:
         """Readings of each owner's own set by the anchor and its expert alone."""
-        return {n: self.read(f"{label}, pair {n}", "mixture", {f"expert.{n}": experts[n]},
-                             on=[n, "public"]) for n in self.owners}
+        return {
+            n: self.read(
+                f"{label}, pair {n}", "mixture", {f"expert.{n}": experts[n]}, on=[n, "public"]
+            )
+            for n in self.owners
+        }
 
     def score(self) -> Step:
         """The main rows."""
@@ -171,46 +234,76 @@ class _Seed:
         low = self.compressed(default)
         dense = {f"dense.{n}": d for n, d in self.dense.items()}
         reads = {"dense.public": self.read("anchor", "anchor", {})}
-        reads |= {f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
-                  for n, d in self.dense.items()}
+        reads |= {
+            f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
+            for n, d in self.dense.items()
+        }
         reads["soup_mean"] = self.read("mean soup", "soup", dense, sets=self.owners)
         for prompt, warmth in product(SOUP_PROMPTS, SOUP_TEMPERATURES):
             reads[f"soup_weighted.{prompt}.{warmth}"] = Step(
                 f"seed {self.seed}: read weighted soup, {prompt} tokens, temperature {warmth}",
                 "read_weighted_soup",
                 {"prompt_tokens": prompt, "temperature": warmth, "sets": self.owners},
-                {"windows": self.windows, **self.base, **dense, "read.mean": reads["soup_mean"],
-                 **{f"read.{n}": reads[f"dense.{n}"] for n in ["public", *self.owners]}})
+                {
+                    "windows": self.windows,
+                    **self.base,
+                    **dense,
+                    "read.mean": reads["soup_mean"],
+                    **{f"read.{n}": reads[f"dense.{n}"] for n in ["public", *self.owners]},
+                },
+            )
         reads["flexolmo_default"] = self.read_mixture("default", default, top_k=k)
-        reads["flexolmo_all_active"] = self.read_mixture("default, all active", default,
-                                                         splits=["heldout"])
+        reads["flexolmo_all_active"] = self.read_mixture(
+            "default, all active", default, splits=["heldout"]
+        )
         reads["flexolmo_paper"] = self.read_mixture("paper", paper, top_k=k)
         reads["low_rank"] = self.read_mixture("low rank", low)
         for label, experts in (("default", default), ("low", low), ("paper", paper)):
             reads |= {f"pair.{label}.{n}": s for n, s in self.pairs(label, experts).items()}
         for n in self.owners:
             reads[f"pair_on_mixed.{n}"] = self.read(
-                f"default, pair {n} on mixed documents", "mixture", {f"expert.{n}": default[n]},
-                on=["mixed"], splits=["heldout"])
+                f"default, pair {n} on mixed documents",
+                "mixture",
+                {f"expert.{n}": default[n]},
+                on=["mixed"],
+                splits=["heldout"],
+            )
         for n in self.owners:
             off = [m for m in self.owners if m != n]
             for label, experts in (("default", default), ("paper", paper)):
                 reads[f"without.{label}.{n}"] = self.read_mixture(
-                    f"{label} without {n}", experts, top_k=k, enabled=off, splits=["heldout"],
-                    on=["public", *self.owners])
+                    f"{label} without {n}",
+                    experts,
+                    top_k=k,
+                    enabled=off,
+                    splits=["heldout"],
+                    on=["public", *self.owners],
+                )
         reads |= self._rivals(paper, dense)
-        samples = {f"samples.{n}": self.step(
-            f"samples {n}", "samples", {"count": r.samples, "tokens": 128},
-            {"model": self.dense[n]} if n in self.dense else {})
-            for n in ["public", *self.owners]}
+        samples = {
+            f"samples.{n}": self.step(
+                f"samples {n}",
+                "samples",
+                {"count": r.samples, "tokens": 128},
+                {"model": self.dense[n]} if n in self.dense else {},
+            )
+            for n in ["public", *self.owners]
+        }
         costs = {f"cost.default.{n}": e for n, e in default.items()}
         costs |= {f"cost.low.{n}": e for n, e in low.items()}
-        return Step(f"seed {self.seed}: score", "score",
-                    {"owners": self.owners, "top_k": k,
-                     "dume_scales": list(DUME_SCALES), "soup_prompts": list(SOUP_PROMPTS),
-                     "soup_temperatures": list(SOUP_TEMPERATURES),
-                     "train": r.train.model_dump(mode="json")},
-                    {**self.base, "windows": self.windows, **reads, **samples, **costs})
+        return Step(
+            f"seed {self.seed}: score",
+            "score",
+            {
+                "owners": self.owners,
+                "top_k": k,
+                "dume_scales": list(DUME_SCALES),
+                "soup_prompts": list(SOUP_PROMPTS),
+                "soup_temperatures": list(SOUP_TEMPERATURES),
+                "train": r.train.model_dump(mode="json"),
+            },
+            {**self.base, "windows": self.windows, **reads, **samples, **costs},
+        )
 
     def _rivals(self, paper: Mapping[str, Step], dense: Mapping[str, Step]) -> dict[str, Step]:
         r, k = self.recipe, self.recipe.top_k
@@ -218,27 +311,59 @@ class _Seed:
         reads = {}
         for name, steps in (("unrestricted_1x", whole // 2), ("unrestricted_2x", whole)):
             train = r.train.model_copy(update={"steps": steps})
-            model = self.step(name, "unrestricted", {
-                "sets": self.owners, "top_k": k, "train": train.model_dump(mode="json")})
+            model = self.step(
+                name,
+                "unrestricted",
+                {"sets": self.owners, "top_k": k, "train": train.model_dump(mode="json")},
+            )
             reads[name] = self.read(name, "rival", {"model": model}, sets=self.owners, top_k=k)
-        btx = self.step("btx", "btx", {"sets": self.owners, "top_k": k,
-                                       "train": r.train.model_dump(mode="json")}, dense)
+        btx = self.step(
+            "btx",
+            "btx",
+            {"sets": self.owners, "top_k": k, "train": r.train.model_dump(mode="json")},
+            dense,
+        )
         reads["btx"] = self.read("btx", "rival", {"model": btx}, sets=self.owners, top_k=k)
         for scale in DUME_SCALES:
-            model = self.step(f"dume {scale}", "dume", {
-                "sets": self.owners, "top_k": k, "windows": 64, "seq_len": r.train.seq_len,
-                "ridge": 0.01, "scale": scale}, dense)
-            reads[f"dume.{scale}"] = self.read(f"dume {scale}", "rival", {"model": model},
-                                               sets=self.owners, top_k=k)
-        proxies = {f"proxy.{n}": Step(f"proxy {n}", "proxy", {
-            "set": n, "tokens": r.proxy_tokens}, {"corpus": self.corpus}) for n in self.owners}
+            model = self.step(
+                f"dume {scale}",
+                "dume",
+                {
+                    "sets": self.owners,
+                    "top_k": k,
+                    "windows": 64,
+                    "seq_len": r.train.seq_len,
+                    "ridge": 0.01,
+                    "scale": scale,
+                },
+                dense,
+            )
+            reads[f"dume.{scale}"] = self.read(
+                f"dume {scale}", "rival", {"model": model}, sets=self.owners, top_k=k
+            )
+        proxies = {
+            f"proxy.{n}": Step(
+                f"proxy {n}", "proxy", {"set": n, "tokens": r.proxy_tokens}, {"corpus": self.corpus}
+            )
+            for n in self.owners
+        }
         experts = {f"expert.{n}": e for n, e in paper.items()}
-        tuning = r.train.model_copy(update={"steps": r.tuning_steps, "learning_rate": 2e-3,
-                                            "warmup_steps": min(10, r.tuning_steps)})
-        tuned = self.step("joint tuning", "tuned", {
-            "sets": self.owners, "train": tuning.model_dump(mode="json")}, experts | proxies)
-        reads["flexolmo_joint_tuned"] = self.read("joint tuned", "tuned",
-                                                  {**experts, "model": tuned}, top_k=k)
+        tuning = r.train.model_copy(
+            update={
+                "steps": r.tuning_steps,
+                "learning_rate": 2e-3,
+                "warmup_steps": min(10, r.tuning_steps),
+            }
+        )
+        tuned = self.step(
+            "joint tuning",
+            "tuned",
+            {"sets": self.owners, "train": tuning.model_dump(mode="json")},
+            experts | proxies,
+        )
+        reads["flexolmo_joint_tuned"] = self.read(
+            "joint tuned", "tuned", {**experts, "model": tuned}, top_k=k
+        )
         return reads
 
     def ablations(self) -> Step:
@@ -247,57 +372,108 @@ class _Seed:
         linear, default = paper.router.model_copy, self.recipe.default.model_copy
         variants: dict[str, dict[str, Step]] = {
             "paper": self.experts("paper expert", paper),
-            "paper, no bias": self.experts("no bias", paper.model_copy(update={
-                "router": linear(update={"has_bias": False})})),
-            "paper, upstream's clamp": self.experts("clamp", paper.model_copy(update={
-                "router": linear(update={"bias_form": "clamp"})})),
+            "paper, no bias": self.experts(
+                "no bias", paper.model_copy(update={"router": linear(update={"has_bias": False})})
+            ),
+            "paper, upstream's clamp": self.experts(
+                "clamp", paper.model_copy(update={"router": linear(update={"bias_form": "clamp"})})
+            ),
             "paper, random rows": self.experts("random rows", paper, "random"),
             "paper, a row per layer": self.experts("rows per layer", paper, "per_layer"),
             "paper, MiniLM rows": self.experts("MiniLM rows", paper, "minilm"),
-            "paper, 10 % replay": self.experts("replay 10", paper.model_copy(
-                update={"replay": 0.1})),
-            "paper, 25 % replay": self.experts("replay 25", paper.model_copy(
-                update={"replay": 0.25})),
+            "paper, 10 % replay": self.experts(
+                "replay 10", paper.model_copy(update={"replay": 0.1})
+            ),
+            "paper, 25 % replay": self.experts(
+                "replay 25", paper.model_copy(update={"replay": 0.25})
+            ),
             "default": self.experts("expert", self.recipe.default),
-            "default, 10 % replay": self.experts("default replay 10", default(
-                update={"replay": 0.1})),
-            "default, 25 % replay": self.experts("default replay 25", default(
-                update={"replay": 0.25})),
+            "default, 10 % replay": self.experts(
+                "default replay 10", default(update={"replay": 0.1})
+            ),
+            "default, 25 % replay": self.experts(
+                "default replay 25", default(update={"replay": 0.25})
+            ),
             "default, scope ffn": self.experts("scope ffn", default(update={"scope": "ffn"})),
-            "default, scope ffn+head": self.experts("scope ffn+head", default(
-                update={"scope": "ffn+head"})),
+            "default, scope ffn+head": self.experts(
+                "scope ffn+head", default(update={"scope": "ffn+head"})
+            ),
         }
-        variants["paper, no coordination"] = {n: self.step(
-            f"uncoordinated {n}", "uncoordinated",
-            {"set": n, "tokens": self.recipe.train.tokens,
-             "recipe": paper.model_copy(update={"train": self.recipe.train}).model_dump(
-                 mode="json", exclude={"seed"})}, {"dense": self.dense[n]}) for n in self.owners}
-        variants |= {name: self.rerouted(name, variants["paper"], router)
-                     for name, router in REROUTED.items()}
-        rows = {"paper, random rows": "random", "paper, a row per layer": "per_layer",
-                "paper, MiniLM rows": "minilm"}
-        reads = {name: self.read_mixture(f"ablation {name}", experts, top_k=k, rows=rows.get(name),
-                                         splits=["heldout"])
-                 for name, experts in variants.items()}
+        variants["paper, no coordination"] = {
+            n: self.step(
+                f"uncoordinated {n}",
+                "uncoordinated",
+                {
+                    "set": n,
+                    "tokens": self.recipe.train.tokens,
+                    "recipe": paper.model_copy(update={"train": self.recipe.train}).model_dump(
+                        mode="json", exclude={"seed"}
+                    ),
+                },
+                {"dense": self.dense[n]},
+            )
+            for n in self.owners
+        }
+        variants |= {
+            name: self.rerouted(name, variants["paper"], router)
+            for name, router in REROUTED.items()
+        }
+        rows = {
+            "paper, random rows": "random",
+            "paper, a row per layer": "per_layer",
+            "paper, MiniLM rows": "minilm",
+        }
+        reads = {
+            name: self.read_mixture(
+                f"ablation {name}", experts, top_k=k, rows=rows.get(name), splits=["heldout"]
+            )
+            for name, experts in variants.items()
+        }
         for name in ("default", "paper"):
             for active in range(1, len(self.owners) + 2):
                 row = f"{name}, top-{active}"
-                reads[row] = self.read_mixture(f"ablation {row}", variants[name], top_k=active,
-                                               splits=["heldout"])
+                reads[row] = self.read_mixture(
+                    f"ablation {row}", variants[name], top_k=active, splits=["heldout"]
+                )
         experts = {f"expert.{n}": e for n, e in variants["paper"].items()}
         for scale in DUME_SCALES:
             row = f"paper experts, ridge router (re-solved), scale {scale}"
-            model = self.step(row, "ridge", {
-                "no_bias": True, "windows": 64, "seq_len": self.recipe.train.seq_len,
-                "ridge": 0.01, "scale": scale}, experts)
-            reads[row] = self.read(f"ablation {row}", "tuned", {**experts, "model": model},
-                                   top_k=k, no_bias=True, splits=["heldout"])
+            model = self.step(
+                row,
+                "ridge",
+                {
+                    "no_bias": True,
+                    "windows": 64,
+                    "seq_len": self.recipe.train.seq_len,
+                    "ridge": 0.01,
+                    "scale": scale,
+                },
+                experts,
+            )
+            reads[row] = self.read(
+                f"ablation {row}",
+                "tuned",
+                {**experts, "model": model},
+                top_k=k,
+                no_bias=True,
+                splits=["heldout"],
+            )
         base = {"dense.public": self.read("anchor", "anchor", {})}
-        base |= {f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
-                 for n, d in self.dense.items()}
-        return Step(f"seed {self.seed}: ablations", "ablation_score", {"owners": self.owners},
-                    {**self.base, "windows": self.windows, **base,
-                     **{f"row.{n}": s for n, s in reads.items()}})
+        base |= {
+            f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
+            for n, d in self.dense.items()
+        }
+        return Step(
+            f"seed {self.seed}: ablations",
+            "ablation_score",
+            {"owners": self.owners},
+            {
+                **self.base,
+                "windows": self.windows,
+                **base,
+                **{f"row.{n}": s for n, s in reads.items()},
+            },
+        )
 
 
 def _embedder(rows: str | None) -> dict[str, Step]:

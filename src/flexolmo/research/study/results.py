@@ -14,10 +14,15 @@ ARTEFACTS = ("gap_closed", "mixed")
 _NO_TRAINING = ("corpus", "rerouted", "uncoordinated")
 _SHARED = ("corpus", "windows", "anchor", "embedder")  # every method starts from these
 _ROLES = {  # what the steps that read a method are called, where not by its own name
-    "own_pair": ("pair.default.", "pair_on_mixed."), "dume": ("dume.",),
-    "btm": ("dense.",), "btm_switching": ("dense.",), "btm_equal_flops": ("dense.",),
-    "soup_weighted": ("soup_weighted.",), "soup_weighted_equal_flops": ("soup_weighted.",),
-    "prompt_routing": ("dense.", "samples.")}
+    "own_pair": ("pair.default.", "pair_on_mixed."),
+    "dume": ("dume.",),
+    "btm": ("dense.",),
+    "btm_switching": ("dense.",),
+    "btm_equal_flops": ("dense.",),
+    "soup_weighted": ("soup_weighted.",),
+    "soup_weighted_equal_flops": ("soup_weighted.",),
+    "prompt_routing": ("dense.", "samples."),
+}
 
 
 def write_results(graph: Graph, root: Path) -> Path:
@@ -28,8 +33,11 @@ def write_results(graph: Graph, root: Path) -> Path:
     tables, by number. cost: seconds and tokens of every kind of step. cost_by_method: of all steps
     a method needs beyond anchor and text, a mean over seeds; what several share counts in each.
     """
-    scores = {seed: read_json(step.directory(root) / "scores.json")
-              for seed, step in graph.scores.items() if step.is_done(root)}
+    scores = {
+        seed: read_json(step.directory(root) / "scores.json")
+        for seed, step in graph.scores.items()
+        if step.is_done(root)
+    }
     results: dict[str, Any] = {
         "recipe": graph.recipe.model_dump(mode="json"),
         "seeds_done": sorted(scores),
@@ -55,7 +63,8 @@ def _over_seeds(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [t[method] for t in tables]
         means = [r["mean"] for r in rows]
         found[method] = {
-            "mean": fmean(means), "spread": stdev(means) if len(means) > 1 else None,
+            "mean": fmean(means),
+            "spread": stdev(means) if len(means) > 1 else None,
             "seeds": means,
             "sets": {n: fmean(r["sets"][n] for r in rows) for n in rows[0]["sets"]},
             "flops_per_token": fmean(r["flops_per_token"] for r in rows),
@@ -89,10 +98,14 @@ def _cost_by_method(graph: Graph, root: Path, seeds: Sequence[int]) -> dict[str,
         inputs = graph.scores[seed].inputs
         for method in read_json(graph.scores[seed].directory(root) / "scores.json")["gap_closed"]:
             names = _ROLES.get(method, (method,))
-            steps = [s for role, s in inputs.items() if role == method or any(
-                role.startswith(n) for n in names if n.endswith("."))]
-            entry = found.setdefault(method, {"training_seconds": 0.0, "reading_seconds": 0.0,
-                                              "tokens": {}})
+            steps = [
+                s
+                for role, s in inputs.items()
+                if role == method or any(role.startswith(n) for n in names if n.endswith("."))
+            ]
+            entry = found.setdefault(
+                method, {"training_seconds": 0.0, "reading_seconds": 0.0, "tokens": {}}
+            )
             for step, _ in plan(steps, root):
                 if step.kind in _SHARED:
                     continue
@@ -100,6 +113,7 @@ def _cost_by_method(graph: Graph, root: Path, seeds: Sequence[int]) -> dict[str,
                 what = "reading" if step.kind.startswith("read") else "training"
                 entry[f"{what}_seconds"] += done["seconds"] / len(seeds)
                 if tokens := _tokens(step, done):
-                    entry["tokens"][step.kind] = (entry["tokens"].get(step.kind, 0)
-                                                  + tokens / len(seeds))
+                    entry["tokens"][step.kind] = entry["tokens"].get(step.kind, 0) + tokens / len(
+                        seeds
+                    )
     return found

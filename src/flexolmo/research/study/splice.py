@@ -62,13 +62,20 @@ class SplicedWindows(list[SplicedWindow]):
 
     def marked_text(self, index: int, tokenizer: Tokenizer) -> str:
         """One window for a person to read: each piece below its set's name in brackets."""
-        return JOINT.join(f"[{name}]\n" + tokenizer.decode(ids.tolist()).removeprefix(JOINT)
-                          for name, ids in self.pieces(index))
+        return JOINT.join(
+            f"[{name}]\n" + tokenizer.decode(ids.tolist()).removeprefix(JOINT)
+            for name, ids in self.pieces(index)
+        )
 
 
 def splice_windows(
-    sets: Mapping[str, TokenSet], split: str, *, num_windows: int, seq_len: int,
-    sets_per_window: tuple[int, int] = (2, 4), piece_tokens: tuple[int, int] = (48, 160),
+    sets: Mapping[str, TokenSet],
+    split: str,
+    *,
+    num_windows: int,
+    seq_len: int,
+    sets_per_window: tuple[int, int] = (2, 4),
+    piece_tokens: tuple[int, int] = (48, 160),
     seed: int,
 ) -> SplicedWindows:
     """`num_windows` windows that read like a report quoting from several places.
@@ -91,24 +98,31 @@ def splice_windows(
     names = sorted(sets)
     (fewest, most), (shortest, longest) = sets_per_window, piece_tokens
     if not (num_windows >= 1 and 2 <= fewest <= most and fewest <= len(names)):
-        raise ConfigError(f"{num_windows} windows of {fewest} to {most} sets each were asked for, "
-                          f"from {len(names)} sets; expected at least one of at least two.")
+        raise ConfigError(
+            f"{num_windows} windows of {fewest} to {most} sets each were asked for, "
+            f"from {len(names)} sets; expected at least one of at least two."
+        )
     if not (1 <= shortest <= longest and fewest * longest <= seq_len):
         raise ConfigError(
             f"piece_tokens is {piece_tokens} with seq_len {seq_len}; expected 1 <= least <= most "
-            f"<= seq_len / {fewest}, so that {fewest} pieces have room.")
+            f"<= seq_len / {fewest}, so that {fewest} pieces have room."
+        )
     tokenizers = {sets[name].card["tokenizer"]["digest"] for name in names}
     if len(tokenizers) > 1:
-        raise DataError(f"{', '.join(names)} were prepared with {len(tokenizers)} different "
-                        "tokenizers: prepare them again with the anchor's.")
+        raise DataError(
+            f"{', '.join(names)} were prepared with {len(tokenizers)} different "
+            "tokenizers: prepare them again with the anchor's."
+        )
     tokenizer = load_tokenizer(sets[names[0]].directory)
     most_of_one_set = (-(-seq_len // shortest) + 1) // 2  # so that no window repeats itself
     supplies = []
     for place, name in enumerate(names):
         pieces = _read_pieces(sets[name], split, tokenizer, piece_tokens)
         if len(pieces) < most_of_one_set:
-            raise DataError(f"{name}, split {split}: {len(pieces)} paragraphs fit; one window "
-                            f"may need {most_of_one_set}. Give more text, or lower seq_len.")
+            raise DataError(
+                f"{name}, split {split}: {len(pieces)} paragraphs fit; one window "
+                f"may need {most_of_one_set}. Give more text, or lower seq_len."
+            )
         supplies.append(_supply([pieces[i] for i in _Draws(seed, 1 + place).order(len(pieces))]))
     card = {
         "format": FORMAT,
@@ -121,8 +135,10 @@ def splice_windows(
         "seed": seed,
     }
     draws = _Draws(seed, 0)
-    return SplicedWindows((_splice(supplies, draws, tokenizer, seq_len, sets_per_window)
-                           for _ in range(num_windows)), card)
+    return SplicedWindows(
+        (_splice(supplies, draws, tokenizer, seq_len, sets_per_window) for _ in range(num_windows)),
+        card,
+    )
 
 
 def cut_pieces(text: str, tokenizer: Tokenizer, piece_tokens: tuple[int, int]) -> Iterator[str]:
@@ -182,20 +198,35 @@ def load_spliced(path: Path, sets: Mapping[str, TokenSet] | None = None) -> Spli
             arrays = [file[name] for name in ("ids", "source", "bytes", "num_repeats")]
         ids, source, sizes, repeats = arrays
         num_windows, seq_len = source.shape
-        if not (card["format"] == FORMAT and card["seq_len"] == seq_len
-                and ids.shape == (num_windows, seq_len + 1) and ids.min() >= 0
-                and sizes.shape == repeats.shape == (num_windows,)
-                and all(array.dtype == np.int64 for array in arrays)
-                and source.min() >= 0 and source.max() < len(card["sets"])):
+        if not (
+            card["format"] == FORMAT
+            and card["seq_len"] == seq_len
+            and ids.shape == (num_windows, seq_len + 1)
+            and ids.min() >= 0
+            and sizes.shape == repeats.shape == (num_windows,)
+            and all(array.dtype == np.int64 for array in arrays)
+            and source.min() >= 0
+            and source.max() < len(card["sets"])
+        ):
             raise ValueError(f"its arrays and card are not of format {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-            zipfile.BadZipFile, zlib.error) as e:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
         raise DataError(f"{path} does not hold spliced windows ({e}): splice them again.") from None
     given = card["sets"] if sets is None else {name: sets[name].digest for name in sets}
     other = sorted({name for name, _ in given.items() ^ card["sets"].items()})
     if other:
-        raise DataError(f"{path} was spliced from other sets: {', '.join(other)} differ, are "
-                        "missing or are new. Splice the present ones again.")
+        raise DataError(
+            f"{path} was spliced from other sets: {', '.join(other)} differ, are "
+            "missing or are new. Splice the present ones again."
+        )
     return SplicedWindows(map(SplicedWindow, ids, source, sizes.tolist(), repeats.tolist()), card)
 
 
@@ -221,8 +252,11 @@ def _supply(pieces: list[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _splice(
-    supplies: list[Iterator[tuple[str, bool]]], draws: _Draws, tokenizer: Tokenizer,
-    seq_len: int, sets_per_window: tuple[int, int],
+    supplies: list[Iterator[tuple[str, bool]]],
+    draws: _Draws,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    sets_per_window: tuple[int, int],
 ) -> SplicedWindow:
     least, most = sets_per_window
     num_sets = least + draws.below(min(most, len(supplies)) - least + 1)
@@ -253,8 +287,13 @@ def _read_pieces(
     path = token_set.directory / f"{split}.jsonl.zst"
     if not path.is_file() or digest_file(path) != token_set.card["files"][path.name]["digest"]:
         raise DataError(f"{path} is not the file its card describes: prepare the set again.")
-    return list(dict.fromkeys(piece for document in read_documents(path)
-                              for piece in cut_pieces(document.text, tokenizer, piece_tokens)))
+    return list(
+        dict.fromkeys(
+            piece
+            for document in read_documents(path)
+            for piece in cut_pieces(document.text, tokenizer, piece_tokens)
+        )
+    )
 
 
 def _between(pause: re.Pattern[str], text: str, start: int, end: int) -> Iterator[tuple[int, int]]:

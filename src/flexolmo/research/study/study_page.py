@@ -55,28 +55,46 @@ _HOW_TO_READ = (
     "removes all of that owner's influence, with no training.",
 )
 _FIGURES = (
-    ("figure_2_routing", figures.plot_routing, "Heat maps of routing weights by set and expert",
-     "**Figure 2** (numbers as in the paper). Routing weights. The paper's router decides in "
-     "every layer, and its weights need not add up to 1, for what the experts that were not "
-     "chosen had is dropped."),
-    ("figure_3_active_experts", figures.plot_active_experts,
-     "Lines of gap closed by number of active experts",
-     "**Figure 3.** Gap closed by the number of active experts, first seed. The paper's MMLU "
-     "with 1, 2, 4 and 8 of 8 active: 50.9, 54.5, 60.4, 60.4."),
-    ("figure_4_optout", figures.plot_optout,
-     "Matrices of the change of bits per byte by owner switched off and by set",
-     "**Figure 4.** Every owner opted out in turn. Read down a column: only the outlined cell, "
-     "the owner's own set, should get worse, and the number in brackets there, against the "
-     "anchor, should not be above 0. In the paper, opting news out left news below the public "
-     "model."),
-    ("methods", figures.plot_methods, "Scatter of gap closed against FLOPs per token, by method",
-     "**All methods**: gap closed against forward FLOPs per token. Bars: standard deviation over "
-     "seeds, where there are several."),
-    ("kept_gain", figures.plot_kept_gain, "Dots of the share of gain that is kept, by owner",
-     "**What merging keeps**: the share of the own pair's gain that the mixture has on the "
-     "owner's set, each family against its own pair; where a pair gains next to nothing, the "
-     "share says little. Lines: from the lowest seed to the highest. Beyond the frame, the "
-     "number tells."),
+    (
+        "figure_2_routing",
+        figures.plot_routing,
+        "Heat maps of routing weights by set and expert",
+        "**Figure 2** (numbers as in the paper). Routing weights. The paper's router decides in "
+        "every layer, and its weights need not add up to 1, for what the experts that were not "
+        "chosen had is dropped.",
+    ),
+    (
+        "figure_3_active_experts",
+        figures.plot_active_experts,
+        "Lines of gap closed by number of active experts",
+        "**Figure 3.** Gap closed by the number of active experts, first seed. The paper's MMLU "
+        "with 1, 2, 4 and 8 of 8 active: 50.9, 54.5, 60.4, 60.4.",
+    ),
+    (
+        "figure_4_optout",
+        figures.plot_optout,
+        "Matrices of the change of bits per byte by owner switched off and by set",
+        "**Figure 4.** Every owner opted out in turn. Read down a column: only the outlined cell, "
+        "the owner's own set, should get worse, and the number in brackets there, against the "
+        "anchor, should not be above 0. In the paper, opting news out left news below the public "
+        "model.",
+    ),
+    (
+        "methods",
+        figures.plot_methods,
+        "Scatter of gap closed against FLOPs per token, by method",
+        "**All methods**: gap closed against forward FLOPs per token. Bars: standard deviation "
+        "over seeds, where there are several.",
+    ),
+    (
+        "kept_gain",
+        figures.plot_kept_gain,
+        "Dots of the share of gain that is kept, by owner",
+        "**What merging keeps**: the share of the own pair's gain that the mixture has on the "
+        "owner's set, each family against its own pair; where a pair gains next to nothing, the "
+        "share says little. Lines: from the lowest seed to the highest. Beyond the frame, the "
+        "number tells.",
+    ),
 )
 
 
@@ -89,9 +107,16 @@ def write_page(results: Results, out: Path) -> Path:
     notes = out / "notes.md"
     blocks = [*_opening(results)]
     if results.get("seeds_done"):
-        blocks += [*_how_to_read(results), *table_of_methods(results), *_bars(results),
-                   *table_of_bits(results), *table_of_ablations(results),
-                   *_pictures(results, out), *table_by_owner(results), *_orders(results)]
+        blocks += [
+            *_how_to_read(results),
+            *table_of_methods(results),
+            *_bars(results),
+            *table_of_bits(results),
+            *table_of_ablations(results),
+            *_pictures(results, out),
+            *table_by_owner(results),
+            *_orders(results),
+        ]
         if notes.is_file():
             blocks.append(notes.read_text(encoding="utf-8").strip())
     blocks += table_of_cost(results)
@@ -106,41 +131,69 @@ def _opening(results: Results) -> Iterator[str]:
     recipe: Mapping[str, Any] = results.get("recipe") or {}
     owners, done = owners_of(results), results.get("seeds_done") or []
     yield f"# Every method of the paper against ours, on {len(owners)} owners"
-    said = [f"{len(owners)} owners ({', '.join(map(escape, owners))}) each hold a set of text "
-            "that they do not share."]
+    said = [
+        f"{len(owners)} owners ({', '.join(map(escape, owners))}) each hold a set of text "
+        "that they do not share."
+    ]
     size = _parameters(recipe)
     if size and (recipe["anchor"]).get("train"):
-        said.append(f"The anchor is a public model of {size / 1e6:.1f} million parameters, "
-                    f"trained on {_tokens(recipe['anchor']['train'])} tokens of public text.")
+        said.append(
+            f"The anchor is a public model of {size / 1e6:.1f} million parameters, "
+            f"trained on {_tokens(recipe['anchor']['train'])} tokens of public text."
+        )
     if train := recipe.get("train"):
-        said.append(f"Every expert, ours or a rival's, is trained on {_tokens(train)} tokens of "
-                    "its owner's text, in the same number of steps; unrestricted training has as "
-                    "many tokens as all owners together (2x), or half of them (1x).")
+        said.append(
+            f"Every expert, ours or a rival's, is trained on {_tokens(train)} tokens of "
+            "its owner's text, in the same number of steps; unrestricted training has as "
+            "many tokens as all owners together (2x), or half of them (1x)."
+        )
         if healing := (recipe.get("low_rank") or {}).get("train"):
-            said.append("Our small experts are the full ones cut to low rank and then trained for "
-                        f"{healing['steps']} steps on the first {_tokens(healing)} of these tokens "
-                        "again.")
+            said.append(
+                "Our small experts are the full ones cut to low rank and then trained for "
+                f"{healing['steps']} steps on the first {_tokens(healing)} of these tokens "
+                "again."
+            )
     if recipe.get("heldout_bytes"):
-        said.append(f"All read the same text: {recipe['heldout_bytes']:,} bytes held out of "
-                    f"every set, and {recipe['heldout_mixed']:,} mixed documents of "
-                    f"{recipe['seq_len']:,} tokens.")
+        said.append(
+            f"All read the same text: {recipe['heldout_bytes']:,} bytes held out of "
+            f"every set, and {recipe['heldout_mixed']:,} mixed documents of "
+            f"{recipe['seq_len']:,} tokens."
+        )
     yield " ".join(said)
     listed = ", ".join(map(str, done))
-    yield (f"{len(done)} of {len(recipe.get('seeds') or done)} seeds done"
-           + (f" ({listed}); each trains anchor, experts and rivals anew. " if done else ": no "
-              "numbers yet.")
-           + ("Numbers are means over seeds, ± one standard deviation." if len(done) > 1 else
-              "With one seed there is no spread to show." if done else ""))
+    yield (
+        f"{len(done)} of {len(recipe.get('seeds') or done)} seeds done"
+        + (
+            f" ({listed}); each trains anchor, experts and rivals anew. "
+            if done
+            else ": no numbers yet."
+        )
+        + (
+            "Numbers are means over seeds, ± one standard deviation."
+            if len(done) > 1
+            else "With one seed there is no spread to show."
+            if done
+            else ""
+        )
+    )
     commits = [str(c) for c in results.get("commits") or []]
     machine, software = results.get("machine") or {}, results.get("software") or {}
-    parts = [f"{machine['cpu_count']} cores, {machine['torch_threads']} thread a step, "
-             f"{escape(machine['platform'])}"] if machine else []
+    parts = (
+        [
+            f"{machine['cpu_count']} cores, {machine['torch_threads']} thread a step, "
+            f"{escape(machine['platform'])}"
+        ]
+        if machine
+        else []
+    )
     parts += [", ".join(f"{escape(k)} {escape(v)}" for k, v in software.items())] * bool(software)
     parts += [f"commit {', '.join(map(_short, commits))}"] * bool(commits)
     if parts:
         yield f"Run on {'; '.join(parts)}." + (
             " (+changes: the code had changes that are not in that commit.)"
-            if any("+changes" in c for c in commits) else "")
+            if any("+changes" in c for c in commits)
+            else ""
+        )
 
 
 def _parameters(recipe: Mapping[str, Any]) -> int:
@@ -169,15 +222,20 @@ def _how_to_read(results: Results) -> Iterator[str]:
     found: dict[str, list[str]] = {}
     for chosen in over_seeds(results, "chosen_on_validation"):
         for method, values in chosen.items():
-            found.setdefault(method, []).append(", ".join(
-                f"{escape(k)} {v:g}" for k, v in values.items()))
+            found.setdefault(method, []).append(
+                ", ".join(f"{escape(k)} {v:g}" for k, v in values.items())
+            )
     texts = list(_HOW_TO_READ)
     if found:
-        listed = [f"{escape(word(m))}: {v[0] if len(set(v)) == 1 else ' / '.join(v)}"
-                  for m, v in found.items()]
-        texts.append("**Chosen on validation text**, in every seed anew and for each kind of "
-                     f"text by itself: {'; '.join(listed)}. For our methods and the others the "
-                     "study chooses nothing; their settings are in the recipe, in results.json.")
+        listed = [
+            f"{escape(word(m))}: {v[0] if len(set(v)) == 1 else ' / '.join(v)}"
+            for m, v in found.items()
+        ]
+        texts.append(
+            "**Chosen on validation text**, in every seed anew and for each kind of "
+            f"text by itself: {'; '.join(listed)}. For our methods and the others the "
+            "study chooses nothing; their settings are in the recipe, in results.json."
+        )
     yield "## How to read the numbers"
     yield "\n".join(f"- {text}" for text in texts)
 
@@ -189,16 +247,28 @@ def _bars(results: Results) -> Iterator[str]:
     bars, several = find_bars(results), len(results["seeds_done"]) > 1
     asked = [b for b in bars if b.met is not None]
     yield "## What was asked, and what was reached"
-    yield (f"{sum(b.met is True for b in asked)} of {len(asked)} bars met. \"Times\" are ratios "
-           "of gaps closed, our default's over the rival's. A bar is judged by the mean over "
-           "seeds, or by the worst seed where it says \"every\".")
-    yield write_table(["", "Verdict", "Asked", "Reached", *(["By seed"] * several)],
-                      [_bar_row(b, several) for b in bars], "lllr" + "r" * several)
+    yield (
+        f'{sum(b.met is True for b in asked)} of {len(asked)} bars met. "Times" are ratios '
+        "of gaps closed, our default's over the rival's. A bar is judged by the mean over "
+        'seeds, or by the worst seed where it says "every".'
+    )
+    yield write_table(
+        ["", "Verdict", "Asked", "Reached", *(["By seed"] * several)],
+        [_bar_row(b, several) for b in bars],
+        "lllr" + "r" * several,
+    )
 
 
 def _bar_row(bar: Bar, several: bool) -> list[str]:
-    said = ("(for information)" if bar.is_information else "not measured" if bar.met is None
-            else "✓ met" if bar.met else "✗ **missed**")
+    said = (
+        "(for information)"
+        if bar.is_information
+        else "not measured"
+        if bar.met is None
+        else "✓ met"
+        if bar.met
+        else "✗ **missed**"
+    )
     reached = _in_unit(bar.value, bar.unit) + (f" ({escape(bar.detail)})" if bar.detail else "")
     by_seed = [_in_unit(x, bar.unit) for x in bar.by_seed]
     return [bar.part, said, bar.asked, reached, *([" / ".join(by_seed) or "–"] * several)]
@@ -228,35 +298,64 @@ def _orders(results: Results) -> Iterator[str]:
     if not known:
         return
     yield "## Where ours and the paper's ordering agree and differ"
-    yield ("Only the order can be compared: the paper's averages are accuracies of large models, "
-           "ours are bits. Kendall's tau is 1 if all pairs stand as in the paper, −1 if none "
-           "does.")
+    yield (
+        "Only the order can be compared: the paper's averages are accuracies of large models, "
+        "ours are bits. Kendall's tau is 1 if all pairs stand as in the paper, −1 if none "
+        "does."
+    )
     lines, swaps = [], []
     for kind, agreement in known.items():
-        line = (f"- {TABLES[kind].capitalize()}: tau {number(agreement.tau, 2)} over "
-                f"{len(agreement.methods)} methods; {len(agreement.swaps)} of "
-                f"{agreement.num_pairs} pairs swap.")
+        line = (
+            f"- {TABLES[kind].capitalize()}: tau {number(agreement.tau, 2)} over "
+            f"{len(agreement.methods)} methods; {len(agreement.swaps)} of "
+            f"{agreement.num_pairs} pairs swap."
+        )
         ours = compare_orders(results, kind, {"flexolmo_paper": DEFAULT})
         if ours is not None and "flexolmo_paper" in ours.methods:
-            line += (" With our default in the place of the paper's FlexOlmo: "
-                     f"{number(ours.tau, 2)}.")
+            line += (
+                f" With our default in the place of the paper's FlexOlmo: {number(ours.tau, 2)}."
+            )
         lines.append(line)
-        swaps += [[TABLES[kind].split()[0], word(s.better), word(s.worse),
-                   f"{_paper(s.better)} v {_paper(s.worse)}",
-                   " v ".join(number(x, 3) for x in s.ours),
-                   f"{s.seeds} of {len(results['seeds_done'])}"] for s in agreement.swaps]
+        swaps += [
+            [
+                TABLES[kind].split()[0],
+                word(s.better),
+                word(s.worse),
+                f"{_paper(s.better)} v {_paper(s.worse)}",
+                " v ".join(number(x, 3) for x in s.ours),
+                f"{s.seeds} of {len(results['seeds_done'])}",
+            ]
+            for s in agreement.swaps
+        ]
     yield "\n".join(lines)
     order = list(dict.fromkeys(m for a in known.values() for m in a.methods))
     ranks = [sorted(a.ours, key=a.ours.__getitem__, reverse=True) for a in known.values()]
-    yield write_table(["In the paper's order", "The paper's average",
-                       *(f"Our place, {TABLES[kind]}" for kind in known)],
-                      [[f"{i}. {word(m)}", _paper(m),
-                        *(str(r.index(m) + 1) if m in r else "–" for r in ranks)]
-                       for i, m in enumerate(order, 1)], "lr" + "r" * len(ranks))
+    yield write_table(
+        [
+            "In the paper's order",
+            "The paper's average",
+            *(f"Our place, {TABLES[kind]}" for kind in known),
+        ],
+        [
+            [f"{i}. {word(m)}", _paper(m), *(str(r.index(m) + 1) if m in r else "–" for r in ranks)]
+            for i, m in enumerate(order, 1)
+        ],
+        "lr" + "r" * len(ranks),
+    )
     if swaps:
         yield f"<details><summary>All {len(swaps)} pairs that swap</summary>"
-        yield write_table(["Text", "Ahead in the paper", "but behind", "The paper's averages",
-                           "Gap closed here", "Seeds"], swaps, "lllrrr")
+        yield write_table(
+            [
+                "Text",
+                "Ahead in the paper",
+                "but behind",
+                "The paper's averages",
+                "Gap closed here",
+                "Seeds",
+            ],
+            swaps,
+            "lllrrr",
+        )
         yield "</details>"
 
 

@@ -31,12 +31,11 @@ from flexolmo.research.study.findings import (
 )
 
 _WHAT = {
-    DEFAULT: "experts of whole matrices, FFN, attention, embedding and head; evidence "
-             "router",
+    DEFAULT: "experts of whole matrices, FFN, attention, embedding and head; evidence router",
     "flexolmo_all_active": "no choice of active experts",
     "low_rank": "the same experts cut to low rank, all active",
     "flexolmo_paper": "FFN experts, linear router whose rows start from the anchor's hidden "
-                      "states, nothing trained after merging",
+    "states, nothing trained after merging",
     "flexolmo_joint_tuned": "router rows then tuned together on proxies",
     "soup_mean": "one dense model, the mean of all",
     "soup_weighted": "a soup for every text, by the likelihood of its start",
@@ -51,27 +50,41 @@ _WHAT = {
     "unrestricted_2x": "one mixture trained on all sets together, all the text",
 }
 _PAPERS_ABLATIONS = {  # averages of the paper's tables 1 and 3
-    "paper": "43.5", "paper, MiniLM rows": "46.7 (GRIT)", "paper, no bias": "45.8 (from 46.7)",
+    "paper": "43.5",
+    "paper, MiniLM rows": "46.7 (GRIT)",
+    "paper, no bias": "45.8 (from 46.7)",
     "paper, random rows": "44.4 (no bias either)",
     "paper, no coordination": "38.8 (nor bias, nor rows)",
 }
-_GROUPS = (("start", r"paper|default"), ("row initialisation", r".*\brows?\b.*"),
-           ("bias", r".*(bias|clamp).*"), ("replay of public text", r".*replay.*"),
-           ("coordination", r".*coordination.*"), ("scope", r".*scope.*"),
-           ("active experts", r".*top-\d+"), ("other", r".*"))
+_GROUPS = (
+    ("start", r"paper|default"),
+    ("row initialisation", r".*\brows?\b.*"),
+    ("bias", r".*(bias|clamp).*"),
+    ("replay of public text", r".*replay.*"),
+    ("coordination", r".*coordination.*"),
+    ("scope", r".*scope.*"),
+    ("active experts", r".*top-\d+"),
+    ("other", r".*"),
+)
 _WORK = {
-    "corpus": "fetch, clean and tokenize the text", "windows": "cut the text that is read",
-    "anchor": "train the anchor", "dense": "train a dense expert, for rivals",
+    "corpus": "fetch, clean and tokenize the text",
+    "windows": "cut the text that is read",
+    "anchor": "train the anchor",
+    "dense": "train a dense expert, for rivals",
     "expert": "train an expert: our default, the paper's, ablations",
     "read": "one model reads validation and held-out text",
-    "read_weighted_soup": "a soup for every text, read", "unrestricted": "train on all data",
-    "btx": "BTX's training on public text", "dume": "DUME's statistics and solution",
-    "proxy": "find proxies of a set in public text", "tuned": "joint router tuning (RT)",
+    "read_weighted_soup": "a soup for every text, read",
+    "unrestricted": "train on all data",
+    "btx": "BTX's training on public text",
+    "dume": "DUME's statistics and solution",
+    "proxy": "find proxies of a set in public text",
+    "tuned": "joint router tuning (RT)",
     "samples": "a dense model writes text for the prompt classifier",
     "score": "all methods' numbers, from what the models said",
     "uncoordinated": "an expert that was not trained to coordinate",
     "rerouted": "another router for experts that are there",
-    "ridge": "the ridge router's solution", "embedder": "fetch the text embedder",
+    "ridge": "the ridge router's solution",
+    "embedder": "fetch the text embedder",
     "compressed": "cut an expert to low rank and train it on a little",
     "ablation_score": "the ablations' numbers",
 }
@@ -87,49 +100,95 @@ def table_of_methods(results: Results) -> Iterator[str]:
     if not held:
         return
 
-    def row(said: str, method: str, closed: Sequence[Mapping[str, Any] | None], flops: float,
-            strict: bool | None) -> list[str]:
+    def row(
+        said: str,
+        method: str,
+        closed: Sequence[Mapping[str, Any] | None],
+        flops: float,
+        strict: bool | None,
+    ) -> list[str]:
         by_set = {n: x for n, x in bits.get(method, {}).items() if n in owners}
         gains = [1 - x / bits[ANCHOR][n] for n, x in by_set.items() if ANCHOR in bits]
         paper = PAPER_AVERAGES.get(PUBLIC if method == ANCHOR else method)
-        return [said, *map(mean_and_spread, closed),
-                number(fmean(by_set.values()), 3) if by_set else "–",
-                percent(fmean(gains)) if gains else "–",
-                "–" if math.isnan(flops / one) else number(flops / one, 2),
-                "–" if strict is None else "yes" if strict else "no",
-                "–" if paper is None else f"{paper:.1f}"]
+        return [
+            said,
+            *map(mean_and_spread, closed),
+            number(fmean(by_set.values()), 3) if by_set else "–",
+            percent(fmean(gains)) if gains else "–",
+            "–" if math.isnan(flops / one) else number(flops / one, 2),
+            "–" if strict is None else "yes" if strict else "no",
+            "–" if paper is None else f"{paper:.1f}",
+        ]
 
     def height(method: str) -> float:
         return fmean(mean_of(t, method) for t in (held, mixed) if method in t)
 
-    rows = [row(_method(m), m, (held[m], mixed.get(m)), held[m]["flops_per_token"],
-                held[m]["strict_opt_out"])
-            for m in sorted((m for m in held if m != "own_pair"), key=lambda m: -height(m))]
+    rows = [
+        row(
+            _method(m),
+            m,
+            (held[m], mixed.get(m)),
+            held[m]["flops_per_token"],
+            held[m]["strict_opt_out"],
+        )
+        for m in sorted((m for m in held if m != "own_pair"), key=lambda m: -height(m))
+    ]
     none_of_it, all_of_it = {"mean": 0.0}, {"mean": 1.0}
     if ANCHOR in bits:
-        rows.append(row("*For reference:* the anchor", ANCHOR, (none_of_it, none_of_it), one,
-                        None))
+        rows.append(row("*For reference:* the anchor", ANCHOR, (none_of_it, none_of_it), one, None))
     if single := _best_single_expert(results):
-        rows.append(row(f"*For reference:* the best single dense expert ({escape(single[0])})",
-                        f"dense {single[0]}", (single[1], None), one, None))
+        rows.append(
+            row(
+                f"*For reference:* the best single dense expert ({escape(single[0])})",
+                f"dense {single[0]}",
+                (single[1], None),
+                one,
+                None,
+            )
+        )
     if owners and all(f"dense {n}" in bits for n in owners):
         bits["its own"] = {n: bits[f"dense {n}"][n] for n in owners}
-        rows.append(row("*Told whose text it is:* that set's dense expert", "its own",
-                        (all_of_it, all_of_it), one, None))
+        rows.append(
+            row(
+                "*Told whose text it is:* that set's dense expert",
+                "its own",
+                (all_of_it, all_of_it),
+                one,
+                None,
+            )
+        )
     if "own_pair" in held:
-        rows.append(row("*Told whose text it is:* own pair, the anchor with that owner's expert",
-                        "own_pair", (held["own_pair"], mixed.get("own_pair")),
-                        held["own_pair"]["flops_per_token"],
-                        None))
+        rows.append(
+            row(
+                "*Told whose text it is:* own pair, the anchor with that owner's expert",
+                "own_pair",
+                (held["own_pair"], mixed.get("own_pair")),
+                held["own_pair"]["flops_per_token"],
+                None,
+            )
+        )
     yield "## Table 1. All methods"
-    yield ("The paper's tables 1 and 2 with our numbers. Rows by the mean of the two gaps closed; "
-           "ours in **bold**. Bits per byte, and the relative gain (by how much fewer they are "
-           "than the anchor's), are means over the owners' sets. The last column is the average "
-           "over 24 tasks in the paper's table 1 where it has the method: another scale, from "
-           "far larger models, of which only the order can be compared.")
-    yield write_table(["Method", "Gap closed, held-out", "Gap closed, mixed", "Bits per byte",
-                       "Relative gain", "FLOPs per token", "Strict opt-out", "Paper"],
-                      rows, "lrrrrrcr")
+    yield (
+        "The paper's tables 1 and 2 with our numbers. Rows by the mean of the two gaps closed; "
+        "ours in **bold**. Bits per byte, and the relative gain (by how much fewer they are "
+        "than the anchor's), are means over the owners' sets. The last column is the average "
+        "over 24 tasks in the paper's table 1 where it has the method: another scale, from "
+        "far larger models, of which only the order can be compared."
+    )
+    yield write_table(
+        [
+            "Method",
+            "Gap closed, held-out",
+            "Gap closed, mixed",
+            "Bits per byte",
+            "Relative gain",
+            "FLOPs per token",
+            "Strict opt-out",
+            "Paper",
+        ],
+        rows,
+        "lrrrrrcr",
+    )
 
 
 def _method(method: str) -> str:
@@ -143,10 +202,15 @@ def _best_single_expert(results: Results) -> tuple[str, dict[str, Any]] | None:
     owners = owners_of(results)
     found: dict[str, dict[str, Any]] = {}
     for name in owners:
-        means = [fmean((bits[ANCHOR][n] - bits[f"dense {name}"][n])
-                       / (bits[ANCHOR][n] - bits[f"dense {n}"][n]) for n in owners)
-                 for bits in over_seeds(results, "bits_per_byte")
-                 if all(f"dense {n}" in bits for n in [PUBLIC, *owners])]
+        means = [
+            fmean(
+                (bits[ANCHOR][n] - bits[f"dense {name}"][n])
+                / (bits[ANCHOR][n] - bits[f"dense {n}"][n])
+                for n in owners
+            )
+            for bits in over_seeds(results, "bits_per_byte")
+            if all(f"dense {n}" in bits for n in [PUBLIC, *owners])
+        ]
         if means:
             found[name] = {"mean": fmean(means), "spread": stdev(means) if means[1:] else None}
     best = max(found, key=lambda n: found[n]["mean"], default="")
@@ -159,10 +223,20 @@ def _best_single_expert(results: Results) -> tuple[str, dict[str, Any]] | None:
 def table_of_bits(results: Results) -> Iterator[str]:
     """Bits per byte of the main models by set."""
     bits, owners = bits_of(results), owners_of(results)
-    models = ("own_pair", DEFAULT, "flexolmo_paper", "low_rank", "btm", "unrestricted_1x",
-              "unrestricted_2x")
-    rows = {ANCHOR: "the anchor", **{f"dense {n}": f"{escape(n)}'s dense expert" for n in owners},
-            **{m: f"**{word(m)}**" if m in OURS else word(m) for m in models}}
+    models = (
+        "own_pair",
+        DEFAULT,
+        "flexolmo_paper",
+        "low_rank",
+        "btm",
+        "unrestricted_1x",
+        "unrestricted_2x",
+    )
+    rows = {
+        ANCHOR: "the anchor",
+        **{f"dense {n}": f"{escape(n)}'s dense expert" for n in owners},
+        **{m: f"**{word(m)}**" if m in OURS else word(m) for m in models},
+    }
     rows = {m: said for m, said in rows.items() if m in bits}
     if not rows:
         return
@@ -176,11 +250,15 @@ def table_of_bits(results: Results) -> Iterator[str]:
         return f"**{shown}**" if shown == number(least[s], 3) else shown
 
     yield "## Table 2. Bits per byte by set"
-    yield ("Held-out text, lower is better; means over seeds. **Bold**: the least of a column. "
-           "The own pair is read on each owner's own set, with that owner's expert.")
-    yield write_table(["Model", *map(escape, sets)],
-                      [[said, *(cell(m, s) for s in sets)] for m, said in rows.items()],
-                      "l" + "r" * len(sets))
+    yield (
+        "Held-out text, lower is better; means over seeds. **Bold**: the least of a column. "
+        "The own pair is read on each owner's own set, with that owner's expert."
+    )
+    yield write_table(
+        ["Model", *map(escape, sets)],
+        [[said, *(cell(m, s) for s in sets)] for m, said in rows.items()],
+        "l" + "r" * len(sets),
+    )
 
 
 def table_of_ablations(results: Results) -> Iterator[str]:
@@ -200,20 +278,37 @@ def table_of_ablations(results: Results) -> Iterator[str]:
         for kind in TABLES:
             mean, before = (mean_of(entry, kind) for entry in (found[name], base))
             yield "–" if math.isnan(mean) else number(mean, 3)
-            yield ("–" if base is found[name] or math.isnan(mean - before)
-                   else signed(mean - before, 3))
+            yield (
+                "–"
+                if base is found[name] or math.isnan(mean - before)
+                else signed(mean - before, 3)
+            )
         public = (found[name].get("bits_per_byte") or {}).get(PUBLIC)
         yield percent(public / anchor - 1) if public and anchor else "–"
 
     yield "## Table 3. One change at a time"
-    yield (f"Seed {first} alone. A difference is from the variant before the comma. The "
-           "rows of the paper's router start here with the anchor's mean hidden state, as in "
-           "its table 3; its own ablations in table 1 take away one thing after the other.")
-    yield write_table(["What", "Variant", "Gap closed, held-out", "difference",
-                       "Gap closed, mixed", "difference", "Bits, public text v anchor",
-                       "Paper's average"],
-                      [[group, escape(n), *cells(n), _PAPERS_ABLATIONS.get(n, "–")]
-                       for n, group in groups.items()], "llrrrrrr")
+    yield (
+        f"Seed {first} alone. A difference is from the variant before the comma. The "
+        "rows of the paper's router start here with the anchor's mean hidden state, as in "
+        "its table 3; its own ablations in table 1 take away one thing after the other."
+    )
+    yield write_table(
+        [
+            "What",
+            "Variant",
+            "Gap closed, held-out",
+            "difference",
+            "Gap closed, mixed",
+            "difference",
+            "Bits, public text v anchor",
+            "Paper's average",
+        ],
+        [
+            [group, escape(n), *cells(n), _PAPERS_ABLATIONS.get(n, "–")]
+            for n, group in groups.items()
+        ],
+        "llrrrrrr",
+    )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -239,13 +334,31 @@ def table_by_owner(results: Results) -> Iterator[str]:
         listed = (sizes.get(family) if isinstance(sizes, dict) else None) or []
         return number(listed[i] / 1e6, 2) if i < len(listed) else "–"
 
-    yield ("**By owner**: share of the own pair's gain that is kept after merging; gain of the "
-           "low-rank pair relative to the full one's; size of an expert.")
-    yield write_table(["Owner", "Kept, our default", "Kept, low rank", "Kept, the paper's",
-                       "Low-rank gain v full", "Full, MB", "Low rank, MB"],
-                      [[escape(n), *(shown(c, n) for c in columns), megabytes("default", i),
-                        megabytes("low", i)] for i, n in enumerate(owners_of(results))],
-                      "lrrrrrr")
+    yield (
+        "**By owner**: share of the own pair's gain that is kept after merging; gain of the "
+        "low-rank pair relative to the full one's; size of an expert."
+    )
+    yield write_table(
+        [
+            "Owner",
+            "Kept, our default",
+            "Kept, low rank",
+            "Kept, the paper's",
+            "Low-rank gain v full",
+            "Full, MB",
+            "Low rank, MB",
+        ],
+        [
+            [
+                escape(n),
+                *(shown(c, n) for c in columns),
+                megabytes("default", i),
+                megabytes("low", i),
+            ]
+            for i, n in enumerate(owners_of(results))
+        ],
+        "lrrrrrr",
+    )
 
 
 def table_of_cost(results: Results) -> Iterator[str]:
@@ -258,40 +371,81 @@ def table_of_cost(results: Results) -> Iterator[str]:
     def forward(method: str) -> float:
         return float((held.get(method) or {}).get("flops_per_token", math.nan))
 
-    exact = {"anchor": one, "dense": one, "unrestricted": forward("unrestricted_1x"),
-             "btx": forward("btx")}
+    exact = {
+        "anchor": one,
+        "dense": one,
+        "unrestricted": forward("unrestricted_1x"),
+        "btx": forward("btx"),
+    }
     pair = 2 * one  # both run on every token while one learns
     at_most = {"expert": pair, "compressed": pair, "tuned": forward("flexolmo_joint_tuned")}
 
     def spent(tokens: Mapping[str, float]) -> str:
         flops = sum(3 * n * (exact | at_most).get(k, math.nan) for k, n in tokens.items() if n)
-        return ("–" if math.isnan(flops) or not flops
-                else f"{'≤ ' * any(kind in at_most for kind in tokens)}{flops / 1e12:,.1f}")
+        return (
+            "–"
+            if math.isnan(flops) or not flops
+            else f"{'≤ ' * any(kind in at_most for kind in tokens)}{flops / 1e12:,.1f}"
+        )
 
     def total(what: str) -> float:
         return sum(c[what] for c in cost.values())
 
-    rows = [[_WORK.get(k, escape(k)), f"{c['steps']:,}", f"{c['seconds']:,.0f}",
-             f"{c['tokens']:,}" if c["tokens"] else "–", spent({k: c["tokens"]})]
-            for k, c in sorted(cost.items(), key=lambda item: -item[1]["seconds"])]
-    rows.append(["**all**", f"{total('steps'):,}", f"{total('seconds'):,.0f}",
-                 f"{total('tokens'):,}", "–"])
+    rows = [
+        [
+            _WORK.get(k, escape(k)),
+            f"{c['steps']:,}",
+            f"{c['seconds']:,.0f}",
+            f"{c['tokens']:,}" if c["tokens"] else "–",
+            spent({k: c["tokens"]}),
+        ]
+        for k, c in sorted(cost.items(), key=lambda item: -item[1]["seconds"])
+    ]
+    rows.append(
+        ["**all**", f"{total('steps'):,}", f"{total('seconds'):,.0f}", f"{total('tokens'):,}", "–"]
+    )
     yield "## Cost"
-    yield (f"All steps that are done, of all seeds, each on one thread: "
-           f"{total('seconds') / 3600:.1f} hours." + ("" if math.isnan(one) else (
-               f" One forward pass of the anchor is {one / 1e6:.2f} million FLOPs a token. "
-               "Training FLOPs are three forward passes for every token trained on; ≤: at most, "
-               "for frozen weights need no gradients of their own.")))
-    yield write_table(["Work", "Steps", "Seconds", "Tokens trained on", "Training FLOPs, 10¹²"],
-                      rows, "lrrrr")
+    yield (
+        f"All steps that are done, of all seeds, each on one thread: "
+        f"{total('seconds') / 3600:.1f} hours."
+        + (
+            ""
+            if math.isnan(one)
+            else (
+                f" One forward pass of the anchor is {one / 1e6:.2f} million FLOPs a token. "
+                "Training FLOPs are three forward passes for every token trained on; ≤: at most, "
+                "for frozen weights need no gradients of their own."
+            )
+        )
+    )
+    yield write_table(
+        ["Work", "Steps", "Seconds", "Tokens trained on", "Training FLOPs, 10¹²"], rows, "lrrrr"
+    )
     if methods := results.get("cost_by_method"):
-        yield ("By method, of one seed: all that it needs beyond the anchor and the text, its "
-               "search for settings on validation text included. What several methods share (dense "
-               "models, experts) counts in each.")
+        yield (
+            "By method, of one seed: all that it needs beyond the anchor and the text, its "
+            "search for settings on validation text included. What several methods share (dense "
+            "models, experts) counts in each."
+        )
         yield write_table(
-            ["Method", "Tokens trained on", "Training FLOPs, 10¹²", "Seconds of training",
-             "Seconds of reading", "FLOPs per token read"],
-            [[_method(m).split(":")[0], f"{sum(c['tokens'].values()):,.0f}", spent(c["tokens"]),
-              f"{c['training_seconds']:,.0f}", f"{c['reading_seconds']:,.0f}",
-              number(forward(m) / one, 2)] for m, c in sorted(
-                  methods.items(), key=lambda item: -item[1]["training_seconds"])], "lrrrrr")
+            [
+                "Method",
+                "Tokens trained on",
+                "Training FLOPs, 10¹²",
+                "Seconds of training",
+                "Seconds of reading",
+                "FLOPs per token read",
+            ],
+            [
+                [
+                    _method(m).split(":")[0],
+                    f"{sum(c['tokens'].values()):,.0f}",
+                    spent(c["tokens"]),
+                    f"{c['training_seconds']:,.0f}",
+                    f"{c['reading_seconds']:,.0f}",
+                    number(forward(m) / one, 2),
+                ]
+                for m, c in sorted(methods.items(), key=lambda item: -item[1]["training_seconds"])
+            ],
+            "lrrrrr",
+        )

@@ -31,13 +31,24 @@ def corpus(step: StepContext) -> dict[str, Any]:
     tokens = {}
     for name in step.settings["sets"]:
         if step.settings["from_directory"]:
-            fetch_local(Path(step.settings["from_directory"]) / name, name, step.out / "corpus",
-                        "see the directory's own list", "text")
+            fetch_local(
+                Path(step.settings["from_directory"]) / name,
+                name,
+                step.out / "corpus",
+                "see the directory's own list",
+                "text",
+            )
         else:
             fetch_set(name, step.out / "corpus", CLIENTS)
         public = None if name == "public" else step.out / "prepared" / "public"
-        card = prepare_set(step.out / "corpus" / name, step.out / "prepared" / name, None, public,
-                           done, PrepareSettings(vocab_size=step.settings["vocab_size"]))
+        card = prepare_set(
+            step.out / "corpus" / name,
+            step.out / "prepared" / name,
+            None,
+            public,
+            done,
+            PrepareSettings(vocab_size=step.settings["vocab_size"]),
+        )
         tokens[name] = {split: n["tokens"] for split, n in card["splits"].items()}
         if name != "public":
             done.append(step.out / "prepared" / name)
@@ -61,19 +72,26 @@ def windows(step: StepContext) -> dict[str, Any]:
     for split in SPLITS:
         arrays: dict[str, np.ndarray] = {}
         for name, token_set in sets.items():
-            found = list(evaluation_windows(token_set, split, settings["seq_len"],
-                                            settings["bytes"][split]))
+            found = list(
+                evaluation_windows(token_set, split, settings["seq_len"], settings["bytes"][split])
+            )
             arrays[f"{name}.ids"] = np.concatenate([ids for ids, _ in found])
             arrays[f"{name}.lengths"] = np.array([len(ids) for ids, _ in found])
             arrays[f"{name}.bytes"] = np.array([size for _, size in found])
         np.savez(step.out / f"{split}.npz", **arrays)  # type: ignore[arg-type]
-        spliced = splice_windows(sets, split, num_windows=settings["mixed"][split],
-                                 seq_len=settings["seq_len"], seed=settings["seed"])
+        spliced = splice_windows(
+            sets,
+            split,
+            num_windows=settings["mixed"][split],
+            seq_len=settings["seq_len"],
+            seed=settings["seed"],
+        )
         save_spliced(spliced, step.out / f"{split}-mixed.npz")
         count[split] = {n: int(arrays[f"{n}.bytes"].sum()) for n in sets}
         count[split][MIXED] = sum(w.bytes for w in spliced)
         (step.out / f"{split}-mixed.txt").write_text(
-            spliced.marked_text(0, load_tokenizer(sets["public"].directory)), encoding="utf-8")
+            spliced.marked_text(0, load_tokenizer(sets["public"].directory)), encoding="utf-8"
+        )
     return {"bytes": count}
 
 

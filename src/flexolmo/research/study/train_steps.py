@@ -56,8 +56,14 @@ def anchor(step: StepContext) -> dict[str, Any]:
     """Train the anchor on public text. Input: corpus. Leaves anchor/."""
     public = step.inputs["corpus"] / "prepared" / "public"
     recipe = AnchorRecipe.model_validate(step.settings["recipe"] | {"seed": step.settings["seed"]})
-    made = train_anchor(open_set(public), load_tokenizer(public), recipe, step.out / "run", 1,
-                        choose_device(step.device))
+    made = train_anchor(
+        open_set(public),
+        load_tokenizer(public),
+        recipe,
+        step.out / "run",
+        1,
+        choose_device(step.device),
+    )
     save_anchor(made, step.out / "anchor")
     return {"tokens": made.record["tokens"]}
 
@@ -66,8 +72,13 @@ def anchor(step: StepContext) -> dict[str, Any]:
 def dense(step: StepContext) -> dict[str, Any]:
     """Continued training of the whole anchor on one set. Inputs: corpus, anchor."""
     settings = TrainSettings.model_validate(step.settings["train"])
-    model = train_dense(anchor_of(step), set_of(step, step.settings["set"]), settings,
-                        step.settings["seed"], step.out)
+    model = train_dense(
+        anchor_of(step),
+        set_of(step, step.settings["set"]),
+        settings,
+        step.settings["seed"],
+        step.out,
+    )
     save_model(model, step.out / "model.safetensors")
     return {"tokens": settings.tokens}
 
@@ -86,11 +97,22 @@ def expert(step: StepContext) -> dict[str, Any]:
         start = start_expert(start_from, data, recipe)
         for i, row in enumerate(first_rows(step, start_from, data)):
             start[f"layers.{i}.router.weight"] = row[None].clone()
-    made = train_expert(start_from, data, step.settings["set"], recipe, step.out / "run", 1,
-                        public=set_of(step, "public") if recipe.replay else None, start=start)
+    made = train_expert(
+        start_from,
+        data,
+        step.settings["set"],
+        recipe,
+        step.out / "run",
+        1,
+        public=set_of(step, "public") if recipe.replay else None,
+        start=start,
+    )
     save_expert(made, step.out / "expert")
-    return {"tokens": made.record["tokens"], "bytes": count_bytes(made.tensors),
-            "architecture": made.architecture}
+    return {
+        "tokens": made.record["tokens"],
+        "bytes": count_bytes(made.tensors),
+        "architecture": made.architecture,
+    }
 
 
 @step_kind("compressed", version=1)
@@ -100,14 +122,30 @@ def compressed(step: StepContext) -> dict[str, Any]:
     Settings: set, rank, delta_rank (by name), has_half_deltas, train (of the healing).
     """
     base, data = anchor_of(step), set_of(step, step.settings["set"])
-    small = compress_expert(base, load_expert(step.inputs["expert"] / "expert"), data=data,
-                            rank=step.settings["rank"], delta_rank=step.settings["delta_rank"])
+    small = compress_expert(
+        base,
+        load_expert(step.inputs["expert"] / "expert"),
+        data=data,
+        rank=step.settings["rank"],
+        delta_rank=step.settings["delta_rank"],
+    )
     train = TrainSettings.model_validate(step.settings["train"])
-    made = heal_expert(base, small, data, train.steps, settings=train, run_dir=step.out / "run",
-                       has_half_deltas=step.settings["has_half_deltas"], num_threads=1)
+    made = heal_expert(
+        base,
+        small,
+        data,
+        train.steps,
+        settings=train,
+        run_dir=step.out / "run",
+        has_half_deltas=step.settings["has_half_deltas"],
+        num_threads=1,
+    )
     save_expert(made, step.out / "expert")
-    return {"tokens": train.tokens, "bytes": count_bytes(made.tensors),
-            "architecture": made.architecture}
+    return {
+        "tokens": train.tokens,
+        "bytes": count_bytes(made.tensors),
+        "architecture": made.architecture,
+    }
 
 
 @step_kind("embedder", version=1)
@@ -130,12 +168,21 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
             start[key] = state[f"layers.{layer}.mlp.{part}.weight"]
     data = set_of(step, step.settings["set"])
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, {data.name: data.digest})
-    made = Expert(data.name, base.digest, recipe.router, start,
-                  record | {"tokens": step.settings["tokens"]}, data.digest,
-                  architecture_of(base.config, recipe.shape(base.config)))
+    made = Expert(
+        data.name,
+        base.digest,
+        recipe.router,
+        start,
+        record | {"tokens": step.settings["tokens"]},
+        data.digest,
+        architecture_of(base.config, recipe.shape(base.config)),
+    )
     save_expert(made, step.out / "expert")
-    return {"tokens": step.settings["tokens"], "bytes": count_bytes(start),
-            "architecture": made.architecture}
+    return {
+        "tokens": step.settings["tokens"],
+        "bytes": count_bytes(start),
+        "architecture": made.architecture,
+    }
 
 
 @step_kind("rerouted", version=1)
@@ -143,11 +190,19 @@ def rerouted(step: StepContext) -> dict[str, Any]:
     """A trained expert with another router. Inputs: corpus, anchor, expert. Settings: set,
     router."""
     router: RouterSettings = TypeAdapter(RouterSettings).validate_python(step.settings["router"])
-    made = reroute_expert(load_expert(step.inputs["expert"] / "expert"), anchor_of(step),
-                          set_of(step, step.settings["set"]), router, set_of(step, "public"))
+    made = reroute_expert(
+        load_expert(step.inputs["expert"] / "expert"),
+        anchor_of(step),
+        set_of(step, step.settings["set"]),
+        router,
+        set_of(step, "public"),
+    )
     save_expert(made, step.out / "expert")
-    return {"tokens": made.record["tokens"], "bytes": count_bytes(made.tensors),
-            "architecture": made.architecture}
+    return {
+        "tokens": made.record["tokens"],
+        "bytes": count_bytes(made.tensors),
+        "architecture": made.architecture,
+    }
 
 
 @step_kind("unrestricted", version=1)
@@ -156,8 +211,14 @@ def unrestricted(step: StepContext) -> dict[str, Any]:
     base, names = anchor_of(step), step.settings["sets"]
     settings = TrainSettings.model_validate(step.settings["train"])
     model = rival_mixture(base, names, step.settings["top_k"], step.settings["seed"])
-    train_rival(model, [set_of(step, n) for n in ["public", *names]], settings,
-                step.settings["seed"], step.out, step.label)
+    train_rival(
+        model,
+        [set_of(step, n) for n in ["public", *names]],
+        settings,
+        step.settings["seed"],
+        step.out,
+        step.label,
+    )
     save_model(model, step.out / "model.safetensors")
     return {"tokens": settings.tokens}
 
@@ -167,10 +228,10 @@ def btx(step: StepContext) -> dict[str, Any]:
     """Branch-train-mix, then training on public text. Inputs: corpus, anchor, dense.SET."""
     base, names = anchor_of(step), step.settings["sets"]
     settings = TrainSettings.model_validate(step.settings["train"])
-    model = btx_start(base, dense_states(step, base), step.settings["top_k"],
-                      step.settings["seed"])
-    train_rival(model, [set_of(step, "public")], settings, step.settings["seed"], step.out,
-                step.label)
+    model = btx_start(base, dense_states(step, base), step.settings["top_k"], step.settings["seed"])
+    train_rival(
+        model, [set_of(step, "public")], settings, step.settings["seed"], step.out, step.label
+    )
     save_model(model, step.out / "model.safetensors")
     assert model.expert_names[1:] == sorted(names)
     return {"tokens": settings.tokens}
@@ -196,17 +257,24 @@ def ridge(step: StepContext) -> dict[str, Any]:
     Inputs: corpus, anchor, expert.SET. Settings as for dume, and no_bias: true.
     """
     base, model = anchor_of(step), mixture_of(step, None)
-    rows = solve_ridge(_hidden_sums(step, base.model, model.expert_names),
-                       ridge=step.settings["ridge"])
+    rows = solve_ridge(
+        _hidden_sums(step, base.model, model.expert_names), ridge=step.settings["ridge"]
+    )
     set_rows(model, rows, step.settings["scale"])
     save_model(model, step.out / "model.safetensors")
     return {"tokens": 0}
 
 
-def _hidden_sums(step: StepContext, model: Transformer, names: Sequence[str]
-                 ) -> dict[str, HiddenSums]:
-    return {n: gather(model, _training_windows(set_of(step, n), step.settings["windows"],
-                                               step.settings["seq_len"])) for n in names}
+def _hidden_sums(
+    step: StepContext, model: Transformer, names: Sequence[str]
+) -> dict[str, HiddenSums]:
+    return {
+        n: gather(
+            model,
+            _training_windows(set_of(step, n), step.settings["windows"], step.settings["seq_len"]),
+        )
+        for n in names
+    }
 
 
 def _training_windows(token_set: TokenSet, count: int, seq_len: int) -> list[np.ndarray]:
@@ -217,8 +285,9 @@ def _training_windows(token_set: TokenSet, count: int, seq_len: int) -> list[np.
 @step_kind("proxy", version=1)
 def proxy(step: StepContext) -> dict[str, Any]:
     """The public text most like one owner's, chosen in that owner's house. Inputs: corpus."""
-    found = select_proxy(set_of(step, step.settings["set"]), set_of(step, "public"),
-                         tokens=step.settings["tokens"])
+    found = select_proxy(
+        set_of(step, step.settings["set"]), set_of(step, "public"), tokens=step.settings["tokens"]
+    )
     save_proxy(found, step.out / "proxy.json")
     return {"accuracy": found.accuracy}
 
@@ -231,8 +300,9 @@ def tuned(step: StepContext) -> dict[str, Any]:
     """
     model, public = mixture_of(step, None), set_of(step, "public")
     settings = TrainSettings.model_validate(step.settings["train"])
-    proxies = [load_proxy(step.inputs[f"proxy.{n}"] / "proxy.json", public)
-               for n in step.settings["sets"]]
+    proxies = [
+        load_proxy(step.inputs[f"proxy.{n}"] / "proxy.json", public) for n in step.settings["sets"]
+    ]
     tune_router(model, proxies, public, settings, step.settings["seed"], step.out / "run")
     save_model(model, step.out / "model.safetensors")
     return {"tokens": settings.tokens}

@@ -24,8 +24,9 @@ from flexolmo.research.tasks.suite import Task, program_of
 CODE_LIMITS = Limits(wall_seconds=40.0)  # on a busy machine the 10 seconds of processor decide
 
 
-def score_items(scorer: Scorer, task: Task, items: Sequence[Item], settings: RunSettings
-                ) -> list[Row]:
+def score_items(
+    scorer: Scorer, task: Task, items: Sequence[Item], settings: RunSettings
+) -> list[Row]:
     """A row for each of a few items, read and written in one go; stories are not yet judged."""
     rows: list[Row] = [{"subtask": i.subtask, "id": i.id} for i in items]
     if task.kind == "choice":
@@ -38,8 +39,11 @@ def score_items(scorer: Scorer, task: Task, items: Sequence[Item], settings: Run
         sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=0)
         written = scorer.continuations([i.prompt for i in items], sampling, task.stops)
         for row, item, (text, is_cut) in zip(rows, items, written, strict=True):
-            row |= {"text": text, "score": float(task.judge(text, item)),
-                    "cut": row["cut"] or is_cut}
+            row |= {
+                "text": text,
+                "score": float(task.judge(text, item)),
+                "cut": row["cut"] or is_cut,
+            }
     if task.kind == "code" and settings.write and settings.run_code:
         _score_code(scorer, task, items, rows, settings)
     if task.kind == "story" and settings.write:
@@ -55,10 +59,12 @@ def _bits(log_prob: float, text: str) -> Row:
     return {"bits": -log_prob / math.log(2), "bytes": len(text.encode())}
 
 
-def _score_choices(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
-                   forms: Sequence[str]) -> None:
+def _score_choices(
+    scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row], forms: Sequence[str]
+) -> None:
     asked = dict.fromkeys(  # each pair once, though two forms or two items ask it
-        pair for item in items for form in ("rc", *forms) for pair in _pairs(task, item, form))
+        pair for item in items for form in ("rc", *forms) for pair in _pairs(task, item, form)
+    )
     scores = dict(zip(asked, scorer.log_likelihoods(list(asked)), strict=True))
     for row, item in zip(rows, items, strict=True):
         row |= {"right": {}, "log_probs": {}, "cut": False}
@@ -91,46 +97,67 @@ def _pairs(task: Task, item: Item, form: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _score_code(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
-                settings: RunSettings) -> None:
+def _score_code(
+    scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row], settings: RunSettings
+) -> None:
     n = settings.samples
     written = _write_samples(scorer, task, items, rows, n, 0.8 if n > 1 else 0, settings.seed)
     programs = [program_of(items[j // n], text) for j, text in enumerate(written)]
     outcomes = run_programs(programs, CODE_LIMITS, processes=os.cpu_count() or 1)
     for j, row in enumerate(rows):
-        own = outcomes[j * n:(j + 1) * n]
+        own = outcomes[j * n : (j + 1) * n]
         passed = sum(o.passed for o in own)
-        row |= {"text": written[j * n], "score": pass_at_k(n, passed, 1),
-                "outcomes": [o.reason for o in own]}
+        row |= {
+            "text": written[j * n],
+            "score": pass_at_k(n, passed, 1),
+            "outcomes": [o.reason for o in own],
+        }
         row |= {"pass@10": pass_at_k(n, passed, 10)} if n >= 10 else {}
 
 
-def _score_stories(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
-                   settings: RunSettings) -> None:
+def _score_stories(
+    scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row], settings: RunSettings
+) -> None:
     written = _write_samples(scorer, task, items, rows, SAMPLES, TEMPERATURE, settings.seed)
     for j, (row, item) in enumerate(zip(rows, items, strict=True)):
-        own = written[j * SAMPLES:(j + 1) * SAMPLES]
-        row |= {"texts": own, "rouge_l": float(np.mean([rouge_l(t, item.references[0])
-                                                        for t in own]))}
+        own = written[j * SAMPLES : (j + 1) * SAMPLES]
+        row |= {
+            "texts": own,
+            "rouge_l": float(np.mean([rouge_l(t, item.references[0]) for t in own])),
+        }
 
 
 def judge_story(item: Item, row: Row, judges: Mapping[str, EndpointJudge]) -> Row:
     """What a judge adds to a story's row: how many texts it judged, and their mean score."""
     judge = judges[item.more["quality"]]
-    points = [v.score / 100 for text in row["texts"]
-              if (v := judge.judge(item.more["start"] + text)) is not None]
+    points = [
+        v.score / 100
+        for text in row["texts"]
+        if (v := judge.judge(item.more["start"] + text)) is not None
+    ]
     return {"judged": len(points)} | ({"score": float(np.mean(points))} if points else {})
 
 
-def _write_samples(scorer: Scorer, task: Task, items: Sequence[Item], rows: Sequence[Row],
-                   count: int, temperature: float, seed: int) -> list[str]:
+def _write_samples(
+    scorer: Scorer,
+    task: Task,
+    items: Sequence[Item],
+    rows: Sequence[Row],
+    count: int,
+    temperature: float,
+    seed: int,
+) -> list[str]:
     """`count` continuations of each item, one item after the other. What is drawn for an item
     depends on `seed` and its id."""
     sampling = Sampling(max_new_tokens=_room(scorer, task), temperature=temperature, top_p=1.0)
-    seeds = [int(digest_bytes(f"{seed} {i.subtask} {i.id} {n}".encode())[-15:], 16)
-             for i in items for n in range(count)]
-    written = scorer.continuations([i.prompt for i in items for _ in range(count)], sampling,
-                                   task.stops, seeds)
+    seeds = [
+        int(digest_bytes(f"{seed} {i.subtask} {i.id} {n}".encode())[-15:], 16)
+        for i in items
+        for n in range(count)
+    ]
+    written = scorer.continuations(
+        [i.prompt for i in items for _ in range(count)], sampling, task.stops, seeds
+    )
     for j, row in enumerate(rows):
-        row["cut"] |= any(is_cut for _, is_cut in written[j * count:(j + 1) * count])
+        row["cut"] |= any(is_cut for _, is_cut in written[j * count : (j + 1) * count])
     return [text for text, _ in written]

@@ -19,9 +19,15 @@ from flexolmo.errors import ConfigError, DataError
 _CHUNK_NUMBERS = 1 << 20  # in memory at a time
 
 
-def paired_bootstrap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], *,
-                     levels: Sequence[Mapping[str, Sequence[str]]] = (), draws: int = 10_000,
-                     seed: int = 0, confidence: float = 0.95) -> dict[str, Any]:
+def paired_bootstrap(
+    a: Mapping[str, np.ndarray],
+    b: Mapping[str, np.ndarray],
+    *,
+    levels: Sequence[Mapping[str, Sequence[str]]] = (),
+    draws: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
     """By how much b scores above a: by task, by group at every level, and overall.
 
     A draw takes from each task as many items as it has, with replacement, the same for a and b. A
@@ -45,8 +51,10 @@ def paired_bootstrap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], *
         ConfigError: a group without tasks or with unknown ones, a task in no group, a bad number.
     """
     if draws < 1 or seed < 0 or not 0 < confidence < 1:
-        raise ConfigError(f"draws {draws}, seed {seed}, confidence {confidence} found; expected 1 "
-                          "or more, 0 or more, and above 0 but below 1.")
+        raise ConfigError(
+            f"draws {draws}, seed {seed}, confidence {confidence} found; expected 1 "
+            "or more, 0 or more, and above 0 but below 1."
+        )
     pairs = _check_pairs(a, b)
     below: Mapping[str, Any] = pairs
     for groups in levels:
@@ -55,20 +63,31 @@ def paired_bootstrap(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], *
     drawn, tasks = {}, {}
     for task, (x, y) in pairs.items():
         drawn[task] = _draw_means(y - x, draws, _generator(seed, task))
-        tasks[task] = {**_summary(float(x.mean()), float(y.mean()), drawn[task], confidence),
-                       "items": len(x)}
+        tasks[task] = {
+            **_summary(float(x.mean()), float(y.mean()), drawn[task], confidence),
+            "items": len(x),
+        }
     top, found = tasks, []
     for groups in levels:
         made = {g: _average(names, drawn, top, confidence) for g, names in groups.items()}
         drawn, top = {g: d for g, (d, _) in made.items()}, {g: e for g, (_, e) in made.items()}
         found.append(top)
-    return {"draws": draws, "seed": seed, "confidence": confidence, "tasks": tasks,
-            "levels": found, "overall": _average(list(top), drawn, top, confidence)[1]}
+    return {
+        "draws": draws,
+        "seed": seed,
+        "confidence": confidence,
+        "tasks": tasks,
+        "levels": found,
+        "overall": _average(list(top), drawn, top, confidence)[1],
+    }
 
 
-def _average(names: Sequence[str], draws: Mapping[str, np.ndarray],
-             entries: Mapping[str, dict[str, Any]], confidence: float
-             ) -> tuple[np.ndarray, dict[str, Any]]:
+def _average(
+    names: Sequence[str],
+    draws: Mapping[str, np.ndarray],
+    entries: Mapping[str, dict[str, Any]],
+    confidence: float,
+) -> tuple[np.ndarray, dict[str, Any]]:
     """The mean of `names`, of each draw and summed up; in one order, whatever the order given."""
     names = sorted(set(names))
     mean = np.mean([draws[name] for name in names], axis=0)  # [draws]
@@ -80,12 +99,17 @@ def _summary(a: float, b: float, draws: np.ndarray, confidence: float) -> dict[s
     low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
     slack = 1e-12 * np.abs(draws).max()  # a mean of means may miss 0 by a rounding
     fewer = int(min((draws <= slack).sum(), (draws >= -slack).sum()))
-    return {"a": a, "b": b, "difference": b - a, "low": float(low), "high": float(high),
-            "p": min(1.0, 2 * (1 + fewer) / (len(draws) + 1))}
+    return {
+        "a": a,
+        "b": b,
+        "difference": b - a,
+        "low": float(low),
+        "high": float(high),
+        "p": min(1.0, 2 * (1 + fewer) / (len(draws) + 1)),
+    }
 
 
-def _draw_means(differences: np.ndarray, draws: int, generator: np.random.Generator
-                ) -> np.ndarray:
+def _draw_means(differences: np.ndarray, draws: int, generator: np.random.Generator) -> np.ndarray:
     """Means of resampled `differences` [items], one for each draw; [draws].
 
     Right or wrong leaves three values for any number of items. Where values are so few, what is
@@ -112,8 +136,9 @@ def _generator(seed: int, task: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, name]))
 
 
-def _check_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
-                 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def _check_pairs(
+    a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Scores of both runs by task, in float64; or an error that names every task that is wrong."""
     wrong = [f"{task} is in run a only" for task in a if task not in b]
     wrong += [f"{task} is in run b only" for task in b if task not in a]
@@ -126,9 +151,11 @@ def _check_pairs(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]
             wrong.append(f"{task} has scores that are not finite")
         pairs[task] = x, y
     if wrong or not pairs:
-        raise DataError(f"Runs that cannot be compared: {'; '.join(sorted(wrong)) or 'no task'}. "
-                        "Both need one finite score for each of the same items of the same tasks; "
-                        "leave out of both what either lacks.")
+        raise DataError(
+            f"Runs that cannot be compared: {'; '.join(sorted(wrong)) or 'no task'}. "
+            "Both need one finite score for each of the same items of the same tasks; "
+            "leave out of both what either lacks."
+        )
     return {task: pairs[task] for task in a}
 
 
@@ -138,5 +165,7 @@ def _check_groups(groups: Mapping[str, Sequence[str]], tasks: Mapping[str, Any])
     wrong += [f"{task} is in a group and not in the runs" for task in grouped - tasks.keys()]
     wrong += [f"{task} is in no group" for task in tasks.keys() - grouped]
     if wrong:
-        raise ConfigError(f"Groups that do not fit the runs: {'; '.join(sorted(wrong))}. Put every "
-                          "task of the runs, and no other, into a group; it may be alone there.")
+        raise ConfigError(
+            f"Groups that do not fit the runs: {'; '.join(sorted(wrong))}. Put every "
+            "task of the runs, and no other, into a group; it may be alone there."
+        )

@@ -1,8 +1,8 @@
 """Several runs of the tasks side by side: a page for people, with a figure.
 
-    out/page.md     scores and bits per byte by group and task; what they cannot say
-    out/tasks.png   bits per byte against the first run's
-    out/table.json  the same numbers
+out/page.md     scores and bits per byte by group and task; what they cannot say
+out/tasks.png   bits per byte against the first run's
+out/table.json  the same numbers
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,25 +40,47 @@ def write_page(runs: Sequence[Path], out: Path) -> Path:
     """
     found = _read_runs(runs)
     names = list(found)
-    against = {n: compare_runs(runs[0], path)
-               for n, path in zip(names[1:], runs[1:], strict=True)}
-    write_json(out / "table.json", {
-        "runs": {n: {k: r[k] for k in ("model", "tasks", "groups", "average", "missing",
-                                       "settings")} for n, r in found.items()},
-        "against": {"run": names[0], "runs": {
-            n: {kind: e[kind] and {k: v for k, v in e[kind].items() if k != "tasks"}  # subtasks
-                for kind in ("score", "bits_per_byte")} for n, e in against.items()}}})
+    against = {n: compare_runs(runs[0], path) for n, path in zip(names[1:], runs[1:], strict=True)}
+    write_json(
+        out / "table.json",
+        {
+            "runs": {
+                n: {k: r[k] for k in ("model", "tasks", "groups", "average", "missing", "settings")}
+                for n, r in found.items()
+            },
+            "against": {
+                "run": names[0],
+                "runs": {
+                    n: {
+                        kind: e[kind]
+                        and {k: v for k, v in e[kind].items() if k != "tasks"}  # subtasks
+                        for kind in ("score", "bits_per_byte")
+                    }
+                    for n, e in against.items()
+                },
+            },
+        },
+    )
     save_figure(draw_bits(found), out / "tasks.png")
-    parts = ["# Tasks", _about(found), "## Above chance", _above_chance(found),
-             "## Bits per byte of right answers",
-             "Less is better; in bold the best of a row. The last row is the difference from "
-             f"{escape(names[0])}, with 95 % of resamples of the items.",
-             _bits_table(found, against), "![bits per byte](tasks.png)",
-             "## Scores", "In percent, ± the standard error of the items' choice; in bold what is "
-             "above chance. *Chance* is the best of an even guess, the same answer to every "
-             "question, and what a run's own answers score on other questions (the highest of the "
-             "runs is shown).",
-             _score_table(found), "## What the numbers cannot say", _notes(found)]
+    parts = [
+        "# Tasks",
+        _about(found),
+        "## Above chance",
+        _above_chance(found),
+        "## Bits per byte of right answers",
+        "Less is better; in bold the best of a row. The last row is the difference from "
+        f"{escape(names[0])}, with 95 % of resamples of the items.",
+        _bits_table(found, against),
+        "![bits per byte](tasks.png)",
+        "## Scores",
+        "In percent, ± the standard error of the items' choice; in bold what is "
+        "above chance. *Chance* is the best of an even guess, the same answer to every "
+        "question, and what a run's own answers score on other questions (the highest of the "
+        "runs is shown).",
+        _score_table(found),
+        "## What the numbers cannot say",
+        _notes(found),
+    ]
     write_bytes(out / "page.md", ("\n\n".join(parts) + "\n").encode())
     return out / "page.md"
 
@@ -68,23 +90,29 @@ def _read_runs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
     asked: dict[str, Any] = {}
     for path in (Path(r).resolve() for r in runs):
         if not (path / "results.json").is_file():
-            raise DataError(f"{path} holds no finished run: expected results.json. Run flexolmo "
-                            "eval --out there first.")
+            raise DataError(
+                f"{path} holds no finished run: expected results.json. Run flexolmo "
+                "eval --out there first."
+            )
         about, results = read_json(path / "run.json"), read_json(path / "results.json")
         try:
             own = {f"the items of {n}": t["digest"] for n, t in about["tasks"].items()}
             own |= {f"setting {k}": v for k, v in about["settings"].items() if k in _DECIDING}
             if about["tasks"].keys() != results["tasks"].keys():
-                raise DataError(f"{path} has been given more tasks than its results.json sums up; "
-                                "run flexolmo eval there once more, with all of them.")
+                raise DataError(
+                    f"{path} has been given more tasks than its results.json sums up; "
+                    "run flexolmo eval there once more, with all of them."
+                )
         except (KeyError, TypeError, AttributeError):
             raise DataError(f"{path} holds no run of tasks that this version made.") from None
         if path.name in found:
             raise DataError(f"Two runs are called {path.name}; rename a directory.")
         asked = asked or own
         if other := [k for k in {**asked, **own} if asked.get(k) != own.get(k)]:
-            raise DataError(f"{path} cannot stand beside the first run: it differs in "
-                            f"{', '.join(other)}. Give all runs the same tasks and options.")
+            raise DataError(
+                f"{path} cannot stand beside the first run: it differs in "
+                f"{', '.join(other)}. Give all runs the same tasks and options."
+            )
         found[path.name] = results | {"settings": about["settings"]}
     if len(found) < 2:
         raise DataError("A table needs at least two runs.")
@@ -92,7 +120,7 @@ def _read_runs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _groups_and_tasks(found: Mapping[str, Results]) -> Iterator[tuple[str, str, list[Any]]]:
-    """"group" or "task", its name, and its entry in every run; the average last."""
+    """ "group" or "task", its name, and its entry in every run; the average last."""
     for group in _groups(found):
         yield "group", group, [r["groups"][group] for r in found.values()]
         for task in TASKS:
@@ -114,17 +142,27 @@ def _about(found: Mapping[str, Results]) -> str:
         model = r["model"]
         said = " ".join(str(model[k]) for k in ("kind", "method") if k in model)
         enabled = model.get("enabled")
-        rows.append([escape(name), escape(said), escape(", ".join(enabled)) if enabled else "–",
-                     f"`{model['digest'].removeprefix('sha256:')[:12]}`"])
+        rows.append(
+            [
+                escape(name),
+                escape(said),
+                escape(", ".join(enabled)) if enabled else "–",
+                f"`{model['digest'].removeprefix('sha256:')[:12]}`",
+            ]
+        )
     settings = next(iter(found.values()))["settings"]
     limits = [f"{n} {count}" for n, count in settings.get("limits", {}).items()]
-    facts = [f"Items of each task, or of each of its subtasks: {settings['limit'] or 'all'}"
-            + (f" ({', '.join(limits)})" if limits else ""),
-            "programs written were " + ("run" if settings["run_code"] else "not run"),
-            "judge of news and poems: " + (settings["judge_model"] or "none"),
-            f"seed {settings['seed']}"]
-    return (write_table(["run", "model", "experts on", "digest"], rows, "llll")
-            + f"\n\n{escape('; '.join(facts))}.")
+    facts = [
+        f"Items of each task, or of each of its subtasks: {settings['limit'] or 'all'}"
+        + (f" ({', '.join(limits)})" if limits else ""),
+        "programs written were " + ("run" if settings["run_code"] else "not run"),
+        "judge of news and poems: " + (settings["judge_model"] or "none"),
+        f"seed {settings['seed']}",
+    ]
+    return (
+        write_table(["run", "model", "experts on", "digest"], rows, "llll")
+        + f"\n\n{escape('; '.join(facts))}."
+    )
 
 
 def _above_chance(found: Mapping[str, Results]) -> str:
@@ -132,12 +170,23 @@ def _above_chance(found: Mapping[str, Results]) -> str:
     for name, r in found.items():
         scored = {n: t for n, t in r["tasks"].items() if t.get("above_chance") is not None}
         most = max(most, len(scored))
-        above = [f"{n} ({t['score']:.1f}, chance {t['chance']:.1f})" for n, t in scored.items()
-                 if t["above_chance"]]
-        lines.append(f"- **{escape(name)}**: {len(above)} of {len(scored)} scored tasks"
-                     + (f": {escape(', '.join(above))}" if above else ""))
-    return "\n".join([*lines, "", f"Each is tested by itself at 2.5 %: of {most} tasks, "
-                      f"{number(0.025 * most, 1)} are expected here by luck alone."])
+        above = [
+            f"{n} ({t['score']:.1f}, chance {t['chance']:.1f})"
+            for n, t in scored.items()
+            if t["above_chance"]
+        ]
+        lines.append(
+            f"- **{escape(name)}**: {len(above)} of {len(scored)} scored tasks"
+            + (f": {escape(', '.join(above))}" if above else "")
+        )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Each is tested by itself at 2.5 %: of {most} tasks, "
+            f"{number(0.025 * most, 1)} are expected here by luck alone.",
+        ]
+    )
 
 
 def _bits_table(found: Mapping[str, Results], against: Mapping[str, Any]) -> str:
@@ -149,8 +198,9 @@ def _bits_table(found: Mapping[str, Results], against: Mapping[str, Any]) -> str
     differences = [""]
     for found_against in against.values():
         e = found_against["bits_per_byte"]["overall"]
-        differences.append(f"{signed(e['difference'], 3)} ({signed(e['low'], 3)} to "
-                           f"{signed(e['high'], 3)})")
+        differences.append(
+            f"{signed(e['difference'], 3)} ({signed(e['low'], 3)} to {signed(e['high'], 3)})"
+        )
     rows.append(["difference", *differences])
     return write_table(["", *map(escape, found)], rows, "l" + "r" * len(found))
 
@@ -168,11 +218,15 @@ def _score_table(found: Mapping[str, Results]) -> str:
             else:
                 said = f"{number(e['score'], 1)} ± {number(e['error'], 1)}"
                 shown.append(f"**{said}**" if e["above_chance"] else said)
-        rows.append([f"**{escape(name)}**" if kind == "group" else escape(name),
-                     str(entries[0]["items"]) if kind == "task" else "",
-                     number(max(chances), 1) if chances else "", *shown])
-    return write_table(["", "items", "chance", *map(escape, found)], rows,
-                       "lrr" + "r" * len(found))
+        rows.append(
+            [
+                f"**{escape(name)}**" if kind == "group" else escape(name),
+                str(entries[0]["items"]) if kind == "task" else "",
+                number(max(chances), 1) if chances else "",
+                *shown,
+            ]
+        )
+    return write_table(["", "items", "chance", *map(escape, found)], rows, "lrr" + "r" * len(found))
 
 
 def _notes(found: Mapping[str, Results]) -> str:
@@ -189,19 +243,31 @@ def _notes(found: Mapping[str, Results]) -> str:
             if t["score"] is None:
                 note(f"not scored: {t['why'].split(';')[0]}", task)
             if "asked_new_tokens" in t:
-                note("in some runs answers had to be shorter than the task allows, for the "
-                     "model's length", task)
+                note(
+                    "in some runs answers had to be shorter than the task allows, for the "
+                    "model's length",
+                    task,
+                )
             if 2 * t["cut"] > t["items"]:
-                note("in some runs most prompts did not fit the model and lost what they begin "
-                     "with, mostly examples", task)
+                note(
+                    "in some runs most prompts did not fit the model and lost what they begin "
+                    "with, mostly examples",
+                    task,
+                )
         for task, why in r["missing"].items():
             note(f"missing: {why}", task)
         if "chosen by" in r["model"]:
-            note(f"one model for each text, chosen by {r['model']['chosen by']} "
-                 f"({r['model']['prompt tokens']} tokens)", name)
+            note(
+                f"one model for each text, chosen by {r['model']['chosen by']} "
+                f"({r['model']['prompt tokens']} tokens)",
+                name,
+            )
         if not r["average"]["is_whole"]:
-            note("averages of scores are not the paper's whole average: over "
-                 f"{r['average']['groups']} of {r['average']['of']} groups", name)
+            note(
+                "averages of scores are not the paper's whole average: over "
+                f"{r['average']['groups']} of {r['average']['of']} groups",
+                name,
+            )
     return "\n".join(f"- {escape(', '.join(of))}: {escape(said)}" for said, of in notes.items())
 
 
@@ -209,22 +275,39 @@ def _notes(found: Mapping[str, Results]) -> str:
 def draw_bits(found: Mapping[str, Results]) -> Figure:
     """Bits per byte by group (rows) and run (columns), coloured by the change from the first."""
     groups, names = _groups(found), list(found)
-    bits = np.array([[r["groups"][g]["bits_per_byte"] for r in found.values()] for g in groups]
-                    + [[r["average"]["bits_per_byte"] for r in found.values()]])
+    bits = np.array(
+        [[r["groups"][g]["bits_per_byte"] for r in found.values()] for g in groups]
+        + [[r["average"]["bits_per_byte"] for r in found.values()]]
+    )
     change = bits - bits[:, :1]
-    fig = Figure(figsize=(min(MAX_WIDTH_INCHES, max(5.5, 2.2 + 0.95 * len(names))),
-                          1.9 + 0.36 * len(bits)), layout="constrained")
+    fig = Figure(
+        figsize=(min(MAX_WIDTH_INCHES, max(5.5, 2.2 + 0.95 * len(names))), 1.9 + 0.36 * len(bits)),
+        layout="constrained",
+    )
     ax = fig.subplots()
     limit = max(0.05, float(np.abs(change).max()))
     shown = draw_cells(ax, change, "RdBu_r", -limit, limit)
     for (y, x), v in np.ndenumerate(bits):
-        ax.text(x, y, number(v, 2) if x == 0 else signed(change[y, x], 2), ha="center",
-                va="center", color=ink_on(shown[y, x]), fontsize=9)
+        ax.text(
+            x,
+            y,
+            number(v, 2) if x == 0 else signed(change[y, x], 2),
+            ha="center",
+            va="center",
+            color=ink_on(shown[y, x]),
+            fontsize=9,
+        )
     label_columns(ax, names, {}, 12, slanted=len(names) > 6)
     ax.set_yticks(range(len(bits)), [*groups, AVERAGE])
     ax.get_yticklabels()[-1].set_fontweight("bold")
-    fig.suptitle("Bits per byte of right answers", x=0.01, ha="left", fontsize=10.5,
-                 fontweight="bold")
-    fig.supxlabel("First column: bits per byte. Others: the change from it; blue, fewer bits, is "
-                  "better.", fontsize=9, color=MUTED, x=0.01, ha="left")
+    fig.suptitle(
+        "Bits per byte of right answers", x=0.01, ha="left", fontsize=10.5, fontweight="bold"
+    )
+    fig.supxlabel(
+        "First column: bits per byte. Others: the change from it; blue, fewer bits, is better.",
+        fontsize=9,
+        color=MUTED,
+        x=0.01,
+        ha="left",
+    )
     return fig

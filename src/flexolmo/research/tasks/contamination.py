@@ -87,8 +87,14 @@ class Overlaps:
         return found
 
 
-def find_overlaps(items: Iterable[tuple[str, str, str]], documents: Iterable[Document], *,
-                  n: int = 13, template_items: int = 10, meter: Meter | None = None) -> Overlaps:
+def find_overlaps(
+    items: Iterable[tuple[str, str, str]],
+    documents: Iterable[Document],
+    *,
+    n: int = 13,
+    template_items: int = 10,
+    meter: Meter | None = None,
+) -> Overlaps:
     """Which items of which tasks are in `documents`, and where.
 
     Documents are streamed, a quarter of a million words at a time. Each n-gram of the items takes
@@ -119,7 +125,7 @@ def find_overlaps(items: Iterable[tuple[str, str, str]], documents: Iterable[Doc
             if last_number[item] == number:
                 continue  # a long document, met again in its next batch
             last_number[item] = number
-            example = " ".join(words[position:position + length])
+            example = " ".join(words[position : position + length])
             hit = hits.setdefault(item, ItemHit(example))
             hit.num_documents += 1
             if len(hit.documents) < SHOWN_DOCUMENTS:
@@ -130,8 +136,10 @@ def find_overlaps(items: Iterable[tuple[str, str, str]], documents: Iterable[Doc
         hits[item].share = shares[item]
         task, name = index.names[item]
         found.tasks[task].hits[name] = hits[item]
-    found.documents = {name: DocumentHit(len(set(own)), max(shares[item] for item in own))
-                       for name, own in owned.items()}
+    found.documents = {
+        name: DocumentHit(len(set(own)), max(shares[item] for item in own))
+        for name, own in owned.items()
+    }
     return found
 
 
@@ -211,8 +219,12 @@ class _Index:
             positions, items = np.repeat(at, counts), self._owners[entries]
             places = np.searchsorted(starts, positions, side="right") - 1
             once = np.unique(places * len(self.names) + items, return_index=True)[1]
-            yield from zip(places[once].tolist(), items[once].tolist(), positions[once].tolist(),
-                           repeat(length))
+            yield from zip(
+                places[once].tolist(),
+                items[once].tolist(),
+                positions[once].tolist(),
+                repeat(length),
+            )
 
     def shares_found(self) -> list[float]:
         """The share of each item's n-grams that were found; 0 where it has none."""
@@ -234,12 +246,13 @@ def _hash_grams(values: np.ndarray, length: int) -> np.ndarray:
     count = max(0, len(values) - length + 1)
     grams = np.full(count, length, dtype=np.uint64)
     for i in range(length):
-        grams = grams * _MULTIPLIER + values[i:i + count]
+        grams = grams * _MULTIPLIER + values[i : i + count]
     return grams
 
 
-def _batches(documents: Iterable[Document], found: Overlaps, meter: Meter | None
-             ) -> Iterator[tuple[list[str], list[int], list[tuple[int, str]]]]:
+def _batches(
+    documents: Iterable[Document], found: Overlaps, meter: Meter | None
+) -> Iterator[tuple[list[str], list[int], list[tuple[int, str]]]]:
     """Words of documents in a row; where each document begins; its number, from 1, and id.
 
     A "" ends a document, so that no n-gram reaches across. One too long for a batch goes on in the
@@ -256,11 +269,11 @@ def _batches(documents: Iterable[Document], found: Overlaps, meter: Meter | None
         begin = 0
         while begin < len(document.text):  # a piece at a time, cut before a space
             end = document.text.find(" ", begin + _PIECE_CHARACTERS)
-            words += _words(document.text[begin:end if end >= 0 else None])
+            words += _words(document.text[begin : end if end >= 0 else None])
             begin = end if end >= 0 else len(document.text)
             if len(words) >= _BATCH_WORDS:
                 yield words, starts, places
-                words = words[max(starts[-1], len(words) - found.n + 1):]
+                words = words[max(starts[-1], len(words) - found.n + 1) :]
                 starts, places = [0], places[-1:]
         words.append("")
         if meter is not None:

@@ -19,8 +19,9 @@ try:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 except ImportError as e:
-    raise ConfigError(f"lm-evaluation-harness is needed and is not here ({e}); "
-                      "pip install -e '.[eval]'.") from None
+    raise ConfigError(
+        f"lm-evaluation-harness is needed and is not here ({e}); pip install -e '.[eval]'."
+    ) from None
 
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.generate import Sampling
@@ -37,24 +38,36 @@ class HarnessModel(LM):
     pretrained=model,without=news`; several experts are joined by "+".
     """
 
-    def __init__(self, pretrained: str | Reader, without: str = "", only: str | None = None,
-                 batch_size: int | str | None = 32, device: str | None = "cpu", **_: Any):
+    def __init__(
+        self,
+        pretrained: str | Reader,
+        without: str = "",
+        only: str | None = None,
+        batch_size: int | str | None = 32,
+        device: str | None = "cpu",
+        **_: Any,
+    ):
         super().__init__()
         self._device = torch.device(device or "cpu")
         if isinstance(pretrained, str):
             pretrained, self.about = open_reader(
-                Path(pretrained), without=_joined(without),
-                only=None if only is None else _joined(only), device=self._device)
+                Path(pretrained),
+                without=_joined(without),
+                only=None if only is None else _joined(only),
+                device=self._device,
+            )
         size = 32 if batch_size in (None, "auto") else int(batch_size)
         self.scorer = Scorer(pretrained, size)
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False
-                      ) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         scores = self.scorer.log_likelihoods([r.args for r in requests])
         return [(s.log_prob, s.is_greedy) for s in scores]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False
-                              ) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         texts = [r.args[0] for r in requests]
         return [s.log_prob for s in self.scorer.rolling_log_likelihoods(texts)]
 
@@ -73,33 +86,51 @@ class HarnessModel(LM):
             room = self.scorer.reader.max_seq_len
             sampling = Sampling(
                 max_new_tokens=int(limit) if int(limit) < room else room // 2,
-                temperature=temperature, top_k=asked.get("top_k") or None,
-                top_p=asked.get("top_p", 1.0))
+                temperature=temperature,
+                top_k=asked.get("top_k") or None,
+                top_p=asked.get("top_p", 1.0),
+            )
             written = self.scorer.continuations(
-                [requests[i].args[0] for i in places], sampling,
-                [stops] if isinstance(stops, str) else stops)
+                [requests[i].args[0] for i in places],
+                sampling,
+                [stops] if isinstance(stops, str) else stops,
+            )
             for i, (text, _) in zip(places, written, strict=True):
                 found[i] = text
         return found
 
 
-def run_harness(reader: Reader, tasks: Sequence[str], include_path: Path | None = None,
-                shots: int | None = None, limit: int | None = None, batch_size: int = 32
-                ) -> dict[str, dict[str, Any]]:
+def run_harness(
+    reader: Reader,
+    tasks: Sequence[str],
+    include_path: Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 32,
+) -> dict[str, dict[str, Any]]:
     """The harness's results by task. ConfigError: a task that it does not know, or whose data it
     cannot get."""
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [t for t in tasks if t not in manager.all_tasks]
     if unknown or not tasks:
-        raise ConfigError(f"lm-evaluation-harness knows no task {', '.join(unknown) or '(none)'}; "
-                          "name one of its own, or the directory of yours by --include-path.")
+        raise ConfigError(
+            f"lm-evaluation-harness knows no task {', '.join(unknown) or '(none)'}; "
+            "name one of its own, or the directory of yours by --include-path."
+        )
     try:
-        found = simple_evaluate(HarnessModel(reader, batch_size=batch_size), tasks=list(tasks),
-                                task_manager=manager, num_fewshot=shots, limit=limit)
+        found = simple_evaluate(
+            HarnessModel(reader, batch_size=batch_size),
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=shots,
+            limit=limit,
+        )
     except (OSError, ValueError) as e:
         raise ConfigError(f"lm-evaluation-harness could not run {', '.join(tasks)}: {e}") from None
-    return {name: {k: v for k, v in values.items() if isinstance(v, int | float | str)}
-            for name, values in found["results"].items()}
+    return {
+        name: {k: v for k, v in values.items() if isinstance(v, int | float | str)}
+        for name, values in found["results"].items()
+    }
 
 
 def _joined(names: str) -> list[str]:
@@ -113,34 +144,60 @@ def harness_task(task: Task, items: Sequence[Item], form: str = "rc") -> Any:
     Code is not run by the harness: judge such a task with `run_suite`.
     """
     common: dict[str, Any] = {
-        "task": f"flexolmo_{task.name}", "test_split": "test", "target_delimiter": "",
+        "task": f"flexolmo_{task.name}",
+        "test_split": "test",
+        "target_delimiter": "",
         "custom_dataset": lambda **_: {"test": _documents(items, form)},
-        "num_fewshot": 0, "metadata": {"version": task.version}}
+        "num_fewshot": 0,
+        "metadata": {"version": task.version},
+    }
     if task.kind == "choice":
         several = any(len(set(i.forms[form].contexts)) > 1 for i in items)
         # as its delimiter, the space before an option is none of the characters of `acc_norm`
-        delimiter = " " if not several and all(
-            o[:1] == " " for i in items for o in i.forms[form].options) else ""
-        return ConfigurableTask(config=common | {
-            "target_delimiter": delimiter,
-            "output_type": "multiple_choice", "doc_to_text": "{{context}}" if not several else
-            _place_of_gold, "doc_to_choice": lambda doc: doc["contexts"] if several else
-            [o.removeprefix(delimiter) for o in doc["options"]],
-            "doc_to_target": (lambda doc: doc["options"][0]) if several else
-            (lambda doc: doc["gold"]),
-            "metric_list": [{"metric": "acc"}] + ([] if several else [{"metric": "acc_norm"}])})
+        delimiter = (
+            " "
+            if not several and all(o[:1] == " " for i in items for o in i.forms[form].options)
+            else ""
+        )
+        return ConfigurableTask(
+            config=common
+            | {
+                "target_delimiter": delimiter,
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{context}}" if not several else _place_of_gold,
+                "doc_to_choice": lambda doc: (
+                    doc["contexts"]
+                    if several
+                    else [o.removeprefix(delimiter) for o in doc["options"]]
+                ),
+                "doc_to_target": (lambda doc: doc["options"][0])
+                if several
+                else (lambda doc: doc["gold"]),
+                "metric_list": [{"metric": "acc"}] + ([] if several else [{"metric": "acc_norm"}]),
+            }
+        )
     by_id = {(i.subtask, i.id): i for i in items}
 
     def process_results(doc: dict[str, Any], found: list[str]) -> dict[str, float]:
         assert task.judge is not None
         return {"score": float(task.judge(found[0], by_id[doc["subtask"], doc["id"]]))}
 
-    return ConfigurableTask(config=common | {
-        "output_type": "generate_until", "doc_to_text": "{{context}}", "doc_to_target": "",
-        "generation_kwargs": {"until": list(task.stops), "max_gen_toks": task.max_new_tokens,
-                              "do_sample": False, "temperature": 0.0},
-        "process_results": process_results,
-        "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}]})
+    return ConfigurableTask(
+        config=common
+        | {
+            "output_type": "generate_until",
+            "doc_to_text": "{{context}}",
+            "doc_to_target": "",
+            "generation_kwargs": {
+                "until": list(task.stops),
+                "max_gen_toks": task.max_new_tokens,
+                "do_sample": False,
+                "temperature": 0.0,
+            },
+            "process_results": process_results,
+            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
+        }
+    )
 
 
 def _place_of_gold(doc: dict[str, Any]) -> int:
@@ -154,9 +211,16 @@ def _documents(items: Sequence[Item], form: str) -> Any:
     for i in items:
         if i.forms:
             c = i.forms[form]
-            rows.append({"id": i.id, "subtask": i.subtask, "context": c.contexts[0],
-                         "contexts": list(c.contexts), "options": list(c.options),
-                         "gold": c.gold})
+            rows.append(
+                {
+                    "id": i.id,
+                    "subtask": i.subtask,
+                    "context": c.contexts[0],
+                    "contexts": list(c.contexts),
+                    "options": list(c.options),
+                    "gold": c.gold,
+                }
+            )
         else:
             rows.append({"id": i.id, "subtask": i.subtask, "context": i.prompt})
     return datasets.Dataset.from_list(rows)

@@ -46,15 +46,28 @@ def question_with_options(question: str, options: Sequence[str]) -> str:
     return "\n".join([f"Question: {question}", *lines, "Answer:"])
 
 
-def choice_item(id: str, question: str, options: Sequence[str], gold: int, *, subtask: str = "",
-                shots: Sequence[tuple[str, Sequence[str], int]] = (), header: str = "") -> Item:
+def choice_item(
+    id: str,
+    question: str,
+    options: Sequence[str],
+    gold: int,
+    *,
+    subtask: str = "",
+    shots: Sequence[tuple[str, Sequence[str], int]] = (),
+    header: str = "",
+) -> Item:
     """A multiple-choice question in both OLMES forms, after `shots` (question, options, gold)."""
     completed = [f"Question: {q}\nAnswer: {o[g]}" for q, o, g in shots]
     lettered = [f"{question_with_options(q, o)} {LETTERS[g]}" for q, o, g in shots]
     rc = header + "\n\n".join([*completed, f"Question: {question}\nAnswer:"])
     mc = header + "\n\n".join([*lettered, question_with_options(question, options)])
     count = len(options)
-    return Item(id, subtask, {
-        "rc": Choices((rc,) * count, tuple(f" {o}" for o in options), gold, "Answer:"),
-        "mc": Choices((mc,) * count, tuple(f" {x}" for x in LETTERS[:count]), gold)},
-        question="\n".join([question, *options]))
+    return Item(
+        id,
+        subtask,
+        {
+            "rc": Choices((rc,) * count, tuple(f" {o}" for o in options), gold, "Answer:"),
+            "mc": Choices((mc,) * count, tuple(f" {x}" for x in LETTERS[:count]), gold),
+        },
+        question="\n".join([question, *options]),
+    )

@@ -43,8 +43,10 @@ clarity: how clear and free of errors the language is, 0 (not) to 1 (fully)
 
 Answer with one line of JSON and nothing else: {{"quality": ..., "coherence": ..., "clarity": ...}}\
 """
-_AGAIN = ("This cannot be read. Answer with one JSON object whose quality and coherence are "
-          "numbers from 0 to 2 and whose clarity is a number from 0 to 1, and nothing else.")
+_AGAIN = (
+    "This cannot be read. Answer with one JSON object whose quality and coherence are "
+    "numbers from 0 to 2 and whose clarity is a number from 0 to 1, and nothing else."
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ class EndpointJudge:
             if verdict is not None:
                 return verdict
             if answer:  # at temperature 0 the same question would be answered the same
-                messages += [{"role": "assistant", "content": answer[-_SHOWN_CHARACTERS:]},
-                             {"role": "user", "content": _AGAIN}]
+                messages += [
+                    {"role": "assistant", "content": answer[-_SHOWN_CHARACTERS:]},
+                    {"role": "user", "content": _AGAIN},
+                ]
         self.num_unjudged += 1
         return None
 
@@ -111,23 +115,27 @@ class EndpointJudge:
         wait_seconds, trouble = 0.0, ""
         for attempt in range(ATTEMPTS):
             time.sleep(wait_seconds)
-            wait_seconds = min(2.0 ** attempt, LONGEST_WAIT_SECONDS)
+            wait_seconds = min(2.0**attempt, LONGEST_WAIT_SECONDS)
             try:
                 return _read_answer(self._post(body))
             except HTTPError as e:
                 trouble = self._describe(e)
                 if e.code < 500 and e.code not in _PASSING:
-                    raise ConfigError(f"{self.url} refuses to judge ({trouble}); expected a chat "
-                                      f"completion. Check the URL, the model {self.model!r} and "
-                                      f"the key in {self.key_variable}.") from None
+                    raise ConfigError(
+                        f"{self.url} refuses to judge ({trouble}); expected a chat "
+                        f"completion. Check the URL, the model {self.model!r} and "
+                        f"the key in {self.key_variable}."
+                    ) from None
                 asked = e.headers.get("Retry-After") or ""
                 if asked.isdecimal():
                     wait_seconds = min(float(asked), LONGEST_WAIT_SECONDS)
             except (OSError, http.client.HTTPException, ValueError) as e:
                 trouble = f"{type(e).__name__}: {e}"
-        raise SourceUnavailable(f"{self.url} gave no chat completion in {ATTEMPTS} attempts; the "
-                                f"last gave {trouble}. Check the URL, or go on later from the "
-                                "first text without a verdict.")
+        raise SourceUnavailable(
+            f"{self.url} gave no chat completion in {ATTEMPTS} attempts; the "
+            f"last gave {trouble}. Check the URL, or go on later from the "
+            "first text without a verdict."
+        )
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -145,22 +153,33 @@ class EndpointJudge:
         """The key or "", once it is safe to send it to `url`."""
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
-            raise ConfigError(f"The environment variable {self.key_variable} holds characters that "
-                              "no key has (it is not shown); expected the key alone.")
+            raise ConfigError(
+                f"The environment variable {self.key_variable} holds characters that "
+                "no key has (it is not shown); expected the key alone."
+            )
         try:
             parts = urlsplit(self.url)
-            is_fit = (parts.scheme in ("http", "https") and bool(parts.hostname)
-                      and parts.port != 0 and self.url.isascii() and self.url.isprintable()
-                      and not set(" @?#") & set(self.url))
+            is_fit = (
+                parts.scheme in ("http", "https")
+                and bool(parts.hostname)
+                and parts.port != 0
+                and self.url.isascii()
+                and self.url.isprintable()
+                and not set(" @?#") & set(self.url)
+            )
         except ValueError:
             is_fit = False
         if not is_fit:
-            raise ConfigError("The judge's URL is not one (it is not shown, as it may hold a "
-                              "password); expected https://host/path, without user and query.")
+            raise ConfigError(
+                "The judge's URL is not one (it is not shown, as it may hold a "
+                "password); expected https://host/path, without user and query."
+            )
         if key and parts.scheme == "http" and not _is_this_machine(self.url):
-            raise ConfigError(f"{self.url} would carry the key of {self.key_variable} in the "
-                              "clear; expected https, or http to this machine. Use https, or "
-                              "unset the variable.")
+            raise ConfigError(
+                f"{self.url} would carry the key of {self.key_variable} in the "
+                "clear; expected https, or http to this machine. Use https, or "
+                "unset the variable."
+            )
         return key
 
     def _describe(self, error: HTTPError) -> str:
@@ -185,8 +204,9 @@ def read_verdict(answer: str) -> Verdict | None:
             continue
         if MOST.keys() <= value.keys():
             points = value
-    is_fit = points and all(type(points[k]) in (int, float) and 0 <= points[k] <= most
-                            for k, most in MOST.items())
+    is_fit = points and all(
+        type(points[k]) in (int, float) and 0 <= points[k] <= most for k, most in MOST.items()
+    )
     return Verdict(**{k: float(points[k]) for k in MOST}) if is_fit else None
 
 

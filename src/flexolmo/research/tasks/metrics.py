@@ -42,8 +42,9 @@ def token_f1(prediction: str, references: Sequence[str]) -> float:
     return max(_bag_f1(found, normalise_answer(r).split()) for r in _some(references))
 
 
-def drop_scores(prediction: str | Sequence[str],
-                references: Sequence[Sequence[str]]) -> tuple[float, float]:
+def drop_scores(
+    prediction: str | Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, float]:
     """Exact match and F1 of one answer's spans against its references; the best of each.
 
     A reference is a list of spans; one whose first span is blank does not count. A span is a set
@@ -148,8 +149,10 @@ def _listed(text: str) -> list:
             return json.JSONDecoder().raw_decode(text, start.start())[0]
         except (ValueError, RecursionError):
             continue
-    return [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", part).strip(" \t\"'[].")
-            for part in re.split(r"[,\n]", text)]
+    return [
+        re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", part).strip(" \t\"'[].")
+        for part in re.split(r"[,\n]", text)
+    ]
 
 
 def _plain_items(items: Iterable) -> set[str]:
@@ -186,33 +189,44 @@ def same_number(a: str, b: str) -> bool:
     return all(_NUMBER.fullmatch(x) for x in bare) and Decimal(bare[0]) == Decimal(bare[1])
 
 
-_FINAL_ANSWER = re.compile(r"Final Answer: The final answer is(.*?)"
-                           r"(?:\. I hope it is correct|\.?\s*$)", re.MULTILINE)
+_FINAL_ANSWER = re.compile(
+    r"Final Answer: The final answer is(.*?)"
+    r"(?:\. I hope it is correct|\.?\s*$)",
+    re.MULTILINE,
+)
 _DOLLARS = re.compile(r"(?<!\\)\$+")
 _SPACING = re.compile(r",\\!|\{,\}|\\[ ,;:!]|\\q?quad(?![a-zA-Z])|~|\s")
 _TEXT = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf)\{([^{}]*)\}"
-_UNITS = ("degrees? dollars? cents? units? inch inches foot feet ft miles? mph mm cm km meters? "
-          "gm grams? kg pounds? seconds? minutes? hours? days? years? points? ways?")
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\[tdc]frac", r"\\frac"),
-    (r"\\(?:left|right)(?![a-zA-Z])", ""),
-    (r"\^\\circ|\^\{\\circ\}|\\degree|°", ""),
-    (r"\\?[$%]", ""),
-    (r",?\\text\{and\}", ","),
-    (r"(?<=[\w})!])\\(?:text|mbox|mathrm(?=\{\w\w))\{[^{}]*\}(?:\^\{?[0-9]\}?)?\.?$", ""),  # a unit
-    (_TEXT, r"\1"),
-    (rf"(?<=[0-9])(?:square|cubic)?(?:{_UNITS.replace(' ', '|')})\.?$", ""),
-    (r"\.$", ""),
-    (r"^[a-zA-Z][a-zA-Z]?=(?=[^=]*$)", ""),
-    (r"(?<![0-9])\.(?=[0-9])", "0."),
-    (r"(\\sqrt(?:\[[^\]]*\])?)([0-9a-zA-Z])", r"\1{\2}"),
-    (r"\\frac(\\(?!sqrt|frac)[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}"),
-    (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\\(?!sqrt|frac)[a-zA-Z]+|[0-9a-zA-Z])", r"\1{\2}"),
-    (r"(?<![\w.^/])([0-9]+)/([0-9]+)(?![\w.^!/({]|\\(?!end)[a-zA-Z])", r"\\frac{\1}{\2}"),
-    (r"(?<![\w)}])\\frac\{-", r"-\\frac{"),
-    (r"^0\.5$", r"\\frac{1}{2}"),
-    (r"\\\\", r"\\"),
-]]
+_UNITS = (
+    "degrees? dollars? cents? units? inch inches foot feet ft miles? mph mm cm km meters? "
+    "gm grams? kg pounds? seconds? minutes? hours? days? years? points? ways?"
+)
+_REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"\\[tdc]frac", r"\\frac"),
+        (r"\\(?:left|right)(?![a-zA-Z])", ""),
+        (r"\^\\circ|\^\{\\circ\}|\\degree|°", ""),
+        (r"\\?[$%]", ""),
+        (r",?\\text\{and\}", ","),
+        (
+            r"(?<=[\w})!])\\(?:text|mbox|mathrm(?=\{\w\w))\{[^{}]*\}(?:\^\{?[0-9]\}?)?\.?$",
+            "",
+        ),  # a unit
+        (_TEXT, r"\1"),
+        (rf"(?<=[0-9])(?:square|cubic)?(?:{_UNITS.replace(' ', '|')})\.?$", ""),
+        (r"\.$", ""),
+        (r"^[a-zA-Z][a-zA-Z]?=(?=[^=]*$)", ""),
+        (r"(?<![0-9])\.(?=[0-9])", "0."),
+        (r"(\\sqrt(?:\[[^\]]*\])?)([0-9a-zA-Z])", r"\1{\2}"),
+        (r"\\frac(\\(?!sqrt|frac)[a-zA-Z]+|[0-9a-zA-Z])", r"\\frac{\1}"),
+        (r"(\\frac\{(?:[^{}]|\{[^{}]*\})*\})(\\(?!sqrt|frac)[a-zA-Z]+|[0-9a-zA-Z])", r"\1{\2}"),
+        (r"(?<![\w.^/])([0-9]+)/([0-9]+)(?![\w.^!/({]|\\(?!end)[a-zA-Z])", r"\\frac{\1}{\2}"),
+        (r"(?<![\w)}])\\frac\{-", r"-\\frac{"),
+        (r"^0\.5$", r"\\frac{1}{2}"),
+        (r"\\\\", r"\\"),
+    ]
+]
 
 
 def math_answer(text: str) -> str | None:
@@ -258,12 +272,12 @@ def _last_boxed(text: str) -> str:
     r"""What is inside the last box that is closed, or after "\boxed " without braces; or ""."""
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))):
         if not box[1]:
-            return re.split(r"[$\n]", text[box.end():])[0].strip()
+            return re.split(r"[$\n]", text[box.end() :])[0].strip()
         depth = 1
         for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, box.end()):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                return text[box.end():brace.start()].strip()
+                return text[box.end() : brace.start()].strip()
     return ""
 
 
@@ -294,6 +308,8 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     2107.03374), equation 1.
     """
     if not (1 <= k <= n and 0 <= c <= n):
-        raise ConfigError(f"pass@{k} with {c} of {n} samples right found; expected k from 1 to the "
-                          "number of samples, and no more right than that; draw more samples.")
+        raise ConfigError(
+            f"pass@{k} with {c} of {n} samples right found; expected k from 1 to the "
+            "number of samples, and no more right than that; draw more samples."
+        )
     return 1 - math.comb(n - c, k) / math.comb(n, k)

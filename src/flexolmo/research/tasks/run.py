@@ -1,8 +1,8 @@
 """Runs tasks over a model, item by item, and resumes where it was; compares two runs.
 
-    out/run.json             what is run: model, experts on, tasks, settings, data digests
-    out/items/TASK.jsonl     one line an item, written as it is done
-    out/results.json         scores by task, group and in all
+out/run.json             what is run: model, experts on, tasks, settings, data digests
+out/items/TASK.jsonl     one line an item, written as it is done
+out/results.json         scores by task, group and in all
 """
 
 import json
@@ -33,8 +33,14 @@ STORY_SLICE = 4  # stories, each judged several times by a model that may fail
 SLICE = 64  # items read together and then written; results do not depend on where a run stopped
 
 
-def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], sources: Sources,
-              out: Path, settings: RunSettings) -> dict[str, Any]:
+def run_suite(
+    reader: Reader,
+    about: Mapping[str, Any],
+    tasks: Sequence[Task],
+    sources: Sources,
+    out: Path,
+    settings: RunSettings,
+) -> dict[str, Any]:
     """Run what is not yet run, and return what `results.json` then holds.
 
     `about` says what the model is: kind, digest, and the experts that are on. ConfigError if `out`
@@ -45,18 +51,39 @@ def run_suite(reader: Reader, about: Mapping[str, Any], tasks: Sequence[Task], s
     protections = _protections() if settings.run_code else []
     jobs, missing = prepare_jobs(tasks, sources, settings.limit, settings.limits)
     with hold_lock(out / "lock", wait=False):
-        return _run_jobs(reader, about, jobs, missing, out, settings, judges,
-                         {"sandbox": protections,
-                          "run": run_record(settings.model_dump(mode="json"), settings.seed,
-                                            sources.digests)})
+        return _run_jobs(
+            reader,
+            about,
+            jobs,
+            missing,
+            out,
+            settings,
+            judges,
+            {
+                "sandbox": protections,
+                "run": run_record(settings.model_dump(mode="json"), settings.seed, sources.digests),
+            },
+        )
 
 
-def _run_jobs(reader: Reader, about: Mapping[str, Any], jobs: Sequence[Job],
-              missing: Mapping[str, str], out: Path, settings: RunSettings,
-              judges: Mapping[str, EndpointJudge], record: Mapping[str, Any]) -> dict[str, Any]:
-    what = {"model": dict(about), "settings": settings.model_dump(mode="json"),
-            "tasks": {j.task.name: {"version": j.task.version, "items": len(j.items),
-                                    "digest": j.digest} for j in jobs}}
+def _run_jobs(
+    reader: Reader,
+    about: Mapping[str, Any],
+    jobs: Sequence[Job],
+    missing: Mapping[str, str],
+    out: Path,
+    settings: RunSettings,
+    judges: Mapping[str, EndpointJudge],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    what = {
+        "model": dict(about),
+        "settings": settings.model_dump(mode="json"),
+        "tasks": {
+            j.task.name: {"version": j.task.version, "items": len(j.items), "digest": j.digest}
+            for j in jobs
+        },
+    }
     what["tasks"] = _refuse_another_run(out, what) | what["tasks"]
     write_json(out / "run.json", what | {"missing": dict(missing), **record})
     stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
@@ -67,9 +94,16 @@ def _run_jobs(reader: Reader, about: Mapping[str, Any], jobs: Sequence[Job],
     with progress("evaluate", total, "items", sum(map(len, done.values()))) as meter:
         for job in jobs:
             meter.note = job.task.name
-            found[job.task.name] = _run_task(scorer, job, done[job.task.name], stamp,
-                                             out / "items" / f"{job.task.name}.jsonl", settings,
-                                             judges, meter)
+            found[job.task.name] = _run_task(
+                scorer,
+                job,
+                done[job.task.name],
+                stamp,
+                out / "items" / f"{job.task.name}.jsonl",
+                settings,
+                judges,
+                meter,
+            )
     summary = summarise(jobs, found, missing, settings, reader.max_seq_len)
     results = {"model": dict(about), **summary, "run": record["run"]}
     write_json(out / "results.json", results)
@@ -81,8 +115,10 @@ def _protections() -> list[str]:
     user's files, or worse."""
     found = check_sandbox()
     if bad := [words for words in found if "NOT" in words]:
-        raise ConfigError(f"Programs that a model writes are not run here: {', '.join(bad)}. Use a "
-                          "Linux kernel with Landlock, or leave --run-code out.")
+        raise ConfigError(
+            f"Programs that a model writes are not run here: {', '.join(bad)}. Use a "
+            "Linux kernel with Landlock, or leave --run-code out."
+        )
     return found
 
 
@@ -92,8 +128,9 @@ def _judges(settings: RunSettings) -> dict[str, EndpointJudge]:
         return {}
     if not settings.judge_model:
         raise ConfigError("A judge's endpoint was named without its model; give --judge-model too.")
-    return {q: EndpointJudge(settings.judge_url, settings.judge_model, quality=q)
-            for q in QUALITIES}
+    return {
+        q: EndpointJudge(settings.judge_url, settings.judge_model, quality=q) for q in QUALITIES
+    }
 
 
 def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,13 +140,21 @@ def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> dict[str, Any]:
     before = read_json(out / "run.json")
     different = ["model"] if before.get("model") != what["model"] else []
     old, new = before.get("settings", {}), what["settings"]
-    different += [f"setting {key}" for key in new  # limits are seen in the items
-                  if key not in ("limit", "limits") and old.get(key) != new[key]]
-    different += [f"the items of {n}" for n, task in what["tasks"].items()
-                  if before.get("tasks", {}).get(n, task) != task]
+    different += [
+        f"setting {key}"
+        for key in new  # limits are seen in the items
+        if key not in ("limit", "limits") and old.get(key) != new[key]
+    ]
+    different += [
+        f"the items of {n}"
+        for n, task in what["tasks"].items()
+        if before.get("tasks", {}).get(n, task) != task
+    ]
     if different:
-        raise ConfigError(f"{out} holds a run that differs in {', '.join(different)} from this "
-                          "one; choose another --out, or remove it.")
+        raise ConfigError(
+            f"{out} holds a run that differs in {', '.join(different)} from this "
+            "one; choose another --out, or remove it."
+        )
     return before.get("tasks", {})
 
 
@@ -118,7 +163,7 @@ def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
     if not path.is_file():
         return {}
     data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
+    whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         with open(path, "r+b") as f:
             f.truncate(len(whole))
@@ -126,14 +171,21 @@ def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
     return {(r["subtask"], r["id"]): r for r in rows}
 
 
-def _run_task(scorer: Scorer, job: Job, done: dict[tuple[str, str], Row], stamp: Row, path: Path,
-              settings: RunSettings, judges: Mapping[str, EndpointJudge], meter: Meter
-              ) -> list[Row]:
+def _run_task(
+    scorer: Scorer,
+    job: Job,
+    done: dict[tuple[str, str], Row],
+    stamp: Row,
+    path: Path,
+    settings: RunSettings,
+    judges: Mapping[str, EndpointJudge],
+    meter: Meter,
+) -> list[Row]:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = STORY_SLICE if job.task.kind == "story" else SLICE
     with open(path, "ab") as f:
         for start in range(0, len(job.items), size):
-            items = job.items[start:start + size]
+            items = job.items[start : start + size]
             left = [i for i in items if (i.subtask, i.id) not in done]
             if not left:
                 continue
@@ -165,51 +217,77 @@ def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dic
     in two versions.
     """
     found: dict[str, Any] = {"items": {}}
-    tasks = [t for t in TASKS if all((Path(r) / "items" / f"{t.name}.jsonl").is_file()
-                                     for r in (a, b))]
-    values: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"score": ({}, {}),
-                                                                "bits_per_byte": ({}, {})}
+    tasks = [
+        t for t in TASKS if all((Path(r) / "items" / f"{t.name}.jsonl").is_file() for r in (a, b))
+    ]
+    values: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "score": ({}, {}),
+        "bits_per_byte": ({}, {}),
+    }
     members: dict[str, list[str]] = {}
     for task in tasks:
         runs = [_read_rows(Path(r) / "items" / f"{task.name}.jsonl") for r in (a, b)]
         versions = {row["version"] for run in runs for row in run.values()}
         if len(versions) > 1:
-            raise DataError(f"{task.name} is of versions {', '.join(map(str, sorted(versions)))} "
-                            "in these runs: other items or prompts. Run one of them again.")
+            raise DataError(
+                f"{task.name} is of versions {', '.join(map(str, sorted(versions)))} "
+                "in these runs: other items or prompts. Run one of them again."
+            )
         both = sorted(runs[0].keys() & runs[1].keys())
-        found["items"][task.name] = {"compared": len(both),
-                                     "in_one": len(runs[0].keys() ^ runs[1].keys())}
+        found["items"][task.name] = {
+            "compared": len(both),
+            "in_one": len(runs[0].keys() ^ runs[1].keys()),
+        }
         forms = [_better_form(task, list(run.values())) for run in runs]
         for subtask in sorted({s for s, _ in both}):
             name = f"{task.name}/{subtask}"
             keys = [k for k in both if k[0] == subtask]
             members.setdefault(task.name, []).append(name)
-            for run, form, scores, bits in zip(runs, forms, values["score"],
-                                               values["bits_per_byte"], strict=True):
+            for run, form, scores, bits in zip(
+                runs, forms, values["score"], values["bits_per_byte"], strict=True
+            ):
                 own = [_score_of(run[k], form) for k in keys]
                 if None not in own:
                     scores[name] = 100 * np.array(own, dtype=np.float64)
                 bits[name] = np.array([run[k]["bits"] / max(1, run[k]["bytes"]) for k in keys])
     if not members:
         raise DataError(f"{a} and {b} have no item in common; name two runs of the same tasks.")
-    found["without_score"] = [t for t, subtasks in members.items() if not all(
-        n in run for n in subtasks for run in values["score"])]
+    found["without_score"] = [
+        t
+        for t, subtasks in members.items()
+        if not all(n in run for n in subtasks for run in values["score"])
+    ]
     for kind, (x, y) in values.items():
-        names = {t: subtasks for t, subtasks in members.items()
-                 if all(n in x and n in y for n in subtasks)}
-        groups = {g: several for g in GROUPS
-                  if (several := [t.name for t in tasks if t.group == g and t.name in names])}
+        names = {
+            t: subtasks
+            for t, subtasks in members.items()
+            if all(n in x and n in y for n in subtasks)
+        }
+        groups = {
+            g: several
+            for g in GROUPS
+            if (several := [t.name for t in tasks if t.group == g and t.name in names])
+        }
         kept = [n for subtasks in names.values() for n in subtasks]
-        found[kind] = paired_bootstrap(
-            {n: x[n] for n in kept}, {n: y[n] for n in kept}, levels=[names, groups], draws=draws,
-            seed=seed) if kept else None
+        found[kind] = (
+            paired_bootstrap(
+                {n: x[n] for n in kept},
+                {n: y[n] for n in kept},
+                levels=[names, groups],
+                draws=draws,
+                seed=seed,
+            )
+            if kept
+            else None
+        )
     return found
 
 
 def _better_form(task: Task, rows: Sequence[Row]) -> str:
     forms = rows[0].get("right", {}) if rows else {}
-    return max(forms, key=lambda f: macro(
-        (r["subtask"], r["right"][f]) for r in rows)[0], default="")
+    return max(
+        forms, key=lambda f: macro((r["subtask"], r["right"][f]) for r in rows)[0], default=""
+    )
 
 
 def _score_of(row: Row, form: str) -> float | None:

@@ -24,21 +24,37 @@ class RunSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    limit: int | None = Field(None, ge=1, description="items of each task, or of each of its "
-                              "subtasks; drawn by a hash of their ids, so that fewer are among "
-                              "more (paper: 100 and 1,000)")
+    limit: int | None = Field(
+        None,
+        ge=1,
+        description="items of each task, or of each of its "
+        "subtasks; drawn by a hash of their ids, so that fewer are among "
+        "more (paper: 100 and 1,000)",
+    )
     limits: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="by task, in place of `limit`")
-    forms: tuple[str, ...] = Field(("rc", "mc"), description="of multiple choice: rc completes "
-                                   "the answer, mc names its letter; the better counts (OLMES)")
-    write: bool = Field(True, description="let the model write answers; else only bits per byte "
-                        "of the right ones")
+        {}, description="by task, in place of `limit`"
+    )
+    forms: tuple[str, ...] = Field(
+        ("rc", "mc"),
+        description="of multiple choice: rc completes "
+        "the answer, mc names its letter; the better counts (OLMES)",
+    )
+    write: bool = Field(
+        True, description="let the model write answers; else only bits per byte of the right ones"
+    )
     run_code: bool = Field(False, description="run the programs it writes, in a sandbox")
-    samples: int = Field(1, ge=1, description="programs written for each problem: 1 is the "
-                         "likeliest, more are drawn at temperature 0.8 for pass@k")
-    judge_url: str | None = Field(None, description="OpenAI-compatible endpoint that judges news "
-                                  "and poems, up to its version; none: ROUGE-L with the text as it "
-                                  "went on, which is not a score of the paper's")
+    samples: int = Field(
+        1,
+        ge=1,
+        description="programs written for each problem: 1 is the "
+        "likeliest, more are drawn at temperature 0.8 for pass@k",
+    )
+    judge_url: str | None = Field(
+        None,
+        description="OpenAI-compatible endpoint that judges news "
+        "and poems, up to its version; none: ROUGE-L with the text as it "
+        "went on, which is not a score of the paper's",
+    )
     judge_model: str = Field("", description="the judge, as its endpoint calls it")
     batch_size: int = Field(32, ge=1, description="texts read at once")
     seed: int = Field(0, ge=0, description="of drawn samples")
@@ -55,9 +71,22 @@ class Job:
     @property
     def digest(self) -> str:
         """Of all that is asked."""
-        return digest_bytes(json.dumps([[i.id, i.subtask, repr(sorted(i.forms.items())), i.prompt,
-                                         i.gold_text, list(i.references), i.tests]
-                                        for i in self.items]).encode())
+        return digest_bytes(
+            json.dumps(
+                [
+                    [
+                        i.id,
+                        i.subtask,
+                        repr(sorted(i.forms.items())),
+                        i.prompt,
+                        i.gold_text,
+                        list(i.references),
+                        i.tests,
+                    ]
+                    for i in self.items
+                ]
+            ).encode()
+        )
 
 
 def parse_limits(words: Iterable[str]) -> dict[str, Any]:
@@ -67,8 +96,10 @@ def parse_limits(words: Iterable[str]) -> dict[str, Any]:
     for word in (w.strip() for several in words for w in several.split(",")):
         name, is_named, number = word.rpartition("=")
         if not (number.isdecimal() and len(number) < 10 and int(number) > 0):
-            raise ConfigError(f"Limit {word!r} found; expected items of every task, as in 100, or "
-                              "of one task or group, as in MMLU=20.")
+            raise ConfigError(
+                f"Limit {word!r} found; expected items of every task, as in 100, or "
+                "of one task or group, as in MMLU=20."
+            )
         if is_named:
             found["limits"] |= {t.name: int(number) for t in choose_tasks([name])}
         else:
@@ -76,8 +107,12 @@ def parse_limits(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None = None,
-                 limits: Mapping[str, int] | None = None) -> tuple[list[Job], dict[str, str]]:
+def prepare_jobs(
+    tasks: Sequence[Task],
+    sources: Sources,
+    limit: int | None = None,
+    limits: Mapping[str, int] | None = None,
+) -> tuple[list[Job], dict[str, str]]:
     """The items of each task, and by name why a task's items could not be had.
 
     `limit` and `limits` are as in the settings.
@@ -92,16 +127,20 @@ def prepare_jobs(tasks: Sequence[Task], sources: Sources, limit: int | None = No
             missing[task.name] = str(e)
             continue
         except (LookupError, TypeError, ValueError) as e:
-            raise DataError(f"The items of {task.name} are not laid out as their publisher's "
-                            f"({type(e).__name__}: {e}).") from None
+            raise DataError(
+                f"The items of {task.name} are not laid out as their publisher's "
+                f"({type(e).__name__}: {e})."
+            ) from None
         if items:
             drawn = _draw(items, (limits or {}).get(task.name, limit))
             jobs.append(Job(task, drawn, _chance(task, items)))
         else:
             missing[task.name] = "its file is empty"
     if not jobs:
-        raise DataError("None of the tasks' items can be had: " + "; ".join(
-            f"{n}: {why}" for n, why in missing.items()))
+        raise DataError(
+            "None of the tasks' items can be had: "
+            + "; ".join(f"{n}: {why}" for n, why in missing.items())
+        )
     return jobs, missing
 
 
@@ -123,8 +162,10 @@ def _chance(task: Task, items: Sequence[Item]) -> float | None:
     if task.kind == "choice":
         asked = [(i.subtask, next(iter(i.forms.values()))) for i in items]
         places = Counter(c.gold for _, c in asked)
-        return max(macro((s, 1 / len(c.options)) for s, c in asked)[0],
-                   *(macro((s, c.gold == place) for s, c in asked)[0] for place in places))
+        return max(
+            macro((s, 1 / len(c.options)) for s, c in asked)[0],
+            *(macro((s, c.gold == place) for s, c in asked)[0] for place in places),
+        )
     answers: dict[str, Counter[str]] = {}
     for i in items:
         first = str((i.references or (i.gold_text,))[0]).strip().lower()

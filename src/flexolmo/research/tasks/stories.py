@@ -33,28 +33,45 @@ def news_items(sources: Sources) -> list[Item]:
         words = list(re.finditer(r"\S+", text))
         if len(words) >= LEAST_WORDS:
             start, end = words[NEWS_PROMPT_WORDS - 1].end(), words[:MOST_WORDS][-1].end()
-            found.append(Item(str(i), prompt=text[:start], gold_text=text[start:end],
-                              references=(text[start:end],), question=text[:end],
-                              more={"start": text[:start], "quality": QUALITIES[0]}))
+            found.append(
+                Item(
+                    str(i),
+                    prompt=text[:start],
+                    gold_text=text[start:end],
+                    references=(text[start:end],),
+                    question=text[:end],
+                    more={"start": text[:start], "quality": QUALITIES[0]},
+                )
+            )
     return _some(found, "news")
 
 
 def poem_items(sources: Sources) -> list[Item]:
     """The first four lines of verses, after five whole ones of the training split."""
-    shots = list(islice((p for _, t in _texts(sources, "poems", "train") for p in _poems(t)),
-                        POEM_SHOTS))
+    shots = list(
+        islice((p for _, t in _texts(sources, "poems", "train") for p in _poems(t)), POEM_SHOTS)
+    )
     if len(shots) < POEM_SHOTS:
-        raise SourceUnavailable(f"--poems has {len(shots)} verses of {LEAST_WORDS} to "
-                                f"{MOST_WORDS} words to train on; {POEM_SHOTS} are examples")
+        raise SourceUnavailable(
+            f"--poems has {len(shots)} verses of {LEAST_WORDS} to "
+            f"{MOST_WORDS} words to train on; {POEM_SHOTS} are examples"
+        )
     before = "".join(f"{p}\n\n\n" for p in shots)
     found = []
     for i, text in _texts(sources, "poems", "heldout"):
         for j, poem in enumerate(_poems(text)):
             lines = poem.split("\n")
             start = "\n".join(lines[:POEM_PROMPT_LINES])
-            found.append(Item(f"{i}-{j}", prompt=before + start, gold_text=poem[len(start):],
-                              references=(poem[len(start):],), question=poem,
-                              more={"start": start, "quality": QUALITIES[1]}))
+            found.append(
+                Item(
+                    f"{i}-{j}",
+                    prompt=before + start,
+                    gold_text=poem[len(start) :],
+                    references=(poem[len(start) :],),
+                    question=poem,
+                    more={"start": start, "quality": QUALITIES[1]},
+                )
+            )
     return _some(found, "poems")
 
 
@@ -77,8 +94,10 @@ def _texts(sources: Sources, role: str, split: str) -> Iterator[tuple[int, str]]
     """Place and text of the documents of the set that plays this role."""
     directory = sources.prepared.get(role)
     if directory is None:
-        raise SourceUnavailable(f"the paper's {role} are in no package; name a prepared set whose "
-                                f"held-out documents stand in (--{role})")
+        raise SourceUnavailable(
+            f"the paper's {role} are in no package; name a prepared set whose "
+            f"held-out documents stand in (--{role})"
+        )
     opened: TokenSet = open_set(Path(directory))
     tokenizer = load_tokenizer(Path(directory))
     sources.digests[role] = opened.digest
@@ -89,6 +108,7 @@ def _texts(sources: Sources, role: str, split: str) -> Iterator[tuple[int, str]]
 
 def _some(items: list[Item], role: str) -> list[Item]:
     if not items:
-        raise SourceUnavailable(f"no held-out document of --{role} is of {LEAST_WORDS} words or "
-                                "more and of that kind")
+        raise SourceUnavailable(
+            f"no held-out document of --{role} is of {LEAST_WORDS} words or more and of that kind"
+        )
     return items

@@ -42,26 +42,34 @@ class Task:
 # --- ready-made in the package --------------------------------------------------------------------
 
 
-def _rendered_choices(task: str, split: str, keep: str = "", rc: str = "", mc: str = ""
-                      ) -> Callable[[Sources], list[Item]]:
+def _rendered_choices(
+    task: str, split: str, keep: str = "", rc: str = "", mc: str = ""
+) -> Callable[[Sources], list[Item]]:
     """Both forms of a task of the package; `keep` is what ids begin with."""
+
     def load(sources: Sources) -> list[Item]:
-        forms = {form: _choices(sources, task, name or f"{split}{form}_5shot")
-                 for form, name in (("rc", rc), ("mc", mc))}
+        forms = {
+            form: _choices(sources, task, name or f"{split}{form}_5shot")
+            for form, name in (("rc", rc), ("mc", mc))
+        }
         if forms["rc"].keys() != forms["mc"].keys():
             raise DataError(f"The package's two forms of {task} hold different questions.")
         natives = [native for native, _, _ in forms["rc"].values()]
         repeated = len(set(natives)) < len(natives)  # then ids need their place to be ids
-        return [Item(f"{native} {doc}" if repeated else native,
-                     forms={"rc": choices, "mc": forms["mc"][doc][1]}, question=question)
-                for doc, (native, choices, question) in forms["rc"].items()
-                if native.startswith(keep)]
+        return [
+            Item(
+                f"{native} {doc}" if repeated else native,
+                forms={"rc": choices, "mc": forms["mc"][doc][1]},
+                question=question,
+            )
+            for doc, (native, choices, question) in forms["rc"].items()
+            if native.startswith(keep)
+        ]
 
     return load
 
 
-def _choices(sources: Sources, task: str, variant: str
-             ) -> dict[int, tuple[str, Choices, str]]:
+def _choices(sources: Sources, task: str, variant: str) -> dict[int, tuple[str, Choices, str]]:
     """By place: id, the choices, and the bare question with its options."""
     found, bare = {}, {}
     rows = sources.requests(task, variant)
@@ -73,11 +81,15 @@ def _choices(sources: Sources, task: str, variant: str
             continue
         options = tuple(r["request"]["continuation"] for r in several)
         native = several[0]["native_id"]
-        found[doc] = (str(doc if native is None else native),
-                      Choices(contexts, options, int(several[0]["label"])),
-                      _bare_question(contexts[0]) + "".join(options))
-    return {doc: (native, Choices(c.contexts, c.options, c.gold, bare.get(doc)), question)
-            for doc, (native, c, question) in found.items()}
+        found[doc] = (
+            str(doc if native is None else native),
+            Choices(contexts, options, int(several[0]["label"])),
+            _bare_question(contexts[0]) + "".join(options),
+        )
+    return {
+        doc: (native, Choices(c.contexts, c.options, c.gold, bare.get(doc)), question)
+        for doc, (native, c, question) in found.items()
+    }
 
 
 def _bare_question(context: str) -> str:
@@ -85,30 +97,52 @@ def _bare_question(context: str) -> str:
     return context.rstrip().rsplit("\n\n", 1)[-1]
 
 
-def _rendered_answers(task: str, variant: str, subtask: str = "",
-                      references: Callable[[Any], Iterable[Any]] = tuple,
-                      gold: Callable[[dict[str, Any]], str] | None = None
-                      ) -> Callable[[Sources], list[Item]]:
+def _rendered_answers(
+    task: str,
+    variant: str,
+    subtask: str = "",
+    references: Callable[[Any], Iterable[Any]] = tuple,
+    gold: Callable[[dict[str, Any]], str] | None = None,
+) -> Callable[[Sources], list[Item]]:
     """Questions of the package to be answered in writing; `references` are made of its label."""
+
     def load(sources: Sources) -> list[Item]:
         found = []
         for row in sources.requests(task, variant):
             request, native = row["request"], row["native_id"]
             text = gold(row) if gold else request["continuation"]
-            found.append(Item(str(row["doc_id"] if native is None else native), subtask,
-                              prompt=request["context"], gold_text=text,
-                              references=tuple(references(row["label"])),
-                              question=_bare_question(request["context"]) + text))
+            found.append(
+                Item(
+                    str(row["doc_id"] if native is None else native),
+                    subtask,
+                    prompt=request["context"],
+                    gold_text=text,
+                    references=tuple(references(row["label"])),
+                    question=_bare_question(request["context"]) + text,
+                )
+            )
         return found
 
     return load
 
 
 def _math(sources: Sources) -> list[Item]:
-    subsets = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra",
-               "number_theory", "prealgebra", "precalculus")
-    found = [item for s in subsets for item in _rendered_answers(
-        f"minerva_math_{s}", "gold_bpb_0shot", s, references=_labels)(sources)]
+    subsets = (
+        "algebra",
+        "counting_and_probability",
+        "geometry",
+        "intermediate_algebra",
+        "number_theory",
+        "prealgebra",
+        "precalculus",
+    )
+    found = [
+        item
+        for s in subsets
+        for item in _rendered_answers(f"minerva_math_{s}", "gold_bpb_0shot", s, references=_labels)(
+            sources
+        )
+    ]
     # the package's label was damaged by Minerva's normaliser (x^2 = 9 became 9)
     return [replace(i, references=(metrics.math_answer(i.gold_text),)) for i in found]
 
@@ -120,22 +154,38 @@ def _mmlu(sources: Sources) -> list[Item]:
     found = []
     for folder in sources.arrow_folders("hails/mmlu_no_train/[a-z_]+/test"):
         subject = folder.split("/")[-2]
-        header = ("The following are multiple choice questions (with answers) about "
-                  f"{subject.replace('_', ' ')}.\n\n")
-        shots = [(r["question"], r["choices"], r["answer"])
-                 for r in sources.arrow(folder.removesuffix("test") + "dev")]
-        found += [choice_item(f"{subject}-{i}", r["question"], r["choices"], r["answer"],
-                              subtask=subject, shots=shots, header=header)
-                  for i, r in enumerate(sources.arrow(folder))]
+        header = (
+            "The following are multiple choice questions (with answers) about "
+            f"{subject.replace('_', ' ')}.\n\n"
+        )
+        shots = [
+            (r["question"], r["choices"], r["answer"])
+            for r in sources.arrow(folder.removesuffix("test") + "dev")
+        ]
+        found += [
+            choice_item(
+                f"{subject}-{i}",
+                r["question"],
+                r["choices"],
+                r["answer"],
+                subtask=subject,
+                shots=shots,
+                header=header,
+            )
+            for i, r in enumerate(sources.arrow(folder))
+        ]
     return found
 
 
 def _mmlu_pro(sources: Sources) -> list[Item]:
     rows = sources.rows("mmlu_pro", [HubPart("TIGER-Lab/MMLU-Pro", "test")])
-    questions = [(str(r["question_id"]), r["category"], r["question"], r["options"],
-                  r["answer_index"]) for r in rows]
-    return _with_own_examples(questions, 5, "The following are multiple choice questions (with "
-                                            "answers) about {}.\n\n")
+    questions = [
+        (str(r["question_id"]), r["category"], r["question"], r["options"], r["answer_index"])
+        for r in rows
+    ]
+    return _with_own_examples(
+        questions, 5, "The following are multiple choice questions (with answers) about {}.\n\n"
+    )
 
 
 def _agi_eval(sources: Sources) -> list[Item]:
@@ -144,8 +194,9 @@ def _agi_eval(sources: Sources) -> list[Item]:
     for i, r in enumerate(sources.rows("agieval_flexolmo", parts, _agi_eval_of_hub)):
         options = [o[3:].strip() if o[:1] == "(" and o[2:3] == ")" else o for o in r["options"]]
         question = "\n".join(x for x in (r["passage"], r["question"]) if x)
-        questions.append((f"{r['task']}-{i}", r["task"], question, options,
-                          LETTERS.index(r["label"])))
+        questions.append(
+            (f"{r['task']}-{i}", r["task"], question, options, LETTERS.index(r["label"]))
+        )
     return _with_own_examples(questions, 1, "")
 
 
@@ -155,13 +206,18 @@ def _agi_eval_of_hub(row: Mapping[str, Any], part: HubPart) -> dict[str, Any]:
     passage, q, question = asked.rpartition("Q: ")
     if not (found and q):
         raise ValueError(f"{row['query'][:80]!r} is no question with answer choices")
-    return {"task": part.path.removeprefix("hails/agieval-"), "passage": passage.strip() or None,
-            "question": question.strip(), "options": row["choices"],
-            "label": LETTERS[row["gold"][0]]}
+    return {
+        "task": part.path.removeprefix("hails/agieval-"),
+        "passage": passage.strip() or None,
+        "question": question.strip(),
+        "options": row["choices"],
+        "label": LETTERS[row["gold"][0]],
+    }
 
 
-def _with_own_examples(questions: Sequence[tuple[str, str, str, Sequence[str], int]], count: int,
-                       header: str) -> list[Item]:
+def _with_own_examples(
+    questions: Sequence[tuple[str, str, str, Sequence[str], int]], count: int, header: str
+) -> list[Item]:
     """Each subtask's first `count` questions, by a hash of their ids, are its examples and are not
     asked."""
     found = []
@@ -172,9 +228,13 @@ def _with_own_examples(questions: Sequence[tuple[str, str, str, Sequence[str], i
         ordered = sorted(several, key=lambda q: digest_bytes(f"example {q[0]}".encode()))
         shots = [(q[2], q[3], q[4]) for q in ordered[:count]]
         left_out = {q[0] for q in ordered[:count]}
-        found += [choice_item(i, text, options, gold, subtask=subtask, shots=shots,
-                              header=header.format(subtask))
-                  for i, _, text, options, gold in several if i not in left_out]
+        found += [
+            choice_item(
+                i, text, options, gold, subtask=subtask, shots=shots, header=header.format(subtask)
+            )
+            for i, _, text, options, gold in several
+            if i not in left_out
+        ]
     return found
 
 
@@ -184,32 +244,48 @@ def _bbh(sources: Sources) -> list[Item]:
     examples, found = sources.bbh_prompts(), []
     for i, r in enumerate(rows):
         question = f"Q: {r['input']}\nA: Let's think step by step."
-        found.append(Item(f"{r['task']}-{i}", r["task"],
-                          prompt=f"{examples[r['task']]}\n\n{question}",
-                          gold_text=f" So the answer is {r['target']}.",
-                          references=(r["target"],), question=f"{r['input']} {r['target']}"))
+        found.append(
+            Item(
+                f"{r['task']}-{i}",
+                r["task"],
+                prompt=f"{examples[r['task']]}\n\n{question}",
+                gold_text=f" So the answer is {r['target']}.",
+                references=(r["target"],),
+                question=f"{r['input']} {r['target']}",
+            )
+        )
     return found
 
 
 def _trivia_qa(sources: Sources) -> list[Item]:
     rows = sources.arrow("trivia_qa/rc.wikipedia.nocontext/validation")
     ordered = sorted(rows, key=lambda r: digest_bytes(f"example {r['question_id']}".encode()))
-    shots = "".join(f"Question: {r['question']}\nAnswer: {r['answer']['value']}\n\n"
-                    for r in ordered[:5])
-    return [Item(r["question_id"], prompt=f"{shots}Question: {r['question']}\nAnswer:",
-                 gold_text=f" {r['answer']['value']}",
-                 references=tuple(r["answer"]["aliases"]) or (r["answer"]["value"],),
-                 question=f"{r['question']} {r['answer']['value']}")
-            for r in ordered[5:]]
+    shots = "".join(
+        f"Question: {r['question']}\nAnswer: {r['answer']['value']}\n\n" for r in ordered[:5]
+    )
+    return [
+        Item(
+            r["question_id"],
+            prompt=f"{shots}Question: {r['question']}\nAnswer:",
+            gold_text=f" {r['answer']['value']}",
+            references=tuple(r["answer"]["aliases"]) or (r["answer"]["value"],),
+            question=f"{r['question']} {r['answer']['value']}",
+        )
+        for r in ordered[5:]
+    ]
 
 
 def _covid_qa(sources: Sources) -> list[Item]:
-    return [Item(f"{r['doc_id']}-{i}",
-                 prompt=f"{r['context']}\n\nQuestion: {r['question']}\nAnswer:",
-                 gold_text=" " + r["answers"][0].strip(),
-                 references=tuple(a.strip() for a in r["answers"]),
-                 question=f"{r['question']} {r['answers'][0]}")
-            for i, r in enumerate(sources.rows("covid_deepset_qa"))]
+    return [
+        Item(
+            f"{r['doc_id']}-{i}",
+            prompt=f"{r['context']}\n\nQuestion: {r['question']}\nAnswer:",
+            gold_text=" " + r["answers"][0].strip(),
+            references=tuple(a.strip() for a in r["answers"]),
+            question=f"{r['question']} {r['answers'][0]}",
+        )
+        for i, r in enumerate(sources.rows("covid_deepset_qa"))
+    ]
 
 
 def _sciriff(name: str) -> Callable[[Sources], list[Item]]:
@@ -219,9 +295,15 @@ def _sciriff(name: str) -> Callable[[Sources], list[Item]]:
             answer = json.loads(r["output"])
             references = tuple(answer) if isinstance(answer, list) else (answer["verdict"],)
             gold = r["output"] if isinstance(answer, list) else answer["verdict"]
-            found.append(Item(r["_instance_id"], prompt=f"{r['input']}\n\nAnswer:",
-                              gold_text=f" {gold}", references=references,
-                              question=f"{r['input'][-400:]} {gold}"))
+            found.append(
+                Item(
+                    r["_instance_id"],
+                    prompt=f"{r['input']}\n\nAnswer:",
+                    gold_text=f" {gold}",
+                    references=references,
+                    question=f"{r['input'][-400:]} {gold}",
+                )
+            )
         return found
 
     return load
@@ -234,26 +316,45 @@ def _human_eval(sources: Sources) -> list[Item]:
     found = []
     for row in sources.requests("codex_humaneval", "gold_bpb_0shot"):
         doc = row["doc"]
-        found.append(Item(doc["task_id"], prompt=doc["prompt"],
-                          gold_text=doc["canonical_solution"], question=doc["prompt"],
-                          tests=f"{doc['test']}\ncheck({doc['entry_point']})\n"))
+        found.append(
+            Item(
+                doc["task_id"],
+                prompt=doc["prompt"],
+                gold_text=doc["canonical_solution"],
+                question=doc["prompt"],
+                tests=f"{doc['test']}\ncheck({doc['entry_point']})\n",
+            )
+        )
     return found
 
 
 def _human_eval_plus(sources: Sources) -> list[Item]:
-    return [Item(r["task_id"], prompt=r["prompt"], gold_text=r["canonical_solution"],
-                 question=r["prompt"], tests=_plus_tests(r, r["prompt"] + r["canonical_solution"]))
-            for r in sources.rows("humaneval_plus_full")]
+    return [
+        Item(
+            r["task_id"],
+            prompt=r["prompt"],
+            gold_text=r["canonical_solution"],
+            question=r["prompt"],
+            tests=_plus_tests(r, r["prompt"] + r["canonical_solution"]),
+        )
+        for r in sources.rows("humaneval_plus_full")
+    ]
 
 
 def _mbpp(sources: Sources) -> list[Item]:
     found = []
     for row in sources.requests("codex_mbpp", "gold_bpb_3shot"):
         doc, request = row["doc"], row["request"]
-        found.append(Item(str(doc["task_id"]), prompt=request["context"],
-                          gold_text=request["continuation"], question=doc["text"],
-                          tests="\n".join([doc["test_setup_code"], *doc["test_list"], ""]),
-                          more={"alone": True}))
+        found.append(
+            Item(
+                str(doc["task_id"]),
+                prompt=request["context"],
+                gold_text=request["continuation"],
+                question=doc["text"],
+                tests="\n".join([doc["test_setup_code"], *doc["test_list"], ""]),
+                more={"alone": True},
+            )
+        )
     return found
 
 
@@ -261,11 +362,16 @@ def _mbpp_plus(sources: Sources) -> list[Item]:
     found = []
     for r in sources.rows("mbpp_plus_full"):
         prompt = f"{r['prompt'].strip()}\n```python\n"
-        found.append(Item(r["task_id"], prompt=prompt,
-                          gold_text=r["canonical_solution"].strip() + "\n```",
-                          question=r["prompt"], more={"alone": True},
-                          tests=f"import math\n{r['assertion']}\n"
-                                f"{_plus_tests(r, r['canonical_solution'])}"))
+        found.append(
+            Item(
+                r["task_id"],
+                prompt=prompt,
+                gold_text=r["canonical_solution"].strip() + "\n```",
+                question=r["prompt"],
+                more={"alone": True},
+                tests=f"import math\n{r['assertion']}\n{_plus_tests(r, r['canonical_solution'])}",
+            )
+        )
     return found
 
 
@@ -292,7 +398,8 @@ def _plus_tests(row: Mapping[str, Any], solution: str) -> str:
         f"        _right = _ours[{row['entry_point']!r}](*_copy.deepcopy(_input))\n"
         "    except Exception:\n"
         "        continue\n"
-        "    assert _same(_theirs(*_copy.deepcopy(_input)), _right), _input\n")
+        "    assert _same(_theirs(*_copy.deepcopy(_input)), _right), _input\n"
+    )
 
 
 def program_of(item: Item, written: str) -> str:
@@ -325,60 +432,187 @@ TASKS: tuple[Task, ...] = (
     Task("piqa", "MC9", _rendered_choices("piqa", "val_"), 5),
     Task("socialiqa", "MC9", _rendered_choices("socialiqa", "val_"), 5),
     Task("winogrande", "MC9", _rendered_choices("winogrande", "val_"), 5, normalise="none"),
-
-    Task("coqa", "Gen5", _rendered_answers("coqa", "bpb_0shot", references=_labels), 0, "answer",
-         "F1", judge=_written(metrics.token_f1), stops=("\n\n",)),
-    Task("squad", "Gen5", _rendered_answers("squad", "bpb_5shot", references=_labels), 5,
-         "answer", "F1", judge=_written(metrics.token_f1), stops=("Title:", "\n\n")),
-    Task("naturalqs", "Gen5", _rendered_answers("naturalqs_open", "bpb_5shot",
-                                                references=_labels), 5,
-         "answer", "F1", judge=_written(metrics.token_f1), stops=("Question:", "Q:", "\n\n")),
-    Task("triviaqa", "Gen5", _trivia_qa, 5, "answer", "F1", judge=_written(metrics.token_f1),
-         stops=("Question:", "Q:", "\n\n"), stand_in=_STAND_IN_SHOTS),
-    Task("drop", "Gen5", _rendered_answers(
-        "drop", "bpb_5shot", references=_labels,
-        gold=lambda row: " " + ", ".join(row["doc"]["answers"][0])), 5, "answer", "F1",
-         judge=lambda t, i: metrics.drop_scores(t.strip().split("\n")[0], i.references)[1],
-         stops=("Passage:", "Question:", "\n\n")),
-
+    Task(
+        "coqa",
+        "Gen5",
+        _rendered_answers("coqa", "bpb_0shot", references=_labels),
+        0,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("\n\n",),
+    ),
+    Task(
+        "squad",
+        "Gen5",
+        _rendered_answers("squad", "bpb_5shot", references=_labels),
+        5,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("Title:", "\n\n"),
+    ),
+    Task(
+        "naturalqs",
+        "Gen5",
+        _rendered_answers("naturalqs_open", "bpb_5shot", references=_labels),
+        5,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("Question:", "Q:", "\n\n"),
+    ),
+    Task(
+        "triviaqa",
+        "Gen5",
+        _trivia_qa,
+        5,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("Question:", "Q:", "\n\n"),
+        stand_in=_STAND_IN_SHOTS,
+    ),
+    Task(
+        "drop",
+        "Gen5",
+        _rendered_answers(
+            "drop",
+            "bpb_5shot",
+            references=_labels,
+            gold=lambda row: " " + ", ".join(row["doc"]["answers"][0]),
+        ),
+        5,
+        "answer",
+        "F1",
+        judge=lambda t, i: metrics.drop_scores(t.strip().split("\n")[0], i.references)[1],
+        stops=("Passage:", "Question:", "\n\n"),
+    ),
     Task("mmlu", "MMLU", _mmlu, 5),
     Task("mmlu_pro", "MMLU-Pro", _mmlu_pro, 5, stand_in=_STAND_IN_SHOTS),
     Task("agi_eval", "AGIEval", _agi_eval, 1, stand_in=_STAND_IN_SHOTS),
-    Task("bbh", "BBH", _bbh, 3, "answer", "exact match",
-         judge=lambda t, i: metrics.bbh_match(metrics.bbh_answer(t), i.references[0]),
-         stops=("Q:", "\n\n"), max_new_tokens=512),
-
-    Task("gsm8k", "Math2", _rendered_answers("gsm8k", "gold_bpb_5shot", references=_labels), 8,
-         "answer", "exact match",
-         judge=lambda t, i: float(metrics.same_number(metrics.gsm8k_answer(t), i.references[0])),
-         stops=("Question:", "</s>", "<|im_end|>", "\n\n"), max_new_tokens=512),
-    Task("math", "Math2", _math, 4, "answer", "exact match",
-         judge=lambda t, i: float(metrics.same_math(metrics.math_answer(t), i.references[0])),
-         stops=("Problem:", "\n\n"), max_new_tokens=1024),
-
-    Task("humaneval", "Code4", _human_eval, 0, "code", "pass@1", stops=_PLUS_STOPS,
-         max_new_tokens=512),
-    Task("humaneval_plus", "Code4", _human_eval_plus, 0, "code", "pass@1", stops=_PLUS_STOPS,
-         max_new_tokens=512),
+    Task(
+        "bbh",
+        "BBH",
+        _bbh,
+        3,
+        "answer",
+        "exact match",
+        judge=lambda t, i: metrics.bbh_match(metrics.bbh_answer(t), i.references[0]),
+        stops=("Q:", "\n\n"),
+        max_new_tokens=512,
+    ),
+    Task(
+        "gsm8k",
+        "Math2",
+        _rendered_answers("gsm8k", "gold_bpb_5shot", references=_labels),
+        8,
+        "answer",
+        "exact match",
+        judge=lambda t, i: float(metrics.same_number(metrics.gsm8k_answer(t), i.references[0])),
+        stops=("Question:", "</s>", "<|im_end|>", "\n\n"),
+        max_new_tokens=512,
+    ),
+    Task(
+        "math",
+        "Math2",
+        _math,
+        4,
+        "answer",
+        "exact match",
+        judge=lambda t, i: float(metrics.same_math(metrics.math_answer(t), i.references[0])),
+        stops=("Problem:", "\n\n"),
+        max_new_tokens=1024,
+    ),
+    Task(
+        "humaneval",
+        "Code4",
+        _human_eval,
+        0,
+        "code",
+        "pass@1",
+        stops=_PLUS_STOPS,
+        max_new_tokens=512,
+    ),
+    Task(
+        "humaneval_plus",
+        "Code4",
+        _human_eval_plus,
+        0,
+        "code",
+        "pass@1",
+        stops=_PLUS_STOPS,
+        max_new_tokens=512,
+    ),
     Task("mbpp", "Code4", _mbpp, 3, "code", "pass@1", stops=("```",), max_new_tokens=512),
-    Task("mbpp_plus", "Code4", _mbpp_plus, 0, "code", "pass@1", stops=("```",),
-         max_new_tokens=512),
-
-    Task("bioasq_yesno", "SciRIFF5", _rendered_choices(
-        "sciriff_yesno", "", "bioasq", "rc_5shot", "mc_5shot"), 5, normalise="none"),
-    Task("pubmedqa", "SciRIFF5", _rendered_choices(
-        "sciriff_yesno", "", "pubmedqa", "rc_5shot", "mc_5shot"), 5, normalise="none"),
-    Task("bioasq_general", "SciRIFF5", _sciriff("bioasq_list_qa"), 0, "answer", "F1",
-         judge=_written(metrics.list_f1), stops=("\n\n",), stand_in="BioASQ list questions"),
-    Task("bioasq_factoid", "SciRIFF5", _sciriff("scifact_entailment"), 0, "answer", "F1",
-         judge=_written(metrics.token_f1), stops=("\n\n",), stand_in="SciFact verdicts"),
-    Task("covidqa", "SciRIFF5", _covid_qa, 0, "answer", "F1", judge=_written(metrics.token_f1),
-         stops=("Question:", "\n\n")),
-
-    Task("newsg", "NewsG", news_items, 0, "story", "judged", max_new_tokens=MAX_NEW_TOKENS,
-         stand_in="held-out documents of --news"),
-    Task("poemg", "PoemG", poem_items, POEM_SHOTS, "story", "judged", stops=("\n\n\n",),
-         max_new_tokens=MAX_NEW_TOKENS, stand_in="held-out verses of --poems"),
+    Task("mbpp_plus", "Code4", _mbpp_plus, 0, "code", "pass@1", stops=("```",), max_new_tokens=512),
+    Task(
+        "bioasq_yesno",
+        "SciRIFF5",
+        _rendered_choices("sciriff_yesno", "", "bioasq", "rc_5shot", "mc_5shot"),
+        5,
+        normalise="none",
+    ),
+    Task(
+        "pubmedqa",
+        "SciRIFF5",
+        _rendered_choices("sciriff_yesno", "", "pubmedqa", "rc_5shot", "mc_5shot"),
+        5,
+        normalise="none",
+    ),
+    Task(
+        "bioasq_general",
+        "SciRIFF5",
+        _sciriff("bioasq_list_qa"),
+        0,
+        "answer",
+        "F1",
+        judge=_written(metrics.list_f1),
+        stops=("\n\n",),
+        stand_in="BioASQ list questions",
+    ),
+    Task(
+        "bioasq_factoid",
+        "SciRIFF5",
+        _sciriff("scifact_entailment"),
+        0,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("\n\n",),
+        stand_in="SciFact verdicts",
+    ),
+    Task(
+        "covidqa",
+        "SciRIFF5",
+        _covid_qa,
+        0,
+        "answer",
+        "F1",
+        judge=_written(metrics.token_f1),
+        stops=("Question:", "\n\n"),
+    ),
+    Task(
+        "newsg",
+        "NewsG",
+        news_items,
+        0,
+        "story",
+        "judged",
+        max_new_tokens=MAX_NEW_TOKENS,
+        stand_in="held-out documents of --news",
+    ),
+    Task(
+        "poemg",
+        "PoemG",
+        poem_items,
+        POEM_SHOTS,
+        "story",
+        "judged",
+        stops=("\n\n\n",),
+        max_new_tokens=MAX_NEW_TOKENS,
+        stand_in="held-out verses of --poems",
+    ),
 )
 GROUPS = tuple(dict.fromkeys(t.group for t in TASKS))
 
@@ -393,7 +627,9 @@ def choose_tasks(names: Iterable[str] | None) -> list[Task]:
     wanted = set(names)
     unknown = sorted(wanted - {t.name for t in TASKS} - set(GROUPS))
     if unknown or not wanted:
-        raise ConfigError(f"Unknown task {', '.join(unknown) or '(none named)'}; there are "
-                          f"{', '.join(t.name for t in TASKS)}, and the groups "
-                          f"{', '.join(GROUPS)}.")
+        raise ConfigError(
+            f"Unknown task {', '.join(unknown) or '(none named)'}; there are "
+            f"{', '.join(t.name for t in TASKS)}, and the groups "
+            f"{', '.join(GROUPS)}."
+        )
     return [t for t in TASKS if t.name in wanted or t.group in wanted]

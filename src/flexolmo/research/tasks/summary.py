@@ -13,8 +13,13 @@ from flexolmo.research.tasks.suite import GROUPS, TASKS
 SHIFTS = 5  # other questions that each answer is judged by, to know what luck gives
 
 
-def summarise(jobs: Sequence[Job], rows: Mapping[str, Sequence[Row]], missing: Mapping[str, str],
-              settings: RunSettings, max_seq_len: int) -> dict[str, Any]:
+def summarise(
+    jobs: Sequence[Job],
+    rows: Mapping[str, Sequence[Row]],
+    missing: Mapping[str, str],
+    settings: RunSettings,
+    max_seq_len: int,
+) -> dict[str, Any]:
     """Scores in percent by task, by group and in all, as the paper averages them.
 
     A task with subtasks counts the mean of theirs, a group the mean of its tasks, all the mean of
@@ -31,27 +36,43 @@ def summarise(jobs: Sequence[Job], rows: Mapping[str, Sequence[Row]], missing: M
         groups[group] = {
             "score": _mean([tasks[n]["score"] for n in scored]),
             "bits_per_byte": _mean([tasks[n]["bits_per_byte"] for n in read]),
-            "of": len(own), "scored": len(scored), "read": len(read),
-            "not_scored": [n for n in own if n not in scored]}
+            "of": len(own),
+            "scored": len(scored),
+            "read": len(read),
+            "not_scored": [n for n in own if n not in scored],
+        }
     scored_groups = [g for g in groups.values() if g["score"] is not None]
-    return {"tasks": tasks, "missing": dict(missing), "groups": groups, "average": {
-        "score": _mean([g["score"] for g in scored_groups]),
-        "bits_per_byte": _mean([g["bits_per_byte"] for g in groups.values()
-                                if g["bits_per_byte"] is not None]),
-        "groups": len(scored_groups), "of": len(GROUPS),
-        "is_whole": len(scored_groups) == len(GROUPS)
-        and not any(g["not_scored"] for g in groups.values())}}
+    return {
+        "tasks": tasks,
+        "missing": dict(missing),
+        "groups": groups,
+        "average": {
+            "score": _mean([g["score"] for g in scored_groups]),
+            "bits_per_byte": _mean(
+                [g["bits_per_byte"] for g in groups.values() if g["bits_per_byte"] is not None]
+            ),
+            "groups": len(scored_groups),
+            "of": len(GROUPS),
+            "is_whole": len(scored_groups) == len(GROUPS)
+            and not any(g["not_scored"] for g in groups.values()),
+        },
+    }
 
 
-def _summary_of(job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_len: int
-                ) -> dict[str, Any]:
+def _summary_of(
+    job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_len: int
+) -> dict[str, Any]:
     task = job.task
     found: dict[str, Any] = {
-        "group": task.group, "metric": task.metric, "shots": task.shots, "items": len(rows),
-        "version": task.version, "stand_in": task.stand_in,
+        "group": task.group,
+        "metric": task.metric,
+        "shots": task.shots,
+        "items": len(rows),
+        "version": task.version,
+        "stand_in": task.stand_in,
         "cut": sum(bool(r["cut"]) for r in rows),
-        "bits_per_byte": macro(
-            (r["subtask"], r["bits"] / max(1, r["bytes"])) for r in rows)[0]}
+        "bits_per_byte": macro((r["subtask"], r["bits"] / max(1, r["bytes"])) for r in rows)[0],
+    }
     if task.kind != "choice" and settings.write:
         found["new_tokens"] = min(task.max_new_tokens, max_seq_len // 2)
         if found["new_tokens"] < task.max_new_tokens:
@@ -59,9 +80,13 @@ def _summary_of(job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_le
     if task.kind == "choice":
         by_form = {f: macro((r["subtask"], r["right"][f]) for r in rows) for f in settings.forms}
         best = max(by_form, key=lambda f: by_form[f][0])
-        found |= {"score": 100 * by_form[best][0], "error": 100 * by_form[best][1], "form": best,
-                  "forms": {f: 100 * m for f, (m, _) in by_form.items()},
-                  "normalise": task.normalise}
+        found |= {
+            "score": 100 * by_form[best][0],
+            "error": 100 * by_form[best][1],
+            "form": best,
+            "forms": {f: 100 * m for f, (m, _) in by_form.items()},
+            "normalise": task.normalise,
+        }
     elif judged := [r for r in rows if "score" in r]:
         mean, error = macro((r["subtask"], r["score"]) for r in judged)
         found |= {"score": 100 * mean, "error": 100 * error}
@@ -83,8 +108,10 @@ def _summary_of(job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_le
     if job.chance is None:
         return found | {"chance": None, "above_chance": None}
     chance = 100 * max(job.chance, _by_luck(job, rows))
-    return found | {"chance": chance, "above_chance": bool(
-        found["score"] - chance > max(width * found["error"], 1e-6))}
+    return found | {
+        "chance": chance,
+        "above_chance": bool(found["score"] - chance > max(width * found["error"], 1e-6)),
+    }
 
 
 def _by_luck(job: Job, rows: Sequence[Row]) -> float:
@@ -100,8 +127,10 @@ def _by_luck(job: Job, rows: Sequence[Row]) -> float:
     lucky = []
     for subtask, several in items.items():
         for shift in range(1, min(SHIFTS + 1, len(several))):
-            lucky += [(subtask, task.judge(written[subtask, i.id], several[j - shift]))
-                      for j, i in enumerate(several)]
+            lucky += [
+                (subtask, task.judge(written[subtask, i.id], several[j - shift]))
+                for j, i in enumerate(several)
+            ]
     return macro(lucky)[0] if lucky else 0.0
 
 

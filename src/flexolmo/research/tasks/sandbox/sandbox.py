@@ -125,18 +125,31 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
     ConfigError if this machine cannot shut the program away. Source: ours.
     """
     call_filter, secret = _call_filter(), secrets.token_bytes(32)
-    with (TemporaryDirectory(prefix="flexolmo-sandbox-") as name, TemporaryFile() as secret_file,
-          TemporaryFile() as errors_file):
+    with (
+        TemporaryDirectory(prefix="flexolmo-sandbox-") as name,
+        TemporaryFile() as secret_file,
+        TemporaryFile() as errors_file,
+    ):
         secret_file.write(secret)
         secret_file.seek(0)
         directory = Path(name).resolve()
         work = _furnish(directory, program)
-        plan = {"parent": os.getpid(), "filter": call_filter.hex(), "rights": _rights(directory),
-                "limits": _resource_limits(limits), "directory": str(directory)}
+        plan = {
+            "parent": os.getpid(),
+            "filter": call_filter.hex(),
+            "rights": _rights(directory),
+            "limits": _resource_limits(limits),
+            "directory": str(directory),
+        }
         with subprocess.Popen(
-                [sys.executable, "-PSBXutf8", "-c", _child_source(), json.dumps(plan)], cwd=work,
-                env=_environment(work), stdin=secret_file, stdout=subprocess.PIPE,
-                stderr=errors_file, start_new_session=True) as process:
+            [sys.executable, "-PSBXutf8", "-c", _child_source(), json.dumps(plan)],
+            cwd=work,
+            env=_environment(work),
+            stdin=secret_file,
+            stdout=subprocess.PIPE,
+            stderr=errors_file,
+            start_new_session=True,
+        ) as process:
             try:
                 stopped = _watch(process.pid, work, limits)
             finally:
@@ -148,8 +161,12 @@ def run_program(program: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
     return _judge(said, secret, stopped, process.returncode, errors.strip())
 
 
-def run_programs(programs: Sequence[str], limits: Limits = DEFAULT_LIMITS, processes: int = 1,
-                 meter: Meter | None = None) -> list[Outcome]:
+def run_programs(
+    programs: Sequence[str],
+    limits: Limits = DEFAULT_LIMITS,
+    processes: int = 1,
+    meter: Meter | None = None,
+) -> list[Outcome]:
     """Run `programs`, at most `processes` at a time; their outcomes, in the order given.
 
     `meter` is advanced by one for each. Raises ConfigError as `run_program` does.
@@ -174,22 +191,28 @@ def check_sandbox() -> list[str]:
     is missing, the last entry says what is then not protected. Source: ours.
     """
     with NamedTemporaryFile(prefix="flexolmo-sandbox-") as outside:
-        doors = {"no network (seccomp)": "socket.socket()",
-                 "no other process (seccomp)": "os.fork()",
-                 "no signals (seccomp)": "os.kill(os.getpid(), 0)",
-                 "bounded memory (rlimit)": f"bytearray({DEFAULT_LIMITS.memory_bytes})",
-                 "no reading but of Python and its directory (Landlock)": f"open({outside.name!r})",
-                 "no writing outside its directory (Landlock)": f"open({outside.name!r}, 'a')"}
+        doors = {
+            "no network (seccomp)": "socket.socket()",
+            "no other process (seccomp)": "os.fork()",
+            "no signals (seccomp)": "os.kill(os.getpid(), 0)",
+            "bounded memory (rlimit)": f"bytearray({DEFAULT_LIMITS.memory_bytes})",
+            "no reading but of Python and its directory (Landlock)": f"open({outside.name!r})",
+            "no writing outside its directory (Landlock)": f"open({outside.name!r}, 'a')",
+        }
         outcome = run_program(_PROBE.format(attempts=list(doors.values())))
     found = re.search(r"^open: ([\d ]+)$", outcome.detail, re.MULTILINE)
     if not outcome.passed and found is None:
-        raise ConfigError(f"A program that imports numpy and tries the sandbox {outcome.reason}; "
-                          f"expected it to run to its end. Mend this first: {outcome.detail}")
+        raise ConfigError(
+            f"A program that imports numpy and tries the sandbox {outcome.reason}; "
+            f"expected it to run to its end. Mend this first: {outcome.detail}"
+        )
     is_open = {int(number) for number in found[1].split()} if found else set()
     holding = [words for i, words in enumerate(doors) if i not in is_open]
     if bad := [words for i, words in enumerate(doors) if i in is_open and "Landlock" not in words]:
-        raise ConfigError(f"The sandbox does not hold; expected but not found: {', '.join(bad)}. "
-                          "Use a Linux machine whose kernel has seccomp filters.")
+        raise ConfigError(
+            f"The sandbox does not hold; expected but not found: {', '.join(bad)}. "
+            "Use a Linux machine whose kernel has seccomp filters."
+        )
     if is_open:
         holding.append("files outside NOT protected: no Landlock in this kernel (Linux 5.13)")
     return holding
@@ -202,15 +225,23 @@ def _call_filter() -> bytes:
     """
     machine = platform.machine()
     if sys.platform != "linux" or machine not in _MACHINES:
-        raise ConfigError(f"Programs cannot be shut away on {sys.platform} {machine}: expected "
-                          f"linux on {' or '.join(_MACHINES)}. Run these tasks on such a machine.")
+        raise ConfigError(
+            f"Programs cannot be shut away on {sys.platform} {machine}: expected "
+            f"linux on {' or '.join(_MACHINES)}. Run these tasks on such a machine."
+        )
     architecture, column = _MACHINES[machine]
     words = _REFUSED_CALLS.split()
     numbers = [int(number) for number in words[column::3] if number != "-"]
     kill, missing, refuse, allow = 0x80000000, 0x50000 | 38, 0x50000 | 1, 0x7FFF0000
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    program = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill),
-               (load, 0, 0, 0), (at_least, 0, 1, _LAST_CALL + 1), (answer, 0, 0, missing)]
+    program = [
+        (load, 0, 0, 4),
+        (equal, 1, 0, architecture),
+        (answer, 0, 0, kill),
+        (load, 0, 0, 0),
+        (at_least, 0, 1, _LAST_CALL + 1),
+        (answer, 0, 0, missing),
+    ]
     program += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
     program += [(answer, 0, 0, allow), (answer, 0, 0, refuse)]
     return b"".join(struct.pack("HBBI", *step) for step in program)
@@ -236,28 +267,49 @@ def _numpy_directories() -> list[Path]:
 
 def _rights(directory: Path) -> list[tuple[str, int]]:
     """Paths and the Landlock rights beneath each; everything else is closed."""
-    python = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"),
-              f"{sys.base_prefix}/lib", *map(str, _numpy_directories())]
+    python = [
+        sysconfig.get_path("stdlib"),
+        sysconfig.get_path("platstdlib"),
+        f"{sys.base_prefix}/lib",
+        *map(str, _numpy_directories()),
+    ]
     system = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"]
     rights = [(path, _READ) for path in (*python, *system) if os.path.isdir(path)]
-    rights += [(path, _READ_FILE) for path in ("/etc/ld.so.cache", "/etc/ssl/openssl.cnf")
-               if os.path.isfile(path)]
-    return [*rights, ("/dev/null", _READ_FILE | _WRITE_FILE), (str(directory), _READ),
-            (str(directory / "work"), _CHANGE)]
+    rights += [
+        (path, _READ_FILE)
+        for path in ("/etc/ld.so.cache", "/etc/ssl/openssl.cnf")
+        if os.path.isfile(path)
+    ]
+    return [
+        *rights,
+        ("/dev/null", _READ_FILE | _WRITE_FILE),
+        (str(directory), _READ),
+        (str(directory / "work"), _CHANGE),
+    ]
 
 
 def _resource_limits(limits: Limits) -> dict[str, tuple[int, int]]:
     cpu_seconds = math.ceil(limits.cpu_seconds)  # then a signal, a second later the end
-    return {"RLIMIT_CPU": (cpu_seconds, cpu_seconds + 1), "RLIMIT_CORE": (0, 0),
-            "RLIMIT_AS": (limits.memory_bytes, limits.memory_bytes),
-            "RLIMIT_FSIZE": (limits.file_bytes, limits.file_bytes),
-            "RLIMIT_NOFILE": (_OPEN_FILES, _OPEN_FILES)}
+    return {
+        "RLIMIT_CPU": (cpu_seconds, cpu_seconds + 1),
+        "RLIMIT_CORE": (0, 0),
+        "RLIMIT_AS": (limits.memory_bytes, limits.memory_bytes),
+        "RLIMIT_FSIZE": (limits.file_bytes, limits.file_bytes),
+        "RLIMIT_NOFILE": (_OPEN_FILES, _OPEN_FILES),
+    }
 
 
 def _environment(work: Path) -> dict[str, str]:
-    return {"HOME": str(work), "TMPDIR": str(work), "LC_ALL": "C.UTF-8", "TZ": "UTC",
-            "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1"}
+    return {
+        "HOME": str(work),
+        "TMPDIR": str(work),
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "PYTHONHASHSEED": "0",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
 
 
 def _watch(pid: int, work: Path, limits: Limits) -> str:
@@ -285,9 +337,11 @@ def _judge(said: bytes, secret: bytes, stopped: str, code: int, errors: str) -> 
     if stopped == TIMED_OUT or code == -signal.SIGXCPU:
         return Outcome(False, TIMED_OUT, detail)
     if not said.startswith(_CONFINED):
-        raise ConfigError(f"A program was not run, because it could not be shut away: found "
-                          f"{detail!r}, expected a Linux kernel with seccomp filters. Run these "
-                          "tasks on such a machine.")
+        raise ConfigError(
+            f"A program was not run, because it could not be shut away: found "
+            f"{detail!r}, expected a Linux kernel with seccomp filters. Run these "
+            "tasks on such a machine."
+        )
     if stopped:
         return Outcome(False, FAILED, stopped)
     if said == _CONFINED + secret and code == 0:
