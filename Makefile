@@ -12,7 +12,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[test,docs]'
 	touch $@
 
 test: setup
