@@ -2,7 +2,7 @@
 
 import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -259,7 +259,7 @@ def compress(
     )
 
 
-def print_curve(curve) -> None:
+def print_curve(curve: dict[str, Any]) -> None:
     """The points of `measure_curve` as a table, for a terminal."""
     from rich.console import Console
     from rich.table import Table

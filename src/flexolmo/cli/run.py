@@ -71,7 +71,7 @@ def generate(
     typer.echo()
 
 
-def print_table(results) -> None:
+def print_table(results: dict[str, Any]) -> None:
     """The table of bits per byte and the bars, for a terminal."""
     from rich.console import Console
     from rich.table import Table

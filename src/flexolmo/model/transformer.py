@@ -358,7 +358,7 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
+    def forward(ctx: Any, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
         inputs, matrices = parts[::2], parts[1::2]  # u_j [N,.], w_j [V,.]
         N = len(targets)
         total = torch.zeros((), dtype=torch.float32, device=targets.device)
@@ -387,7 +387,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total / N
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scale = grads[0]
         return (None, None, *(None if g is None else g * scale for g in ctx.saved_tensors))
 
@@ -400,4 +400,4 @@ def language_model_loss(
     x, ctx = model._stream(ids[:, :-1], **options)
     parts = model.lm_head.parts(x, ctx)
     flat = [p.flatten(0, 1) if j % 2 == 0 else p for j, p in enumerate(parts)]
-    return cast(Tensor, _ChunkedLoss.apply(ids[:, 1:].flatten(), chunk, *flat))
+    return cast(Tensor, _ChunkedLoss.apply(ids[:, 1:].flatten(), chunk, *flat))  # type: ignore[no-untyped-call]

@@ -169,7 +169,7 @@ def plain_mail(source: str) -> str:
     """Subject and own words of a mail: no headers, quotes, signature, list footer or addresses."""
     message = email.message_from_string(source.removeprefix("\n"), policy=email.policy.default)
     try:
-        part = message.get_body(("plain",))  # type: ignore[attr-defined]
+        part = message.get_body(("plain",))
         body = part.get_content() if part is not None else ""
         subject = str(message["subject"] or "")
     except (LookupError, ValueError, AttributeError, TypeError):

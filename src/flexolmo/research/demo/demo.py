@@ -31,7 +31,7 @@ from flexolmo.files import (
     write_json,
 )
 from flexolmo.inference.generate import Sampling, generate
-from flexolmo.merge.mixture import load_mixture
+from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.router import slot
 from flexolmo.progress import format_seconds
 from flexolmo.research.corpora.sources import CLIENTS, SETS
@@ -514,7 +514,7 @@ class _Demo:
             "sources": [s["source"] for s in card["sources"]],
         }
 
-    def _samples(self, mixture) -> list[dict[str, str]]:
+    def _samples(self, mixture: LoadedMixture) -> list[dict[str, str]]:
         samples = []
         sampling = Sampling(
             max_new_tokens=self.recipe.sample_tokens, temperature=0.7, seed=self.recipe.seed

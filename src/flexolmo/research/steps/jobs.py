@@ -93,7 +93,7 @@ class RunningJobs:
 
     def __init__(self, display: "_Display"):
         self._display = display
-        self._running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self._running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
 
     def start(self, job: Job) -> None:
         """Start `job` in a process of its own."""
@@ -135,7 +135,7 @@ class RunningJobs:
                 process.wait()
 
 
-def _start(job: Job) -> subprocess.Popen:
+def _start(job: Job) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     state = _state_file(job)
     state.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.model.transformer import ModelConfig
 from flexolmo.research.corpora.fetch import cache_directory, download
 from flexolmo.train.anchor import embedding_windows
 
@@ -43,7 +44,7 @@ def fetch_embedder(out: Path) -> str:
     return digest
 
 
-def embed_set(data: TokenSet, anchor_config, embedder: Path) -> Tensor:
+def embed_set(data: TokenSet, anchor_config: ModelConfig, embedder: Path) -> Tensor:
     """A set's domain embedding in the model's width, float32 [D], of unit length."""
     model = transformers.AutoModel.from_pretrained(embedder, use_safetensors=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedder)

@@ -33,7 +33,7 @@ DEFAULT_NEW_TOKENS = 256  # the harness's own
 
 
 @register_model("flexolmo")
-class HarnessModel(LM):
+class HarnessModel(LM):  # type: ignore[misc]
     """Any model that `open_reader` opens, as the harness calls it: `--model flexolmo --model_args
     pretrained=model,without=news`; several experts are joined by "+".
     """

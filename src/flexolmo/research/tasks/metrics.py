@@ -13,6 +13,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from typing import Any
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
@@ -91,7 +92,7 @@ def rouge_l(prediction: str, reference: str) -> float:
     return 2 * longest[-1] / max(1, len(found) + len(gold))
 
 
-def _some(references: Sequence) -> Sequence:
+def _some(references: Sequence[Any]) -> Sequence[Any]:
     if isinstance(references, str):
         raise DataError(f"One text {references[:40]!r} found as references; give a list of texts.")
     if not references:
@@ -143,7 +144,7 @@ def _span_f1(found: set[str], gold: set[str]) -> float:
     return _bag_f1(sorted(found), sorted(gold))
 
 
-def _listed(text: str) -> list:
+def _listed(text: str) -> list[Any]:
     for start in re.finditer(r"(?:\[\s*)+", text):
         try:
             return json.JSONDecoder().raw_decode(text, start.start())[0]
@@ -155,7 +156,7 @@ def _listed(text: str) -> list:
     ]
 
 
-def _plain_items(items: Iterable) -> set[str]:
+def _plain_items(items: Iterable[Any]) -> set[str]:
     """Lower-case text of each item; an array within an array is one item, its words joined."""
     plain = set()
     for item in items:

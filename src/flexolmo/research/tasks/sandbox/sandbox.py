@@ -37,6 +37,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory, TemporaryFile
+from typing import Any
 
 from flexolmo.errors import ConfigError
 from flexolmo.progress import Meter
@@ -373,7 +374,7 @@ def _child() -> None:
     from os import _exit, read, write
     from types import ModuleType
 
-    def call(function, *arguments) -> int:
+    def call(function: "Any", *arguments: "bytes | int") -> int:
         answer = function(*(a if isinstance(a, bytes) else ctypes.c_long(a) for a in arguments))
         if answer < 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
