@@ -77,7 +77,7 @@ def source_commit() -> str | None:
 
 
 def run_record(config: dict[str, Any], seed: int, data: dict[str, str]) -> dict[str, Any]:
-    """What is saved beside every result: config, seed, data digests, commit, versions, machine."""
+    """Record saved beside every result: config, seed, data digests, commit, versions, machine."""
     return {
         "config": config,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""What owners change of the anchor's matrices, each weighed by its owner's share.
+"""Owners' own matrices and deltas to the anchor's, each weighed by its owner's share.
 
 An owner has a matrix of its own in place of the anchor's W [out,in], or a delta B A to it with
 B [out,r] and A [r,in], named as in the LoRA paper (arXiv 2106.09685). With an owner off neither is
@@ -24,7 +24,7 @@ PIECE_NUMBERS = 131072  # activations of one expert worked on at a time when not
 
 @dataclass(frozen=True)
 class Share:
-    """What one expert has to say at each position, and for which sequences it is on.
+    """Weight of one expert at each position, and the sequences for which it is on.
 
     Positions are those of [B,T,.], or all N = B*T of them as rows [N,.] or as columns [.,N]. With
     `rows`, the expert reads only the positions that picked it.
@@ -35,7 +35,7 @@ class Share:
     rows: tuple[Any, ...] | None = None  # where in such a tensor; None: all
 
     def pick(self, x: Tensor) -> Tensor:
-        """What the expert reads of `x` [B,T,.], [N,.] or [.,N]."""
+        """Positions of `x` that the expert reads; [B,T,.], [N,.] or [.,N]."""
         return x if self.rows is None else x[self.rows]
 
     def add(self, total: Tensor, value: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Share:
         return self._scatter(nothing, self.pick(self.weight) * value)
 
     def at_last(self, count: int) -> "Share | None":
-        """Of [B,T,.], the last `count` positions; None if it reads none of them."""
+        """Share of the last `count` positions of [B,T,.]; None if it reads none of them."""
         last = self._turned(lambda x: x[:, -count:])
         if self.rows is None:
             return last
@@ -69,20 +69,20 @@ class Share:
         return replace(last, rows=rows) if len(rows[0]) else None
 
     def by_row(self) -> "Share":
-        """Of [B,T,.], every position as a row."""
+        """The share of [B,T,.] with every position as a row."""
         return self._turned(lambda x: x.flatten(0, 1))
 
     def at_rows(self, part: slice) -> "Share":
-        """Some of the rows [N,.]."""
+        """The share of some of the rows [N,.]."""
         return self._turned(lambda x: x[part])
 
     def by_column(self) -> "Share":
-        """Every position as a column."""
+        """The share of [B,T,.] with every position as a column."""
         rows = self.rows and (slice(None), self.rows[0] * self.weight.shape[1] + self.rows[1])
         return replace(self._turned(lambda x: x.reshape(1, -1).contiguous()), rows=rows)
 
     def at_columns(self, part: slice) -> "Share":
-        """Some of the columns [.,N]; all of them if only some positions are read."""
+        """The share of some of the columns [.,N]; all of them if only some positions are read."""
         return self if self.rows else self._turned(lambda x: x[:, part])
 
     def _turned(self, turn: Callable[[Tensor], Tensor]) -> "Share":
@@ -100,7 +100,7 @@ class Share:
 def shares_of(
     weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, keep_all: bool, is_sparse: bool
 ) -> list[Share | None]:
-    """Every expert's share from mixture weights [B,T,E] and mask [B,E]; None: it has nothing to do.
+    """Every expert's share from mixture weights [B,T,E] and mask [B,E]; None: it is not run.
 
     An expert is left out if it is off for the whole batch or, unless `keep_all`, if no token
     picked it.
@@ -131,7 +131,7 @@ class LowRank(nn.Module):
 
 
 class _Deltas(nn.Module):
-    """What owners have of one matrix [out,in], by expert: all of it, or a delta."""
+    """Owners' versions of one matrix [out,in], by expert: a whole matrix, or a delta."""
 
     def __init__(self, shape: tuple[int, int], ranks: Mapping[str, int], names: Sequence[str]):
         super().__init__()
@@ -145,15 +145,15 @@ class _Deltas(nn.Module):
         return cast(Linear | LowRank, getattr(self, slot(name)))
 
     def low(self, ctx: ForwardContext | None) -> list[tuple[Share, LowRank]]:
-        """Deltas of the experts that have something to say, with their shares."""
+        """Deltas of the experts that are run, with their shares."""
         return [(s, m) for s, m in self._present(ctx) if isinstance(m, LowRank)]
 
     def whole(self, ctx: ForwardContext | None) -> list[tuple[Share, Linear]]:
-        """Whole matrices of the experts that have something to say, with their shares."""
+        """Whole matrices of the experts that are run, with their shares."""
         return [(s, m) for s, m in self._present(ctx) if isinstance(m, Linear)]
 
     def rest(self, ctx: ForwardContext | None) -> Share | None:
-        """What whole matrices leave to the anchor's, exactly 1 where they are off; None: all."""
+        """Share left to the anchor's matrix, exactly 1 where whole matrices are off; None: all."""
         assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
         places = tuple(
             p
@@ -197,7 +197,7 @@ class _Deltas(nn.Module):
 
 
 class DeltaLinear(Linear):
-    """A matrix of the anchor's, and what owners have in its place or add to it."""
+    """A matrix of the anchor's with the whole matrices and deltas of owners."""
 
     def __init__(self, base: nn.Linear, ranks: Mapping[str, int], names: Sequence[str]):
         """`ranks` maps each expert that changes it to its rank, whole from in_features on;
@@ -212,7 +212,7 @@ class DeltaLinear(Linear):
         return y
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
-        """As in `Linear`; sequences for which an expert is off get zeros of it."""
+        """Factors as in `Linear.parts`; zeros for sequences that have the expert off."""
         rest = self.deltas.rest(ctx)
         found = [x if rest is None else rest.weight * x, self.weight]
         for share, own in self.deltas.whole(ctx):
@@ -230,10 +230,10 @@ def _where_on(share: Share, value: Tensor) -> Tensor:
 
 
 class DeltaEmbedding(Embedding):
-    """The anchor's embedding [V,D], and what owners have in its place or add to it."""
+    """The anchor's embedding [V,D] with the whole matrices and deltas of owners."""
 
     def __init__(self, base: nn.Embedding, ranks: Mapping[str, int], names: Sequence[str]):
-        """As for `DeltaLinear`."""
+        """Arguments are those of `DeltaLinear`."""
         super().__init__(base.num_embeddings, base.embedding_dim)
         self.deltas = _Deltas((base.num_embeddings, base.embedding_dim), ranks, names)
 
@@ -262,8 +262,7 @@ class LowRankFeedForward(nn.Module):
         return both @ x.flatten(0, -2).T
 
     def inner(self, low: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        """What the down products read, [F,n]; `low` [2r,n] is from `read`, gate and up [F,n] are
-        the anchor's."""
+        """Inner activations [F,n]; `low` [2r,n] is from `read`, gate and up [F,n] the anchor's."""
         low_gate, low_up = low.chunk(2)
         gate = torch.addmm(gate, self.gate_proj.lora_b, low_gate)
         up = torch.addmm(up, self.up_proj.lora_b, low_up)
@@ -278,15 +277,15 @@ def mix_low_rank(
     share: Share | None,
     experts: Sequence[tuple[Share, LowRankFeedForward]],
 ) -> Tensor:
-    """The weighted sum of what `public` (None: it has no share) and `experts` make of h [..., D].
+    """Weighted sum of the outputs of `public` (None: no share) and `experts` for h [..., D].
 
     The anchor's gate and up products are computed once for all, and its down product once for the
-    weighted sum, being linear. What experts do between them is done in columns, one for each
-    position, as thin matrices multiply up to twice as fast so; and a piece at a time that fits a
-    processor's cache. Source: ours.
+    weighted sum, being linear. Experts work in columns, one for each position, because thin
+    matrices multiply up to twice as fast so, and in pieces that fit a processor's cache.
+    Source: ours.
     """
     gate, up = public.gate_proj(h), public.up_proj(h)  # [...,F]
-    inner = torch.zeros_like(gate)  # what the down product reads
+    inner = torch.zeros_like(gate)  # input of the down product
     if share is not None:
         inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))
     lows: list[list[Tensor]] = [[] for _ in experts]

@@ -1,7 +1,7 @@
 """Sums over a text's hidden states, and the routers that follow from them in closed form.
 
 What a router reads is the residual stream before each layer's FFN. Sums of it add: an owner takes
-its own in its own house, from the anchor and its text alone.
+its own on its own machines, from the anchor and its text alone.
 
 L layers, R features that a row reads, N tokens.
 """

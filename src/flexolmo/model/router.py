@@ -1,4 +1,4 @@
-"""Routers: how much each enabled expert says about the next token.
+"""Routers: the weight of each enabled expert at every token.
 
 Three kinds. `evidence` (ours, the default) follows, token by token, whose domain the text is in,
 from bigram statistics of each owner's text and of public's; it reads no hidden state, so what one
@@ -49,7 +49,7 @@ class LinearSettings(BaseModel):
 
 
 class DiscriminantSettings(BaseModel):
-    """Gaussian discriminant: each layer asks whether a state lies nearer to the mean of an owner's
+    """Gaussian discriminant: each layer tests whether a state lies nearer to the mean of an owner's
     text or of public text, under the covariance of public text. Source: ours.
     """
 
@@ -74,7 +74,7 @@ class DiscriminantSettings(BaseModel):
     )
 
     def num_features(self, d_model: int) -> int:
-        """How many numbers a row has."""
+        """Length R of a row."""
         return 2 * d_model if self.has_context else d_model
 
 
@@ -121,7 +121,7 @@ class BigramTable(nn.Module):
 
 
 class EvidenceRouter(nn.Module):
-    """Whose domain the text is in, from bigram statistics of each owner's text and of public's.
+    """Posterior over domains, from bigram statistics of each owner's text and of public's.
 
     A hidden Markov model over the enabled experts: from one token to the next the text stays in
     its domain with chance 1 - switch_rate, else turns to any, with equal chance. An owner's
@@ -241,7 +241,7 @@ class LinearRouter(nn.Module):
         return self.raw_bias.get(slot(name))
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """What an owner sends, per layer."""
+        """Tensors of one owner's row in this layer, as a bundle holds them."""
         raw = self.bias(name)
         return {"weight": self.row(name).weight} | ({} if raw is None else {"raw_bias": raw})
 
@@ -296,7 +296,7 @@ class DiscriminantRouter(nn.Module):
         return cast(DiscriminantRow, self.rows[slot(name)])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """What an owner sends, per layer."""
+        """Tensors of one owner's row in this layer, as a bundle holds them."""
         row = self.row(name)
         return {"weight": row.weight, "offset": row.offset}
 
@@ -321,13 +321,13 @@ class DiscriminantRouter(nn.Module):
 
 @dataclass(frozen=True)
 class Texts:
-    """Where texts end among the positions of one call, and how states add up along a text."""
+    """Ends of texts among the positions of one call, and weights of states along a text."""
 
     is_end: Tensor  # [B,T] end-of-text tokens
     decay: Tensor | None  # [B,T,1+T] what the state handed over, then each position, counts
 
     def features(self, h: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What rows read, float32 [B,T,R], and the state [B,D+1] at the last position.
+        """Features for rows, float32 [B,T,R], and the state [B,D+1] at the last position.
 
         With a decay, a position's own state and the mean of the text's states up to it.
         """
@@ -345,7 +345,7 @@ class Texts:
 def find_texts(
     ids: Tensor, is_token: Tensor | None, eos_token_id: int, settings: DiscriminantSettings
 ) -> Texts:
-    """What the routers of all layers need to know of ids [B,T].
+    """Ends and decay of the texts in ids [B,T], the same for the routers of all layers.
 
     A state's count halves every `half_life_tokens` tokens. Padding counts nothing; at an
     end-of-text token all before it is forgotten, and it counts nothing itself.

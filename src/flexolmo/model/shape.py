@@ -21,11 +21,11 @@ ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class ExpertShape(BaseModel):
-    """What an expert holds, per layer and outside the layers. Source: FFN §3.2; the rest ours."""
+    """Sizes of an expert, per layer and outside the layers. Source: FFN §3.2; the rest ours."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    d_ff: int = Field(ge=1, description="width of the FFN; of a low-rank one, the anchor's")
+    d_ff: int = Field(ge=1, description="width of the FFN; the anchor's width for a low-rank one")
     rank: int = Field(
         0,
         ge=0,
@@ -34,8 +34,8 @@ class ExpertShape(BaseModel):
     attention_rank: int = Field(
         0, ge=0, description="rank of deltas to attention; 0: none; d_model: whole matrices"
     )
-    embedding_rank: int = Field(0, ge=0, description="the same of the embedding")
-    head_rank: int = Field(0, ge=0, description="the same of the output head")
+    embedding_rank: int = Field(0, ge=0, description="rank of deltas to the embedding, likewise")
+    head_rank: int = Field(0, ge=0, description="rank of deltas to the output head, likewise")
     num_bigrams: int = Field(0, ge=0, description="bigrams listed for the evidence router")
 
     @property
@@ -115,7 +115,7 @@ def shape_of_tensors(shapes: Mapping[str, tuple[int, ...]], config: ModelConfig)
 
 
 def architecture_of(config: ModelConfig, shape: ExpertShape) -> dict[str, int]:
-    """What a bundle's manifest claims of an expert's sizes."""
+    """Sizes of an expert as a bundle's manifest states them."""
     return {"num_layers": config.num_layers, "d_model": config.d_model, **shape.model_dump()}
 
 

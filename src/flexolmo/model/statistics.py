@@ -1,6 +1,6 @@
 """Token statistics: back-off bigram models of public text and of an owner's, for the router.
 
-NumPy only. The public model travels with the anchor; an owner fits its own in its own house.
+NumPy only. The public model travels with the anchor; an owner fits its own on its own machines.
 
 V vocabulary, n bigrams, N tokens.
 """
@@ -15,7 +15,7 @@ from flexolmo.errors import DataError
 
 
 class EvidenceSettings(BaseModel):
-    """The evidence router: how text is summarised, and how its evidence adds up.
+    """Settings of the evidence router: how text is summarised and evidence added up.
 
     Everyone who trains for one mixture must use the same. Source: ours.
     """
@@ -26,8 +26,8 @@ class EvidenceSettings(BaseModel):
     kind: Literal["evidence"] = "evidence"
     version: Literal[2] = Field(
         2,
-        description="of the arithmetic from tables to weights; experts "
-        "learnt under another are not for this one",
+        description="version of the arithmetic from tables to weights; experts "
+        "trained under another version do not fit",
     )
     switch_rate: float = Field(
         0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain"
@@ -36,7 +36,7 @@ class EvidenceSettings(BaseModel):
         0.35,
         gt=0,
         le=1,
-        description="what a token's evidence counts: tokens of one text are not independent",
+        description="factor on each token's evidence, since tokens of one text are not independent",
     )
     clip_nats: float = Field(5.0, gt=0, description="largest evidence one token may give, in nats")
     smoothing: float = Field(
@@ -46,7 +46,7 @@ class EvidenceSettings(BaseModel):
         "of the owner's token count",
     )
     discount: float = Field(
-        0.75, gt=0, lt=1, description="taken from each bigram's count for those never seen"
+        0.75, gt=0, lt=1, description="amount taken from each bigram's count for bigrams never seen"
     )
     min_weight: float = Field(
         0.05,

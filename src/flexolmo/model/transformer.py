@@ -64,7 +64,7 @@ class ModelConfig(BaseModel):
 
 @dataclass
 class LayerCache:
-    """What one layer keeps of the positions it has seen."""
+    """Keys, values and router context that one layer keeps of earlier positions."""
 
     keys: Tensor | None = None  # [B,G,S,C]
     values: Tensor | None = None  # [B,G,S,C]
@@ -73,7 +73,7 @@ class LayerCache:
 
 @dataclass
 class ForwardContext:
-    """What a forward pass hands to every layer beside the residual stream."""
+    """Inputs of every layer beside the residual stream."""
 
     cos: Tensor  # [B or 1,1,T,C]
     sin: Tensor  # [B or 1,1,T,C]
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
         return by_pieces(lambda rows, part: self.whole(rows), x)
 
     def whole(self, x: Tensor) -> Tensor:
-        """As `forward`, all positions at once; x [..., D]."""
+        """FFN of all positions at once; x [..., D]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are; what the model is given may be anywhere."""
+        """Device of the weights; inputs may be on any other."""
         return self.embed_tokens.weight.device
 
     def initialise(self, seed: int) -> None:

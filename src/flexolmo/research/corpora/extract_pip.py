@@ -1,4 +1,4 @@
-"""From wheels and the standard library to natural documents: articles, papers, modules.
+"""Natural documents from wheels and the standard library: articles, papers, modules.
 
 Every extractor is a pure function of an `Archive`: it yields (id, text) in a fixed order and runs
 nothing of what the package holds. What each one leaves out is said where it does.

@@ -1,4 +1,4 @@
-"""From npm and Debian packages to natural documents, for the sets that pip alone cannot fill.
+"""Natural documents from npm and Debian packages, for the sets that pip alone cannot fill.
 
 As in `extract`, each is a pure function of an `Archive` and runs nothing.
 """

@@ -52,7 +52,7 @@ _PIP_TARGET = [
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: $FLEXOLMO_CACHE, else ~/.cache/flexolmo."""
+    """Directory of downloads: $FLEXOLMO_CACHE, else ~/.cache/flexolmo."""
     named = os.environ.get("FLEXOLMO_CACHE")
     return Path(named) if named else Path.home() / ".cache" / "flexolmo"
 
@@ -264,7 +264,7 @@ def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tup
 
 
 def _lowest_hashes(texts: list[tuple[str, str]], max_bytes: int) -> list[tuple[str, str]]:
-    """As many of `texts` as fit in `max_bytes`, chosen by hash, in the order given."""
+    """Texts that fit in `max_bytes` together, chosen by hash, in the order given."""
     ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i][1].encode()).digest())
     kept, used_bytes = [], 0
     for i in ranked:

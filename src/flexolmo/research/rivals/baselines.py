@@ -1,4 +1,4 @@
-"""What a mixture is compared with: soup, BTM, BTX's first merge, prompt routing.
+"""Rival ways to use several owners' models: soup, BTM, BTX's first merge, prompt routing.
 
 The rivals are made of dense models, each the anchor or the anchor trained on whole by one owner.
 Mixtures of models are mixtures of their distributions, so the log-probability that each model gave
@@ -203,7 +203,7 @@ def _evidence(log_probs: np.ndarray) -> np.ndarray:
 
 
 def _checked(log_probs: np.ndarray) -> np.ndarray:
-    """In float64, and not by mistake losses; the margin is for rounding."""
+    """`log_probs` in float64, asserted not to be losses, with a margin for rounding."""
     assert not (log_probs > 1e-3).any(), "log-probabilities are at most 0"
     return log_probs.astype(np.float64)
 

@@ -170,7 +170,7 @@ def train_rival(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model said of the study's windows: nats of every predicted token."""
+    """A model's log-probabilities of the study's windows: nats of every predicted token."""
 
     log_probs: dict[str, list[np.ndarray]]  # by set, float32 [T] a window
 

@@ -1,6 +1,6 @@
 """Proxy data: the public text that is most like an owner's closed text.
 
-An owner runs `select_proxy` alone, in their own house, beside the public set. What `save_proxy`
+An owner runs `select_proxy` alone, on their own machines, beside the public set. What `save_proxy`
 writes may leave it: which stretches of public documents were chosen, how well the two kinds of
 text could be told apart, and the digests of both sets. The classifier, the scores and the
 owner's text stay. The choice does tell what public text resembles the owner's, and so what theirs
@@ -131,7 +131,7 @@ def select_proxy(
 
 
 def save_proxy(proxy: Proxy, path: Path) -> None:
-    """Write what may leave the owner's house to `path` (.json), all or nothing."""
+    """Write the part that may leave the owner's premises to `path` (.json), all or nothing."""
     write_bytes(
         path,
         canonical_json(
