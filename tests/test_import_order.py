@@ -34,6 +34,7 @@ ORDER = [
     ["train.loop"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
+    ["train.shrink"],
     ["merge."],
     ["inference."],
     ["evaluation."],

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.evaluation.curve import compress_expert
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
 from flexolmo.train.expert import ExpertRecipe, load_expert
+from flexolmo.train.shrink import compress_expert
 
 BRIEF = [
     x

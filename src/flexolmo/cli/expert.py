@@ -200,13 +200,14 @@ def compress(
     """
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.curve import compress_expert, count_bytes, heal_expert, measure_curve
+    from flexolmo.evaluation.curve import measure_curve
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.report.drawing import save_figure
     from flexolmo.report.plots import plot_compression
     from flexolmo.runtime import choose_device, set_up
     from flexolmo.train.expert import load_expert, save_expert
+    from flexolmo.train.shrink import compress_expert, count_bytes, heal_expert
 
     if sum((rank is not None, width is not None, curve)) != 1:
         raise ConfigError(

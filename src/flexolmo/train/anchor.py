@@ -23,7 +23,7 @@ from flexolmo.model.checkpoint import (
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.loop import TrainSettings, train
+from flexolmo.train.loop import TrainSettings, identity_of, train
 
 EMBEDDING_WINDOWS = 64  # windows of text whose mean hidden state stands for a domain
 
@@ -90,13 +90,6 @@ def train_anchor(
     )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return describe_anchor(model, tokenizer, public, record)
-
-
-def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
-    """Everything that decides a run's numbers: recipe, digests of its inputs, threads."""
-    config = recipe.model_dump(mode="json")
-    del config["train"]["checkpoint_every_seconds"]
-    return {"config": config, "inputs": inputs, "threads": torch.get_num_threads()}
 
 
 def import_anchor(directory: Path, public: TokenSet) -> Anchor:

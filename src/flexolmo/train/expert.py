@@ -39,9 +39,9 @@ from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, sh
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.anchor import EMBEDDING_WINDOWS, embedding_windows, identity_of
+from flexolmo.train.anchor import EMBEDDING_WINDOWS, embedding_windows
 from flexolmo.train.compress import prune_width
-from flexolmo.train.loop import TrainSettings, train
+from flexolmo.train.loop import TrainSettings, identity_of, train
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs

@@ -125,6 +125,13 @@ def build_optimizers(
     return built
 
 
+def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
+    """Everything that decides a run's numbers: recipe, digests of its inputs, threads."""
+    config = recipe.model_dump(mode="json")
+    del config["train"]["checkpoint_every_seconds"]
+    return {"config": config, "inputs": inputs, "threads": torch.get_num_threads()}
+
+
 def train(
     parameters: Mapping[str, nn.Parameter],
     loss_of_step: Callable[[int], Tensor],

@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexolmo.data.local import digest_files
-from flexolmo.evaluation.curve import HEALING
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.research.steps.step import Step
@@ -22,6 +21,7 @@ from flexolmo.research.study import (
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.shrink import HEALING
 
 
 class LowRankRecipe(BaseModel):

@@ -11,7 +11,6 @@ from pydantic import TypeAdapter
 
 from flexolmo.data.batches import TokenSet, open_set, training_batches
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.evaluation.curve import compress_expert, count_bytes, heal_expert
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.hidden_statistics import HiddenSums, gather
 from flexolmo.model.router import RouterSettings
@@ -49,6 +48,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.shrink import compress_expert, count_bytes, heal_expert
 
 
 @step_kind("anchor", version=1)
