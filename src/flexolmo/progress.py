@@ -5,14 +5,14 @@ Both say what is being done, how much is done, the rate, and the time left.
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TimeRemainingColumn
+
+from flexolmo.terminal import PlainColumn, PlainConsole, echo
 
 _LINE_EVERY_SECONDS = 15.0
 # A parent process that shows the progress of several children names a file here, one for each;
@@ -63,10 +63,9 @@ class Meter:
             self._bar.update(self._bar.task_ids[0], completed=self.done, text=self.describe())
         elif time.monotonic() - self._last_line >= _LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            print(
+            echo(
                 f"{self.label}: {self.describe()}, {format_seconds(self.seconds_left())} left",
-                file=sys.stderr,
-                flush=True,
+                err=True,
             )
 
     def _report(self, path: str) -> None:
@@ -96,14 +95,14 @@ class Meter:
 def progress(label: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
     """Show progress towards `total` units (`done` of them finished earlier, by a run resumed)."""
     meter = Meter(label, total, unit, done)
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if not console.is_terminal or PROGRESS_FILE in os.environ:
         yield meter
         return
     with Progress(
-        TextColumn("{task.description}"),
+        PlainColumn("{task.description}"),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[text]}"),
+        PlainColumn("{task.fields[text]}"),
         TimeRemainingColumn(compact=True),
         console=console,
         transient=False,

@@ -167,10 +167,8 @@ def test_public_is_the_first_set_and_never_an_owner(make_results: MakeResults) -
     assert plots.owner_names(results) == ["code", "forum", "maths"]
 
 
-def test_nothing_invisible_that_acts_is_shown() -> None:
-    assert drawing.make_printable("a\x00b\x1b[2J\r\nc\td") == "a␀b␛[2J\nc    d"
-    assert drawing.make_printable("\ud800\u202etxt\x7f\u2028é") == "\ufffd\ufffdtxt\ufffd\né"
-    assert drawing.make_printable("né 漢", "DejaVu Sans") == "né \ufffd"
+def test_a_letter_that_the_font_lacks_is_marked() -> None:
+    assert drawing.make_drawable("né 漢", "DejaVu Sans") == "né \ufffd"
 
 
 def test_a_figure_is_saved_whole_and_twice_the_same(

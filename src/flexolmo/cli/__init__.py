@@ -13,6 +13,7 @@ from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
 from flexolmo.research.steps.jobs import UNAVAILABLE
+from flexolmo.terminal import accept_any_character, echo
 
 app = typer.Typer(
     name="flexolmo",
@@ -43,7 +44,7 @@ def _show_version(value: bool) -> None:
     if value:
         from importlib.metadata import version
 
-        typer.echo(version("flexolmo"))
+        echo(version("flexolmo"))
         raise typer.Exit
 
 
@@ -62,18 +63,16 @@ def _options(
 def main() -> None:
     """Run the command line; exit 2 with a message when someone must act, 3 when a
     source cannot be had, 130 on Ctrl-C."""
+    accept_any_character()
     try:
         app()
     except FlexOlmoError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(UNAVAILABLE if isinstance(e, SourceUnavailable) else 2)
     except OSError as e:
-        print(f"{e.strerror or e}: {e.filename or 'no file named'}", file=sys.stderr)
+        echo(f"{e.strerror or e}: {e.filename or 'no file named'}", err=True)
         sys.exit(2)
     except SystemExit as e:
         if e.code == 130:  # what typer makes of Ctrl-C
-            print(
-                "Stopped. Run the same command again to go on from the last checkpoint.",
-                file=sys.stderr,
-            )
+            echo("Stopped. Run the same command again to go on from the last checkpoint.", err=True)
         raise

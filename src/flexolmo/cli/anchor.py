@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from flexolmo.terminal import echo
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Train, import or inspect the anchor: the public model all owners share.",
@@ -61,7 +63,7 @@ def train(
         choose_device(device),
     )
     save_anchor(made, out)
-    typer.echo(f"{out}: anchor {made.digest}")
+    echo(f"{out}: anchor {made.digest}")
 
 
 @app.command("import")
@@ -84,7 +86,7 @@ def import_(
 
     made = import_anchor(checkpoint, open_set(data))
     save_anchor(made, out)
-    typer.echo(f"{out}: anchor {made.digest}")
+    echo(f"{out}: anchor {made.digest}")
 
 
 @app.command("inspect")
@@ -95,7 +97,7 @@ def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.
     from flexolmo.model.checkpoint import load_anchor
 
     found = load_anchor(anchor)
-    typer.echo(
+    echo(
         json.dumps(
             {
                 "digest": found.digest,

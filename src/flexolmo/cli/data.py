@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flexolmo.errors import ConfigError, SourceUnavailable
+from flexolmo.terminal import PlainConsole
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Get text from packages or from your own files, and make it ready for training.",
 )
-_console = Console(stderr=True)
+_console = PlainConsole(stderr=True)
 _DEMO = "public,code,academic,creative"
 
 
@@ -32,7 +32,7 @@ def list_sets() -> None:
     """
     from flexolmo.research.corpora.sources import PIP_ALONE, SETS, SOURCES
 
-    console = Console()
+    console = PlainConsole()
     for corpus_set in SETS.values():
         table = Table(
             "source",
@@ -124,13 +124,13 @@ def fetch(
                     chosen_set,
                     out,
                     named or (CLIENTS if everything else None),
-                    say=lambda message: _console.print(message, style="yellow", markup=False),
+                    say=lambda message: _console.print(message, style="yellow"),
                 )
             )
         except SourceUnavailable as e:
             if not everything:
                 raise
-            _console.print(f"{chosen_set}: skipped. {e}", style="yellow", markup=False)
+            _console.print(f"{chosen_set}: skipped. {e}", style="yellow")
     if not cards:
         raise SourceUnavailable("No set could be fetched; the reasons are above.")
     _show_fetched(cards, out)
@@ -148,12 +148,10 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
                 str(source["documents"]),
                 _megabytes(source["bytes"]),
             )
-    Console().print(table)
+    PlainConsole().print(table)
     weak = [f"{card['name']}: {spot}" for card in cards for spot in card["weak_spots"]]
     if weak:
-        Console().print(
-            "Weak spots, also in each card.json: " + "; ".join(weak) + ".", markup=False
-        )
+        PlainConsole().print("Weak spots, also in each card.json: " + "; ".join(weak) + ".")
 
 
 @app.command()
@@ -241,6 +239,6 @@ def prepare(
                 _megabytes(counts["bytes"]),
                 str(counts["tokens"]),
             )
-    Console().print(table)
+    PlainConsole().print(table)
     for line in removals:
-        Console().print(line, markup=False)
+        PlainConsole().print(line)

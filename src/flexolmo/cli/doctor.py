@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from flexolmo.terminal import echo
+
 _GIB = 1 << 30
 _MEMORY_BYTES, _DISK_BYTES = 4 * _GIB, 2 * _GIB  # the demo with room to spare
 
@@ -35,12 +37,12 @@ def doctor(
 
     checks = [*_environment(), *_packages(), *_machine(), *_clients(), _sandbox(), *_keys()]
     if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks], indent=2))
+        echo(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         for check in checks:
-            typer.echo(f"{check.state:<9} {check.name:<16} {check.found}")
+            echo(f"{check.state:<9} {check.name:<16} {check.found}")
             if check.advice:
-                typer.echo(f"{'':<27}{check.advice}")
+                echo(f"{'':<27}{check.advice}")
     raise typer.Exit(1 if any(check.state == "problem" for check in checks) else 0)
 
 

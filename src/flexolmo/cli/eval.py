@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.run import Only, Without, names_of, print_table, switches
+from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 SUITE = "flexolmo31"
@@ -152,7 +153,7 @@ def evaluate(
     sources = Sources(items, use_hub=hub, prepared=stand_ins)
     results = run_suite(reader, about, chosen, sources, out, settings)
     print_tasks(results)
-    typer.echo(f"{out / 'results.json'}; every item in {out / 'items'}")
+    echo(f"{out / 'results.json'}; every item in {out / 'items'}")
 
 
 @app.command()
@@ -214,7 +215,7 @@ def sets(
     ):
         save_figure(figure, out / f"{name}.png")
     print_table(results)
-    typer.echo(f"{out / 'results.json'} and figures beside it")
+    echo(f"{out / 'results.json'} and figures beside it")
 
 
 @app.command()
@@ -229,7 +230,6 @@ def compare(
 
     Example: flexolmo eval compare runs/anchor runs/mixture
     """
-    from rich.console import Console
     from rich.table import Table
 
     from flexolmo.files import write_json
@@ -242,11 +242,8 @@ def compare(
         tasks, groups = found[kind]["levels"]
         digits = 1 if kind == "score" else 3
         table = Table(title, "a", "b", "b - a", "95 % of resamples", "p", "items")
-        for name, e in {
-            **tasks,
-            **{f"[bold]{g}[/bold]": e for g, e in groups.items()},
-            "[bold]average of groups[/bold]": found[kind]["overall"],
-        }.items():
+        wholes = {**groups, "average of groups": found[kind]["overall"]}
+        for name, e in {**tasks, **wholes}.items():
             items = found["items"].get(name, {}).get("compared", "")
             table.add_row(
                 name,
@@ -256,22 +253,23 @@ def compare(
                 f"{e['low']:+.{digits}f} to {e['high']:+.{digits}f}",
                 f"{e['p']:.4f}",
                 str(items),
+                style="bold" if name in wholes else None,
             )
-        Console().print(table)
+        PlainConsole().print(table)
     if found["without_score"]:
-        typer.echo(
+        echo(
             "Without a score for every item in both runs, left out: "
             + ", ".join(found["without_score"])
         )
     alone = {n: i["in_one"] for n, i in found["items"].items() if i["in_one"]}
     if alone:
-        typer.echo(
+        echo(
             "Items in one run only, left out: "
             + ", ".join(f"{n} {count}" for n, count in alone.items())
         )
     if out is not None:
         write_json(out, found)
-        typer.echo(f"{out}")
+        echo(f"{out}")
 
 
 @app.command()
@@ -290,7 +288,7 @@ def table(
     """
     from flexolmo.research.tasks.comparison_page import write_page
 
-    typer.echo(f"{write_page(runs, out)}, with tasks.png and table.json beside it")
+    echo(f"{write_page(runs, out)}, with tasks.png and table.json beside it")
 
 
 @app.command()
@@ -324,7 +322,6 @@ def contamination(
 
     Example: flexolmo eval contamination corpus/hospital --tasks SciRIFF5
     """
-    from rich.console import Console
     from rich.table import Table
 
     from flexolmo.data.documents import list_files, read_documents
@@ -361,9 +358,9 @@ def contamination(
             str(most),
             str(task.too_short + task.only_template),
         )
-    Console().print(table)
+    PlainConsole().print(table)
     for name, why in missing.items():
-        typer.echo(f"{name} was not looked for: {why}")
+        echo(f"{name} was not looked for: {why}")
     write_json(
         out,
         found.to_json()
@@ -374,7 +371,7 @@ def contamination(
             "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests),
         },
     )
-    typer.echo(f"{len(documents)} of {found.num_documents} documents hold items; {out} names them.")
+    echo(f"{len(documents)} of {found.num_documents} documents hold items; {out} names them.")
 
 
 @app.command()
@@ -418,13 +415,12 @@ def harness(
             for key, value in values.items()
             if isinstance(value, float)
         )
-        typer.echo(f"{task}: {said}")
-    typer.echo(f"{out}")
+        echo(f"{task}: {said}")
+    echo(f"{out}")
 
 
 def print_tasks(results: dict[str, Any]) -> None:
     """The table of tasks, for a terminal."""
-    from rich.console import Console
     from rich.table import Column, Table
 
     table = Table(
@@ -474,7 +470,7 @@ def print_tasks(results: dict[str, Any]) -> None:
     for name, why in results["missing"].items():
         table.add_row(name, "", "missing", "", "", "", "0", "*")
         notes.setdefault(f"missing: {why}", []).append(name)
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     for said, names in notes.items():
         console.print(f"{', '.join(names)}: {said}", soft_wrap=True, highlight=False)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
+from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -118,7 +119,7 @@ def train(
         ),
         out,
     )
-    typer.echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
+    echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
 
 
 @app.command("compress")
@@ -243,7 +244,7 @@ def compress(
         write_json(out / "curve.json", found)
         save_figure(plot_compression(found), out / "curve.png")
         print_curve(found)
-        typer.echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
+        echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
         return
     small = compress_expert(
         base, expert, rank=rank, delta_rank=ranks or None, width=width, data=own
@@ -254,7 +255,7 @@ def compress(
         )
     save_expert(small, out)
     before, after = count_bytes(expert.tensors), count_bytes(small.tensors)
-    typer.echo(
+    echo(
         f"{out}: expert {small.name}, {before:,} bytes before, {after:,} after "
         f"({100 * after / before:.0f} %); sign it with flexolmo expert pack {out}"
     )
@@ -262,7 +263,6 @@ def compress(
 
 def print_curve(curve: dict[str, Any]) -> None:
     """The points of `measure_curve` as a table, for a terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     bits, whole = curve["bits_per_byte"], curve["whole_bytes"]
@@ -280,7 +280,7 @@ def print_curve(curve: dict[str, Any]) -> None:
         size = f"rank {p['rank']}" if "rank" in p else f"width {p['width']}"
         row(f"{p['series']}, {size}", p["bytes"], p["bits_per_byte"])
     row("the expert as it is", whole, bits["whole"])
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 @app.command("key")
@@ -291,7 +291,7 @@ def key(path: Annotated[Path, typer.Argument(help="File for the private key.")])
     """
     from flexolmo.bundle.signing import create_key
 
-    typer.echo(f"{path} (keep it secret) and {create_key(path)} (give it to the coordinator)")
+    echo(f"{path} (keep it secret) and {create_key(path)} (give it to the coordinator)")
 
 
 @app.command("pack")
@@ -327,7 +327,7 @@ def pack(
         expires=expires and expires.date(),
     )
     size = sum(f.stat().st_size for f in path.iterdir())
-    typer.echo(f"{path}: {size / 1e6:.1f} MB. Read what it says: flexolmo expert inspect {path}")
+    echo(f"{path}: {size / 1e6:.1f} MB. Read what it says: flexolmo expert inspect {path}")
 
 
 @app.command("inspect")
@@ -342,7 +342,7 @@ def inspect(
     from flexolmo.bundle.signing import TrustedOwners
 
     trusted = TrustedOwners.load(trust) if trust else None
-    typer.echo(json.dumps(inspect_bundle(bundle, trusted), indent=2, default=str))
+    echo(json.dumps(inspect_bundle(bundle, trusted), indent=2, default=str))
 
 
 @app.command("verify")
@@ -363,7 +363,7 @@ def verify(
     trusted = TrustedOwners.load(trust) if trust else None
     found = open_bundle(bundle, trusted, allow_unknown_signer=trust_any_signer)
     signer = f"trusted owner {found.signer}" if found.signer else f"unknown key {found.key_id}"
-    typer.echo(
+    echo(
         f"{bundle}: whole, signed by {signer}; expert {found.manifest.name} for anchor "
         f"{found.manifest.anchor_digest}"
     )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli.expert import TrustDirectory
+from flexolmo.terminal import echo
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +50,7 @@ def build(
         allow_unknown_signers=trust_any_signer,
         top_k=top_k,
     )
-    typer.echo(f"{out}: public + {', '.join(about['experts'])}")
+    echo(f"{out}: public + {', '.join(about['experts'])}")
 
 
 @app.command("add")
@@ -69,7 +70,7 @@ def add(
         TrustedOwners.load(trust) if trust else None,
         allow_unknown_signers=trust_any_signer,
     )
-    typer.echo(f"{model}: public + {', '.join(about['experts'])}")
+    echo(f"{model}: public + {', '.join(about['experts'])}")
 
 
 @app.command("remove")
@@ -80,7 +81,7 @@ def remove(
     from flexolmo.merge.mixture import remove_experts
 
     about = remove_experts(model, names)
-    typer.echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
+    echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
 
 
 @app.command("inspect")
@@ -90,7 +91,7 @@ def inspect(model: Model) -> None:
 
     from flexolmo.merge.mixture import read_about
 
-    typer.echo(json.dumps(read_about(model), indent=2))
+    echo(json.dumps(read_about(model), indent=2))
 
 
 @app.command("export")
@@ -132,7 +133,7 @@ def export(
     refuse_more_than_ffn(mixture.model)
     if is_stock_router(mixture.model):
         export_stock(mixture, mixture.model, out, {"exact": True})
-        typer.echo(f"{out}: exact, the router is of the stock kind")
+        echo(f"{out}: exact, the router is of the stock kind")
         return
     seq_len = min(256, mixture.model.config.max_seq_len - 1)
     if data:
@@ -144,14 +145,14 @@ def export(
         held = {"text of its own": own_windows(mixture, sequences=4, seed=1)}
     stock = with_stock_router(mixture.model, refit_router(mixture.model, fit))
     cost = {}
-    typer.echo("bits per byte    ours   stock")
+    echo("bits per byte    ours   stock")
     for name, windows in held.items():
         ours = read_windows(mixture.model, windows).bits_per_byte
         theirs = read_windows(stock, windows).bits_per_byte
         cost[name] = {"ours": ours, "stock": theirs}
-        typer.echo(f"{name:<15} {ours:6.3f}  {theirs:6.3f}   ({theirs / ours - 1:+.1%})")
+        echo(f"{name:<15} {ours:6.3f}  {theirs:6.3f}   ({theirs / ours - 1:+.1%})")
     export_stock(mixture, stock, out, {"exact": False, "bits_per_byte": cost})
-    typer.echo(
+    echo(
         f"{out}: the stock format has no place for the {mixture.model.settings.kind} "
         "router; the table shows what its closest linear router costs"
     )
@@ -188,4 +189,4 @@ def import_(
         licence=licence,
         terms=f"As licensed by the checkpoint: {licence}.",
     )
-    typer.echo(f"{out}: imported; with its linear router, without bias")
+    echo(f"{out}: imported; with its linear router, without bias")

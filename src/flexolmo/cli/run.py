@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flexolmo.terminal import PlainConsole, echo
+
 Without = Annotated[str | None, typer.Option(help="Experts to switch off, comma-separated.")]
 Only = Annotated[
     str | None,
@@ -65,25 +67,24 @@ def generate(
         pieces = stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None)
     else:
         pieces = stream(load_mixture(model), prompt, sampling=sampling, **chosen)
-    typer.echo(prompt, nl=False)
+    echo(prompt, end="")
     for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+        echo(piece, end="")
+    echo()
 
 
 def print_table(results: dict[str, Any]) -> None:
     """The table of bits per byte and the bars, for a terminal."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("bits per byte", *results["bits_per_byte"]["anchor"])
     for arrangement, row in results["bits_per_byte"].items():
         table.add_row(arrangement, *(f"{x:.3f}" for x in row.values()))
-    console = Console()
+    console = PlainConsole()
     console.print(table)
     for bar in results["summary"]["bars"]:
-        mark = "[green]met[/green]    " if bar["met"] else "[red]missed[/red] "
-        console.print(f"{mark} {bar['text']}: {bar['value']}", soft_wrap=True)
+        said = f"{'met' if bar['met'] else 'missed':<7} {bar['text']}: {bar['value']}"
+        console.print(said, style="green" if bar["met"] else "red", soft_wrap=True)
 
 
 def demo(
@@ -114,4 +115,4 @@ def demo(
     settings = read_recipe(recipe or default_recipe(), DemoRecipe, overrides or ())
     results = run_demo(settings, out, sets)
     print_table(results)
-    typer.echo(f"Open {out / 'report.html'} (or report.png); machines read results.json.")
+    echo(f"Open {out / 'report.html'} (or report.png); machines read results.json.")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides
+from flexolmo.terminal import echo
 
 
 def study(
@@ -58,8 +59,8 @@ def study(
     if dry_run:
         steps = plan(graph.targets, root)
         for step, is_done in steps:
-            typer.echo(f"{'done' if is_done else '    '}  {step.label}")
-        typer.echo(f"{sum(done for _, done in steps)} of {len(steps)} steps are done")
+            echo(f"{'done' if is_done else '    '}  {step.label}")
+        echo(f"{sum(done for _, done in steps)} of {len(steps)} steps are done")
         return
     choose_device(device)
     try:
@@ -67,4 +68,4 @@ def study(
     finally:
         written = write_results(graph, root)
         page = write_page(read_json(written), root)
-    typer.echo(f"Open {page} (machines: {written.name} beside it).")
+    echo(f"Open {page} (machines: {written.name} beside it).")

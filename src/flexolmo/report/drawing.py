@@ -7,7 +7,6 @@ between them. Names come from owners: they are made printable and never read as 
 import functools
 import math
 import textwrap
-import unicodedata
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Rectangle
 
 from flexolmo.files import write_aside
+from flexolmo.terminal import make_printable
 
 MAX_WIDTH_INCHES = 11.0
 INK, MUTED, RULE, GREY = "#1f2328", "#59636e", "#d1d9e0", "#767676"
@@ -70,24 +70,10 @@ def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
 # --- text ------------------------------------------------------------------------------------
 
 
-def make_printable(text: Any, font: str | None = None) -> str:
-    """`text` with nothing invisible in it that acts: safe to show, in HTML or drawn.
-
-    Controls become their pictures (U+2400 on); lone surrogates and marks that turn the direction
-    of writing become U+FFFD, and so does what `font` cannot draw, if one is named. Line ends
-    become a line feed, tabs four spaces.
-    """
-    shown = []
-    for c in str(text).replace("\r\n", "\n").replace("\r", "\n").replace("\t", "    "):
-        code, kind = ord(c), unicodedata.category(c)
-        if c in "\n\u2028\u2029\u0085":
-            c = "\n"
-        elif code < 0x20:
-            c = chr(0x2400 + code)
-        elif kind in ("Cc", "Cs", "Co", "Cn") or (kind == "Cf" and c not in "\u200c\u200d\u00ad"):
-            c = "\ufffd"
-        shown.append(c if font is None or c == "\n" or _has_glyph(font, c) else "\ufffd")
-    return "".join(shown)
+def make_drawable(text: Any, font: str) -> str:
+    """`text` as `make_printable` shows it, with U+FFFD for what `font` cannot draw."""
+    shown = make_printable(text)
+    return "".join(c if c == "\n" or _has_glyph(font, c) else "\ufffd" for c in shown)
 
 
 @functools.lru_cache(maxsize=65536)
@@ -97,7 +83,7 @@ def _has_glyph(font: str, character: str) -> bool:
 
 def wrap_name(name: str, width: int, max_lines: int = 3) -> str:
     """A name for an axis, wrapped to `width` letters and at most `max_lines` lines."""
-    text = make_printable(name, "DejaVu Sans").replace("\n", " ").replace("_", "_ ")
+    text = make_drawable(name, "DejaVu Sans").replace("\n", " ").replace("_", "_ ")
     lines = [line.replace("_ ", "_") for line in textwrap.wrap(text, width)] or ["?"]
     if len(lines) > max_lines:
         rest = " ".join(lines[max_lines - 1 :]).replace("_ ", "_")

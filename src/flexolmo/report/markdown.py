@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexolmo.report.drawing import make_printable
+from flexolmo.terminal import make_printable
 
 _RULES = {"l": "---", "r": "---:", "c": ":---:"}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flexolmo.report.drawing import make_printable
+from flexolmo.terminal import make_printable
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.transforms import IdentityTransform
 
 from flexolmo.report import drawing
-from flexolmo.report.drawing import INK, MUTED, RULE, make_printable
+from flexolmo.report.drawing import INK, MUTED, RULE, make_drawable
 from flexolmo.report.page import Block, Cell, Picture, Sample, Table, Text
 
 PAGE_PX, MARGIN_PX = 1600, 60
@@ -50,7 +50,7 @@ def _wrap(
 ) -> list[str]:
     """Lines of `text` at most `width` pixels wide; blanks are kept, long words are cut."""
     lines = []
-    for paragraph in make_printable(text, _family(mono)).split("\n"):
+    for paragraph in make_drawable(text, _family(mono)).split("\n"):
         line = ""
         for word in re.findall(r"\S+ *| +", paragraph):
             if line and _width(line + word.rstrip(), size, mono, bold) > width:
@@ -201,7 +201,7 @@ def _draw_table(sheet: _Sheet, table: Table, wide: float) -> None:
             760.0,
             3
             + max(
-                _width(make_printable(line, _family(c.mono)), size, c.mono, c.bold)
+                _width(make_drawable(line, _family(c.mono)), size, c.mono, c.bold)
                 for c in column
                 for line in (
                     c.text.split("\n")

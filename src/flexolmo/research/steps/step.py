@@ -33,6 +33,7 @@ from flexolmo.files import (
     write_json,
 )
 from flexolmo.research.steps.jobs import Job
+from flexolmo.terminal import echo
 
 _OURS = {"step.json", "done.json", "log"}  # in a step's directory; all else is its output
 _CHILD = """import os, sys
@@ -220,7 +221,7 @@ def work(directory: str, earlier: float, device: str = "cpu") -> None:
         with exit_on_sigterm(), hold_lock(Path(directory) / "log" / "lock", wait=True):
             _do_step(Path(directory), earlier, device)
     except FlexOlmoError as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(2)
 
 
