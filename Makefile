@@ -1,12 +1,13 @@
 # make demo   set up, then the whole story on real text (about a quarter of an hour on two cores)
 # make test   set up, then the tests
-# make check  set up, then ruff format, ruff and mypy
+# make check  set up, then ruff format, ruff, mypy and a strict build of the documentation
+# make docs   set up, then the documentation in site/
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test demo check clean
+.PHONY: setup test demo check docs clean
 
 setup: $(VENV)/.installed
 
@@ -25,6 +26,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site
