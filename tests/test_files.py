@@ -1,16 +1,27 @@
 """Files are the old ones or the new ones, never pieces."""
 
+import errno
 import hashlib
 import json
 import os
+import re
+import resource
+import signal
 import stat
+import subprocess
+import sys
+import textwrap
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from flexolmo import files
-from flexolmo.errors import CheckpointError, FlexOlmoError
+from flexolmo.errors import CheckpointError, DiskFullError, FlexOlmoError
 from flexolmo.files import (
     canonical_json,
     digest_bytes,
@@ -58,15 +69,53 @@ def test_a_stop_while_writing_a_file_leaves_the_old_one_alone(tmp_path, stop):
     assert names(tmp_path) == ["a.json"]
 
 
-def test_a_file_appears_whole_and_readable_by_others(tmp_path):
-    path = tmp_path / "new" / "deep" / "a.safetensors"
-    with write_aside(path) as aside:
-        assert aside.parent == path.parent and aside.suffix == path.suffix
-        aside.write_bytes(b"new")
-        assert not path.exists()
-    assert path.read_bytes() == b"new"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    assert names(path.parent) == ["a.safetensors"]
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_a_file_appears_whole_with_the_mode_of_the_umask_or_private(tmp_path, umask):
+    for is_private in (False, True):
+        path = tmp_path / "new" / f"private-{is_private}" / "a.safetensors"
+        with write_aside(path, is_private=is_private) as aside:
+            assert aside.suffix == path.suffix and aside.stat().st_dev == path.parent.stat().st_dev
+            assert mode_of(aside.parent) == 0o700
+            aside.unlink()  # as safetensors does, which puts a file of mode 0600 in its place
+            os.close(os.open(aside, os.O_CREAT, 0o600 if not is_private else 0o644))
+            aside.write_bytes(b"new")
+            assert not path.exists()
+        assert path.read_bytes() == b"new"
+        assert mode_of(path) == (0o600 if is_private else 0o666 & ~umask)
+        assert mode_of(path.parent) == (0o700 if is_private else 0o777 & ~umask)
+        assert names(path.parent) == ["a.safetensors"]
+
+
+def test_tensors_have_the_mode_of_the_umask_or_private(tmp_path, umask):
+    files.save_tensors(tmp_path / "a.safetensors", {"a": torch.arange(6).view(2, 3).T})
+    files.save_tensors(tmp_path / "b.safetensors", {"a": torch.ones(2)}, is_private=True)
+    assert mode_of(tmp_path / "a.safetensors") == 0o666 & ~umask
+    assert mode_of(tmp_path / "b.safetensors") == 0o600
+    assert load_file(tmp_path / "a.safetensors")["a"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert names(tmp_path) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_private_directory_is_private_throughout(tmp_path, umask):
+    for is_private in (False, True):
+        path = tmp_path / str(is_private)
+        with write_directory_aside(path, "x", is_private=is_private) as aside:
+            (aside / "x").write_text("text")
+            (aside / "deep").mkdir()
+            (aside / "deep" / "y").write_text("text")
+            (aside / "link").symlink_to("/etc/hostname")
+        found = [mode_of(p) for p in (path, path / "deep", path / "x", path / "deep" / "y")]
+        public = [0o777 & ~umask] * 2 + [0o666 & ~umask] * 2
+        assert found == ([0o700, 0o700, 0o600, 0o600] if is_private else public)
 
 
 @stops
@@ -96,7 +145,6 @@ def test_a_directory_is_replaced_whole(tmp_path):
             (aside / "x").touch()
         assert names(path) == [kept, "x"] and (path / kept).read_text() == generation
         assert names(tmp_path) == ["model"]
-        assert stat.S_IMODE(path.stat().st_mode) == 0o755
 
 
 def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path):
@@ -115,6 +163,7 @@ def test_what_is_not_of_the_same_kind_is_not_replaced(tmp_path):
 
 @pytest.mark.parametrize("rename", [1, 2])
 def test_a_stop_at_either_rename_leaves_the_old_directory_or_the_new(tmp_path, monkeypatch, rename):
+    """Where the file system cannot exchange two directories in one step."""
     path, calls, replace = tmp_path / "model", [], os.replace
     path.mkdir()
     (path / "x").write_text("old")
@@ -125,10 +174,155 @@ def test_a_stop_at_either_rename_leaves_the_old_directory_or_the_new(tmp_path, m
             raise KeyboardInterrupt
         replace(source, target)
 
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
     monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt), write_directory_aside(path, "x") as aside:
         (aside / "x").write_text("new")
-    assert (path / "x").read_text() in ("old", "new")
+    assert (path / "x").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+# --- killed -------------------------------------------------------------------------------------
+
+KILLED = """
+    import json, os, signal, sys
+    from pathlib import Path
+    from flexolmo import files
+    path, kind, can_exchange = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+    if not can_exchange:
+        files._exchange = lambda *_: False
+
+    def write(text):
+        if kind == "file":
+            files.write_bytes(path, text.encode())
+        else:
+            with files.write_directory_aside(path, "x.json", is_private=True) as aside:
+                (aside / "x.json").write_text(text)
+                (aside / "y").write_text(text)
+
+    def content():
+        if kind == "file":
+            return [files.read_json(path)]
+        return [files.read_json(path / "x.json"), json.loads((path / "y").read_text())]
+
+    def kill_at(place):
+        seen = 0
+        def hook(event, arguments):
+            nonlocal seen
+            if event.startswith(("open", "os.", "shutil.", "tempfile.", "fcntl.")):
+                seen += 1
+                if seen == place:
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+
+    found = []
+    write('"old"')
+    while True:
+        child = os.fork()
+        if not child:
+            kill_at(len(found) + 1)
+            write('"new"')
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        after = content()
+        write('"old"')
+        found.append([status, after, content(), sorted(os.listdir(path.parent))])
+        if status == 0:
+            break
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("kind, can_exchange", [("file", True), ("tree", True), ("tree", False)])
+def test_a_kill_at_any_point_leaves_the_old_or_the_new_and_is_swept(tmp_path, kind, can_exchange):
+    """Killed before each call to the system, from the first to the last."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), tmp_path / "a", kind, str(can_exchange)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert len(found) > 10
+    for status, after, again, listed in found:
+        assert status in (0, signal.SIGKILL)
+        assert len(set(after)) == 1 and after[0] in ("old", "new")
+        assert set(again) == {"old"} and listed == ["a"]
+    assert found[0][1][0] == "old" and found[-1][1][0] == "new" and found[-1][0] == 0
+    assert "left by a run that was killed" in done.stderr
+    assert ("Put " in done.stderr) is not can_exchange
+
+
+def test_only_what_a_dead_run_left_of_the_same_target_is_swept(tmp_path, capsys):
+    others = [".a.json.12345678", ".a.b.json.abcdefgh.aside", ".a.json.abcdefg.aside", "a.json.d"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    with write_aside(tmp_path / "a.json") as aside:
+        (tmp_path / ".a.json.abcdefgh.aside").mkdir()
+        write_json(tmp_path / "a.json", 1)  # the other run's, alive, is not taken
+        aside.write_text("2")
+    assert read_json(tmp_path / "a.json") == 2
+    assert names(tmp_path) == sorted([*others, "a.json"])
+    assert ".a.json.abcdefgh.aside, left by a run" in capsys.readouterr().err
+
+
+# --- full disks ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def file_size_limit(size):
+    """No file can grow beyond `size` bytes meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_array(path):
+    with write_directory_aside(path, "a.npy") as aside:
+        np.save(aside / "a.npy", np.ones(1000), allow_pickle=False)
+
+
+@pytest.mark.parametrize("has_old", [True, False])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_json(path, ["text"] * 1000),
+        lambda path: files.save_tensors(path, {"a": torch.ones(1000)}),
+        save_array,
+    ],
+)
+def test_a_full_disk_is_named_and_the_old_is_kept(tmp_path, write, has_old):
+    path = tmp_path / "a"
+    if has_old and write is save_array:
+        path.mkdir()
+        (path / "a.npy").write_text("old")
+    elif has_old:
+        path.write_text("old")
+    with file_size_limit(100), pytest.raises(DiskFullError) as e:
+        write(path)
+    for part in (str(path), "File too large", "bytes of its disk are free", "run again"):
+        assert part in str(e.value)
+    assert ("unchanged" if has_old else "Nothing was left there") in str(e.value)
+    assert ".aside" not in str(e.value)
+    assert names(tmp_path) == (["a"] if has_old else [])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_inside_a_directory_is_named_by_the_directory(tmp_path, number):
+    with (
+        pytest.raises(DiskFullError, match=re.escape(f"{tmp_path}/a cannot be written")),
+        write_directory_aside(tmp_path / "a", "x") as aside,
+        write_aside(aside / "x"),
+    ):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(PermissionError), write_aside(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+# --- values -------------------------------------------------------------------------------------
 
 
 @given(value=VALUES)
@@ -165,7 +359,18 @@ def test_written_json_is_readable_and_keeps_its_order(tmp_path):
     assert read_json(tmp_path / "a.json") == {"z": "é", "a": [1, None]}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", None])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff",
+        None,
+        b"[" * 100_000,
+        b"[" * 201 + b"]" * 201,
+        b'{"a":' * 1500 + b"1" + b"}" * 1500,
+    ],
+)
 def test_json_that_cannot_be_read_is_refused_by_path_with_the_callers_error(tmp_path, content):
     path = tmp_path / "a.json"
     if content is not None:
@@ -173,3 +378,9 @@ def test_json_that_cannot_be_read_is_refused_by_path_with_the_callers_error(tmp_
     for error in (CheckpointError, FlexOlmoError):
         with pytest.raises(error, match=r"a\.json"):
             read_json(path, error)
+
+
+def test_json_as_deep_as_allowed_is_read(tmp_path):
+    deep = b"[" * 200 + b"]" * 200
+    (tmp_path / "a.json").write_bytes(deep)
+    assert canonical_json(read_json(tmp_path / "a.json")) == deep

@@ -9,6 +9,14 @@ class FlexOlmoError(Exception):
     """Base of every error we raise on purpose."""
 
 
+class DiskFullError(FlexOlmoError):
+    """Whoever runs the command must act: a disk, a quota or a file-size limit is used up."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class ConfigError(FlexOlmoError):
     """Whoever wrote the recipe or the command must act: unknown key, bad value."""
 

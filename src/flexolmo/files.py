@@ -1,19 +1,26 @@
 """Files that are never half-written, and digests that name their content.
 
-Knows nothing of models or data; everything that writes a result goes through here.
+Everything that writes a result goes through here: `write_aside`, `write_directory_aside`,
+`write_bytes`, `write_json`, `save_tensors`. Each takes `is_private=True` for what is made of an
+owner's text (files 0600, directories 0700), and names a full disk. Knows nothing of models or data.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexolmo.errors import FlexOlmoError
+from flexolmo.errors import DiskFullError, FlexOlmoError
 
 
 def canonical_json(value: Any) -> bytes:
@@ -34,7 +41,44 @@ def digest_file(path: Path) -> str:
         return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def _sync_directory(path: Path) -> None:
+# --- written whole or not at all ----------------------------------------------------------------
+
+
+def _full_disk_reason(error: Exception) -> str | None:
+    """The system's words if `error` says that a disk, a quota or a file-size limit is used up."""
+    if isinstance(error, DiskFullError):
+        return error.reason
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    number = getattr(error, "errno", None)
+    if number is None:  # safetensors names the number in its text, numpy writes fewer bytes
+        found = re.search(r"os error (\d+)|free space|requested and \d+ written", str(error))
+        number = int(found[1] or errno.ENOSPC) if found else None
+    return os.strerror(number) if number in numbers else None
+
+
+@contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk, quota or file-size limit met inside into a DiskFullError about `path`."""
+    try:
+        yield
+    except Exception as e:
+        reason = _full_disk_reason(e)
+        if reason is None:
+            raise
+        path = Path(path).absolute()
+        disk = shutil.disk_usage(next(p for p in path.parents if p.is_dir()))
+        kept = "What was there before is unchanged" if path.exists() else "Nothing was left there"
+        is_ours = Path(sys.argv[0]).name == "flexolmo"
+        again = shlex.join(["flexolmo", *sys.argv[1:]]) if is_ours else "the same call"
+        raise DiskFullError(
+            f"{path} cannot be written: {reason}; {disk.free:,} of the {disk.total:,} bytes of its "
+            f"disk are free. {kept}. Free some space there, or choose another place, then run "
+            f"again: {again}",
+            reason,
+        ) from None
+
+
+def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -43,33 +87,113 @@ def _sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def write_aside(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it to `path`.
+def _lock_directory(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold a lock on the directory `path`; yields False if it is gone, or held by another run.
 
-    A kill at any moment leaves the old file or the new one, never a piece.
+    The system frees the lock when its holder ends, by SIGKILL too, so a directory that can be
+    locked belongs to no living run. A file system without such locks yields False too.
+    """
+    import fcntl  # not on every system that reads files
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        is_held = path.exists()
+    except OSError:
+        is_held = False
+    try:
+        yield is_held
+    finally:
+        os.close(fd)
+
+
+def _discard(aside: Path, path: Path) -> bool:
+    """Remove `aside`; if it holds the only copy of `path`, put that back first and return True."""
+    is_only_copy = (aside / "old").exists() and not path.exists()
+    if is_only_copy:
+        os.replace(aside / "old", path)
+    shutil.rmtree(aside, ignore_errors=True)
+    return is_only_copy
+
+
+def recover(path: Path) -> None:
+    """Remove what killed runs left beside `path` and say so; put a directory back that they moved.
+
+    Only directories named by `write_aside` and `write_directory_aside` for this `path`, and only
+    those whose lock no living run holds.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(fd)
-    aside = Path(name)
-    try:
-        yield aside
-        with open(aside, "rb") as f:
-            os.fsync(f.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-        _sync_directory(path.parent)
-    finally:
-        aside.unlink(missing_ok=True)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.aside")
+    for name in sorted(os.listdir(path.parent)):
+        if pattern.fullmatch(name):
+            left = path.parent / name
+            with _lock_directory(left, wait=False) as is_dead:
+                if is_dead:
+                    done = f"Put {path} back from" if _discard(left, path) else "Removed"
+                    print(f"{done} {left}, left by a run that was killed.", file=sys.stderr)
 
 
 @contextmanager
-def write_directory_aside(path: Path, marker: str) -> Iterator[Path]:
-    """Yield an empty directory beside `path`; on success rename it to `path`.
+def _aside(path: Path, is_private: bool) -> Iterator[Path]:
+    """Yield a locked empty directory of mode 0700 beside `path`, removed at the end."""
+    path.parent.mkdir(0o700 if is_private else 0o777, parents=True, exist_ok=True)
+    recover(path)
+    while True:
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".aside", dir=path.parent))
+        with _lock_directory(aside, wait=True):
+            if not aside.exists():  # another run took it for a dead one's before it was locked
+                continue
+            try:
+                yield aside
+            finally:
+                _discard(aside, path)
+            return
+
+
+@contextmanager
+def write_aside(path: Path, *, is_private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path, of the same suffix, for the file `path`; on success rename it so.
+
+    A kill at any moment leaves the old file or the new one, never a piece; what else it leaves is
+    removed by the next write of `path`.
+
+    Args:
+        is_private: The file gets mode 0600, and the directory it is in, if made here, 0700. Else
+            both get what the umask says.
+
+    Raises:
+        DiskFullError: the disk, a quota or the limit on a file's size is used up.
+    """
+    path = Path(path)
+    with explain_full_disk(path), _aside(path, is_private) as aside:
+        new = aside / f"new{path.suffix}"
+        new.touch(0o600 if is_private else 0o666)
+        mode = new.stat().st_mode
+        yield new
+        os.chmod(new, mode)  # safetensors puts a file of its own in the place
+        _sync(new)
+        os.replace(new, path)
+        _sync(path.parent)
+
+
+@contextmanager
+def write_directory_aside(path: Path, marker: str, *, is_private: bool = False) -> Iterator[Path]:
+    """Yield an empty directory; on success rename it to `path`.
 
     A directory already at `path` is replaced, once the new one is complete, only if it is empty
     or holds the file `marker`, which says that it is one of the same kind; FlexOlmoError if not.
+    The two are exchanged in one step where the file system can; elsewhere a kill between two
+    steps leaves no `path`, and the next `read_json` of a file in it, or write, puts it back.
+
+    Args:
+        is_private: Every file gets mode 0600 and every directory 0700. Else as the umask says.
+
+    Raises:
+        DiskFullError: the disk, a quota or the limit on a file's size is used up.
     """
     path = Path(path)
     if path.exists() and not (
@@ -79,48 +203,92 @@ def write_directory_aside(path: Path, marker: str) -> Iterator[Path]:
             f"{path} exists and is not replaced: it has no {marker}, so it is "
             "something else. Choose another place."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with explain_full_disk(path), _aside(path, is_private) as aside:
+        new = aside / "new"
+        new.mkdir(0o700 if is_private else 0o777)
+        yield new
+        for p in [new, *new.rglob("*")]:
+            if p.is_symlink() or not (p.is_dir() or p.is_file()):
+                continue
+            if is_private:
+                os.chmod(p, 0o700 if p.is_dir() else 0o600)
+            _sync(p)
+        if not path.exists():
+            os.replace(new, path)
+        elif not _exchange(new, path):
+            os.replace(path, aside / "old")
+            os.replace(new, path)
+        _sync(path.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two paths change places in one step; False if the system or file system cannot."""
     try:
-        yield aside
-        os.chmod(aside, 0o755)
-        for file in aside.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as f:
-                    os.fsync(f.fileno())
-        if path.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
-            os.replace(path, old / "old")
-            try:
-                os.replace(aside, path)
-            except BaseException:
-                os.replace(old / "old", path)
-                old.rmdir()
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, path)
-        _sync_directory(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        renameat2 = ctypes.CDLL(None).renameat2
+    except AttributeError:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, all or nothing."""
-    with write_aside(path) as aside:
+def write_bytes(path: Path, data: bytes, *, is_private: bool = False) -> None:
+    """Write `data` to `path`, all or nothing; modes as in `write_aside`."""
+    with write_aside(path, is_private=is_private) as aside:
         aside.write_bytes(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, is_private: bool = False) -> None:
     """Write `value` as readable JSON (indented, keys in the order given), all or nothing."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (text + "\n").encode(), is_private=is_private)
+
+
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Any],
+    metadata: dict[str, str] | None = None,
+    *,
+    is_private: bool = False,
+) -> None:
+    """Write torch `tensors` as the safetensors file `path`, all or nothing."""
+    from safetensors.torch import save_file  # brings torch, which most of what reads files lacks
+
+    with write_aside(path, is_private=is_private) as aside:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, aside, metadata)
+
+
+# --- read ---------------------------------------------------------------------------------------
+
+MAX_JSON_DEPTH = 200
+
+
+def parse_json(text: str, **hooks: Any) -> Any:
+    """The JSON value in `text`; ValueError if malformed or nested deeper than MAX_JSON_DEPTH.
+
+    The depth is counted, because Python's own limit differs between versions and may be met only
+    later, by whatever walks the value. `hooks` are those of `json.loads`.
+    """
+    too_deep = ValueError(f"it is nested more than {MAX_JSON_DEPTH} levels deep")
+    try:
+        value = json.loads(text, **hooks)
+    except RecursionError:
+        raise too_deep from None
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [v for v in level if isinstance(v, dict | list)]
+        if not level:
+            return value
+        level = [x for v in level for x in (v.values() if isinstance(v, dict) else v)]
+    raise too_deep
 
 
 def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:
     """The JSON value in `path`; raises `error` with a plain message if missing or malformed."""
+    path = Path(path)
+    if path.parent.parent.is_dir() and not path.parent.exists():
+        recover(path.parent)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None
     except (OSError, ValueError) as e:

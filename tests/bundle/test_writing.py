@@ -13,7 +13,7 @@ import pytest
 from flexolmo.bundle import bundle as room
 from flexolmo.bundle.bundle import inspect_bundle, write_bundle
 from flexolmo.bundle.signing import key_id
-from flexolmo.errors import BundleError
+from flexolmo.errors import BundleError, DiskFullError
 from made_bundles import TODAY, make_manifest, make_weights
 
 # --- writing -----------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, keys, monkeypatch):
 
     monkeypatch.setattr(room, "open_bundle", fail)
     weights = make_weights()
-    with pytest.raises(BundleError, match="No space left"):
+    with pytest.raises(DiskFullError, match="No space left"):
         write_bundle(tmp_path / "maths.bundle", weights, make_manifest(weights), keys / "Ann")
     assert list(tmp_path.iterdir()) == []
 
