@@ -25,6 +25,7 @@ from flexolmo.model.statistics import EvidenceSettings
 
 NAMES = ("amber", "basalt", "zinc")
 IN_SESSION = settings(
+    deadline=None,
     derandomize=True,
     max_examples=6,
     database=None,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo.errors import DiskFullError, FlexOlmoError
+from flexolmo.terminal import echo
 
 
 def canonical_json(value: Any) -> bytes:
@@ -134,7 +135,7 @@ def recover(path: Path) -> None:
             with _lock_directory(left, wait=False) as is_dead:
                 if is_dead:
                     done = f"Put {path} back from" if _discard(left, path) else "Removed"
-                    print(f"{done} {left}, left by a run that was killed.", file=sys.stderr)
+                    echo(f"{done} {left}, left by a run that was killed.", err=True)
 
 
 @contextmanager
