@@ -1,0 +1,167 @@
+"""A directory as after `make demo`, and a shell that runs what the documentation says in it.
+
+Replaced, so that it takes seconds: `make demo` (the same files, of a model of one layer on made
+text), `make test` (nothing), and the start of each `flexolmo`, which is a fork of one process that
+has imported torch already. Commands, options, files and the shell are real.
+"""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+from made_documents import WORDS
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 120
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+s = socket.socket(socket.AF_UNIX)
+s.connect({address!r})
+said = json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(s, [len(said).to_bytes(8, "big")], [0, 1, 2])
+s.sendall(said)
+sys.exit(int(s.recv(16) or b"99"))
+"""
+ACTIVATE = 'PATH="{bin}:$PATH"\nexport PATH\n'
+MAKE = '#!/bin/sh\n[ "$1" = test ] || [ -d runs/demo ]\n'
+
+
+def serve(address: str) -> None:
+    """Fork for every client and run the command line as its process; never returns."""
+    import flexolmo.cli
+    import flexolmo.evaluation.likelihood
+    import flexolmo.merge.export
+    import flexolmo.report.plots
+    import flexolmo.train.expert  # noqa: F401
+
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen()
+    while True:
+        client, _ = listening.accept()
+        if os.fork() == 0:
+            code = 99
+            with contextlib.suppress(BaseException):
+                code = _serve_one(client, flexolmo.cli.main)
+            client.sendall(str(code).encode())
+            os._exit(0)
+        client.close()
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+
+
+def _serve_one(client: socket.socket, main) -> int:
+    head, fds, _, _ = socket.recv_fds(client, 8, 3)
+    said = b""
+    while len(said) < int.from_bytes(head, "big"):
+        said += client.recv(1 << 16)
+    sys.argv, directory, environment = json.loads(said)
+    for target, fd in enumerate(fds):
+        os.dup2(fd, target)
+    sys.stdin = open(0, closefd=False)
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False, encoding="utf-8") for fd in (1, 2))
+    os.chdir(directory)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        main()
+        code = 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 98
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+class Shell:
+    """A directory with .venv, make and the repository's examples, and the process to fork from."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.address = str(directory / "socket")
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", f"import made_shell; made_shell.serve({self.address!r})"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        )
+        tools = {
+            "bin/make": MAKE,
+            "venv/flexolmo": CLIENT.format(python=sys.executable, address=self.address),
+            "venv/python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+            "venv/activate": ACTIVATE.format(bin=directory / "venv"),
+        }
+        for name, text in tools.items():
+            path = directory / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        self._wait()
+
+    def _wait(self) -> None:
+        for _ in range(SECONDS * 20):
+            if os.path.exists(self.address) or self.server.poll() is not None:
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.server.wait(0.05)
+
+    def furnish(self, root: Path) -> Path:
+        """Make `root` look like a checkout whose environment is set up."""
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".venv").mkdir(exist_ok=True)
+        (root / ".venv/bin").symlink_to(self.directory / "venv")
+        (root / "examples").symlink_to(ROOT / "examples")
+        return root
+
+    def run(self, script: str, root: Path) -> str:
+        """What `script` prints, run by `sh -e` in `root`; fails unless every line works."""
+        environment = {
+            "PATH": f"{self.directory / 'bin'}:/usr/bin:/bin",
+            "HOME": str(root),
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+        }
+        done = subprocess.run(
+            ["sh", "-ex"],
+            input=script,
+            cwd=root,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=SECONDS,
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        return done.stdout
+
+    def close(self) -> None:
+        """End the process that is forked."""
+        self.server.terminate()
+        self.server.wait()
+
+
+def write_made_text(directory: Path, name: str, documents: int) -> None:
+    """Text files for `flexolmo data prepare`: made text in which each set has words of its own."""
+    from made_documents import write_documents
+
+    directory.mkdir(parents=True)
+    domain = {"public": "public", "code": "maths", "academic": "news"}[name]
+    assert domain in WORDS
+    for i, text in enumerate(write_documents(domain, documents, 0)):
+        (directory / f"{i:03}.txt").write_text(text, encoding="utf-8")
+
+
+def shell_blocks(page: Path) -> list[str]:
+    """The fenced sh blocks of a page, in order."""
+    text = page.read_text(encoding="utf-8")
+    return re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
