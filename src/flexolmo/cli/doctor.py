@@ -12,6 +12,7 @@ import typer
 
 from flexolmo.terminal import echo
 
+State = Literal["ok", "optional", "problem"]
 _GIB = 1 << 30
 _MEMORY_BYTES, _DISK_BYTES = 4 * _GIB, 2 * _GIB  # the demo with room to spare
 
@@ -21,9 +22,13 @@ class Check:
     """One finding: `problem` must be mended, `optional` limits what can be done."""
 
     name: str
-    state: Literal["ok", "optional", "problem"]
+    state: State
     found: str
     advice: str = ""
+
+
+def _state(is_well: bool, otherwise: Literal["optional", "problem"]) -> State:
+    return "ok" if is_well else otherwise
 
 
 def doctor(
@@ -51,7 +56,7 @@ def _environment() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
     fits = sys.version_info >= (3, 11)
     advice = "" if fits else "Install Python 3.11 or newer and make the environment anew."
-    yield Check("Python", "ok" if fits else "problem", f"{version} at {sys.prefix}", advice)
+    yield Check("Python", _state(fits, "problem"), f"{version} at {sys.prefix}", advice)
     bin_directory = Path(sys.executable).parent
     found = shutil.which("flexolmo")
     if found is not None and Path(found).parent.resolve() == bin_directory.resolve():
@@ -72,42 +77,28 @@ def _packages() -> Iterator[Check]:
 
     from packaging.requirements import Requirement
 
-    try:
-        wanted = [Requirement(line) for line in requires("flexolmo") or ()]
-    except PackageNotFoundError:
-        yield Check("packages", "problem", "flexolmo is not installed", "Run: pip install -e .")
-        return
-    uses = {
-        "": "all that is needed",
-        "eval": "the hub, the harness",
-        "docs": "make docs",
-        "test": "make test",
-    }
+    def fault(package: Requirement) -> str | None:
+        try:
+            found = version(package.name)
+        except PackageNotFoundError:
+            return package.name
+        fits = package.specifier.contains(found, prereleases=True)
+        return None if fits else f"{package.name} {found}, not {package.specifier}"
+
+    wanted = [Requirement(line) for line in requires("flexolmo") or ()]
+    uses = {"": "all that is needed", "eval": "the hub, the harness"}
+    uses |= {"docs": "make docs", "test": "make test"}
     for extra, use in uses.items():
-        wrong = []
-        for package in wanted:
-            asks = package.marker is not None and "extra ==" in str(package.marker)
-            applies = package.marker is None or package.marker.evaluate({"extra": extra})
-            if not applies or asks != bool(extra):
-                continue
-            try:
-                found = version(package.name)
-            except PackageNotFoundError:
-                wrong.append(package.name)
-                continue
-            if not package.specifier.contains(found, prereleases=True):
-                wrong.append(f"{package.name} {found}, not {package.specifier}")
-        name = f"extra {extra}" if extra else "packages"
-        if wrong:
-            target = f"-e '.[{extra}]'" if extra else "-e ."
-            yield Check(
-                name,
-                "optional" if extra else "problem",
-                f"{use}; missing: {', '.join(wrong)}",
-                f"Run: pip install -c constraints.txt {target}",
-            )
-        else:
-            yield Check(name, "ok", use)
+        # "None" is the marker of what is always needed
+        mark = f'extra == "{extra}"' if extra else "None"
+        faults = [f for r in wanted if mark in str(r.marker) and (f := fault(r))]
+        target = f"'.[{extra}]'" if extra else "."
+        yield Check(
+            f"extra {extra}" if extra else "packages",
+            _state(not faults, "optional" if extra else "problem"),
+            f"{use}; missing: {', '.join(faults)}" if faults else use,
+            f"Run: pip install -c constraints.txt -e {target}" if faults else "",
+        )
 
 
 def _machine() -> Iterator[Check]:
@@ -118,11 +109,9 @@ def _machine() -> Iterator[Check]:
         ("memory", memory, _MEMORY_BYTES, "Take smaller batches: --set train.batch_size=2."),
         ("free disk", free, _DISK_BYTES, "Free some, or work in a directory of another disk."),
     ):
-        if size >= least:
-            yield Check(name, "ok", f"{size / _GIB:.1f} GiB")
-        else:
-            found = f"{size / _GIB:.1f} GiB; the demo wants {least / _GIB:.0f}"
-            yield Check(name, "optional", found, advice)
+        is_enough = size >= least
+        found = f"{size / _GIB:.1f} GiB; the demo wants {least / _GIB:.0f}"
+        yield Check(name, _state(is_enough, "optional"), found, "" if is_enough else advice)
     try:
         import torch
     except ImportError as e:
@@ -130,10 +119,9 @@ def _machine() -> Iterator[Check]:
         return
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
     yield Check("torch", "ok", f"{torch.__version__}, {threads}")
-    if torch.cuda.is_available():
-        yield Check("GPU", "ok", torch.cuda.get_device_name(0))
-    else:
-        yield Check("GPU", "optional", "none; everything runs on the CPU")
+    has_gpu = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name(0) if has_gpu else "none; everything runs on the CPU"
+    yield Check("GPU", _state(has_gpu, "optional"), gpu)
 
 
 def _clients() -> Iterator[Check]:
@@ -148,7 +136,7 @@ def _clients() -> Iterator[Check]:
     ):
         advice = "" if is_there else f"Install {name}, or do without that text."
         found = f"{'here' if is_there else 'missing'}; fetches {use}"
-        yield Check(name, "ok" if is_there else "optional", found, advice)
+        yield Check(name, _state(is_there, "optional"), found, advice)
 
 
 def _sandbox() -> Check:
@@ -169,11 +157,12 @@ def _keys() -> Iterator[Check]:
 
     for path in sorted(Path(".").glob("*.pem")):
         mode = path.stat().st_mode & 0o777
-        if mode & 0o077:
-            advice = f"Run: chmod 600 {path}; if others use this machine, make a new key."
-            yield Check("private key", "problem", f"{path} is open to others ({mode:o})", advice)
-        else:
-            yield Check("private key", "ok", f"{path} is readable by you alone")
+        is_private = not mode & 0o077
+        advice = f"Run: chmod 600 {path}; if others use this machine, make a new key."
+        found = f"{path}, mode {mode:o}"
+        yield Check(
+            "private key", _state(is_private, "problem"), found, "" if is_private else advice
+        )
     named = os.environ.get("FLEXOLMO_TRUST")
     if not named:
         advice = "Set FLEXOLMO_TRUST to a directory of OWNER.pub files, or give --trust."
