@@ -116,6 +116,7 @@ def recipes() -> str:
         ("flexolmo anchor train", AnchorRecipe),
         ("flexolmo expert train", ExpertRecipe),
         ("flexolmo demo", DemoRecipe),
+        ("fo.Sampling, in Python", flexolmo.Sampling),
     ):
         lines += ["", f"## {title}", "", "| key | default | what it is |", "|---|---|---|"]
         lines += fields(schema())
@@ -142,5 +143,8 @@ def python() -> str:
     """Every name of the Python interface, from its docstring."""
     lines = ["# Python", "", "`import flexolmo as fo`, then `fo.NAME`."]
     for name in flexolmo.__all__:
-        lines += ["", f"## {name}", "", f"::: flexolmo.{flexolmo._HOME[name]}.{name}"]
+        lines += ["", f"::: flexolmo.{flexolmo._HOME[name]}.{name}"]
+        kind = getattr(flexolmo, name)
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            lines += ["    options: {members: false}", "", "Fields: [Recipes](recipes.md)."]
     return "\n".join(lines) + "\n"

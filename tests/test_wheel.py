@@ -49,16 +49,17 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_licence(wheel):
 def test_the_wheel_works_in_a_bare_environment(wheel, tmp_path):
     """Dependencies come from the environment of the tests, through a .pth file."""
     bare = tmp_path / "bare"
+    # no PYTHONPATH, by which pip could find the package installed already
+    clean = {"cwd": tmp_path, "env": {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}}
     call(sys.executable, "-m", "venv", "--without-pip", bare)
     python = bare / "bin" / "python"
     site = Path(
         call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     )
     offline = ("--no-index", "--no-deps", "--no-compile", "--quiet")
-    call(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
+    call(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel, **clean)
     here = sysconfig.get_path("purelib")
     (site / "dependencies.pth").write_text(f"{here}\n{sysconfig.get_path('platlib')}\n")
-    clean = {"cwd": tmp_path, "env": {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}}
     where = call(python, "-c", "import flexolmo; print(flexolmo.__file__)", **clean)
     assert Path(where.strip()).is_relative_to(site)
     assert "doctor" in call(bare / "bin" / "flexolmo", "--help", **clean)
