@@ -30,7 +30,7 @@ from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
 from made_documents import write_documents
-from made_mixtures import House
+from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 
 torch.set_num_threads(1)
@@ -114,15 +114,6 @@ def owner_keys(tmp_path_factory) -> dict[str, Path]:
     for owner in ("Ann", "Bob"):
         create_key(directory / owner)
     return {owner: directory / owner for owner in ("Ann", "Bob")}
-
-
-def draw_weights(model: torch.nn.Module, seed: int) -> None:
-    """Random weights large enough that no part of a model is near zero or near uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.3 * noise)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
+import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
@@ -42,6 +43,15 @@ ROUTERS: dict[str, RouterSettings] = {
 def owner_of(name: str) -> str:
     """Who signs the expert."""
     return "Ann" if name[0] <= "m" else "Bob"
+
+
+def draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Random weights large enough that no part of a model is near zero or near uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(noise / p.shape[-1] ** 0.5 if p.dim() == 2 else 1 + 0.3 * noise)
 
 
 @dataclass(repr=False)

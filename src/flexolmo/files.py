@@ -292,7 +292,7 @@ def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path} does not exist.") from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise error(f"{path} is not readable JSON: {e}.") from None
 
 

@@ -1,7 +1,7 @@
 """`flexolmo anchor`: make or import the public model everyone starts from."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,12 @@ Threads = Annotated[
     typer.Option(min=1, help="CPU threads. Another number gives slightly different floats."),
 ]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, or one of several: cuda:1.")]
+Precision = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(
+        "--dtype", help="Precision of the weights. Default: as stock transformers runs it."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -75,6 +81,7 @@ def import_(
         Path, typer.Option(help="A public set prepared with that checkpoint's tokenizer.")
     ],
     out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
+    dtype: Precision = None,
 ) -> None:
     """Make an anchor from any stock OLMo 2 checkpoint.
 
@@ -84,7 +91,7 @@ def import_(
     from flexolmo.model.checkpoint import save_anchor
     from flexolmo.train.anchor import import_anchor
 
-    made = import_anchor(checkpoint, open_set(data))
+    made = import_anchor(checkpoint, open_set(data), dtype)
     save_anchor(made, out)
     echo(f"{out}: anchor {made.digest}")
 

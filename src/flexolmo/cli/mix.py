@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from flexolmo.cli.anchor import Precision
 from flexolmo.cli.expert import TrustDirectory
 from flexolmo.terminal import echo
 
@@ -173,6 +174,7 @@ def import_(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
     owner: Annotated[str, typer.Option(help="Who you are.")] = "importer",
     licence: Annotated[str, typer.Option(help="Licence of the checkpoint.")] = "Apache-2.0",
+    dtype: Precision = None,
 ) -> None:
     """Make a mixture from a stock FlexOlmo checkpoint.
 
@@ -188,5 +190,6 @@ def import_(
         owner=owner,
         licence=licence,
         terms=f"As licensed by the checkpoint: {licence}.",
+        dtype=dtype,
     )
     echo(f"{out}: imported; with its linear router, without bias")

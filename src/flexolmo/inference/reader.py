@@ -114,26 +114,45 @@ class StockReader:
 
     @classmethod
     def open(cls, directory: Path, device: torch.device) -> "StockReader":
-        """Load safetensors and tokenizer; no code of the directory's runs.
+        """Load safetensors, in float32, and tokenizer; no code of the directory's runs.
 
-        CheckpointError: no such model, or one that stock transformers does not know.
+        CheckpointError: no model that stock transformers knows, or one whose tensors are not all
+        those it needs, by name and shape: stock would fill it up with numbers drawn at random.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         from transformers.cache_utils import DynamicLayer
 
+        if (directory / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{directory} holds an adapter, adapter_config.json, to some other model. Merge it "
+                "into that model first, or remove it."
+            )
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 directory,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=False,
                 dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, all of them by name
             )
             start = AutoTokenizer.from_pretrained(directory, local_files_only=True)("").input_ids
-        except (OSError, ValueError, KeyError) as e:
+        except Exception as e:  # a malformed config or file may make stock raise anything
             raise CheckpointError(
-                f"{directory} is no model that stock transformers loads: {e}"
+                f"{directory} is no model that stock transformers loads: {type(e).__name__}: {e}"
             ) from None
+        lines = [f"missing: {n}" for n in sorted(found["missing_keys"])]
+        lines += [f"extra: {n}" for n in sorted(found["unexpected_keys"])]
+        lines += [
+            f"shape of {name}: found {list(theirs)}, expected {list(ours)}"
+            for name, theirs, ours in sorted(found["mismatched_keys"])
+        ]
+        if lines := lines + list(found["error_msgs"]):
+            raise CheckpointError(
+                f"{directory} does not fit the model that its config.json describes:\n  "
+                + "\n  ".join(lines)
+            )
         layers = DynamicCache(config=model.config).layers
         is_plain = bool(layers) and all(type(x) is DynamicLayer for x in layers)
         limit = getattr(model.config, "max_position_embeddings", 2048)

@@ -24,22 +24,22 @@ from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import build_manifest
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
-from flexolmo.files import canonical_json, digest_bytes, write_directory_aside, write_json
+from flexolmo.files import digest_file, write_directory_aside, write_json
 from flexolmo.merge.mixture import LoadedMixture, build_mixture
-from flexolmo.model.checkpoint import (
-    build_anchor,
-    build_transformer,
-    read_stock_config,
-    read_tensors,
-    save_anchor,
-    stock_config,
-    stock_name,
-    write_stock,
-)
+from flexolmo.model.checkpoint import build_anchor, save_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import PUBLIC, LinearSettings, slot
 from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of
 from flexolmo.model.statistics import BigramModel
+from flexolmo.model.stock import (
+    DtypeName,
+    StockMixtureConfig,
+    build_transformer,
+    read_stock,
+    stock_config,
+    stock_name,
+    write_stock,
+)
 from flexolmo.model.transformer import Linear, Transformer
 from flexolmo.runtime import run_record
 
@@ -241,30 +241,30 @@ def import_stock(
     owner: str,
     licence: str,
     terms: str,
+    dtype: DtypeName | None = None,
 ) -> dict[str, Any]:
     """A mixture of ours from a stock FlexOlmo checkpoint; expert 0 becomes the public anchor.
 
     `names` are the other experts' names, in the checkpoint's order. Each is signed with the
-    importer's key, for whom `owner` stands: the checkpoint itself carries no signature.
+    importer's key, for whom `owner` stands: the checkpoint itself carries no signature. Routing is
+    in float32, the rest in the precision stock runs the checkpoint in, or in `dtype`.
     """
-    config, raw = read_stock_config(directory, "flex_olmo")
-    count = int(raw["num_experts"] if "num_experts" in raw else raw["num_local_experts"])
+    stock, tensors = read_stock(directory, StockMixtureConfig, dtype)
+    count = stock.experts
     if len(names) != count - 1 or len(set(names)) != len(names):
         raise CheckpointError(
             f"{directory} has {count} experts, the first of them public: give "
             f"{count - 1} different names, found {len(names)}: "
             f"{', '.join(names)}."
         )
-    tensors = read_tensors(directory)
     tokenizer = load_tokenizer(directory)
-    config = config.model_copy(update={"eos_token_id": tokenizer.eos_id})
-    top_k = int(raw.get("num_experts_per_tok", count))
+    config = stock.decoder.model_copy(update={"eos_token_id": tokenizer.eos_id})
     gates = [
         _take(tensors, f"model.layers.{i}.mlp.gate.weight", directory)
         for i in range(config.num_layers)
     ]  # [E,D] each
-    if any(len(g) != count for g in gates):
-        raise CheckpointError(f"{directory}: a router has not {count} rows.")
+    if any(g.shape != (count, config.d_model) for g in gates):
+        raise CheckpointError(f"{directory}: a router is not of shape {[count, config.d_model]}.")
     dense = {k: v for k, v in tensors.items() if ".mlp." not in k}
     experts: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for i in range(config.num_layers):
@@ -288,7 +288,7 @@ def import_stock(
         model, tokenizer, nothing, torch.stack([g[0].float() for g in gates]), record
     )
     router = LinearSettings(has_bias=False).model_dump(mode="json")
-    source_digest = digest_bytes(canonical_json(raw))
+    source_digest = digest_file(Path(directory) / "config.json")
     left = sorted(k for k in tensors if ".mlp." in k)
     if left:
         raise CheckpointError(
@@ -318,7 +318,11 @@ def import_stock(
             )
             bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
         about = build_mixture(
-            aside / "anchor", bundles, Path(out), allow_unknown_signers=True, top_k=top_k
+            aside / "anchor",
+            bundles,
+            Path(out),
+            allow_unknown_signers=True,
+            top_k=stock.num_experts_per_tok,
         )
     return about
 

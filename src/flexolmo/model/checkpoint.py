@@ -1,14 +1,13 @@
-"""Models on disk: the stock format, the name map, and the anchor with its digest.
+"""The anchor on disk and in memory, with its digest.
 
 An anchor directory is a stock `Olmo2ForCausalLM` checkpoint that transformers loads as it is,
 plus `public.safetensors` (token statistics of public text) and `anchor.json` (digest, record).
-safetensors only; whatever a config asks for that this decoder does not do is refused.
 
-V vocabulary, D d_model, F d_ff, E experts.
+D d_model, L layers.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -29,178 +28,15 @@ from flexolmo.files import (
     write_json,
 )
 from flexolmo.model.statistics import BigramModel
+from flexolmo.model.stock import (
+    StockConfig,
+    build_transformer,
+    read_stock,
+    stock_config,
+    stock_name,
+    write_stock,
+)
 from flexolmo.model.transformer import ModelConfig, Transformer
-
-_TORCH_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-
-
-# --- the stock format ---------------------------------------------------------------------------
-
-
-def stock_config(config: ModelConfig, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
-    """The `config.json` that stock transformers reads: `Olmo2`, or `FlexOlmo` with `more`."""
-    return {
-        "architectures": ["Olmo2ForCausalLM"],
-        "model_type": "olmo2",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "pad_token_id": config.eos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "bos_token_id": config.eos_token_id,
-        "dtype": _TORCH_NAMES[dtype],
-        **more,
-    }
-
-
-def read_stock_config(directory: Path, model_type: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The shape in `directory`/config.json, and the whole JSON.
-
-    Raises CheckpointError for another model type or a feature this decoder does not have.
-    """
-    path = Path(directory) / "config.json"
-    raw = read_json(path, CheckpointError)
-    if raw.get("model_type") != model_type:
-        raise CheckpointError(
-            f"{path}: model_type is {raw.get('model_type')!r}, expected {model_type!r}."
-        )
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    wrong = []
-    if raw.get("hidden_act", "silu") != "silu":
-        wrong.append(f"hidden_act {raw['hidden_act']!r} (only silu)")
-    if raw.get("attention_bias"):
-        wrong.append("attention_bias true (only false)")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        wrong.append(f"rope type {rope.get('rope_type', rope.get('type'))!r} (only default)")
-    if raw.get("norm_topk_prob"):
-        wrong.append("norm_topk_prob true (only false)")
-    if wrong:
-        raise CheckpointError(f"{path} asks for what this decoder does not do: {'; '.join(wrong)}.")
-    try:
-        eos = raw.get("eos_token_id")
-        return ModelConfig(
-            vocab_size=raw["vocab_size"],
-            d_model=raw["hidden_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads"),
-            d_ff=raw["intermediate_size"],
-            max_seq_len=raw.get("max_position_embeddings", 4096),
-            rope_theta=rope["rope_theta"] if "rope_theta" in rope else raw["rope_theta"],
-            norm_eps=raw["rms_norm_eps"],
-            eos_token_id=(eos[0] if isinstance(eos, list) else eos) or 0,
-        ), raw
-    except KeyError as e:
-        raise CheckpointError(f"{path} has no {e.args[0]!r}; it is not guessed.") from None
-    except ValueError as e:
-        raise CheckpointError(f"{path}: {e}") from None
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a stock checkpoint, from one file or from those its index names."""
-    directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        where = read_json(index, CheckpointError).get("weight_map", {})
-        files = sorted(set(where.values()))
-        if any(Path(f).name != f for f in files):
-            raise CheckpointError(f"{index} names files outside its directory.")
-    else:
-        files = ["model.safetensors"]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        try:
-            with safetensors.safe_open(directory / name, framework="pt") as f:
-                for key in f.keys():  # noqa: SIM118 (not a mapping)
-                    if key in tensors:
-                        raise CheckpointError(f"{directory}: {key} is in two files.")
-                    tensors[key] = f.get_tensor(key)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{directory} has no {name}; only safetensors checkpoints are read."
-            ) from None
-        except safetensors.SafetensorError as e:
-            raise CheckpointError(
-                f"{directory / name} is not a whole safetensors file: {e}."
-            ) from None
-    return tensors
-
-
-def stock_name(name: str) -> str:
-    """Our parameter's name in a stock checkpoint."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
-
-
-def load_weights(model: Transformer, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copy `tensors`, under our names, into `model`, parameter by parameter.
-
-    Raises CheckpointError that lists every missing, extra and misshapen tensor.
-    """
-    own = {n: p for n, p in model.state_dict(keep_vars=True).items()}
-    lines = [f"missing: {n}" for n in sorted(own.keys() - tensors.keys())]
-    lines += [f"extra: {n}" for n in sorted(tensors.keys() - own.keys())]
-    lines += [
-        f"shape of {n}: found {list(tensors[n].shape)}, expected {list(own[n].shape)}"
-        for n in sorted(own.keys() & tensors.keys())
-        if tensors[n].shape != own[n].shape
-    ]
-    if lines:
-        raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
-    with torch.no_grad():
-        for n, p in own.items():
-            p.copy_(tensors[n])  # into freshly aligned memory: files align to 8 bytes
-
-
-def build_transformer(
-    config: ModelConfig, tensors: Mapping[str, Tensor], where: str
-) -> Transformer:
-    """The dense decoder from tensors with stock names, in the tensors' own dtype."""
-    dtypes = {t.dtype for t in tensors.values()}
-    if len(dtypes) != 1:
-        raise CheckpointError(f"{where} mixes dtypes: {', '.join(sorted(map(str, dtypes)))}.")
-    model = Transformer(config).to(dtypes.pop())
-    load_weights(model, {n.removeprefix("model."): t for n, t in tensors.items()}, where)
-    return model.eval()
-
-
-def write_stock(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer
-) -> None:
-    """Write config.json, model.safetensors, tokenizer.json into an existing directory."""
-    write_json(directory / "config.json", dict(config))
-    write_json(
-        directory / "generation_config.json",
-        {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
-    )
-    save_file(
-        {n: t.contiguous().clone() for n, t in tensors.items()},
-        directory / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    tokenizer.save(directory / "tokenizer.json")
-    write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": tokenizer.eos,
-            "bos_token": tokenizer.eos,
-            "pad_token": tokenizer.eos,
-            "model_max_length": config["max_position_embeddings"],
-        },
-    )
-
 
 # --- digests ------------------------------------------------------------------------------------
 
@@ -255,8 +91,10 @@ def build_anchor(
             f"The tokenizer ends texts with id {tokenizer.eos_id}, the model's "
             f"config says {model.config.eos_token_id}."
         )
+    state = model.state_dict()
+    _refuse_numbers(state | {"router_rows": router_rows})
     digest = digest_tensors(
-        [*model.state_dict().items(), *_public_tensors(public, router_rows).items()],
+        [*state.items(), *_public_tensors(public, router_rows).items()],
         tokenizer=tokenizer.digest,
         config=digest_bytes(
             canonical_json(
@@ -269,6 +107,21 @@ def build_anchor(
     )
     model.requires_grad_(False)
     return Anchor(model.eval(), tokenizer, public, router_rows, digest, record)
+
+
+def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
+    """Raises CheckpointError for numbers beside which no expert can be trained."""
+    if any(t.dtype == torch.float16 for t in tensors.values()):
+        raise CheckpointError(
+            "The anchor is in float16, in which gradients vanish or overflow and no expert can be "
+            "trained. Import it with --dtype float32 (exact) or --dtype bfloat16."
+        )
+    bad = [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if bad:
+        raise CheckpointError(
+            f"The anchor holds NaN or infinity in {', '.join(bad)}: neither reading nor training "
+            "can use it. Get whole weights."
+        )
 
 
 def _public_tensors(public: BigramModel, router_rows: Tensor) -> dict[str, Tensor]:
@@ -305,8 +158,8 @@ def load_anchor(directory: Path) -> Anchor:
             f"{directory}/anchor.json is format {about.get('format')!r} version "
             f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version 1."
         )
-    config, _ = read_stock_config(directory, "olmo2")
-    model = build_transformer(config, read_tensors(directory), str(directory))
+    config, tensors = read_stock(directory, StockConfig)
+    model = build_transformer(config.decoder, tensors, str(directory))
     try:
         with safetensors.safe_open(directory / "public.safetensors", framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118

@@ -75,8 +75,8 @@ class LayerCache:
 class ForwardContext:
     """Inputs of every layer beside the residual stream."""
 
-    cos: Tensor  # [B or 1,1,T,C]
-    sin: Tensor  # [B or 1,1,T,C]
+    cos: Tensor  # [B or 1,1,T,C] float32
+    sin: Tensor  # [B or 1,1,T,C] float32
     attention_bias: Tensor | None  # [B,1,T,S] additive; None: plain causal
     is_token: Tensor | None  # [B,T] False on left padding; None: all are tokens
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
@@ -220,8 +220,9 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
+    """Positions written into queries or keys x [B,.,T,C], in float32 as stock does."""
     first, second = x.chunk(2, dim=-1)
-    return x * ctx.cos + torch.cat([-second, first], dim=-1) * ctx.sin
+    return (x * ctx.cos + torch.cat([-second, first], dim=-1) * ctx.sin).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -337,18 +338,18 @@ class Transformer(nn.Module):
             bias = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
             bias = bias.masked_fill(~(visible | itself), -math.inf)
             bias = bias if bias.dim() == 4 else bias[None, None]
-        cos, sin = self._angles(positions, dtype)
+        cos, sin = self._angles(positions)
         return ForwardContext(
             cos, sin, bias, is_token, active, cache=None if cache is None else cache.layers
         )
 
-    def _angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config.d_head
         exponents = torch.arange(0, c, 2, device=positions.device, dtype=torch.float32) / c
         inverse = 1.0 / (self.config.rope_theta**exponents)  # [C/2]
         angle = positions[:, None, :, None].float() * inverse  # [B or 1,1,T,C/2]
         angle = torch.cat([angle, angle], dim=-1)  # [B or 1,1,T,C]
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angle.cos(), angle.sin()
 
 
 class _ChunkedLoss(torch.autograd.Function):

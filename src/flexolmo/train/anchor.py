@@ -12,15 +12,9 @@ from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
-from flexolmo.model.checkpoint import (
-    Anchor,
-    build_anchor,
-    build_transformer,
-    mean_hidden_state,
-    read_stock_config,
-    read_tensors,
-)
+from flexolmo.model.checkpoint import Anchor, build_anchor, mean_hidden_state
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
+from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.loop import TrainSettings, identity_of, train
@@ -92,20 +86,16 @@ def train_anchor(
     return describe_anchor(model, tokenizer, public, record)
 
 
-def import_anchor(directory: Path, public: TokenSet) -> Anchor:
-    """An anchor from any stock `Olmo2ForCausalLM` checkpoint.
+def import_anchor(directory: Path, public: TokenSet, dtype: DtypeName | None = None) -> Anchor:
+    """An anchor from any stock `Olmo2ForCausalLM` checkpoint, in the precision stock runs it in.
 
     `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
-    that owners' experts are held against.
+    that owners' experts are held against. `dtype` (float32, bfloat16) is another precision.
     """
-    config, raw = read_stock_config(directory, "olmo2")
+    config, tensors = read_stock(directory, StockConfig, dtype)
     tokenizer = load_tokenizer(directory)
-    tensors = read_tensors(directory)
-    if raw.get("tie_word_embeddings") and "model.embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])
-    model = build_transformer(
-        config.model_copy(update={"eos_token_id": tokenizer.eos_id}), tensors, str(directory)
-    )
+    shape = config.decoder.model_copy(update={"eos_token_id": tokenizer.eos_id})
+    model = build_transformer(shape, tensors, str(directory))
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
     return describe_anchor(model, tokenizer, public, record)
 

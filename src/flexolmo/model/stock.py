@@ -1,0 +1,340 @@
+"""The stock checkpoint format: what its config and tensors say, read as stock reads it or refused.
+
+`Olmo2ForCausalLM` for a dense model, `FlexOlmoForCausalLM` for a mixture. Every key of a config is
+either read as transformers reads it, known to change no logit, or refused by name; nothing is
+guessed, for versions of transformers differ in their defaults. safetensors only; no code of a
+directory runs. Knows nothing of anchors, owners or bundles.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flexolmo.config import parse_settings
+from flexolmo.data.tokenizer import Tokenizer
+from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.files import read_json, write_json
+from flexolmo.model.transformer import ModelConfig, Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["float32", "bfloat16", "float16"]
+INDEX = "model.safetensors.index.json"
+Size = Annotated[int, Field(ge=1, lt=2**24)]
+_STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StockRope(BaseModel):
+    """Rotary positions in a stock config: of the plain kind, which alone is built here."""
+
+    model_config = _STRICT
+
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = Field("default", description="older name of rope_type")
+    rope_theta: float | None = Field(None, gt=0, description="base of the angles")
+
+
+class StockConfig(BaseModel):
+    """The keys of a dense stock `config.json` that decide its logits.
+
+    What has no default here has another one in some version of transformers, and must be given.
+    """
+
+    model_config = _STRICT
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    max_position_embeddings: Size
+    rms_norm_eps: float = Field(gt=0)
+    rope_parameters: StockRope | None = None
+    rope_scaling: StockRope | None = Field(None, description="older name of rope_parameters")
+    rope_theta: float | None = Field(None, gt=0, description="older place of the angles' base")
+    tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    dtype: DtypeName | None = Field(None, description="precision that stock runs the model in")
+    torch_dtype: DtypeName | None = Field(None, description="older name of dtype")
+    # of these, one value alone is built here
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    is_encoder_decoder: Literal[False] = False
+    # of these, any value gives the same logits
+    model_type: Any = None
+    name_or_path: Any = Field(None, alias="_name_or_path")
+    architectures: Any = None
+    attention_dropout: Any = None
+    bos_token_id: Any = None
+    chunk_size_feed_forward: Any = None
+    id2label: Any = None
+    initializer_range: Any = None
+    label2id: Any = None
+    output_hidden_states: bool | None = None
+    problem_type: Any = None
+    return_dict: bool | None = None
+    transformers_version: Any = None
+    use_cache: bool | None = None
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "StockConfig":
+        if len(self._thetas()) != 1:
+            said = ", ".join(map(str, sorted(self._thetas()))) or "none"
+            raise ValueError(
+                "expected one rope_theta, in rope_parameters, rope_scaling or beside them, "
+                f"found {said}"
+            )
+        if (self.pad_token_id or 0) >= self.vocab_size:
+            raise ValueError(f"pad_token_id {self.pad_token_id} is outside the vocabulary")
+        return self
+
+    def _thetas(self) -> set[float]:
+        ropes = (self.rope_parameters, self.rope_scaling)
+        found = {self.rope_theta, *(rope.rope_theta for rope in ropes if rope)}
+        return {theta for theta in found if theta is not None}
+
+    @property
+    def first_eos_id(self) -> int:
+        """Id that ends a text; of several the first, 0 if there is none."""
+        eos = self.eos_token_id
+        if isinstance(eos, list):
+            return eos[0] if eos else 0
+        return eos or 0
+
+    @property
+    def decoder(self) -> ModelConfig:
+        """The shape of the decoder."""
+        values = {
+            "vocab_size": self.vocab_size,
+            "d_model": self.hidden_size,
+            "num_layers": self.num_hidden_layers,
+            "num_heads": self.num_attention_heads,
+            "num_kv_heads": self.num_key_value_heads,
+            "d_ff": self.intermediate_size,
+            "max_seq_len": self.max_position_embeddings,
+            "rope_theta": self._thetas().pop(),
+            "norm_eps": self.rms_norm_eps,
+            "eos_token_id": self.first_eos_id,
+        }
+        names = "hidden_size is d_model, num_attention_heads and num_key_value_heads num_heads"
+        return parse_settings(values, ModelConfig, f"config.json ({names})")
+
+
+class StockMixtureConfig(StockConfig):
+    """The same of a stock mixture."""
+
+    num_experts: Size | None = None
+    num_local_experts: Size | None = Field(None, description="another name of num_experts")
+    num_experts_per_tok: Size
+    norm_topk_prob: Literal[False] = False
+    output_router_logits: bool | None = None
+    router_aux_loss_coef: Any = None
+
+    @model_validator(mode="after")
+    def _counts_agree(self) -> "StockMixtureConfig":
+        counts = [n for n in (self.num_experts, self.num_local_experts) if n is not None]
+        if len(set(counts)) != 1:
+            raise ValueError(f"num_experts, num_local_experts: expected one, found {counts}")
+        if self.num_experts_per_tok > self.experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} exceeds num_experts {self.experts}"
+            )
+        return self
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, the public one among them."""
+        return self.num_experts or self.num_local_experts or 0
+
+
+MODEL_TYPES: dict[type[StockConfig], str] = {StockConfig: "olmo2", StockMixtureConfig: "flex_olmo"}
+Kind = TypeVar("Kind", bound=StockConfig)
+
+
+def read_stock(
+    directory: Path, kind: type[Kind], dtype: DtypeName | None = None
+) -> tuple[Kind, dict[str, Tensor]]:
+    """A stock checkpoint: its config and its tensors, by stock names, all of one precision.
+
+    The precision is the config's, as in stock, else the files' own; `dtype` puts another in its
+    place. Of tied weights both are given. Raises CheckpointError, naming it, for whatever would
+    make the model another than stock's.
+    """
+    config = read_stock_config(directory, kind)
+    tensors = read_tensors(directory)
+    dtypes = {t.dtype for t in tensors.values()}
+    name = dtype or config.dtype or config.torch_dtype
+    if unknown := sorted(str(d) for d in dtypes - {torch.float64, *DTYPES.values()}):
+        raise CheckpointError(
+            f"{directory} holds tensors of {', '.join(unknown)}; expected {', '.join(DTYPES)}."
+        )
+    if name is None and (len(dtypes) != 1 or torch.float64 in dtypes):
+        raise CheckpointError(
+            f"{directory} holds tensors of {', '.join(sorted(map(str, dtypes)))}, and its "
+            f"config.json has no dtype that says which of {', '.join(DTYPES)} to run."
+        )
+    chosen = DTYPES[name] if name is not None else dtypes.pop()
+    tensors = {n: t.to(chosen) for n, t in tensors.items()}
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    if config.tie_word_embeddings and embedding in tensors:
+        if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
+            raise CheckpointError(
+                f"{directory} says tie_word_embeddings, but its {head} is not its {embedding}."
+            )
+        tensors[head] = tensors[embedding]
+    return config, tensors
+
+
+def read_stock_config(directory: Path, kind: type[Kind]) -> Kind:
+    """`directory`/config.json; CheckpointError lists every key that is not read as stock does."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path, CheckpointError)
+    if not isinstance(raw, dict) or raw.get("model_type") != MODEL_TYPES[kind]:
+        found = repr(raw.get("model_type")) if isinstance(raw, dict) else "not there"
+        raise CheckpointError(f"{path}: model_type is {found}, expected {MODEL_TYPES[kind]!r}.")
+    given = {k: v for k, v in raw.items() if v is not None or k in kind.model_fields}
+    try:
+        config = parse_settings(given, kind, str(path))
+        _ = config.decoder
+    except ConfigError as e:
+        raise CheckpointError(f"{path} asks for what cannot be read as stock does. {e}") from None
+    return config
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a stock checkpoint, mapped from one file or from those its index names."""
+    directory = Path(directory)
+    single, index = directory / "model.safetensors", directory / INDEX
+    for other in (index, directory / "adapter_config.json"):
+        if other.exists() and (single.exists() or other != index):
+            raise CheckpointError(
+                f"{directory} holds two sets of weights, {other.name} beside others; which of them "
+                "is the model is not guessed. Remove one."
+            )
+    files = _files_of_index(index) if index.exists() else [single.name]
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        try:
+            with safetensors.safe_open(directory / name, framework="pt") as f:
+                for key in f.keys():  # noqa: SIM118 (not a mapping)
+                    if key in tensors:
+                        raise CheckpointError(f"{directory}: {key} is in two files.")
+                    tensors[key] = f.get_tensor(key)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{directory} has no {name}; only safetensors checkpoints are read."
+            ) from None
+        except (OSError, ValueError, safetensors.SafetensorError) as e:
+            raise CheckpointError(
+                f"{directory / name} is not a whole safetensors file: {e}."
+            ) from None
+    return tensors
+
+
+def _files_of_index(index: Path) -> list[str]:
+    raw = read_json(index, CheckpointError)
+    where = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise CheckpointError(f"{index} has no weight_map from tensors to files.")
+    for file in where.values():
+        if not isinstance(file, str) or not file.isprintable() or Path(file).name != file:
+            raise CheckpointError(f"{index} names {file!r}, which is outside its directory.")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file!r}, which is no safetensors file.")
+    return sorted(set(where.values()))
+
+
+def stock_name(name: str) -> str:
+    """Our parameter's name in a stock checkpoint."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def build_transformer(
+    config: ModelConfig, tensors: Mapping[str, Tensor], where: str
+) -> Transformer:
+    """The dense decoder of `tensors`, by stock names, in their own precision.
+
+    Raises CheckpointError that lists every missing, extra and misshapen tensor of `where`.
+    """
+    if config.num_layers > len(tensors):
+        raise CheckpointError(
+            f"{where} holds {len(tensors)} tensors, too few for {config.num_layers} layers."
+        )
+    with torch.device("meta"):
+        model = Transformer(config)
+    own = {stock_name(n): t for n, t in model.state_dict().items()}
+    lines = [f"missing: {n}" for n in sorted(own.keys() - tensors.keys())]
+    lines += [f"extra: {n}" for n in sorted(tensors.keys() - own.keys())]
+    lines += [
+        f"shape of {n}: found {list(tensors[n].shape)}, expected {list(own[n].shape)}"
+        for n in sorted(own.keys() & tensors.keys())
+        if tensors[n].shape != own[n].shape
+    ]
+    if lines:
+        raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
+    # copied, for mapped tensors are aligned to 8 bytes alone, and tied ones are parted
+    loaded = {n: tensors[stock_name(n)].clone() for n in model.state_dict()}
+    model.load_state_dict(loaded, assign=True)
+    return model.eval()
+
+
+def stock_config(config: ModelConfig, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
+    """The `config.json` that stock transformers reads: `Olmo2`, or `FlexOlmo` with `more`."""
+    return {
+        "architectures": ["Olmo2ForCausalLM"],
+        "model_type": "olmo2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "pad_token_id": config.eos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "bos_token_id": config.eos_token_id,
+        "dtype": str(dtype).removeprefix("torch."),
+        **more,
+    }
+
+
+def write_stock(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+) -> None:
+    """Write config.json, model.safetensors, tokenizer.json into an existing directory."""
+    write_json(directory / "config.json", dict(config))
+    write_json(
+        directory / "generation_config.json",
+        {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
+    )
+    save_file(
+        {n: t.contiguous().clone() for n, t in tensors.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    tokenizer.save(directory / "tokenizer.json")
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": tokenizer.eos,
+            "bos_token": tokenizer.eos,
+            "pad_token": tokenizer.eos,
+            "model_max_length": config["max_position_embeddings"],
+        },
+    )
