@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src"
 # each other. A room's own files may import one another as long as there is no circle.
 ORDER = [
     ["__init__"],
-    ["errors", "terminal"],
+    ["errors", "terminal", "numbers"],
     ["files"],
     ["progress"],
     ["config"],

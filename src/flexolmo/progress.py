@@ -12,28 +12,13 @@ from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
+from flexolmo.numbers import format_count, format_seconds
 from flexolmo.terminal import PlainColumn, PlainConsole, echo
 
 _LINE_EVERY_SECONDS = 15.0
 # A parent process that shows the progress of several children names a file here, one for each;
 # the child then writes its state there and prints nothing.
 PROGRESS_FILE = "FLEXOLMO_PROGRESS_FILE"
-
-
-def format_count(n: float) -> str:
-    """`n` with at most four significant characters: 950, 1.2k, 34M."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= limit:
-            scaled = n / limit
-            return f"{scaled:.1f}{unit}" if scaled < 10 else f"{scaled:.0f}{unit}"
-    return f"{n:.0f}" if n >= 10 or n == int(n) else f"{n:.1f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """`seconds` as m:ss or h:mm:ss."""
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 class Meter:

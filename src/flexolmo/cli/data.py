@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from flexolmo.errors import ConfigError, SourceUnavailable
+from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole
 
 app = typer.Typer(
@@ -18,10 +19,6 @@ app = typer.Typer(
 )
 _console = PlainConsole(stderr=True)
 _DEMO = "public,code,academic,creative"
-
-
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f}"
 
 
 @app.command("list")
@@ -146,7 +143,7 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
                 source["source"],
                 source["package"] + version,
                 str(source["documents"]),
-                _megabytes(source["bytes"]),
+                format_megabytes(source["bytes"]),
             )
     PlainConsole().print(table)
     weak = [f"{card['name']}: {spot}" for card in cards for spot in card["weak_spots"]]
@@ -236,7 +233,7 @@ def prepare(
                 card["name"],
                 split,
                 str(counts["documents"]),
-                _megabytes(counts["bytes"]),
+                format_megabytes(counts["bytes"]),
                 str(counts["tokens"]),
             )
     PlainConsole().print(table)

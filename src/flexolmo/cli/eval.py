@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.run import Only, Without, names_of, print_table, switches
+from flexolmo.numbers import format_number
 from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
@@ -478,21 +479,17 @@ def print_tasks(results: dict[str, Any]) -> None:
     for name, group in results["groups"].items():
         summary.add_row(
             name,
-            _number(group["score"], 1),
-            _number(group["bits_per_byte"], 3),
+            format_number(group["score"], 1),
+            format_number(group["bits_per_byte"], 3),
             f"{group['scored']} of {group['of']}",
             str(group["read"]),
         )
     whole = results["average"]
     summary.add_row(
         "average of groups",
-        _number(whole["score"], 1),
-        _number(whole["bits_per_byte"], 3),
+        format_number(whole["score"], 1),
+        format_number(whole["bits_per_byte"], 3),
         f"{whole['groups']} of {whole['of']} groups" + ("" if whole["is_whole"] else ", not whole"),
         f"{len(results['groups'])} groups",
     )
     console.print(summary)
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

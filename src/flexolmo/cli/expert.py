@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
+from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(
@@ -327,7 +328,7 @@ def pack(
         expires=expires and expires.date(),
     )
     size = sum(f.stat().st_size for f in path.iterdir())
-    echo(f"{path}: {size / 1e6:.1f} MB. Read what it says: flexolmo expert inspect {path}")
+    echo(f"{path}: {format_megabytes(size)} MB. Read what it says: flexolmo expert inspect {path}")
 
 
 @app.command("inspect")

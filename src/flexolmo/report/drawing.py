@@ -5,7 +5,6 @@ between them. Names come from owners: they are made printable and never read as 
 """
 
 import functools
-import math
 import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,14 +100,6 @@ def darken_for_text(colour: str) -> str:
     ):
         rgb = rgb * 0.96
     return to_hex((rgb[0], rgb[1], rgb[2]))
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """A signed percentage such as "−12.3 %", never broken over lines; "–" for NaN."""
-    if math.isnan(fraction):
-        return "–"
-    shown = f"{100 * fraction:+.{digits}f}"
-    return (shown[1:] if float(shown) == 0 else shown.replace("-", "−")) + "\u00a0%"
 
 
 # --- parts of figures ------------------------------------------------------------------------

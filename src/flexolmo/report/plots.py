@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from flexolmo.numbers import format_change
 from flexolmo.report.drawing import (
     GREY,
     INK,
@@ -25,7 +26,6 @@ from flexolmo.report.drawing import (
     label_columns,
     no_ticks,
     outline,
-    percent,
     styled,
     wrap_name,
 )
@@ -135,7 +135,7 @@ def plot_bits_per_byte(results: Results) -> Figure:
                 ax.scatter([x], [y], s=size, marker=marker, lw=2, zorder=3, **face)
         change = relative_change(bits, "mixture", s)
         ax.annotate(
-            percent(change),
+            format_change(change),
             (1, y),
             xycoords=("axes fraction", "data"),
             va="center",
@@ -217,7 +217,7 @@ def plot_optout_matrix(results: Results) -> Figure:
     for i, (ax, (title, _), matrix) in enumerate(zip(axes, panels, values, strict=False)):
         shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
-            text = "–" if math.isnan(v) else percent(v / 100).removesuffix("\u00a0%")
+            text = "–" if math.isnan(v) else format_change(v / 100).removesuffix("\u00a0%")
             ax.text(
                 x,
                 y,

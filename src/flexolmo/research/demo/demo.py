@@ -33,7 +33,7 @@ from flexolmo.files import (
 from flexolmo.inference.generate import Sampling, generate
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.router import slot
-from flexolmo.progress import format_seconds
+from flexolmo.numbers import format_seconds
 from flexolmo.research.corpora.sources import CLIENTS, SETS
 from flexolmo.research.demo.report import write_report
 from flexolmo.research.steps.jobs import UNAVAILABLE, Job, JobFailed, run_jobs

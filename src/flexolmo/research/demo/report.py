@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo.files import write_bytes
+from flexolmo.numbers import format_change
 from flexolmo.report import drawing, plots
-from flexolmo.report.drawing import percent
 from flexolmo.report.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
 from flexolmo.report.page_png import draw_page
 from flexolmo.report.plots import Results
@@ -433,7 +433,7 @@ def _router_table(results: Results) -> Table:
             max(v.values(), key=abs, default=math.nan) if isinstance(v, dict) else v
             for v in (ours[key], papers[key])
         ]
-        rows.append([Cell(said), *(Cell(percent(x, 2), number=True) for x in found)])
+        rows.append([Cell(said), *(Cell(format_change(x, 2), number=True) for x in found)])
     return Table(
         "How much of an expert's gain each router keeps, and by how much bits per byte "
         "change (positive is worse)",

@@ -22,7 +22,8 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 
 from flexolmo.errors import FlexOlmoError
-from flexolmo.progress import PROGRESS_FILE, format_seconds
+from flexolmo.numbers import format_seconds
+from flexolmo.progress import PROGRESS_FILE
 from flexolmo.terminal import PlainColumn, PlainConsole, echo
 
 UNAVAILABLE = 3  # exit code of a job that could not get its text

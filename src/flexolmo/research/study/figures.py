@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from flexolmo.numbers import format_change
 from flexolmo.report.drawing import (
     GREY,
     INK,
@@ -29,7 +30,6 @@ from flexolmo.report.drawing import (
     label_columns,
     no_ticks,
     outline,
-    percent,
     styled,
     wrap_name,
 )
@@ -296,7 +296,7 @@ def _draw_optout(
 
 
 def _bare(change: float) -> str:
-    return percent(change).removesuffix("\u00a0%")
+    return format_change(change).removesuffix("\u00a0%")
 
 
 # --- all methods, and what is kept ----------------------------------------------------------------

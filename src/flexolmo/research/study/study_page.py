@@ -13,8 +13,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flexolmo.files import write_bytes
-from flexolmo.report.drawing import percent, save_figure
-from flexolmo.report.markdown import escape, number, share, write_table
+from flexolmo.numbers import format_change, format_number, format_percent
+from flexolmo.report.drawing import save_figure
+from flexolmo.report.markdown import escape, write_table
 from flexolmo.research.study import figures
 from flexolmo.research.study.findings import (
     DEFAULT,
@@ -278,8 +279,8 @@ def _in_unit(x: float, unit: str) -> str:
     if math.isnan(x):
         return "–"
     if unit == "times":
-        return "rival not above the anchor" if math.isinf(x) else number(x, 2)
-    return percent(x, 2) if unit == "change" else share(x)
+        return "rival not above the anchor" if math.isinf(x) else format_number(x, 2)
+    return format_change(x, 2) if unit == "change" else format_percent(x)
 
 
 def _pictures(results: Results, out: Path) -> Iterator[str]:
@@ -306,15 +307,14 @@ def _orders(results: Results) -> Iterator[str]:
     lines, swaps = [], []
     for kind, agreement in known.items():
         line = (
-            f"- {TABLES[kind].capitalize()}: tau {number(agreement.tau, 2)} over "
+            f"- {TABLES[kind].capitalize()}: tau {format_number(agreement.tau, 2)} over "
             f"{len(agreement.methods)} methods; {len(agreement.swaps)} of "
             f"{agreement.num_pairs} pairs swap."
         )
         ours = compare_orders(results, kind, {"flexolmo_paper": DEFAULT})
         if ours is not None and "flexolmo_paper" in ours.methods:
-            line += (
-                f" With our default in the place of the paper's FlexOlmo: {number(ours.tau, 2)}."
-            )
+            tau = format_number(ours.tau, 2)
+            line += f" With our default in the place of the paper's FlexOlmo: {tau}."
         lines.append(line)
         swaps += [
             [
@@ -322,7 +322,7 @@ def _orders(results: Results) -> Iterator[str]:
                 word(s.better),
                 word(s.worse),
                 f"{_paper(s.better)} v {_paper(s.worse)}",
-                " v ".join(number(x, 3) for x in s.ours),
+                " v ".join(format_number(x, 3) for x in s.ours),
                 f"{s.seeds} of {len(results['seeds_done'])}",
             ]
             for s in agreement.swaps

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from flexolmo.report.drawing import percent
-from flexolmo.report.markdown import escape, mean_and_spread, number, share, signed, write_table
+from flexolmo.numbers import format_change, format_number, format_percent, format_signed
+from flexolmo.report.markdown import escape, mean_and_spread, write_table
 from flexolmo.research.study.findings import (
     ANCHOR,
     DEFAULT,
@@ -113,9 +113,9 @@ def table_of_methods(results: Results) -> Iterator[str]:
         return [
             said,
             *map(mean_and_spread, closed),
-            number(fmean(by_set.values()), 3) if by_set else "–",
-            percent(fmean(gains)) if gains else "–",
-            "–" if math.isnan(flops / one) else number(flops / one, 2),
+            format_number(fmean(by_set.values()), 3) if by_set else "–",
+            format_change(fmean(gains)) if gains else "–",
+            "–" if math.isnan(flops / one) else format_number(flops / one, 2),
             "–" if strict is None else "yes" if strict else "no",
             "–" if paper is None else f"{paper:.1f}",
         ]
@@ -246,8 +246,8 @@ def table_of_bits(results: Results) -> Iterator[str]:
     def cell(m: str, s: str) -> str:
         if s not in bits[m]:
             return "–"
-        shown = number(bits[m][s], 3)
-        return f"**{shown}**" if shown == number(least[s], 3) else shown
+        shown = format_number(bits[m][s], 3)
+        return f"**{shown}**" if shown == format_number(least[s], 3) else shown
 
     yield "## Table 2. Bits per byte by set"
     yield (
@@ -277,14 +277,14 @@ def table_of_ablations(results: Results) -> Iterator[str]:
         base = found.get(name.partition(",")[0], {})
         for kind in TABLES:
             mean, before = (mean_of(entry, kind) for entry in (found[name], base))
-            yield "–" if math.isnan(mean) else number(mean, 3)
+            yield "–" if math.isnan(mean) else format_number(mean, 3)
             yield (
                 "–"
                 if base is found[name] or math.isnan(mean - before)
-                else signed(mean - before, 3)
+                else format_signed(mean - before, 3)
             )
         public = (found[name].get("bits_per_byte") or {}).get(PUBLIC)
-        yield percent(public / anchor - 1) if public and anchor else "–"
+        yield format_change(public / anchor - 1) if public and anchor else "–"
 
     yield "## Table 3. One change at a time"
     yield (
@@ -328,11 +328,11 @@ def table_by_owner(results: Results) -> Iterator[str]:
         return
 
     def shown(column: Any, name: str) -> str:
-        return share(column[name]) if isinstance(column, dict) and name in column else "–"
+        return format_percent(column[name]) if isinstance(column, dict) and name in column else "–"
 
     def megabytes(family: str, i: int) -> str:
         listed = (sizes.get(family) if isinstance(sizes, dict) else None) or []
-        return number(listed[i] / 1e6, 2) if i < len(listed) else "–"
+        return format_number(listed[i] / 1e6, 2) if i < len(listed) else "–"
 
     yield (
         "**By owner**: share of the own pair's gain that is kept after merging; gain of the "
@@ -443,7 +443,7 @@ def table_of_cost(results: Results) -> Iterator[str]:
                     spent(c["tokens"]),
                     f"{c['training_seconds']:,.0f}",
                     f"{c['reading_seconds']:,.0f}",
-                    number(forward(m) / one, 2),
+                    format_number(forward(m) / one, 2),
                 ]
                 for m, c in sorted(methods.items(), key=lambda item: -item[1]["training_seconds"])
             ],

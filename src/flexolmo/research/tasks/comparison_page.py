@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from flexolmo.errors import DataError
 from flexolmo.files import read_json, write_bytes, write_json
+from flexolmo.numbers import format_number, format_signed
 from flexolmo.report.drawing import (
     MAX_WIDTH_INCHES,
     MUTED,
@@ -23,7 +24,7 @@ from flexolmo.report.drawing import (
     save_figure,
     styled,
 )
-from flexolmo.report.markdown import escape, number, signed, write_table
+from flexolmo.report.markdown import escape, write_table
 from flexolmo.research.tasks.run import compare_runs
 from flexolmo.research.tasks.suite import GROUPS, TASKS
 
@@ -184,7 +185,7 @@ def _above_chance(found: Mapping[str, Results]) -> str:
             *lines,
             "",
             f"Each is tested by itself at 2.5 %: of {most} tasks, "
-            f"{number(0.025 * most, 1)} are expected here by luck alone.",
+            f"{format_number(0.025 * most, 1)} are expected here by luck alone.",
         ]
     )
 
@@ -193,14 +194,14 @@ def _bits_table(found: Mapping[str, Results], against: Mapping[str, Any]) -> str
     rows = []
     for kind, name, entries in _groups_and_tasks(found):
         values = [e["bits_per_byte"] for e in entries]
-        shown = [f"**{number(v, 3)}**" if v == min(values) else number(v, 3) for v in values]
+        shown = [format_number(v, 3) for v in values]
+        shown = [f"**{s}**" if v == min(values) else s for s, v in zip(shown, values, strict=True)]
         rows.append([f"**{escape(name)}**" if kind == "group" else escape(name), *shown])
     differences = [""]
     for found_against in against.values():
         e = found_against["bits_per_byte"]["overall"]
-        differences.append(
-            f"{signed(e['difference'], 3)} ({signed(e['low'], 3)} to {signed(e['high'], 3)})"
-        )
+        mean, low, high = (format_signed(e[k], 3) for k in ("difference", "low", "high"))
+        differences.append(f"{mean} ({low} to {high})")
     rows.append(["difference", *differences])
     return write_table(["", *map(escape, found)], rows, "l" + "r" * len(found))
 
@@ -214,15 +215,15 @@ def _score_table(found: Mapping[str, Results]) -> str:
             if e["score"] is None:
                 shown.append("–")
             elif kind == "group":
-                shown.append(number(e["score"], 1))
+                shown.append(format_number(e["score"], 1))
             else:
-                said = f"{number(e['score'], 1)} ± {number(e['error'], 1)}"
+                said = f"{format_number(e['score'], 1)} ± {format_number(e['error'], 1)}"
                 shown.append(f"**{said}**" if e["above_chance"] else said)
         rows.append(
             [
                 f"**{escape(name)}**" if kind == "group" else escape(name),
                 str(entries[0]["items"]) if kind == "task" else "",
-                number(max(chances), 1) if chances else "",
+                format_number(max(chances), 1) if chances else "",
                 *shown,
             ]
         )
@@ -291,7 +292,7 @@ def draw_bits(found: Mapping[str, Results]) -> Figure:
         ax.text(
             x,
             y,
-            number(v, 2) if x == 0 else signed(change[y, x], 2),
+            format_number(v, 2) if x == 0 else format_signed(change[y, x], 2),
             ha="center",
             va="center",
             color=ink_on(shown[y, x]),
