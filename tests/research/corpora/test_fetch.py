@@ -9,7 +9,6 @@ import zipfile
 import pytest
 
 from flexolmo.data.documents import read_documents
-from flexolmo.data.local import fetch_local
 from flexolmo.errors import DataError, SourceUnavailable
 from flexolmo.files import digest_file
 from flexolmo.research.corpora import fetch, sources
@@ -140,25 +139,6 @@ def test_a_source_with_a_limit_keeps_the_lowest_hashes_in_order():
     assert sum(len(text) for _, text in kept) <= 2000 and len(kept) >= 3
     assert kept == [pair for pair in texts if pair in kept]
     assert set(kept) == set(fetch._lowest_hashes(texts[::-1], 2000))
-
-
-def test_local_files_become_a_set_that_names_no_path(tmp_path):
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "a.jsonl").write_text('{"body": "x"}\n{"body": "y"}')
-    card = fetch_local(tmp_path / "records", "hospital", tmp_path / "out", "closed", "body")
-    assert card["documents"] == 2 and card["sources"][0]["licence"] == "closed"
-    assert str(tmp_path) not in json.dumps(card)
-    assert fetch_local(tmp_path / "records", "hospital", tmp_path / "out", "closed", "body") == card
-    (tmp_path / "records" / "a.jsonl").write_text('{"body": "z"}')
-    card = fetch_local(tmp_path / "records", "hospital", tmp_path / "out", "closed", "body")
-    assert card["documents"] == 1
-
-
-@pytest.mark.parametrize("name", ["", "../up", "Hospital", "a b"])
-def test_a_name_that_is_no_plain_word_is_refused(tmp_path, name):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match="cannot name a set"):
-        fetch_local(tmp_path, name, tmp_path / "out")
 
 
 def test_unknown_sets_and_clients_are_refused():

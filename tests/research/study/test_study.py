@@ -9,7 +9,7 @@ import pytest
 
 import flexolmo
 from flexolmo.config import read_recipe
-from flexolmo.data.local import fetch_local
+from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.evaluation.scorer import Scorer
@@ -86,11 +86,9 @@ def make_corpus(directory):
                 for i, t in enumerate(write_documents(name, count, 0))
             )
         )
-        fetch_local(directory / "in" / name, name, directory / "corpus", licence="CC0-1.0")
+        corpus = open_corpus(directory / "in" / name, name, licence="CC0-1.0")
         public = None if name == "public" else directory / "prepared" / "public"
-        prepare_set(
-            directory / "corpus" / name, directory / "prepared" / name, public=public, settings=SETS
-        )
+        prepare_set(corpus, directory / "prepared" / name, public=public, settings=SETS)
     return {"tokens": {}}
 
 

@@ -12,12 +12,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexolmo.data.documents import Document
-from flexolmo.data.local import FORMAT, finished_card, write_set
+from flexolmo.data.corpus import DOCUMENTS, FORMAT
+from flexolmo.data.documents import Document, write_documents
 from flexolmo.errors import DataError, SourceUnavailable
 from flexolmo.files import (
     canonical_json,
@@ -92,7 +92,7 @@ def fetch_set(
             }
         )
     )
-    done = finished_card(target, request)
+    done = _finished_card(target, request)
     if done is not None:
         return done
 
@@ -130,8 +130,50 @@ def fetch_set(
                 + (f" ({reasons})." if reasons else f" with {', '.join(clients or ())} alone.")
             )
 
-    write_set(target, documents(), card, check)
+    _write_set(target, documents(), card, check)
     return card
+
+
+def _write_set(
+    target: Path, documents: Iterable[Document], card: dict[str, Any], check: Callable[[], None]
+) -> None:
+    """Write documents and card into `target`, counting documents and bytes of each source."""
+    counts: dict[str, list[int]] = {}
+
+    def counted() -> Iterator[Document]:
+        for document in documents:
+            count = counts.setdefault(document.source, [0, 0])
+            count[0] += 1
+            count[1] += len(document.text.encode())
+            yield document
+
+    with write_directory_aside(target, DOCUMENTS) as aside:
+        card["documents"] = write_documents(aside / DOCUMENTS, counted())
+        check()
+        for source in card["sources"]:
+            source["documents"], source["bytes"] = counts.get(source["source"], [0, 0])
+        card["bytes"] = sum(source["bytes"] for source in card["sources"])
+        card["files"] = {
+            DOCUMENTS: {
+                "bytes": (aside / DOCUMENTS).stat().st_size,
+                "digest": digest_file(aside / DOCUMENTS),
+            }
+        }
+        write_json(aside / "card.json", card)
+
+
+def _finished_card(target: Path, request: str) -> dict[str, Any] | None:
+    """The card in `target` if it answers `request` in full and its documents are unharmed."""
+    if not (target / "card.json").is_file():
+        return None
+    card = read_json(target / "card.json", DataError)
+    whole = (
+        card.get("request") == request
+        and not card.get("skipped")
+        and (target / DOCUMENTS).is_file()
+        and digest_file(target / DOCUMENTS) == card["files"][DOCUMENTS]["digest"]
+    )
+    return card if whole else None
 
 
 def download(client: str, package: str, version: str | None, cache: Path) -> tuple[Path, str, str]:

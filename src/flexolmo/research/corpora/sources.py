@@ -412,7 +412,7 @@ def sources_of(name: str, clients: tuple[str, ...] | None = None) -> list[Source
     if name not in SETS:
         raise DataError(
             f"There is no set {name!r}; the sets are {', '.join(SETS)}. For files of "
-            "your own: `flexolmo data fetch --from DIR --name NAME`."
+            "your own files need no fetching: `flexolmo data prepare DIR --name NAME`."
         )
     wanted = SETS[name].clients if clients is None else clients
     unknown = sorted(set(wanted) - set(CLIENTS))

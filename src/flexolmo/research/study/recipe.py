@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flexolmo.data.local import digest_files
+from flexolmo.data.corpus import digest_files
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.research.steps.step import Step

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo.data.batches import TokenSet, evaluation_windows, open_set
-from flexolmo.data.local import fetch_local
+from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.research.corpora.fetch import fetch_set
@@ -31,23 +31,20 @@ def corpus(step: StepContext) -> dict[str, Any]:
     tokens = {}
     for name in step.settings["sets"]:
         if step.settings["from_directory"]:
-            fetch_local(
-                Path(step.settings["from_directory"]) / name,
-                name,
-                step.out / "corpus",
-                "see the directory's own list",
-                "text",
-            )
+            directory = Path(step.settings["from_directory"]) / name
+            opened = open_corpus(directory, name, "see the directory's own list")
         else:
             fetch_set(name, step.out / "corpus", CLIENTS)
+            opened = open_corpus(step.out / "corpus" / name)
         public = None if name == "public" else step.out / "prepared" / "public"
         card = prepare_set(
-            step.out / "corpus" / name,
+            opened,
             step.out / "prepared" / name,
             None,
             public,
             done,
             PrepareSettings(vocab_size=step.settings["vocab_size"]),
+            may_replace=True,
         )
         tokens[name] = {split: n["tokens"] for split, n in card["splits"].items()}
         if name != "public":

@@ -1,0 +1,164 @@
+"""A corpus: the documents of one set before it is prepared, and the card that names their origin.
+
+It is an owner's own files, which are read where they lie, or a fetched set. Knows nothing of
+cleaning, splits or tokens.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexolmo.data.documents import (
+    READ_AS_USUAL,
+    Document,
+    ReadSettings,
+    find_files,
+    is_written_by_us,
+    read_documents,
+    show,
+)
+from flexolmo.errors import DataError
+from flexolmo.files import canonical_json, digest_bytes, digest_file, read_json
+from flexolmo.progress import progress
+
+FORMAT = "flexolmo-corpus-1"
+DOCUMENTS = "documents.jsonl.zst"
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+@dataclass
+class Corpus:
+    """Documents of one set, and the card that says where they come from; made by `open_corpus`."""
+
+    card: dict[str, Any]
+    files: list[tuple[Path, str]]  # with their digests
+    settings: ReadSettings
+    source: str | None  # of every document; None for a fetched set, whose documents name theirs
+    not_read: dict[str, list[str]]  # names of the files that are passed over, by reason
+    noted: Counter[str] = field(default_factory=Counter)  # in reading, filled by `read`
+
+    @property
+    def name(self) -> str:
+        """The name of the set."""
+        return str(self.card["name"])
+
+    @property
+    def is_private(self) -> bool:
+        """Whether these are an owner's own files and not public."""
+        return self.source not in (None, "public")
+
+    def read(self) -> Iterator[Document]:
+        """Every document, one at a time, with progress shown.
+
+        Raises:
+            DataError: a malformed file, or one that is not the same as when it was opened.
+        """
+        self.noted.clear()
+        total = sum(file.stat().st_size for file, _ in self.files)
+        with progress(f"Reading {self.name}", total, "bytes") as meter:
+            for file, digest in self.files:
+                if digest_file(file) != digest:
+                    raise DataError(
+                        f"{show(file)} has changed since its digest was taken. Run this again once "
+                        "it is at rest; a fetched set must be fetched again."
+                    )
+                for document in read_documents(file, self.source, self.settings, self.noted, meter):
+                    self.noted["documents"] += 1
+                    yield document
+
+    def describe_reading(self) -> dict[str, Any]:
+        """How many files and documents were read, what was changed, and which files were not."""
+        return {"files": len(self.files), **self.noted, "not_read": self.not_read}
+
+
+def open_corpus(
+    path: Path,
+    name: str | None = None,
+    licence: str = "not stated",
+    settings: ReadSettings = READ_AS_USUAL,
+) -> Corpus:
+    """Open a fetched set, or with `name` an owner's own files.
+
+    Args:
+        path: a file, or a directory with its subdirectories; only its last name goes in the card.
+        name: what to call the set of one's own files.
+        licence: under which the text may be used, SPDX or plain words.
+    Raises:
+        DataError: nothing readable there, a bad name, or a name missing or given needlessly.
+    """
+    path = Path(path)
+    if is_written_by_us(path):
+        if name is not None:
+            raise DataError(
+                f"{show(path)} was made by `flexolmo data` and has a name: omit --name."
+            )
+        card = _read_card(path)
+        files = [(path / file, found["digest"]) for file, found in card["files"].items()]
+        return Corpus(card, files, READ_AS_USUAL, None, {})
+    if name is None:
+        raise DataError(f"{show(path)} needs a name, for example --name hospital.")
+    if not _NAME.fullmatch(name):
+        raise DataError(f"{name!r} cannot name a set: use lower-case letters, digits, - and _.")
+    found, not_read = find_files(path)
+    digests = _digest(path, found)
+    card = {
+        "format": FORMAT,
+        "name": name,
+        "settings": asdict(settings),
+        "sources": [
+            {
+                "source": name,
+                "client": "local",
+                "package": show(path.resolve().name),
+                "version": None,
+                "licence": licence,
+                "digest": digest_bytes(canonical_json(digests)),
+            }
+        ],
+    }
+    files = [(file, digest) for file, (_, digest) in zip(found, digests, strict=True)]
+    return Corpus(card, files, settings, name, not_read)
+
+
+def digest_files(path: Path) -> list[list[str]]:
+    """Name and digest of every file that `open_corpus` would read."""
+    return _digest(path, find_files(path)[0])
+
+
+def _digest(path: Path, files: list[Path]) -> list[list[str]]:
+    try:
+        return [
+            [show(file.relative_to(path) if path.is_dir() else file.name), digest_file(file)]
+            for file in files
+        ]
+    except OSError as e:
+        raise DataError(
+            f"{show(os.fsdecode(e.filename))}: cannot be read ({e.strerror})."
+        ) from None
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    """The corpus card of a fetched set.
+
+    Raises:
+        DataError: damaged, or of something else.
+    """
+    card = read_json(path / "card.json", DataError)
+    if card.get("format") != FORMAT:
+        raise DataError(
+            f"{show(path)} is of format {card.get('format')!r}; expected a set made by "
+            "`flexolmo data fetch`, or a directory of your own files."
+        )
+    missing = [key for key in ("name", "sources", "documents", "files") if key not in card]
+    if missing:
+        raise DataError(f"{show(path)}/card.json lacks {', '.join(missing)}: fetch the set again.")
+    if not _NAME.fullmatch(str(card["name"])):
+        raise DataError(
+            f"{show(path)}/card.json names its set {card['name']!r}; expected lower-case letters, "
+            "digits, - and _ alone."
+        )
+    return card
