@@ -132,7 +132,7 @@ def prepare_set(
     if not may_replace:
         _refuse_another(out, corpus, recipe)
 
-    with write_directory_aside(out, "train_tokens.npy") as aside:
+    with write_directory_aside(out, "train_tokens.npy", is_private=corpus.is_private) as aside:
         spill = aside / "spill"
         removed = _Removed()
         with open(spill, "wb") as f:
