@@ -7,7 +7,7 @@ import torch
 
 from flexolmo.data.batches import TrainingBatches
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.train import loop
 from flexolmo.train.anchor import embedding_windows, import_anchor, train_anchor
@@ -131,3 +131,11 @@ def test_a_domain_is_at_most_64_windows_of_its_text(pico_sets, pico_anchor):
     windows = list(embedding_windows(pico_sets["maths"], pico_anchor.config))
     assert 1 <= len(windows) <= 64
     assert all(w.shape[0] == 1 and w.shape[1] <= 256 for w in windows)
+
+
+def test_windows_longer_than_the_anchors_own_positions_are_refused(
+    pico_sets, pico_recipe, tmp_path
+):
+    wrong = pico_recipe.model_copy(update={"train": TrainSettings(steps=20, seq_len=513)})
+    with pytest.raises(ConfigError, match=r"513 tokens in train.seq_len; the model has 512"):
+        train_anchor(pico_sets["public"], load_tokenizer(pico_sets["public"].directory), wrong)

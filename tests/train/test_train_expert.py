@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.batches import TrainingBatches, training_batches
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor
 from flexolmo.model.router import LinearSettings
@@ -439,3 +440,23 @@ def test_a_bundle_holds_the_experts_tensors_and_nothing_of_the_anchor_or_the_tex
         assert secret not in claims
     model = assemble_mixture(pico_anchor, {"maths": tensors}, router)
     assert torch.isfinite(model(torch.tensor([[1, 2, 3]]))).all()
+
+
+def test_windows_longer_than_the_anchors_positions_are_refused(make_wild, pico_sets, tmp_path):
+    """Rotary angles go on beyond them, so that nothing else would say so."""
+    anchor = make_wild(max_seq_len=16).anchor
+    fits = ExpertRecipe(train=TrainSettings(steps=1, batch_size=1, seq_len=16, warmup_steps=1))
+    train_expert(anchor, pico_sets["maths"], "maths", fits)
+    longer = fits.model_copy(update={"train": fits.train.model_copy(update={"seq_len": 17})})
+    with pytest.raises(
+        ConfigError, match=r"17 tokens in train.seq_len; the model has 16"
+    ):
+        train_expert(anchor, pico_sets["maths"], "maths", longer, tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+    for cache in (None, anchor.model.new_cache()):
+        with pytest.raises(ConfigError, match="17 tokens in this text; the model has 16"):
+            if cache is not None:
+                anchor.model(torch.zeros(1, 16, dtype=torch.long), cache=cache)
+            anchor.model(torch.zeros(1, 17 if cache is None else 1, dtype=torch.long), cache=cache)
+    with pytest.raises(ConfigError, match="the model has 16 positions"):
+        measure_likelihood(anchor.model, pico_sets["maths"], "heldout", seq_len=17)

@@ -128,7 +128,7 @@ class StockReader:
                 "into that model first, or remove it."
             )
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 directory,
                 local_files_only=True,
                 use_safetensors=True,
@@ -142,6 +142,7 @@ class StockReader:
             raise CheckpointError(
                 f"{directory} is no model that stock transformers loads: {type(e).__name__}: {e}"
             ) from None
+        model, found = loaded
         lines = [f"missing: {n}" for n in sorted(found["missing_keys"])]
         lines += [f"extra: {n}" for n in sorted(found["unexpected_keys"])]
         lines += [
@@ -156,7 +157,7 @@ class StockReader:
         layers = DynamicCache(config=model.config).layers
         is_plain = bool(layers) and all(type(x) is DynamicLayer for x in layers)
         limit = getattr(model.config, "max_position_embeddings", 2048)
-        model.to(device).eval()  # type: ignore[arg-type]
+        model.to(device).eval()
         return cls(model, load_tokenizer(directory), limit, list(start), is_plain)
 
     def new_state(self) -> Any:

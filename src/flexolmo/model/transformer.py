@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from flexolmo.errors import ConfigError
+
 CHUNK_ROWS = 256  # tokens an FFN works on at a time when nothing is learnt
 
 
@@ -52,6 +54,14 @@ class ModelConfig(BaseModel):
         if self.eos_token_id >= self.vocab_size:
             raise ValueError(f"eos_token_id {self.eos_token_id} is outside the vocabulary")
         return self
+
+    def refuse_longer(self, length: int, what: str) -> None:
+        """Raises ConfigError if `what`, of `length` tokens, has more than the positions."""
+        if length > self.max_seq_len:
+            raise ConfigError(
+                f"Found {length:,} tokens in {what}; the model has {self.max_seq_len:,} positions "
+                "and has learnt nothing of what lies beyond. Give fewer."
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -313,6 +323,7 @@ class Transformer(nn.Module):
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
         past = 0 if cache is None else cache.num_positions
+        self.config.refuse_longer(past + T, "this text")
         bias: Tensor | None = None
         seen: Tensor | None
         positions = torch.arange(past, past + T, device=ids.device)[None]  # [1,T]

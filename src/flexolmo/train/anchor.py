@@ -62,6 +62,7 @@ def train_anchor(
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **recipe.model.model_dump()
     )
+    config.refuse_longer(recipe.train.seq_len, "train.seq_len")
     model = Transformer(config)
     model.initialise(recipe.seed)
     model.to(device)

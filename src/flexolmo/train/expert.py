@@ -221,6 +221,7 @@ def train_expert(
     Source: §3.3.1.
     """
     _refuse_bad_name(name)
+    anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
     set_up(recipe.seed, num_threads)
     first = start_expert(anchor, data, recipe, public) if start is None else start
     pair = assemble_mixture(anchor, {name: first}, recipe.router)

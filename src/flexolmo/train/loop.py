@@ -169,9 +169,12 @@ def train(
             norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip))
             nats = float(loss.detach())
             if not math.isfinite(nats + norm):
+                cause = "Lower the learning rate."
+                if step == 0:
+                    cause = "No step was taken yet: it is the first values that are at fault."
                 raise CheckpointError(
                     f"{label}: at step {step} the loss is {nats} and the "
-                    f"gradient's norm {norm}. Lower the learning rate."
+                    f"gradient's norm {norm}. {cause}"
                 )
             for optimizer, peak in optimizers:
                 for group in optimizer.param_groups:
