@@ -35,7 +35,7 @@ ORDER = [
     ["train.loop"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
-    ["train.shrink"],
+    ["train.shrink", "train.plan"],
     ["merge."],
     ["inference."],
     ["evaluation."],

@@ -448,9 +448,7 @@ def test_windows_longer_than_the_anchors_positions_are_refused(make_wild, pico_s
     fits = ExpertRecipe(train=TrainSettings(steps=1, batch_size=1, seq_len=16, warmup_steps=1))
     train_expert(anchor, pico_sets["maths"], "maths", fits)
     longer = fits.model_copy(update={"train": fits.train.model_copy(update={"seq_len": 17})})
-    with pytest.raises(
-        ConfigError, match=r"17 tokens in train.seq_len; the model has 16"
-    ):
+    with pytest.raises(ConfigError, match=r"17 tokens in train.seq_len; the model has 16"):
         train_expert(anchor, pico_sets["maths"], "maths", longer, tmp_path / "run")
     assert not list(tmp_path.iterdir())
     for cache in (None, anchor.model.new_cache()):

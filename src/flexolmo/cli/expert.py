@@ -1,13 +1,14 @@
 """`flexolmo expert`: an owner's verbs, and the coordinator's look at a bundle."""
 
 import datetime
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
-from flexolmo.numbers import format_megabytes
+from flexolmo.numbers import format_megabytes, format_seconds
 from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(
@@ -69,6 +70,15 @@ def train(
             "the discriminant router."
         ),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Train nothing: say what training would take (time, memory, bundle size, passes "
+            "over your text), from a few steps timed on this machine.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
     overrides: Overrides = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -79,6 +89,8 @@ def train(
 
     Small: flexolmo expert train --anchor anchor --data prepared/math --name math --rank 16
 
+    First see what it will take: add --plan
+
     With one sequence in ten public: add --public prepared/public --set replay=0.1
     """
     from flexolmo.config import read_recipe
@@ -87,7 +99,10 @@ def train(
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.runtime import choose_device
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
+    from flexolmo.train.plan import plan_training
 
+    if as_json and not plan:
+        raise ConfigError("--json goes with --plan, which was not given.")
     short = {"scope": scope, "rank": rank, "width": width}
     settings = read_recipe(
         recipe,
@@ -107,20 +122,32 @@ def train(
     start = load_anchor(anchor)
     start.model.to(choose_device(device))
     replayed = None if public is None else open_set(public, start.tokenizer.digest)
+    own = open_set(data, start.tokenizer.digest)
+    if plan:
+        told = plan_training(start, own, name, settings, threads, replayed)
+        if as_json:
+            typer.echo(json.dumps(told, indent=2))
+        else:
+            print_plan(name, told)
+        return
     out = out or Path(f"{name}.run")
-    save_expert(
-        train_expert(
-            start,
-            open_set(data, start.tokenizer.digest),
-            name,
-            settings,
-            out,
-            threads,
-            public=replayed,
-        ),
-        out,
-    )
+    save_expert(train_expert(start, own, name, settings, out, threads, public=replayed), out)
     echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
+
+
+def print_plan(name: str, plan: dict[str, Any]) -> None:
+    """A plan of `plan_training` as a table, for a terminal."""
+    from rich.table import Table
+
+    table = Table("", f"training {name} would take")
+    time = format_seconds(plan["seconds"])
+    table.add_row("time", f"about {time}, {plan['steps']:,} steps of {plan['step_seconds']:.3g} s")
+    table.add_row("memory", f"{format_megabytes(plan['memory_bytes'])} MB at the peak")
+    table.add_row("bundle", f"{plan['weights_bytes']:,} bytes of weights, and a manifest")
+    table.add_row("parameters", f"{plan['parameters']:,}")
+    table.add_row("tokens", f"{plan['tokens']:,}")
+    table.add_row("your text", f"{plan['own_tokens']:,} tokens, read {plan['passes']:.1f} times")
+    PlainConsole().print(table)
 
 
 @app.command("compress")
@@ -337,8 +364,6 @@ def inspect(
     trust: TrustDirectory = None,
 ) -> None:
     """Print everything a bundle claims, and whether it holds up, as JSON."""
-    import json
-
     from flexolmo.bundle.bundle import inspect_bundle
     from flexolmo.bundle.signing import TrustedOwners
 

@@ -220,19 +220,47 @@ def train_expert(
     replay and for the discriminant router. `start` are first values in place of `start_expert`'s.
     Source: §3.3.1.
     """
+    set_up(recipe.seed, num_threads)
+    pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public, start)
+    is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
+    replayed = {"public": public.digest} if is_read and public is not None else {}
+    digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
+    record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
+    identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
+    if start is not None:
+        identity["start"] = digest_tensors(start.items())
+    result = train(
+        parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
+    )
+    record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
+    return Expert(
+        name,
+        anchor.digest,
+        recipe.router,
+        packed_tensors(pair, name, recipe),
+        record,
+        data.digest,
+        architecture_of(anchor.config, pair.shapes[name]),
+    )
+
+
+def prepare_training(
+    anchor: Anchor,
+    data: TokenSet,
+    name: str,
+    recipe: ExpertRecipe,
+    public: TokenSet | None,
+    start: Mapping[str, Tensor] | None = None,
+) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Tensor]]:
+    """The pair of anchor and new expert, the parameters that learn, and the loss of a step."""
     _refuse_bad_name(name)
     anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
-    set_up(recipe.seed, num_threads)
     first = start_expert(anchor, data, recipe, public) if start is None else start
     pair = assemble_mixture(anchor, {name: first}, recipe.router)
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
     batch_of_step = _batches(data, public, recipe)
-    is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
-    replayed = {"public": public.digest} if is_read and public is not None else {}
-    digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
-    record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
 
     def loss_of_step(step: int) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
@@ -246,25 +274,15 @@ def train_expert(
         return loss
 
     pair.train()
-    identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
-    if start is not None:
-        identity["start"] = digest_tensors(start.items())
-    result = train(
-        parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
-    )
-    record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
+    return pair, parameters, loss_of_step
+
+
+def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[str, Tensor]:
+    """The expert's tensors as a bundle will hold them, on the CPU."""
     tensors = {n: t.detach().cpu().clone() for n, t in expert_tensors(pair, name).items()}
     if recipe.has_half_deltas:
         tensors |= {n: t.bfloat16() for n, t in tensors.items() if ".lora_" in n}
-    return Expert(
-        name,
-        anchor.digest,
-        recipe.router,
-        tensors,
-        record,
-        data.digest,
-        architecture_of(anchor.config, pair.shapes[name]),
-    )
+    return tensors
 
 
 def reroute_expert(

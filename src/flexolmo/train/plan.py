@@ -1,0 +1,75 @@
+"""The time, memory and bytes that training an expert will take, told before it begins.
+
+A few steps are timed here, with the owner's anchor, text and settings; nothing is kept of them.
+"""
+
+import resource
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from flexolmo.data.batches import TokenSet
+from flexolmo.model.checkpoint import Anchor
+from flexolmo.runtime import set_up
+from flexolmo.train.expert import ExpertRecipe, packed_tensors, prepare_training
+from flexolmo.train.loop import train
+
+TIMED_STEPS = 5  # and one before them, which is slower
+
+
+def plan_training(
+    anchor: Anchor,
+    data: TokenSet,
+    name: str,
+    recipe: ExpertRecipe,
+    num_threads: int | None = None,
+    public: TokenSet | None = None,
+) -> dict[str, Any]:
+    """Needs of `train_expert` called with the same arguments.
+
+    Returns:
+        seconds: estimate on this machine, from the median step; without writing checkpoints.
+        step_seconds: that median.
+        memory_bytes: peak of this process so far (on a GPU, of torch's memory there).
+        weights_bytes: size of the bundle's weights, exact.
+        parameters: numbers that learn.
+        steps, tokens: optimizer steps, and tokens predicted over all of them.
+        own_tokens: tokens of the owner's training text.
+        passes: times that text is read.
+    """
+    set_up(recipe.seed, num_threads)
+    started = time.monotonic()
+    pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public)
+    preparation = time.monotonic() - started
+    begun: list[float] = []
+
+    def timed_loss(step: int) -> Tensor:
+        begun.append(time.monotonic())
+        return loss_of_step(step)
+
+    few = recipe.train.model_copy(update={"steps": TIMED_STEPS + 1, "warmup_steps": 0})
+    train(parameters, timed_loss, few, None, f"plan of {name}", {}, {})
+    begun.append(time.monotonic())
+    steps = [end - start for start, end in pairwise(begun[1:])]
+    median = statistics.median(steps)
+    settings, own = recipe.train, len(data.splits["train"].tokens)
+    windows = (own - 1) // settings.seq_len
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if pair.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(pair.device)
+    return {
+        "seconds": preparation + settings.steps * median,
+        "step_seconds": median,
+        "memory_bytes": memory,
+        "weights_bytes": len(save(packed_tensors(pair, name, recipe))),
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "steps": settings.steps,
+        "tokens": settings.tokens,
+        "own_tokens": own,
+        "passes": settings.steps * settings.batch_size * (1 - recipe.replay) / windows,
+    }
