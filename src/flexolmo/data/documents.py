@@ -83,19 +83,24 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
         DataError: nothing there, nothing of a kind we read, or a directory that may not be read.
     """
     path = Path(path)
-    if path.is_file():
-        if _kind(path):
-            return [path], {}
-        raise DataError(f"{show(path)} is not a kind of file we read: {KINDS}.")
-    if not path.is_dir():
-        raise DataError(f"{show(path)} does not exist: give a directory or a file of documents.")
+    try:
+        if path.is_file() and not _kind(path):
+            raise DataError(f"{show(path)} is not a kind of file we read: {KINDS}.")
+        files, others = ([path], {}) if path.is_file() else _walk(path)
+    except OSError as e:
+        raise DataError(f"{show(e.filename or path)}: cannot be read ({e.strerror}).") from None
+    if not files:
+        raise DataError(f"{show(path)} has no documents: {KINDS}.")
+    return sorted(files), {reason: sorted(others[reason]) for reason in sorted(others)}
 
-    def refuse(e: OSError) -> None:
-        raise DataError(f"{show(e.filename)}: cannot be read ({e.strerror}).")
+
+def _walk(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    def stop(e: OSError) -> None:
+        raise e
 
     is_ours = is_written_by_us(path)
     files, others = [], dict[str, list[str]]()
-    for directory, below, names in os.walk(path, onerror=refuse):
+    for directory, below, names in os.walk(path, onerror=stop):
         hidden = [name for name in below if name.startswith(".")]
         links = [name for name in below if (Path(directory) / name).is_symlink()]
         below[:] = [name for name in below if name not in hidden]  # os.walk follows no link
@@ -111,9 +116,7 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
             else:
                 reason = f"kind {file.suffix.lower() or 'without a suffix'}"
             others.setdefault(show(reason), []).append(show(file.relative_to(path)))
-    if not files:
-        raise DataError(f"{show(path)} has no documents: {KINDS}.")
-    return sorted(files), {reason: sorted(others[reason]) for reason in sorted(others)}
+    return files, others
 
 
 def is_written_by_us(directory: Path) -> bool:
@@ -331,7 +334,7 @@ def _decode(data: bytes, where: str, settings: ReadSettings, noted: Counter[str]
     reason = "not UTF-8 text"
     try:
         text = data.decode(marked)
-        encoding = _find_wide(data) or marked
+        encoding = marked if marked != "utf-8-sig" else _find_wide(data) or marked
         if encoding == "utf-8-sig":
             is_escaped = "\x1b" in text and _guess_encoding(data).startswith(("iso2022", "hz"))
             if not is_escaped and _count_controls(data) <= len(data) // 2:
