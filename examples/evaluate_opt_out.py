@@ -1,6 +1,6 @@
 """Bits per byte of held-out text, with everybody on and with each owner off in turn.
 
-python examples/evaluate_opt_out.py MIXTURE PREPARED_SET...
+python examples/evaluate_opt_out.py MIXTURE TRUSTED_DIRECTORY PREPARED_SET...
 """
 
 import sys
@@ -9,8 +9,8 @@ from pathlib import Path
 import flexolmo as fo
 
 
-def main(mixture: str, *prepared: str) -> None:
-    model = fo.load_mixture(Path(mixture))
+def main(mixture: str, trusted: str, *prepared: str) -> None:
+    model = fo.load_mixture(Path(mixture), fo.TrustedOwners.load(Path(trusted)))
     sets = [fo.open_set(Path(directory), model.tokenizer.digest) for directory in prepared]
     table = fo.evaluate_mixture(model, {s.name: s for s in sets}, "heldout", max_bytes=20_000)
     for arrangement, row in table["bits_per_byte"].items():

@@ -12,7 +12,7 @@ import flexolmo as fo
 def main(anchor: str, trusted: str, prompt: str, *bundles: str) -> None:
     owners = fo.TrustedOwners.load(Path(trusted))
     fo.build_mixture(Path(anchor), [Path(b) for b in bundles], Path("mixture"), owners)
-    model = fo.load_mixture(Path("mixture"))
+    model = fo.load_mixture(Path("mixture"), owners)
 
     # one batch; each sequence has its own choice of experts
     without = [[], *([name] for name in model.expert_names)]

@@ -5,6 +5,7 @@ trained for a few steps. Everything is made here, in about two seconds, with no 
 """
 
 import json
+import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,6 +115,15 @@ def owner_keys(tmp_path_factory) -> dict[str, Path]:
     for owner in ("Ann", "Bob"):
         create_key(directory / owner)
     return {owner: directory / owner for owner in ("Ann", "Bob")}
+
+
+@pytest.fixture(scope="session")
+def trust_dir(owner_keys, tmp_path_factory) -> Path:
+    """Directory of Ann's and Bob's public keys."""
+    where = tmp_path_factory.mktemp("trusted")
+    for owner, key in owner_keys.items():
+        shutil.copy(f"{key}.pub", where / f"{owner}.pub")
+    return where
 
 
 @dataclass

@@ -155,7 +155,7 @@ class House:
             build_mixture(
                 self.anchor_dir, self.bundles(names, router), out, self.trusted, top_k=top_k
             )
-            self._made[key] = SimpleNamespace(path=out, loaded=load_mixture(out))
+            self._made[key] = SimpleNamespace(path=out, loaded=load_mixture(out, self.trusted))
         return self._made[key].path
 
     def mixture(

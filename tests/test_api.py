@@ -11,7 +11,7 @@ import flexolmo
 @pytest.mark.parametrize("name", flexolmo.__all__)
 def test_every_public_name_is_there_and_documented(name):
     found = getattr(flexolmo, name)
-    assert callable(found)
+    assert callable(found) or name.isupper()
     assert found.__doc__
     assert found.__module__ == f"flexolmo.{flexolmo._HOME[name]}"
 

@@ -82,7 +82,7 @@ def test_owners_are_merged_and_switched(merged, run_example, capsys, pico_anchor
 
 
 def test_opting_out_is_measured(merged, run_example, pico_set_dirs, capsys):
-    run_example("evaluate_opt_out.py", "mixture", *pico_set_dirs.values())
+    run_example("evaluate_opt_out.py", "mixture", "trusted", *pico_set_dirs.values())
     table = dict(line.rsplit("public", 1) for line in capsys.readouterr().out.splitlines())
     table = {name.strip(): row for name, row in table.items()}
     assert table["mixture without maths"] == table["expert news"]  # the law, in numbers

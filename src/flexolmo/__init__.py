@@ -10,6 +10,7 @@ from typing import Any
 _HOME = {
     "create_key": "bundle.signing",
     "TrustedOwners": "bundle.signing",
+    "ANY_SIGNER": "bundle.signing",
     "open_bundle": "bundle.bundle",
     "inspect_bundle": "bundle.bundle",
     "open_set": "data.batches",

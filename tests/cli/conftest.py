@@ -5,6 +5,12 @@ import pytest
 from flexolmo.cli import main
 
 
+@pytest.fixture(autouse=True)
+def trusting(trust_dir, monkeypatch):
+    """Commands trust Ann and Bob unless told otherwise."""
+    monkeypatch.setenv("FLEXOLMO_TRUST", str(trust_dir))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """`run(*words)`: exit code, standard output and standard error of the whole program."""

@@ -1,7 +1,6 @@
 """The command line: help that helps, and errors that are sentences, not tracebacks."""
 
 import json
-import shutil
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import typer
 from typer.testing import CliRunner
 
 import flexolmo.cli
+from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.cli import app, main
 from flexolmo.errors import SourceUnavailable
 from flexolmo.merge.mixture import load_mixture, read_about
@@ -28,14 +28,6 @@ def walk(command, path=()):
 VERBS = dict(walk(typer.main.get_command(app)))
 
 
-@pytest.fixture(scope="session")
-def trust_dir(owner_keys, tmp_path_factory):
-    where = tmp_path_factory.mktemp("trusted")
-    for owner, key in owner_keys.items():
-        shutil.copy(f"{key}.pub", where / f"{owner}.pub")
-    return where
-
-
 # --- help ---------------------------------------------------------------------------------------
 
 
@@ -49,6 +41,7 @@ def test_there_is_one_verb_for_each_stage():
         "eval",
         "demo",
         "study",
+        "doctor",
     }
     assert {path[1] for path in VERBS if path[:1] == ("mix",) and path[1:]} == {
         "build",
@@ -111,6 +104,8 @@ def is_plain_refusal(result, *parts):
 
 
 def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs, tmp_path):
+    nobody = tmp_path / "nobody"
+    nobody.mkdir()
     bad_toml = tmp_path / "bad.toml"
     bad_toml.write_text("[train")
     model = house.mixture_dir(NAMES)
@@ -155,10 +150,6 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
         (("generate", "--model", model, "--prompt", "long " * 999), ["512 positions"]),
         (("mix", "build", anchor, public, "-o", tmp_path / "m"), ["missing: manifest.json"]),
         (("mix", "build", anchor, bad_toml, "-o", tmp_path / "m"), ["bad.toml"]),
-        (
-            ("mix", "build", anchor, house.bundle("amber"), "-o", tmp_path / "m"),
-            ["SignatureError", "unknown key"],
-        ),
         (("mix", "remove", model, "news"), ["No expert news"]),
         (("mix", "export", model, "-o", tmp_path / "hf", "--to", "gguf"), ["gguf", "hf"]),
         (
@@ -166,7 +157,10 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             ["amber, basalt, zinc also change", "--scope ffn"],
         ),
         (("expert", "verify", public), ["missing: manifest.json"]),
-        (("expert", "verify", house.bundle("amber")), ["unknown key"]),
+        (
+            ("expert", "verify", house.bundle("amber"), "--trust", nobody),
+            ["SignatureError", "unknown key"],
+        ),
         (
             ("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
             ["expert.json"],
@@ -289,10 +283,38 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     said = works("mix", "remove", model, *NAMES)
     assert "no owner" in said
     works("mix", "add", model, bundles[0], "--trust-any-signer")
-    assert load_mixture(model).expert_names == ["amber"]
+    assert load_mixture(model, ANY_SIGNER).expert_names == ["amber"]
 
 
-def test_a_bundle_is_verified_and_inspected(works, house, trust_dir):
+def test_no_command_opens_a_mixture_without_being_told_whom_to_trust(
+    run, works, house, trust_dir, public_set, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("FLEXOLMO_TRUST")
+    model = house.build(["amber"], tmp_path / "m")
+    stranger = tmp_path / "trusted"
+    stranger.mkdir()
+    tail = ("--prompt", "x", "--max-new-tokens", "1")
+    for words in (
+        ("generate", "--model", model, *tail),
+        ("eval", "--model", model),
+        ("eval", "sets", "--model", model, "--data", public_set),
+        ("eval", "harness", "--model", model, "--tasks", "x"),
+        ("mix", "build", house.anchor_dir, house.bundle("amber"), "-o", tmp_path / "m2"),
+        ("mix", "add", model, house.bundle("zinc")),
+        ("mix", "export", model, "-o", tmp_path / "hf"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and "SignatureError: Nobody was said to be trusted" in err, (words, err)
+        code, _, err = run(*words, "--trust", stranger)
+        assert code == 2 and "unknown key" in err and "amber" in err, (words, err)
+    assert run("mix", "remove", model, "zinc")[0] == 2
+    for trust in (("--trust", trust_dir), ("--trust-any-signer",)):
+        works("generate", "--model", model, *tail, *trust)
+    works("mix", "remove", model, "amber", "--trust", stranger)  # who goes needs no trust
+
+
+def test_a_bundle_is_verified_and_inspected(works, house, trust_dir, monkeypatch):
+    monkeypatch.delenv("FLEXOLMO_TRUST")
     bundle = house.bundle("amber")
     said = works("expert", "verify", bundle, "--trust", trust_dir)
     assert "trusted owner Ann" in said and house.anchor.digest in said
@@ -431,7 +453,7 @@ def test_a_stock_checkpoint_is_imported(works, house, tmp_path):
         tmp_path / "m",
     )
     assert read_about(tmp_path / "m")["experts"]["two"]["licence"] == "Apache-2.0"
-    assert load_mixture(tmp_path / "m").expert_names == ["one", "three", "two"]
+    assert load_mixture(tmp_path / "m", ANY_SIGNER).expert_names == ["one", "three", "two"]
 
 
 def test_a_key_is_made_once(run, works, tmp_path):

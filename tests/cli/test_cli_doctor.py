@@ -97,6 +97,7 @@ def test_no_sandbox_is_said_and_no_problem(ask, monkeypatch):
 
 def test_without_json_each_advice_is_printed(run, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FLEXOLMO_TRUST")
     monkeypatch.setattr(sandbox, "check_sandbox", lambda: ["no network"])
     code, out, _ = run("doctor")
     assert code == 0

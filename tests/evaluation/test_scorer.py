@@ -271,19 +271,19 @@ def test_without_a_cache_continue_ids_says_the_same(readers, house):
 
 def test_an_expert_left_out_scores_as_if_never_merged_bit_for_bit(house):
     pairs = [(f"question {i} of many", f" answer {a}") for i in range(6) for a in range(3)]
-    without, _ = open_reader(house.mixture_dir(NAMES, "rich"), without=["basalt"])
-    never, about = open_reader(house.mixture_dir(("amber", "zinc"), "rich"))
+    without, _ = open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, without=["basalt"])
+    never, about = open_reader(house.mixture_dir(("amber", "zinc"), "rich"), house.trusted)
     assert Scorer(without).log_likelihoods(pairs) == Scorer(never).log_likelihoods(pairs)
-    whole, _ = open_reader(house.mixture_dir(NAMES, "rich"))
+    whole, _ = open_reader(house.mixture_dir(NAMES, "rich"), house.trusted)
     assert Scorer(whole).log_likelihoods(pairs) != Scorer(never).log_likelihoods(pairs)
     assert about["enabled"] == ["amber", "zinc"]
 
 
 def test_models_are_known_by_what_their_directory_holds(house, tmp_path):
     assert open_reader(house.anchor_dir)[1]["kind"] == "anchor"
-    assert open_reader(house.mixture_dir(NAMES))[1]["kind"] == "mixture"
+    assert open_reader(house.mixture_dir(NAMES), house.trusted)[1]["kind"] == "mixture"
     with pytest.raises(PolicyError, match="bronze"):
-        open_reader(house.mixture_dir(NAMES), without=["bronze"])
+        open_reader(house.mixture_dir(NAMES), house.trusted, without=["bronze"])
     with pytest.raises(PolicyError, match="amber"):
         open_reader(house.anchor_dir, without=["amber"])
     (tmp_path / "empty").mkdir()

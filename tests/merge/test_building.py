@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexolmo.bundle.signing import TrustedOwners, create_key
+from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key
 from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.merge import mixture as room
 from flexolmo.merge.mixture import (
@@ -32,7 +32,9 @@ def test_the_order_of_bundles_changes_no_byte_and_no_logit(house, tmp_path_facto
     build_mixture(house.anchor_dir, house.bundles(order, router), out, house.trusted)
     assert tree(out) == tree(house.mixture_dir(NAMES, router))
     ids = house.wild.ids(2, 10)
-    assert torch.equal(load_mixture(out).model(ids), house.mixture(NAMES, router).model(ids))
+    assert torch.equal(
+        load_mixture(out, house.trusted).model(ids), house.mixture(NAMES, router).model(ids)
+    )
 
 
 def test_a_mixture_holds_the_anchor_and_every_bundle_whole(house):
@@ -58,7 +60,7 @@ def test_mixture_json_says_who_gave_what_under_which_terms(house):
 
 def test_a_mixture_of_no_owner_is_the_anchor(house, tmp_path):
     build_mixture(house.anchor_dir, [], tmp_path / "m", house.trusted)
-    loaded = load_mixture(tmp_path / "m")
+    loaded = load_mixture(tmp_path / "m", house.trusted)
     ids = house.wild.ids(2, 9)
     assert loaded.expert_names == []
     assert torch.equal(loaded.model(ids), house.anchor.model(ids))
@@ -76,11 +78,11 @@ def test_top_k_is_kept_and_used(house):
 # --- refusals -----------------------------------------------------------------------------------
 
 
-def refused(house, tmp_path, bundles, error, trusted=True, **options):
+def refused(house, tmp_path, bundles, error, trusted=None, **options):
     """The message of the refusal, which must leave nothing behind."""
     out = tmp_path / "refused"
     with pytest.raises(error) as caught:
-        build_mixture(house.anchor_dir, bundles, out, house.trusted if trusted else None, **options)
+        build_mixture(house.anchor_dir, bundles, out, trusted or house.trusted, **options)
     assert not out.exists()
     assert not list(tmp_path.glob(".refused*"))
     return str(caught.value)
@@ -107,13 +109,15 @@ def test_an_unknown_signer_is_refused_unless_told_to_trust(house, tmp_path):
     bundle = differ_in_router(
         house, tmp_path, "amber", "evidence", owner="Mallory", key=tmp_path / "mallory"
     )
-    for trusted in (True, False):
+    for trusted in (house.trusted, TrustedOwners({})):
         assert "unknown key" in refused(house, tmp_path, [bundle], SignatureError, trusted)
-    about = build_mixture(
-        house.anchor_dir, [bundle], tmp_path / "m", house.trusted, allow_unknown_signers=True
-    )
+    with pytest.raises(SignatureError, match=r"Nobody was said to be trusted.*--trust DIR"):
+        build_mixture(house.anchor_dir, [bundle], tmp_path / "m", None)
+    about = build_mixture(house.anchor_dir, [bundle], tmp_path / "m", ANY_SIGNER)
     assert about["experts"]["amber"]["signer"] is None
-    assert load_mixture(tmp_path / "m").expert_names == ["amber"]
+    assert load_mixture(tmp_path / "m", ANY_SIGNER).expert_names == ["amber"]
+    with pytest.raises(SignatureError, match=r"amber\.bundle was refused.*unknown key"):
+        load_mixture(tmp_path / "m", house.trusted)
 
 
 def test_trusting_any_signer_lets_nobody_speak_for_a_trusted_owner(house, tmp_path):
@@ -121,7 +125,9 @@ def test_trusting_any_signer_lets_nobody_speak_for_a_trusted_owner(house, tmp_pa
     bundle = differ_in_router(
         house, tmp_path, "amber", "evidence", owner="Ann", key=tmp_path / "mallory"
     )
-    said = refused(house, tmp_path, [bundle], SignatureError, allow_unknown_signers=True)
+    anybody = house.trusted
+    anybody.allows_unknown = True
+    said = refused(house, tmp_path, [bundle], SignatureError, anybody)
     assert "'Ann'" in said
 
 
@@ -195,7 +201,7 @@ def test_deltas_may_be_half_as_long_and_nothing_else_may(house, tmp_path):
     widened = {n: t.float() if ".lora_" in n else t for n, t in half.items()}
     ids = house.wild.ids(2, 12)
     expected = assemble_mixture(house.wild.anchor, {"amber": widened}, ROUTERS["evidence"])
-    assert torch.equal(load_mixture(tmp_path / "m").model(ids), expected(ids))
+    assert torch.equal(load_mixture(tmp_path / "m", house.trusted).model(ids), expected(ids))
     for name in ("layers.0.q_proj.weight", "router.unigram"):
         bad = house.write(
             tmp_path / name, "amber", half | {name: half[name].bfloat16()}, "evidence"
@@ -231,14 +237,15 @@ def test_experts_of_every_shape_come_through_the_bundle_as_they_were(house, tmp_
     assert {n: e["architecture"] for n, e in about["experts"].items()} == {
         n: house.architecture(t) for n, t in experts.items()
     }
-    found = load_mixture(tmp_path / "m").model
+    found = load_mixture(tmp_path / "m", house.trusted).model
     expected = assemble_mixture(wild.anchor, experts, router)
     ids = wild.ids(2, 12)
     assert torch.equal(found(ids), expected(ids))
-    remove_experts(tmp_path / "m", ["zinc"])
+    remove_experts(tmp_path / "m", ["zinc"], house.trusted)
     del experts["zinc"]
     assert torch.equal(
-        load_mixture(tmp_path / "m").model(ids), assemble_mixture(wild.anchor, experts, router)(ids)
+        load_mixture(tmp_path / "m", house.trusted).model(ids),
+        assemble_mixture(wild.anchor, experts, router)(ids),
     )
 
 
@@ -350,4 +357,4 @@ def test_an_anchor_of_links_is_copied_not_linked(house, tmp_path):
         (linked / file.name).symlink_to(f"../blobs/{file.name}")
     build_mixture(linked, house.bundles(["amber"]), tmp_path / "m", house.trusted)
     shutil.rmtree(tmp_path / "cache")
-    assert load_mixture(tmp_path / "m").expert_names == ["amber"]
+    assert load_mixture(tmp_path / "m", house.trusted).expert_names == ["amber"]

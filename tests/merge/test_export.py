@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.data.batches import TokenSplit, open_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, FlexOlmoError, MergeError
@@ -158,7 +159,7 @@ def test_a_stock_opt_out_by_slicing_is_ours_by_policy(exported, house, tmp_path,
 def test_an_export_comes_back_with_the_same_logits(exported, house, tmp_path):
     mixture, out, _ = exported
     about = import_stock(out, sorted(NAMES), tmp_path / "m", house.keys["Ann"], **TERMS)
-    back = load_mixture(tmp_path / "m")
+    back = load_mixture(tmp_path / "m", ANY_SIGNER)
     assert list(about["experts"]) == back.expert_names == sorted(NAMES)
     assert {e["owner"] for e in about["experts"].values()} == {"Carol"}
     ids = house.wild.ids(3, 40)
@@ -179,7 +180,7 @@ def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_p
     export_stock(mixture, mixture.model, tmp_path / "hf", {"exact": True})
     import_stock(tmp_path / "hf", wide, tmp_path / "m", house.keys["Ann"], **TERMS)
     ids = house.wild.ids(2, 20)
-    assert torch.equal(load_mixture(tmp_path / "m").model(ids), mixture.model(ids))
+    assert torch.equal(load_mixture(tmp_path / "m", ANY_SIGNER).model(ids), mixture.model(ids))
 
 
 @pytest.mark.parametrize("names", [[], ["amber"], ["amber", "amber", "zinc"], ["a", "b", "c", "d"]])
@@ -272,7 +273,7 @@ def test_low_rank_and_wide_experts_are_exported_exactly(house, tmp_path, shapes,
         active = mixture.model.expert_mask([rest] * 3)
         assert (mixture.model(ids, active=active) - ours).abs().max() > 0.1, off
     import_stock(tmp_path / "hf", sorted(shapes), tmp_path / "m", house.keys["Ann"], **TERMS)
-    assert (load_mixture(tmp_path / "m").model(ids) - ours).abs().max() < 1e-4
+    assert (load_mixture(tmp_path / "m", ANY_SIGNER).model(ids) - ours).abs().max() < 1e-4
 
 
 def test_a_low_rank_experts_matrices_are_the_anchors_and_the_product(house):

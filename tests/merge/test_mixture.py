@@ -37,7 +37,7 @@ def test_adding_is_building_with_all(house, tmp_path, router):
 
 def test_removing_is_building_without(house, tmp_path):
     model = house.build(NAMES, tmp_path / "m", top_k=2)
-    remove_experts(model, ["amber", "zinc"])
+    remove_experts(model, ["amber", "zinc"], house.trusted)
     assert tree(model) == tree(house.mixture_dir(["basalt"], top_k=2))
     assert sorted(p.name for p in (model / "experts").iterdir()) == ["basalt.bundle"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing left aside
@@ -52,7 +52,7 @@ def test_only_the_final_set_of_owners_matters(house, tmp_path_factory, steps):
     held = set()
     for wanted in steps:
         if held - wanted:
-            remove_experts(model, held - wanted)
+            remove_experts(model, held - wanted, house.trusted)
         if wanted - held:
             add_experts(model, house.bundles(sorted(wanted - held)), house.trusted)
         held = wanted
@@ -92,14 +92,14 @@ def test_adding_to_a_mixture_that_was_changed_is_refused(house, tmp_path):
     with pytest.raises(MergeError, match=r"amber\.bundle"):
         model2 = house.build(["amber", "zinc"], tmp_path / "m2")
         flip(model2 / "experts/amber.bundle/expert.safetensors", 0.9, 4)
-        remove_experts(model2, ["zinc"])
+        remove_experts(model2, ["zinc"], house.trusted)
 
 
 def test_removing_what_is_not_there_is_refused(house, tmp_path):
     model = house.build(["amber"], tmp_path / "m")
     with pytest.raises(MergeError, match=r"No expert nickel, zinc here: the mixture holds amber"):
-        remove_experts(model, ["zinc", "amber", "nickel"])
-    assert load_mixture(model).expert_names == ["amber"]
+        remove_experts(model, ["zinc", "amber", "nickel"], house.trusted)
+    assert load_mixture(model, house.trusted).expert_names == ["amber"]
 
 
 @pytest.mark.parametrize("change", ["add", "remove"])
@@ -109,14 +109,14 @@ def test_a_replaced_anchor_cannot_be_made_the_mixtures_own(house, make_wild, tmp
     shutil.rmtree(model / "anchor")
     save_anchor(other, model / "anchor")
     with pytest.raises(MergeError, match="the mixture was built"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
     with pytest.raises(FlexOlmoError):
         if change == "remove":
-            remove_experts(model, ["zinc"])
+            remove_experts(model, ["zinc"], house.trusted)
         else:
             add_experts(model, [], house.trusted)
     with pytest.raises(MergeError, match="the mixture was built"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -171,16 +171,18 @@ def breakable(house, tmp_path_factory):
 )
 @settings(IN_SESSION, max_examples=40)
 def test_a_flipped_byte_in_any_file_of_a_bundle_is_refused_by_name(
-    breakable, name, file, place, change
+    house, breakable, name, file, place, change
 ):
     path = breakable / "experts" / f"{name}.bundle" / file
     old = flip(path, place, change)
     try:
         with pytest.raises(MergeError) as caught:
-            load_mixture(breakable)
+            load_mixture(breakable, house.trusted)
         assert f"{name}.bundle" in str(caught.value)
         assert f"{file}: changed" in str(caught.value)
-        assert load_mixture(breakable, experts={"amber", "zinc"} - {name}).expert_names
+        assert load_mixture(
+            breakable, house.trusted, experts={"amber", "zinc"} - {name}
+        ).expert_names
     finally:
         path.write_bytes(old)
 
@@ -207,7 +209,7 @@ def test_a_flipped_byte_in_the_anchor_is_refused_or_changes_nothing_that_is_used
     path = breakable / "anchor" / file
     old = flip(path, place, change)
     try:
-        loaded = load_mixture(breakable)
+        loaded = load_mixture(breakable, house.trusted)
     except FlexOlmoError as e:
         assert str(breakable / "anchor") in str(e)
     else:
@@ -224,12 +226,12 @@ def test_a_flipped_byte_in_the_anchor_is_refused_or_changes_nothing_that_is_used
 @pytest.mark.parametrize("file", ["model.safetensors", "public.safetensors"])
 @given(place=st.floats(0.3, 1), change=st.integers(1, 255))
 @settings(IN_SESSION, max_examples=10)
-def test_a_flipped_byte_in_the_anchors_tensors_is_refused(breakable, file, place, change):
+def test_a_flipped_byte_in_the_anchors_tensors_is_refused(house, breakable, file, place, change):
     path = breakable / "anchor" / file
     old = flip(path, place, change)
     try:
         with pytest.raises(CheckpointError, match="was changed: its content has digest"):
-            load_mixture(breakable)
+            load_mixture(breakable, house.trusted)
     finally:
         path.write_bytes(old)
 
@@ -237,7 +239,7 @@ def test_a_flipped_byte_in_the_anchors_tensors_is_refused(breakable, file, place
 @pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 @pytest.mark.parametrize("chosen", [(), ("basalt",), ("amber", "zinc"), NAMES])
 def test_loading_some_experts_is_having_built_without_the_others(house, router, chosen):
-    some = load_mixture(house.mixture_dir(NAMES, router), experts=chosen)
+    some = load_mixture(house.mixture_dir(NAMES, router), house.trusted, experts=chosen)
     built = house.mixture(chosen, router)
     assert some.expert_names == built.expert_names == sorted(chosen)
     ids = house.wild.ids(2, 12)
@@ -249,17 +251,17 @@ def test_loading_some_experts_is_having_built_without_the_others(house, router, 
 
 def test_loading_an_unknown_expert_is_refused(house):
     with pytest.raises(MergeError, match=r"No expert nickel here: the mixture holds amber, bas"):
-        load_mixture(house.mixture_dir(NAMES), experts=["amber", "nickel"])
+        load_mixture(house.mixture_dir(NAMES), house.trusted, experts=["amber", "nickel"])
 
 
 def test_a_bundle_that_is_gone_is_missed_by_name(house, tmp_path):
     model = house.build(["amber", "zinc"], tmp_path / "m")
     (model / "experts/zinc.bundle/manifest.json").unlink()
     with pytest.raises(MergeError, match=r"zinc\.bundle.*\n.*manifest\.json: No such file"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
     shutil.rmtree(model / "experts/zinc.bundle")
     with pytest.raises(MergeError, match=r"zinc\.bundle"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
 
 
 def test_bundles_swapped_for_each_other_are_refused(house, tmp_path):
@@ -270,7 +272,7 @@ def test_bundles_swapped_for_each_other_are_refused(house, tmp_path):
     (experts / "zinc.bundle").rename(experts / "amber.bundle")
     (tmp_path / "a").rename(experts / "zinc.bundle")
     with pytest.raises(MergeError, match=r"amber\.bundle"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
 
 
 def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_path, monkeypatch):
@@ -286,13 +288,13 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
         monkeypatch.setattr(room, "datetime", fake)
         return tmp_path / "m"
 
-    assert load_mixture(on(2031, 5, 1, 23, 59)).expert_names == ["amber", "zinc"]
+    assert load_mixture(on(2031, 5, 1, 23, 59), house.trusted).expert_names == ["amber", "zinc"]
     with pytest.raises(MergeError, match=r"amber: terms expired on 2031-05-01") as caught:
-        load_mixture(on(2031, 5, 2))
+        load_mixture(on(2031, 5, 2), house.trusted)
     assert "zinc" not in str(caught.value) and "mix remove" in str(caught.value)
-    assert load_mixture(on(2031, 5, 2), experts=["zinc"]).expert_names == ["zinc"]
-    remove_experts(tmp_path / "m", ["amber"])
-    assert load_mixture(on(2031, 5, 2)).expert_names == ["zinc"]
+    assert load_mixture(on(2031, 5, 2), house.trusted, experts=["zinc"]).expert_names == ["zinc"]
+    remove_experts(tmp_path / "m", ["amber"], house.trusted)
+    assert load_mixture(on(2031, 5, 2), house.trusted).expert_names == ["zinc"]
 
 
 @pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 2}])
@@ -301,7 +303,7 @@ def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
     about = json.loads((model / "mixture.json").read_text())
     (model / "mixture.json").write_text(json.dumps(about | change))
     with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 1"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[]"])
@@ -309,9 +311,9 @@ def test_a_mixture_json_that_is_none_is_refused(house, tmp_path, text):
     model = house.build(["amber"], tmp_path / "m")
     (model / "mixture.json").write_text(text)
     with pytest.raises(MergeError, match=r"mixture\.json"):
-        load_mixture(model)
+        load_mixture(model, house.trusted)
 
 
-def test_a_directory_without_a_mixture_is_named(tmp_path):
+def test_a_directory_without_a_mixture_is_named(house, tmp_path):
     with pytest.raises(MergeError, match=r"mixture\.json"):
-        load_mixture(tmp_path)
+        load_mixture(tmp_path, house.trusted)

@@ -127,7 +127,7 @@ def test_it_travels_in_a_bundle_like_any_other(
     )
     trusted = TrustedOwners.from_keys({"Ann": owner_keys["Ann"].with_suffix(".pub").read_bytes()})
     build_mixture(pico_anchor_dir, [bundle], tmp_path / "model", trusted)
-    loaded = load_mixture(tmp_path / "model")
+    loaded = load_mixture(tmp_path / "model", trusted)
     assert loaded.model.settings == CONTEXT
     ids = torch.from_numpy(next(embedding_windows(pico_sets["maths"], pico_anchor.config)))
     expected = assemble_mixture(pico_anchor, {"maths": made.tensors}, CONTEXT)

@@ -117,10 +117,14 @@ def read_public_key(private_path: Path) -> bytes:
 
 
 class TrustedOwners:
-    """The owners a coordinator trusts: one public key each. An empty set trusts nobody."""
+    """The owners a coordinator trusts: one public key each. An empty set trusts nobody.
 
-    def __init__(self, owner_by_key_id: Mapping[str, str]):
+    With `allows_unknown`, keys that it does not hold are let in too, under no owner's name.
+    """
+
+    def __init__(self, owner_by_key_id: Mapping[str, str], allows_unknown: bool = False):
         self._owner_by_key_id = dict(owner_by_key_id)
+        self.allows_unknown = allows_unknown
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, bytes]) -> "TrustedOwners":
@@ -181,6 +185,9 @@ class TrustedOwners:
     def key_of(self, owner: str) -> str | None:
         """The key id trusted for `owner`, or None."""
         return next((k for k, o in self._owner_by_key_id.items() if o == owner), None)
+
+
+ANY_SIGNER = TrustedOwners({}, allows_unknown=True)
 
 
 # --- signatures --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.run import Only, Without, names_of, print_table, switches
+from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.numbers import format_number
 from flexolmo.terminal import PlainConsole, echo
 
@@ -23,6 +24,8 @@ def evaluate(
     ] = None,
     without: Without = None,
     only: Only = None,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
     study: Annotated[
         Path | None,
         typer.Option(help="Directory of a finished study, instead of --model: any of its methods."),
@@ -149,7 +152,12 @@ def evaluate(
             study, method or "flexolmo_default", seed=study_seed, **switches(without, only)
         )
     elif model is not None:
-        reader, about = open_reader(model, **switches(without, only), device=choose_device(device))
+        reader, about = open_reader(
+            model,
+            trusted_owners(trust, trust_any_signer),
+            **switches(without, only),
+            device=choose_device(device),
+        )
     stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
     sources = Sources(items, use_hub=hub, prepared=stand_ins)
     results = run_suite(reader, about, chosen, sources, out, settings)
@@ -166,6 +174,8 @@ def sets(
             help="A prepared set; may be repeated. One named as an expert is that owner's own."
         ),
     ],
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
     out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
     split: Annotated[
         str, typer.Option(help="heldout to report, validation to choose settings by.")
@@ -193,7 +203,7 @@ def sets(
     if split not in ("heldout", "validation"):
         raise ConfigError(f"Split {split!r} is not known; heldout and validation are.")
     set_up(0, threads)
-    mixture = load_mixture(model)
+    mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
     opened = [open_set(d, mixture.tokenizer.digest) for d in data]
     sets = {s.name: s for s in opened}
     if len(sets) < len(opened):
@@ -387,6 +397,8 @@ def harness(
     ] = None,
     without: Without = None,
     only: Only = None,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
     shots: Annotated[
         int | None, typer.Option(min=0, help="Examples before a question. Default: the task's own.")
     ] = None,
@@ -406,7 +418,12 @@ def harness(
     from flexolmo.runtime import choose_device, run_record, set_up
 
     set_up(0, threads)
-    reader, about = open_reader(model, **switches(without, only), device=choose_device(device))
+    reader, about = open_reader(
+        model,
+        trusted_owners(trust, trust_any_signer),
+        **switches(without, only),
+        device=choose_device(device),
+    )
     settings = {"tasks": names_of(tasks), "shots": shots, "limit": limit, "batch_size": batch_size}
     found = run_harness(reader, names_of(tasks), include_path, shots, limit, batch_size)
     write_json(out, {"model": about, "results": found, "run": run_record(settings, 0, {})})

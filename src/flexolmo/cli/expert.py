@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
+from flexolmo.cli.trust import TrustDirectory
 from flexolmo.numbers import format_megabytes, format_seconds
 from flexolmo.terminal import PlainConsole, echo
 
@@ -15,10 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Train an expert on your own text, sign it into a bundle, check bundles.",
 )
-TrustDirectory = Annotated[
-    Path | None,
-    typer.Option("--trust", help="Directory of trusted owners' public keys, one OWNER.pub each."),
-]
 
 
 @app.command("train")

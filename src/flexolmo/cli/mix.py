@@ -6,19 +6,13 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli.anchor import Precision
-from flexolmo.cli.expert import TrustDirectory
+from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import echo
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Merge bundles into one mixture; add, remove, inspect, export, import.",
 )
-TrustAny = Annotated[
-    bool,
-    typer.Option(
-        "--trust-any-signer", help="Accept signers you do not know. Every other check stays."
-    ),
-]
 Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
 
 
@@ -40,16 +34,10 @@ def build(
 
     Example: flexolmo mix build anchor math.bundle code.bundle --trust trusted/ -o model
     """
-    from flexolmo.bundle.signing import TrustedOwners
     from flexolmo.merge.mixture import build_mixture
 
     about = build_mixture(
-        anchor,
-        bundles,
-        out,
-        TrustedOwners.load(trust) if trust else None,
-        allow_unknown_signers=trust_any_signer,
-        top_k=top_k,
+        anchor, bundles, out, trusted_owners(trust, trust_any_signer), top_k=top_k
     )
     echo(f"{out}: public + {', '.join(about['experts'])}")
 
@@ -62,26 +50,23 @@ def add(
     trust_any_signer: TrustAny = False,
 ) -> None:
     """Add owners' bundles to a mixture."""
-    from flexolmo.bundle.signing import TrustedOwners
     from flexolmo.merge.mixture import add_experts
 
-    about = add_experts(
-        model,
-        bundles,
-        TrustedOwners.load(trust) if trust else None,
-        allow_unknown_signers=trust_any_signer,
-    )
+    about = add_experts(model, bundles, trusted_owners(trust, trust_any_signer))
     echo(f"{model}: public + {', '.join(about['experts'])}")
 
 
 @app.command("remove")
 def remove(
-    model: Model, names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")]
+    model: Model,
+    names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")],
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
 ) -> None:
-    """Remove owners' experts, files and all."""
+    """Remove owners' experts, files and all. Those who stay must be trusted."""
     from flexolmo.merge.mixture import remove_experts
 
-    about = remove_experts(model, names)
+    about = remove_experts(model, names, trusted_owners(trust, trust_any_signer))
     echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
 
 
@@ -107,6 +92,8 @@ def export(
             "cost on (their held-out split). Default: text the mixture itself writes."
         ),
     ] = None,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
 ) -> None:
     """Write a stock checkpoint.
 
@@ -130,7 +117,7 @@ def export(
 
     if to != "hf":
         raise ConfigError(f"Format {to!r} is not known; hf is.")
-    mixture = load_mixture(model)
+    mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
     refuse_more_than_ffn(mixture.model)
     if is_stock_router(mixture.model):
         export_stock(mixture, mixture.model, out, {"exact": True})

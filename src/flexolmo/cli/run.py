@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
 Without = Annotated[str | None, typer.Option(help="Experts to switch off, comma-separated.")]
@@ -31,6 +32,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     without: Without = None,
     only: Only = None,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 is greedy: always the likeliest token.")
@@ -66,7 +69,8 @@ def generate(
         anchor = load_anchor(model)
         pieces = stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None)
     else:
-        pieces = stream(load_mixture(model), prompt, sampling=sampling, **chosen)
+        mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
+        pieces = stream(mixture, prompt, sampling=sampling, **chosen)
     echo(prompt, end="")
     for piece in pieces:
         echo(piece, end="")

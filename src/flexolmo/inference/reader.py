@@ -15,6 +15,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import digest_bytes, digest_file
@@ -183,6 +184,7 @@ class StockReader:
 
 def open_reader(
     directory: Path,
+    trusted: TrustedOwners | None = None,
     *,
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
@@ -191,12 +193,12 @@ def open_reader(
     """The model in a directory, and what it is: kind, digest, and the experts that are on.
 
     A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
-    experts. Raises CheckpointError if the directory holds none of them, PolicyError for an
-    expert it does not hold.
+    experts, and `trusted` must hold their signers. Raises CheckpointError if the directory holds
+    none of the three, PolicyError for an expert it does not hold.
     """
     directory, device = Path(directory), device or torch.device("cpu")
     if (directory / ABOUT).is_file():
-        mixture = load_mixture(directory)
+        mixture = load_mixture(directory, trusted)
         enabled = choose_experts(mixture.expert_names, without=without, only=only)
         return (
             OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled)),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import build_manifest
+from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
 from flexolmo.files import digest_file, write_directory_aside, write_json
@@ -318,11 +319,7 @@ def import_stock(
             )
             bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
         about = build_mixture(
-            aside / "anchor",
-            bundles,
-            Path(out),
-            allow_unknown_signers=True,
-            top_k=stock.num_experts_per_tok,
+            aside / "anchor", bundles, Path(out), ANY_SIGNER, top_k=stock.num_experts_per_tok
         )
     return about
 

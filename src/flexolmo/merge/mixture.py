@@ -25,7 +25,7 @@ from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import compare_tensors, read_integers
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.errors import MergeError
+from flexolmo.errors import MergeError, SignatureError
 from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor
@@ -58,9 +58,8 @@ def build_mixture(
     anchor_dir: Path,
     bundles: Sequence[Path],
     out: Path,
-    trusted: TrustedOwners | None = None,
+    trusted: TrustedOwners | None,
     *,
-    allow_unknown_signers: bool = False,
     top_k: int | None = None,
 ) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
@@ -73,8 +72,9 @@ def build_mixture(
     """
     if top_k is not None and top_k < 1:
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
+    trusted = _require(trusted)
     anchor = load_anchor(anchor_dir)
-    opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
+    opened = [(Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened])
     sources = {b.manifest.name: p for p, b in opened}
     experts = {b.manifest.name: _describe_expert(b) for _, b in opened}
@@ -87,22 +87,19 @@ def build_mixture(
         experts,
         _ROUTER.validate_python(router).model_dump(mode="json"),
         top_k,
+        trusted,
     )
 
 
 def add_experts(
-    model_dir: Path,
-    bundles: Sequence[Path],
-    trusted: TrustedOwners | None = None,
-    *,
-    allow_unknown_signers: bool = False,
+    model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners | None
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`."""
-    about = read_about(model_dir)
+    about, trusted = read_about(model_dir), _require(trusted)
     anchor = _load_own_anchor(model_dir, about)
     held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
-    manifests = [_reopen(path, n, about)[0] for n, path in held.items()]
-    opened = [(Path(p), open_bundle(Path(p), trusted, allow_unknown_signers)) for p in bundles]
+    manifests = [_reopen(path, n, about, trusted)[0] for n, path in held.items()]
+    opened = [(Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown)) for p in bundles]
     _refuse_misfits(anchor, [b for _, b in opened], manifests)
     sources = held | {b.manifest.name: p for p, b in opened}
     experts = about["experts"] | {b.manifest.name: _describe_expert(b) for _, b in opened}
@@ -115,12 +112,18 @@ def add_experts(
         experts,
         _ROUTER.validate_python(router).model_dump(mode="json"),
         about["top_k"],
+        trusted,
     )
 
 
-def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
-    """Remove owners' experts, files and all, from the mixture in `model_dir`."""
-    about = read_about(model_dir)
+def remove_experts(
+    model_dir: Path, names: Iterable[str], trusted: TrustedOwners | None
+) -> dict[str, Any]:
+    """Remove owners' experts, files and all, from the mixture in `model_dir`.
+
+    Signers of those who stay must be trusted; nothing is asked of those who go.
+    """
+    about, trusted = read_about(model_dir), _require(trusted)
     gone = set(names)
     _refuse_unknown(gone, about)
     kept = {n: e for n, e in about["experts"].items() if n not in gone}
@@ -133,17 +136,22 @@ def remove_experts(model_dir: Path, names: Iterable[str]) -> dict[str, Any]:
         kept,
         about["router"],
         about["top_k"],
+        trusted,
     )
 
 
-def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> LoadedMixture:
+def load_mixture(
+    model_dir: Path, trusted: TrustedOwners | None, experts: Iterable[str] | None = None
+) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
+
+    Their signers must be among `trusted`; ANY_SIGNER lets everybody in.
 
     Every bundle's signature and digests are checked again, and that it is the expert, for the
     anchor and router, that mixture.json says; an expert whose terms have expired since is refused
     by name. mixture.json itself is not signed: keep it as safe as the program.
     """
-    about = read_about(model_dir)
+    about, trusted = read_about(model_dir), _require(trusted)
     anchor = _load_own_anchor(model_dir, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
@@ -151,7 +159,7 @@ def load_mixture(model_dir: Path, experts: Iterable[str] | None = None) -> Loade
     today = datetime.datetime.now(datetime.UTC).date()
     for name in sorted(chosen):
         path = Path(model_dir) / "experts" / f"{name}.bundle"
-        manifest, weights = _reopen(path, name, about)
+        manifest, weights = _reopen(path, name, about, trusted)
         if manifest.terms.expires is not None and manifest.terms.expires < today:
             late.append(f"{name}: terms expired on {manifest.terms.expires}")
         tensors[name] = load_bytes(weights)
@@ -286,6 +294,17 @@ def _dtypes_of(key: str, weights: str) -> list[str]:
     return list(dict.fromkeys([weights, "BF16"] if ".lora_" in key else [weights]))
 
 
+def _require(trusted: TrustedOwners | None) -> TrustedOwners:
+    if trusted is None:
+        raise SignatureError(
+            "Nobody was said to be trusted. Give --trust DIR, or set FLEXOLMO_TRUST to it: a "
+            "directory with each trusted owner's public key as OWNER.pub. To look at a mixture "
+            "whoever signed it, give --trust-any-signer. From Python: TrustedOwners.load(DIR), or "
+            "ANY_SIGNER."
+        )
+    return trusted
+
+
 def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
     unknown = sorted(names - set(about["experts"]))
     if unknown:
@@ -295,7 +314,9 @@ def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
         )
 
 
-def _reopen(path: Path, name: str, about: Mapping[str, Any]) -> tuple[Manifest, bytes]:
+def _reopen(
+    path: Path, name: str, about: Mapping[str, Any], trusted: TrustedOwners
+) -> tuple[Manifest, bytes]:
     """Manifest and weights of a bundle inside a mixture, byte for byte as once verified."""
     entry, wrong = about["experts"][name], []
     for file in sorted(MAX_FILE_BYTES):
@@ -305,8 +326,8 @@ def _reopen(path: Path, name: str, about: Mapping[str, Any]) -> tuple[Manifest, 
         except OSError as e:
             wrong.append(f"{file}: {e.strerror}")
     if not wrong:
-        # the caller judges the terms; a signer was trusted when the mixture was built
-        found = open_bundle(path, None, allow_unknown_signer=True, today=datetime.date.min)
+        # the caller judges the terms
+        found = open_bundle(path, trusted, trusted.allows_unknown, today=datetime.date.min)
         manifest = found.manifest
         for claim, value, expected in (
             ("name", manifest.name, name),
@@ -337,6 +358,7 @@ def _write(
     experts: Mapping[str, Any],
     router: Any,
     top_k: int | None,
+    trusted: TrustedOwners,
 ) -> dict[str, Any]:
     about = {
         "format": "flexolmo-mixture",
@@ -352,7 +374,7 @@ def _write(
         for name, source in sources.items():
             target = aside / "experts" / f"{name}.bundle"
             _place(source, target)
-            _reopen(target, name, about)
+            _reopen(target, name, about, trusted)
         write_json(aside / ABOUT, about)
     return about
 

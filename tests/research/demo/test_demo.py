@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners
 from flexolmo.cli import app
 from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
 from flexolmo.merge.mixture import load_mixture
@@ -193,16 +193,19 @@ def test_the_results_tell_of_each_owner_only_what_is_true(finished):
         assert owner["documents"] > 10 and owner["owner"] == f"{owner['name'].capitalize()} House"
         opened = open_bundle(bundle, TrustedOwners.load(out / "coordinator" / "trusted"))
         assert (opened.key_id, opened.manifest.licence) == (owner["key_id"], owner["licence"])
-    model = load_mixture(out / "model").model
+    model = load_mixture(out / "model", ANY_SIGNER).model
     assert results["anchor"]["parameters"] == sum(
-        p.numel() for p in load_mixture(out / "model", experts=[]).model.parameters()
+        p.numel() for p in load_mixture(out / "model", ANY_SIGNER, experts=[]).model.parameters()
     )
     assert results["anchor"]["config"] == model.config.model_dump()
 
 
 def test_the_two_mixtures_are_of_the_two_routers(finished):
     out = finished[0]
-    ours, paper = load_mixture(out / "model"), load_mixture(out / "model-paper")
+    ours, paper = (
+        load_mixture(out / "model", ANY_SIGNER),
+        load_mixture(out / "model-paper", ANY_SIGNER),
+    )
     assert ours.expert_names == paper.expert_names == ["academic", "code"]
     assert ours.model.settings.kind == "evidence"
     assert paper.model.settings == LinearSettings(has_bias=True)
@@ -349,7 +352,7 @@ def left(finished, tmp_path_factory):
 
 def test_an_owner_that_left_is_not_in_the_mixture(left):
     out, results, _ = left
-    assert load_mixture(out / "model").expert_names == ["code"]
+    assert load_mixture(out / "model", ANY_SIGNER).expert_names == ["code"]
     assert list(results["bits_per_byte"]) == [
         "anchor",
         "expert code",

@@ -30,7 +30,7 @@ def runs(house, tmp_path_factory):
     found = {}
     for name, off in (("anchor", {"only": []}), ("all|of*it", {}), ("less", {"without": ["zinc"]})):
         run_suite(
-            *open_reader(house.mixture_dir(NAMES, "rich"), **off),
+            *open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, **off),
             TASKS,
             Sources(),
             root / name,
@@ -66,7 +66,7 @@ def test_the_best_of_a_row_is_bold(runs, tmp_path):
 def test_runs_that_cannot_stand_side_by_side_are_refused(runs, house, tmp_path):
     other = tmp_path / "other"
     run_suite(
-        *open_reader(house.mixture_dir(NAMES, "rich")),
+        *open_reader(house.mixture_dir(NAMES, "rich"), house.trusted),
         [task_of("arc_easy", choice_items(4))],
         Sources(),
         other,
@@ -74,7 +74,7 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(runs, house, tmp_path):
     )
     forms = tmp_path / "forms"
     run_suite(
-        *open_reader(house.mixture_dir(NAMES, "rich")),
+        *open_reader(house.mixture_dir(NAMES, "rich"), house.trusted),
         TASKS,
         Sources(),
         forms,
@@ -83,7 +83,7 @@ def test_runs_that_cannot_stand_side_by_side_are_refused(runs, house, tmp_path):
     more = tmp_path / "more"
     shutil.copytree(runs["anchor"], more)
     run_suite(
-        *open_reader(house.mixture_dir(NAMES, "rich"), only=[]),
+        *open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, only=[]),
         TASKS[:1],
         Sources(),
         more,

@@ -60,10 +60,12 @@ def test_scores_are_the_harness_s_item_by_item(stock_dir):
                     assert a[0][0] == pytest.approx(b[0][0], abs=1e-3) and a[0][1] == b[0][1]
 
 
-def test_a_task_of_the_harness_runs_on_a_mixture_without_an_expert(house):
+def test_a_task_of_the_harness_runs_on_a_mixture_without_an_expert(house, trust_dir):
     task = harness_task(task_of("arc_easy", []), choice_items())
     found = [
-        answers(HarnessModel(str(house.mixture_dir(*which)), without=off), [task])[0]
+        answers(
+            HarnessModel(str(house.mixture_dir(*which)), trust=str(trust_dir), without=off), [task]
+        )[0]
         for which, off in (
             ((NAMES, "rich"), "basalt"),
             ((("amber", "zinc"), "rich"), ""),
@@ -102,7 +104,7 @@ def test_a_user_s_own_task_runs_and_an_unknown_one_is_named(house, tmp_path):
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{o}}"\ndoc_to_target: "{{g}}"\n'
         "metric_list: [{metric: acc}]\n"
     )
-    reader, _ = open_reader(house.mixture_dir(NAMES, "rich"), without=["zinc"])
+    reader, _ = open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, without=["zinc"])
     found = run_harness(reader, ["mine"], tmp_path)
     scores = [Scorer(reader).log_likelihoods([(r["q"], f" {o}") for o in r["o"]]) for r in rows]
     right = [

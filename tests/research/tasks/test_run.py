@@ -28,7 +28,7 @@ SOURCES = SimpleNamespace(digests={})
 @pytest.fixture(scope="module")
 def opened(house):
     """A mixture of three, all on."""
-    return open_reader(house.mixture_dir(NAMES, "rich"))
+    return open_reader(house.mixture_dir(NAMES, "rich"), house.trusted)
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_another_run_in_the_same_place_is_refused(opened, house, tmp_path, tasks
         (opened, RunSettings(limit=3), tasks[:1], "items of arc_easy"),
         (opened, RunSettings(limit=2, seed=1), tasks[:1], "setting seed"),
         (
-            open_reader(house.mixture_dir(NAMES, "rich"), without=["amber"]),
+            open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, without=["amber"]),
             RunSettings(limit=2),
             tasks[:1],
             "model",
@@ -197,8 +197,11 @@ def test_more_tasks_may_be_asked_of_the_same_run(opened, tmp_path, tasks):
 
 def test_an_expert_left_out_gives_the_rows_of_a_model_without_it(house, tmp_path, tasks):
     for name, (reader, about) in (
-        ("without", open_reader(house.mixture_dir(NAMES, "rich"), without=["basalt"])),
-        ("never", open_reader(house.mixture_dir(("amber", "zinc"), "rich"))),
+        (
+            "without",
+            open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, without=["basalt"]),
+        ),
+        ("never", open_reader(house.mixture_dir(("amber", "zinc"), "rich"), house.trusted)),
     ):
         run_suite(
             reader, about | {"digest": "same"}, tasks, SOURCES, tmp_path / name, RunSettings()
@@ -410,7 +413,7 @@ def test_two_runs_do_not_write_into_one_directory(opened, tmp_path, tasks):
 def test_a_comparison_is_of_the_summed_up_scores_on_the_items_of_both(
     opened, house, tmp_path, tasks
 ):
-    anchor = open_reader(house.mixture_dir(NAMES, "rich"), only=[])
+    anchor = open_reader(house.mixture_dir(NAMES, "rich"), house.trusted, only=[])
     found = {
         name: run_suite(*model, tasks, SOURCES, tmp_path / name, RunSettings())
         for name, model in (("a", anchor), ("b", opened))

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexolmo.bundle.bundle import inspect_bundle
+from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
@@ -422,6 +423,8 @@ class _Demo:
                             "sets",
                             "--model",
                             str((self.out / f"model{suffix}").resolve()),
+                            "--trust",
+                            "trusted",
                             *flags,
                             "--out",
                             f"eval{suffix}",
@@ -449,7 +452,8 @@ class _Demo:
             for suffix in ROUTERS.values()
         )
         anchor = json.loads((self.coordinator / "anchor/anchor.json").read_text())
-        mixture = load_mixture(self.out / "model")
+        trusted = TrustedOwners.load(self.coordinator / "trusted")
+        mixture = load_mixture(self.out / "model", trusted)
         stage_seconds = {k: round(v["seconds"], 1) for k, v in self.stages.items()}
         sets = {"public": self.coordinator / "prepared/public"}
         sets |= {n: self.house(n) / "prepared" / n for n in self.names}

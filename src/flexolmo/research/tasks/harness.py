@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.errors import ConfigError
 
 try:
@@ -35,7 +36,7 @@ DEFAULT_NEW_TOKENS = 256  # the harness's own
 @register_model("flexolmo")
 class HarnessModel(LM):  # type: ignore[misc]
     """Any model that `open_reader` opens, as the harness calls it: `--model flexolmo --model_args
-    pretrained=model,without=news`; several experts are joined by "+".
+    pretrained=model,trust=trusted,without=news`; several experts are joined by "+".
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         only: str | None = None,
         batch_size: int | str | None = 32,
         device: str | None = "cpu",
+        trust: str | None = None,
         **_: Any,
     ):
         super().__init__()
@@ -52,6 +54,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         if isinstance(pretrained, str):
             pretrained, self.about = open_reader(
                 Path(pretrained),
+                None if trust is None else TrustedOwners.load(Path(trust)),
                 without=_joined(without),
                 only=None if only is None else _joined(only),
                 device=self._device,

@@ -1,0 +1,35 @@
+"""The two options that say whose signature counts, the same in every command that asks."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from flexolmo.bundle.signing import TrustedOwners
+
+TrustDirectory = Annotated[
+    Path | None,
+    typer.Option(
+        "--trust",
+        envvar="FLEXOLMO_TRUST",
+        help="Directory of trusted owners' public keys, one OWNER.pub each.",
+    ),
+]
+TrustAny = Annotated[
+    bool,
+    typer.Option(
+        "--trust-any-signer", help="Accept signers you do not know. Every other check stays."
+    ),
+]
+
+
+def trusted_owners(trust: Path | None, trust_any_signer: bool) -> "TrustedOwners | None":
+    """The owners these options trust; None if neither is given, which opens no mixture."""
+    from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners
+
+    if trust is None:
+        return ANY_SIGNER if trust_any_signer else None
+    owners = TrustedOwners.load(trust)
+    owners.allows_unknown = trust_any_signer
+    return owners
