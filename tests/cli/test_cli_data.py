@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import pytest
 from typer.testing import CliRunner
@@ -55,6 +57,29 @@ def test_an_owner_goes_from_files_to_a_prepared_set(tmp_path, monkeypatch):
         "documents": 40,
         "not_read": {"kind .pdf": ["scan.pdf"]},
     }
+
+
+def test_an_owner_s_set_is_private_and_what_a_killed_run_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = os.umask(0o022)
+    try:
+        _prepare_public(tmp_path)
+        _records(tmp_path / "closed", 1000, 40)
+        left = tmp_path / "prepared" / ".hospital.abcd1234.aside"
+        left.mkdir()
+        (left / "spill").write_text("the text in the clear")
+        result = _run("prepare", "closed", "--name", "hospital")
+    finally:
+        os.umask(before)
+    assert not left.exists() and "left by a run that was killed" in result.output
+    modes = {
+        name: {
+            stat.S_IMODE(p.stat().st_mode)
+            for p in [tmp_path / "prepared" / name, *(tmp_path / "prepared" / name).iterdir()]
+        }
+        for name in ("public", "hospital")
+    }
+    assert modes == {"public": {0o755, 0o644}, "hospital": {0o700, 0o600}}
 
 
 def test_an_owner_without_a_public_set_is_told_what_to_give(tmp_path, monkeypatch):
