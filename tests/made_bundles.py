@@ -7,7 +7,7 @@ import safetensors.numpy
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES
 from flexolmo.bundle.manifest import build_manifest
-from flexolmo.bundle.signing import read_public_key, sign_files
+from flexolmo.bundle.signing import encode_public, read_private_key, sign_files
 from flexolmo.files import digest_bytes
 
 DIGEST = "sha256:" + "ab" * 32
@@ -52,13 +52,14 @@ def make_manifest(weights, **changes):
 def sign_as(path, manifest_bytes, weights, key, subject="maths.bundle"):
     """A directory signed by its owner, whatever it holds: what a careless owner could send."""
     path.mkdir()
+    private = read_private_key(key)
     files = {
         "expert.safetensors": weights,
         "manifest.json": manifest_bytes,
-        "signer.pub": read_public_key(key),
+        "signer.pub": encode_public(private),
     }
     digests = {name: digest_bytes(data) for name, data in files.items()}
-    files["signature.sig"] = sign_files(subject, digests, key)
+    files["signature.sig"] = sign_files(subject, digests, private)
     for name, data in files.items():
         (path / name).write_bytes(data)
     return path

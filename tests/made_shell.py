@@ -39,7 +39,7 @@ def serve(address: str) -> None:
     import flexolmo.evaluation.likelihood
     import flexolmo.merge.export
     import flexolmo.report.plots
-    import flexolmo.train.expert  # noqa: F401
+    import flexolmo.train.expert
 
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)

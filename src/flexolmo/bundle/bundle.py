@@ -1,22 +1,36 @@
 """Write an expert bundle; open one only after every check.
 
-A bundle is a directory of four files. Each is read once, the bytes read are checked, and only
-those bytes are handed out, so nothing can change between check and use. Knows nothing of anchors:
-whether the expert fits one is decided at merge.
+A bundle is a directory of four files, each read once. The three small ones come first: nothing of
+the weights is read before the signature holds, the signer is trusted and the manifest is valid.
+Then the weights are read in pieces. Digests are computed of the pieces, and the tensors handed out
+are those same pieces in memory of our own, so what was checked is what is used, whatever happens to
+the file meanwhile. (A memory map would show later changes, and end the process if the file were cut
+short.) Knows nothing of anchors: whether the expert fits one is decided at merge.
 """
 
 import datetime
+import hashlib
+import io
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, encode_manifest, read_manifest
-from flexolmo.bundle.signing import TrustedOwners, key_id, read_public_key, sign_files, verify_files
+from flexolmo.bundle.signing import (
+    ADVICE_ALTERED,
+    Signed,
+    TrustedOwners,
+    encode_public,
+    read_private_key,
+    read_signature,
+    sign_files,
+)
 from flexolmo.bundle.strict import raise_listed
-from flexolmo.bundle.tensors import TensorEntry, compare_tensors, describe_tensors, find_nonfinite
+from flexolmo.bundle.tensors import MAX_HEADER_BYTES, Weights, compare_tensors, read_weights
 from flexolmo.errors import BundleError, SignatureError
 from flexolmo.files import digest_bytes, write_directory_aside
 
@@ -35,17 +49,16 @@ MAX_FILE_BYTES = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that passed every check.
-
-    `weights` are the verified bytes of a safetensors file; `signer` is the owner's name in the
-    trust store, None if the signer is unknown and was let in on request.
-    """
+    """A bundle that passed every check."""
 
     manifest: Manifest
-    weights: bytes = field(repr=False)
-    signer: str | None
+    signer: str | None  # name in the trust store; None if unknown and let in on request
     key_id: str
     digests: Mapping[str, str]  # of each of the four files, as verified
+    weights_bytes: int  # size of expert.safetensors
+    # Verified bytes of each tensor, little-endian, with dtype and shape in `manifest.tensors`;
+    # empty unless opened with `keep_tensors`.
+    tensors: Mapping[str, bytearray] = field(repr=False)
 
 
 def open_bundle(
@@ -53,25 +66,26 @@ def open_bundle(
     trusted: TrustedOwners | None,
     allow_unknown_signer: bool = False,
     today: datetime.date | None = None,
+    *,
+    keep_tensors: bool = False,
+    max_bytes: int | None = None,
 ) -> Bundle:
     """The bundle in directory `path`, after every check of docs/bundle_format.md, in its order.
 
-    `allow_unknown_signer` lets in a key that `trusted` does not hold, never one that claims to
-    be an owner it does hold. `today` (default: now, UTC) is held against the terms.
+    Args:
+        allow_unknown_signer: Let in a key that `trusted` does not hold, but never one that claims
+            to be an owner it does hold.
+        today: Date that is held against the terms. Default: now, in UTC.
+        keep_tensors: Hand out the tensors' bytes too, in as much memory. Without it a bundle of
+            any size is checked in a few MiB.
+        max_bytes: Refuse larger weights, before anything of them is read.
 
     Raises:
         SignatureError: wrong signature, unknown signer, or a trusted signer under another name.
         BundleError: any other refusal.
     """
-    files, problems = _read_files(path)
-    raise_listed(
-        BundleError,
-        f"{path} was refused: not the files of a bundle.",
-        problems,
-        f"Expected exactly {', '.join(sorted(MAX_FILE_BYTES))}. Ask the owner to send it again.",
-    )
-    signed = _check_signature(path, files)
-    return _check(path, files, signed, trusted, allow_unknown_signer, today or _today())
+    with _open_files(Path(path), max_bytes) as files:
+        return _check(files, trusted, allow_unknown_signer, today, keep_tensors)
 
 
 def write_bundle(
@@ -80,11 +94,12 @@ def write_bundle(
     manifest: Manifest,
     private_key: Path,
     today: datetime.date | None = None,
+    passphrase: str | None = None,
 ) -> Path:
     """Pack and sign a bundle at `path` (`<name>.bundle`, must not exist); return `path`.
 
-    What was written is opened again with every check before it gets its name; a kill at any
-    moment leaves nothing at `path`.
+    It is opened with every check before it gets its name; a kill at any moment leaves nothing at
+    `path`. For `passphrase` see `read_private_key`.
 
     Raises:
         BundleError: the weights do not match the manifest, hold an infinity or NaN, or the terms
@@ -95,38 +110,37 @@ def write_bundle(
         raise BundleError(f"{path}: expected the directory name {manifest.name}.bundle.")
     if os.path.lexists(path):
         raise BundleError(f"{path} exists and is not overwritten. Remove it or choose another.")
-    today = today or _today()
-    public_pem = read_public_key(private_key)
+    key = read_private_key(private_key, passphrase)
     files = {
         WEIGHTS_FILE: weights,
         MANIFEST_FILE: encode_manifest(manifest),
-        SIGNER_FILE: public_pem,
+        SIGNER_FILE: encode_public(key),
     }
-    digests = _digest_files(files)
-    raise_listed(
-        BundleError,
-        f"{path} was not written: the expert does not match its manifest.",
-        _find_content_problems(
-            read_manifest(files[MANIFEST_FILE]), weights, digests[WEIGHTS_FILE], today
-        ),
-        "Pack the expert again from its training result.",
-    )
-    files[SIGNATURE_FILE] = sign_files(path.name, digests, private_key)
-    owner = TrustedOwners.from_keys({manifest.owner: public_pem})
+    digests = {name: digest_bytes(data) for name, data in files.items()}
+    files[SIGNATURE_FILE] = sign_files(path.name, digests, key)
+    owner = TrustedOwners.from_keys({manifest.owner: files[SIGNER_FILE]})
     try:
         with write_directory_aside(path, MANIFEST_FILE) as aside:
             for name, data in files.items():
                 (aside / name).write_bytes(data)
-            open_bundle(aside, owner, today=today)
+            try:
+                open_bundle(aside, owner, today=today)
+            except BundleError as e:
+                found = str(e).replace(f"{aside} was refused", "it would be refused")
+                raise type(e)(f"{path} was not written: {found}") from None
     except OSError as e:
         raise BundleError(f"{path} cannot be written: {e}.") from None
     return path
 
 
 def inspect_bundle(
-    path: Path, trusted: TrustedOwners | None = None, today: datetime.date | None = None
+    path: Path,
+    trusted: TrustedOwners | None = None,
+    today: datetime.date | None = None,
+    *,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """What a bundle claims, for display only; never raises for a bad bundle.
+    """Everything a bundle claims, for display only; never raises for a bad bundle.
 
     Returns:
         `path`; `verified` (True only if `open_bundle` would accept it); `why_not` (None if
@@ -144,17 +158,13 @@ def inspect_bundle(
         "claims": None,
     }
     try:
-        files, problems = _read_files(path)
-        report["file_bytes"] = {name: len(data) for name, data in files.items()}
-        if MANIFEST_FILE in files:
-            report["claims"] = _read_claims(files[MANIFEST_FILE])
-        raise_listed(
-            BundleError, "Not the files of a bundle:", problems, "Ask the owner to send it again."
-        )
-        signed = _check_signature(path, files)
-        report["key_id"] = signed.key_id
-        report["signer"] = trusted.owner_of(signed.key_id) if trusted else None
-        _check(path, files, signed, trusted, False, today or _today())
+        with _open_files(Path(path), max_bytes) as files:
+            report["file_bytes"] = files.sizes
+            report["claims"] = _read_claims(files.small.get(MANIFEST_FILE, b""))
+            signed = _check_signature(files)
+            report["key_id"] = signed.key_id
+            report["signer"] = trusted.owner_of(signed.key_id) if trusted else None
+            _check(files, trusted, False, today, False)
     except BundleError as e:
         report["why_not"] = str(e)
     else:
@@ -162,15 +172,18 @@ def inspect_bundle(
     return report
 
 
-# --- checks ------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
-def _today() -> datetime.date:
-    return datetime.datetime.now(datetime.UTC).date()
+@dataclass
+class _Files:
+    """The files of a bundle in directory `path`, opened once, without following links."""
 
-
-def _digest_files(files: Mapping[str, bytes]) -> dict[str, str]:
-    return {name: digest_bytes(data) for name, data in files.items() if name != SIGNATURE_FILE}
+    path: Path
+    sizes: dict[str, int] = field(default_factory=dict)
+    small: dict[str, bytes] = field(default_factory=dict)  # all but the weights
+    weights: list[io.FileIO] = field(default_factory=list)  # one, or none if there is a problem
+    problems: list[str] = field(default_factory=list)
 
 
 def _read_claims(data: bytes) -> dict[str, Any] | None:
@@ -180,32 +193,36 @@ def _read_claims(data: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _read_files(path: Path) -> tuple[dict[str, bytes], list[str]]:
-    """The bytes of each file that a bundle should have, and a line for everything amiss."""
+@contextmanager
+def _open_files(path: Path, max_bytes: int | None) -> Iterator[_Files]:
+    """The files that a bundle should have, and in `problems` a line for everything amiss."""
     try:
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as e:
         raise BundleError(
             f"{path} cannot be opened as a directory ({e.strerror}). Name a bundle's directory."
         ) from None
+    files = _Files(path)
+    limits = dict(MAX_FILE_BYTES)
+    if max_bytes is not None:
+        limits[WEIGHTS_FILE] = min(max_bytes, limits[WEIGHTS_FILE])
     try:
         found = set(os.listdir(directory))
-        lines = [f"missing: {name}" for name in sorted(MAX_FILE_BYTES.keys() - found)]
-        lines += [f"extra: {name!a}" for name in sorted(found - MAX_FILE_BYTES.keys())]
-        files = {}
-        for name in sorted(found & MAX_FILE_BYTES.keys()):
-            content = _read_file(directory, name, MAX_FILE_BYTES[name])
-            if isinstance(content, str):
-                lines.append(content)
-            else:
-                files[name] = content
-        return files, lines
+        files.problems = [f"missing: {name}" for name in sorted(limits.keys() - found)]
+        files.problems += [f"extra: {name!a}" for name in sorted(found - limits.keys())]
+        for name in sorted(found & limits.keys()):
+            problem = _open_file(files, directory, name, limits[name])
+            if problem is not None:
+                files.problems.append(problem)
+        yield files
     finally:
         os.close(directory)
+        for f in files.weights:
+            f.close()
 
 
-def _read_file(directory: int, name: str, max_bytes: int) -> bytes | str:
-    """All bytes of one plain file, or a line that says why not. Never follows a link."""
+def _open_file(files: _Files, directory: int, name: str, max_bytes: int) -> str | None:
+    """Open one plain file, and read it unless it is the weights; a line if that cannot be."""
     try:
         # O_NONBLOCK: opening a pipe must not wait for a writer.
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=directory)
@@ -215,7 +232,12 @@ def _read_file(directory: int, name: str, max_bytes: int) -> bytes | str:
     if not stat.S_ISREG(status.st_mode):
         os.close(fd)
         return f"{name}: found something other than a plain file"
-    with os.fdopen(fd, "rb") as f:
+    f = io.FileIO(fd)
+    files.sizes[name] = status.st_size
+    if name == WEIGHTS_FILE and status.st_size <= max_bytes:
+        files.weights.append(f)
+        return None
+    with f:
         if status.st_size > max_bytes:
             return f"{name}: found {status.st_size} bytes, expected at most {max_bytes}"
         try:
@@ -224,36 +246,57 @@ def _read_file(directory: int, name: str, max_bytes: int) -> bytes | str:
             return f"{name}: cannot be read ({e.strerror})"
     if len(data) != status.st_size:
         return f"{name}: changed its size while it was read; expected a file at rest"
-    return data
+    files.small[name] = data
+    return None
 
 
-@dataclass(frozen=True)
-class _Signed:
-    """What a valid signature proves: the signed name, the key, the digests of the files."""
-
-    subject: str
-    key_id: str
-    digests: Mapping[str, str]
+# --- checks ------------------------------------------------------------------------------------
 
 
-def _check_signature(path: Path, files: Mapping[str, bytes]) -> _Signed:
-    digests = _digest_files(files)
+def _compare_digests(files: _Files, found: Mapping[str, str], signed: Mapping[str, str]) -> None:
+    """SignatureError for each file in either that has not the same digest in both."""
+    raise_listed(
+        SignatureError,
+        f"{files.path} was refused: files differ from what was signed.",
+        [
+            f"{name}: found {found.get(name, 'no such file')}, "
+            f"expected {signed.get(name, 'no such file')} as signed"
+            for name in sorted(found.keys() | signed.keys())
+            if found.get(name) != signed.get(name)
+        ],
+        ADVICE_ALTERED,
+    )
+
+
+def _check_signature(files: _Files) -> Signed:
+    """What was signed, if all files are there and the small ones are those that were signed."""
+    raise_listed(
+        BundleError,
+        f"{files.path} was refused: not the files of a bundle.",
+        files.problems,
+        f"Expected exactly {', '.join(sorted(MAX_FILE_BYTES))}. Ask the owner to send it again.",
+    )
     try:
-        subject = verify_files(digests, files[SIGNATURE_FILE], files[SIGNER_FILE])
+        signed = read_signature(files.small[SIGNATURE_FILE], files.small[SIGNER_FILE])
     except SignatureError as e:
-        raise SignatureError(f"{path} was refused. {e}") from None
-    return _Signed(subject, key_id(files[SIGNER_FILE]), digests)
+        raise SignatureError(f"{files.path} was refused. {e}") from None
+    found = {name: digest_bytes(files.small[name]) for name in (MANIFEST_FILE, SIGNER_FILE)}
+    # The weights are compared when they are read, last of all.
+    found[WEIGHTS_FILE] = signed.digests.get(WEIGHTS_FILE, "a file")
+    _compare_digests(files, found, signed.digests)
+    return signed
 
 
 def _check(
-    path: Path,
-    files: Mapping[str, bytes],
-    signed: _Signed,
+    files: _Files,
     trusted: TrustedOwners | None,
     allow_unknown_signer: bool,
-    today: datetime.date,
+    today: datetime.date | None,
+    keep_tensors: bool,
 ) -> Bundle:
-    """Every check after listing and signature, in order; `files` holds exactly the four."""
+    """Every check, in order."""
+    path = files.path
+    signed = _check_signature(files)
     signer = trusted.owner_of(signed.key_id) if trusted else None
     if signer is None and not allow_unknown_signer:
         raise SignatureError(
@@ -262,7 +305,7 @@ def _check(
             "signer.pub among the trusted owners as <owner>.pub."
         )
     try:
-        manifest = read_manifest(files[MANIFEST_FILE])
+        manifest = read_manifest(files.small[MANIFEST_FILE])
     except BundleError as e:
         raise BundleError(f"{path} was refused. {e}") from None
     if signer is not None and signer != manifest.owner:
@@ -276,17 +319,13 @@ def _check(
             f"{path} was refused: it claims to be by {manifest.owner!r}, whose trusted key is "
             f"{claimed_key_id}, but found a signature by {signed.key_id}. Ask that owner."
         )
+    weights = _read_weights(files, manifest, signed, keep_tensors)
     lines = []
     if signed.subject != f"{manifest.name}.bundle":
         lines.append(
             f"{SIGNATURE_FILE}: found the name {signed.subject!a}, expected {manifest.name}.bundle"
         )
-    try:
-        lines += _find_content_problems(
-            manifest, files[WEIGHTS_FILE], signed.digests[WEIGHTS_FILE], today
-        )
-    except BundleError as e:
-        raise BundleError(f"{path} was refused, {WEIGHTS_FILE}: {e}") from None
+    lines += _find_content_problems(manifest, weights, today)
     raise_listed(
         BundleError,
         f"{path} was refused: its content is not what manifest.json claims, or cannot be used.",
@@ -295,24 +334,45 @@ def _check(
     )
     return Bundle(
         manifest,
-        files[WEIGHTS_FILE],
         signer,
         signed.key_id,
-        {**signed.digests, SIGNATURE_FILE: digest_bytes(files[SIGNATURE_FILE])},
+        {**signed.digests, SIGNATURE_FILE: digest_bytes(files.small[SIGNATURE_FILE])},
+        files.sizes[WEIGHTS_FILE],
+        weights.data,
     )
 
 
+def _read_weights(files: _Files, manifest: Manifest, signed: Signed, keep: bool) -> Weights:
+    """The weights, read once, if they are those that were signed."""
+    (file,) = files.weights
+    size = files.sizes[WEIGHTS_FILE]
+    room = 8 + MAX_HEADER_BYTES + sum(entry.num_bytes for entry in manifest.tensors.values())
+    if size > room:  # altered for certain, and perhaps too large to read in vain
+        raise SignatureError(
+            f"{files.path} was refused: {WEIGHTS_FILE} has {size} bytes, the tensors in "
+            f"{MANIFEST_FILE} take at most {room}. {ADVICE_ALTERED}"
+        )
+    try:
+        weights = read_weights(file, size, keep)
+    except BundleError as e:
+        file.seek(0)
+        digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        _compare_digests(files, {**signed.digests, WEIGHTS_FILE: digest}, signed.digests)
+        raise BundleError(f"{files.path} was refused, {WEIGHTS_FILE}: {e}") from None
+    _compare_digests(files, {**signed.digests, WEIGHTS_FILE: weights.digest}, signed.digests)
+    return weights
+
+
 def _find_content_problems(
-    manifest: Manifest, weights: bytes, weights_digest: str, today: datetime.date
+    manifest: Manifest, weights: Weights, today: datetime.date | None
 ) -> list[str]:
     """A line for each way in which the weights differ from the manifest or cannot be used."""
     lines = []
-    if weights_digest != manifest.weights_digest:
+    if weights.digest != manifest.weights_digest:
         lines.append(
-            f"{WEIGHTS_FILE}: found digest {weights_digest}, expected {manifest.weights_digest}"
+            f"{WEIGHTS_FILE}: found digest {weights.digest}, expected {manifest.weights_digest}"
         )
-    found: Mapping[str, TensorEntry] = describe_tensors(weights)
-    expected = manifest.tensors
+    found, expected = weights.tensors, manifest.tensors
     lines += compare_tensors(found, {name: entry.shape for name, entry in expected.items()})
     for name in sorted(found.keys() & expected.keys()):
         if found[name].dtype != expected[name].dtype:
@@ -323,8 +383,9 @@ def _find_content_problems(
             lines.append(
                 f"data of {name}: found {found[name].digest}, expected {expected[name].digest}"
             )
-    lines += [f"not finite: {name} holds an infinity or NaN" for name in find_nonfinite(weights)]
+    lines += [f"not finite: {name} holds an infinity or NaN" for name in weights.nonfinite]
     expires = manifest.terms.expires
+    today = today or datetime.datetime.now(datetime.UTC).date()
     if expires is not None and today > expires:
         lines.append(f"terms: expired on {expires}, found today to be {today}")
     return lines

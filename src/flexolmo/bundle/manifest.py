@@ -6,6 +6,7 @@ expects; `docs/bundle_format.md` is the norm.
 
 import datetime
 import importlib.metadata
+import io
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,9 @@ from pydantic import (
 )
 
 from flexolmo.bundle.strict import Claim, parse_json, raise_listed
-from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, describe_tensors
+from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, read_weights
 from flexolmo.errors import BundleError
-from flexolmo.files import canonical_json, digest_bytes
+from flexolmo.files import canonical_json
 
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
@@ -223,7 +224,7 @@ def read_manifest(data: bytes) -> Manifest:
     raise_listed(BundleError, opening, _find_hidden_characters(value), advice)
     try:
         is_canonical = canonical_json(value) == data
-    except (ValueError, RecursionError):  # a number too large for a float
+    except ValueError:  # a number too large for a float
         is_canonical = False
     if not is_canonical:
         raise BundleError(
@@ -264,6 +265,7 @@ def build_manifest(
     """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     packages = ("flexolmo", "safetensors", "torch")
+    found = read_weights(io.BytesIO(weights), len(weights))
     claims = {
         "format_version": FORMAT_VERSION,
         "name": name,
@@ -271,8 +273,8 @@ def build_manifest(
         "anchor_digest": anchor_digest,
         "architecture": dict(architecture),
         "router": {"kind": router_kind, "settings": router_settings},
-        "tensors": {k: e.model_dump(mode="json") for k, e in describe_tensors(weights).items()},
-        "weights_digest": digest_bytes(weights),
+        "tensors": {k: e.model_dump(mode="json") for k, e in found.tensors.items()},
+        "weights_digest": found.digest,
         "recipe": recipe,
         "tokens_seen": tokens_seen,
         "data_card_digest": data_card_digest,

@@ -1,28 +1,38 @@
 """Keys, signatures over a bundle's files, and the owners a coordinator trusts.
 
-Signatures are those of the `model-signing` package with an elliptic-curve key, offline. It
-normally walks a directory; here it is handed the digests of bytes already in memory, so what was
-checked is what gets used, no link is followed and no path is ignored. Knows nothing of manifests.
+Signatures are those of the `model-signing` package with an elliptic-curve key; a test holds that
+each accepts the other's. That package reads the signed files itself, from a directory; here the
+signature is checked alone, so that nothing large is read before, and digests of bytes already read
+are compared with it. Knows nothing of manifests.
 """
 
 import base64
+import getpass
 import hashlib
 import json
 import os
+import shlex
+import stat
+import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
 
 from flexolmo.bundle.manifest import check_owner
 from flexolmo.bundle.strict import parse_json, raise_listed
 from flexolmo.errors import SignatureError
 
-_ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."
+ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."
+PASSPHRASE_VARIABLE = "FLEXOLMO_KEY_PASSPHRASE"
 _MAX_KEY_BYTES = 16 << 10
+_PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
 # --- keys --------------------------------------------------------------------------------------
@@ -42,13 +52,21 @@ def _write_new(path: Path, data: bytes, mode: int) -> None:
         os.unlink(aside)
 
 
-def create_key(private_path: Path) -> Path:
-    """Write a new P-256 private key (PEM, mode 0600); return its public half, `<path>.pub`."""
+def create_key(private_path: Path, passphrase: str | None = None) -> Path:
+    """Write a new P-256 private key (PEM, mode 0600); return its public half, `<path>.pub`.
+
+    With a `passphrase` the private key is encrypted.
+    """
     private_path = Path(private_path)
     public_path = private_path.with_name(private_path.name + ".pub")
     key = ec.generate_private_key(ec.SECP256R1())
+    protection: serialization.KeySerializationEncryption = serialization.NoEncryption()
+    if passphrase is not None:
+        if not passphrase:
+            raise SignatureError("The passphrase is empty. Give one, or make a key without any.")
+        protection = serialization.BestAvailableEncryption(passphrase.encode())
     private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection
     )
     for path in (private_path, public_path):
         if os.path.lexists(path):
@@ -57,7 +75,7 @@ def create_key(private_path: Path) -> Path:
         private_path.parent.mkdir(parents=True, exist_ok=True)
         _write_new(private_path, private, 0o600)
         try:
-            _write_new(public_path, _encode_public(key.public_key()), 0o644)
+            _write_new(public_path, encode_public(key), 0o644)
         except BaseException:
             private_path.unlink()
             raise
@@ -66,8 +84,10 @@ def create_key(private_path: Path) -> Path:
     return public_path
 
 
-def _encode_public(key: ec.EllipticCurvePublicKey) -> bytes:
-    return key.public_bytes(
+def encode_public(key: ec.EllipticCurvePrivateKey | ec.EllipticCurvePublicKey) -> bytes:
+    """The PEM form of a key's public half."""
+    public = key.public_key() if isinstance(key, ec.EllipticCurvePrivateKey) else key
+    return public.public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
 
@@ -97,20 +117,51 @@ def key_id(public_pem: bytes) -> str:
     return "sha256:" + hashlib.sha256(der).hexdigest()
 
 
-def read_public_key(private_path: Path) -> bytes:
-    """The PEM public half of the private key in the file `private_path`."""
+def read_private_key(path: Path, passphrase: str | None = None) -> ec.EllipticCurvePrivateKey:
+    """The private key in the file `path`, which nobody but its owner may be able to read.
+
+    An encrypted key takes `passphrase`, else the environment variable FLEXOLMO_KEY_PASSPHRASE,
+    else it is asked for if there is a terminal.
+    """
     try:
-        key = serialization.load_pem_private_key(Path(private_path).read_bytes(), None)
+        with open(path, "rb") as f:
+            mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
+            pem = f.read(_MAX_KEY_BYTES)
     except OSError as e:
-        raise SignatureError(f"The private key {private_path} cannot be read: {e}.") from None
-    except Exception:  # wrong format, a password, an unknown algorithm
+        raise SignatureError(f"The private key {path} cannot be read: {e}.") from None
+    if mode & 0o077:
+        raise SignatureError(
+            f"The private key {path} has mode {mode:04o}: others may read or change it. If nobody "
+            f"has, run chmod 600 {shlex.quote(str(path))}; else make a new key."
+        )
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except TypeError:  # it is encrypted
+        key = _decrypt(path, pem, passphrase)
+    except Exception:  # wrong format, an unknown algorithm
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name != "secp256r1":
         raise SignatureError(
-            f"{private_path} holds no private key of the expected kind: PEM, elliptic curve P-256, "
-            "without a password. Make one with create_key."
+            f"{path} holds no private key of the expected kind: PEM, elliptic curve P-256. "
+            "Make one with flexolmo expert key."
         )
-    return _encode_public(key.public_key())
+    return key
+
+
+def _decrypt(path: Path, pem: bytes, passphrase: str | None) -> Any:
+    if passphrase is None:
+        passphrase = os.environ.get(PASSPHRASE_VARIABLE)
+    if passphrase is None and sys.stdin.isatty():
+        passphrase = getpass.getpass(f"Passphrase of {path}: ")
+    if not passphrase:
+        raise SignatureError(
+            f"The private key {path} has a passphrase, and none was given. Run this on a terminal, "
+            f"give --passphrase-file, or set {PASSPHRASE_VARIABLE}."
+        )
+    try:
+        return serialization.load_pem_private_key(pem, passphrase.encode())
+    except ValueError:
+        raise SignatureError(f"The passphrase given does not open the key {path}.") from None
 
 
 # --- trusted owners ----------------------------------------------------------------------------
@@ -193,34 +244,6 @@ ANY_SIGNER = TrustedOwners({}, allows_unknown=True)
 # --- signatures --------------------------------------------------------------------------------
 
 
-def _hashing_in_memory(name: str, digests: Mapping[str, str]) -> Any:
-    """A model-signing hashing configuration that answers with `digests` and opens no file.
-
-    Its attribute `was_asked` turns true when model-signing has accepted the signature itself.
-    """
-    # Imported late: it takes most of a second, and only signing and verifying need it.
-    from model_signing import hashing, manifest
-    from model_signing._hashing.hashing import Digest
-
-    class HashingInMemory(hashing.Config):
-        was_asked = False
-
-        def hash(self, model_path: Any, *, files_to_hash: Any = None) -> manifest.Manifest:
-            self.was_asked = True
-            items = [
-                manifest.FileManifestItem(
-                    path=Path(file),
-                    digest=Digest("sha256", bytes.fromhex(digest.removeprefix("sha256:"))),
-                )
-                for file, digest in digests.items()
-            ]
-            method = {"method": "files", "hash_type": "sha256", "allow_symlinks": False}
-            serialization_type = manifest.SerializationType.from_args(method)
-            return manifest.Manifest(name, items, serialization_type)
-
-    return HashingInMemory()
-
-
 def _statement(name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     """The in-toto statement that signs exactly these files. Source: model-signing 1.1."""
     hexes = {file: digests[file].removeprefix("sha256:") for file in sorted(digests)}
@@ -242,7 +265,7 @@ def _signature_file(public_pem: bytes, payload: str, signature: str) -> bytes:
     """The only spelling of a signature file: all but the payload and the signature is fixed."""
     envelope = {
         "payload": payload,
-        "payloadType": "application/vnd.in-toto+json",
+        "payloadType": _PAYLOAD_TYPE,
         "signatures": [{"sig": signature, "keyid": ""}],
     }
     hint = hashlib.sha256(public_pem).hexdigest()
@@ -254,88 +277,77 @@ def _signature_file(public_pem: bytes, payload: str, signature: str) -> bytes:
     return json.dumps(whole, separators=(",", ":")).encode()
 
 
-def sign_files(name: str, digests: Mapping[str, str], private_key: Path) -> bytes:
+def _signed_bytes(payload: bytes) -> bytes:
+    """The bytes that are signed for `payload`. Source: DSSE v1, pre-authentication encoding."""
+    return b"DSSEv1 %d %s %d %s" % (
+        len(_PAYLOAD_TYPE),
+        _PAYLOAD_TYPE.encode(),
+        len(payload),
+        payload,
+    )
+
+
+def sign_files(name: str, digests: Mapping[str, str], key: ec.EllipticCurvePrivateKey) -> bytes:
     """A signature file over `digests` (file name to `sha256:...`), with `name` as its subject."""
-    from model_signing import signing
-
-    public_pem = read_public_key(private_key)
-    with tempfile.TemporaryDirectory() as private_directory:
-        out = Path(private_directory) / "signature.sig"
-        try:
-            config = signing.Config().use_elliptic_key_signer(private_key=private_key)
-            config.set_hashing_config(_hashing_in_memory(name, digests)).sign(name, out)
-            signature = out.read_bytes()
-        except Exception as e:  # model-signing raises many kinds; all mean: not signed
-            raise SignatureError(f"{name} cannot be signed with {private_key}: {e}.") from None
-    verify_files(digests, signature, public_pem)
-    return signature
+    payload = json.dumps(_statement(name, digests)).encode()
+    signature = key.sign(_signed_bytes(payload), ec.ECDSA(SHA256()))
+    return _signature_file(
+        encode_public(key), base64.b64encode(payload).decode(), base64.b64encode(signature).decode()
+    )
 
 
-def verify_files(digests: Mapping[str, str], signature: bytes, public_pem: bytes) -> str:
-    """The signed subject name, if `signature` signs exactly `digests` under `public_pem`.
+@dataclass(frozen=True)
+class Signed:
+    """All that a valid signature says: its subject, the key, and the digest of each file."""
 
-    `digests` name every file of the bundle but `signature.sig` itself.
+    subject: str
+    key_id: str
+    digests: Mapping[str, str]
+
+
+def read_signature(signature: bytes, public_pem: bytes) -> Signed:
+    """The claims of the signature file `signature`, if made with the key `public_pem`.
+
+    Whether the files have the signed digests is the caller's to check.
 
     Raises:
-        SignatureError: a malformed key or signature, a signature by another key, or files that
-            are missing, extra or changed since signing, each named.
+        SignatureError: a malformed key or signature, or a signature by another key.
     """
-    from model_signing import verifying
-
     try:
-        canonical_pem = _encode_public(_load_public(public_pem))
+        key = _load_public(public_pem)
     except ValueError as e:
-        raise SignatureError(f"signer.pub is not a signer's key: {e}. {_ADVICE_ALTERED}") from None
-    if canonical_pem != public_pem:
-        raise SignatureError(f"signer.pub is not in plain PEM form. {_ADVICE_ALTERED}")
-    payload = _decode_payload(signature, public_pem)
-    hashing = _hashing_in_memory("", digests)
-    failure = None
-    with tempfile.TemporaryDirectory() as private_directory:
-        key_path = Path(private_directory) / "signer.pub"
-        signature_path = Path(private_directory) / "signature.sig"
-        key_path.write_bytes(public_pem)
-        signature_path.write_bytes(signature)
-        try:
-            config = verifying.Config().use_elliptic_key_verifier(public_key=key_path)
-            config.set_hashing_config(hashing).verify(Path(private_directory), signature_path)
-        except Exception as e:  # model-signing raises many kinds; all mean: not verified
-            failure = e
-    if not hashing.was_asked:
+        raise SignatureError(f"signer.pub is not a signer's key: {e}. {ADVICE_ALTERED}") from None
+    if encode_public(key) != public_pem:
+        raise SignatureError(f"signer.pub is not in plain PEM form. {ADVICE_ALTERED}")
+    payload, proof = _decode_signature(signature, public_pem)
+    try:
+        key.verify(proof, _signed_bytes(payload), ec.ECDSA(SHA256()))
+    except InvalidSignature:
         raise SignatureError(
             "signature.sig is not a signature by the key in signer.pub: one of the two was "
-            f"altered, or they belong to different bundles. {_ADVICE_ALTERED}"
-        )
+            f"altered, or they belong to different bundles. {ADVICE_ALTERED}"
+        ) from None
     # From here on the payload is known to be the signer's own words.
     try:
         statement = parse_json(payload)
         subject = str(statement["subject"][0]["name"])
-        signed = {
-            str(r["name"]): "sha256:" + str(r["digest"])
-            for r in statement["predicate"]["resources"]
-        }
+        resources = statement["predicate"]["resources"]
+        digests = {str(r["name"]): "sha256:" + str(r["digest"]) for r in resources}
+        is_exact = statement == _statement(subject, digests)
     except (ValueError, KeyError, IndexError, TypeError):
         raise SignatureError(
-            f"signature.sig signs something other than a list of files. {_ADVICE_ALTERED}"
+            f"signature.sig signs something other than a list of files. {ADVICE_ALTERED}"
         ) from None
-    names = sorted(signed.keys() | digests.keys())
-    lines = [
-        f"{name}: found {digests.get(name, 'no such file')}, "
-        f"expected {signed.get(name, 'no such file')} as signed"
-        for name in names
-        if signed.get(name) != digests.get(name)
-    ]
-    raise_listed(SignatureError, "Files differ from what was signed:", lines, _ADVICE_ALTERED)
-    if failure is not None or statement != _statement(subject, digests):
+    if not is_exact:
         raise SignatureError(
             "signature.sig signs more than the bundle's files, or in another manner than this "
-            f"format's. {_ADVICE_ALTERED}"
+            f"format's. {ADVICE_ALTERED}"
         )
-    return subject
+    return Signed(subject, key_id(public_pem), digests)
 
 
-def _decode_payload(signature: bytes, public_pem: bytes) -> bytes:
-    """The signed payload, not yet verified, if the signature file has its only spelling."""
+def _decode_signature(signature: bytes, public_pem: bytes) -> tuple[bytes, bytes]:
+    """Payload and its signature, not yet verified, if the file has its only spelling."""
     try:
         envelope = parse_json(signature)["dsseEnvelope"]
         payload = base64.b64decode(envelope["payload"], validate=True)
@@ -344,10 +356,10 @@ def _decode_payload(signature: bytes, public_pem: bytes) -> bytes:
             public_pem, base64.b64encode(payload).decode(), base64.b64encode(raw).decode()
         )
     except (ValueError, KeyError, IndexError, TypeError):
-        expected, payload = b"", b""
+        payload = raw = expected = b""
     if signature != expected:
         raise SignatureError(
             "signature.sig is not a signature file of this format for the key in signer.pub: one "
-            f"of the two was altered, or they belong to different bundles. {_ADVICE_ALTERED}"
+            f"of the two was altered, or they belong to different bundles. {ADVICE_ALTERED}"
         )
-    return payload
+    return payload, raw

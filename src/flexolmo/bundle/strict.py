@@ -1,14 +1,14 @@
 """Strict reading of bytes that may be hostile: one meaning each, refusals that name everything.
 
-For all files of a bundle. Knows nothing of what they claim.
+Serves all files of a bundle. Knows nothing of what they claim.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from flexolmo import files
 from flexolmo.errors import BundleError
 
 
@@ -19,7 +19,8 @@ class Claim(BaseModel):
 
 
 def parse_json(data: bytes) -> Any:
-    """The JSON value in `data`; ValueError if not UTF-8, if a key repeats, or if not a number."""
+    """The JSON value in `data`; ValueError if not UTF-8, if a key repeats, if a number is none,
+    or if nested too deeply."""
 
     def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value: dict[str, Any] = {}
@@ -32,12 +33,9 @@ def parse_json(data: bytes) -> Any:
     def refuse_constant(text: str) -> Any:
         raise ValueError(f"{text} is not a JSON number")
 
-    try:
-        return json.loads(
-            data.decode("utf-8"), object_pairs_hook=build_object, parse_constant=refuse_constant
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    return files.parse_json(
+        data.decode("utf-8"), object_pairs_hook=build_object, parse_constant=refuse_constant
+    )
 
 
 def raise_listed(error: type[BundleError], opening: str, lines: Sequence[str], advice: str) -> None:

@@ -1,11 +1,11 @@
-"""The tensor table of a safetensors file: what is in the weights, told from bytes alone.
+"""A safetensors file of weights, read once from bytes that may be hostile.
 
-The bytes may be hostile: each must belong to exactly one tensor, and no text may ride along. Knows
-nothing of the rest of a manifest, nor which tensors an expert should have, and builds no array but
-to look for infinities.
+Every byte must belong to exactly one tensor, and no text may ride along. Knows nothing of the rest
+of a manifest, nor which tensors an expert should have.
 """
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +20,7 @@ from flexolmo.bundle.strict import Claim, parse_json, raise_listed
 from flexolmo.errors import BundleError
 
 MAX_HEADER_BYTES = 16 << 20
+MAX_TENSORS = 37_000  # a manifest of 4 MiB has room for no more
 # Bits of the exponent: a float is infinite or NaN exactly when all of them are set. Whole numbers
 # (I64) have none.
 _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
@@ -30,7 +31,9 @@ _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
     "I64": (np.dtype("<u8"), 0),
 }
 _TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
-_FINITE_CHUNK = 1 << 20
+_PIECE_BYTES = 1 << 20  # a multiple of every dtype's size
+_OPENING = "The weights are not a safetensors file that a bundle may hold:"
+_ADVICE = "Write them with safetensors, float or int64 tensors only, without metadata."
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
@@ -43,6 +46,21 @@ class TensorEntry(Claim):
     dtype: Literal["BF16", "F16", "F32", "F64", "I64"]
     shape: tuple[Positive, ...]
     digest: Digest
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return prod(self.shape) * _EXPONENT_BITS[self.dtype][0].itemsize
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All that was found in a safetensors file in one reading."""
+
+    digest: str  # of the whole file
+    tensors: dict[str, TensorEntry]  # in the order of the header
+    nonfinite: list[str]  # names of the tensors that hold an infinity or NaN, in that order
+    data: dict[str, bytearray]  # bytes of each tensor; empty unless asked for
 
 
 @dataclass(frozen=True)
@@ -85,37 +103,30 @@ def _read_span(name: str, entry: Any, data_begin: int, size: int) -> _Span | str
     return _Span(dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
-def _read_table(weights: bytes) -> dict[str, _Span]:
-    """The checked header of a safetensors file: every byte of the file is accounted for."""
-    opening = "The weights are not a safetensors file that a bundle may hold:"
-    advice = "Write them with safetensors, float or int64 tensors only, without metadata."
+def _refuse(line: str) -> BundleError:
+    return BundleError(f"{_OPENING}\n  - {line}\n{_ADVICE}")
 
-    def refuse(line: str) -> BundleError:
-        return BundleError(f"{opening}\n  - {line}\n{advice}")
 
-    if len(weights) < 8:
-        raise refuse(f"found {len(weights)} bytes, expected at least the 8 of the header's length")
-    header_bytes = int.from_bytes(weights[:8], "little")
-    data_begin = 8 + header_bytes
-    if header_bytes > MAX_HEADER_BYTES or data_begin > len(weights):
-        raise refuse(
-            f"found a header length of {header_bytes} bytes, expected at most "
-            f"{min(MAX_HEADER_BYTES, len(weights) - 8)}"
-        )
-    raw = weights[8:data_begin]
+def _read_table(raw: bytes, size: int) -> dict[str, _Span]:
+    """The checked header `raw` of a file of `size` bytes: every byte is accounted for."""
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before any of them becomes an object
+        raise _refuse(f"the header names more than {MAX_TENSORS} tensors")
     try:
         table = parse_json(raw)
     except ValueError as e:
-        raise refuse(f"the header is not JSON of the expected kind: {e}") from None
+        raise _refuse(f"the header is not JSON of the expected kind: {e}") from None
     if not isinstance(table, dict):
-        raise refuse(f"the header holds {type(table).__name__}, not an object")
+        raise _refuse(f"the header holds {type(table).__name__}, not an object")
+    if len(table) > MAX_TENSORS + 1:
+        raise _refuse(f"the header names {len(table)} tensors, expected at most {MAX_TENSORS}")
     # One spelling only, so that nothing can be written between the words.
     try:
         compact = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        raise refuse("the header holds text that is not Unicode") from None
+    except ValueError:
+        raise _refuse("the header holds text that is not Unicode") from None
     if raw != compact + b" " * (-len(compact) % 8):
-        raise refuse("the header has other spacing or escapes than the safetensors library writes")
+        raise _refuse("the header has other spacing or escapes than the safetensors library writes")
+    data_begin = 8 + len(raw)
     lines = []
     metadata = table.pop("__metadata__", {})
     if metadata != {}:
@@ -123,62 +134,95 @@ def _read_table(weights: bytes) -> dict[str, _Span]:
         lines.append(f"__metadata__: found {ascii(keys)[:200]}, expected none (text could leave)")
     spans: dict[str, _Span] = {}
     for name, entry in table.items():
-        span = _read_span(name, entry, data_begin, len(weights))
+        span = _read_span(name, entry, data_begin, size)
         if isinstance(span, str):
             lines.append(span)
         else:
             spans[name] = span
-    raise_listed(BundleError, opening, lines, advice)
+    raise_listed(BundleError, _OPENING, lines, _ADVICE)
     if not spans:
-        raise refuse("found no tensor, expected at least one")
+        raise _refuse("found no tensor, expected at least one")
     end = data_begin
     for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
         if span.begin != end:
             kind = "overlaps the tensor before it" if span.begin < end else "leaves a gap before it"
             lines.append(f"{name}: starts at byte {span.begin}, expected {end}: {kind}")
         end = span.end
-    if end != len(weights):
-        lines.append(f"{len(weights) - end} bytes after the last tensor, expected none")
-    raise_listed(BundleError, opening, lines, advice)
+    if end != size:
+        lines.append(f"{size - end} bytes after the last tensor, expected none")
+    raise_listed(BundleError, _OPENING, lines, _ADVICE)
     return spans
 
 
-def describe_tensors(weights: bytes) -> dict[str, TensorEntry]:
-    """Every tensor of a safetensors file by name, in the file's order; no array is built.
+def _fill(file: io.FileIO | io.BytesIO, view: memoryview) -> None:
+    """Fill `view` from `file`; BundleError if it ends before."""
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise BundleError("The weights file became shorter while it was read.")
+        done += count
+
+
+def _is_finite(piece: memoryview, dtype: str) -> bool:
+    kind, mask = _EXPONENT_BITS[dtype]
+    return not mask or not np.any((np.frombuffer(piece, kind) & mask) == mask)
+
+
+def read_weights(file: io.FileIO | io.BytesIO, size: int, keep: bool = False) -> Weights:
+    """Read a safetensors file of `size` bytes once, in pieces, from where `file` stands.
+
+    Digests and finiteness are those of the very bytes in `data`: a file that is changed meanwhile
+    cannot make them differ. Memory: 1 MiB and the header, and with `keep` the tensors.
 
     Raises:
         BundleError: the header is malformed, or any byte belongs to no tensor or to two.
     """
-    view = memoryview(weights)
-    return {
-        name: TensorEntry(
-            dtype=span.dtype,  # type: ignore[arg-type]  # one of the keys of _EXPONENT_BITS
-            shape=span.shape,
-            digest="sha256:" + hashlib.sha256(view[span.begin : span.end]).hexdigest(),
+    whole = hashlib.sha256()
+
+    def read(view: memoryview) -> memoryview:
+        _fill(file, view)
+        whole.update(view)
+        return view
+
+    if size < 8:
+        raise _refuse(f"found {size} bytes, expected at least the 8 of the header's length")
+    header_bytes = int.from_bytes(read(memoryview(bytearray(8))), "little")
+    if header_bytes > min(MAX_HEADER_BYTES, size - 8):
+        raise _refuse(
+            f"found a header length of {header_bytes} bytes, expected at most "
+            f"{min(MAX_HEADER_BYTES, size - 8)}"
         )
-        for name, span in _read_table(weights).items()
-    }
-
-
-def find_nonfinite(weights: bytes) -> list[str]:
-    """Names of the tensors that hold an infinity or NaN, in the file's order."""
-    names = []
-    for name, span in _read_table(weights).items():
-        dtype, mask = _EXPONENT_BITS[span.dtype]
-        if not mask:
-            continue
-        bits = np.frombuffer(weights, dtype=dtype, count=prod(span.shape), offset=span.begin)
-        for i in range(0, len(bits), _FINITE_CHUNK):  # in pieces: no second copy of the weights
-            if np.any((bits[i : i + _FINITE_CHUNK] & mask) == mask):
-                names.append(name)
-                break
-    return names
-
-
-def read_integers(weights: bytes, name: str) -> np.ndarray:
-    """The I64 tensor `name` of a safetensors file, as a flat array."""
-    span = _read_table(weights)[name]
-    return np.frombuffer(weights, dtype="<i8", count=prod(span.shape), offset=span.begin)
+    spans = _read_table(bytes(read(memoryview(bytearray(header_bytes)))), size)
+    piece = memoryview(bytearray(_PIECE_BYTES))
+    digests: dict[str, str] = {}
+    nonfinite: set[str] = set()
+    data: dict[str, bytearray] = {}
+    for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
+        own = hashlib.sha256()
+        num_bytes = span.end - span.begin
+        if keep:
+            data[name] = bytearray(num_bytes)
+        for at in range(0, num_bytes, _PIECE_BYTES):
+            count = min(_PIECE_BYTES, num_bytes - at)
+            view = read(memoryview(data[name])[at : at + count] if keep else piece[:count])
+            own.update(view)
+            if not _is_finite(view, span.dtype):
+                nonfinite.add(name)
+        digests[name] = "sha256:" + own.hexdigest()
+    return Weights(
+        digest="sha256:" + whole.hexdigest(),
+        tensors={
+            name: TensorEntry(
+                dtype=span.dtype,  # type: ignore[arg-type]  # one of the keys of _EXPONENT_BITS
+                shape=span.shape,
+                digest=digests[name],
+            )
+            for name, span in spans.items()
+        },
+        nonfinite=[name for name in spans if name in nonfinite],
+        data=data,
+    )
 
 
 def compare_tensors(

@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import load as load_bytes
+from torch import Tensor
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
-from flexolmo.bundle.tensors import compare_tensors, read_integers
+from flexolmo.bundle.tensors import compare_tensors
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import MergeError, SignatureError
 from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
@@ -37,7 +38,13 @@ from flexolmo.model.statistics import are_bigram_keys
 ABOUT = "mixture.json"
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
 _NAME: TypeAdapter[str] = TypeAdapter(Name)
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,10 @@ def build_mixture(
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     trusted = _require(trusted)
     anchor = load_anchor(anchor_dir)
-    opened = [(Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown)) for p in bundles]
+    opened = [
+        (Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown, keep_tensors=True))
+        for p in bundles
+    ]
     _refuse_misfits(anchor, [b for _, b in opened])
     sources = {b.manifest.name: p for p, b in opened}
     experts = {b.manifest.name: _describe_expert(b) for _, b in opened}
@@ -98,8 +108,11 @@ def add_experts(
     about, trusted = read_about(model_dir), _require(trusted)
     anchor = _load_own_anchor(model_dir, about)
     held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
-    manifests = [_reopen(path, n, about, trusted)[0] for n, path in held.items()]
-    opened = [(Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown)) for p in bundles]
+    manifests = [_reopen(path, n, about, trusted).manifest for n, path in held.items()]
+    opened = [
+        (Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown, keep_tensors=True))
+        for p in bundles
+    ]
     _refuse_misfits(anchor, [b for _, b in opened], manifests)
     sources = held | {b.manifest.name: p for p, b in opened}
     experts = about["experts"] | {b.manifest.name: _describe_expert(b) for _, b in opened}
@@ -159,10 +172,11 @@ def load_mixture(
     today = datetime.datetime.now(datetime.UTC).date()
     for name in sorted(chosen):
         path = Path(model_dir) / "experts" / f"{name}.bundle"
-        manifest, weights = _reopen(path, name, about, trusted)
+        bundle = _reopen(path, name, about, trusted, keep_tensors=True)
+        manifest = bundle.manifest
         if manifest.terms.expires is not None and manifest.terms.expires < today:
             late.append(f"{name}: terms expired on {manifest.terms.expires}")
-        tensors[name] = load_bytes(weights)
+        tensors[name] = tensors_of(bundle)
     if late:
         raise MergeError(
             f"{model_dir} may not be used as it is:\n  "
@@ -223,7 +237,7 @@ def _describe_expert(bundle: Bundle) -> dict[str, Any]:
         "terms": m.terms.model_dump(mode="json"),
         "architecture": m.architecture.model_dump(mode="json"),
         "tokens_seen": m.tokens_seen,
-        "weights_bytes": len(bundle.weights),
+        "weights_bytes": bundle.weights_bytes,
         "data_card_digest": m.data_card_digest,
         "files": {name: bundle.digests[name] for name in sorted(MAX_FILE_BYTES)},
     }
@@ -268,7 +282,9 @@ def _refuse_misfits(
         if (
             keys is not None
             and keys.dtype == "I64"
-            and not are_bigram_keys(read_integers(b.weights, BIGRAM_KEYS), anchor.config.vocab_size)
+            and not are_bigram_keys(
+                np.frombuffer(b.tensors[BIGRAM_KEYS], "<i8"), anchor.config.vocab_size
+            )
         ):
             lines.append(f"{m.name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
     first = [*held, *manifests][0] if (held or manifests) else None
@@ -314,12 +330,25 @@ def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
         )
 
 
+def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
+    """The tensors of a bundle opened with `keep_tensors`; they share its memory."""
+    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    return {
+        name: torch.frombuffer(bundle.tensors[name], dtype=dtypes[entry.dtype]).reshape(entry.shape)
+        for name, entry in bundle.manifest.tensors.items()
+    }
+
+
 def _reopen(
-    path: Path, name: str, about: Mapping[str, Any], trusted: TrustedOwners
-) -> tuple[Manifest, bytes]:
-    """Manifest and weights of a bundle inside a mixture, byte for byte as once verified."""
+    path: Path,
+    name: str,
+    about: Mapping[str, Any],
+    trusted: TrustedOwners,
+    keep_tensors: bool = False,
+) -> Bundle:
+    """A bundle inside a mixture, byte for byte as once verified."""
     entry, wrong = about["experts"][name], []
-    for file in sorted(MAX_FILE_BYTES):
+    for file in sorted(MAX_FILE_BYTES.keys() - {WEIGHTS_FILE}):  # opening reads those, once
         try:
             if digest_file(path / file) != entry["files"][file]:
                 wrong.append(f"{file}: changed since the mixture was built")
@@ -327,7 +356,13 @@ def _reopen(
             wrong.append(f"{file}: {e.strerror}")
     if not wrong:
         # the caller judges the terms
-        found = open_bundle(path, trusted, trusted.allows_unknown, today=datetime.date.min)
+        found = open_bundle(
+            path,
+            trusted,
+            trusted.allows_unknown,
+            today=datetime.date.min,
+            keep_tensors=keep_tensors,
+        )
         manifest = found.manifest
         for claim, value, expected in (
             ("name", manifest.name, name),
@@ -341,8 +376,10 @@ def _reopen(
         ):
             if value != expected:
                 wrong.append(f"{claim}: found {value}, {ABOUT} says {expected}")
-        if not wrong and found.digests == entry["files"]:
-            return manifest, found.weights
+        if found.digests != entry["files"]:
+            wrong.append(f"{WEIGHTS_FILE}: changed since the mixture was built")
+        if not wrong:
+            return found
     raise MergeError(
         f"{path} is not the bundle that was verified:\n  "
         + "\n  ".join(wrong)
