@@ -1,4 +1,4 @@
-"""A small public anchor, trained on public text, or imported from a stock checkpoint."""
+"""The public anchor: trained on public text, or imported from a stock checkpoint."""
 
 import copy
 from collections.abc import Iterator
@@ -19,28 +19,30 @@ from flexolmo.model.transformer import ModelConfig, Transformer, language_model_
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.loop import TrainSettings, identity_of, train
 
-EMBEDDING_WINDOWS = 64  # windows of text whose mean hidden state stands for a domain
+EMBEDDING_WINDOWS = 64  # of text, whose mean hidden state stands for a domain
 
 
 class AnchorShape(BaseModel):
-    """The anchor's sizes; the vocabulary is the tokenizer's."""
+    """Sizes of the anchor; its vocabulary is the tokenizer's."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    d_model: int = Field(192, description="width of the residual stream")
-    num_layers: int = Field(4, description="blocks")
-    num_heads: int = Field(3, description="attention heads")
-    num_kv_heads: int | None = Field(None, description="key-value heads; none: as many as heads")
-    d_ff: int = Field(512, description="width of the FFN")
-    max_seq_len: int = Field(1024, description="positions, in tokens")
+    d_model: int = Field(192, description="Width of the residual stream.")
+    num_layers: int = Field(4, description="Number of blocks.")
+    num_heads: int = Field(3, description="Number of attention heads.")
+    num_kv_heads: int | None = Field(None, description="Key-value heads; none: as many as heads.")
+    d_ff: int = Field(512, description="Width of the FFN.")
+    max_seq_len: int = Field(1024, description="Positions, in tokens.")
 
 
 class AnchorRecipe(BaseModel):
-    """Everything that decides a trained anchor, beside its data."""
+    """Settings that, with the data, decide a trained anchor."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="of initial weights and batch order")
+    seed: int = Field(
+        0, ge=0, description="Random seed of the first weights and the order of batches."
+    )
     model: AnchorShape = AnchorShape()
     train: TrainSettings = TrainSettings(steps=700)
 
@@ -55,8 +57,8 @@ def train_anchor(
 ) -> Anchor:
     """Train an anchor on the public set's training split.
 
-    With `run_dir`, resumes a run that was cut off there and leaves its record beside the metrics.
-    The anchor's model is left on `device`.
+    With `run_dir`, resumes a run that was cut off there and writes its record beside the metrics.
+    The anchor's model stays on `device`.
     """
     set_up(recipe.seed, num_threads)
     config = ModelConfig(
@@ -88,7 +90,7 @@ def train_anchor(
 
 
 def import_anchor(directory: Path, public: TokenSet, dtype: DtypeName | None = None) -> Anchor:
-    """An anchor from any stock `Olmo2ForCausalLM` checkpoint, in the precision stock runs it in.
+    """Read an anchor from a stock `Olmo2ForCausalLM` checkpoint, in the precision stock runs it in.
 
     `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
     that owners' experts are held against. `dtype` (float32, bfloat16) is another precision.
@@ -104,7 +106,7 @@ def import_anchor(directory: Path, public: TokenSet, dtype: DtypeName | None = N
 def describe_anchor(
     model: Transformer, tokenizer: Tokenizer, public: TokenSet, record: dict[str, Any]
 ) -> Anchor:
-    """Add to a dense model what owners need of public text: its statistics, its embedding."""
+    """Build an anchor from a dense model and statistics of public text, which owners need."""
     split = public.splits["train"]
     statistics = fit_bigrams(
         split.tokens, split.offsets, model.config.vocab_size, EvidenceSettings()
@@ -118,7 +120,7 @@ def describe_anchor(
 def embedding_windows(
     token_set: TokenSet, config: ModelConfig, count: int = EMBEDDING_WINDOWS
 ) -> Iterator[np.ndarray]:
-    """The windows of text that stand for a set's domain: int64 [1,T], at most `count`."""
+    """Yield at most `count` windows of text, int64 [1,T], that stand for a set's domain."""
     seq_len = min(256, config.max_seq_len - 1, len(token_set.splits["train"].tokens) - 1)
     batches = training_batches(token_set, "train", 1, seq_len, seed=0)
     for step in range(min(count, batches.num_windows)):

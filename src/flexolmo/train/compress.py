@@ -1,6 +1,6 @@
-"""A smaller expert from a large one: low rank by truncated SVD, narrow by pruning columns.
+"""Linear algebra of compression: low rank by truncated SVD, narrow FFNs by pruning columns.
 
-Works on the FFN, and by rank on what else the expert changes.
+Knows tensors and text; records and training are in `train.shrink`.
 
 D d_model, W the new width, r rank.
 """
@@ -23,14 +23,14 @@ from flexolmo.model.moe import MixtureModel
 from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS
 from flexolmo.model.transformer import FeedForward
 
-PRUNING_WINDOWS = 32
-CURVATURE_WINDOWS = 64
-LEAST_MOMENT = 1e-4  # of the mean one
+PRUNING_WINDOWS = 32  # windows of text that columns are weighed on
+CURVATURE_WINDOWS = 64  # windows of text that second moments are taken over
+LEAST_MOMENT = 1e-4  # smallest second moment, as a fraction of their mean
 
 
 @dataclass(frozen=True)
 class Curvature:
-    """What a change of one matrix does to the loss, in second moments over an owner's text.
+    """Cost of changing one matrix, as second moments over an owner's text.
 
     To second order, and if the two are independent, a change E of the matrix costs
     trace(outputs E inputs E^T) / 2. None stands for the identity. Source: K-FAC (arXiv
@@ -38,14 +38,14 @@ class Curvature:
     one pass less, and the cut was good enough.
     """
 
-    inputs: Tensor | None = None  # [in,in] of what it reads
-    outputs: Tensor | None = None  # of the loss's gradient by what it makes: [out,out], or [out]
+    inputs: Tensor | None = None  # [in,in] of the matrix's inputs
+    outputs: Tensor | None = None  # [out,out], or [out], of the loss's gradient by its outputs
 
 
 def truncate(
     matrix: Tensor, rank: int, curvature: Curvature | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A [r,in] and B [out,r] with B A the matrix of that rank that is closest, or costs least.
+    """Factors A [r,in] and B [out,r] of the closest, or cheapest, matrix B A of that rank.
 
     Without `curvature` the closest (Eckart-Young), with it the one whose difference costs the loss
     least. Each of the r directions is shared evenly between A and B. Source: weighing by inputs as
@@ -53,7 +53,8 @@ def truncate(
     """
     _check_rank(rank, matrix.shape)
     curvature = curvature or Curvature()
-    (read, unread), (made, unmade) = _root(curvature.inputs), _root(curvature.outputs)
+    read, unread = _root(curvature.inputs)
+    made, unmade = _root(curvature.outputs)
     u, s, v = torch.linalg.svd(made(read(matrix.double().T).T), full_matrices=False)
     a = unread((s[:rank, None] * v[:rank]).T).T
     b = unmade(u[:, :rank])
@@ -76,7 +77,8 @@ def _root(moments: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[
     """Products with the symmetric root of `moments` and with its inverse, for [n,.] tensors."""
     if moments is None:
         return (lambda x: x), (lambda x: x)
-    values, vectors = moments.double(), None
+    values = moments.double()
+    vectors: Tensor | None = None
     if moments.dim() == 2:
         values, vectors = torch.linalg.eigh(values)
     least = LEAST_MOMENT * float(values.mean())  # or it has no inverse
@@ -92,7 +94,7 @@ def _root(moments: Tensor | None) -> tuple[Callable[[Tensor], Tensor], Callable[
 
 
 def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """As `truncate` of B A, without writing the product out; a [r,in], b [out,r].
+    """Factors of `truncate`, for the product B A of b [out,r] and a [r,in], never written out.
 
     Rows and columns beyond the product's own sides are zero, so that matrices of several shapes
     can have one rank.
@@ -115,7 +117,7 @@ def compress_rank(
     delta_ranks: int | Mapping[str, int] | None = None,
     curvature: Mapping[str, Curvature] | None = None,
 ) -> dict[str, Tensor]:
-    """The expert with its FFN as a delta of `rank` to the anchor's.
+    """Cut the expert's FFN to a delta of `rank` to the anchor's; all its tensors come back.
 
     What it changes in attention, embedding and head is cut to `delta_ranks`: one number, or by
     `attention_rank`, `embedding_rank`, `head_rank`; what is not named is left as it is.
@@ -137,11 +139,13 @@ def compress_rank(
         raise ConfigError(f"Found rank {least}; ranks are 1 or more.")
     if unknown := sorted(set(delta_ranks) - set(groups)):
         raise ConfigError(f"Found ranks of {', '.join(unknown)}; expected {', '.join(groups)}.")
-    found, curvature = dict(tensors), curvature or {}
+    found = dict(tensors)
+    curvature = curvature or {}
 
     def cut(name: str, rank: int) -> None:
         base = cast(Tensor, anchor_matrix(anchor, name)).cpu()
-        difference, known = found.pop(f"{name}.weight") - base, curvature.get(name)
+        difference = found.pop(f"{name}.weight") - base
+        known = curvature.get(name)
         if name == "embed_tokens":  # a row is what it makes of a token
             b, a = truncate(difference.T, min(rank, *base.shape), known)
             a, b = a.T, b.T
@@ -156,7 +160,8 @@ def compress_rank(
 
     for i, block in enumerate(anchor.model.layers):
         for part in FFN_PARTS:
-            name, shape = f"layers.{i}.{part}", getattr(block.mlp, part).weight.shape
+            name = f"layers.{i}.{part}"
+            shape = getattr(block.mlp, part).weight.shape
             whole = found.get(f"{name}.weight")
             if whole is not None and whole.shape != shape:
                 raise ConfigError(
@@ -186,9 +191,9 @@ def compress_rank(
 def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str, Curvature]:
     """The curvature of each whole matrix of an expert, float64, on its owner's training text.
 
-    Keys as `layers.0.gate_proj`. Of the embedding outputs alone (weighing its rows by how often
-    they are read cut no better); of the head their diagonal. In attention, embedding and head the
-    gradient is by what the mixture makes, of which the expert has its share.
+    Keys as `layers.0.gate_proj`. The embedding has outputs alone (weighing its rows by how often
+    they are read cut no better), the head their diagonal. In attention, embedding and head the
+    gradient is by the mixture's outputs, of which the expert has its share.
     """
     own = expert_tensors(pair, name)
     readers: dict[str, nn.Module] = {"lm_head": pair.lm_head}
@@ -240,7 +245,7 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
 def prune_width(
     anchor: Anchor, tensors: Mapping[str, Tensor], data: TokenSet, width: int
 ) -> dict[str, Tensor]:
-    """The expert with the `width` columns of each layer's FFN that matter most to `data`.
+    """Cut the expert's FFNs to the `width` columns that matter most to `data`.
 
     A column's importance is the mean of |activation| on training text, read with these FFNs in
     the anchor's frame, times the norm of its down row. Source: ours, after structured pruning.

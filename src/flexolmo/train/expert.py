@@ -1,4 +1,4 @@
-"""Closed data in, signed bundle out: an owner trains one expert beside the frozen anchor.
+"""Training of one expert beside the frozen anchor, and its packing into a signed bundle.
 
 Runs on the owner's machine with the anchor and the owner's prepared set, and nothing else: it
 opens no connection and no other owner's file. Only the expert's own matrices and, for the linear
@@ -48,43 +48,46 @@ PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminan
 
 
 class ExpertRecipe(BaseModel):
-    """Everything that decides an expert, beside the anchor and the data."""
+    """Settings that, with the anchor and the data, decide an expert."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="of batch order and of the deltas' first values")
+    seed: int = Field(0, ge=0, description="Random seed of batch order and first values.")
     scope: Scope = Field(
         "all",
-        description="what the owner may change: ffn (paper; exports to the "
-        "stock format), ffn+head, or all: also attention and embedding (ours)",
+        description="Parts the owner may change: ffn (paper; exports to the "
+        "stock format), ffn+head, or all: also attention and embedding (ours).",
     )
-    width: int | None = Field(None, ge=1, description="FFN width; none: the anchor's")
-    rank: int = Field(0, ge=0, description="rank of the FFN as a delta to the anchor's; 0: whole")
+    width: int | None = Field(None, ge=1, description="Width of the FFN; none: the anchor's.")
+    rank: int = Field(0, ge=0, description="Rank of the FFN's delta to the anchor's; 0: whole FFN.")
     attention_rank: int | None = Field(
         None,
         ge=1,
-        description="rank of attention's deltas, if in "
-        "scope; none, or d_model and above: whole matrices",
+        description="Rank of attention's deltas, if in scope; none, or d_model and above: whole "
+        "matrices.",
     )
-    embedding_rank: int | None = Field(None, ge=1, description="the same of the embedding")
-    head_rank: int | None = Field(None, ge=1, description="the same of the output head")
+    embedding_rank: int | None = Field(
+        None, ge=1, description="Rank of the embedding's delta, likewise."
+    )
+    head_rank: int | None = Field(
+        None, ge=1, description="Rank of the output head's delta, likewise."
+    )
     has_half_deltas: bool = Field(
         False,
-        description="keep low-rank deltas in bfloat16: half the "
-        "bytes; they are small beside what they are added to",
+        description="Whether low-rank deltas are kept in bfloat16: half the bytes, and they are "
+        "small beside the matrices they are added to.",
     )
     replay: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="fraction of the sequences that are public "
-        "text, which shows what is not the owner's domain (ours)",
+        description="Fraction of the sequences that are public text, which shows the expert what "
+        "is not its owner's domain (ours).",
     )
     train: TrainSettings = TrainSettings(steps=240)
     router: RouterSettings = Field(
         EvidenceSettings(),
-        description="how the expert is weighed "
-        "against public text; the same for all of one mixture",
+        description="Router that weighs the expert against public text; one for all of a mixture.",
     )
 
     @model_validator(mode="after")
@@ -119,7 +122,7 @@ class ExpertRecipe(BaseModel):
 
 @dataclass(frozen=True)
 class Expert:
-    """A trained expert, still at its owner's."""
+    """A trained expert, not yet signed."""
 
     name: str
     anchor_digest: str
@@ -133,7 +136,7 @@ class Expert:
 def start_expert(
     anchor: Anchor, data: TokenSet, recipe: ExpertRecipe, public: TokenSet | None = None
 ) -> dict[str, Tensor]:
-    """The expert before training: the anchor's matrices, no deltas, and the router's part.
+    """Tensors of the expert before training: the anchor's, deltas that add nothing, a router's.
 
     FFN of a width of its own: those columns of the anchor's that the owner's text uses most.
     Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
@@ -162,14 +165,15 @@ def start_expert(
 def start_router(
     anchor: Anchor, data: TokenSet, router: RouterSettings, public: TokenSet | None = None
 ) -> dict[str, Tensor]:
-    """The router's part of an expert before training, from the anchor and the owner's text alone.
+    """Router tensors of an expert before training, from the anchor and the owner's text alone.
 
     evidence: the bigram model of that text, final. linear: in every layer the same row, the mean
     hidden state over the text, and a bias of -0.13. discriminant: a row and offset per layer from
     the text's states and from those of `public`, the prepared public set, final. Source: §3.3.2
     for linear; the others ours.
     """
-    config, split = anchor.config, data.splits["train"]
+    config = anchor.config
+    split = data.splits["train"]
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
         own = fit_bigrams(split.tokens, split.offsets, config.vocab_size, router, anchor.public)
@@ -214,7 +218,7 @@ def train_expert(
     public: TokenSet | None = None,
     start: Mapping[str, Tensor] | None = None,
 ) -> Expert:
-    """Train one expert to coordinate: a mixture of it and the public expert, on the owner's text.
+    """Train one expert on the owner's text, in a mixture of it and the public expert.
 
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
     replay and for the discriminant router. `start` are first values in place of `start_expert`'s.
@@ -322,7 +326,7 @@ def reroute_expert(
 def _batches(
     data: TokenSet, public: TokenSet | None, recipe: ExpertRecipe
 ) -> Callable[[int], np.ndarray]:
-    """Batch of a step, int64 [B,T+1]; with replay, every so many-th sequence is public text."""
+    """Function from a step to its batch, int64 [B,T+1], in which `recipe.replay` is public text."""
     settings = recipe.train
     size = settings.batch_size
     own = training_batches(data, "train", 1, settings.seq_len, recipe.seed)
@@ -368,12 +372,12 @@ def _refuse_bad_name(name: str) -> None:
 
 
 def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Parameter]:
-    """What of `pair` learns: all of the expert but an evidence router's statistics."""
+    """Parameters of `pair` that learn: the expert's, but for an evidence router's statistics."""
     return {n: p for n, p in expert_tensors(pair, name).items() if isinstance(p, nn.Parameter)}
 
 
 def save_expert(expert: Expert, run_dir: Path) -> None:
-    """Write the trained expert into its run's directory; it is not signed and goes nowhere."""
+    """Write the trained expert, unsigned, into its run's directory."""
     with write_aside(run_dir / "expert.safetensors") as aside:
         save_file(expert.tensors, aside)
     write_json(
@@ -390,7 +394,7 @@ def save_expert(expert: Expert, run_dir: Path) -> None:
 
 
 def load_expert(run_dir: Path) -> Expert:
-    """The expert that `save_expert` left in `run_dir`."""
+    """The expert that `save_expert` wrote into `run_dir`; CheckpointError if there is none."""
     about = read_json(Path(run_dir) / "expert.json", CheckpointError)
     try:
         with safetensors.safe_open(Path(run_dir) / "expert.safetensors", framework="pt") as f:

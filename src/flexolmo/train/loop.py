@@ -1,6 +1,6 @@
-"""The one training loop: seeded, checkpointed, and after a kill bit for bit as if never stopped.
+"""Training loop of anchors, experts and rivals: seeded, checkpointed, resumed bit for bit.
 
-Knows a loss and a list of parameters; anchors, experts and rivals all come through here.
+Knows a loss and parameters by name; nothing of models, data or owners.
 """
 
 import json
@@ -25,33 +25,37 @@ CHECKPOINT = "checkpoint.safetensors"
 
 
 class TrainSettings(BaseModel):
-    """How long and how fast to train."""
+    """Length and rates of a training run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch_size: int = Field(8, ge=1, description="sequences a step")
-    seq_len: int = Field(256, ge=2, description="predicted tokens a sequence (paper: 4,096)")
+    steps: int = Field(ge=1, description="Number of optimizer steps.")
+    batch_size: int = Field(8, ge=1, description="Sequences in one step.")
+    seq_len: int = Field(256, ge=2, description="Tokens predicted in one sequence (paper: 4,096).")
     optimizer: Literal["adamw", "muon"] = Field(
         "muon",
-        description="muon for matrices inside the blocks with AdamW for the rest (ours), "
-        "or adamw for all (paper)",
+        description="Optimizer: muon for matrices inside the blocks and AdamW for the rest (ours), "
+        "or adamw for all (paper).",
     )
-    learning_rate: float = Field(4e-3, gt=0, description="AdamW's peak rate (paper: 9e-4)")
-    muon_learning_rate: float = Field(0.02, gt=0, description="Muon's peak rate")
-    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up (paper: 2,000)")
+    learning_rate: float = Field(
+        4e-3, gt=0, description="Peak learning rate of AdamW (paper: 9e-4)."
+    )
+    muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of Muon.")
+    warmup_steps: int = Field(20, ge=0, description="Steps of linear warm-up (paper: 2,000).")
     final_rate: float = Field(
-        0.05, ge=0, le=1, description="last rate as a fraction of the peak, reached along a cosine"
+        0.05, ge=0, le=1, description="Last rate as a fraction of the peak, reached along a cosine."
     )
-    weight_decay: float = Field(0.0, ge=0, description="decoupled decay (paper: 0 for experts)")
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of all gradients together")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay (paper: 0 for experts)."
+    )
+    grad_clip: float = Field(1.0, gt=0, description="Largest norm of all gradients together.")
     z_loss: float = Field(
         1e-3,
         ge=0,
-        description="weight of the squared log-partition of the "
-        "linear router's logits (paper: 1e-3)",
+        description="Weight of the squared log-partition of the linear router's logits "
+        "(paper: 1e-3).",
     )
-    checkpoint_every_seconds: float = Field(30.0, gt=0, description="time between checkpoints")
+    checkpoint_every_seconds: float = Field(30.0, gt=0, description="Seconds between checkpoints.")
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "TrainSettings":
@@ -67,11 +71,11 @@ class TrainSettings(BaseModel):
 
 @dataclass
 class TrainResult:
-    """What a finished run reports."""
+    """Losses, time and tokens of a finished run."""
 
-    losses_nats: list[float] = field(default_factory=list)  # one a step, nats per token
-    seconds: float = 0.0  # training time, summed over resumptions
-    tokens: int = 0
+    losses_nats: list[float] = field(default_factory=list)  # one for each step, in nats per token
+    seconds: float = 0.0  # training time in seconds, summed over resumptions
+    tokens: int = 0  # predicted over the whole run
 
 
 def rate_fraction(step: int, settings: TrainSettings) -> float:
@@ -143,10 +147,13 @@ def train(
 ) -> TrainResult:
     """Minimise `loss_of_step(step)` over `parameters`, in place.
 
-    With a `run_dir` the state is written there every so often, and a later call with the same
-    `identity` (config, seed, data: anything that decides the numbers) goes on from it; a call
-    with another identity is refused. The first call leaves `record` there as `run.json`, the
-    last one the losses as `metrics.json`.
+    With a `run_dir` the state is written there every `checkpoint_every_seconds`, and a later call
+    with the same `identity` (config, seed, data: anything that decides the numbers) resumes from
+    it. The first call writes `record` there as `run.json`, the last one the losses as
+    `metrics.json`.
+
+    Raises:
+        CheckpointError: `run_dir` belongs to a run of another identity, or a loss is not finite.
     """
     optimizers = build_optimizers(parameters, settings)
     device = next(iter(parameters.values())).device.type

@@ -1,4 +1,4 @@
-"""A finished expert made smaller by its owner, and trained on a little as it then is.
+"""Shrinking of a finished expert by its owner, and training that makes good what was cut.
 
 Knows the expert's record and the owner's text; the linear algebra is in `train.compress`.
 """
@@ -17,7 +17,7 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.train.compress import Curvature, compress_rank, measure_curvature, prune_width
-from flexolmo.train.expert import Expert, ExpertRecipe, train_expert
+from flexolmo.train.expert import Expert, ExpertRecipe, Scope, train_expert
 from flexolmo.train.loop import TrainSettings
 
 HEALING = TrainSettings(steps=40, optimizer="adamw", learning_rate=4e-4, warmup_steps=4)
@@ -106,9 +106,9 @@ def heal_expert(
     run_dir: Path | None = None,
     num_threads: int | None = None,
 ) -> Expert:
-    """A compressed expert, trained on for `steps` as it is: what a cut broke is soon made good.
+    """Train a compressed expert for `steps` more, which makes good much of what was cut.
 
-    It reads the batches that its training read first, again, at a low rate. With
+    Reads the batches that its training read first, again, at a low rate. With
     `has_half_deltas` its low-rank deltas are kept in bfloat16 afterwards. With `run_dir`, resumes
     a run that was cut off there. Raises ConfigError for another anchor or another set than it was
     trained on, or if it has no low-rank delta to keep.
@@ -133,6 +133,9 @@ def heal_expert(
     settings = settings.model_copy(
         update={"steps": steps, "warmup_steps": min(settings.warmup_steps, steps)}
     )
+    scope: Scope = "ffn+head" if sizes["head_rank"] else "ffn"
+    if sizes["attention_rank"]:
+        scope = "all"
     recipe = ExpertRecipe(
         seed=expert.record["seed"],
         router=expert.router,
@@ -140,7 +143,7 @@ def heal_expert(
         rank=sizes["rank"],
         width=None if sizes["rank"] else sizes["d_ff"],
         has_half_deltas=has_half_deltas,
-        scope="all" if sizes["attention_rank"] else "ffn+head" if sizes["head_rank"] else "ffn",
+        scope=scope,
         **{key: sizes[key] or None for key in ("attention_rank", "embedding_rank", "head_rank")},
     )
     healed = train_expert(
