@@ -3,7 +3,7 @@ import json
 import pytest
 
 from flexolmo.data.corpus import digest_files, open_corpus
-from flexolmo.data.documents import ReadSettings
+from flexolmo.data.formats import ReadSettings
 from flexolmo.errors import DataError
 
 

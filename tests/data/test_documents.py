@@ -12,14 +12,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.data import documents as reader
-from flexolmo.data.documents import (
-    Document,
-    ReadSettings,
-    find_files,
-    read_documents,
-    write_documents,
-)
+from flexolmo.data import formats
+from flexolmo.data.documents import Document, find_files, read_documents, write_documents
+from flexolmo.data.formats import ReadSettings
 from flexolmo.errors import DataError
 
 RECORDS = [{"text": "one\nline"}, {"text": "zwei ü 日本", "id": 7, "source": "web"}]
@@ -200,7 +195,7 @@ def test_what_may_not_be_read_stops_the_reading(tmp_path, monkeypatch):
         patch.setattr(os, "scandir", refuse)
         with pytest.raises(DataError, match="Permission denied"):
             find_files(tmp_path)
-    monkeypatch.setattr("flexolmo.data.documents._MeteredFile.readinto", refuse)
+    monkeypatch.setattr("flexolmo.data.formats._MeteredFile.readinto", refuse)
     with pytest.raises(DataError, match=r"a\.txt: cannot be read \(Permission denied\)"):
         list(read_documents(tmp_path))
 
@@ -226,7 +221,7 @@ def test_utf_16_and_32_are_decoded_with_and_without_a_mark(tmp_path, text, encod
 def test_utf_16_in_a_field_that_was_read_as_utf_8_is_refused(tmp_path):
     wrong = RUSSIAN.encode("utf-16-le").decode()
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": wrong}))
-    with pytest.raises(DataError, match="line 1: field 'text' is utf_16_le"):
+    with pytest.raises(DataError, match="line 1: utf_16_le"):
         list(read_documents(tmp_path))
 
 
@@ -274,10 +269,10 @@ def test_what_unpacks_to_far_too_much_is_refused_before_it_does(tmp_path, monkey
     for name in ("a.jsonl.zst", "b.txt.gz", "d.parquet"):
         with pytest.raises(DataError, match=f"{name}.*over 8,388,608 bytes in one record"):
             list(read_documents(tmp_path / name, settings=ReadSettings(max_record_bytes=1 << 23)))
-    monkeypatch.setattr(reader, "_PARQUET_BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "_PARQUET_BOMB_BYTES", 1 << 20)
     with pytest.raises(DataError, match=r"d.parquet: .* row group 1, .* decompression bomb"):
         list(read_documents(tmp_path / "d.parquet"))
-    monkeypatch.setattr(reader, "_BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr(formats, "_BOMB_BYTES", 1 << 20)
     (tmp_path / "e.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n' * 50_000))
     with pytest.raises(DataError, match=r"e.jsonl.zst, line \d+: .* decompression bomb"):
         list(read_documents(tmp_path / "e.jsonl.zst"))
@@ -293,7 +288,7 @@ def test_the_work_of_reading_json_grows_as_its_length(tmp_path, monkeypatch):
             Counting.seen += len(text) - idx
             return super().raw_decode(text, idx)
 
-    monkeypatch.setattr(reader, "_JSON", Counting())
+    monkeypatch.setattr(formats, "_JSON", Counting())
     for size in (100_000, 8_000_000):
         (tmp_path / "a.json").write_text(json.dumps([{"text": "a" * size}]))
         Counting.seen = 0

@@ -199,7 +199,7 @@ def prepare(
         flexolmo data prepare corpus/*
     """
     from flexolmo.data.corpus import open_corpus
-    from flexolmo.data.documents import ReadSettings
+    from flexolmo.data.formats import ReadSettings
     from flexolmo.data.prepare import PrepareSettings, prepare_set
     from flexolmo.data.tokenizer import load_tokenizer
 

@@ -12,15 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexolmo.data.documents import (
-    READ_AS_USUAL,
-    Document,
-    ReadSettings,
-    find_files,
-    is_written_by_us,
-    read_documents,
-    show,
-)
+from flexolmo.data.documents import Document, find_files, is_written_by_us, read_documents
+from flexolmo.data.formats import READ_AS_USUAL, ReadSettings, show
 from flexolmo.errors import DataError
 from flexolmo.files import canonical_json, digest_bytes, digest_file, read_json
 from flexolmo.progress import progress

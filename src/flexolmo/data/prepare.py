@@ -33,6 +33,7 @@ from flexolmo.files import (
     digest_bytes,
     digest_file,
     read_json,
+    recover,
     write_directory_aside,
     write_json,
 )
@@ -126,6 +127,8 @@ def prepare_set(
             }
         )
     )
+    if out.parent.is_dir():
+        recover(out)  # text that a killed run left, even if this one has nothing to write
     done = _finished(out, recipe)
     if done is not None:
         return done
