@@ -122,6 +122,123 @@ def test_leaving_early_or_saying_so_is_not_passing(program):
     assert not outcome.passed and outcome.reason == "failed"
 
 
+TESTS = "assert _program.add(2, 3) == 5\nassert _program.add('a', 'b') == 'ab'"
+WRONG = "def add(a, b): return 7\n"
+
+
+def test_tests_are_held_to_what_the_program_defines():
+    assert run_program("def add(a, b): return a + b", tests=TESTS).passed
+    outcome = run_program(WRONG, tests=TESTS)
+    assert (outcome.passed, outcome.reason) == (False, "failed")
+    assert "AssertionError" in outcome.detail and "_program.add(2, 3) == 5" not in WRONG
+    outcome = run_program("def add(a, b): return missing", tests=TESTS)
+    assert "NameError: name 'missing' is not defined" in outcome.detail
+    assert run_program("def add(a, b): return bytearray(1 << 31)", tests=TESTS).reason == (
+        "out of memory"
+    )
+    assert "has no attribute 'add'" in run_program("", tests=TESTS).detail
+
+
+@pytest.mark.parametrize(
+    "cheat",
+    [
+        "import os\ndef add(a, b): os._exit(0)",
+        "def add(a, b): raise SystemExit(0)",
+        # a value that equals everything, or is called before it is compared
+        "class Any:\n    def __eq__(self, other): return True\ndef add(a, b): return Any()",
+        "class Any(int):\n    def __eq__(self, other): return True\ndef add(a, b): return Any(7)",
+        "class Any(str):\n    def __ne__(self, other): return False\ndef add(a, b): return Any()",
+        "def add(a, b): raise StopIteration",
+        # another meaning for what tests are made of
+        "import builtins\nbuiltins.AssertionError = KeyError\n"
+        "builtins.all = builtins.isinstance = lambda *a: True\n" + WRONG,
+        "import sys\nsys.flags = None\nimport json\njson.dumps = lambda *a: '[\"done\", true]'\n"
+        + WRONG,
+        # what it has open: it tells every file that all is well, or copies one to the other
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[\"done\", null]\\n' * 9)\n"
+        "    except OSError: pass\nos._exit(0)",
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'confined\\n' * 9)\n"
+        "    except OSError: pass\nos._exit(0)",
+        "import os\ndef add(a, b):\n    for i in range(3, 64):\n        for j in range(3, 64):\n"
+        "            try: os.write(j, os.read(i, 32))\n            except OSError: pass\n",
+        # answers in a shape that no value has
+        "import os\nfor fd in range(3, 64):\n    try: os.write(fd, b'[' * 99999 + b'\\n')\n"
+        "    except OSError: pass\n" + WRONG,
+    ],
+)
+def test_a_cheat_fails(cheat):
+    """The old way of telling, a secret on a file of the program's, could be copied."""
+    outcome = run_program(cheat, Limits(wall_seconds=1.5), tests=TESTS)
+    assert not outcome.passed
+
+
+def test_the_program_does_not_see_its_tests():
+    program = """
+import gc, os
+word = "".join(["sec", "ret"])
+def add(a, b):
+    seen = [o for o in gc.get_objects() if isinstance(o, (dict, list)) and word in map(str, o)]
+    return not seen and word not in open("../text.py").read() and os.listdir(".") == []
+"""
+    assert run_program(program, tests="secret = 5\nassert _program.add(1, 2) is True").passed
+
+
+VALUES = """
+import math
+values = [None, True, -(10 ** 5000), 0.1, float("inf"), 1 + 2j, "\\ud800ä", b"\\xff", (),
+          (1, [2]), {1: {2}}, {(1, 2): frozenset({3})}, {"a": 1, 2: None}, dict]
+for value in values:
+    found = _program.same(value)
+    assert found == value and type(found) is type(value)
+assert math.isnan(_program.same(math.nan))
+assert list(_program.count(3)) == [0, 1, 2] and type(_program.numbers()) is list
+box = _program.Box(2)
+box.y = 3
+assert box.sum() == 5 and _program.same(box).x == 2 and not box == _program.Box(2)
+try:
+    _program.same(lambda: 1)
+except TypeError as e:
+    assert "cannot be handed" in str(e)
+else:
+    raise SystemExit("handed over")
+try:
+    _program.fails()
+except ZeroDivisionError:
+    pass
+"""
+
+
+def test_values_cross_as_they_are_and_all_else_stays_with_the_program():
+    program = """
+import numpy as np
+def same(x): return x
+def count(n): yield from range(n)
+def numbers(): return np.arange(3)
+def fails(): return 1 / 0
+class Box:
+    def __init__(self, x): self.x = x
+    def sum(self): return self.x + self.y
+    def __eq__(self, other): return True
+"""
+    outcome = run_program(program, tests=VALUES)
+    assert outcome.passed, outcome.detail
+
+
+def test_calls_that_reach_beyond_the_program_are_refused(tmp_path):
+    """Of each: told of files elsewhere, another's queue removed, the machine's contexts used up."""
+    (tmp_path / "owner.txt").write_text("closed")
+    named = {"inotify_init1": 294, "mq_unlink": 241, "io_setup": 206, "fcntl": 72, "ioctl": 16}
+    if os.uname().machine == "aarch64":
+        named = {"inotify_init1": 26, "mq_unlink": 181, "io_setup": 0, "fcntl": 25, "ioctl": 29}
+    assert are_refused(
+        *(
+            f"if ctypes.CDLL(None, use_errno=True).syscall({number}, 0, 0, 0, 0) < 0 "
+            "and ctypes.get_errno() == 1:\n    raise PermissionError"
+            for number in named.values()
+        )
+    )
+
+
 def test_it_runs_as_main_without_input_in_a_clean_environment(monkeypatch):
     monkeypatch.setenv("OWNER_TOKEN", "do-not-tell")
     outcome = run_program("""
@@ -311,7 +428,7 @@ def test_several_run_at_once_and_keep_their_order(nothing_is_left):
     meter = Meter("programs", len(programs), "programs", 0)
     outcomes = run_programs(programs, processes=3, meter=meter)
     assert [outcome.passed for outcome in outcomes] == [True, False, True]
-    assert meter.done == 3 and len(nothing_is_left) == 3
+    assert meter.done == 3 and len(nothing_is_left) == 6  # each with its tests
     assert run_programs([]) == []
 
 
@@ -333,8 +450,8 @@ def answers(call_filter, architecture, number):
 @pytest.mark.parametrize(
     ("machine", "architecture", "read", "refused"),
     [
-        ("x86_64", 0xC000003E, 0, {"socket": 41, "fork": 57, "open_by_handle_at": 304}),
-        ("aarch64", 0xC00000B7, 63, {"socket": 198, "clone": 220, "open_by_handle_at": 265}),
+        ("x86_64", 0xC000003E, 0, {"socket": 41, "fork": 57, "inotify_init": 253, "mq_open": 240}),
+        ("aarch64", 0xC00000B7, 63, {"socket": 198, "clone": 220, "io_setup": 0, "mq_open": 180}),
     ],
 )
 def test_the_filter_of_each_machine(monkeypatch, machine, architecture, read, refused):
@@ -379,8 +496,8 @@ def test_a_door_left_open_is_found(monkeypatch):
 
 
 def test_a_kernel_without_landlock_is_told(monkeypatch):
-    source = sandbox._child_source().replace("libc.syscall, 444", "libc.syscall, 9999")
-    monkeypatch.setattr(sandbox, "_child_source", lambda: source)
+    source = sandbox._inside_source().replace("libc.syscall, 444", "libc.syscall, 9999")
+    monkeypatch.setattr(sandbox, "_inside_source", lambda: source)
     assert check_sandbox()[4:] == [
         "files outside NOT protected: no Landlock in this kernel (Linux 5.13)"
     ]

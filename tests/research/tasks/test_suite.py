@@ -1,9 +1,11 @@
 """Items as they come from a package and a directory made here, in the layouts of the real ones."""
 
+import copy
 import gzip
 import io
 import json
 import zipfile
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.ipc
@@ -285,13 +287,51 @@ def test_bbh_s_examples_lose_their_canary_and_its_answers_are_found(tmp_path):
 # --- code -----------------------------------------------------------------------------------------
 
 
-def run(program):
+def run(item, written):
     """As the sandbox does, without it: these programs are ours."""
+    program = {"__name__": "__main__"}
     try:
-        exec(compile(program, "program", "exec"), {"__name__": "__main__"})
+        exec(compile(program_of(item, written), "program", "exec"), program)
+        given = {"_program": SimpleNamespace(**program), "_as_sent": copy.deepcopy}
+        exec(compile(item.tests, "tests", "exec"), given)
     except Exception:
         return False
     return True
+
+
+def test_tests_call_the_program_and_what_the_prompt_defines_is_theirs():
+    (doc,) = [
+        {
+            "task_id": "HumanEval/0",
+            "prompt": 'import math\ndef helper(x):\n    return x\ndef f(x):\n    "Halve."\n',
+            "canonical_solution": "    return x / 2\n",
+            "entry_point": "f",
+            "test": "def check(f):\n    assert math.isclose(helper(f(2)), 1)",
+        }
+    ]
+    (item,) = BY_NAME["humaneval"].load(SimpleNamespace(requests=lambda *_: [{"doc": doc}]))
+    assert run(item, "    return x * 0.5\n") and not run(item, "    return x\n")
+    assert not run(item, "    return x\ndef helper(x):\n    return 1\n")  # its own is not asked
+    (item,) = BY_NAME["mbpp"].load(
+        SimpleNamespace(
+            requests=lambda *_: [
+                {
+                    "doc": {
+                        "task_id": 1,
+                        "text": "Halve.",
+                        "code": "class Box:\n    pass\ndef half(a): return a.x / 2",
+                        "test_setup_code": "a = Box(2)\na.x = 4",
+                        "test_list": ["assert math.isclose(half(a), 2)"],
+                    },
+                    "request": {"context": "", "continuation": ""},
+                }
+            ]
+        )
+    )
+    box = "class Box:\n    def __init__(self, x): self.x = x\n"
+    assert run(item, f"{box}def half(a): return a.x / 2")
+    assert not run(item, f"{box}def half(a): return a.x")
+    assert not run(item, "class math:\n    isclose = max\nBox = half = print")
 
 
 def test_programs_of_the_plus_sets_hold_code_to_the_published_solution(tmp_path):
@@ -305,21 +345,21 @@ def test_programs_of_the_plus_sets_hold_code_to_the_published_solution(tmp_path)
         "plus_input": [[0], [-4.5], [2e9]],
     }  # the solution itself fails at 0
     (item,) = BY_NAME["humaneval_plus"].load(directory(tmp_path, humaneval_plus_full=[row]))
-    assert run(program_of(item, "    return x / 2\n"))
-    assert run(program_of(item, item.gold_text))
-    assert not run(program_of(item, "    return x / 2 if x > 0 else 0\n"))
-    assert not run(program_of(item, "    return\n")) and not run(program_of(item, "    ret"))
+    assert run(item, "    return x / 2\n")
+    assert run(item, item.gold_text)
+    assert not run(item, "    return x / 2 if x > 0 else 0\n")
+    assert not run(item, "    return\n") and not run(item, "    ret")
     row["plus_input"] = [[float("inf")]]
     (item,) = BY_NAME["humaneval_plus"].load(directory(tmp_path, humaneval_plus_full=[row]))
-    assert run(program_of(item, "    return x / 2\n")) and not run(program_of(item, "    return 1"))
+    assert run(item, "    return x / 2\n") and not run(item, "    return 1")
     row |= {
         "prompt": '"""Halve it."""\n',
         "assertion": "assert half(2) == 1",
         "canonical_solution": "def half(x):\n    return 1 / (2 / x)\n",
     }
     (item,) = BY_NAME["mbpp_plus"].load(directory(tmp_path, mbpp_plus_full=[row]))
-    assert run(program_of(item, "def half(x):\n    return x / 2\n"))
-    assert not run(program_of(item, "def half(x):\n    return x // 2\n"))
+    assert run(item, "def half(x):\n    return x / 2\n")
+    assert not run(item, "def half(x):\n    return x // 2\n")
 
 
 def test_a_match_of_a_regular_expression_is_one_or_none(tmp_path):
@@ -335,9 +375,9 @@ def test_a_match_of_a_regular_expression_is_one_or_none(tmp_path):
     row["canonical_solution"] = row["prompt"] + row["canonical_solution"]
     row |= {"assertion": "assert math.pi > 3"}
     (item,) = BY_NAME["mbpp_plus"].load(directory(tmp_path, mbpp_plus_full=[row]))
-    assert run(program_of(item, "import re\ndef f(x):\n    return re.search('^a', x)"))
-    assert not run(program_of(item, "def f(x):\n    return x"))
-    assert not run(program_of(item, "def f(x):\n    return None"))
+    assert run(item, "import re\ndef f(x):\n    return re.search('^a', x)")
+    assert not run(item, "def f(x):\n    return x")
+    assert not run(item, "def f(x):\n    return None")
 
 
 def test_a_task_hands_mutable_inputs_to_both_solutions_unchanged(tmp_path):
@@ -351,8 +391,8 @@ def test_a_task_hands_mutable_inputs_to_both_solutions_unchanged(tmp_path):
         "plus_input": [[[]], [[2, 3]]],
     }
     (item,) = BY_NAME["humaneval_plus"].load(directory(tmp_path, humaneval_plus_full=[row]))
-    assert run(program_of(item, "    x.append(1)\n    return tuple(x)\n"))
-    assert not run(program_of(item, "    return x\n"))
+    assert run(item, "    x.append(1)\n    return tuple(x)\n")
+    assert not run(item, "    return x\n")
 
 
 # --- what cannot be had ---------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def _score_code(
     n = settings.samples
     written = _write_samples(scorer, task, items, rows, n, 0.8 if n > 1 else 0, settings.seed)
     programs = [program_of(items[j // n], text) for j, text in enumerate(written)]
-    outcomes = run_programs(programs, CODE_LIMITS, processes=os.cpu_count() or 1)
+    tests = [items[j // n].tests for j in range(len(written))]
+    outcomes = run_programs(programs, CODE_LIMITS, processes=os.cpu_count() or 1, tests=tests)
     for j, row in enumerate(rows):
         own = outcomes[j * n : (j + 1) * n]
         passed = sum(o.passed for o in own)

@@ -35,7 +35,7 @@ class Item:
     prompt: str = ""
     gold_text: str = ""
     references: tuple[Any, ...] = ()
-    tests: str = ""  # a program that ends without error if the code before it is right
+    tests: str = ""  # a program that ends without error if `_program` is right
     question: str = ""  # without examples, for the contamination check
     more: Mapping[str, Any] = field(default_factory=dict, compare=False)
 

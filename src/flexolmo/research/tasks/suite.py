@@ -4,7 +4,10 @@ Prompts and examples are OLMES's, ready-made in the package for 21 tasks and ren
 others. Source: paper §4.2 and appendix C; OLMES (arXiv 2406.08446).
 """
 
+import ast
+import builtins
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -322,7 +325,8 @@ def _human_eval(sources: Sources) -> list[Item]:
                 prompt=doc["prompt"],
                 gold_text=doc["canonical_solution"],
                 question=doc["prompt"],
-                tests=f"{doc['test']}\ncheck({doc['entry_point']})\n",
+                tests=f"{doc['prompt']}{doc['canonical_solution']}\n{doc['test']}\n"
+                f"check(_program.{doc['entry_point']})\n",  # the prompt has what tests call
             )
         )
     return found
@@ -351,7 +355,7 @@ def _mbpp(sources: Sources) -> list[Item]:
                 prompt=request["context"],
                 gold_text=request["continuation"],
                 question=doc["text"],
-                tests="\n".join([doc["test_setup_code"], *doc["test_list"], ""]),
+                tests=_ask_program([doc["test_setup_code"], *doc["test_list"]], doc["code"]),
                 more={"alone": True},
             )
         )
@@ -362,27 +366,30 @@ def _mbpp_plus(sources: Sources) -> list[Item]:
     found = []
     for r in sources.rows("mbpp_plus_full"):
         prompt = f"{r['prompt'].strip()}\n```python\n"
+        solution = r["canonical_solution"]
         found.append(
             Item(
                 r["task_id"],
                 prompt=prompt,
-                gold_text=r["canonical_solution"].strip() + "\n```",
+                gold_text=solution.strip() + "\n```",
                 question=r["prompt"],
                 more={"alone": True},
-                tests=f"import math\n{r['assertion']}\n{_plus_tests(r, r['canonical_solution'])}",
+                tests=_ask_program([r["assertion"]], solution) + _plus_tests(r, solution),
             )
         )
     return found
 
 
 def _plus_tests(row: Mapping[str, Any], solution: str) -> str:
-    """A program that holds the code before it to what the published solution says of all inputs of
-    EvalPlus; an input that the solution refuses is passed over. Source: arXiv 2305.01210."""
+    """Tests that hold a program to what the published solution says of all inputs of EvalPlus.
+
+    An input that the solution refuses is passed over. Source: arXiv 2305.01210.
+    """
     inputs = [*row["base_input"], *row["plus_input"]]
     return (
-        "import copy as _copy, math as _math\n"
+        "import math as _math\n"
         "from math import inf, nan\n"  # as inputs spell them
-        f"_theirs, _ours = {row['entry_point']}, {{}}\n"
+        f"_theirs, _ours = _program.{row['entry_point']}, {{}}\n"
         f"exec({solution!r}, _ours)\n"
         "def _same(a, b):\n"
         "    if isinstance(a, float) or isinstance(b, float):\n"
@@ -395,17 +402,35 @@ def _plus_tests(row: Mapping[str, Any], solution: str) -> str:
         "    return a == b\n"
         f"for _input in {inputs!r}:\n"
         "    try:\n"
-        f"        _right = _ours[{row['entry_point']!r}](*_copy.deepcopy(_input))\n"
+        f"        _right = _ours[{row['entry_point']!r}](*_as_sent(_input))\n"
         "    except Exception:\n"
         "        continue\n"
-        "    assert _same(_theirs(*_copy.deepcopy(_input)), _right), _input\n"
+        "    assert _same(_theirs(*_input), _right), _input\n"
     )
 
 
+def _ask_program(lines: Sequence[str], solution: str) -> str:
+    """Tests made of `lines`; names are the program's where the published `solution` defines them.
+
+    Other names that are not Python's, nor the lines' own, are modules or the program's, too.
+    """
+    text = "\n".join(lines)
+    names = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
+    solved = {getattr(node, "name", "") for node in ast.parse(solution).body}
+    known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | set(dir(builtins))
+    asked = [
+        f"import {name}"
+        if name in sys.stdlib_module_names - solved
+        else f"{name} = _program.{name}"
+        for name in dict.fromkeys(node.id for node in names)
+        if name in solved or name not in known
+    ]
+    return "\n".join([*asked, text, ""])
+
+
 def program_of(item: Item, written: str) -> str:
-    """What is run to judge a model's code."""
-    before = "" if item.more.get("alone") else item.prompt
-    return f"{before}{written}\n{item.tests}"
+    """The program to be tested: the model's code, after the prompt if it continues that."""
+    return written if item.more.get("alone") else item.prompt + written
 
 
 # --- the table ------------------------------------------------------------------------------------
