@@ -40,7 +40,7 @@ settings.load_profile("untimed")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may ignore it for its jobs
 
 SMALL_SETS = PrepareSettings(
-    min_characters=20,
+    min_document_bytes=20,
     max_document_bytes=5000,
     min_split_bytes=300,
     validation_share=0.05,

@@ -8,7 +8,7 @@ from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.prepare import PrepareSettings
 
 SMALL = PrepareSettings(
-    min_characters=20,
+    min_document_bytes=20,
     max_document_bytes=600,
     min_split_bytes=300,
     validation_share=0.1,

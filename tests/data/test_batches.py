@@ -1,4 +1,5 @@
-import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,14 @@ from hypothesis import strategies as st
 from flexolmo.data.batches import (
     TokenSet,
     TokenSplit,
+    embedding_windows,
     evaluation_windows,
     open_set,
     training_batches,
 )
+from flexolmo.data.prepare import PARTS, SPLITS, read_card
 from flexolmo.errors import DataError
+from flexolmo.files import digest_file, write_json
 
 EOS = 0
 
@@ -28,6 +32,7 @@ def _token_set(lengths: list[int], sizes: list[int] | None = None) -> TokenSet:
         np.array(flat, np.uint16),
         np.array(offsets, np.int64),
         np.array(sizes or [3 * length for length in lengths], np.int64),
+        np.arange(len(lengths)),
     )
     return TokenSet(
         None, {"name": "t", "tokenizer": {"eos_id": EOS, "vocab_size": 999}}, {"train": split}
@@ -125,15 +130,74 @@ def test_a_set_of_another_tokenizer_is_refused(public_set):
         open_set(public_set, "sha256:other")
 
 
-def test_a_shard_that_does_not_fit_its_card_is_refused(public_set, tmp_path):
-    for file in public_set.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    np.save(tmp_path / "train_tokens.npy", np.zeros(3, np.uint16))
-    with pytest.raises(DataError, match="its card says"):
-        open_set(tmp_path)
-    (tmp_path / "train_tokens.npy").unlink()
-    with pytest.raises(DataError, match="cannot be opened"):
-        open_set(tmp_path)
-    (tmp_path / "card.json").write_text(json.dumps({"format": "other"}))
-    with pytest.raises(DataError, match="not a prepared set"):
-        open_set(tmp_path)
+@pytest.fixture
+def copied_set(public_set, tmp_path):
+    """A prepared set to do damage to."""
+    return Path(shutil.copytree(public_set, tmp_path / "set"))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_changed_shard_is_refused(copied_set, split, part):
+    """Training on other text than the card names would sign a lie."""
+    file = copied_set / f"{split}_{part}.npy"
+    array = np.load(file)
+    array[len(array) // 2] ^= 1
+    np.save(file, array)
+    with pytest.raises(DataError, match=f"{file.name} is not the file that card.json describes"):
+        open_set(copied_set)
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file.name} cannot be opened"):
+        open_set(copied_set)
+
+
+def _sign_again(copied_set, **arrays):
+    """Replace arrays, and bring the card in line with the files."""
+    card = read_card(copied_set)
+    for name, array in arrays.items():
+        np.save(copied_set / f"{name}.npy", array)
+        card["files"][f"{name}.npy"]["digest"] = digest_file(copied_set / f"{name}.npy")
+    write_json(copied_set / "card.json", card)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train_tokens", lambda a: a[:-1], "the card says"),
+        ("train_tokens", lambda a: np.where(np.arange(len(a)) == 1, 300, a), "300 is not below"),
+        ("train_tokens", lambda a: np.ones_like(a), "ends with"),
+        ("train_bytes", lambda a: a + 1, "the card says"),
+        ("train_offsets", lambda a: a[:-1], "same documents"),
+        ("train_offsets", lambda a: np.concatenate([a[:-1], a[-2:-1]]), "do not cover"),
+        ("train_offsets", lambda a: np.concatenate([a[:1], a[2:0:-1], a[3:]]), "do not rise"),
+        ("train_sources", lambda a: a[1:], "same documents"),
+        ("train_sources", lambda a: a[::-1], "do not rise by one"),
+        ("train_sources", lambda a: a * 2, "do not rise by one"),
+    ],
+)
+def test_shards_that_contradict_each_other_are_refused(copied_set, name, change, message):
+    _sign_again(copied_set, **{name: change(np.load(copied_set / f"{name}.npy"))})
+    with pytest.raises(DataError, match=message):
+        open_set(copied_set)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "other"}, "not a prepared set"),
+        ({"splits": {}}, r"lacks these files: none"),
+        ({"files": {}}, r"lacks these files: train\.jsonl\.zst"),
+        ({"tokenizer": []}, r"card\.json, tokenizer"),
+        ({"name": 3}, r"card\.json, name"),
+    ],
+)
+def test_a_card_that_lacks_something_is_refused(copied_set, change, message):
+    card = read_card(copied_set)
+    write_json(copied_set / "card.json", card | change)
+    with pytest.raises(DataError, match=message):
+        open_set(copied_set)
+
+
+def test_windows_for_an_embedding_fit_the_model(public_set):
+    windows = list(embedding_windows(open_set(public_set), 33, count=5))
+    assert [w.shape for w in windows] == [(1, 32)] * 5

@@ -3,31 +3,62 @@ import random
 import numpy as np
 import pytest
 
-from flexolmo.data.deduplicate import Seen, fingerprint, load_fingerprints, save_fingerprints
+from flexolmo.data.deduplicate import (
+    Seen,
+    fingerprint,
+    hash_words,
+    load_fingerprints,
+    save_fingerprints,
+)
 from flexolmo.errors import DataError
 from made_sets import made_text
 
 
-def test_case_spacing_and_punctuation_do_not_matter():
-    assert fingerprint("Hello,  big\nWorld!").exact == fingerprint("hello big world").exact
-    assert fingerprint("hello big world").exact != fingerprint("hello big words").exact
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("500", "-500"),
+        ("x + y", "x - y"),
+        ("for x in y:\n    a()\nb()", "for x in y:\n    a()\n    b()"),
+        ("Total: 1.234", "Total: 1,234"),
+        ("Polish", "polish"),
+        ("+++", "---"),
+    ],
+)
+def test_exact_is_exact_and_texts_of_the_same_words_share_a_hash(one, other):
+    seen = Seen(near=None)
+    seen.add(fingerprint(one))
+    assert seen.find(fingerprint(one)) == 0
+    assert seen.find(fingerprint(other)) is None
+    assert (hash_words(one) == hash_words(other)) is (one != "+++")
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_few_changed_words_are_a_near_duplicate_and_other_text_is_not(seed):
     words = made_text(seed, 400).split()
     seen = Seen()
+    seen.add(fingerprint(made_text(seed + 500, 400)))
     seen.add(fingerprint(" ".join(words)))
     rng = random.Random(seed)
     for place in rng.sample(range(400), 5):
         words[place] = "changed"
-    assert seen.has_near(fingerprint(" ".join(words)))
-    assert not seen.has_exact(fingerprint(" ".join(words)))
-    assert not seen.has(fingerprint(made_text(seed + 1000, 400)))
+    changed = fingerprint(" ".join(words))
+    assert seen.find_exact(changed) is None
+    assert seen.find_near(changed) == seen.find(changed) == 1
+    assert seen.find(fingerprint(made_text(seed + 1000, 400))) is None
 
 
-def test_text_without_words_has_a_fingerprint():
-    assert fingerprint("+++").exact != fingerprint("---").exact
+def test_the_threshold_says_how_near_is_near():
+    words = made_text(1, 400).split()
+    kept = " ".join(words)
+    words[100] = "changed"
+    changed = fingerprint(" ".join(words))
+    found = {}
+    for near in (0.7, 0.95, 1.0):
+        seen = Seen(near)
+        seen.add(fingerprint(kept))
+        found[near] = seen.find(changed)
+    assert found == {0.7: 0, 0.95: 0, 1.0: None}
 
 
 def test_fingerprints_are_the_same_in_every_version():

@@ -1,21 +1,25 @@
+import json
 import random
+import re
+import shutil
 from collections import Counter
-from dataclasses import replace
 from hashlib import sha256
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Inner
+from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo.data import prepare
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import SPLITS, card_digest, prepare_set
-from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
+from flexolmo.data.prepare import SPLITS, PrepareSettings, card_digest, prepare_set
+from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
-from flexolmo.files import digest_file
+from flexolmo.files import digest_file, write_json
 from made_sets import SMALL, made_text, write_raw
 
-BY_SHARE_ALONE = replace(SMALL, min_split_bytes=0)
+BY_SHARE_ALONE = SMALL.model_copy(update={"min_split_bytes": 0})
 
 
 def _files(directory):
@@ -48,6 +52,7 @@ def test_shards_text_and_card_agree(public_set):
 
 def test_the_order_of_documents_does_not_matter(tmp_path, public_set):
     texts = [made_text(i) for i in range(40)] + [made_text(i).upper() for i in range(8)]
+    texts += texts[:3]
     cards = []
     for order in (0, 1):
         random.Random(order).shuffle(texts)
@@ -60,7 +65,8 @@ def test_the_order_of_documents_does_not_matter(tmp_path, public_set):
     for name in cards[0]["files"]:
         if not name.endswith(".zst"):  # the text files hold ids, which say the order
             assert (tmp_path / "p0" / name).read_bytes() == (tmp_path / "p1" / name).read_bytes()
-    assert cards[0]["removed"]["exact_duplicate"] == 8
+    assert cards[0]["removed"]["documents"] == {"exact duplicate": 3}
+    assert cards[0]["splits"]["train"]["source_documents"] > 30
 
 
 def test_preparing_again_does_nothing_and_a_damaged_file_is_made_anew(tmp_path, public_set):
@@ -81,30 +87,141 @@ def test_text_of_the_public_set_and_of_other_sets_is_removed(tmp_path, public_se
     own = [made_text(i) for i in range(200, 230)]
     raw = write_raw(tmp_path / "a", "a", [*own, made_text(3), made_text(4) + " more"])
     card = prepare_set(raw, tmp_path / "pa", public=public_set, settings=SMALL)
-    assert card["removed"]["in_public_set"] == 2
+    assert card["removed"]["documents"] == {"in public set": 2}
     raw = write_raw(tmp_path / "b", "b", [*own[:5], *(made_text(i) for i in range(300, 330))])
     card = prepare_set(
         raw, tmp_path / "pb", public=public_set, disjoint_from=[tmp_path / "pa"], settings=SMALL
     )
-    assert card["removed"]["in_other_sets"] == 5
+    assert card["removed"]["documents"] == {"in other sets": 5}
 
 
-def test_short_documents_and_duplicates_are_counted(tmp_path, public_set):
+def test_what_is_removed_is_counted_by_reason_and_said_with_an_example(tmp_path, public_set):
     base = made_text(1, 300)
-    texts = [made_text(i) for i in range(400, 430)] + ["short", base, base, base + " and more"]
+    texts = [made_text(i) for i in range(400, 430)]
+    texts += ["short", " \n", base, base, base + " and more", base.upper()]
     raw = write_raw(tmp_path, "owner", texts)
+    settings = SMALL.model_copy(update={"max_document_bytes": 50_000, "near_duplicate": 0.7})
+    said: list[str] = []
     card = prepare_set(
-        raw,
-        tmp_path / "p",
-        tokenizer=load_tokenizer(public_set),
-        settings=replace(SMALL, max_document_bytes=50_000),
+        raw, tmp_path / "p", load_tokenizer(public_set), settings=settings, say=said.append
     )
     removed = card["removed"]
-    assert (removed["too_short"], removed["exact_duplicate"], removed["near_duplicate"]) == (
-        1,
-        1,
-        1,
+    size = len(base.encode())
+    assert removed["documents"] == {
+        "too short": 1,
+        "empty": 1,
+        "exact duplicate": 1,
+        "near duplicate": 2,
+    }
+    assert removed["bytes"]["exact duplicate"] == size and removed["bytes"]["too short"] == 5
+    assert {*removed["examples"]["exact duplicate"]} == {"d32", "d33"}
+    assert len(said) == 2 and re.fullmatch(
+        r"owner: 1 documents removed, exact duplicate. For example (d32|d33) \('.{60}'\) "
+        r"was taken for (d32|d33) \('.{60}'\)\.",
+        said[0].replace("\\n", " ")[:400],
+    ), said
+    assert base not in json.dumps(card)
+
+
+def test_losing_more_than_a_fifth_is_said_aloud(tmp_path, public_set):
+    texts = [made_text(i) for i in range(400, 430)] + ["short"] * 8
+    for count in (37, 38):
+        said: list[str] = []
+        prepare_set(
+            write_raw(tmp_path / str(count), "owner", texts[:count]),
+            tmp_path / f"p{count}",
+            load_tokenizer(public_set),
+            settings=SMALL,
+            say=said.append,
+        )
+        aloud = ["owner: 8 of 38 documents are not in the set: 8 too short."]
+        assert said == (aloud if count == 38 else [])
+
+
+FORM = "Name: {} {}\nAddress: {} Station Road\nI agree to the terms of this form. Signed: {}."
+SETS_OF_ALIKE = {
+    "notes of one line": [f"Pt {i}: BP 1{i % 10}0/80, no complaints." for i in range(60)],
+    "Chinese": [f"患者{i}号复查，血压正常，无不适。" for i in range(60)],
+    "forms": [FORM.format("Ann", "abcdefgh"[i % 8] * 3, i, i) for i in range(60)],
+    "ledger": [f"Balance {sign}{i},00 EUR" for i in range(30) for sign in ("", "-")],
+    "formulas": [f"x{i} {sign} y" for i in range(30) for sign in "+-"],
+}
+
+
+@pytest.mark.parametrize("kind", SETS_OF_ALIKE)
+def test_short_and_templated_sets_are_kept_whole_by_default(tmp_path, public_set, kind):
+    texts = SETS_OF_ALIKE[kind]
+    card = prepare_set(
+        write_raw(tmp_path, "owner", texts),
+        tmp_path / "p",
+        public=public_set,
+        settings=PrepareSettings(),
+        say=pytest.fail,
     )
+    assert sum(split["documents"] for split in card["splits"].values()) == 60
+    assert sum(split["source_documents"] for split in card["splits"].values()) == 60
+    found = [d.text for s in SPLITS for d in read_documents(tmp_path / "p" / f"{s}.jsonl.zst")]
+    assert sorted(found) == sorted(texts)
+
+
+def test_what_cleaning_replaces_is_counted_and_normalising_is_asked_for(tmp_path, public_set):
+    texts = [made_text(i) + " \0 it\x92s e\u0301  \nend" for i in range(30)]
+    raw = write_raw(tmp_path, "owner", texts)
+    for normalise, end in ((False, "it\x92s e\u0301  \nend"), (True, "it\x92s é\nend")):
+        settings = SMALL.model_copy(update={"normalise": normalise})
+        out = tmp_path / str(normalise)
+        card = prepare_set(raw, out, load_tokenizer(public_set), settings=settings)
+        assert card["removed"]["characters_replaced_by_a_space"] == 30
+        found = list(read_documents(out / "train.jsonl.zst"))
+        assert all(d.text.endswith(f"   {end}") for d in found)
+
+
+def _words(*words):
+    inner = Inner(models.WordLevel({w: i for i, w in enumerate(["</s>", "?", *words])}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    inner.decoder = decoders.Fuse()
+    return Tokenizer(json.loads(inner.to_str()), "</s>")
+
+
+def test_a_tokenizer_that_cannot_carry_the_text_is_refused_or_said_aloud(tmp_path):
+    texts = [f"{'a ' * (i + 10)}b" for i in range(40)]
+    said: list[str] = []
+    raw = write_raw(tmp_path, "owner", [*texts, "a a a a a a a a a a a a c b a"])
+    card = prepare_set(raw, tmp_path / "p", _words("a", "b", " "), settings=SMALL, say=said.append)
+    assert card["tokenizer"]["changed_documents"] == 1
+    assert said == [
+        "owner: the tokenizer does not carry the text of 1 of 41 documents. For example d40 has "
+        "'a a a a a a a a a a c b a' and is read back as 'a a a a a a a a a a ? b a'."
+    ]
+    with pytest.raises(DataError, match=r"text of 41 of 41 documents.*byte-level"):
+        prepare_set(raw, tmp_path / "q", _words("a", " "), settings=SMALL)
+    assert not (tmp_path / "q").exists()
+
+
+def test_documents_know_their_source_document(tmp_path, public_set):
+    texts = [made_text(i, 60 + 300 * (i % 2)) for i in range(30)]
+    raw = write_raw(tmp_path, "owner", [*texts, *(t.upper() for t in texts[:5])])
+    prepare_set(raw, tmp_path / "p", tokenizer=load_tokenizer(public_set), settings=SMALL)
+    for split, opened in open_set(tmp_path / "p").splits.items():
+        found = [d.id for d in read_documents(tmp_path / "p" / f"{split}.jsonl.zst")]
+        names = {f"d{30 + i}": f"d{i}" for i in range(5)}  # texts of the same words are one
+        bare = [names.get(i.split("#")[0], i.split("#")[0]) for i in found]
+        numbers = opened.sources.tolist()
+        assert len(set(zip(bare, numbers, strict=True))) == len(set(bare)) == len(set(numbers))
+        assert numbers == sorted(numbers)
+        starts = opened.source_offsets
+        assert starts[0] == 0 and starts[-1] == len(opened.tokens)
+        assert len(starts) == len(set(bare)) + 1 and {*starts} <= {*opened.offsets}
+
+
+def test_a_set_of_an_older_format_is_refused_and_made_anew(tmp_path, public_set):
+    raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(100, 130)])
+    card = prepare_set(raw, tmp_path / "p", public=public_set, settings=SMALL)
+    write_json(tmp_path / "p" / "card.json", card | {"format": "flexolmo-prepared-set-1"})
+    with pytest.raises(DataError, match="older format are prepared again"):
+        open_set(tmp_path / "p")
+    again = prepare_set(raw, tmp_path / "p", None, public_set, (), SMALL, may_replace=True)
+    assert again == card
 
 
 def test_pieces_of_one_document_share_a_split_and_none_is_too_long(tmp_path, public_set):
@@ -141,7 +258,9 @@ def test_a_minimum_of_heldout_text_never_takes_from_train_when_documents_are_add
     tmp_path, public_set
 ):
     texts = [made_text(i, 24) for i in range(900, 960)]
-    settings = replace(SMALL, min_split_bytes=200, heldout_share=0.0, validation_share=0.0)
+    settings = SMALL.model_copy(
+        update={"min_split_bytes": 200, "heldout_share": 0.0, "validation_share": 0.0}
+    )
     found = []
     for count in (30, 60):
         raw = write_raw(tmp_path / str(count), "owner", texts[:count])
@@ -193,3 +312,20 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path, public_set, monkeypat
     raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(30)])
     prepare_set(raw, tmp_path / "p", tokenizer=tokenizer, settings=SMALL)
     assert open_set(tmp_path / "p").splits["train"].tokens.dtype == np.uint32
+
+
+def test_an_owners_set_is_private_on_the_disk(tmp_path, public_set):
+    raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(100, 130)])
+    prepare_set(raw, tmp_path / "p", public=public_set, settings=SMALL)
+    assert (tmp_path / "p").stat().st_mode & 0o777 == 0o700
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "p").iterdir()} == {0o600}
+    assert (public_set / "card.json").stat().st_mode & 0o077
+
+
+def test_changed_fingerprints_of_the_public_set_are_refused(tmp_path, public_set):
+    changed = shutil.copytree(public_set, tmp_path / "public")
+    marks = np.load(changed / "fingerprints_exact.npy")
+    np.save(changed / "fingerprints_exact.npy", marks[:0])
+    raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(100, 130)])
+    with pytest.raises(DataError, match=r"fingerprints_exact\.npy is not the file"):
+        prepare_set(raw, tmp_path / "p", public=changed, settings=SMALL)

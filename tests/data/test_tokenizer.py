@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
@@ -72,6 +72,100 @@ def test_a_foreign_tokenizer_takes_its_end_from_its_config_and_never_truncates(t
     assert tokenizer.encode("a b a b") == [0, 1, 0, 1]
     tokenizer.save(tmp_path / "other" / "tokenizer.json")
     assert load_tokenizer(tmp_path / "other").digest == tokenizer.digest
+
+
+def _entries(words):
+    return {word: number for number, word in enumerate(words)}
+
+
+def _word_level(end):
+    inner = Inner(models.WordLevel(_entries([end, "?", "a", "b", "<i>"]), unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner
+
+
+def _unigram(end):
+    letters = [(c, -3.0) for c in sorted({*"ab_<i>", *end})]
+    inner = Inner(models.Unigram([("?", 0.0), (end, -1.0), ("<i>", -1.0), *letters], 0, False))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace("_")
+    inner.decoder = decoders.Metaspace("_")
+    return inner
+
+
+def _bpe(end, **more):
+    """Its merges make `end` letter by letter."""
+    letters = sorted({*"ab <i>", *end})
+    joined = [end[:length] for length in range(2, len(end) + 1)]
+    merges = [(end[:length], end[length]) for length in range(1, len(end))]
+    return Inner(models.BPE(_entries([*letters, *joined, "<i"]), [*merges, ("<", "i")], **more))
+
+
+def _wordpiece(end):
+    inner = Inner(models.WordPiece(_entries(["[UNK]", end, "a", "b", "<i>"]), unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner
+
+
+@pytest.mark.parametrize("is_added", [False, True])
+@pytest.mark.parametrize("end", ["</s>", "<eos>", "[EOS]"])
+@pytest.mark.parametrize("kind", [_word_level, _unigram, _bpe, _wordpiece])
+def test_no_imported_tokenizer_lets_text_become_a_special_token(tmp_path, kind, end, is_added):
+    inner = kind(end)
+    if is_added:
+        inner.add_special_tokens([end, "<i>", "<new>"])
+        inner.add_tokens(["<ordinary>"])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    vocabulary = inner.get_vocab()
+    assert tokenizer.eos_id == vocabulary[end] and tokenizer.vocab_size == len(vocabulary)
+    special = {vocabulary[name] for name in ([end, "<i>", "<new>"] if is_added else [end])}
+    text = f"a {end} b{end}{end} <i> <new> a"
+    ids = tokenizer.encode(text)
+    assert not special & set(ids) and ids[0] == inner.encode("a").ids[0]
+    assert tokenizer.encode("a b a") == inner.encode("a b a").ids
+    assert is_added <= (vocabulary.get("<ordinary>") in tokenizer.encode("a <ordinary> b"))
+    assert end not in tokenizer.decode([ids[0], tokenizer.eos_id, ids[0]])
+    if kind is _bpe:
+        assert tokenizer.decode(tokenizer.encode(f"a {end} b")).replace(" ", "") == f"a{end}b"
+
+
+def test_a_tokenizer_whose_end_stands_for_unknown_words_is_refused_on_meeting_one(tmp_path):
+    inner = Inner(models.WordLevel(_entries(["</s>", "a"]), unk_token="</s>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a a") == [1, 1]
+    with pytest.raises(
+        DataError, match="special token '</s>' for part of a text that begins 'a b'"
+    ):
+        tokenizer.encode("a b")
+
+
+def test_dropout_is_switched_off(tmp_path):
+    inner = _bpe("</s>", dropout=0.9)
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert len({tuple(tokenizer.encode("<i<i<i<i a")) for _ in range(20)}) == 1
+    tokenizer.save(tmp_path / "again" / "tokenizer.json")
+    assert load_tokenizer(tmp_path / "again").digest == tokenizer.digest
+    assert Inner.from_file(str(tmp_path / "again" / "tokenizer.json")).model.dropout is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"eos_token": ["[end]", "b"]}, r"eos_token is \[.*the name of one token was expected"),
+        ({"eos_token": {"content": 3}}, "eos_token is 3"),
+        ({"eos_token": "[END]"}, r"no token '\[END\]'"),
+        (["[end]"], "is a JSON list"),
+    ],
+)
+def test_a_config_that_does_not_name_one_end_is_refused(tmp_path, config, message):
+    _foreign(tmp_path, ["[end]"])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=message):
+        load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path, eos="[end]").eos_id == 2
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}'])

@@ -3,6 +3,8 @@
 import copy
 import math
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexolmo.data.batches import TokenSet, TokenSplit, evaluation_windows
+from flexolmo.errors import DataError
 from flexolmo.evaluation import likelihood as room
 from flexolmo.evaluation.likelihood import (
     evaluate_mixture,
@@ -24,15 +27,19 @@ NAMES = ("amber", "basalt", "zinc")
 EOS = 0
 
 
-def made_set(lengths, seed=0, vocab_size=300):
+def made_set(lengths, seed=0, vocab_size=300, tokenizer=None):
     """A set whose held-out documents have `lengths` random tokens, and made-up byte counts."""
     rng = np.random.default_rng(seed)
     documents = [rng.integers(1, vocab_size, n) for n in lengths]
     tokens = np.concatenate([np.append(d, EOS) for d in documents]).astype(np.uint16)
     offsets = np.cumsum([0, *(len(d) + 1 for d in documents)])
     sizes = np.array([3 * n + i for i, n in enumerate(lengths)])
-    card = {"name": "made", "tokenizer": {"eos_id": EOS, "vocab_size": vocab_size}}
-    return TokenSet(None, card, {"heldout": TokenSplit(tokens, offsets, sizes)})
+    digest = "sha256:other" if tokenizer is None else tokenizer.digest
+    entry = {"eos_id": EOS, "vocab_size": vocab_size, "digest": digest}
+    card = {"name": "made", "tokenizer": entry}
+    return TokenSet(
+        None, card, {"heldout": TokenSplit(tokens, offsets, sizes, np.arange(len(sizes)))}
+    )
 
 
 def brute_force(model, token_set, seq_len, enabled=None, documents=None):
@@ -153,8 +160,12 @@ def test_a_disabled_expert_has_no_weight(house):
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_every_arrangement_is_measured_on_every_set(house, count):
     names = sorted(NAMES)[:count]
-    sets = {n: made_set([8, 5], seed=i) for i, n in enumerate(["public", *names])}
-    found = evaluate_mixture(house.mixture(names), sets, "heldout", seq_len=32)
+    mixture = house.mixture(names)
+    sets = {
+        n: made_set([8, 5], seed=i, tokenizer=mixture.tokenizer)
+        for i, n in enumerate(["public", *names])
+    }
+    found = evaluate_mixture(mixture, sets, "heldout", seq_len=32)
     assert list(found["bits_per_byte"]) == [
         "anchor",
         *(f"expert {n}" for n in names),
@@ -174,8 +185,12 @@ def test_every_arrangement_is_measured_on_every_set(house, count):
 
 @pytest.mark.parametrize("router", ["evidence", "linear"])
 def test_each_row_is_what_a_mixture_built_so_would_measure(house, router):
-    sets = {n: made_set([8, 5, 9], seed=i) for i, n in enumerate(["public", *NAMES])}
-    table = evaluate_mixture(house.mixture(NAMES, router), sets, "heldout")["bits_per_byte"]
+    mixture = house.mixture(NAMES, router)
+    sets = {
+        n: made_set([8, 5, 9], seed=i, tokenizer=mixture.tokenizer)
+        for i, n in enumerate(["public", *NAMES])
+    }
+    table = evaluate_mixture(mixture, sets, "heldout")["bits_per_byte"]
     built = {"anchor": [], "mixture": list(NAMES)}
     built |= {f"expert {n}": [n] for n in NAMES}
     built |= {f"mixture without {n}": [m for m in NAMES if m != n] for n in NAMES}
@@ -288,3 +303,9 @@ def test_an_expert_that_harms_has_no_gain_to_keep():
         "mixture without a": {"a": 2.0},
     }
     assert summarise(table, ["a"])["bars"][1]["met"] is False
+
+
+def test_a_set_of_another_tokenizer_is_refused(house):
+    other = replace(made_set([8]), directory=Path("elsewhere"))
+    with pytest.raises(DataError, match="elsewhere was prepared with the tokenizer sha256:other"):
+        evaluate_mixture(house.mixture(NAMES), {"other": other}, "heldout")

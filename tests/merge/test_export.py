@@ -418,7 +418,9 @@ def test_an_anchor_of_little_public_text_is_imported_and_saved(house, pico_set_d
     """So little that no bigram is in enough documents; its tables are empty."""
     public = open_set(pico_set_dirs["public"])
     train = public.splits["train"]
-    few = TokenSplit(train.tokens[: train.offsets[2]], train.offsets[:3], train.bytes[:2])
+    few = TokenSplit(
+        train.tokens[: train.offsets[2]], train.offsets[:3], train.bytes[:2], train.sources[:2]
+    )
     anchor = import_anchor(house.anchor_dir, replace(public, splits=public.splits | {"train": few}))
     assert not len(anchor.public.keys)
     save_anchor(anchor, tmp_path / "anchor")

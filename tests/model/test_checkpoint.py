@@ -15,7 +15,6 @@ from flexolmo.model.checkpoint import (
     digest_tensor,
     digest_tensors,
     load_anchor,
-    mean_hidden_state,
     save_anchor,
 )
 from flexolmo.model.statistics import BigramModel
@@ -360,14 +359,3 @@ def test_a_truncated_file_is_refused(copied):
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         load_anchor(copied)
-
-
-# --- the mean state -----------------------------------------------------------------------------
-
-
-def test_the_mean_state_is_a_unit_vector_over_all_positions(wild):
-    windows = [wild.ids(1, n, n).numpy() for n in (3, 9, 5)]
-    states = torch.cat([wild.anchor.model.hidden(torch.from_numpy(w))[0] for w in windows])
-    expected = states.double().mean(0)
-    found = mean_hidden_state(wild.anchor.model, windows)
-    torch.testing.assert_close(found.double(), expected / expected.norm(), rtol=1e-5, atol=1e-6)

@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import DataError, MergeError
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
-from flexolmo.model.hidden_statistics import HiddenSums, discriminant_tensors, gather
+from flexolmo.model.hidden_statistics import (
+    HiddenSums,
+    discriminant_tensors,
+    gather,
+    mean_hidden_state,
+)
 from flexolmo.model.router import (
     PUBLIC,
     DiscriminantRouter,
@@ -312,3 +317,11 @@ def test_text_like_publics_gets_a_row_of_nothing():
     public, _ = made_sums(np.random.default_rng(0))
     found = discriminant_tensors(public, public, DiscriminantSettings())
     assert not any(t.any() for t in found.values())
+
+
+def test_the_mean_state_is_a_unit_vector_over_all_positions(wild):
+    windows = [wild.ids(1, n, n).numpy() for n in (3, 9, 5)]
+    states = torch.cat([wild.anchor.model.hidden(torch.from_numpy(w))[0] for w in windows])
+    expected = states.double().mean(0)
+    found = mean_hidden_state(wild.anchor.model, windows)
+    torch.testing.assert_close(found.double(), expected / expected.norm(), rtol=1e-5, atol=1e-6)

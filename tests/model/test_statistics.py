@@ -167,7 +167,7 @@ def test_smoothing_draws_an_owners_frequencies_to_public_ones():
 
 def test_the_pico_anchor_holds_the_model_of_its_public_text(pico_anchor, pico_sets):
     split, size = pico_sets["public"].splits["train"], pico_anchor.config.vocab_size
-    again = fit_bigrams(split.tokens, split.offsets, size, EvidenceSettings())
+    again = fit_bigrams(split.tokens, split.source_offsets, size, EvidenceSettings())
     for name, values in vars(pico_anchor.public).items():
         assert np.array_equal(values, getattr(again, name)), name
     assert len(again.keys) > 100

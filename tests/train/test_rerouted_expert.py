@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.data.batches import embedding_windows
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather
 from flexolmo.model.router import DiscriminantSettings, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.train.anchor import embedding_windows
 from flexolmo.train.expert import (
     ExpertRecipe,
     load_expert,
@@ -42,7 +42,11 @@ def test_an_owners_row_is_from_the_anchor_its_text_and_public_text(pico_anchor, 
     found = start_router(pico_anchor, pico_sets["maths"], router, pico_sets["public"])
     expected = discriminant_tensors(
         *(
-            gather(pico_anchor.model, embedding_windows(pico_sets[n], config, count), router)
+            gather(
+                pico_anchor.model,
+                embedding_windows(pico_sets[n], config.max_seq_len, count),
+                router,
+            )
             for n, count in (("maths", 64), ("public", 256))
         ),
         router,
@@ -78,7 +82,7 @@ def test_the_row_tells_the_owners_text_from_public_text(pico_anchor, pico_sets):
     model = assemble_mixture(pico_anchor, experts, CONTEXT)
     for name in ("public", "maths", "news"):
         routing = []
-        for window in embedding_windows(pico_sets[name], config, 4):
+        for window in embedding_windows(pico_sets[name], config.max_seq_len, 4):
             model(torch.from_numpy(window), routing=routing)
         mean = torch.cat([r.flatten(0, 1) for r in routing]).mean(0)
         assert model.expert_names[int(mean.argmax())] == name
@@ -129,6 +133,8 @@ def test_it_travels_in_a_bundle_like_any_other(
     build_mixture(pico_anchor_dir, [bundle], tmp_path / "model", trusted)
     loaded = load_mixture(tmp_path / "model", trusted)
     assert loaded.model.settings == CONTEXT
-    ids = torch.from_numpy(next(embedding_windows(pico_sets["maths"], pico_anchor.config)))
+    ids = torch.from_numpy(
+        next(embedding_windows(pico_sets["maths"], pico_anchor.config.max_seq_len))
+    )
     expected = assemble_mixture(pico_anchor, {"maths": made.tensors}, CONTEXT)
     assert torch.equal(loaded.model(ids), expected(ids))

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from flexolmo.data.batches import TrainingBatches
-from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.data.batches import TrainingBatches, embedding_windows
+from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
+from flexolmo.errors import CheckpointError, ConfigError, DataError
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.train import loop
-from flexolmo.train.anchor import embedding_windows, import_anchor, train_anchor
+from flexolmo.train.anchor import import_anchor, train_anchor
 from flexolmo.train.loop import TrainSettings
 
 
@@ -128,7 +128,7 @@ def test_a_stock_checkpoint_becomes_an_anchor(make_wild, pico_anchor, pico_sets,
 
 
 def test_a_domain_is_at_most_64_windows_of_its_text(pico_sets, pico_anchor):
-    windows = list(embedding_windows(pico_sets["maths"], pico_anchor.config))
+    windows = list(embedding_windows(pico_sets["maths"], pico_anchor.config.max_seq_len))
     assert 1 <= len(windows) <= 64
     assert all(w.shape[0] == 1 and w.shape[1] <= 256 for w in windows)
 
@@ -139,3 +139,15 @@ def test_windows_longer_than_the_anchors_own_positions_are_refused(
     wrong = pico_recipe.model_copy(update={"train": TrainSettings(steps=20, seq_len=513)})
     with pytest.raises(ConfigError, match=r"513 tokens in train.seq_len; the model has 512"):
         train_anchor(pico_sets["public"], load_tokenizer(pico_sets["public"].directory), wrong)
+
+
+def test_a_set_of_another_tokenizer_is_refused(pico_anchor, pico_sets, pico_recipe, tmp_path):
+    """Of the checkpoint's own would be the right statistics; of another, they are noise."""
+    other = train_tokenizer(["some other text " * 9], 270)
+    save_anchor(pico_anchor, tmp_path / "anchor")
+    other.save(tmp_path / "anchor" / "tokenizer.json")
+    with pytest.raises(DataError, match=f"but the checkpoint .*anchor has {other.digest}"):
+        import_anchor(tmp_path / "anchor", pico_sets["public"])
+    with pytest.raises(DataError, match=f"but the anchor has {other.digest}"):
+        train_anchor(pico_sets["public"], other, pico_recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

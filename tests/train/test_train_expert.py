@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.batches import TrainingBatches, training_batches
-from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.errors import CheckpointError, ConfigError, DataError
+from flexolmo.evaluation.curve import measure_curve
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor
@@ -29,6 +30,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.shrink import compress_expert
 
 BRIEF = TrainSettings(
     steps=6, batch_size=2, seq_len=16, warmup_steps=2, checkpoint_every_seconds=1e-9
@@ -172,7 +174,11 @@ def test_the_evidence_is_the_owners_statistics_and_is_not_trained(pico_anchor, p
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(settings))
     split = pico_sets["maths"].splits["train"]
     own = fit_bigrams(
-        split.tokens, split.offsets, pico_anchor.config.vocab_size, settings, pico_anchor.public
+        split.tokens,
+        split.source_offsets,
+        pico_anchor.config.vocab_size,
+        settings,
+        pico_anchor.public,
     )
     for name, expected in (
         ("unigram", own.unigram),
@@ -458,3 +464,20 @@ def test_windows_longer_than_the_anchors_positions_are_refused(make_wild, pico_s
             anchor.model(torch.zeros(1, 17 if cache is None else 1, dtype=torch.long), cache=cache)
     with pytest.raises(ConfigError, match="the model has 16 positions"):
         measure_likelihood(anchor.model, pico_sets["maths"], "heldout", seq_len=17)
+
+
+def test_sets_of_another_tokenizer_are_refused_wherever_they_are_read(pico_anchor, pico_sets):
+    entry = pico_sets["maths"].card["tokenizer"] | {"digest": "sha256:other"}
+    other = replace(pico_sets["maths"], card=pico_sets["maths"].card | {"tokenizer": entry})
+    recipe = recipe_of(EvidenceSettings())
+    expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
+    for read in (
+        lambda: train_expert(pico_anchor, other, "maths", recipe),
+        lambda: train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, public=other),
+        lambda: start_expert(pico_anchor, other, recipe),
+        lambda: room.reroute_expert(expert, pico_anchor, other, EvidenceSettings()),
+        lambda: compress_expert(pico_anchor, expert, rank=2, data=other),
+        lambda: measure_curve(pico_anchor, expert, other),
+    ):
+        with pytest.raises(DataError, match="sha256:other, but the anchor has"):
+            read()

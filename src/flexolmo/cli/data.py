@@ -186,11 +186,34 @@ def prepare(
     max_record_bytes: Annotated[
         int, typer.Option(help="Largest document to accept, in bytes, before it is cut.")
     ] = 1 << 25,
+    min_bytes: Annotated[
+        int, typer.Option(min=1, help="Drop documents with fewer bytes of UTF-8 than this.")
+    ] = 1,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(
+            min=0.05,
+            max=1,
+            help="Drop a document that shares at least this part of its word 5-grams with another "
+            "of its set, for example 0.7. By default none is dropped but exact copies, so that "
+            "filled-in forms and reports from a template stay.",
+        ),
+    ] = None,
+    normalise: Annotated[
+        bool,
+        typer.Option(
+            "--normalise",
+            help="Compose characters (Unicode NFC), cut spaces at the end of lines, and blank "
+            "lines after two in a row.",
+        ),
+    ] = False,
 ) -> None:
     """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
     Your own files are read where they lie. The public set comes first whatever the order, and
-    trains the tokenizer. An owner alone needs only the prepared public set.
+    trains the tokenizer. An owner alone needs only the prepared public set. Text stays as it is,
+    but for control characters, in whose place a space is written. What is left out is counted by
+    reason, here and in the set's card.json.
 
     Examples:
 
@@ -225,14 +248,27 @@ def prepare(
             "Neither a public set nor a tokenizer was given: prepare the public set "
             "first, or name its prepared directory with --public."
         )
-    settings = PrepareSettings(vocab_size=vocab_size)
+    settings = PrepareSettings(
+        vocab_size=vocab_size,
+        min_document_bytes=min_bytes,
+        near_duplicate=near_duplicates,
+        normalise=normalise,
+    )
     table = Table("set", "split", "documents", "MB", "tokens", title=f"Prepared into {out}")
     done: list[Path] = []
     lines: list[str] = []
     for corpus in sorted(corpora.values(), key=lambda corpus: corpus.name != "public"):
         target = out / corpus.name
-        others = done if disjoint else ()
-        card = prepare_set(corpus, target, given, public, others, settings, replace)
+        card = prepare_set(
+            corpus,
+            target,
+            given,
+            public,
+            done if disjoint else (),
+            settings,
+            replace,
+            say=lambda line: _console.print(line, style="yellow"),
+        )
         if corpus.name == "public" and public is None:
             public = target
         else:
@@ -253,16 +289,14 @@ def prepare(
 
 def _describe_losses(card: dict[str, Any]) -> list[str]:
     """Sentences on what was read, changed and left out; the card has every name."""
-    removed = {
-        key.replace("_", " "): n
-        for key, n in card["removed"].items()
-        if n and key != "bytes_in_all"
-    }
+    removed = card["removed"]
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in removed["documents"].items())
     reading = dict(card["reading"])
     not_read = reading.pop("not_read")
     lines = [
-        f"{card['name']}: removed {card['removed']['bytes_in_all']:,} bytes, "
-        + (", ".join(f"{n} {why}" for why, n in removed.items()) or "nothing"),
+        f"{card['name']}: removed {sum(removed['bytes'].values()):,} bytes, "
+        f"{reasons or 'nothing'}; a space stands for "
+        f"{removed['characters_replaced_by_a_space']:,} control characters",
         f"{card['name']}: read " + ", ".join(f"{n:,} {what}" for what, n in reading.items()),
     ]
     for reason, files in not_read.items():

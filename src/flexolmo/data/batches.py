@@ -1,5 +1,7 @@
 """Token shards to batches: seeded, resumable training windows and exact evaluation windows.
 
+A set is checked against its card when it is opened, so that what was signed is what is used.
+
 NumPy only: a batch is a pure function of (seed, step), so a resumed run sees what an
 uninterrupted one would. Knows nothing of models or devices.
 
@@ -14,8 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo.data.prepare import SPLITS, card_digest, read_card
+from flexolmo.data.prepare import PARTS, SPLITS, card_digest, check_file, read_card
 from flexolmo.errors import DataError
+
+EMBEDDING_WINDOWS = 64  # windows of text whose mean hidden state stands for a domain
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,18 @@ class TokenSplit:
     tokens: np.ndarray  # uint16 or uint32 [tokens]: documents, each followed by the eos
     offsets: np.ndarray  # int64 [n + 1]: where documents start, and the end
     bytes: np.ndarray  # int64 [n]: UTF-8 bytes of each document's text
+    sources: np.ndarray  # int64 [n]: number of the source document of each, ascending from 0
 
     @property
     def num_documents(self) -> int:
         """n."""
         return len(self.bytes)
+
+    @property
+    def source_offsets(self) -> np.ndarray:
+        """Where the pieces of each source document start, and the end, int64."""
+        firsts = np.flatnonzero(np.diff(self.sources, prepend=-1))
+        return self.offsets[np.append(firsts, len(self.sources))]
 
     def document(self, index: int) -> np.ndarray:
         """Ids of document `index`, int64, without the eos that follows it."""
@@ -65,48 +76,77 @@ class TokenSet:
         """Ids are below this."""
         return self.card["tokenizer"]["vocab_size"]
 
+    def check_tokenizer(self, digest: str, whose: str) -> None:
+        """Refuse a set that was made with another tokenizer than `whose`, of this `digest`.
+
+        Raises:
+            DataError: another tokenizer.
+        """
+        found = self.card["tokenizer"]["digest"]
+        if found != digest:
+            raise DataError(
+                f"{self.directory} was prepared with the tokenizer {found}, but {whose} has "
+                f"{digest}: prepare the set again with that one (`flexolmo data prepare "
+                "--tokenizer`)."
+            )
+
 
 def open_set(prepared: Path, tokenizer_digest: str | None = None) -> TokenSet:
-    """The prepared set in directory `prepared`, memory-mapped.
+    """The prepared set in directory `prepared`, memory-mapped, with every shard's digest checked.
 
     Args:
         tokenizer_digest: if given, the set must have been made with that very tokenizer.
     Raises:
-        DataError: not a prepared set, a shard that does not fit its card, another tokenizer.
+        DataError: not a prepared set, a file that is not what its card says, another tokenizer.
     """
     prepared = Path(prepared)
     card = read_card(prepared)
-    found = card["tokenizer"]["digest"]
-    if tokenizer_digest is not None and found != tokenizer_digest:
-        raise DataError(
-            f"{prepared} was tokenized with {found}, but {tokenizer_digest} is in "
-            "use here: prepare the set again with the anchor's tokenizer."
-        )
-    return TokenSet(prepared, card, {split: _open_split(prepared, card, split) for split in SPLITS})
+    splits = {split: _open_split(prepared, card, split) for split in SPLITS}
+    opened = TokenSet(prepared, card, splits)
+    if tokenizer_digest is not None:
+        opened.check_tokenizer(tokenizer_digest, "the model in use")
+    return opened
 
 
 def _open_split(prepared: Path, card: dict[str, Any], split: str) -> TokenSplit:
     arrays = {}
-    for part in ("tokens", "offsets", "bytes"):
-        file = prepared / f"{split}_{part}.npy"
+    for part in PARTS:
+        file = check_file(prepared, card, f"{split}_{part}.npy")
         try:
             arrays[part] = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as e:
             raise DataError(f"{file} cannot be opened ({e}): prepare the set again.") from None
     opened = TokenSplit(**arrays)
-    counts = card["splits"][split]
-    if (
-        len(opened.tokens) != counts["tokens"]
-        or len(opened.bytes) != counts["documents"]
-        or len(opened.offsets) != counts["documents"] + 1
-        or opened.offsets[-1] != counts["tokens"]
-    ):
-        raise DataError(
-            f"{prepared}, split {split}: the shards hold {len(opened.tokens)} tokens in "
-            f"{len(opened.bytes)} documents; its card says {counts['tokens']} in "
-            f"{counts['documents']}. Prepare the set again."
-        )
+    problem = _find_contradiction(opened, card, split)
+    if problem:
+        raise DataError(f"{prepared}, split {split}: {problem}. Prepare the set again.")
     return opened
+
+
+def _find_contradiction(opened: TokenSplit, card: dict[str, Any], split: str) -> str | None:
+    """What in a split's arrays contradicts its card or itself."""
+    counts, tokenizer = card["splits"][split], card["tokenizer"]
+    found = {
+        "tokens": len(opened.tokens),
+        "documents": len(opened.bytes),
+        "bytes": int(opened.bytes.sum()),
+    }
+    if any(found[key] != counts[key] for key in found):
+        return f"the shards hold {found}, but the card says {counts}"
+    n = len(opened.bytes)
+    if len(opened.offsets) != n + 1 or len(opened.sources) != n:
+        return "the shards are not of the same documents"
+    if opened.offsets[0] != 0 or opened.offsets[-1] != len(opened.tokens):
+        return "the offsets do not cover the tokens"
+    if n and (np.diff(opened.offsets).min() < 1 or opened.sources[0] < 0):
+        return "the offsets do not rise"
+    if not np.isin(np.diff(opened.sources, prepend=0), (0, 1)).all():
+        return "the numbers of the source documents do not rise by one"
+    if not (opened.tokens[opened.offsets[1:] - 1] == tokenizer["eos_id"]).all():
+        return f"not every document ends with the token {tokenizer['eos_id']}"
+    if n and int(opened.tokens.max()) >= tokenizer["vocab_size"]:
+        return f"token {opened.tokens.max()} is not below {tokenizer['vocab_size']}"
+    return None
 
 
 class TrainingBatches:
@@ -203,3 +243,17 @@ def evaluation_windows(
             if read == 0 or (read + share) * total <= allowed * passed:
                 read += share
                 yield ids[start : end + 1], share
+
+
+def embedding_windows(
+    token_set: TokenSet, max_seq_len: int, count: int = EMBEDDING_WINDOWS
+) -> Iterator[np.ndarray]:
+    """Windows of training text that stand for a set's domain: int64 [1, T], at most `count`.
+
+    T is below `max_seq_len`, the positions of the model that reads them, and at most 256.
+    """
+    length = len(token_set.splits["train"].tokens)
+    seq_len = min(256, max_seq_len - 1, length - 1)
+    batches = training_batches(token_set, "train", 1, seq_len, seed=0)
+    for step in range(min(count, batches.num_windows)):
+        yield batches.batch(step)[:, :-1]

@@ -1,7 +1,7 @@
-"""Which texts say the same thing: exact and near duplicates, by fingerprints.
+"""Texts that are the same or nearly so, found by fingerprints.
 
-A fingerprint is two rows: the SHA-256 of the text without case, spaces and punctuation, and a
-MinHash signature of its word 5-grams. An owner needs only the public set's fingerprints to avoid
+A fingerprint is two rows: the SHA-256 of the text as it is, and a MinHash signature of its word
+5-grams. An owner needs only the public set's fingerprints to avoid
 public text. A set's own fingerprints stay with it: whoever holds a text could ask them whether
 the set has it.
 """
@@ -35,49 +35,69 @@ class Fingerprint:
 
 
 def fingerprint(text: str) -> Fingerprint:
-    """Fingerprint of `text`; equal for texts that differ in case, spacing or punctuation only."""
-    words = _WORD.findall(text.casefold())
-    if not words:
-        words = [text]
-    exact = hashlib.sha256(" ".join(words).encode()).digest()
+    """Fingerprint of `text`, to find the same text and text of nearly the same words."""
+    words = _words(text)
     last = max(1, len(words) - SHINGLE_WORDS + 1)
     shingles = {zlib.crc32(" ".join(words[i : i + SHINGLE_WORDS]).encode()) for i in range(last)}
     sketch = MinHash(
         num_perm=SIGNATURE_SIZE, hashfunc=int, permutations=_PERMUTATIONS, scheme=_SCHEME
     )
     sketch.update_batch(sorted(shingles))
+    exact = hashlib.sha256(text.encode()).digest()
     return Fingerprint(exact, sketch.hashvalues.astype(np.uint32))
 
 
-class Seen:
-    """Fingerprints seen so far, and whether a new one repeats any of them."""
+def hash_words(text: str) -> bytes:
+    """32 bytes, equal for texts that differ in case, spacing or punctuation only."""
+    return hashlib.sha256(" ".join(_words(text)).encode()).digest()
 
-    def __init__(self) -> None:
-        self._exact: set[bytes] = set()
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold()) or [text]
+
+
+class Seen:
+    """Fingerprints seen so far, numbered from 0, and which of them a new one repeats.
+
+    Args:
+        near: share of word 5-grams (estimated Jaccard) from which two texts are near duplicates;
+            none: they are never looked for.
+    """
+
+    def __init__(self, near: float | None = NEAR_DUPLICATE_JACCARD) -> None:
+        self._near = near
+        self._exact: dict[bytes, int] = {}
         self._signatures: list[np.ndarray] = []
-        self._lsh = MinHashLSH(threshold=NEAR_DUPLICATE_JACCARD, num_perm=SIGNATURE_SIZE)
+        self._lsh: MinHashLSH | None = None
+        if near is not None:  # a wide net: what it finds is compared again
+            wide = min(near, NEAR_DUPLICATE_JACCARD)
+            self._lsh = MinHashLSH(threshold=wide, num_perm=SIGNATURE_SIZE)
 
     def add(self, mark: Fingerprint) -> None:
         """Remember `mark`."""
-        self._exact.add(mark.exact)
-        self._lsh.insert(len(self._signatures), _sketch(mark.signature), check_duplication=False)
+        number = len(self._signatures)
+        self._exact.setdefault(mark.exact, number)
         self._signatures.append(mark.signature)
+        if self._lsh is not None:
+            self._lsh.insert(number, _sketch(mark.signature), check_duplication=False)
 
-    def has(self, mark: Fingerprint) -> bool:
-        """Whether a remembered text is the same or nearly the same."""
-        return self.has_exact(mark) or self.has_near(mark)
+    def find_exact(self, mark: Fingerprint) -> int | None:
+        """Number of the first remembered text that is the same, character by character."""
+        return self._exact.get(mark.exact)
 
-    def has_exact(self, mark: Fingerprint) -> bool:
-        """Whether a remembered text has the same words in the same order."""
-        return mark.exact in self._exact
+    def find_near(self, mark: Fingerprint) -> int | None:
+        """Number of a remembered text with nearly the same words."""
+        if self._lsh is None:
+            return None
+        for number in self._lsh.query(_sketch(mark.signature)):
+            if np.mean(self._signatures[number] == mark.signature) >= self._near:
+                return int(number)
+        return None
 
-    def has_near(self, mark: Fingerprint) -> bool:
-        """Whether a remembered text shares about 70% of its word 5-grams (estimated Jaccard)."""
-        matches = self._lsh.query(_sketch(mark.signature))
-        return any(
-            np.mean(self._signatures[i] == mark.signature) >= NEAR_DUPLICATE_JACCARD
-            for i in matches
-        )
+    def find(self, mark: Fingerprint) -> int | None:
+        """Number of a remembered text that is the same or nearly the same."""
+        exact = self.find_exact(mark)
+        return self.find_near(mark) if exact is None else exact
 
 
 def save_fingerprints(directory: Path, marks: Iterable[Fingerprint]) -> list[Path]:

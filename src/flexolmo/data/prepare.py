@@ -4,17 +4,20 @@ An owner runs this alone: of the public set only fingerprints and the tokenizer 
 other owners nothing. The same input gives the same bytes; a run killed midway leaves nothing.
 
 Words: a *source document* is what was fetched; a *document* is a source document, or a piece of
-one that was too long. All pieces of a source document lie in one split.
+one that was too long. All pieces of a source document lie in one split, and so do texts that
+differ in case, spacing and punctuation alone.
 """
 
 import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flexolmo.data.clean import clean_text, split_text
 from flexolmo.data.corpus import Corpus, open_corpus
@@ -22,6 +25,7 @@ from flexolmo.data.deduplicate import (
     Fingerprint,
     Seen,
     fingerprint,
+    hash_words,
     load_fingerprints,
     save_fingerprints,
 )
@@ -39,29 +43,59 @@ from flexolmo.files import (
 )
 from flexolmo.progress import progress
 
-FORMAT = "flexolmo-prepared-set-1"
+FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
+PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
+LARGE_SHARE = 0.2  # of a set's documents: losing more of them is said aloud
 _DOCUMENTS_TOKENIZED_AT_ONCE = 256
+_SHOWN_CHARACTERS = 60
 
 
-@dataclass(frozen=True)
-class PrepareSettings:
+class PrepareSettings(BaseModel):
     """Choices of `prepare_set`; ours, except where a table is named."""
 
-    min_characters: int = 200  # shorter source documents are dropped
-    max_document_bytes: int = 50_000  # longer ones are cut into pieces at blank lines
-    validation_share: float = 0.05  # of source documents, for choosing settings
-    heldout_share: float = 0.05  # of source documents, only ever reported
-    min_split_bytes: int = 60_000  # of validation and of held-out text, if that is below a tenth
-    vocab_size: int = 4096  # of the tokenizer trained when none is given
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_document_bytes: int = Field(
+        1, ge=1, description="source documents with fewer bytes of UTF-8 are dropped"
+    )
+    max_document_bytes: int = Field(
+        50_000, ge=4, description="longer documents are cut into pieces, at blank lines first"
+    )
+    near_duplicate: float | None = Field(
+        None,
+        ge=0.05,
+        le=1,
+        description="share of word 5-grams (Jaccard) from which one of two documents of the set "
+        "is dropped as nearly the same; none: filled-in forms and the like all stay",
+    )
+    normalise: bool = Field(
+        False,
+        description="compose characters (Unicode NFC), cut spaces at the end of lines and blank "
+        "lines after two in a row",
+    )
+    validation_share: float = Field(
+        0.05, ge=0, lt=0.5, description="share of source documents for choosing settings"
+    )
+    heldout_share: float = Field(
+        0.05, ge=0, lt=0.5, description="share of source documents that are only ever reported"
+    )
+    min_split_bytes: int = Field(
+        60_000,
+        ge=0,
+        description="bytes of validation and of held-out text, if that is below a tenth",
+    )
+    vocab_size: int = Field(
+        4096, description="entries of the tokenizer that is trained when none is given"
+    )
 
 
 @dataclass
 class _Piece:
     """One document on its way: where its text lies in the spill file, and what identifies it."""
 
-    parent: bytes  # 32 bytes, the hash that decides the split
-    parent_text: bytes  # 32 bytes, tells apart parents that differ only in case or spaces
+    parent: bytes  # 32 bytes, the hash of the words, which decides the split
+    parent_text: bytes  # 32 bytes, tells apart parents of the same words
     index: int
     source: str
     id: str
@@ -72,14 +106,44 @@ class _Piece:
 
 @dataclass
 class _Removed:
-    """What is not in the prepared set, and why (source documents for the first, else documents)."""
+    """Documents that are not in the prepared set, by reason, and pairs that show why."""
 
-    too_short: int = 0
-    exact_duplicate: int = 0
-    near_duplicate: int = 0
-    in_public_set: int = 0
-    in_other_sets: int = 0
-    bytes_in_all: int = 0
+    found: int = 0  # documents, before any was removed
+    documents: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+    # By reason: the first document removed and, of the same set, the one it was taken for.
+    examples: dict[str, tuple[_Piece, _Piece | None]] = field(default_factory=dict)
+    replaced_characters: int = 0
+
+    def count(self, reason: str, size: int) -> None:
+        self.documents[reason] += 1
+        self.bytes[reason] += size
+
+    def card(self) -> dict[str, Any]:
+        """Counts for the card, and ids, but no text, of the examples."""
+        return {
+            "documents": dict(self.documents),
+            "bytes": dict(self.bytes),
+            "characters_replaced_by_a_space": self.replaced_characters,
+            "examples": {
+                reason: [piece.id for piece in pair if piece is not None]
+                for reason, pair in self.examples.items()
+            },
+        }
+
+    def lines(self, spill: BinaryIO) -> Iterator[str]:
+        """Sentences for the owner: what was taken for the same, and whether much is missing."""
+        for reason, (removed, kept) in self.examples.items():
+            texts = [_text(spill, piece) for piece in (removed, kept) if piece is not None]
+            shown = _show_difference(texts)
+            was = f"{removed.id} ({shown[0]})"
+            yield f"{self.documents[reason]} documents removed, {reason}. For example {was}" + (
+                "." if kept is None else f" was taken for {kept.id} ({shown[1]})."
+            )
+        gone = self.documents.total()
+        if gone > LARGE_SHARE * self.found:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.documents.items())
+            yield f"{gone} of {self.found} documents are not in the set: {reasons}."
 
 
 def prepare_set(
@@ -88,15 +152,18 @@ def prepare_set(
     tokenizer: Tokenizer | None = None,
     public: Path | None = None,
     disjoint_from: Sequence[Path] = (),
-    settings: PrepareSettings = PrepareSettings(),
+    settings: PrepareSettings | None = None,
     may_replace: bool = False,
+    say: Callable[[str], object] = warnings.warn,
 ) -> dict[str, Any]:
     """Prepare the documents of `raw` into `out`; returns its card.
 
     Per split `out` holds `<split>_tokens.npy` (uint16 or uint32, each document followed by the
     eos), `<split>_offsets.npy` (int64 [n + 1], where documents start), `<split>_bytes.npy`
-    (int64 [n], UTF-8 bytes of each document) and `<split>.jsonl.zst` (the text), all in the same
-    order; besides these fingerprints, `tokenizer.json` and `card.json`.
+    (int64 [n], UTF-8 bytes of each document), `<split>_sources.npy` (int64 [n], number of the
+    source document it is a piece of, ascending; texts of the same words share one) and
+    `<split>.jsonl.zst` (the text), all in the same order; besides these fingerprints,
+    `tokenizer.json` and `card.json`.
 
     Args:
         raw: what `open_corpus` returns, or the directory of a fetched set.
@@ -107,10 +174,14 @@ def prepare_set(
         disjoint_from: prepared sets whose text is removed too (the curated corpus; an owner on
             their own has none).
         may_replace: whether another prepared set in `out` is replaced instead of refused.
+        say: told in a sentence of what was taken for the same, of much that is missing, and of
+            text that the tokenizer changes.
     Raises:
-        DataError: `raw` cannot be read, too little text is left, or `out` holds another set.
+        DataError: `raw` cannot be read, too little text is left, the tokenizer changes more than
+            a fifth of the documents, or `out` holds another set.
     """
     out = Path(out)
+    settings = settings or PrepareSettings()
     corpus = raw if isinstance(raw, Corpus) else open_corpus(raw)
     name = corpus.name
     if tokenizer is None and public is not None:
@@ -119,7 +190,7 @@ def prepare_set(
         canonical_json(
             {
                 "format": FORMAT,
-                "settings": asdict(settings),
+                "settings": settings.model_dump(),
                 "corpus": digest_bytes(canonical_json(corpus.card)),
                 "tokenizer": tokenizer.digest if tokenizer else None,
                 "public": card_digest(read_card(public)) if public else None,
@@ -140,19 +211,23 @@ def prepare_set(
         removed = _Removed()
         with open(spill, "wb") as f:
             pieces = _clean_all(corpus, f, settings, removed)
-        pieces = _deduplicate(name, pieces, public, disjoint_from, removed)
+        pieces = _deduplicate(name, pieces, public, disjoint_from, settings.near_duplicate, removed)
         try:
             splits = split_by_hash(pieces, settings, name)
         except DataError as e:
-            raise DataError(f"{e} Removed: {asdict(removed)}.") from None
+            raise DataError(f"{e} Removed: {dict(removed.documents)}.") from None
+        changed = _Changed()
         with open(spill, "rb") as f:
+            for line in removed.lines(f):
+                say(f"{name}: {line}")
             if tokenizer is None:
                 texts = (_text(f, piece) for piece in splits["train"])
                 tokenizer = train_tokenizer(texts, settings.vocab_size)
             counts = {
-                split: _write_split(aside, split, splits[split], f, tokenizer, name)
+                split: _write_split(aside, split, splits[split], f, tokenizer, name, changed)
                 for split in SPLITS
             }
+        changed.judge(name, sum(len(splits[split]) for split in SPLITS), say)
         spill.unlink()
         save_fingerprints(aside, [piece.mark for split in SPLITS for piece in splits[split]])
         tokenizer.save(aside / "tokenizer.json")
@@ -161,13 +236,14 @@ def prepare_set(
             "name": name,
             "recipe": recipe,
             "splits": counts,
-            "removed": asdict(removed),
-            "settings": asdict(settings),
+            "removed": removed.card(),
+            "settings": settings.model_dump(),
             "tokenizer": {
                 "digest": tokenizer.digest,
                 "vocab_size": tokenizer.vocab_size,
                 "eos": tokenizer.eos,
                 "eos_id": tokenizer.eos_id,
+                "changed_documents": changed.documents,
             },
             "public": card_digest(read_card(public)) if public else None,
             "corpus_card": digest_bytes(canonical_json(corpus.card)),
@@ -189,19 +265,86 @@ def card_digest(card: dict[str, Any]) -> str:
     return digest_bytes(canonical_json(card))
 
 
+class _Counts(BaseModel):
+    documents: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+
+
+class _TokenizerEntry(BaseModel):
+    digest: str
+    vocab_size: int = Field(ge=1)
+    eos_id: int = Field(ge=0)
+
+
+class _FileEntry(BaseModel):
+    bytes: int = Field(ge=0)
+    digest: str
+
+
+class _Card(BaseModel):
+    """The parts of a card that are read again."""
+
+    name: str
+    recipe: str
+    splits: dict[str, _Counts]
+    tokenizer: _TokenizerEntry
+    files: dict[str, _FileEntry]
+
+
 def read_card(prepared: Path) -> dict[str, Any]:
     """The card of a prepared set.
 
     Raises:
-        DataError: `prepared` is not a prepared set of this format.
+        DataError: `prepared` is not a prepared set of this format, or its card lacks something.
     """
     card = read_json(Path(prepared) / "card.json", DataError)
-    if not isinstance(card, dict) or card.get("format") != FORMAT:
+    found = card.get("format") if isinstance(card, dict) else None
+    if found != FORMAT:
         raise DataError(
-            f"{prepared} is not a prepared set of format {FORMAT}: make one with "
-            "`flexolmo data prepare`."
+            f"{prepared} is not a prepared set of format {FORMAT} (its card says {found!r}): make "
+            "one with `flexolmo data prepare`; sets of an older format are prepared again."
+        )
+    try:
+        checked = _Card.model_validate(card, strict=True)
+    except ValidationError as e:
+        problem = e.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise DataError(f"{prepared}/card.json, {where}: {problem['msg']}.") from None
+    missing = [name for name in _files_of_set() if name not in checked.files]
+    if missing or set(checked.splits) != set(SPLITS):
+        raise DataError(
+            f"{prepared}/card.json has the splits {', '.join(checked.splits)} and lacks these "
+            f"files: {', '.join(missing) or 'none'}. Prepare the set again."
         )
     return card
+
+
+def check_file(prepared: Path, card: dict[str, Any], name: str) -> Path:
+    """Path of the file `name` of a prepared set, which is what the card says.
+
+    Raises:
+        DataError: it is missing or was changed.
+    """
+    path = Path(prepared) / name
+    try:
+        found = digest_file(path)
+    except OSError as e:
+        raise DataError(f"{path} cannot be opened ({e}): prepare the set again.") from None
+    if found != card["files"][name]["digest"]:
+        raise DataError(
+            f"{path} is not the file that card.json describes: its digest is {found}. Prepare the "
+            "set again."
+        )
+    return path
+
+
+def _files_of_set() -> Iterator[str]:
+    """Names of the files that a prepared set is read by."""
+    for split in SPLITS:
+        yield f"{split}.jsonl.zst"
+        yield from (f"{split}_{part}.npy" for part in PARTS)
+    yield from ("fingerprints_exact.npy", "fingerprints_near.npy", "tokenizer.json")
 
 
 def split_by_hash(
@@ -214,7 +357,7 @@ def split_by_hash(
     join. So documents added later leave train documents where they are.
     """
     by_parent: dict[bytes, list[_Piece]] = {}
-    for piece in sorted(pieces, key=lambda p: (p.parent, p.index)):
+    for piece in sorted(pieces, key=lambda p: (p.parent, p.parent_text, p.index)):
         by_parent.setdefault(piece.parent, []).append(piece)
     total_bytes = sum(piece.size for piece in pieces)
     least_bytes = min(settings.min_split_bytes, total_bytes // 10)
@@ -283,28 +426,31 @@ def _clean_all(
     pieces = []
     start = 0
     for document in corpus.read():
-        text = clean_text(document.text)
-        if len(text) < settings.min_characters:
-            removed.too_short += 1
-            removed.bytes_in_all += len(text.encode())
+        text, replaced = clean_text(document.text, settings.normalise)
+        removed.found += 1
+        removed.replaced_characters += replaced
+        size = len(text.encode())
+        if size < settings.min_document_bytes or not text.strip():
+            removed.count("too short" if text.strip() else "empty", size)
             continue
+        parent = hash_words(text)
         parent_text = hashlib.sha256(text.encode()).digest()
-        parent = fingerprint(text)
         parts = split_text(text, settings.max_document_bytes)
+        removed.found += len(parts) - 1
         for index, part in enumerate(parts):
             encoded = part.encode()
             spill.write(encoded)
             pieces.append(
                 _Piece(
-                    parent=parent.exact,
+                    parent=parent,
                     parent_text=parent_text,
                     index=index,
                     source=document.source,
-                    id=(document.id or parent.exact.hex()[:16])
+                    id=(document.id or parent_text.hex()[:16])
                     + (f"#{index + 1}" if len(parts) > 1 else ""),
                     start=start,
                     size=len(encoded),
-                    mark=parent if len(parts) == 1 else fingerprint(part),
+                    mark=fingerprint(part),
                 )
             )
             start += len(encoded)
@@ -316,36 +462,80 @@ def _deduplicate(
     pieces: list[_Piece],
     public: Path | None,
     disjoint_from: Sequence[Path],
+    near: float | None,
     removed: _Removed,
 ) -> list[_Piece]:
     """Pieces that repeat nothing public, nothing of other sets, and no piece before them.
 
     Goes in hash order, so what is kept does not depend on the order documents came in.
     """
-    in_public, in_others, seen = Seen(), Seen(), Seen()
-    for mark in load_fingerprints(public) if public else []:
-        in_public.add(mark)
-    for other in disjoint_from:
-        for mark in load_fingerprints(other):
-            in_others.add(mark)
-    kept = []
+    in_public, in_others, seen = Seen(), Seen(), Seen(near)
+    for other, marks in [(public, in_public), *((other, in_others) for other in disjoint_from)]:
+        for mark in _checked_fingerprints(other) if other else []:
+            marks.add(mark)
+    kept: list[_Piece] = []
     with progress(f"Removing duplicates from {name}", len(pieces), "documents") as meter:
         for piece in sorted(pieces, key=lambda p: (p.parent, p.parent_text, p.index)):
             meter.advance()
-            if in_public.has(piece.mark):
-                removed.in_public_set += 1
-            elif in_others.has(piece.mark):
-                removed.in_other_sets += 1
-            elif seen.has_exact(piece.mark):
-                removed.exact_duplicate += 1
-            elif seen.has_near(piece.mark):
-                removed.near_duplicate += 1
+            same = None
+            if in_public.find(piece.mark) is not None:
+                reason = "in public set"
+            elif in_others.find(piece.mark) is not None:
+                reason = "in other sets"
+            elif (same := seen.find_exact(piece.mark)) is not None:
+                reason = "exact duplicate"
+            elif (same := seen.find_near(piece.mark)) is not None:
+                reason = "near duplicate"
             else:
                 seen.add(piece.mark)
                 kept.append(piece)
                 continue
-            removed.bytes_in_all += piece.size
+            removed.count(reason, piece.size)
+            removed.examples.setdefault(reason, (piece, None if same is None else kept[same]))
     return kept
+
+
+def _checked_fingerprints(prepared: Path) -> list[Fingerprint]:
+    card = read_card(prepared)
+    for name in ("fingerprints_exact.npy", "fingerprints_near.npy"):
+        check_file(prepared, card, name)
+    return load_fingerprints(prepared)
+
+
+@dataclass
+class _Changed:
+    """Documents that a tokenizer does not give back as they were."""
+
+    documents: int = 0
+    example: str = ""
+
+    def compare(self, piece: _Piece, text: str, back: str) -> None:
+        """Count the document if `back`, its text after encoding and decoding, is another."""
+        if back == text:
+            return
+        self.documents += 1
+        shown = _show_difference([text, back])
+        self.example = self.example or f"{piece.id} has {shown[0]} and is read back as {shown[1]}"
+
+    def judge(self, name: str, found: int, say: Callable[[str], object]) -> None:
+        """Say that text is changed, or refuse the tokenizer where it changes much."""
+        if not self.documents:
+            return
+        line = (
+            f"{name}: the tokenizer does not carry the text of {self.documents} of {found} "
+            f"documents. For example {self.example}."
+        )
+        if self.documents > LARGE_SHARE * found:
+            raise DataError(f"{line} Choose one that does, for example a byte-level one.")
+        say(line)
+
+
+def _show_difference(texts: list[str]) -> list[str]:
+    """A few words of each, from shortly before they differ, or from the start if they do not."""
+    pairs = enumerate(zip(*texts, strict=False))
+    same = next((i for i, pair in pairs if len({*pair}) > 1), min(map(len, texts)))
+    start = 0 if same == max(map(len, texts)) else max(0, same - 20)
+    return [repr(text[start : start + _SHOWN_CHARACTERS]) for text in texts]
 
 
 def _text(spill: BinaryIO, piece: _Piece) -> str:
@@ -354,38 +544,60 @@ def _text(spill: BinaryIO, piece: _Piece) -> str:
 
 
 def _write_split(
-    aside: Path, split: str, pieces: list[_Piece], spill: BinaryIO, tokenizer: Tokenizer, name: str
+    aside: Path,
+    split: str,
+    pieces: list[_Piece],
+    spill: BinaryIO,
+    tokenizer: Tokenizer,
+    name: str,
+    changed: _Changed,
 ) -> dict[str, int]:
     """Write one split's shards and text into `aside`; its counts."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     lengths = []
-    flat = aside / f"{split}_tokens.flat"
     with (
-        open(flat, "wb") as f,
+        open(aside / f"{split}_tokens.npy", "wb") as f,
         progress(f"Tokenizing {name} {split}", len(pieces), "documents") as meter,
     ):
+        _write_header(f, dtype, 0)  # the length is known at the end
         for first in range(0, len(pieces), _DOCUMENTS_TOKENIZED_AT_ONCE):
             some = pieces[first : first + _DOCUMENTS_TOKENIZED_AT_ONCE]
-            for ids in tokenizer.encode_batch([_text(spill, piece) for piece in some]):
+            texts = [_text(spill, piece) for piece in some]
+            batch = tokenizer.encode_batch(texts)
+            for piece, text, back in zip(some, texts, tokenizer.decode_batch(batch), strict=True):
+                changed.compare(piece, text, back)
+            for ids in batch:
                 f.write(np.array([*ids, tokenizer.eos_id], dtype=dtype).tobytes())
                 lengths.append(len(ids) + 1)
             meter.advance(len(some))
-    num_tokens = sum(lengths)
-    shard = np.lib.format.open_memmap(aside / f"{split}_tokens.npy", "w+", dtype, (num_tokens,))
-    shard[:] = np.memmap(flat, dtype, "r", shape=(num_tokens,))
-    shard.flush()
-    flat.unlink()
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    sizes = np.array([piece.size for piece in pieces], dtype=np.int64)
-    np.save(aside / f"{split}_offsets.npy", offsets, allow_pickle=False)
-    np.save(aside / f"{split}_bytes.npy", sizes, allow_pickle=False)
+        num_tokens = sum(lengths)
+        f.seek(0)
+        _write_header(f, dtype, num_tokens)
+    parents = [piece.parent for piece in pieces]
+    numbers = {parent: number for number, parent in enumerate(dict.fromkeys(parents))}
+    sizes = [piece.size for piece in pieces]
+    for part, values in (
+        ("offsets", [0, *np.cumsum(lengths)]),
+        ("bytes", sizes),
+        ("sources", [numbers[parent] for parent in parents]),
+    ):
+        array = np.array(values, dtype=np.int64)
+        np.save(aside / f"{split}_{part}.npy", array, allow_pickle=False)
     write_documents(aside / f"{split}.jsonl.zst", _as_documents(pieces, spill))
     return {
-        "source_documents": len({piece.parent for piece in pieces}),
+        "source_documents": len({piece.parent_text for piece in pieces}),
         "documents": len(pieces),
-        "bytes": int(sizes.sum()),
+        "bytes": sum(sizes),
         "tokens": num_tokens,
     }
+
+
+def _write_header(f: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
+    """Write the start of an .npy file of `length` numbers: as many bytes whatever the length."""
+    np.lib.format.write_array_header_1_0(
+        f,
+        {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)},
+    )
 
 
 def _as_documents(pieces: list[_Piece], spill: BinaryIO) -> Iterator[Document]:

@@ -5,7 +5,7 @@ by spelling its name: only the code that joins documents may. Knows nothing of f
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,21 +39,30 @@ _KNOWN_END_NAMES = (
 class Tokenizer:
     """A `tokenizers.Tokenizer` whose special tokens text can never spell.
 
-    `definition` is the parsed content of a tokenizer.json; `eos` names the token that ends a
-    document and serves as bos and pad too.
+    `definition` is the parsed content of a tokenizer.json, of which random dropout of merges is
+    switched off; `eos` names the token that ends a document and serves as bos and pad too.
     """
 
     def __init__(self, definition: dict[str, Any], eos: str):
+        if definition["model"].get("dropout"):
+            definition = {**definition, "model": {**definition["model"], "dropout": None}}
         self.definition = definition
         self.eos = eos
-        self._inner = tokenizers.Tokenizer.from_str(json.dumps(_only_text(definition, eos)))
-        self._inner.encode_special_tokens = True
+        readable = _only_text(definition, eos)
+        self._inner = tokenizers.Tokenizer.from_str(json.dumps(readable))
         eos_id = self._inner.token_to_id(eos)
         if eos_id is None:
             raise DataError(f"The tokenizer has no token {eos!r}; name one of its own as its eos.")
         self.eos_id: int = eos_id
+        self._inner.add_special_tokens([eos])  # where it is an ordinary entry of the vocabulary
+        names = {token["content"] for token in readable["added_tokens"] if token.get("special")}
+        controls = names - {_unknown(definition["model"])} | {eos}
+        self._controls = {self._inner.token_to_id(name) for name in controls}
+        unspellable = _without_names(readable, controls)
+        self._encoder = tokenizers.Tokenizer.from_str(json.dumps(unspellable))
+        self._encoder.encode_special_tokens = True
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """Number of ids a model must have an embedding for: the largest id plus one."""
         return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
@@ -65,16 +74,34 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with no special token added; never contains `eos_id`."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores the library may use."""
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        """`encode` of each text, on all cores the library may use.
+
+        Raises:
+            DataError: the tokenizer gives a special token for part of a text.
+        """
+        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        found = [encoding.ids for encoding in encodings]
+        for text, ids in zip(texts, found, strict=True):
+            control = next(iter(self._controls.intersection(ids)), None)
+            if control is not None:
+                raise DataError(
+                    f"The tokenizer gives its special token {self._inner.id_to_token(control)!r} "
+                    f"for part of a text that begins {text[:40]!r}: because it stands for all that "
+                    "the vocabulary lacks, or because the text has U+10FFFF around that name. "
+                    "Choose another tokenizer, or take that text out."
+                )
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens stand for no text. For ours, `decode(encode(t)) == t`."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def decode_batch(self, batch: Sequence[list[int]]) -> list[str]:
+        """`decode` of each, on all cores the library may use."""
+        return self._inner.decode_batch(list(batch), skip_special_tokens=True)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json that `load_tokenizer` and Hugging Face libraries open.
@@ -84,7 +111,7 @@ class Tokenizer:
         """
         path = Path(path)
         write_bytes(path, json.dumps(self.definition, ensure_ascii=False, indent=1).encode())
-        if _recognise_eos([], set(self._inner.get_vocab())) != self.eos:
+        if _recognise_eos(self._inner.get_vocab()) != self.eos:
             write_json(path.with_name("tokenizer_config.json"), {"eos_token": self.eos})
 
 
@@ -143,9 +170,10 @@ def load_tokenizer(path: Path, eos: str | None = None) -> Tokenizer:
         known = set(tokenizers.Tokenizer.from_str(json.dumps(definition)).get_vocab())
     except Exception as e:  # the library raises bare Exception for every malformed definition
         raise DataError(f"{file} is not a tokenizer this library can read: {e}.") from None
-    if eos is not None and eos not in known:
-        raise DataError(f"{file} has no token {eos!r}, which was named as its eos.")
-    found = _recognise_eos([eos, _eos_beside(file)], known)
+    named = _eos_beside(file) if eos is None else eos
+    if named is not None and named not in known:
+        raise DataError(f"{file} has no token {named!r}, which was named as its eos.")
+    found = _recognise_eos(known) if named is None else named
     if found is not None:
         return Tokenizer(definition, found)
     raise DataError(
@@ -155,18 +183,25 @@ def load_tokenizer(path: Path, eos: str | None = None) -> Tokenizer:
     )
 
 
-def _recognise_eos(named: list[str | None], known: set[str]) -> str | None:
-    """The first of `named`, then of the names everybody uses, that the tokenizer has."""
-    return next((name for name in [*named, *_KNOWN_END_NAMES] if name in known), None)
+def _recognise_eos(known: Collection[str]) -> str | None:
+    """The first of the names everybody uses that the tokenizer has."""
+    return next((name for name in _KNOWN_END_NAMES if name in known), None)
 
 
 def _eos_beside(file: Path) -> str | None:
     """`eos_token` of the tokenizer_config.json next to `file`, if there is one."""
-    config = file.with_name("tokenizer_config.json")
-    if not config.is_file():
-        return None
-    eos = read_json(config, DataError).get("eos_token")
-    return eos.get("content") if isinstance(eos, dict) else eos
+    path = file.with_name("tokenizer_config.json")
+    config = read_json(path, DataError) if path.is_file() else {}
+    if not isinstance(config, dict):
+        raise DataError(f"{path} is a JSON {type(config).__name__}; an object was expected.")
+    eos = config.get("eos_token")
+    eos = eos.get("content") if isinstance(eos, dict) else eos
+    if eos is not None and not isinstance(eos, str):
+        raise DataError(
+            f"{path}: eos_token is {json.dumps(eos)[:80]}; the name of one token was expected. "
+            "Write there the one that ends a document."
+        )
+    return eos
 
 
 def _only_text(definition: dict[str, Any], eos: str) -> dict[str, Any]:
@@ -176,3 +211,39 @@ def _only_text(definition: dict[str, Any], eos: str) -> dict[str, Any]:
         for token in definition.get("added_tokens") or []
     ]
     return {**definition, "added_tokens": added, "truncation": None, "padding": None}
+
+
+def _unknown(model: dict[str, Any]) -> str | None:
+    """Name of the token that stands for what the vocabulary lacks."""
+    number = model.get("unk_id")
+    return model.get("unk_token") if number is None else model["vocab"][number][0]
+
+
+def _without_names(definition: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """`definition` with the tokens `names` under names that text does not have, of the same ids.
+
+    A text with such a name in it is then read as its letters, whatever the kind of model.
+    """
+
+    def renamed(token: str) -> str:
+        return f"\U0010ffff{token}\U0010ffff" if token in names else token
+
+    model = dict(definition["model"])
+    if model.get("unk_token"):
+        model["unk_token"] = renamed(model["unk_token"])
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {renamed(token): number for token, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[renamed(token), score] for token, score in model["vocab"]]
+    if "merges" in model:
+        prefix = model.get("continuing_subword_prefix") or ""
+        pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else m for m in model["merges"]]
+        model["merges"] = [
+            [left, right]
+            for left, right in pairs
+            if not {left, right, left + right.removeprefix(prefix)} & set(names)
+        ]
+    added = [
+        {**token, "content": renamed(token["content"])} for token in definition["added_tokens"]
+    ]
+    return {**definition, "model": model, "added_tokens": added}

@@ -29,6 +29,7 @@ def measure_curve(
     ranks and widths are tried, of a low-rank one lower ranks, of a narrow one widths. Returns
     "anchor" and "whole" (bits per byte), "points" (from the smallest of each series), and the run.
     """
+    data.check_tokenizer(anchor.tokenizer.digest, "the anchor")
     seq_len = min(256, anchor.config.max_seq_len - 1)
     windows = list(evaluation_windows(data, SPLIT, seq_len, max_bytes))
     plans = _sizes_to_try(anchor, expert)

@@ -129,6 +129,8 @@ def evaluate_mixture(
     Arrangements: `anchor`, `expert NAME` (with the anchor alone), `mixture`, `mixture without
     NAME`. Routing is the whole mixture's mean weight, by set, layer and expert.
     """
+    for token_set in sets.values():
+        token_set.check_tokenizer(mixture.tokenizer.digest, "the mixture")
     names = mixture.expert_names
     arrangements: dict[str, list[str]] = {"anchor": []}
     arrangements |= {f"expert {n}": [n] for n in names}

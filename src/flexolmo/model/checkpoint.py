@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
@@ -176,16 +175,3 @@ def load_anchor(directory: Path) -> Anchor:
             f"{about.get('digest')}. Fetch the anchor again."
         )
     return anchor
-
-
-def mean_hidden_state(model: Transformer, windows: Iterable[np.ndarray]) -> Tensor:
-    """Mean of the last hidden state over token windows, scaled to unit length, float32 [D].
-
-    Stands for the paper's domain embedding (§3.3.2, table 3 row "public hidden state").
-    """
-    total = torch.zeros(model.config.d_model)
-    with torch.no_grad():
-        for ids in windows:
-            h = model.hidden(torch.from_numpy(np.atleast_2d(ids)))
-            total += h.float().sum((0, 1)).cpu()
-    return total / total.norm().clamp(min=1e-12)

@@ -18,6 +18,19 @@ from flexolmo.model.router import DiscriminantSettings, find_texts
 from flexolmo.model.transformer import Transformer
 
 
+def mean_hidden_state(model: Transformer, windows: Iterable[np.ndarray]) -> Tensor:
+    """Mean of the last hidden state over token windows, scaled to unit length, float32 [D].
+
+    Stands for the paper's domain embedding (§3.3.2, table 3 row "public hidden state").
+    """
+    total = torch.zeros(model.config.d_model)
+    with torch.no_grad():
+        for ids in windows:
+            h = model.hidden(torch.from_numpy(np.atleast_2d(ids)))
+            total += h.float().sum((0, 1)).cpu()
+    return total / total.norm().clamp(min=1e-12)
+
+
 @dataclass(frozen=True)
 class HiddenSums:
     """Sums over the tokens of a text, float64."""

@@ -57,8 +57,8 @@ class EvidenceSettings(BaseModel):
     min_documents: int = Field(
         3,
         ge=1,
-        description="tokens and bigrams in fewer stored documents than this count as "
-        "absent; a long text is stored as several, of up to 50 kB",
+        description="tokens and bigrams in fewer source documents than this count as absent: "
+        "whole ones as their owner gave them, of which texts of the same words count once",
     )
 
 
@@ -82,11 +82,13 @@ def fit_bigrams(
     settings: EvidenceSettings,
     public: BigramModel | None = None,
 ) -> BigramModel:
-    """Counts of a training stream with absolute discounting; `offsets` [.] are document starts.
+    """Counts of a training stream with absolute discounting.
 
-    Tokens and bigrams in fewer than `min_documents` documents count as absent, so that no single
-    document's wording shows. Without `public` (the public model itself), frequencies get one
-    pseudo-count each. Source: Ney, Essen and Kneser 1994; its use for routing is ours.
+    `offsets` [.] are where source documents start, and the end (`TokenSplit.source_offsets`).
+    Tokens and bigrams in fewer than `min_documents` of them count as absent, so that no single
+    document's wording shows, however long it is. Without `public` (the public model itself),
+    frequencies get one pseudo-count each. Source: Ney, Essen and Kneser 1994; its use for routing
+    is ours.
     """
     ids = np.asarray(tokens, dtype=np.int64)
     if len(ids) and int(ids.max()) >= vocab_size:

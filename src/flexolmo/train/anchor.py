@@ -1,25 +1,22 @@
 """The public anchor: trained on public text, or imported from a stock checkpoint."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from flexolmo.data.batches import TokenSet, training_batches
+from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
-from flexolmo.model.checkpoint import Anchor, build_anchor, mean_hidden_state
+from flexolmo.model.checkpoint import Anchor, build_anchor
+from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.loop import TrainSettings, identity_of, train
-
-EMBEDDING_WINDOWS = 64  # of text, whose mean hidden state stands for a domain
 
 
 class AnchorShape(BaseModel):
@@ -60,6 +57,7 @@ def train_anchor(
     With `run_dir`, resumes a run that was cut off there and writes its record beside the metrics.
     The anchor's model stays on `device`.
     """
+    public.check_tokenizer(tokenizer.digest, "the anchor")
     set_up(recipe.seed, num_threads)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **recipe.model.model_dump()
@@ -97,6 +95,7 @@ def import_anchor(directory: Path, public: TokenSet, dtype: DtypeName | None = N
     """
     config, tensors = read_stock(directory, StockConfig, dtype)
     tokenizer = load_tokenizer(directory)
+    public.check_tokenizer(tokenizer.digest, f"the checkpoint {directory}")
     shape = config.decoder.model_copy(update={"eos_token_id": tokenizer.eos_id})
     model = build_transformer(shape, tensors, str(directory))
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
@@ -109,19 +108,9 @@ def describe_anchor(
     """Build an anchor from a dense model and statistics of public text, which owners need."""
     split = public.splits["train"]
     statistics = fit_bigrams(
-        split.tokens, split.offsets, model.config.vocab_size, EvidenceSettings()
+        split.tokens, split.source_offsets, model.config.vocab_size, EvidenceSettings()
     )
-    row = mean_hidden_state(model.eval(), embedding_windows(public, model.config))
+    row = mean_hidden_state(model.eval(), embedding_windows(public, model.config.max_seq_len))
     return build_anchor(
         model, tokenizer, statistics, row.repeat(model.config.num_layers, 1), copy.deepcopy(record)
     )
-
-
-def embedding_windows(
-    token_set: TokenSet, config: ModelConfig, count: int = EMBEDDING_WINDOWS
-) -> Iterator[np.ndarray]:
-    """Yield at most `count` windows of text, int64 [1,T], that stand for a set's domain."""
-    seq_len = min(256, config.max_seq_len - 1, len(token_set.splits["train"].tokens) - 1)
-    batches = training_batches(token_set, "train", 1, seq_len, seed=0)
-    for step in range(min(count, batches.num_windows)):
-        yield batches.batch(step)[:, :-1]

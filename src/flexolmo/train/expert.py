@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import Name, build_manifest
-from flexolmo.data.batches import TokenSet, training_batches
+from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, write_aside, write_json
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
-from flexolmo.model.checkpoint import Anchor, digest_tensors, mean_hidden_state
-from flexolmo.model.hidden_statistics import discriminant_tensors, gather
+from flexolmo.model.checkpoint import Anchor, digest_tensors
+from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import (
     DiscriminantSettings,
@@ -39,7 +39,6 @@ from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, sh
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.anchor import EMBEDDING_WINDOWS, embedding_windows
 from flexolmo.train.compress import prune_width
 from flexolmo.train.loop import TrainSettings, identity_of, train
 
@@ -172,11 +171,14 @@ def start_router(
     the text's states and from those of `public`, the prepared public set, final. Source: §3.3.2
     for linear; the others ours.
     """
+    _refuse_other_tokenizers(anchor, data, public)
     config = anchor.config
     split = data.splits["train"]
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
-        own = fit_bigrams(split.tokens, split.offsets, config.vocab_size, router, anchor.public)
+        own = fit_bigrams(
+            split.tokens, split.source_offsets, config.vocab_size, router, anchor.public
+        )
         tensors |= {
             "router.unigram": torch.from_numpy(own.unigram),
             "router.backoff": torch.from_numpy(own.backoff),
@@ -193,13 +195,12 @@ def start_router(
                 "The discriminant router holds an owner's states against public "
                 "text: give the prepared public set."
             )
-        _refuse_other_tokenizer(public, data)
         own_sums, public_sums = (
-            gather(anchor.model, embedding_windows(s, config, n), router)
+            gather(anchor.model, embedding_windows(s, config.max_seq_len, n), router)
             for s, n in ((data, EMBEDDING_WINDOWS), (public, PUBLIC_WINDOWS))
         )
         return discriminant_tensors(own_sums, public_sums, router)
-    row = mean_hidden_state(anchor.model, embedding_windows(data, config))
+    row = mean_hidden_state(anchor.model, embedding_windows(data, config.max_seq_len))
     for i in range(config.num_layers):
         tensors[f"layers.{i}.router.weight"] = row[None].clone()
         if router.has_bias:
@@ -258,6 +259,7 @@ def prepare_training(
 ) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Tensor]]:
     """The pair of anchor and new expert, the parameters that learn, and the loss of a step."""
     _refuse_bad_name(name)
+    _refuse_other_tokenizers(anchor, data, public)
     anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
     first = start_expert(anchor, data, recipe, public) if start is None else start
     pair = assemble_mixture(anchor, {name: first}, recipe.router)
@@ -335,7 +337,6 @@ def _batches(
         return whole.batch
     if public is None:
         raise ConfigError(f"replay is {recipe.replay}: give the prepared public set to replay.")
-    _refuse_other_tokenizer(public, data)
     other = training_batches(public, "train", 1, settings.seq_len, recipe.seed)
 
     def public_before(place: int) -> int:
@@ -354,11 +355,10 @@ def _batches(
     return batch
 
 
-def _refuse_other_tokenizer(public: TokenSet, data: TokenSet) -> None:
-    if public.card["tokenizer"]["digest"] != data.card["tokenizer"]["digest"]:
-        raise ConfigError(
-            f"{public.directory} and {data.directory} were prepared with different tokenizers."
-        )
+def _refuse_other_tokenizers(anchor: Anchor, data: TokenSet, public: TokenSet | None) -> None:
+    for token_set in (data, public):
+        if token_set is not None:
+            token_set.check_tokenizer(anchor.tokenizer.digest, "the anchor")
 
 
 def _refuse_bad_name(name: str) -> None:

@@ -42,6 +42,8 @@ def compress_expert(
     or a size that this expert cannot have.
     """
     _refuse_other_anchor(anchor, expert)
+    if data is not None:
+        data.check_tokenizer(anchor.tokenizer.digest, "the anchor")
     if (rank is None) == (width is None):
         raise ConfigError(f"Found rank {rank} and width {width}; give one of them.")
     how: dict[str, Any]

@@ -32,7 +32,7 @@ from made_documents import write_documents
 
 RECIPES = Path(flexolmo.__file__).parent / "recipes"
 SETS = PrepareSettings(
-    min_characters=20,
+    min_document_bytes=20,
     max_document_bytes=5000,
     min_split_bytes=300,
     validation_share=0.25,

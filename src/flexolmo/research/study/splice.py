@@ -20,9 +20,10 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.documents import read_documents
+from flexolmo.data.prepare import check_file
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import ConfigError, DataError
-from flexolmo.files import canonical_json, digest_file, write_aside
+from flexolmo.files import canonical_json, write_aside
 
 FORMAT = "flexolmo-spliced-windows-1"
 JOINT = "\n\n"
@@ -107,13 +108,9 @@ def splice_windows(
             f"piece_tokens is {piece_tokens} with seq_len {seq_len}; expected 1 <= least <= most "
             f"<= seq_len / {fewest}, so that {fewest} pieces have room."
         )
-    tokenizers = {sets[name].card["tokenizer"]["digest"] for name in names}
-    if len(tokenizers) > 1:
-        raise DataError(
-            f"{', '.join(names)} were prepared with {len(tokenizers)} different "
-            "tokenizers: prepare them again with the anchor's."
-        )
     tokenizer = load_tokenizer(sets[names[0]].directory)
+    for name in names:
+        sets[name].check_tokenizer(tokenizer.digest, names[0])
     most_of_one_set = (-(-seq_len // shortest) + 1) // 2  # so that no window repeats itself
     supplies = []
     for place, name in enumerate(names):
@@ -127,7 +124,7 @@ def splice_windows(
     card = {
         "format": FORMAT,
         "sets": {name: sets[name].digest for name in names},
-        "tokenizer": tokenizers.pop(),
+        "tokenizer": tokenizer.digest,
         "split": split,
         "seq_len": seq_len,
         "sets_per_window": [fewest, most],
@@ -284,9 +281,7 @@ def _read_pieces(
     token_set: TokenSet, split: str, tokenizer: Tokenizer, piece_tokens: tuple[int, int]
 ) -> list[str]:
     """Every paragraph of one split, in order, once however often it stands there."""
-    path = token_set.directory / f"{split}.jsonl.zst"
-    if not path.is_file() or digest_file(path) != token_set.card["files"][path.name]["digest"]:
-        raise DataError(f"{path} is not the file its card describes: prepare the set again.")
+    path = check_file(token_set.directory, token_set.card, f"{split}.jsonl.zst")
     return list(
         dict.fromkeys(
             piece

@@ -8,6 +8,7 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSet, evaluation_windows, open_set
 from flexolmo.data.corpus import open_corpus
+from flexolmo.data.deduplicate import NEAR_DUPLICATE_JACCARD
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.research.corpora.fetch import fetch_set
@@ -20,7 +21,7 @@ SPLITS = ("validation", "heldout")
 MIXED = "mixed"  # the name that mixed documents go by among the sets
 
 
-@step_kind("corpus", version=1)
+@step_kind("corpus", version=2)
 def corpus(step: StepContext) -> dict[str, Any]:
     """Fetch and prepare the sets. Leaves prepared/SET. No inputs.
 
@@ -43,7 +44,12 @@ def corpus(step: StepContext) -> dict[str, Any]:
             None,
             public,
             done,
-            PrepareSettings(vocab_size=step.settings["vocab_size"]),
+            PrepareSettings(
+                vocab_size=step.settings["vocab_size"],
+                min_document_bytes=200,
+                near_duplicate=NEAR_DUPLICATE_JACCARD,
+                normalise=True,
+            ),
             may_replace=True,
         )
         tokens[name] = {split: n["tokens"] for split, n in card["splits"].items()}
