@@ -33,6 +33,7 @@ from flexolmo.train.loop import TrainSettings
 from made_documents import write_documents
 from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
+from made_shell import Shell, make_demo
 
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
@@ -252,3 +253,22 @@ def public_set(tmp_path_factory) -> Path:
     raw = write_raw(here, "public", [made_text(i) for i in range(60)])
     prepare_set(raw, here / "prepared", settings=SMALL)
     return here / "prepared"
+
+
+@pytest.fixture(scope="session")
+def shell(tmp_path_factory):
+    """Runs scripts as a reader of the documentation would."""
+    made = Shell(tmp_path_factory.mktemp("shell"))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def _demo(shell, tmp_path_factory) -> Path:
+    return make_demo(shell, tmp_path_factory.mktemp("demo_root") / "flexolmo")
+
+
+@pytest.fixture
+def demo_root(_demo, tmp_path) -> Path:
+    """A checkout as after `make demo`, of a tiny model, to do with as one likes."""
+    return shutil.copytree(_demo, tmp_path / "flexolmo", symlinks=True)

@@ -6,6 +6,7 @@ has imported torch already. Commands, options, files and the shell are real.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -19,6 +20,14 @@ from made_documents import WORDS
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 120
+PRELOADED = (
+    "flexolmo.merge.export",
+    "flexolmo.report.plots",
+    "flexolmo.research.tasks.run",
+    "flexolmo.train.expert",
+    "model_signing.signing",
+    "model_signing.verifying",
+)
 
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -33,13 +42,47 @@ ACTIVATE = 'PATH="{bin}:$PATH"\nexport PATH\n'
 MAKE = '#!/bin/sh\n[ "$1" = test ] || [ -d runs/demo ]\n'
 
 
+TINY_DEMO = """
+. .venv/bin/activate
+mkdir -p runs/demo && cd runs/demo
+prepare() {  # files, name, out, public
+    flexolmo data fetch --from "$1" --name "$2" --out "$3/corpus"
+    flexolmo data prepare "$3/corpus/$2" --out "$3/prepared" --vocab-size 300 $4
+}
+owner() { case $1 in code) echo "Code House" ;; academic) echo "Academic House" ;; esac; }
+prepare ../../text/public public coordinator
+mkdir -p coordinator/trusted
+flexolmo anchor train --data coordinator/prepared/public --out coordinator/anchor \\
+    --set model.d_model=16 --set model.num_layers=1 --set model.num_heads=2 --set model.d_ff=24 \\
+    --set model.max_seq_len=320 --set train.steps=4 --set train.warmup_steps=1 \\
+    --set train.seq_len=24 --set train.batch_size=2
+for name in code academic; do
+    house=owners/$name
+    prepare ../../text/$name $name $house "--public coordinator/prepared/public"
+    flexolmo expert key $house/key.pem
+    for suffix in "" -paper; do
+        more=
+        [ -z "$suffix" ] || more="--scope ffn --set router.kind=\\"linear\\""
+        flexolmo expert train --anchor coordinator/anchor --data $house/prepared/$name \\
+            --name $name --out $house/expert$suffix.run --set train.steps=4 \\
+            --set train.warmup_steps=1 --set train.seq_len=24 --set train.batch_size=2 $more
+        flexolmo expert pack $house/expert$suffix.run --key $house/key.pem --out \\
+            $house/outbox$suffix/$name.bundle --owner "$(owner $name)" --licence LicenseRef-Demo
+    done
+    cp $house/key.pem.pub "coordinator/trusted/$(owner $name).pub"
+done
+for suffix in "" -paper; do
+    flexolmo mix build coordinator/anchor owners/*/outbox$suffix/*.bundle \\
+        --trust coordinator/trusted -o model$suffix
+done
+"""
+
+
 def serve(address: str) -> None:
     """Fork for every client and run the command line as its process; never returns."""
-    import flexolmo.cli
-    import flexolmo.evaluation.likelihood
-    import flexolmo.merge.export
-    import flexolmo.report.plots
-    import flexolmo.train.expert
+    for name in PRELOADED:
+        importlib.import_module(name)
+    from flexolmo.cli import main
 
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
@@ -49,7 +92,7 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             code = 99
             with contextlib.suppress(BaseException):
-                code = _serve_one(client, flexolmo.cli.main)
+                code = _serve_one(client, main)
             client.sendall(str(code).encode())
             os._exit(0)
         client.close()
@@ -66,8 +109,7 @@ def _serve_one(client: socket.socket, main) -> int:
     sys.argv, directory, environment = json.loads(said)
     for target, fd in enumerate(fds):
         os.dup2(fd, target)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout, sys.stderr = (open(fd, "w", closefd=False, encoding="utf-8") for fd in (1, 2))
+    sys.stdin, sys.stdout, sys.stderr = map(os.fdopen, (0, 1, 2), "rww")
     os.chdir(directory)
     os.environ.clear()
     os.environ.update(environment)
@@ -92,7 +134,8 @@ class Shell:
         self.address = str(directory / "socket")
         self.server = subprocess.Popen(
             [sys.executable, "-c", f"import made_shell; made_shell.serve({self.address!r})"],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
         )
         tools = {
             "bin/make": MAKE,
@@ -161,7 +204,29 @@ def write_made_text(directory: Path, name: str, documents: int) -> None:
         (directory / f"{i:03}.txt").write_text(text, encoding="utf-8")
 
 
-def shell_blocks(page: Path) -> list[str]:
-    """The fenced sh blocks of a page, in order."""
+def _blocks(page: Path, languages: tuple[str, ...]) -> list[tuple[str, str]]:
     text = page.read_text(encoding="utf-8")
-    return re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(language, body) for language, body in found if language in languages]
+
+
+def blocks_of(page: Path, *languages: str) -> list[str]:
+    """The fenced blocks of a page in these languages ("": none is named), in order."""
+    return [body for _, body in _blocks(page, languages)]
+
+
+def script_of(page: Path, *languages: str) -> str:
+    """All blocks of a page in these languages as one script; Python in a here-document."""
+    return "".join(
+        f"python - <<'PYTHON'\n{body}PYTHON\n" if language == "python" else body
+        for language, body in _blocks(page, languages)
+    )
+
+
+def make_demo(shell: Shell, root: Path) -> Path:
+    """A checkout in `root` with the files that `make demo` leaves, of a tiny model."""
+    shell.furnish(root)
+    for name, documents in (("public", 150), ("code", 60), ("academic", 60)):
+        write_made_text(root / "text" / name, name, documents)
+    shell.run(TINY_DEMO, root)
+    return root

@@ -7,8 +7,10 @@ run by the real command line, in the directory the demo names.
 import json
 import os
 import random
+import re
 import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -145,6 +147,15 @@ def test_every_owner_and_the_coordinator_do_their_part(finished):
         "evaluate",
         "evaluate-paper",
     ]
+
+
+def test_the_documentation_names_files_of_a_demo_that_are_there(finished):
+    root = Path(__file__).parents[3]
+    pages = [root / "README.md", *(root / "docs/tutorials").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    paths = set(re.findall(r"(?:runs/demo|\$demo)/([\w./-]*\w)", text))
+    assert len(paths) > 10
+    assert not [path for path in paths if not (finished[0] / path).exists()]
 
 
 def test_the_results_have_what_the_report_and_machines_need(finished):
