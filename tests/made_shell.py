@@ -16,10 +16,14 @@ import sys
 import traceback
 from pathlib import Path
 
-from made_documents import WORDS
+import made_documents
+from flexolmo.data.corpus import DOCUMENTS, FORMAT
+from flexolmo.data.documents import Document, write_documents
+from flexolmo.files import digest_bytes, digest_file, write_json
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 120
+SECONDS = 600
+MADE_SETS = (("public", "public", 150), ("code", "maths", 60), ("academic", "news", 60))
 PRELOADED = (
     "flexolmo.merge.export",
     "flexolmo.report.plots",
@@ -46,7 +50,7 @@ TINY_DEMO = """
 . .venv/bin/activate
 mkdir -p runs/demo && cd runs/demo
 prepare() {  # files, name, out, public
-    flexolmo data fetch --from "$1" --name "$2" --out "$3/corpus"
+    mkdir -p "$3/corpus" && cp -r "$1" "$3/corpus/"
     flexolmo data prepare "$3/corpus/$2" --out "$3/prepared" --vocab-size 300 $4
 }
 owner() { case $1 in code) echo "Code House" ;; academic) echo "Academic House" ;; esac; }
@@ -193,15 +197,20 @@ class Shell:
         self.server.wait()
 
 
-def write_made_text(directory: Path, name: str, documents: int) -> None:
-    """Text files for `flexolmo data prepare`: made text in which each set has words of its own."""
-    from made_documents import write_documents
-
+def write_fetched_set(directory: Path, name: str, domain: str, count: int) -> None:
+    """A set as `flexolmo data fetch` leaves it, of made text."""
     directory.mkdir(parents=True)
-    domain = {"public": "public", "code": "maths", "academic": "news"}[name]
-    assert domain in WORDS
-    for i, text in enumerate(write_documents(domain, documents, 0)):
-        (directory / f"{i:03}.txt").write_text(text, encoding="utf-8")
+    texts = made_documents.write_documents(domain, count, 0)
+    write_documents(directory / DOCUMENTS, (Document(text, "made") for text in texts))
+    source = {"source": "made", "client": "pip", "package": "made", "version": "1"}
+    card = {
+        "format": FORMAT,
+        "name": name,
+        "sources": [source | {"licence": "CC0-1.0", "digest": digest_bytes(b"")}],
+        "documents": count,
+        "files": {DOCUMENTS: {"digest": digest_file(directory / DOCUMENTS)}},
+    }
+    write_json(directory / "card.json", card)
 
 
 def _blocks(page: Path, languages: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -226,7 +235,7 @@ def script_of(page: Path, *languages: str) -> str:
 def make_demo(shell: Shell, root: Path) -> Path:
     """A checkout in `root` with the files that `make demo` leaves, of a tiny model."""
     shell.furnish(root)
-    for name, documents in (("public", 150), ("code", 60), ("academic", 60)):
-        write_made_text(root / "text" / name, name, documents)
+    for name, domain, count in MADE_SETS:
+        write_fetched_set(root / "text" / name, name, domain, count)
     shell.run(TINY_DEMO, root)
     return root

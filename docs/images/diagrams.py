@@ -81,7 +81,7 @@ def draw_idea() -> None:
 
 
 ROOMS = [
-    [("errors files terminal progress config runtime", "words, files, settings", "open")],
+    [("errors files numbers terminal progress config runtime", "words, files, settings", "open")],
     [
         ("bundle", "manifest, signature, checks; no torch", "public"),
         ("data", "documents to tokens; no network", "private"),
