@@ -45,7 +45,7 @@ def test_an_owner_goes_from_files_to_a_prepared_set(tmp_path, monkeypatch):
     (tmp_path / "closed" / "scan.pdf").write_bytes(b"%PDF")
     result = _run("prepare", "closed", "--name", "hospital")  # the public set in --out is found
     assert result.exit_code == 0 and "read 1 files, 40 documents" in result.output
-    assert "1 files not read (kind .pdf): scan.pdf" in result.output
+    assert "1 of 2 files are not read:\n  1 of kind .pdf: scan.pdf" in result.output
     cards = [
         json.loads((tmp_path / "prepared" / name / "card.json").read_text())
         for name in ("public", "hospital")
@@ -55,7 +55,7 @@ def test_an_owner_goes_from_files_to_a_prepared_set(tmp_path, monkeypatch):
     assert cards[1]["reading"] == {
         "files": 1,
         "documents": 40,
-        "not_read": {"kind .pdf": ["scan.pdf"]},
+        "not_read": {"of kind .pdf": ["scan.pdf"]},
     }
 
 

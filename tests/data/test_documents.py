@@ -177,9 +177,9 @@ def test_files_of_every_kind_and_case_are_read_and_all_others_named(tmp_path):
     assert [d.text for d in read_documents(tmp_path)] == ["x"] * 11
     assert others == {
         "hidden": [".hidden"],
-        "kind .gz": ["k.tar.gz"],
-        "kind .pdf": ["scan.PDF"],
-        "kind without a suffix": ["notes"],
+        "of kind .gz": ["k.tar.gz"],
+        "of kind .pdf": ["scan.PDF"],
+        "without a suffix": ["notes"],
         "no file, or a link to none": ["gone.txt", "pipe.txt", "up"],
     }
 

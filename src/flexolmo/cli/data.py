@@ -4,7 +4,7 @@ The functions raise `FlexOlmoError`; the main command line prints the message.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from flexolmo.errors import ConfigError, SourceUnavailable
 from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole
+
+if TYPE_CHECKING:
+    from flexolmo.data.corpus import Corpus
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -248,6 +251,8 @@ def prepare(
             "Neither a public set nor a tokenizer was given: prepare the public set "
             "first, or name its prepared directory with --public."
         )
+    for corpus in corpora.values():
+        _say_what_is_not_read(corpus)
     settings = PrepareSettings(
         vocab_size=vocab_size,
         min_document_bytes=min_bytes,
@@ -291,15 +296,24 @@ def _describe_losses(card: dict[str, Any]) -> list[str]:
     """Sentences on what was read, changed and left out; the card has every name."""
     removed = card["removed"]
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in removed["documents"].items())
-    reading = dict(card["reading"])
-    not_read = reading.pop("not_read")
-    lines = [
+    reading = {what: n for what, n in card["reading"].items() if what != "not_read"}
+    return [
+        f"{card['name']}: read " + ", ".join(f"{n:,} {what}" for what, n in reading.items()),
         f"{card['name']}: removed {sum(removed['bytes'].values()):,} bytes, "
         f"{reasons or 'nothing'}; a space stands for "
         f"{removed['characters_replaced_by_a_space']:,} control characters",
-        f"{card['name']}: read " + ", ".join(f"{n:,} {what}" for what, n in reading.items()),
     ]
-    for reason, files in not_read.items():
+
+
+def _say_what_is_not_read(corpus: "Corpus") -> None:
+    """Name files that are passed over, before any work; in red where they are over a fifth."""
+    passed_over = sum(len(files) for files in corpus.not_read.values())
+    if not passed_over:
+        return
+    found = passed_over + len(corpus.files)
+    style = "bold red" if passed_over > found / 5 else "yellow"
+    lines = [f"{corpus.name}: {passed_over:,} of {found:,} files are not read:"]
+    for reason, files in corpus.not_read.items():
         shown = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
-        lines.append(f"{card['name']}: {len(files):,} files not read ({reason}): {shown}")
-    return lines
+        lines.append(f"  {len(files):,} {reason}: {shown}")
+    _console.print("\n".join([*lines, "The card lists them all."]), style=style)

@@ -71,7 +71,8 @@ def _walk(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
                 files.append(file)
                 continue
             else:
-                reason = f"kind {file.suffix.lower() or 'without a suffix'}"
+                suffix = file.suffix.lower()
+                reason = f"of kind {suffix}" if suffix else "without a suffix"
             others.setdefault(show(reason), []).append(show(file.relative_to(path)))
     return files, others
 
