@@ -178,4 +178,6 @@ def test_a_figure_is_saved_whole_and_twice_the_same(
         drawing.save_figure(plots.plot_kept_gain(make_results(1)), tmp_path / "new" / name)
     one, two = ((tmp_path / "new" / n).read_bytes() for n in ("one.png", "two.png"))
     assert one.startswith(b"\x89PNG") and one == two
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["one.png", "two.png"]
+    one, two = ((tmp_path / "new" / n).read_bytes() for n in ("one.svg", "two.svg"))
+    assert b"<svg" in one and one == two
+    assert len(list((tmp_path / "new").iterdir())) == 4

@@ -119,4 +119,4 @@ def demo(
     settings = read_recipe(recipe or default_recipe(), DemoRecipe, overrides or ())
     results = run_demo(settings, out, sets)
     print_table(results)
-    echo(f"Open {out / 'report.html'} (or report.png); machines read results.json.")
+    echo(f"Open {out / 'report.html'}; machines read results.json.")

@@ -44,6 +44,7 @@ STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
+    "svg.hashsalt": "flexolmo",  # the same names of parts in every run
 }
 
 
@@ -61,9 +62,10 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
-    """Write `fig` as PNG, all or nothing, with no date in it."""
-    with rc_context(STYLE), write_aside(Path(path)) as aside:
-        fig.savefig(aside, format="png", dpi=dpi)
+    """Write `fig` as `path`, a PNG, and as an SVG beside it, each all or nothing, with no date."""
+    for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+        with rc_context(STYLE), write_aside(Path(path).with_suffix(f".{kind}")) as aside:
+            fig.savefig(aside, format=kind, dpi=dpi, metadata=metadata)
 
 
 # --- text ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     coordinator/    public text, the anchor, the owners' public keys, the measurements
     owners/NAME/    that owner's text, runs, private key, and the bundles it sends
     model/, model-paper/    the mixtures: our router, and the paper's
-    report.html, report.png, figures/, results.json, recipe.json, stages.json
+    report.html, figures/, results.json, recipe.json, stages.json
 
 Every step is a `flexolmo` command in a process and directory of its own. Run again after a kill,
 finished steps are skipped and the step that was cut off resumes.

@@ -1,7 +1,7 @@
-"""Results of a run and their figures -> one HTML file, and the same page as PNG.
+"""Results of a run and their figures -> one HTML file.
 
-Says what the page contains: its sentences, tables and figures, as blocks. `page` and `page_png`
-know how a block looks. Knows nothing of models; a missing result leaves its part out.
+Says what the page contains: its sentences, tables and figures, as blocks; `page` knows how a
+block looks. Knows nothing of models; a missing result leaves its part out.
 """
 
 import functools
@@ -16,7 +16,6 @@ from flexolmo.files import write_bytes
 from flexolmo.numbers import format_change
 from flexolmo.report import drawing, plots
 from flexolmo.report.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
-from flexolmo.report.page_png import draw_page
 from flexolmo.report.plots import Results
 from flexolmo.terminal import make_printable
 
@@ -59,7 +58,7 @@ _WHY_OURS = (
 
 
 def write_report(results: Results, directory: Path) -> Path:
-    """Write report.html, report.png and figures/*.png into `directory`; the path of the HTML.
+    """Write report.html and figures/*.png, *.svg into `directory`; the path of the HTML.
 
     `results` is results.json. All files are replaced whole, and the HTML last.
     """
@@ -71,7 +70,6 @@ def write_report(results: Results, directory: Path) -> Path:
             path = directory / "figures" / f"{block.name}.png"
             drawing.save_figure(block.figure, path)
             images[block.name] = path.read_bytes()
-    drawing.save_figure(draw_page(blocks), directory / "report.png", dpi=100)
     write_bytes(directory / "report.html", write_html(blocks, images).encode())
     return directory / "report.html"
 
