@@ -245,6 +245,8 @@ def test_another_encoding_is_read_when_it_is_named(tmp_path):
     assert noted == {"texts decoded from cp1252": 3}
     with pytest.raises(DataError, match="--encoding"):
         list(read_documents(tmp_path))
+    with pytest.raises(DataError, match="not Unicode"):
+        ReadSettings(text_field="\udcff")
     for name in ("no-such", "rot13", "hex"):
         with pytest.raises(DataError, match="no text encoding"):
             ReadSettings(encoding=name)

@@ -108,7 +108,7 @@ def open_corpus(
                 "client": "local",
                 "package": show(path.resolve().name),
                 "version": None,
-                "licence": licence,
+                "licence": show(licence),
                 "digest": digest_bytes(canonical_json(digests)),
             }
         ],

@@ -41,7 +41,7 @@ def find_files(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
     """
     path = Path(path)
     try:
-        if path.is_file() and not kind_of(path):
+        if path.exists() and not path.is_dir() and not (path.is_file() and kind_of(path)):
             raise DataError(f"{show(path)} is not a kind of file we read: {KINDS}.")
         files, others = ([path], {}) if path.is_file() else _walk(path)
     except OSError as e:

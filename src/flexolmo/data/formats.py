@@ -40,6 +40,11 @@ _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_LE, co
 _CONTROLS = bytes([*range(9), *range(14, 32), 127])
 
 
+def show(name: Any) -> str:
+    """`name` of a file or field in Unicode, escaped where it is not."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True)
 class ReadSettings:
     """Choices in reading files."""
@@ -50,6 +55,8 @@ class ReadSettings:
     max_record_bytes: int = 1 << 25  # of one line, row, element or plain file
 
     def __post_init__(self) -> None:
+        if show(self.text_field) != self.text_field:
+            raise DataError(f"{self.text_field!r} cannot name a field: it is not Unicode.")
         if not 10 <= self.zstd_window <= 31:
             raise DataError(f"A Zstandard window of {self.zstd_window}: expected 10 to 31.")
         try:
@@ -61,11 +68,6 @@ class ReadSettings:
 
 
 READ_AS_USUAL = ReadSettings()
-
-
-def show(name: Any) -> str:
-    """`name` of a file or field in Unicode, escaped where it is not."""
-    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def kind_of(file: Path) -> str:
@@ -212,6 +214,8 @@ def _decode(data: bytes, where: str, settings: ReadSettings, noted: Counter[str]
 
 
 def _guess_encoding(data: bytes) -> str:
+    if len(data) < 64:
+        return "anything, being so short"
     match = charset_normalizer.from_bytes(data[: 1 << 15]).best()
     return "nothing we know" if match is None else match.encoding
 

@@ -45,7 +45,14 @@ from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
 # The demo's text is of packages: pages laid out with spaces, and many copies of one text.
-PREPARE = ("data", "prepare", "--min-bytes=200", "--near-duplicates=0.7", "--normalise")
+PREPARE = (
+    "data",
+    "prepare",
+    "--replace",
+    "--min-bytes=200",
+    "--near-duplicates=0.7",
+    "--normalise",
+)
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
