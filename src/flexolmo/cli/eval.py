@@ -339,16 +339,20 @@ def contamination(
     from flexolmo.files import write_json
     from flexolmo.progress import progress
     from flexolmo.research.tasks.contamination import find_overlaps
-    from flexolmo.research.tasks.selection import prepare_jobs
+    from flexolmo.research.tasks.selection import choose_items
     from flexolmo.research.tasks.sources import Sources
     from flexolmo.research.tasks.suite import choose_tasks
     from flexolmo.runtime import run_record
 
     find_files(corpus)
     sources = Sources(items)
-    jobs, missing = prepare_jobs(choose_tasks(None if tasks is None else names_of(tasks)), sources)
+    chosen_tasks, missing = choose_items(
+        choose_tasks(None if tasks is None else names_of(tasks)), sources
+    )
     asked = (
-        (j.task.name, f"{i.subtask} {i.id}".strip(), i.question) for j in jobs for i in j.items
+        (j.task.name, f"{i.subtask} {i.id}".strip(), i.question)
+        for j in chosen_tasks
+        for i in j.items
     )
     with progress("read corpus", sum(1 for _ in read_documents(corpus)), "documents") as meter:
         found = find_overlaps(asked, read_documents(corpus), meter=meter)

@@ -45,7 +45,7 @@ def study(
     """
     from flexolmo.config import read_recipe
     from flexolmo.files import read_json
-    from flexolmo.research.steps.graph import plan, run_graph
+    from flexolmo.research.steps.graph import order_steps, run_graph
     from flexolmo.research.study.recipe import StudyRecipe, build_graph
     from flexolmo.research.study.results import write_results
     from flexolmo.research.study.study_page import write_page
@@ -57,7 +57,7 @@ def study(
     root = out or Path("runs") / f"study-{path.stem.removeprefix('study_')}"
     graph = build_graph(settings)
     if dry_run:
-        steps = plan(graph.targets, root)
+        steps = order_steps(graph.targets, root)
         for step, is_done in steps:
             echo(f"{'done' if is_done else '    '}  {step.label}")
         echo(f"{sum(done for _, done in steps)} of {len(steps)} steps are done")

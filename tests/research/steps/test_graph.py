@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError, FlexOlmoError
 from flexolmo.research.steps import graph, jobs, step
-from flexolmo.research.steps.graph import plan, prune, run_graph
+from flexolmo.research.steps.graph import order_steps, prune, run_graph
 from flexolmo.research.steps.jobs import JobFailed
 from flexolmo.research.steps.step import Step, step_kind
 
@@ -160,9 +160,9 @@ def test_just_the_work_never_done_before_is_done(made, changes):
                 step_kind(newer, versions[newer])(getattr(made_kinds, newer))
             needed = set().union(*(all_in(written_out(i)) for i in targets))
             steps = [step_of(i) for i in sorted(targets)]
-            planned = plan(steps, root)
-            assert len(planned) == len(needed)
-            assert sum(not is_done for _, is_done in planned) == len(needed - done)
+            ordered = order_steps(steps, root)
+            assert len(ordered) == len(needed)
+            assert sum(not is_done for _, is_done in ordered) == len(needed - done)
             assert len(run_graph(steps, root, 2)) == len(needed - done)
             done |= needed
             assert run_graph(steps, root, 2) == []
@@ -246,7 +246,7 @@ def test_a_half_written_done_json_is_not_taken_for_done(tmp_path, ran, left):
     run_graph([one], tmp_path, 1)
     whole = (one.directory(tmp_path) / "done.json").read_bytes()
     (one.directory(tmp_path) / "done.json").write_bytes(left)
-    assert [is_done for _, is_done in plan([one], tmp_path)] == [False]
+    assert [is_done for _, is_done in order_steps([one], tmp_path)] == [False]
     with pytest.raises(FlexOlmoError, match="one is not done"):
         one.result(tmp_path)
     assert run_graph([one], tmp_path, 1) == ["one"] and ran() == ["one", "one"]
@@ -337,7 +337,7 @@ def test_bad_steps_and_kinds_are_refused_in_words(tmp_path):
     with pytest.raises(ConfigError, match="Step x: settings are not plain JSON"):
         Step("x", "add", {"n": float("nan")})
     with pytest.raises(ConfigError, match="Two different steps are labelled 'x'"):
-        plan([Step("x", "add", {"n": 1}), Step("x", "add", {"n": 2})], tmp_path)
+        order_steps([Step("x", "add", {"n": 1}), Step("x", "add", {"n": 2})], tmp_path)
     with pytest.raises(ConfigError, match="that no other module uses"):
         step_kind("add", 1)(lambda _: None)
     with pytest.raises(ConfigError, match="letters, digits and _"):

@@ -28,7 +28,7 @@ from flexolmo.model.checkpoint import save_anchor
 from flexolmo.research.corpora.fetch import cache_directory
 from flexolmo.research.tasks.answers import score_items
 from flexolmo.research.tasks.harness import HarnessModel, harness_task
-from flexolmo.research.tasks.selection import RunSettings, prepare_jobs
+from flexolmo.research.tasks.selection import RunSettings, choose_items
 from flexolmo.research.tasks.sources import PACKAGE, VERSION, Sources
 from flexolmo.research.tasks.suite import choose_tasks
 
@@ -108,8 +108,11 @@ def run_both(engines, tasks):
 def test_our_tasks_get_the_harness_s_scores(engines, sources, name):
     """Responses alike under both engines, and our scores those that the harness makes of its own
     engine's: accuracy of each form, or what was written, judged."""
-    (job,), _ = prepare_jobs(choose_tasks([name]), sources, 1 if name == "mmlu" else ITEMS)
-    task, items = replace(job.task, max_new_tokens=min(40, job.task.max_new_tokens)), job.items[:20]
+    (chosen,), _ = choose_items(choose_tasks([name]), sources, 1 if name == "mmlu" else ITEMS)
+    task, items = (
+        replace(chosen.task, max_new_tokens=min(40, chosen.task.max_new_tokens)),
+        chosen.items[:20],
+    )
     settings = RunSettings(batch_size=8)
     rows = score_items(Scorer(engines[0].scorer.reader, 8), task, items, settings)
     for form in ("rc", "mc") if task.kind == "choice" else ("",):

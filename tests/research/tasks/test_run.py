@@ -17,7 +17,7 @@ from flexolmo.research.tasks import run as room
 from flexolmo.research.tasks.items import Choices, Item
 from flexolmo.research.tasks.metrics import token_f1
 from flexolmo.research.tasks.run import compare_runs, run_suite
-from flexolmo.research.tasks.selection import Job, RunSettings, parse_limits, prepare_jobs
+from flexolmo.research.tasks.selection import ChosenTask, RunSettings, choose_items, parse_limits
 from flexolmo.research.tasks.summary import summarise
 from made_items import WORDS, choice_items, code_items, task_of, written_items
 from made_mixtures import NAMES
@@ -161,11 +161,11 @@ def test_files_of_another_layout_are_told_by_task(tmp_path):
         return {}["question"]
 
     with pytest.raises(DataError, match=r"arc_easy are not laid out.*question"):
-        prepare_jobs([task_of("arc_easy", [], load=broken)], SOURCES, None)
-    jobs, missing = prepare_jobs(
+        choose_items([task_of("arc_easy", [], load=broken)], SOURCES, None)
+    chosen_tasks, missing = choose_items(
         [task_of("arc_easy", []), task_of("boolq", choice_items())], SOURCES, None
     )
-    assert missing == {"arc_easy": "its file is empty"} and len(jobs) == 1
+    assert missing == {"arc_easy": "its file is empty"} and len(chosen_tasks) == 1
 
 
 def test_a_judge_is_checked_before_anything_is_read(opened, tmp_path, tasks):
@@ -220,10 +220,10 @@ def test_every_row_says_what_it_is_of(opened, tmp_path, tasks):
 
 def test_fewer_items_are_among_more():
     task = task_of("arc_easy", choice_items(30))
-    drawn = [{i.id for i in prepare_jobs([task], SOURCES, n)[0][0].items} for n in (2, 7, None)]
+    drawn = [{i.id for i in choose_items([task], SOURCES, n)[0][0].items} for n in (2, 7, None)]
     assert drawn[0] < drawn[1] < drawn[2] and list(map(len, drawn)) == [4, 14, 30]
-    (job,), _ = prepare_jobs([task_of("arc_easy", choice_items(30)[::-1])], SOURCES, 7)
-    assert {i.id for i in job.items} == drawn[1]
+    (chosen,), _ = choose_items([task_of("arc_easy", choice_items(30)[::-1])], SOURCES, 7)
+    assert {i.id for i in chosen.items} == drawn[1]
 
 
 def unavailable(_):
@@ -239,7 +239,7 @@ def test_what_cannot_be_had_is_named_and_not_averaged(opened, tmp_path, tasks):
     assert (group["scored"], group["of"]) == (1, 9) and "winogrande" in group["not_scored"]
     assert not results["average"]["is_whole"]
     with pytest.raises(DataError, match="winogrande: not here"):
-        prepare_jobs([gone], SOURCES, None)
+        choose_items([gone], SOURCES, None)
 
 
 def test_sums_are_means_of_subtasks_of_tasks_of_groups():
@@ -254,9 +254,9 @@ def test_sums_are_means_of_subtasks_of_tasks_of_groups():
             "right": {"rc": right, "mc": 0},
         }
 
-    jobs = [Job(task_of(n, []), []) for n in ("arc_easy", "boolq")]
+    chosen_tasks = [ChosenTask(task_of(n, []), []) for n in ("arc_easy", "boolq")]
     rows = {"arc_easy": [row("a", 1), row("a", 0), row("b", 1)], "boolq": [row("", 0)] * 2}
-    found = summarise(jobs, rows, {}, RunSettings(), 64)
+    found = summarise(chosen_tasks, rows, {}, RunSettings(), 64)
     assert found["tasks"]["arc_easy"]["score"] == 75 and found["tasks"]["boolq"]["score"] == 0
     assert found["groups"]["MC9"]["score"] == 37.5 == found["average"]["score"]
     assert found["tasks"]["arc_easy"]["error"] == pytest.approx(
@@ -283,12 +283,14 @@ def test_chance_is_seldom_called_better_than_chance():
             for a, b in rng.random((200, 2)) < 0.25
         ]
         found = summarise(
-            [Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64
+            [ChosenTask(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64
         )
         called += found["tasks"]["boolq"]["above_chance"]
     assert called <= 8
     rows = [r | {"right": {"rc": 1, "mc": 0}} for r in rows]
-    found = summarise([Job(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64)
+    found = summarise(
+        [ChosenTask(task_of("boolq", []), [], 0.25)], {"boolq": rows}, {}, RunSettings(), 64
+    )
     assert found["tasks"]["boolq"]["above_chance"]
 
 
@@ -300,17 +302,17 @@ def test_chance_of_a_closed_set_of_answers_is_its_commonest_one():
         for i, a in enumerate(answers)
     ]
     for limit in (1, None):
-        (job,), _ = prepare_jobs([task_of("bbh", items, "answer")], SOURCES, limit)
-        assert job.chance == pytest.approx((2 / 3 + 0) / 2)
-    (job,), _ = prepare_jobs([task_of("mbpp", code_items(), "code")], SOURCES, None)
-    assert job.chance == 0
+        (chosen,), _ = choose_items([task_of("bbh", items, "answer")], SOURCES, limit)
+        assert chosen.chance == pytest.approx((2 / 3 + 0) / 2)
+    (chosen,), _ = choose_items([task_of("mbpp", code_items(), "code")], SOURCES, None)
+    assert chosen.chance == 0
 
 
 def test_chance_of_options_is_an_even_guess_or_always_the_same_place():
     def chance(golds, count):
         choices = [Choices(("q",) * count, tuple("abcd"[:count]), g) for g in golds]
         items = [Item(f"{i}", "", {"rc": c, "mc": c}) for i, c in enumerate(choices)]
-        return prepare_jobs([task_of("boolq", items)], SOURCES)[0][0].chance
+        return choose_items([task_of("boolq", items)], SOURCES)[0][0].chance
 
     assert chance([0, 0, 1, 0], 2) == 0.75
     assert chance([0, 1, 1, 0], 2) == 0.5
@@ -335,7 +337,7 @@ def test_answers_that_suit_any_question_are_not_above_chance():
             for i, t in zip(items, texts, strict=True)
         ]
         found = summarise(
-            [Job(task_of("squad", items, "answer"), items, 0.0)],
+            [ChosenTask(task_of("squad", items, "answer"), items, 0.0)],
             {"squad": rows},
             {},
             RunSettings(),
@@ -451,8 +453,8 @@ def test_a_limit_of_a_task_goes_before_the_limit_of_all():
     assert found["limit"] == 5 and found["limits"]["humaneval"] == 2
     assert (found["limits"]["bbh"], found["limits"]["mbpp"]) == (1, 3)
     tasks = [task_of("bbh", choice_items()), task_of("arc_easy", choice_items(12))]
-    jobs, _ = prepare_jobs(tasks, SOURCES, **found)
-    assert [len(j.items) for j in jobs] == [2, 10]  # two subtasks each
+    chosen_tasks, _ = choose_items(tasks, SOURCES, **found)
+    assert [len(j.items) for j in chosen_tasks] == [2, 10]  # two subtasks each
     assert parse_limits(["5,bbh=1"]) == {"limit": 5, "limits": {"bbh": 1}}
     for word in ("", "1" * 5000, "0", "x", "bbh=", "bbh=0", "nosuch=3", "-1", "1.5"):
         with pytest.raises(ConfigError):

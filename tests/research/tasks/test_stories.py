@@ -9,7 +9,7 @@ from flexolmo.research.tasks import run as room
 from flexolmo.research.tasks import stories
 from flexolmo.research.tasks.answers import judge_story, score_items
 from flexolmo.research.tasks.judge import Verdict
-from flexolmo.research.tasks.selection import Job, RunSettings
+from flexolmo.research.tasks.selection import ChosenTask, RunSettings
 from flexolmo.research.tasks.sources import Sources
 from flexolmo.research.tasks.suite import TASKS
 from flexolmo.research.tasks.summary import summarise
@@ -96,7 +96,7 @@ def written(judge_url, monkeypatch, verdicts):
     rows, judges = score_items(scorer, NEWSG, items, settings), room._judges(settings)
     if judges:
         rows = [row | judge_story(item, row, judges) for row, item in zip(rows, items, strict=True)]
-    found = summarise([Job(NEWSG, items)], {"newsg": rows}, {}, settings, 64)
+    found = summarise([ChosenTask(NEWSG, items)], {"newsg": rows}, {}, settings, 64)
     return rows, found["tasks"]["newsg"], found["groups"]["NewsG"]
 
 

@@ -12,10 +12,11 @@ finished steps are skipped and the step that was cut off resumes.
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexolmo.bundle.bundle import inspect_bundle
@@ -28,6 +29,7 @@ from flexolmo.files import (
     canonical_json,
     digest_bytes,
     read_json,
+    write_bytes,
     write_directory_aside,
     write_json,
 )
@@ -249,7 +251,7 @@ class _Demo:
         def anchor() -> None:
             write_toml(
                 self.coordinator / "anchor.toml",
-                recipe.anchor.model_copy(update={"seed": recipe.seed}),
+                recipe.anchor.model_dump(mode="json", exclude_none=True) | {"seed": recipe.seed},
             )
             run_jobs(
                 [
@@ -286,7 +288,7 @@ class _Demo:
                             "seed": recipe.seed,
                             "scope": SCOPES[kind],
                             "router": {"kind": kind},
-                            "train": recipe.expert_train,
+                            "train": recipe.expert_train.model_dump(exclude_none=True),
                         },
                     )
                     if not self._is_trained(name, suffix):
@@ -546,29 +548,6 @@ def owner_of(name: str) -> str:
     return f"{name.capitalize()} House"
 
 
-def write_toml(path: Path, values: Any) -> None:
-    """Write a recipe's settings as TOML; values are models, tables, texts and numbers."""
-    lines: list[str] = []
-
-    def plain(value: Any) -> Any:
-        return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-    def to_toml(value: Any) -> str:  # JSON's texts are TOML's but for one control character
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-    def table(content: dict[str, Any], prefix: str) -> None:
-        content = {k: plain(v) for k, v in content.items()}
-        if prefix:
-            lines.append(f"\n[{prefix}]")
-        lines.extend(
-            f"{k} = {to_toml(v)}"
-            for k, v in content.items()
-            if v is not None and not isinstance(v, dict)
-        )
-        for k, v in content.items():
-            if isinstance(v, dict):
-                table(v, f"{prefix}.{k}" if prefix else k)
-
-    table(plain(values), "")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def write_toml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a recipe's settings as TOML."""
+    write_bytes(path, tomli_w.dumps(values).encode())

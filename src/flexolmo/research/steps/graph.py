@@ -29,7 +29,7 @@ from flexolmo.research.steps.step import (
 _NOTE_EVERY_SECONDS = 5.0
 
 
-def plan(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
+def order_steps(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
     """The targets and all they need, inputs first, each piece of work once; and is it done?"""
     found, labels = dict[str, Step](), dict[str, str]()
 
@@ -59,18 +59,18 @@ def run_graph(
     """
     root = Path(root).resolve()
     with hold_lock(root / "lock", wait=False), exit_on_sigterm():
-        planned = plan(targets, root)
-        for step, is_done in planned:
+        ordered = order_steps(targets, root)
+        for step, is_done in ordered:
             if verify and is_done:
                 step.result(root, verify=True)
-        left = {step.identity: step for step, is_done in planned if not is_done}
-        urgency = _seconds_to_the_end([step for step, _ in planned], root)
-        with running_jobs(done=len(planned) - len(left), total=len(planned)) as running:
+        left = {step.identity: step for step, is_done in ordered if not is_done}
+        urgency = _seconds_to_the_end([step for step, _ in ordered], root)
+        with running_jobs(done=len(ordered) - len(left), total=len(ordered)) as running:
             tried = _run_all(left, urgency, root, processes, running, device)
     failed = [attempt.job for attempt in tried.values() if attempt.step.identity in left]
     if failed:
         lines = [
-            f"{len(failed)} of {len(planned)} steps failed:",
+            f"{len(failed)} of {len(ordered)} steps failed:",
             *(f"  {job.label} (log: {job.log})" for job in failed),
         ]
         if not_run := [step.label for step in left.values() if step.label not in tried]:
@@ -150,7 +150,7 @@ def prune(targets: Sequence[Step], root: Path) -> list[Path]:
     """Remove the directories of steps that no target needs, and nothing else; those removed."""
     root, removed = Path(root), []
     with hold_lock(root / "lock", wait=False):
-        kept = {step.directory(root) for step, _ in plan(targets, root)}
+        kept = {step.directory(root) for step, _ in order_steps(targets, root)}
         for directory in sorted(
             {file.parent for file in (root / "steps").glob("*/step.json")} - kept
         ):

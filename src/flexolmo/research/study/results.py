@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from flexolmo.files import read_json, write_json
-from flexolmo.research.steps.graph import plan
+from flexolmo.research.steps.graph import order_steps
 from flexolmo.research.steps.step import Step
 from flexolmo.research.study.recipe import Graph
 
@@ -48,7 +48,9 @@ def write_results(graph: Graph, root: Path) -> Path:
     }
     if graph.ablations is not None and graph.ablations.is_done(root):
         results["ablations"] = read_json(graph.ablations.directory(root) / "ablations.json")
-    runs = [step.result(root)["run"] for step, is_done in plan(graph.targets, root) if is_done]
+    runs = [
+        step.result(root)["run"] for step, is_done in order_steps(graph.targets, root) if is_done
+    ]
     results["commits"] = sorted({str(r["commit"]) for r in runs})
     results["software"] = runs[-1]["software"] if runs else None
     results["machine"] = runs[-1]["machine"] if runs else None
@@ -76,7 +78,7 @@ def _over_seeds(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _cost(graph: Graph, root: Path) -> dict[str, Any]:
     """By kind of step: how many are done, their seconds on one thread, tokens trained on."""
     found: dict[str, Any] = {}
-    for step, is_done in plan(graph.targets, root):
+    for step, is_done in order_steps(graph.targets, root):
         if is_done:
             done = step.result(root)
             entry = found.setdefault(step.kind, {"steps": 0, "seconds": 0.0, "tokens": 0})
@@ -106,7 +108,7 @@ def _cost_by_method(graph: Graph, root: Path, seeds: Sequence[int]) -> dict[str,
             entry = found.setdefault(
                 method, {"training_seconds": 0.0, "reading_seconds": 0.0, "tokens": {}}
             )
-            for step, _ in plan(steps, root):
+            for step, _ in order_steps(steps, root):
                 if step.kind in _SHARED:
                     continue
                 done = step.result(root)

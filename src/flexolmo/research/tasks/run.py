@@ -22,7 +22,7 @@ from flexolmo.research.tasks.answers import judge_story, score_items
 from flexolmo.research.tasks.compare import paired_bootstrap
 from flexolmo.research.tasks.judge import EndpointJudge
 from flexolmo.research.tasks.sandbox.sandbox import check_sandbox
-from flexolmo.research.tasks.selection import Job, Row, RunSettings, macro, prepare_jobs
+from flexolmo.research.tasks.selection import ChosenTask, Row, RunSettings, choose_items, macro
 from flexolmo.research.tasks.sources import Sources
 from flexolmo.research.tasks.stories import QUALITIES
 from flexolmo.research.tasks.suite import GROUPS, TASKS, Task
@@ -49,12 +49,12 @@ def run_suite(
     out = Path(out)
     judges = _judges(settings)
     protections = _protections() if settings.run_code else []
-    jobs, missing = prepare_jobs(tasks, sources, settings.limit, settings.limits)
+    chosen_tasks, missing = choose_items(tasks, sources, settings.limit, settings.limits)
     with hold_lock(out / "lock", wait=False):
         return _run_jobs(
             reader,
             about,
-            jobs,
+            chosen_tasks,
             missing,
             out,
             settings,
@@ -69,7 +69,7 @@ def run_suite(
 def _run_jobs(
     reader: Reader,
     about: Mapping[str, Any],
-    jobs: Sequence[Job],
+    chosen_tasks: Sequence[ChosenTask],
     missing: Mapping[str, str],
     out: Path,
     settings: RunSettings,
@@ -81,30 +81,30 @@ def _run_jobs(
         "settings": settings.model_dump(mode="json"),
         "tasks": {
             j.task.name: {"version": j.task.version, "items": len(j.items), "digest": j.digest}
-            for j in jobs
+            for j in chosen_tasks
         },
     }
     what["tasks"] = _refuse_another_run(out, what) | what["tasks"]
     write_json(out / "run.json", what | {"missing": dict(missing), **record})
     stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
     found: dict[str, list[Row]] = {}
-    done = {j.task.name: _read_rows(out / "items" / f"{j.task.name}.jsonl") for j in jobs}
-    total = sum(len(j.items) for j in jobs)
+    done = {j.task.name: _read_rows(out / "items" / f"{j.task.name}.jsonl") for j in chosen_tasks}
+    total = sum(len(j.items) for j in chosen_tasks)
     scorer = Scorer(reader, settings.batch_size)
     with progress("evaluate", total, "items", sum(map(len, done.values()))) as meter:
-        for job in jobs:
-            meter.note = job.task.name
-            found[job.task.name] = _run_task(
+        for chosen in chosen_tasks:
+            meter.note = chosen.task.name
+            found[chosen.task.name] = _run_task(
                 scorer,
-                job,
-                done[job.task.name],
+                chosen,
+                done[chosen.task.name],
                 stamp,
-                out / "items" / f"{job.task.name}.jsonl",
+                out / "items" / f"{chosen.task.name}.jsonl",
                 settings,
                 judges,
                 meter,
             )
-    summary = summarise(jobs, found, missing, settings, reader.max_seq_len)
+    summary = summarise(chosen_tasks, found, missing, settings, reader.max_seq_len)
     results = {"model": dict(about), **summary, "run": record["run"]}
     write_json(out / "results.json", results)
     return results
@@ -173,7 +173,7 @@ def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
 
 def _run_task(
     scorer: Scorer,
-    job: Job,
+    chosen: ChosenTask,
     done: dict[tuple[str, str], Row],
     stamp: Row,
     path: Path,
@@ -182,26 +182,26 @@ def _run_task(
     meter: Meter,
 ) -> list[Row]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = STORY_SLICE if job.task.kind == "story" else SLICE
+    size = STORY_SLICE if chosen.task.kind == "story" else SLICE
     with open(path, "ab") as f:
-        for start in range(0, len(job.items), size):
-            items = job.items[start : start + size]
+        for start in range(0, len(chosen.items), size):
+            items = chosen.items[start : start + size]
             left = [i for i in items if (i.subtask, i.id) not in done]
             if not left:
                 continue
-            scored = score_items(scorer, job.task, items, settings)
+            scored = score_items(scorer, chosen.task, items, settings)
             rows = {(r["subtask"], r["id"]): r for r in scored}
             for item in left:  # the others were written before; they were read again to be in
                 row = rows[item.subtask, item.id]  # the same batches, for the same last bits
-                if job.task.kind == "story" and judges:
+                if chosen.task.kind == "story" and judges:
                     row |= judge_story(item, row, judges)
-                row = {"task": job.task.name, "version": job.task.version, **row, **stamp}
+                row = {"task": chosen.task.name, "version": chosen.task.version, **row, **stamp}
                 done[item.subtask, item.id] = row
                 f.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
-            meter.advance(len(left), job.task.name)
-    return [done[i.subtask, i.id] for i in job.items]
+            meter.advance(len(left), chosen.task.name)
+    return [done[i.subtask, i.id] for i in chosen.items]
 
 
 # --- comparing ------------------------------------------------------------------------------------

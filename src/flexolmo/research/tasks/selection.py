@@ -61,7 +61,7 @@ class RunSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class ChosenTask:
     """A task and the items of it that are run."""
 
     task: Task
@@ -107,19 +107,19 @@ def parse_limits(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def prepare_jobs(
+def choose_items(
     tasks: Sequence[Task],
     sources: Sources,
     limit: int | None = None,
     limits: Mapping[str, int] | None = None,
-) -> tuple[list[Job], dict[str, str]]:
+) -> tuple[list[ChosenTask], dict[str, str]]:
     """The items of each task, and by name why a task's items could not be had.
 
     `limit` and `limits` are as in the settings.
 
     DataError: none can be had, or a file does not hold what its publisher's does.
     """
-    jobs, missing = [], {}
+    chosen_tasks, missing = [], {}
     for task in tasks:
         try:
             items = task.load(sources)
@@ -133,15 +133,15 @@ def prepare_jobs(
             ) from None
         if items:
             drawn = _draw(items, (limits or {}).get(task.name, limit))
-            jobs.append(Job(task, drawn, _chance(task, items)))
+            chosen_tasks.append(ChosenTask(task, drawn, _chance(task, items)))
         else:
             missing[task.name] = "its file is empty"
-    if not jobs:
+    if not chosen_tasks:
         raise DataError(
             "None of the tasks' items can be had: "
             + "; ".join(f"{n}: {why}" for n, why in missing.items())
         )
-    return jobs, missing
+    return chosen_tasks, missing
 
 
 def _draw(items: Sequence[Item], limit: int | None) -> list[Item]:

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from flexolmo.research.tasks.items import Item
-from flexolmo.research.tasks.selection import Job, Row, RunSettings, macro
+from flexolmo.research.tasks.selection import ChosenTask, Row, RunSettings, macro
 from flexolmo.research.tasks.suite import GROUPS, TASKS
 
 SHIFTS = 5  # other questions that each answer is judged by, to know what luck gives
 
 
 def summarise(
-    jobs: Sequence[Job],
+    chosen_tasks: Sequence[ChosenTask],
     rows: Mapping[str, Sequence[Row]],
     missing: Mapping[str, str],
     settings: RunSettings,
@@ -25,7 +25,9 @@ def summarise(
     A task with subtasks counts the mean of theirs, a group the mean of its tasks, all the mean of
     the groups; what is missing is named and the averages say over how much they are.
     """
-    tasks = {j.task.name: _summary_of(j, rows[j.task.name], settings, max_seq_len) for j in jobs}
+    tasks = {
+        j.task.name: _summary_of(j, rows[j.task.name], settings, max_seq_len) for j in chosen_tasks
+    }
     groups: dict[str, Any] = {}
     for group in GROUPS:
         own = [t.name for t in TASKS if t.group == group]
@@ -60,9 +62,9 @@ def summarise(
 
 
 def _summary_of(
-    job: Job, rows: Sequence[Row], settings: RunSettings, max_seq_len: int
+    chosen: ChosenTask, rows: Sequence[Row], settings: RunSettings, max_seq_len: int
 ) -> dict[str, Any]:
-    task = job.task
+    task = chosen.task
     found: dict[str, Any] = {
         "group": task.group,
         "metric": task.metric,
@@ -105,23 +107,23 @@ def _summary_of(
     width = {1: 1.96, 2: 2.24}[len(settings.forms) if task.kind == "choice" else 1]
     if task.kind == "answer":
         width *= math.sqrt(1 + 1 / SHIFTS)
-    if job.chance is None:
+    if chosen.chance is None:
         return found | {"chance": None, "above_chance": None}
-    chance = 100 * max(job.chance, _by_luck(job, rows))
+    chance = 100 * max(chosen.chance, _by_luck(chosen, rows))
     return found | {
         "chance": chance,
         "above_chance": bool(found["score"] - chance > max(width * found["error"], 1e-6)),
     }
 
 
-def _by_luck(job: Job, rows: Sequence[Row]) -> float:
+def _by_luck(chosen: ChosenTask, rows: Sequence[Row]) -> float:
     """What written answers score on other questions of their subtask: words that are in many
     answers, and a form that many have, are not knowledge. 0 where subtasks have one question."""
-    task = job.task
+    task = chosen.task
     if task.kind != "answer" or task.judge is None or not rows:
         return 0.0
     items: dict[str, list[Item]] = {}
-    for i in job.items:
+    for i in chosen.items:
         items.setdefault(i.subtask, []).append(i)
     written = {(r["subtask"], r["id"]): r["text"] for r in rows}
     lucky = []
