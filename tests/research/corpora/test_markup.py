@@ -1,4 +1,5 @@
 import re
+import time
 
 import pytest
 
@@ -94,3 +95,26 @@ def test_every_stated_step_of_a_word_problem_is_right():
             assert eval(left) == int(right), (left, right)
             checked += 1
     assert checked > 500
+
+
+@pytest.mark.parametrize(
+    ("plain", "unit"),
+    [
+        (plain_wiki, "="),
+        (plain_wiki, "[//a "),
+        (plain_wiki, "<ref"),
+        (plain_wiki, "<!--"),
+        (plain_wiki, "{{"),
+        (plain_wiki, "{|\n"),
+        (plain_brown, "a"),
+        (plain_brown, "/"),
+        (plain_mail, "a."),
+        (plain_mail, "-1"),
+        (plain_html, "<pre>\t"),
+    ],
+)
+def test_marked_up_text_takes_time_in_proportion(plain, unit):
+    """Each of these took minutes, or hours, when its time grew with the square of the length."""
+    started = time.process_time()
+    plain("a\n" + unit * (100_000 // len(unit)) + "x")
+    assert time.process_time() - started < 5

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import string
+import time
 from functools import cache
 from importlib.util import find_spec
 from itertools import combinations
@@ -460,3 +461,20 @@ def test_an_item_without_references_is_refused(metric):
     else:
         with pytest.raises(DataError, match="No reference"):
             drop_scores("cat", [[], [" "]])
+
+
+@pytest.mark.parametrize(
+    ("measure", "unit"),
+    [
+        (lambda text: list_f1(text, ["a"]), "[1,"),
+        (lambda text: same_number(text, text), "1"),
+        (math_answer, r"\boxed{"),
+        (math_answer, "Final Answer: The final answer is\t\t\t\t"),
+        (bbh_answer, "the answer is " + "\t" * 1000),
+        (gsm8k_answer, "1,"),
+    ],
+)
+def test_answers_are_found_in_time_in_proportion(measure, unit):
+    started = time.process_time()
+    measure(unit * (60_000 // len(unit)) + "x")
+    assert time.process_time() - started < 5

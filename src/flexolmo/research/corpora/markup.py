@@ -11,28 +11,29 @@ import html.parser
 import re
 
 _WIKI_DROP = re.compile(
-    r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>|<(gallery|math|timeline|score|imagemap|source)\b.*?"
-    r"</\1>|__[A-Z]+__",
+    r"<!--(?:(?!<!--).)*?-->|<ref[^<>]*/>|<ref(?:(?!<ref).)*?</ref>|"
+    r"<(gallery|math|timeline|score|imagemap|source)\b(?:(?!<\1\b).)*?</\1>|__[A-Z]+__",
     re.DOTALL | re.IGNORECASE,
 )
 _WIKI_TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 _WIKI_MEASURE = re.compile(r"\{\{(?:convert|cvt)\|([\d.,/+-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
 _WIKI_FOREIGN = re.compile(r"\{\{lang(?:-[a-z]+|\|[a-z-]+)\|([^|{}]+)[^{}]*\}\}", re.IGNORECASE)
-_WIKI_TABLE = re.compile(r"^[ :*]*\{\|(?:(?!^[ :*]*\{\|).)*?^\s*\|\}", re.DOTALL | re.MULTILINE)
+_WIKI_TABLE = re.compile(r"^[ :*]*\{\|(?:(?!^[ :*]*\{\|).)*?^[ \t]*\|\}", re.DOTALL | re.MULTILINE)
 _WIKI_FILE = re.compile(
     r"\[\[(?:File|Image|Category|[a-z-]{2,12}):"
     r"(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]",
     re.IGNORECASE,
 )
 _WIKI_LINK = re.compile(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]")
-_WIKI_URL = re.compile(r"\[(?:https?:)?//[^\s\]]+ ?([^\]]*)\]")
+_WIKI_URL = re.compile(r"\[(?:https?:)?//[^\s\[\]]+ ?([^\[\]]*)\]")
 _WIKI_TAIL = re.compile(
     r"^==+ *(See also|References|External links|Notes|Further reading|"
     r"Bibliography|Sources|Footnotes|Citations|Gallery|Notes and references)"
     r" *==+.*?(?=^==[^=]|\Z)",
     re.DOTALL | re.MULTILINE | re.IGNORECASE,
 )
-_WIKI_HEADING = re.compile(r"^(=+) *(.*?) *\1 *$", re.MULTILINE)
+_WIKI_HEADING = re.compile(r"^=.*= *$", re.MULTILINE)
+_DEEPEST = 50  # of templates and tables within one another
 
 
 def plain_wiki(text: str) -> str:
@@ -40,13 +41,14 @@ def plain_wiki(text: str) -> str:
     text = _WIKI_DROP.sub("", text)
     text = _WIKI_MEASURE.sub(r"\1 \2", _WIKI_FOREIGN.sub(r"\1", text))
     for pattern in (_WIKI_TEMPLATE, _WIKI_TABLE, _WIKI_TEMPLATE, _WIKI_FILE):
-        before = None
-        while before != text:  # innermost first
-            before, text = text, pattern.sub("", text)
+        for _ in range(_DEEPEST):  # innermost first
+            text, found = pattern.subn("", text)
+            if not found:
+                break
     text = _WIKI_TAIL.sub("", text)
     text = _WIKI_URL.sub(r"\1", _WIKI_LINK.sub(r"\1", _WIKI_LINK.sub(r"\1", text)))
     text = re.sub(r"'{2,}", "", text)
-    text = _WIKI_HEADING.sub(r"\2", text)
+    text = _WIKI_HEADING.sub(lambda m: m[0].strip("= "), text)
     text = html.unescape(html.unescape(re.sub(r"<[^<>]{0,200}>", "", text)))
     text = re.sub(r"^[*#:;]+ *", "- ", text, flags=re.MULTILINE)
     text = re.sub(r"^[|!{}].*$|^- *$", "", text, flags=re.MULTILINE)
@@ -144,12 +146,12 @@ def plain_html(page: str) -> str:
     text = re.sub(r" *\n *", "\n", re.sub(r" {2,}", " ", text))
     text = re.sub(r"(?m)^- *\n+(?=\S)", "- ", text)
     text = re.sub(r"\n{3,}", "\n\n", text).replace("\0", "\n").replace("\1", " ")
-    return re.sub(r"[ \t]+\n", "\n", text).strip()
+    return re.sub(r"(?<![ \t])[ \t]+\n", "\n", text).strip()
 
 
 def plain_brown(tagged: str) -> str:
     """Text of a Brown corpus file without its `/tag` marks and the spaces before punctuation."""
-    words = re.sub(r"(\S+)/[^\s/]+", r"\1", tagged)
+    words = re.sub(r"\S+", lambda m: m[0].rpartition("/")[0] or m[0], tagged)
     lines = [re.sub(r"\s+", " ", line).strip() for line in words.split("\n")]
     text = "\n".join(lines)
     text = re.sub(r"`` ?", '"', text)
@@ -160,7 +162,7 @@ def plain_brown(tagged: str) -> str:
     return "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
 
 
-_ADDRESS = re.compile(r"<?\b[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
+_ADDRESS = re.compile(r"<?(?<![\w.+-])[\w.+-]+@[\w-]+(\.[\w-]+)+>?")
 _ATTRIBUTION = re.compile(r"^.{0,120}\b(wrote|writes|said|schrieb|says):?\s*$")
 _FOOTER = re.compile(r"^(-- ?|_{10,}.*|-{20,}.*|={20,}.*|\*{20,}.*)$")
 

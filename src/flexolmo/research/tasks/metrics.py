@@ -13,6 +13,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from scipy.optimize import linear_sum_assignment
 from flexolmo.errors import ConfigError, DataError
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+MOST_BRACKETS = 100  # of a text, from which a JSON array is looked for
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -145,7 +147,7 @@ def _span_f1(found: set[str], gold: set[str]) -> float:
 
 
 def _listed(text: str) -> list[Any]:
-    for start in re.finditer(r"(?:\[\s*)+", text):
+    for start in islice(re.finditer(r"(?:\[\s*)+", text), MOST_BRACKETS):
         try:
             return json.JSONDecoder().raw_decode(text, start.start())[0]
         except (ValueError, RecursionError):
@@ -168,7 +170,7 @@ def _plain_items(items: Iterable[Any]) -> set[str]:
     return plain - {""}
 
 
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?[0-9]*\.?[0-9]+")
+_NUMBER = re.compile(r"(?:(?<![\w)])[-+])?(?:[0-9]++(?:\.[0-9]++)?|\.[0-9]++)")
 
 
 def gsm8k_answer(text: str) -> str:
@@ -190,11 +192,7 @@ def same_number(a: str, b: str) -> bool:
     return all(_NUMBER.fullmatch(x) for x in bare) and Decimal(bare[0]) == Decimal(bare[1])
 
 
-_FINAL_ANSWER = re.compile(
-    r"Final Answer: The final answer is(.*?)"
-    r"(?:\. I hope it is correct|\.?\s*$)",
-    re.MULTILINE,
-)
+_FINAL_ANSWER = re.compile(r"Final Answer: The final answer is(.*)")
 _DOLLARS = re.compile(r"(?<!\\)\$+")
 _SPACING = re.compile(r",\\!|\{,\}|\\[ ,;:!]|\\q?quad(?![a-zA-Z])|~|\s")
 _TEXT = r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf)\{([^{}]*)\}"
@@ -241,9 +239,12 @@ def math_answer(text: str) -> str | None:
     however counts an item as right if any of them is, and reads a text without any as an answer.
     """
     final = _FINAL_ANSWER.search(text)
-    if final and final[1].strip():
-        parts = _DOLLARS.split(final[1])
-        return _last_boxed(final[1]) or (parts[1] if len(parts) == 3 else final[1]).strip()
+    answer, closing, _ = (final[1] if final else "").partition(". I hope it is correct")
+    if not closing:
+        answer = answer.rstrip().removesuffix(".")
+    if answer.strip():
+        parts = _DOLLARS.split(answer)
+        return _last_boxed(answer) or (parts[1] if len(parts) == 3 else answer).strip()
     parts = _DOLLARS.split(text)
     return _last_boxed(text) or (parts[-2].strip() if len(parts) > 2 else "") or None
 
@@ -271,14 +272,18 @@ def _plain_math(latex: str) -> str:
 
 def _last_boxed(text: str) -> str:
     r"""What is inside the last box that is closed, or after "\boxed " without braces; or ""."""
+    opened: list[int] = []
+    closed_at = {}  # by where the inside of a pair of braces starts
+    for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if brace[0] == "{":
+            opened.append(brace.end())
+        elif brace[0] == "}" and opened:
+            closed_at[opened.pop()] = brace.start()
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+)", text))):
         if not box[1]:
-            return re.split(r"[$\n]", text[box.end() :])[0].strip()
-        depth = 1
-        for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, box.end()):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if depth == 0:
-                return text[box.end() : brace.start()].strip()
+            return re.split(r"[$\n]", text[box.end() :], maxsplit=1)[0].strip()
+        if box.end() in closed_at:
+            return text[box.end() : closed_at[box.end()]].strip()
     return ""
 
 
@@ -288,8 +293,9 @@ def bbh_answer(text: str) -> str:
     Source: Suzgun et al. 2022 (arXiv 2210.09261), prompts that end in "So the answer is X.";
     lm-evaluation-harness takes the whole line but for its last character.
     """
-    found = re.search(r"the answer is (.*?)(?:\.(?=\s)|\.?\s*$)", text, re.MULTILINE)
-    return found[1].strip() if found else ""
+    line = text.partition("the answer is ")[2].partition("\n")[0]
+    sentence = re.split(r"\.(?=\s)", line, maxsplit=1)[0]
+    return sentence.rstrip().removesuffix(".").strip()
 
 
 def bbh_match(prediction: str, target: str) -> float:
