@@ -123,7 +123,7 @@ class StockReader:
         from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
         from transformers.cache_utils import DynamicLayer
 
-        if (directory / "adapter_config.json").exists():
+        if (Path(directory) / "adapter_config.json").exists():
             raise CheckpointError(
                 f"{directory} holds an adapter, adapter_config.json, to some other model. Merge it "
                 "into that model first, or remove it."
