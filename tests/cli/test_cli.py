@@ -138,6 +138,11 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             ["PolicyError", "Unknown expert news", "amber, basalt, zinc"],
         ),
         (("generate", "--model", model, "--prompt", "x", "--only", "amber,news"), ["news"]),
+        *(
+            (("generate", "--model", model, "--prompt", "x", option, text), ["PolicyError", option])
+            for option in ("--without", "--only")
+            for text in ("", " ", ",", "amber,", "amber,,zinc")
+        ),
         (
             ("generate", "--model", model, "--prompt", "x", "--only", "amber", "--without", "zinc"),
             ["not both"],
@@ -331,11 +336,12 @@ def test_a_bundle_is_verified_and_inspected(works, house, trust_dir, monkeypatch
         ([], {}),
         (["--without", "zinc, amber"], {"without": ["amber", "zinc"]}),
         (["--only", "zinc"], {"only": ["zinc"]}),
-        (["--only", ""], {"only": []}),
+        (["--only", "public"], {"only": []}),
     ],
 )
 def test_generating_prints_the_prompt_and_what_python_would_give(works, house, flags, options):
-    from flexolmo.inference.generate import Sampling, generate
+    from flexolmo.inference.decode import Sampling
+    from flexolmo.inference.generate import generate
 
     said = works(
         "generate",
@@ -362,7 +368,7 @@ def test_an_anchor_alone_generates_as_a_mixture_with_nothing_on(works, house):
     tail = ("--prompt", "the time", "--max-new-tokens", "9", "--temperature", "0")
     assert (
         works("generate", "--model", house.anchor_dir, *tail)
-        == works("generate", "--model", house.mixture_dir(NAMES), "--only", "", *tail)
+        == works("generate", "--model", house.mixture_dir(NAMES), "--only", "public", *tail)
         != works("generate", "--model", house.mixture_dir(NAMES), *tail)
     )
 
@@ -413,11 +419,11 @@ def test_an_exact_export_says_so(works, house, tmp_path):
 def test_another_routers_export_prints_its_cost_in_bits_per_byte(
     works, house, pico_set_dirs, tmp_path, monkeypatch, with_data
 ):
-    from flexolmo.merge import export
+    from flexolmo.inference import own_text
 
-    own = export.own_windows
+    own = own_text.own_windows
     monkeypatch.setattr(
-        export, "own_windows", lambda m, **o: own(m, **{**o, "sequences": 2, "tokens": 40})
+        own_text, "own_windows", lambda m, **o: own(m, **{**o, "sequences": 2, "tokens": 40})
     )
     data = [f"--data={pico_set_dirs[n]}" for n in ("public", "maths")] if with_data else []
     said = works(

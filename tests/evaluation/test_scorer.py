@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import CheckpointError, ConfigError, PolicyError
 from flexolmo.evaluation.scorer import Scorer, _share
-from flexolmo.inference.generate import Sampling, continue_ids
+from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader, StockReader, open_reader
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.transformer import Transformer
@@ -258,12 +258,11 @@ def test_continuations_end_before_the_first_stop_and_do_not_depend_on_the_batch(
             assert cut == text[: min(ends, default=len(text))]
 
 
-def test_without_a_cache_continue_ids_says_the_same(readers, house):
-    """`inference.generate` is another way to the same tokens."""
+def test_continuing_ids_says_the_same(readers):
     reader, sampling = readers[0]["anchor"], Sampling(max_new_tokens=5, temperature=0)
     ids = reader.tokenizer.encode("one two")
     ((text, _),) = Scorer(reader).continuations(["one two"], sampling)
-    assert text == reader.tokenizer.decode(continue_ids(house.anchor.model, [ids], sampling)[0])
+    assert text == reader.tokenizer.decode(continue_ids(reader, [ids], sampling)[0])
 
 
 # --- what is opened -----------------------------------------------------------------------------

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import chisquare
 
-from flexolmo.errors import ConfigError, FlexOlmoError, PolicyError
-from flexolmo.inference.generate import Sampling, choose_token, decode, generate, stream, stream_ids
+from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.inference.decode import Request, Sampling, choose_token, decode, requests_for
+from flexolmo.inference.generate import generate, stream, stream_text
+from flexolmo.inference.reader import OwnReader
 
 NAMES = ("amber", "basalt", "zinc")
 PROMPTS = ["the time", "a proof of the lemma by the sum", "", "minister"]
@@ -25,9 +27,14 @@ IN_SESSION = settings(
 router = pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
 
 
-def columns(steps):
-    """Tokens of every row, up to its end."""
-    return [[t for t in row if t is not None] for row in zip(*steps, strict=True)]
+def columns(reader, prompts, sampling, enabled=None):
+    """Tokens of every text, up to its end."""
+    state = reader.new_state(enabled) if enabled else None
+    found = [[] for _ in prompts]
+    for step in decode(reader, requests_for(reader, prompts, sampling), state=state):
+        if step.token is not None:
+            found[step.text].append(step.token)
+    return found
 
 
 def recompute(model, prompt, count, eos, without=None):
@@ -57,8 +64,9 @@ def test_greedy_with_a_cache_is_greedy_without(house, router, top_k, without):
         expected = recompute(mixture.model, ids, 12, eos, without)
         found = generate(mixture, [prompt], without=without, sampling=GREEDY)
         assert found == [mixture.tokenizer.decode(expected)]
-        mask = mixture.model.expert_mask([[n for n in NAMES if n not in without]])
-        assert columns(decode(mixture.model, [ids], eos, GREEDY, mask)) == [expected]
+        enabled = [[n for n in NAMES if n not in without]]
+        reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=False)
+        assert columns(reader, [ids], GREEDY, enabled) == [expected]
         different.add(tuple(expected))
     assert len(different) == len(PROMPTS)
 
@@ -69,16 +77,17 @@ def test_greedy_with_a_cache_is_greedy_without(house, router, top_k, without):
 def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperature, top_k):
     """Row number i draws from seed + i."""
     mixture = house.mixture(NAMES, router, top_k)
-    model, eos = mixture.model, mixture.tokenizer.eos_id
+    reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=False)
     sampling = Sampling(max_new_tokens=10, temperature=temperature, top_p=1.0, seed=5)
     ids = mixture.tokenizer.encode_batch(PROMPTS)
     enabled = [[n for n in NAMES if n not in off] for off in CHOICES]
-    together = columns(decode(model, ids, eos, sampling, model.expert_mask(enabled)))
+    together = columns(reader, ids, sampling, enabled)
     for i, (prompt, names) in enumerate(zip(ids, enabled, strict=True)):
         own = sampling.model_copy(update={"seed": 5 + i})
-        alone = columns(decode(model, [prompt], eos, own, model.expert_mask([names])))
+        alone = columns(reader, [prompt], own, [names])
         never = house.mixture(names, router, top_k).model
-        assert together[i] == alone[0] == columns(decode(never, [prompt], eos, own))[0]
+        without = OwnReader(never, mixture.tokenizer, is_sparse=False)
+        assert together[i] == alone[0] == columns(without, [prompt], own)[0]
     texts = generate(mixture, PROMPTS, without=CHOICES, sampling=sampling)
     assert texts == [mixture.tokenizer.decode(t) for t in together]
     assert texts == generate(mixture, PROMPTS, only=enabled, sampling=sampling)
@@ -100,7 +109,7 @@ def test_a_choice_for_all_prompts_is_that_choice_for_each(house, router):
 def test_with_nothing_on_it_is_the_anchor_who_writes(house, router, sampling):
     mixture, anchor = house.mixture(NAMES, router), house.anchor
     for prompt in PROMPTS:
-        own = "".join(stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None))
+        own = "".join(stream_text(OwnReader(anchor.model, anchor.tokenizer), prompt, sampling))
         assert generate(mixture, [prompt], only=[], sampling=sampling) == [own]
         assert generate(mixture, [prompt], without=NAMES, sampling=sampling) == [own]
 
@@ -144,7 +153,9 @@ def test_generating_leaves_no_trace_in_the_global_random_state(house):
         ({"without": [["zinc"], []], "only": [["amber"], []]}, PolicyError),
         ({"without": [["zinc"]]}, ConfigError),
         ({"without": [["zinc"], "amber"]}, ConfigError),
-        ({"without": "zinc"}, FlexOlmoError),
+        ({"without": "zinc"}, PolicyError),
+        ({"without": ""}, PolicyError),
+        ({"only": ""}, PolicyError),
     ],
 )
 def test_a_choice_that_is_not_clear_is_refused(house, wrong, error):
@@ -165,31 +176,50 @@ def test_no_prompts_give_no_texts(house):
 
 
 class Told:
-    """Stands for a decoder of `vocab_size` ids; row b writes scripts[b], then the end."""
+    """A reader of `vocab_size` ids; text number b writes scripts[b], then the end."""
 
-    def __init__(self, scripts, vocab_size, eos, max_seq_len=1000):
-        self.config = SimpleNamespace(max_seq_len=max_seq_len)
-        self.scripts, self.vocab_size, self.eos, self.step = scripts, vocab_size, eos, 0
-        self.read = []
+    kept_tokens = 0
 
-    def new_cache(self):
-        return None
+    def __init__(self, scripts, tokenizer, max_seq_len=1000, shares_prefixes=True):
+        self.tokenizer, self.max_seq_len = tokenizer, max_seq_len
+        self.start = [tokenizer.eos_id]
+        self.shares_prefixes = shares_prefixes
+        self.scripts, self.step, self.read_ids = scripts, 0, []
 
-    def __call__(self, ids, last, **_):
+    def new_state(self):
+        return Rows([0])
+
+    def read(self, ids, state, *, is_token=None, last):
         assert last == 1
-        self.read.append(ids)
-        logits = torch.zeros(len(self.scripts), 1, self.vocab_size)
-        for row, script in zip(logits[:, 0], self.scripts, strict=True):
-            row[script[self.step] if self.step < len(script) else self.eos] = 9.0
+        if self.step == 0:
+            state.rows = list(range(len(ids)))
+        self.read_ids.append((ids, is_token))
+        logits = torch.zeros(len(ids), 1, self.tokenizer.vocab_size)
+        for row, number in zip(logits[:, 0], state.rows, strict=True):
+            script = self.scripts[number]
+            row[script[self.step] if self.step < len(script) else self.tokenizer.eos_id] = 9.0
         self.step += 1
         return logits
 
 
+class Rows:
+    """A state that knows the numbers of its texts."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def select(self, rows):
+        return Rows([self.rows[i] for i in rows.tolist()])
+
+
+NINE = SimpleNamespace(
+    eos_id=0, vocab_size=9, decode=lambda ids: "".join("abcdefghi"[i] for i in ids)
+)
+
+
 def tell(house, script, count=1000):
-    tokenizer = house.anchor.tokenizer
-    told = Told([script], tokenizer.vocab_size, tokenizer.eos_id)
-    sampling = Sampling(max_new_tokens=count, temperature=0)
-    return list(stream_ids(told, tokenizer, "the", sampling, None))
+    told = Told([script], house.anchor.tokenizer)
+    return list(stream_text(told, "the", Sampling(max_new_tokens=count, temperature=0)))
 
 
 @given(
@@ -219,35 +249,93 @@ def test_any_bytes_at_all_stream_to_what_they_decode_to(house, ids, count):
     assert "".join(tell(house, ids, count)) == house.anchor.tokenizer.decode(ids[:count])
 
 
-def test_a_sequence_stops_at_its_end_while_others_go_on():
-    told = Told([[5, 6, 0, 7], [1, 2, 3, 4], []], 9, eos=0)
-    steps = list(decode(told, [[3], [4], [5]], 0, GREEDY))
-    assert steps == [[5, 1, None], [6, 2, None], [None, 3, None], [None, 4, None], [None] * 3]
+def written(reader, prompts, sampling=GREEDY, stops=()):
+    """The steps of each text: (token, ended)."""
+    requests = [Request([*reader.start, *p], sampling, stops) for p in prompts]
+    found = [[] for _ in prompts]
+    for step in decode(reader, requests):
+        found[step.text].append((step.token, step.ended))
+    return found
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_text_stops_at_its_end_while_others_go_on(shares):
+    """And leaves the batch, if its reader can let it go."""
+    told = Told([[5, 6, 0, 7], [1, 2, 3, 4], []], NINE, shares_prefixes=shares)
+    assert written(told, [[3], [4], [5]]) == [
+        [(5, None), (6, None), (None, "end_of_text")],
+        [(1, None), (2, None), (3, None), (4, None), (None, "end_of_text")],
+        [(None, "end_of_text")],
+    ]
+    assert [len(ids) for ids, _ in told.read_ids] == ([3, 2, 2, 1, 1] if shares else [3] * 5)
+
+
+def test_texts_of_one_batch_end_for_reasons_of_their_own():
+    told = Told([[1] * 9, [1, 2, 3, 4], [5], [2] * 9], NINE, max_seq_len=7)
+    short, long = Sampling(max_new_tokens=2, temperature=0), GREEDY
+    requests = [
+        Request([0], short),
+        Request([0, 7], long, ["cd", "x"]),
+        Request([0], long),
+        Request([0, 7, 7, 7], long),
+    ]
+    ends = {s.text: s.ended for s in decode(told, requests) if s.ended}
+    assert ends == {0: "max_new_tokens", 1: "stop", 2: "end_of_text", 3: "positions"}
+
+
+def test_a_stop_of_several_tokens_is_seen_and_an_empty_one_is_none():
+    told = Told([[1, 2, 3, 4, 5, 6]], NINE)
+    (steps,) = written(told, [[3]], stops=["", "cde"])
+    assert [t for t, _ in steps] == [1, 2, 3, 4] and steps[-1][1] == "stop"
+
+
+def test_the_caller_keeps_gradients_between_tokens():
+    told = Told([[1, 2, 3]], NINE)
+    for _ in decode(told, [Request([0], GREEDY)]):
+        assert not torch.is_inference_mode_enabled()
 
 
 def test_tokens_are_counted_to_the_limit_asked_for():
-    assert len(list(decode(Told([[1] * 50], 9, 0), [[3]], 0, GREEDY))) == 12
+    assert len(written(Told([[1] * 50], NINE), [[3]])[0]) == 12
 
 
 def test_a_document_starts_with_the_end_of_another_and_pads_on_the_left():
-    told = Told([[], []], 9, eos=0)
-    list(decode(told, [[3, 4, 5], [6]], 0, GREEDY))
-    assert told.read[0].tolist() == [[0, 3, 4, 5], [0, 0, 0, 6]]
+    told = Told([[], []], NINE)
+    written(told, [[3, 4, 5], [6]])
+    ids, is_token = told.read_ids[0]
+    assert ids.tolist() == [[0, 3, 4, 5], [0, 0, 0, 6]]
+    assert is_token.tolist() == [[True] * 4, [False, False, True, True]]
 
 
 @pytest.mark.parametrize("length", [15, 16, 40])
-def test_a_prompt_that_is_too_long_is_refused_in_plain_words(make_wild, length):
-    wild = make_wild(max_seq_len=16)
-    prompts = [[7] * 3, [7] * length]
-    with pytest.raises(ConfigError, match=rf"has {length} tokens; this model holds 16 pos"):
-        next(decode(wild.anchor.model, prompts, 0, GREEDY))
+def test_a_prompt_that_is_too_long_is_refused_in_plain_words(length):
+    said = rf"has {length} tokens; this model holds 16 positions.*at most 14"
+    with pytest.raises(ConfigError, match=said):
+        written(Told([[], []], NINE, max_seq_len=16), [[7] * 3, [7] * length])
 
 
 @pytest.mark.parametrize("length", [1, 5, 14])
 def test_a_text_ends_where_the_model_has_no_more_positions(length):
-    told = Told([[1] * 100], 9, eos=0, max_seq_len=16)
-    steps = list(decode(told, [[7] * length], 0, Sampling(max_new_tokens=100, temperature=0)))
-    assert len(steps) == 16 - 1 - length
+    told = Told([[1] * 100, [2] * 100], NINE, max_seq_len=16)
+    long = Sampling(max_new_tokens=100, temperature=0)
+    for steps, own in zip(written(told, [[7] * length, [7]], long), (length, 1), strict=True):
+        assert len(steps) == 16 - 1 - own and steps[-1][1] == "positions"
+
+
+def test_whoever_asks_is_told_that_positions_ran_out(house):
+    script, said = [5] * 100, []
+    told = Told([script], house.anchor.tokenizer, max_seq_len=20)
+    list(stream_text(told, "the", Sampling(max_new_tokens=50, temperature=0), said.append))
+    own = len(house.anchor.tokenizer.encode("the"))
+    (line,) = said
+    assert f"after {19 - own} of the 50 tokens" in line and f"prompt's {own} " in line
+    assert "20 positions" in line
+
+
+def test_generating_warns_of_a_text_that_ends_because_positions_do(house):
+    prompt = "a " * 250
+    with pytest.warns(UserWarning, match="Text 2 of 2.*512 positions"):
+        generate(house.mixture(NAMES), ["a", prompt], sampling=Sampling(max_new_tokens=400, seed=1))
 
 
 # --- choosing one token -------------------------------------------------------------------------

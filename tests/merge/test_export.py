@@ -13,12 +13,12 @@ from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.data.batches import TokenSplit, open_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, FlexOlmoError, MergeError
+from flexolmo.inference.own_text import own_windows
 from flexolmo.merge.export import (
     LARGEST_LOG_ODDS,
     export_stock,
     import_stock,
     is_stock_router,
-    own_windows,
     refit_router,
     refuse_more_than_ffn,
     router_rows,

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from flexolmo.cli.run import Only, Without, names_of, print_table, switches
+from flexolmo.cli.run import Only, Without, print_table, switches
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
+from flexolmo.inference.policy import parse_names
 from flexolmo.numbers import format_number
 from flexolmo.terminal import PlainConsole, echo
 
@@ -144,7 +145,7 @@ def evaluate(
         RunSettings,
         "the command line",
     )
-    chosen = choose_tasks(None if tasks is None else names_of(tasks))
+    chosen = choose_tasks(None if tasks is None else parse_names(tasks, "--tasks"))
     if study is not None:
         from flexolmo.research.study.method import open_method
 
@@ -347,7 +348,7 @@ def contamination(
     find_files(corpus)
     sources = Sources(items)
     chosen_tasks, missing = choose_items(
-        choose_tasks(None if tasks is None else names_of(tasks)), sources
+        choose_tasks(None if tasks is None else parse_names(tasks, "--tasks")), sources
     )
     asked = (
         (j.task.name, f"{i.subtask} {i.id}".strip(), i.question)
@@ -428,8 +429,9 @@ def harness(
         **switches(without, only),
         device=choose_device(device),
     )
-    settings = {"tasks": names_of(tasks), "shots": shots, "limit": limit, "batch_size": batch_size}
-    found = run_harness(reader, names_of(tasks), include_path, shots, limit, batch_size)
+    names = parse_names(tasks, "--tasks")
+    settings = {"tasks": names, "shots": shots, "limit": limit, "batch_size": batch_size}
+    found = run_harness(reader, names, include_path, shots, limit, batch_size)
     write_json(out, {"model": about, "results": found, "run": run_record(settings, 0, {})})
     for task, values in found.items():
         said = ", ".join(

@@ -105,10 +105,10 @@ def export(
     from flexolmo.data.batches import evaluation_windows, open_set
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.likelihood import read_windows
+    from flexolmo.inference.own_text import own_windows
     from flexolmo.merge.export import (
         export_stock,
         is_stock_router,
-        own_windows,
         refit_router,
         refuse_more_than_ffn,
         with_stock_router,

@@ -8,28 +8,33 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
+from flexolmo.errors import ConfigError
+from flexolmo.inference.policy import parse_names
 from flexolmo.terminal import PlainConsole, echo
 
 Without = Annotated[str | None, typer.Option(help="Experts to switch off, comma-separated.")]
 Only = Annotated[
     str | None,
-    typer.Option(help="Experts to use alone, comma-separated; an empty text is the anchor."),
+    typer.Option(help="Experts to use alone, comma-separated; public alone is the anchor."),
 ]
 
 
-def names_of(text: str | None) -> list[str]:
-    """A comma-separated list."""
-    return [n.strip() for n in (text or "").split(",") if n.strip()]
-
-
 def switches(without: str | None, only: str | None) -> dict[str, Any]:
-    """The two options as `choose_experts` takes them."""
-    return {"without": names_of(without), "only": None if only is None else names_of(only)}
+    """The two options as `choose_experts` takes them; public is always on, so `only` may name it.
+
+    Raises PolicyError for an empty name in either.
+    """
+    return {
+        "without": [] if without is None else parse_names(without, "--without"),
+        "only": None if only is None else [n for n in parse_names(only, "--only") if n != "public"],
+    }
 
 
 def generate(
-    model: Annotated[Path, typer.Option(help="Directory of a mixture, or of an anchor.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    model: Annotated[
+        Path, typer.Option(help="Directory of a mixture, an anchor, or a stock Hugging Face model.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
     without: Without = None,
     only: Only = None,
     trust: TrustDirectory = None,
@@ -38,19 +43,26 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 is greedy: always the likeliest token.")
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Keep this many likeliest.")] = None,
-    top_p: Annotated[float, typer.Option(help="Keep this probability.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")
+    ] = None,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Choose among the likeliest tokens that together have this probability."),
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 0,
 ) -> None:
     """Continue a text, with any source switched off.
+
+    On a terminal, control characters in the text appear as pictures; elsewhere they are written
+    unchanged.
 
     Example: flexolmo generate --model model --without news --prompt "The minister said"
     """
     from flexolmo.config import parse_settings
-    from flexolmo.inference.generate import Sampling, stream, stream_ids
-    from flexolmo.inference.policy import choose_experts
-    from flexolmo.merge.mixture import load_mixture
-    from flexolmo.model.checkpoint import load_anchor
+    from flexolmo.inference.decode import Sampling
+    from flexolmo.inference.generate import stream_text
+    from flexolmo.inference.reader import open_reader
 
     sampling = parse_settings(
         {
@@ -63,18 +75,29 @@ def generate(
         Sampling,
         "the command line",
     )
-    chosen = switches(without, only)
-    if (model / "anchor.json").exists():
-        choose_experts([], **chosen)
-        anchor = load_anchor(model)
-        pieces = stream_ids(anchor.model, anchor.tokenizer, prompt, sampling, None)
-    else:
-        mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
-        pieces = stream(mixture, prompt, sampling=sampling, **chosen)
-    echo(prompt, end="")
-    for piece in pieces:
+    text = _read_prompt(prompt)
+    reader, _ = open_reader(
+        model, trusted_owners(trust, trust_any_signer), **switches(without, only), is_sparse=False
+    )
+    notes: list[str] = []
+    echo(text, end="")
+    for piece in stream_text(reader, text, sampling, say=notes.append):
         echo(piece, end="")
     echo()
+    for note in notes:
+        echo(note, err=True)
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt given as an argument, or on standard input; ConfigError if it is not UTF-8."""
+    given = sys.stdin.buffer.read() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
+    try:
+        return given.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ConfigError(
+            f"The prompt is not UTF-8: byte 0x{given[e.start]:02x} at place {e.start}. Convert it, "
+            "for example with iconv."
+        ) from None
 
 
 def print_table(results: dict[str, Any]) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from flexolmo.errors import ConfigError
-from flexolmo.inference.generate import Sampling, choose_token
-from flexolmo.inference.reader import Reader
+from flexolmo.inference.decode import Request, Sampling, decode, text_before
+from flexolmo.inference.reader import Reader, pad_left, spread
 from flexolmo.progress import Meter
 
 MIN_SHARED_TOKENS = 16  # of a beginning that is read apart
@@ -119,14 +119,20 @@ class Scorer:
                 else ([i] for i in members)
             )  # texts that end cannot leave a batch
             for places in batches:
-                written = self._write(
-                    [cut[i][len(root) :] for i in places],
-                    state,
-                    sampling,
-                    [seeds[i] for i in places],
-                    stops,
-                )
-                for i, text in zip(places, written, strict=True):
+                requests = [
+                    Request(
+                        cut[i][len(root) :], sampling.model_copy(update={"seed": seeds[i]}), stops
+                    )
+                    for i in places
+                ]
+                written: list[list[int]] = [[] for _ in places]
+                for step in decode(
+                    self.reader, requests, state=spread(state, len(places)), held_tokens=len(root)
+                ):
+                    if step.token is not None:
+                        written[step.text].append(step.token)
+                for i, row in zip(places, written, strict=True):
+                    text = text_before(self.reader.tokenizer.decode(row), stops)
                     found[i] = (text, found[i][1])
                 if meter is not None:
                     meter.advance(len(places))
@@ -215,9 +221,9 @@ class Scorer:
     ) -> Iterator[tuple[_Part, Score]]:
         """Rest of the context and continuation in one go; `state` holds `held` tokens."""
         for batch in self._batches(jobs, lambda job: (*job[0], *job[1].targets[:-1]), held):
-            ids, real = _pad([(*rest, *p.targets[:-1]) for rest, p in batch])
+            ids, real = pad_left([(*rest, *p.targets[:-1]) for rest, p in batch])
             last = max(len(p.targets) for _, p in batch)
-            said = self.reader.read(ids, _spread(state, len(batch)), is_token=real, last=last)
+            said = self.reader.read(ids, spread(state, len(batch)), is_token=real, last=last)
             scores = _judge(said, [p.targets for _, p in batch])
             for (_, p), score in zip(batch, scores, strict=True):
                 yield p, replace(score, is_cut=p.is_cut)
@@ -227,8 +233,8 @@ class Scorer:
     ) -> Iterator[tuple[_Part, Score]]:
         """The rest of each context once, then its continuations from there."""
         for batch in self._batches(jobs, lambda job: job[0], held):
-            ids, real = _pad([rest for rest, _ in batch])
-            stem = _spread(state, len(batch))
+            ids, real = pad_left([rest for rest, _ in batch])
+            stem = spread(state, len(batch))
             said = self.reader.read(ids, stem, is_token=real, last=1)[:, 0].log_softmax(-1)  # [B,V]
             likeliest = said.argmax(-1).tolist()
             leaves = [(b, p) for b, (_, same) in enumerate(batch) for p in same]
@@ -241,7 +247,7 @@ class Scorer:
             for group in self._batches(
                 longer, lambda leaf: leaf[1].targets[:-1], held + ids.shape[1]
             ):
-                ids, real = _pad([p.targets[:-1] for _, p in group])
+                ids, real = pad_left([p.targets[:-1] for _, p in group])
                 state_here = stem.select(torch.tensor([b for b, _ in group]))
                 said = self.reader.read(ids, state_here, is_token=real, last=ids.shape[1])
                 rests = _judge(said, [p.targets[1:] for _, p in group])
@@ -250,43 +256,6 @@ class Scorer:
             yield from ((p, found[id(p)]) for _, p in leaves)
 
     # --- continuing -----------------------------------------------------------------------------
-
-    def _write(
-        self,
-        prompts: Sequence[tuple[int, ...]],
-        root: Any,
-        sampling: Sampling,
-        seeds: Sequence[int],
-        stops: Sequence[str],
-    ) -> list[str]:
-        """Continuations of one batch; texts that have ended leave it."""
-        tokenizer = self.reader.tokenizer
-        window = max((len(s.encode()) for s in stops), default=0) + 4  # tokens a stop may span
-        written: list[list[int]] = [[] for _ in prompts]
-        draws = [torch.Generator().manual_seed(s) for s in seeds]
-        live = list(range(len(prompts)))
-        state = _spread(root, len(prompts))
-        ids, real = _pad(prompts)
-        with torch.inference_mode():
-            for _ in range(sampling.max_new_tokens):
-                said = self.reader.read(ids, state, is_token=real, last=1)[:, 0].cpu()  # [B,V]
-                going = []
-                for place, i in enumerate(live):
-                    token = choose_token(said[place], sampling, draws[i])
-                    if token == tokenizer.eos_id:
-                        continue
-                    written[i].append(token)
-                    tail = tokenizer.decode(written[i][-window:])
-                    if not any(stop in tail for stop in stops):
-                        going.append(place)
-                if not going:
-                    break
-                if len(going) < len(live):
-                    state = state.select(torch.tensor(going))
-                    live = [live[place] for place in going]
-                ids = torch.tensor([[written[i][-1]] for i in live])
-                real = None
-        return [_until(tokenizer.decode(row), stops) for row in written]
 
     def _read_root(self, root: tuple[int, ...]) -> Any:
         """The state after what many texts begin with; a state of one text."""
@@ -340,21 +309,6 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i in range(length) if a[i] != b[i]), length)
 
 
-def _spread(state: Any, count: int) -> Any:
-    """The state of one text, for `count` texts that go on from it."""
-    return state.select(torch.zeros(count, dtype=torch.long))
-
-
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-    """Ids [B,T] with padding before each row's tokens, and what is a token; None: all are."""
-    longest = max(len(r) for r in rows)
-    ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows])
-    if all(len(r) == longest for r in rows):
-        return ids, None
-    missing = torch.tensor([longest - len(r) for r in rows])
-    return ids, torch.arange(longest) >= missing[:, None]
-
-
 def _judge(said: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Score]:
     """Scores of `targets` by the logits [B,T,V] of the positions before them; each row's are its
     last."""
@@ -366,8 +320,3 @@ def _judge(said: Tensor, targets: Sequence[tuple[int, ...]]) -> list[Score]:
     sums = picked.where(real, 0.0).sum(1).tolist()
     greedy = ((said.argmax(-1) == ids) | ~real).all(1).tolist()
     return [Score(s, g, len(t)) for s, g, t in zip(sums, greedy, targets, strict=True)]
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of `stops`."""
-    return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]

@@ -14,8 +14,10 @@ def choose_experts(
 
     Raises:
         PolicyError: a name that is not available (a typing error must not switch a source on),
-            or both `without` and `only` given.
+            a text in place of a list of names, or both `without` and `only` given.
     """
+    refuse_bare_text(without)
+    refuse_bare_text(only)
     without = set(without)
     if only is not None and without:
         raise PolicyError(
@@ -29,3 +31,24 @@ def choose_experts(
             f"{', '.join(sorted(available)) or 'none'}."
         )
     return frozenset(available) - without if only is None else frozenset(named)
+
+
+def refuse_bare_text(names: object) -> None:
+    """Raise PolicyError for a text where names are expected: its letters would be taken for names,
+    and an empty one for no names at all."""
+    if isinstance(names, str | bytes):
+        raise PolicyError(f"Expert names are given as a list; found the text {names!r}.")
+
+
+def parse_names(text: str, option: str) -> list[str]:
+    """The names in a comma-separated text, given as `option`.
+
+    Raises PolicyError for an empty one: an unset variable of a script would else switch nothing.
+    """
+    names = [n.strip() for n in text.split(",")]
+    if "" in names:
+        raise PolicyError(
+            f"{option} {text!r} has an empty name: give names with a comma between them, or leave "
+            f"{option} out."
+        )
+    return names

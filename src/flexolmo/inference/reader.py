@@ -1,7 +1,8 @@
-"""What scores text: an anchor or a mixture of ours, or a stock Hugging Face model.
+"""Models as readers: an anchor or a mixture of ours, or a stock Hugging Face model.
 
-All are read the same way: ids in, logits of the last positions out, and a state that holds what
-was read. A state can be taken up again for several texts that begin alike. Knows nothing of tasks.
+All read the same way: ids in, logits of the last positions out, and a state that holds the
+positions read so far. A state can be taken up again for several texts that begin alike. Knows
+nothing of sampling or tasks.
 
 B batch, T positions, V vocabulary.
 """
@@ -27,23 +28,23 @@ from flexolmo.model.transformer import Transformer
 
 
 class State(Protocol):
-    """What a reader has read, of a batch of texts."""
+    """The positions that a reader has read of a batch of texts."""
 
     def select(self, rows: Tensor) -> Self:
         """The state of the texts `rows` [n], in that order; any may come several times."""
 
 
 class Reader(Protocol):
-    """A language model as the scorer uses it."""
+    """A language model as decoding and scoring use it."""
 
     tokenizer: Tokenizer
     max_seq_len: int  # tokens it can hold
     start: list[int]  # ids that stand before every text
-    shares_prefixes: bool  # whether a state can be selected from and read on
+    shares_prefixes: bool  # whether a state that has read can be selected from
     kept_tokens: int  # at a text's start that stay when it is cut to what the model holds
 
     def new_state(self) -> State:
-        """Nothing read yet."""
+        """The state of one text before anything is read."""
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
         """Logits [B,last,V] after the last positions of ids [B,T], which go on from `state`, in
@@ -54,34 +55,39 @@ class Reader(Protocol):
 
 @dataclass
 class OwnReader:
-    """An anchor, a dense expert, or a mixture with some experts on, as it was trained: every text
-    starts with the end-of-text token."""
+    """An anchor, a dense expert, or a mixture with some experts on. Every text starts with the
+    end-of-text token, as in training."""
 
     model: Transformer
     tokenizer: Tokenizer
-    enabled: Sequence[str] | None = None  # of a mixture; None: all
+    enabled: Sequence[str] | None = None  # experts of a mixture that are on; None: all
+    is_sparse: bool = True  # see MixtureModel
     shares_prefixes: bool = True
     kept_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.max_seq_len = self.model.config.max_seq_len
         self.start = [self.model.config.eos_token_id]
-        self._mask: Tensor | None = None
         if isinstance(self.model, MixtureModel):
-            self.model.is_sparse = True
-            self._mask = self.model.expert_mask([self.enabled])
+            self.model.expert_mask([self.enabled])  # refuses unknown names at once
         elif self.enabled:
             raise ConfigError(
                 f"Experts {', '.join(self.enabled)} were named, but this model is "
                 "dense: it has none to switch."
             )
 
-    def new_state(self) -> Any:
-        return self.model.new_cache()
+    def new_state(self, enabled: Sequence[Iterable[str]] | None = None) -> Any:
+        """The state of one text; given the experts that are on for each of several texts, of
+        those."""
+        state = self.model.new_cache()
+        if isinstance(self.model, MixtureModel):
+            state.active = self.model.expert_mask([self.enabled] if enabled is None else enabled)
+        return state
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
-        active = None if self._mask is None else self._mask.expand(len(ids), -1)
-        return self.model(ids, cache=state, active=active, is_token=is_token, last=last).float()
+        if isinstance(self.model, MixtureModel):
+            self.model.is_sparse = self.is_sparse
+        return self.model(ids, cache=state, is_token=is_token, last=last).float()
 
 
 @dataclass
@@ -182,6 +188,21 @@ class StockReader:
         ).logits.float()
 
 
+def spread(state: Any, count: int) -> Any:
+    """The state of one text, for `count` texts that go on from it."""
+    return state.select(torch.zeros(count, dtype=torch.long))
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+    """Ids [B,T] with padding before each row's tokens, and which are tokens [B,T]; None: all."""
+    longest = max(len(r) for r in rows)
+    ids = torch.tensor([[0] * (longest - len(r)) + list(r) for r in rows])
+    if all(len(r) == longest for r in rows):
+        return ids, None
+    missing = torch.tensor([longest - len(r) for r in rows])
+    return ids, torch.arange(longest) >= missing[:, None]
+
+
 def open_reader(
     directory: Path,
     trusted: TrustedOwners | None = None,
@@ -189,19 +210,21 @@ def open_reader(
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
     device: torch.device | None = None,
+    is_sparse: bool = True,
 ) -> tuple[Reader, dict[str, Any]]:
-    """The model in a directory, and what it is: kind, digest, and the experts that are on.
+    """The model in a directory, with its kind, digest, and the experts that are on.
 
     A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
-    experts, and `trusted` must hold their signers. Raises CheckpointError if the directory holds
-    none of the three, PolicyError for an expert it does not hold.
+    experts, and `trusted` must hold their signers; `is_sparse` is as in MixtureModel. Raises
+    CheckpointError if the directory holds none of the three, PolicyError for an expert it does not
+    hold.
     """
     directory, device = Path(directory), device or torch.device("cpu")
     if (directory / ABOUT).is_file():
         mixture = load_mixture(directory, trusted)
         enabled = choose_experts(mixture.expert_names, without=without, only=only)
         return (
-            OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled)),
+            OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled), is_sparse),
             {
                 "kind": "mixture",
                 "digest": digest_file(directory / ABOUT),

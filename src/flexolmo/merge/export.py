@@ -41,7 +41,7 @@ from flexolmo.model.stock import (
     stock_name,
     write_stock,
 )
-from flexolmo.model.transformer import Linear, Transformer
+from flexolmo.model.transformer import Linear
 from flexolmo.runtime import run_record
 
 LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty is not chased
@@ -50,34 +50,6 @@ LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty 
 def is_stock_router(model: MixtureModel) -> bool:
     """Whether the stock format can hold this router exactly."""
     return isinstance(model.settings, LinearSettings) and not model.settings.has_bias
-
-
-def own_windows(
-    mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
-) -> list[tuple[np.ndarray, int]]:
-    """Text that the mixture itself writes, each expert by itself, to refit and measure on.
-
-    A coordinator holds no owner's text. Every expert (and public) speaks alone from its own FFN,
-    whatever the router would say, and so samples its owner's domain. Returns (ids, bytes) as
-    `data.batches.evaluation_windows` does. Source: ours.
-    """
-    windows = []
-    eos = mixture.tokenizer.eos_id
-    generator = torch.Generator().manual_seed(seed)
-    for name in mixture.model.expert_names:
-        alone = _speak_alone(mixture.model, name)
-        cache = alone.new_cache()
-        ids = torch.full((sequences, 1), eos)
-        with torch.inference_mode():
-            for _ in range(min(tokens, alone.config.max_seq_len - 1)):
-                logits = alone(ids[:, -1:], cache=cache)[:, -1].float()
-                logits[:, eos] = -math.inf
-                drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-                ids = torch.cat([ids, drawn], dim=1)
-        for row in ids.numpy():
-            size = len(mixture.tokenizer.decode(row[1:].tolist()).encode())
-            windows.append((row.astype(np.int64), size))
-    return windows
 
 
 def refuse_more_than_ffn(model: MixtureModel) -> None:
@@ -103,23 +75,6 @@ def whole_ffn(model: MixtureModel, name: str, layer: int) -> dict[str, Tensor]:
             else (getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a)
         )
     return found
-
-
-def _speak_alone(model: MixtureModel, name: str) -> Transformer:
-    """The dense decoder whose FFNs are those of one expert."""
-    ffns = [whole_ffn(model, name, i) for i in range(model.config.num_layers)]
-    width = len(ffns[0]["gate_proj"])
-    dense = Transformer(model.config.model_copy(update={"d_ff": width}))
-    dense.to(model.embed_tokens.weight.dtype)
-    state = {
-        k: v
-        for k, v in model.state_dict().items()
-        if not (".mlp." in k or ".deltas." in k or k.startswith("router."))
-    }
-    for i, ffn in enumerate(ffns):
-        state |= {f"layers.{i}.mlp.{part}.weight": w for part, w in ffn.items()}
-    dense.load_state_dict(state)
-    return dense.requires_grad_(False).eval()
 
 
 def refit_router(

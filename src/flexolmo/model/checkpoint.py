@@ -92,15 +92,13 @@ def build_anchor(
         )
     state = model.state_dict()
     _refuse_numbers(state | {"router_rows": router_rows})
+    unsaid = {"max_seq_len"} | (set() if model.config.document_mask else {"document_mask"})
     digest = digest_tensors(
         [*state.items(), *_public_tensors(public, router_rows).items()],
         tokenizer=tokenizer.digest,
         config=digest_bytes(
             canonical_json(
-                {
-                    **model.config.model_dump(exclude={"max_seq_len"}),
-                    "num_kv_heads": model.config.kv_heads,
-                }
+                {**model.config.model_dump(exclude=unsaid), "num_kv_heads": model.config.kv_heads}
             )
         ),
     )

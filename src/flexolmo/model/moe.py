@@ -198,6 +198,7 @@ class MixtureModel(Transformer):
         self, ids: Tensor, cache: Cache | None, is_token: Tensor | None, active: Tensor | None
     ) -> ForwardContext:
         ctx = super()._context(ids, cache, is_token, active)
+        active = ctx.active  # the cache may hold it
         if self.router is not None:
             logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
             if cache is not None:

@@ -63,6 +63,9 @@ class StockConfig(BaseModel):
     pad_token_id: int | None = None
     dtype: DtypeName | None = Field(None, description="precision that stock runs the model in")
     torch_dtype: DtypeName | None = Field(None, description="older name of dtype")
+    document_mask: bool = Field(
+        False, description="ours: attention stays within a document; stock does not read it"
+    )
     # of these, one value alone is built here
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] = False
@@ -122,6 +125,7 @@ class StockConfig(BaseModel):
             "rope_theta": self._thetas().pop(),
             "norm_eps": self.rms_norm_eps,
             "eos_token_id": self.first_eos_id,
+            "document_mask": self.document_mask,
         }
         names = "hidden_size is d_model, num_attention_heads and num_key_value_heads num_heads"
         return parse_settings(values, ModelConfig, f"config.json ({names})")
@@ -309,6 +313,7 @@ def stock_config(config: ModelConfig, dtype: torch.dtype, **more: Any) -> dict[s
         "eos_token_id": config.eos_token_id,
         "bos_token_id": config.eos_token_id,
         "dtype": str(dtype).removeprefix("torch."),
+        **({"document_mask": True} if config.document_mask else {}),
         **more,
     }
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from flexolmo.errors import ConfigError
+from flexolmo.errors import ConfigError, PolicyError
 
 CHUNK_ROWS = 256  # tokens an FFN works on at a time when nothing is learnt
 
@@ -38,6 +38,9 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(500_000.0, gt=0, description="base of the rotary angles (paper)")
     norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
     eos_token_id: int = Field(0, ge=0, description="ends a document; also starts one and pads")
+    document_mask: bool = Field(
+        False, description="attention stays within a document, which starts at an end of text"
+    )
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> "ModelConfig":
@@ -112,7 +115,9 @@ class Cache:
 
     layers: list[LayerCache]
     evidence: tuple[Tensor, Tensor] | None = None  # see router.EvidenceState
-    is_token: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool))  # [B,S]
+    is_token: Tensor | None = None  # [B,S] False on left padding; None: all are tokens
+    document: Tensor | None = None  # [B,S] number of the document, under a document mask
+    active: Tensor | None = None  # [B,E] expert mask of all positions; None: all loaded experts
 
     @property
     def num_positions(self) -> int:
@@ -131,8 +136,22 @@ class Cache:
         evidence = self.evidence
         if evidence is not None:
             evidence = (evidence[0][rows.to(evidence[0].device)], evidence[1][:, rows])
-        is_token = of(self.is_token) if len(self.is_token) else self.is_token
-        return Cache(layers, evidence, cast(Tensor, is_token))
+        return Cache(layers, evidence, of(self.is_token), of(self.document), of(self.active))
+
+    def keep_mask(self, active: Tensor | None) -> Tensor | None:
+        """The expert mask for the positions to come: that of the first ones, or `active` [B,E] if
+        there are none. PolicyError if `active` is another, for a switched-off expert's keys and
+        values would stay."""
+        if self.num_positions == 0 and self.active is None:
+            self.active = active
+        elif active is not None and active is not self.active:
+            first = torch.ones_like(active) if self.active is None else self.active
+            if not torch.equal(active, first):
+                raise PolicyError(
+                    "The experts that are on changed after a cache's first positions, which other "
+                    "experts have computed: begin again with a new cache."
+                )
+        return self.active
 
 
 class Linear(nn.Linear):
@@ -323,36 +342,59 @@ class Transformer(nn.Module):
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
         past = 0 if cache is None else cache.num_positions
-        self.config.refuse_longer(past + T, "this text")
-        bias: Tensor | None = None
-        seen: Tensor | None
-        positions = torch.arange(past, past + T, device=ids.device)[None]  # [1,T]
+        seen = is_token  # [B,S]
         if cache is not None:
-            new = torch.ones_like(ids, dtype=torch.bool) if is_token is None else is_token
-            seen = new if past == 0 else torch.cat([cache.is_token, new], dim=1)  # [B,S]
+            active = cache.keep_mask(active)
+            if is_token is not None or cache.is_token is not None:
+                before, new = (
+                    torch.ones(len(ids), length, dtype=torch.bool, device=ids.device)
+                    if known is None
+                    else known
+                    for known, length in ((cache.is_token, past), (is_token, T))
+                )
+                seen = torch.cat([before, new], dim=1)
+        if seen is not None and bool(seen.all()):
+            seen = is_token = None
+        longest = past + T if seen is None else int(seen.sum(1).max())
+        self.config.refuse_longer(longest, "this text")
+        if cache is not None:
             cache.is_token = seen
-            if not bool(seen.all()):
-                positions = (seen.cumsum(1) - 1).clamp(min=0)[:, past:]  # [B,T]
-            else:
-                is_token = None
-        else:
-            seen = is_token
-            if seen is not None:
-                positions = (seen.cumsum(1) - 1).clamp(min=0)
-        if (seen is not None and not bool(seen.all())) or (past > 0 and T > 1):
+        positions = torch.arange(past, past + T, device=ids.device)[None]  # [1,T]
+        if seen is not None:
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, past:]  # [B,T]
+        document = self._documents(ids, cache, is_token) if self.config.document_mask else None
+        bias: Tensor | None = None
+        if seen is not None or document is not None or (past > 0 and T > 1):
             S = past + T
-            causal = torch.ones(T, S, dtype=torch.bool, device=ids.device).tril(past)
-            visible = causal if seen is None else causal & seen[:, None, None, :]  # [B,1,T,S]
+            visible = torch.ones(1, 1, T, S, dtype=torch.bool, device=ids.device).tril(past)
+            if seen is not None:
+                visible = visible & seen[:, None, None, :]  # [B,1,T,S]
+            if document is not None:
+                visible = visible & (document[:, None, past:, None] == document[:, None, None, :])
             # a padded position sees itself, so that its softmax has something to sum
             itself = torch.zeros(T, S, dtype=torch.bool, device=ids.device)
             itself[:, past:] = torch.eye(T, dtype=torch.bool, device=ids.device)
             bias = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
             bias = bias.masked_fill(~(visible | itself), -math.inf)
-            bias = bias if bias.dim() == 4 else bias[None, None]
         cos, sin = self._angles(positions)
         return ForwardContext(
             cos, sin, bias, is_token, active, cache=None if cache is None else cache.layers
         )
+
+    def _documents(
+        self, ids: Tensor, cache: Cache | None, is_token: Tensor | None
+    ) -> Tensor | None:
+        """The number of each position's document, [B,S], which an end of text begins; None if
+        every row holds one document alone. Kept in the cache."""
+        begins = ids == self.config.eos_token_id
+        if is_token is not None:
+            begins = begins & is_token
+        document = begins.cumsum(1)  # [B,T]
+        if cache is not None:
+            if cache.document is not None:
+                document = torch.cat([cache.document, document + cache.document[:, -1:]], dim=1)
+            cache.document = document
+        return None if bool((document == document[:, :1]).all()) else document
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         c = self.config.d_head

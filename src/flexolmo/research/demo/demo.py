@@ -33,7 +33,8 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.inference.generate import Sampling, generate
+from flexolmo.inference.decode import Sampling
+from flexolmo.inference.generate import generate
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.router import slot
 from flexolmo.numbers import format_seconds

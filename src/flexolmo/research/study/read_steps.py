@@ -8,7 +8,8 @@ import numpy as np
 
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.evaluation.likelihood import read_windows
-from flexolmo.inference.generate import Sampling, continue_ids
+from flexolmo.inference.decode import Sampling, continue_ids
+from flexolmo.inference.reader import OwnReader
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress
@@ -130,7 +131,8 @@ def samples(step: StepContext) -> dict[str, Any]:
         top_p=1.0,
         seed=step.settings["seed"],
     )
-    rows = continue_ids(model, [[] for _ in range(step.settings["count"])], sampling)
+    reader = OwnReader(model, base.tokenizer)
+    rows = continue_ids(reader, [[] for _ in range(step.settings["count"])], sampling)
     np.savez(
         step.out / "samples.npz",
         ids=np.concatenate([np.array(r, dtype=np.int64) for r in rows]),

@@ -25,7 +25,7 @@ except ImportError as e:
     ) from None
 
 from flexolmo.evaluation.scorer import Scorer
-from flexolmo.inference.generate import Sampling
+from flexolmo.inference.decode import Sampling
 from flexolmo.inference.reader import Reader, open_reader
 from flexolmo.research.tasks.items import Item
 from flexolmo.research.tasks.suite import Task
