@@ -82,6 +82,10 @@ def import_(
     ],
     out: Annotated[Path, typer.Option(help="Directory for the anchor.")] = Path("anchor"),
     dtype: Precision = None,
+    document_mask: Annotated[
+        bool | None,
+        typer.Option(help="Keep attention within a document. Default: off, as in stock."),
+    ] = None,
 ) -> None:
     """Make an anchor from any stock OLMo 2 checkpoint.
 
@@ -91,7 +95,7 @@ def import_(
     from flexolmo.model.checkpoint import save_anchor
     from flexolmo.train.anchor import import_anchor
 
-    made = import_anchor(checkpoint, open_set(data), dtype)
+    made = import_anchor(checkpoint, open_set(data), dtype, document_mask)
     save_anchor(made, out)
     echo(f"{out}: anchor {made.digest}")
 

@@ -30,6 +30,11 @@ class AnchorShape(BaseModel):
     num_kv_heads: int | None = Field(None, description="Key-value heads; none: as many as heads.")
     d_ff: int = Field(512, description="Width of the FFN.")
     max_seq_len: int = Field(1024, description="Positions, in tokens.")
+    document_mask: bool = Field(
+        False,
+        description="Keep attention within a document where windows hold several. Experts and "
+        "mixtures of this anchor do the same, in training, evaluation and generation.",
+    )
 
 
 class AnchorRecipe(BaseModel):
@@ -87,16 +92,25 @@ def train_anchor(
     return describe_anchor(model, tokenizer, public, record)
 
 
-def import_anchor(directory: Path, public: TokenSet, dtype: DtypeName | None = None) -> Anchor:
+def import_anchor(
+    directory: Path,
+    public: TokenSet,
+    dtype: DtypeName | None = None,
+    document_mask: bool | None = None,
+) -> Anchor:
     """Read an anchor from a stock `Olmo2ForCausalLM` checkpoint, in the precision stock runs it in.
 
     `public` is a public set prepared with that checkpoint's tokenizer; it gives the statistics
-    that owners' experts are held against. `dtype` (float32, bfloat16) is another precision.
+    that owners' experts are held against. `dtype` (float32, bfloat16) is another precision;
+    `document_mask` (see `AnchorShape`) is what the checkpoint's config says, else off.
     """
     config, tensors = read_stock(directory, StockConfig, dtype)
     tokenizer = load_tokenizer(directory)
     public.check_tokenizer(tokenizer.digest, f"the checkpoint {directory}")
-    shape = config.decoder.model_copy(update={"eos_token_id": tokenizer.eos_id})
+    changes: dict[str, Any] = {"eos_token_id": tokenizer.eos_id}
+    if document_mask is not None:
+        changes["document_mask"] = document_mask
+    shape = config.decoder.model_copy(update=changes)
     model = build_transformer(shape, tensors, str(directory))
     record = run_record({"imported_from": Path(directory).name}, 0, {public.name: public.digest})
     return describe_anchor(model, tokenizer, public, record)
