@@ -123,7 +123,7 @@ def train(
     if plan:
         told = plan_training(start, own, name, settings, threads, replayed)
         if as_json:
-            typer.echo(json.dumps(told, indent=2))
+            echo(json.dumps(told, indent=2))
         else:
             print_plan(name, told)
         return
