@@ -1,19 +1,14 @@
 """Files are the old ones or the new ones, never pieces."""
 
-import errno
 import hashlib
 import json
 import os
-import re
-import resource
 import signal
 import stat
 import subprocess
 import sys
 import textwrap
-from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from flexolmo import files
-from flexolmo.errors import CheckpointError, DiskFullError, FlexOlmoError
+from flexolmo.errors import CheckpointError, FlexOlmoError
 from flexolmo.files import (
     canonical_json,
     digest_bytes,
@@ -264,62 +259,6 @@ def test_only_what_a_dead_run_left_of_the_same_target_is_swept(tmp_path, capsys)
     assert read_json(tmp_path / "a.json") == 2
     assert names(tmp_path) == sorted([*others, "a.json"])
     assert ".a.json.abcdefgh.aside, left by a run" in capsys.readouterr().err
-
-
-# --- full disks ---------------------------------------------------------------------------------
-
-
-@contextmanager
-def file_size_limit(size):
-    """No file can grow beyond `size` bytes meanwhile."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def save_array(path):
-    with write_directory_aside(path, "a.npy") as aside:
-        np.save(aside / "a.npy", np.ones(1000), allow_pickle=False)
-
-
-@pytest.mark.parametrize("has_old", [True, False])
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda path: write_json(path, ["text"] * 1000),
-        lambda path: files.save_tensors(path, {"a": torch.ones(1000)}),
-        save_array,
-    ],
-)
-def test_a_full_disk_is_named_and_the_old_is_kept(tmp_path, write, has_old):
-    path = tmp_path / "a"
-    if has_old and write is save_array:
-        path.mkdir()
-        (path / "a.npy").write_text("old")
-    elif has_old:
-        path.write_text("old")
-    with file_size_limit(100), pytest.raises(DiskFullError) as e:
-        write(path)
-    for part in (str(path), "File too large", "bytes of its disk are free", "run again"):
-        assert part in str(e.value)
-    assert ("unchanged" if has_old else "Nothing was left there") in str(e.value)
-    assert ".aside" not in str(e.value)
-    assert names(tmp_path) == (["a"] if has_old else [])
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_inside_a_directory_is_named_by_the_directory(tmp_path, number):
-    with (
-        pytest.raises(DiskFullError, match=re.escape(f"{tmp_path}/a cannot be written")),
-        write_directory_aside(tmp_path / "a", "x") as aside,
-        write_aside(aside / "x"),
-    ):
-        raise OSError(number, os.strerror(number))
-    with pytest.raises(PermissionError), write_aside(tmp_path / "a"):
-        raise PermissionError(errno.EACCES, "no")
 
 
 # --- values -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import datetime
 import os
 import shutil
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -316,6 +317,34 @@ def test_terms_hold_through_their_last_day(keys, trusted, tmp_path):
     assert open_bundle(path, trusted, today=TODAY).manifest.terms.expires == TODAY
     with pytest.raises(BundleError, match="expired"):
         open_bundle(path, trusted, today=TODAY + datetime.timedelta(days=1))
+
+
+def test_nothing_of_the_weights_is_read_before_signature_and_signer_hold(
+    copy, trusted, keys, monkeypatch
+):
+    """A sparse file of 30 GiB, unsigned, by an unknown key, or larger than was signed."""
+    monkeypatch.setattr(room, "read_weights", lambda *_: pytest.fail("read"))
+    os.truncate(copy / "expert.safetensors", 30 << 30)
+    with pytest.raises(SignatureError, match="unknown key"):
+        open_bundle(copy, TrustedOwners.from_keys({}))
+    with pytest.raises(SignatureError, match=r"has 32212254720 bytes, the tensors in manifest"):
+        open_bundle(copy, trusted)
+    with pytest.raises(BundleError, match=r"expert\.safetensors: found 32212254720 bytes.*most 9"):
+        open_bundle(copy, trusted, max_bytes=9)
+    (copy / "signature.sig").write_bytes(b"{}")
+    with pytest.raises(SignatureError, match=r"signature\.sig"):
+        open_bundle(copy, None, allow_unknown_signer=True)
+
+
+def test_a_large_bundle_is_checked_in_little_memory(tmp_path, keys, trusted):
+    weights = safetensors.numpy.save({"a": np.zeros(8 << 20, "f4")})
+    path = write_bundle(tmp_path / "maths.bundle", weights, make_manifest(weights), keys / "Ann")
+    del weights
+    tracemalloc.start()
+    open_bundle(path, trusted)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 << 20  # of 32 MiB
 
 
 def test_no_weights_are_parsed_before_the_signature_holds(copy, trusted, monkeypatch):

@@ -264,3 +264,13 @@ def test_the_defaults_name_time_and_software():
 def test_owner_names_in_many_scripts_are_accepted():
     for owner in ("Ålesund sjukehus", "東京大学", "O'Neil & Co. (2)"):
         assert check_owner(owner) == owner
+
+
+@pytest.mark.parametrize("depth", [201, 1500, 5000, 100_000])
+def test_a_manifest_nested_too_deeply_is_refused_by_name(depth):
+    """Whatever Python's own limits, which differ between versions."""
+    for opening, closing in ((b"[", b"]"), (b'{"a":', b"}")):
+        deep = opening * depth + b"1" + closing * depth
+        data = GOLDEN.replace(b'"recipe":{"lr":0.0009,', b'"recipe":{"deep":' + deep + b",")
+        with pytest.raises(BundleError, match="more than 200 levels deep"):
+            read_manifest(data)

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.bundle.tensors import MAX_HEADER_BYTES, compare_tensors, read_weights
+from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES
+from flexolmo.bundle.tensors import MAX_HEADER_BYTES, MAX_TENSORS, compare_tensors, read_weights
 from flexolmo.errors import BundleError
 from flexolmo.files import digest_bytes
 
@@ -151,6 +153,45 @@ def test_a_damaged_file_is_refused_or_read_as_the_library_reads_it(data):
 def test_a_malformed_safetensors_file_is_refused(weights, message):
     with pytest.raises(BundleError, match=message):
         describe_tensors(weights)
+
+
+@pytest.mark.parametrize("count", [37_001, 200_000])
+def test_a_header_of_too_many_tensors_is_refused_at_once(count):
+    table = {f"{i:x}": entry(offsets=(4 * i, 4 * i + 4)) for i in range(count)}
+    weights = make_raw(table, bytes(4 * count))
+    started = time.process_time()
+    with pytest.raises(BundleError, match="more than 37000 tensors"):
+        describe_tensors(weights)
+    assert time.process_time() - started < 2  # was 22 s
+    few = make_raw({f"{i:x}": {} for i in range(37_002)})
+    with pytest.raises(BundleError, match="37002 tensors, expected at most 37000"):
+        describe_tensors(few)
+
+
+def test_a_manifest_has_no_room_for_more_tensors_than_a_header_may_name():
+    smallest = len(f'"aaa":{{"digest":"sha256:{"0" * 64}","dtype":"F32","shape":[]}},')
+    assert MAX_MANIFEST_BYTES // smallest < MAX_TENSORS
+
+
+def test_weights_are_read_once_and_in_pieces(tmp_path):
+    class Counting(io.FileIO):
+        total = largest = 0
+
+        def readinto(self, view):
+            self.largest = max(self.largest, len(view))
+            count = super().readinto(view)
+            self.total += count
+            return count
+
+    path = tmp_path / "w"
+    path.write_bytes(make_weights({"a": ("F32", [1 << 20], bytes(4 << 20))}))
+    size = path.stat().st_size
+    for keep in (False, True):
+        with Counting(path) as f:
+            found = read_weights(f, size, keep)
+        assert (f.total, f.largest) == (size, 1 << 20)
+        assert found.digest == digest_bytes(path.read_bytes())
+        assert found.data == ({"a": bytes(4 << 20)} if keep else {})
 
 
 def test_every_malformed_tensor_is_named_at_once():

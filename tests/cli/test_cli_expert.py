@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.signing import encode_public, read_private_key
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
@@ -130,6 +131,36 @@ def test_what_does_not_go_together_is_refused_in_a_sentence(train, pico_set_dirs
         assert code == 2 and "Traceback" not in err
         assert all(part in err for part in parts), err
         assert not (out / "expert.json").exists()
+
+
+# --- sign ---------------------------------------------------------------------------------------
+
+
+def test_a_key_with_a_passphrase_is_made_and_signs(run, works, tmp_path, trained, monkeypatch):
+    def refuses(result, *parts):
+        assert result[0] == 2 and "Traceback" not in result[2]
+        assert all(part in result[2] for part in parts), result[2]
+
+    key, words = tmp_path / "me.pem", tmp_path / "words"
+    words.write_text("open sesame\n")
+    works("expert", "key", key, "--passphrase-file", words)
+    assert b"ENCRYPTED" in key.read_bytes()
+    said = ("expert", "pack", trained["low"], "--key", key, "--owner", "A", "--licence", "MIT")
+    out = ("--out", tmp_path / "maths.bundle")
+    refuses(run(*said, *out), "has a passphrase", "--passphrase-file")
+    refuses(
+        run(*said, *out, "--passphrase-file", tmp_path / "none"), "passphrase file", "No such file"
+    )
+    works(*said, *out, "--passphrase-file", words)
+    works("expert", "verify", out[1], "--trust-any-signer")
+    refuses(
+        run("expert", "verify", out[1], "--trust-any-signer", "--max-bytes", "10"), "at most 10"
+    )
+    monkeypatch.setenv("FLEXOLMO_KEY_PASSPHRASE", "from the environment")
+    works("expert", "key", tmp_path / "other.pem", "--passphrase")
+    assert encode_public(read_private_key(tmp_path / "other.pem"))
+    key.chmod(0o644)
+    refuses(run(*said, "--out", tmp_path / "b/maths.bundle"), "mode 0644", "chmod 600")
 
 
 # --- compress -----------------------------------------------------------------------------------

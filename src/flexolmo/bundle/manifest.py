@@ -29,7 +29,9 @@ from flexolmo.files import canonical_json
 FORMAT_VERSION = 2
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe, not for a corpus
-RESERVED_NAMES = ("anchor", "public")  # these two words mean the anchor's own FFN in a mixture
+PUBLIC = "public"  # the public set, and the anchor's own FFN among a mixture's experts
+RESERVED_NAMES = ("anchor", PUBLIC)  # no owner's expert may be called so
+NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"  # of sets and experts, and so of their directories
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
 
 
@@ -101,9 +103,8 @@ def _check_free_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 FreeJson = Annotated[dict[str, JsonValue], AfterValidator(_check_free_json)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Name = Annotated[
-    str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$"), AfterValidator(_check_name)
-]
+Word = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
+Name = Annotated[Word, AfterValidator(_check_name)]
 
 
 class Architecture(Claim):
@@ -122,7 +123,7 @@ class Architecture(Claim):
 class Router(Claim):
     """How the expert's router embedding was made and is to be used."""
 
-    kind: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+    kind: Word
     settings: FreeJson
 
 

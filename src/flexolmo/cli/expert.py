@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -308,15 +309,51 @@ def print_curve(curve: dict[str, Any]) -> None:
     PlainConsole().print(table)
 
 
+PassphraseFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File whose first line is the key's passphrase; FLEXOLMO_KEY_PASSPHRASE too."
+    ),
+]
+MaxBytes = Annotated[
+    int | None, typer.Option(min=1, help="Refuse larger weights, unread.", show_default="32 GiB")
+]
+
+
+def _read_passphrase(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    from flexolmo.errors import ConfigError
+
+    try:
+        return path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"The passphrase file {path} cannot be read: {e}.") from None
+
+
 @app.command("key")
-def key(path: Annotated[Path, typer.Argument(help="File for the private key.")]) -> None:
+def key(
+    path: Annotated[Path, typer.Argument(help="File for the private key.")],
+    passphrase: Annotated[
+        bool, typer.Option("--passphrase", help="Encrypt the key; asks for a passphrase.")
+    ] = False,
+    passphrase_file: PassphraseFile = None,
+) -> None:
     """Make a signing key. Keep the private file; give PATH.pub to the coordinator.
 
     Example: flexolmo expert key hospital.pem
-    """
-    from flexolmo.bundle.signing import create_key
 
-    echo(f"{path} (keep it secret) and {create_key(path)} (give it to the coordinator)")
+    Encrypted: flexolmo expert key hospital.pem --passphrase
+    """
+    from flexolmo.bundle.signing import PASSPHRASE_VARIABLE, create_key
+
+    words = _read_passphrase(passphrase_file)
+    if passphrase and words is None:
+        words = os.environ.get(PASSPHRASE_VARIABLE)
+    if passphrase and words is None:
+        words = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True)
+    public = create_key(path, words)
+    echo(f"{path} (keep it secret) and {public} (give it to the coordinator)")
 
 
 @app.command("pack")
@@ -334,8 +371,9 @@ def pack(
         datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: NAME.bundle")] = None,
+    passphrase_file: PassphraseFile = None,
 ) -> None:
-    """Sign a trained expert into a bundle, the only thing that leaves your house.
+    """Sign a trained expert into a bundle, the only thing that leaves the owner's premises.
 
     Example: flexolmo expert pack math.run --key math.pem --owner "Math Institute" --licence MIT
     """
@@ -350,6 +388,7 @@ def pack(
         licence=licence,
         terms=terms,
         expires=expires and expires.date(),
+        passphrase=_read_passphrase(passphrase_file),
     )
     size = sum(f.stat().st_size for f in path.iterdir())
     echo(f"{path}: {format_megabytes(size)} MB. Read what it says: flexolmo expert inspect {path}")
@@ -359,13 +398,14 @@ def pack(
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory NAME.bundle.")],
     trust: TrustDirectory = None,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Print everything a bundle claims, and whether it holds up, as JSON."""
     from flexolmo.bundle.bundle import inspect_bundle
     from flexolmo.bundle.signing import TrustedOwners
 
     trusted = TrustedOwners.load(trust) if trust else None
-    echo(json.dumps(inspect_bundle(bundle, trusted), indent=2, default=str))
+    echo(json.dumps(inspect_bundle(bundle, trusted, max_bytes=max_bytes), indent=2, default=str))
 
 
 @app.command("verify")
@@ -375,6 +415,7 @@ def verify(
     trust_any_signer: Annotated[
         bool, typer.Option(help="Accept a signer you do not know; its key is printed.")
     ] = False,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Check a bundle: files, signature, signer, tensors, terms. Exits 2 when it is refused.
 
@@ -384,7 +425,7 @@ def verify(
     from flexolmo.bundle.signing import TrustedOwners
 
     trusted = TrustedOwners.load(trust) if trust else None
-    found = open_bundle(bundle, trusted, allow_unknown_signer=trust_any_signer)
+    found = open_bundle(bundle, trusted, allow_unknown_signer=trust_any_signer, max_bytes=max_bytes)
     signer = f"trusted owner {found.signer}" if found.signer else f"unknown key {found.key_id}"
     echo(
         f"{bundle}: whole, signed by {signer}; expert {found.manifest.name} for anchor "

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flexolmo.bundle.manifest import NAME_PATTERN
 from flexolmo.data.documents import Document, find_files, is_written_by_us, read_documents
 from flexolmo.data.formats import READ_AS_USUAL, ReadSettings, show
 from flexolmo.errors import DataError
@@ -20,7 +21,6 @@ from flexolmo.progress import progress
 
 FORMAT = "flexolmo-corpus-1"
 DOCUMENTS = "documents.jsonl.zst"
-_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 @dataclass
@@ -94,7 +94,7 @@ def open_corpus(
         return Corpus(card, files, READ_AS_USUAL, None, {})
     if name is None:
         raise DataError(f"{show(path)} needs a name, for example --name hospital.")
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME_PATTERN, name):
         raise DataError(f"{name!r} cannot name a set: use lower-case letters, digits, - and _.")
     found, not_read = find_files(path)
     digests = _digest(path, found)
@@ -149,7 +149,7 @@ def _read_card(path: Path) -> dict[str, Any]:
     missing = [key for key in ("name", "sources", "documents", "files") if key not in card]
     if missing:
         raise DataError(f"{show(path)}/card.json lacks {', '.join(missing)}: fetch the set again.")
-    if not _NAME.fullmatch(str(card["name"])):
+    if not re.fullmatch(NAME_PATTERN, str(card["name"])):
         raise DataError(
             f"{show(path)}/card.json names its set {card['name']!r}; expected lower-case letters, "
             "digits, - and _ alone."

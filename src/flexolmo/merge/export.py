@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.manifest import build_manifest
+from flexolmo.bundle.manifest import PUBLIC, build_manifest
 from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
@@ -29,7 +29,7 @@ from flexolmo.files import digest_file, write_directory_aside, write_json
 from flexolmo.merge.mixture import LoadedMixture, build_mixture
 from flexolmo.model.checkpoint import build_anchor, save_anchor
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, LinearSettings, slot
+from flexolmo.model.router import LinearSettings, slot
 from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of
 from flexolmo.model.statistics import BigramModel
 from flexolmo.model.stock import (

@@ -12,11 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, LinearRouter, RouterSettings
+from flexolmo.model.router import LinearRouter, RouterSettings
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
     FFN_PARTS,

@@ -14,7 +14,6 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
@@ -23,6 +22,7 @@ from flexolmo.files import (
     canonical_json,
     digest_bytes,
     read_json,
+    save_tensors,
     write_directory_aside,
     write_json,
 )
@@ -132,7 +132,9 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
     dtype = next(iter(tensors.values())).dtype
     with write_directory_aside(directory, "anchor.json") as aside:
         write_stock(aside, stock_config(anchor.config, dtype), tensors, anchor.tokenizer)
-        save_file(_public_tensors(anchor.public, anchor.router_rows), aside / "public.safetensors")
+        save_tensors(
+            aside / "public.safetensors", _public_tensors(anchor.public, anchor.router_rows)
+        )
         write_json(
             aside / "anchor.json",
             {

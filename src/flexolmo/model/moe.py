@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import PolicyError
 from flexolmo.model.deltas import (
     DeltaEmbedding,
@@ -26,7 +27,6 @@ from flexolmo.model.deltas import (
     shares_of,
 )
 from flexolmo.model.router import (
-    PUBLIC,
     DiscriminantRouter,
     DiscriminantSettings,
     EvidenceRouter,

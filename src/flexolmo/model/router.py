@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.model.statistics import EvidenceSettings
 
-PUBLIC = "public"
 EvidenceState = tuple[Tensor, Tensor]
 
 

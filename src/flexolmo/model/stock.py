@@ -13,13 +13,12 @@ from typing import Annotated, Any, Literal, TypeVar
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flexolmo.config import parse_settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import read_json, write_json
+from flexolmo.files import read_json, save_tensors, write_json
 from flexolmo.model.transformer import ModelConfig, Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -327,10 +326,10 @@ def write_stock(
         directory / "generation_config.json",
         {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    save_file(
-        {n: t.contiguous().clone() for n, t in tensors.items()},
+    save_tensors(
         directory / "model.safetensors",
-        metadata={"format": "pt"},
+        {n: t.clone() for n, t in tensors.items()},  # safetensors takes no two of one memory
+        {"format": "pt"},
     )
     tokenizer.save(directory / "tokenizer.json")
     write_json(

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.numbers import format_change
 from flexolmo.report.drawing import (
     GREY,
@@ -32,7 +33,6 @@ from flexolmo.report.drawing import (
 
 Results = Mapping[str, Any]
 
-PUBLIC = "public"
 # Okabe and Ito's colours without black and yellow, and Tol's indigo: apart for every common kind
 # of colour blindness, and dark enough on white.
 _OWNER_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#332288")

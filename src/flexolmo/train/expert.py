@@ -17,14 +17,14 @@ import numpy as np
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import Name, build_manifest
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import read_json, write_aside, write_json
+from flexolmo.files import read_json, save_tensors, write_json
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
@@ -234,6 +234,8 @@ def train_expert(
     identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
     if start is not None:
         identity["start"] = digest_tensors(start.items())
+    if run_dir is not None:  # what is learnt from an owner's text is for the owner alone
+        run_dir.mkdir(0o700, parents=True, exist_ok=True)
     result = train(
         parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
     )
@@ -378,8 +380,7 @@ def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Paramete
 
 def save_expert(expert: Expert, run_dir: Path) -> None:
     """Write the trained expert, unsigned, into its run's directory."""
-    with write_aside(run_dir / "expert.safetensors") as aside:
-        save_file(expert.tensors, aside)
+    save_tensors(run_dir / "expert.safetensors", expert.tensors, is_private=True)
     write_json(
         run_dir / "expert.json",
         {
@@ -422,11 +423,13 @@ def pack_expert(
     licence: str,
     terms: str,
     expires: datetime.date | None = None,
+    passphrase: str | None = None,
 ) -> Path:
     """Sign the expert into a bundle at `path` (NAME.bundle) and return that path.
 
     The bundle holds the expert's tensors, its claims and the signature: no optimizer state, no
-    anchor weights, no text, no file names of the owner's.
+    anchor weights, no text, no file names of the owner's. For `passphrase` see
+    `flexolmo.bundle.signing.read_private_key`.
     """
     weights = save({n: t.contiguous() for n, t in expert.tensors.items()})
     manifest = build_manifest(
@@ -448,7 +451,7 @@ def pack_expert(
         terms_expire=expires,
         software=_versions(expert.record),
     )
-    return write_bundle(Path(path), weights, manifest, Path(private_key))
+    return write_bundle(Path(path), weights, manifest, Path(private_key), passphrase=passphrase)
 
 
 def _versions(record: Mapping[str, Any]) -> dict[str, str]:

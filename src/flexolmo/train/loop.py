@@ -14,11 +14,10 @@ from typing import Any, Literal
 import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexolmo.errors import CheckpointError
-from flexolmo.files import canonical_json, digest_bytes, write_aside, write_json
+from flexolmo.files import canonical_json, digest_bytes, save_tensors, write_json
 from flexolmo.progress import progress
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -231,12 +230,7 @@ def _save(
         "seconds": result.seconds,
         "identity": identity_digest,
     }
-    with write_aside(path) as aside:
-        save_file(
-            {n: t.contiguous() for n, t in tensors.items()},
-            aside,
-            metadata={"state": json.dumps(state)},
-        )
+    save_tensors(path, tensors, {"state": json.dumps(state)}, is_private=True)
 
 
 def _resume(

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.files import write_bytes
 from flexolmo.numbers import format_change
 from flexolmo.report import drawing, plots
@@ -299,7 +300,7 @@ def _summary(results: Results, paper: bool = False) -> dict[str, Any]:
     if kept:
         kept.setdefault("mean", sum(kept.values()) / len(kept))
     public = given.get("public_change")
-    whole["public_change"] = change("mixture", plots.PUBLIC) if public is None else public
+    whole["public_change"] = change("mixture", PUBLIC) if public is None else public
     return whole
 
 

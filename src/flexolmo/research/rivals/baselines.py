@@ -18,8 +18,8 @@ import torch
 from scipy.special import logsumexp, softmax
 from torch import Tensor
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import ConfigError, DataError, MergeError
-from flexolmo.model.router import PUBLIC
 
 Tensors = Mapping[str, Tensor]
 

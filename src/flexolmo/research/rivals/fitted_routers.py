@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import MergeError
 from flexolmo.model.hidden_statistics import HiddenSums
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import PUBLIC, LinearRouter
+from flexolmo.model.router import LinearRouter
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.research.rivals.proxy import Proxy
 from flexolmo.train.loop import TrainSettings, train

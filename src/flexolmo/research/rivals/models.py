@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
-from flexolmo.files import write_aside
+from flexolmo.files import save_tensors, write_aside
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings
@@ -30,12 +30,7 @@ BALANCE = 0.01  # weight of the load-balancing loss. Source: OLMoE (arXiv 2409.0
 
 def save_model(model: Transformer, path: Path, **about: Any) -> None:
     """Write a model's tensors, and `about` it, into one file."""
-    with write_aside(path) as aside:
-        save_file(
-            {n: t.contiguous() for n, t in model.state_dict().items()},
-            aside,
-            metadata={"about": json.dumps(about)},
-        )
+    save_tensors(path, model.state_dict(), {"about": json.dumps(about)})
 
 
 def load_dense(anchor: Anchor, path: Path) -> Transformer:

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.numbers import format_change
 from flexolmo.report.drawing import (
     GREY,
@@ -39,7 +40,6 @@ from flexolmo.research.study.findings import (
     MIXED,
     OURS,
     PAPERS,
-    PUBLIC,
     TABLES,
     UNSEPARATED,
     Results,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import DataError
 from flexolmo.research.rivals.baselines import (
     btm_prefix_weights,
@@ -19,7 +20,6 @@ from flexolmo.research.rivals.baselines import (
     prompt_routing_weights,
 )
 
-PUBLIC = "public"
 MIXED = "mixed"
 Rows = dict[str, list[np.ndarray]]  # by set: log-probabilities in nats, float32 [T] a window
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.files import write_json
 from flexolmo.model.checkpoint import load_anchor
@@ -21,7 +22,6 @@ from flexolmo.research.study.cost import dense_flops, ffn_flops, frame_flops, mi
 from flexolmo.research.study.gains import (
     MIXED,
     PROMPTS,
-    PUBLIC,
     TEMPERATURES,
     Rows,
     bits_per_byte,

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.numbers import format_change, format_number, format_percent, format_signed
 from flexolmo.report.markdown import escape, mean_and_spread, write_table
 from flexolmo.research.study.findings import (
@@ -17,7 +18,6 @@ from flexolmo.research.study.findings import (
     MIXED,
     OURS,
     PAPER_AVERAGES,
-    PUBLIC,
     TABLES,
     WORDS,
     Results,

@@ -1,0 +1,154 @@
+"""A full disk is a message, in every writer: what is full, what is kept, how to go on."""
+
+import errno
+import os
+import re
+import resource
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from flexolmo.data.corpus import open_corpus
+from flexolmo.data.prepare import prepare_set
+from flexolmo.errors import DiskFullError
+from flexolmo.files import save_tensors, write_aside, write_directory_aside, write_json
+from flexolmo.merge.export import export_stock, router_rows, with_stock_router
+from flexolmo.merge.mixture import load_mixture
+from flexolmo.model.checkpoint import save_anchor
+from flexolmo.report.drawing import save_figure
+from flexolmo.research.rivals.models import save_model
+from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
+from made_documents import write_documents
+
+
+@contextmanager
+def file_size_limit(size):
+    """Stands for a full disk: no file can grow beyond `size` bytes meanwhile."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def save_array(path):
+    with write_directory_aside(path, "a.npy") as aside:
+        np.save(aside / "a.npy", np.ones(1000), allow_pickle=False)
+
+
+@pytest.mark.parametrize("has_old", [True, False])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_json(path, ["text"] * 1000),
+        lambda path: save_tensors(path, {"a": torch.ones(1000)}),
+        save_array,
+    ],
+)
+def test_a_full_disk_is_named_and_the_old_is_kept(tmp_path, write, has_old):
+    path = tmp_path / "a"
+    if has_old and write is save_array:
+        path.mkdir()
+        (path / "a.npy").write_text("old")
+    elif has_old:
+        path.write_text("old")
+    with file_size_limit(100), pytest.raises(DiskFullError) as e:
+        write(path)
+    for part in (str(path), "File too large", "bytes of its disk are free", "run again"):
+        assert part in str(e.value)
+    assert ("unchanged" if has_old else "Nothing was left there") in str(e.value)
+    assert ".aside" not in str(e.value)
+    assert [p.name for p in tmp_path.iterdir()] == (["a"] if has_old else [])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_inside_a_directory_is_named_by_the_directory(tmp_path, number):
+    with (
+        pytest.raises(DiskFullError, match=re.escape(f"{tmp_path}/a cannot be written")),
+        write_directory_aside(tmp_path / "a", "x") as aside,
+        write_aside(aside / "x"),
+    ):
+        raise OSError(number, os.strerror(number))
+    with pytest.raises(PermissionError), write_aside(tmp_path / "a"):
+        raise PermissionError(errno.EACCES, "no")
+
+
+# --- every writer ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def trained(pico_anchor, pico_sets):
+    return train_expert(pico_anchor, pico_sets["maths"], "maths", RECIPE)
+
+
+@pytest.fixture(scope="session")
+def mixture(house):
+    return load_mixture(house.mixture_dir(["amber"], "linear"), house.trusted)
+
+
+RECIPE = ExpertRecipe.model_validate(
+    {"scope": "ffn", "train": {"steps": 2, "batch_size": 2, "seq_len": 16, "warmup_steps": 1}}
+)
+
+
+def write_training(out, f):
+    train_expert(f("pico_anchor"), f("pico_sets")["maths"], "maths", RECIPE, out)
+
+
+def write_bundle_of(out, f):
+    pack_expert(
+        f("trained"),
+        out.with_name("maths.bundle"),
+        f("owner_keys")["Ann"],
+        owner="Ann",
+        licence="MIT",
+        terms="For tests.",
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    raw = tmp_path_factory.mktemp("raw")
+    for i, text in enumerate(write_documents("maths", 40, 0)):
+        (raw / f"{i}.txt").write_text(text)
+    return open_corpus(raw, "maths", licence="MIT")
+
+
+def write_set(out, f):
+    prepare_set(f("corpus"), out, public=f("pico_set_dirs")["public"])
+
+
+def write_export(out, f):
+    model = f("mixture").model
+    export_stock(f("mixture"), with_stock_router(model, router_rows(model)), out, {})
+
+
+WRITERS = {
+    "training checkpoint": write_training,
+    "expert": lambda out, f: save_expert(f("trained"), out),
+    "bundle": write_bundle_of,
+    "anchor": lambda out, f: save_anchor(f("pico_anchor"), out),
+    "mixture": lambda out, f: f("house").build(["amber"], out),
+    "export": write_export,
+    "prepared set": write_set,
+    "dense model": lambda out, f: save_model(f("pico_anchor").model, out / "model.safetensors"),
+    "figure": lambda out, f: save_figure(Figure(), out / "a.png"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_writer_names_a_full_disk_and_leaves_nothing_half_written(
+    writer, tmp_path, request, house, owner_keys, trained, mixture, corpus, pico_set_dirs
+):
+    house.bundle("amber"), house.anchor_dir  # made before the disk is full
+    place = tmp_path / "out"
+    place.mkdir()
+    with file_size_limit(1000), pytest.raises(DiskFullError) as e:
+        WRITERS[writer](place / "new", request.getfixturevalue)
+    assert str(place) in str(e.value) and "File too large" in str(e.value)
+    left = [p for p in place.rglob("*") if p.is_file()]
+    assert all(p.suffix == ".json" for p in left), left
