@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import nn
@@ -244,7 +245,7 @@ def test_a_failed_write_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_file", half_a_file)
+        patch.setattr(safetensors.torch, "save_file", half_a_file)
         with pytest.raises(OSError, match="disk full"):
             run_toy(settings, tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
