@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from flexolmo.errors import CheckpointError
-from flexolmo.files import canonical_json, digest_bytes, save_tensors, write_json
+from flexolmo.files import canonical_json, digest_bytes, parse_json, save_tensors, write_json
 from flexolmo.progress import progress
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -244,7 +244,7 @@ def _resume(
         return
     try:
         with safetensors.safe_open(path, framework="pt") as f:
-            state = json.loads(f.metadata()["state"])
+            state = parse_json(f.metadata()["state"])
             tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as e:
         raise CheckpointError(
