@@ -34,12 +34,12 @@ def evaluate(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Of the study, as results.json calls it; also dense.NAME. Default: "
+            help="Method of the study, as results.json calls it; also dense.NAME. Default: "
             "flexolmo_default."
         ),
     ] = None,
     study_seed: Annotated[
-        int | None, typer.Option(help="Of the study. Default: its first.")
+        int | None, typer.Option(help="Seed of the study. Default: its first.")
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Tasks or groups to run, comma-separated. Default: all.")
@@ -103,7 +103,7 @@ def evaluate(
         Path, typer.Option(help="Directory of the run; the same command goes on where it was.")
     ] = Path("eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
-    seed: Annotated[int, typer.Option(min=0, help="Of drawn samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for drawn samples.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
@@ -236,7 +236,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Directory of another: is it better?")],
     out: Annotated[Path | None, typer.Option(help="File to write all of it to, JSON.")] = None,
     draws: Annotated[int, typer.Option(min=100, help="Resamples of the items.")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="Of the resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for the resamples.")] = 0,
 ) -> None:
     """Is one run better than another, or were its items lucky? A paired bootstrap over items.
 

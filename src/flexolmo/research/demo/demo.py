@@ -64,7 +64,7 @@ class DemoRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seed: int = Field(0, ge=0, description="of the anchor, the experts and the samples")
+    seed: int = Field(0, ge=0, description="random seed of the anchor, the experts and the samples")
     sets: tuple[str, ...] = Field(
         ("code", "academic", "creative"),
         min_length=1,
@@ -545,7 +545,7 @@ class _Demo:
 
 
 def owner_of(name: str) -> str:
-    """What the demo calls the owner of a set."""
+    """Name of a set's owner in the demo."""
     return f"{name.capitalize()} House"
 
 

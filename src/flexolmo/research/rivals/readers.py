@@ -99,7 +99,7 @@ class _Group:
 
 @dataclass
 class _ChosenState:
-    """Of each row either its ids, as long as nothing is chosen, or a place in a group."""
+    """Each row's ids, as long as nothing is chosen, or a place in a group."""
 
     opening: Any  # the opening's state of the rows that wait, in their order
     waiting: dict[int, list[int]]  # ids read so far

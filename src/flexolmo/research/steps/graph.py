@@ -129,7 +129,7 @@ def _run_all(
 
 
 def _seconds_to_the_end(steps: Sequence[Step], root: Path) -> dict[str, float]:
-    """Of each step, by identity: seconds of the longest chain from it to the end.
+    """Seconds of the longest chain from each step to the end, by identity.
 
     A step is taken to need the average of those of its kind so far.
     """

@@ -43,7 +43,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """Where its output goes."""
+        """File that its output goes to."""
         return self.directory / "log" / f"{re.sub('[ /]', '-', self.label)}.txt"
 
 
@@ -101,7 +101,7 @@ class RunningJobs:
         self._running[job.label] = (job, _start(job), time.monotonic())
 
     def seconds(self) -> dict[str, float]:
-        """How long each job under way has been running, by label."""
+        """Seconds that each job under way has been running, by label."""
         now = time.monotonic()
         return {label: now - started for label, (_, _, started) in self._running.items()}
 

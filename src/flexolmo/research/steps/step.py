@@ -45,7 +45,7 @@ work(sys.argv[1], float(sys.argv[2]), sys.argv[3])"""
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a kind's function is given."""
+    """Everything that a kind's function is given."""
 
     label: str  # for people
     settings: dict[str, Any]
@@ -114,7 +114,7 @@ class Step:
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """What decides the step: kind, version, settings, and each input's kind and identity."""
+        """Kind, version, settings, and each input's kind and identity, which decide the step."""
         return {
             "kind": self.kind,
             "version": _KINDS[self.kind].version,
@@ -131,7 +131,7 @@ class Step:
         return identify(self.about)
 
     def directory(self, root: Path) -> Path:
-        """Where its results are or will be."""
+        """Directory of its results, present or future."""
         return Path(root) / "steps" / directory_name(self.kind, self.identity)
 
     def is_done(self, root: Path) -> bool:
@@ -164,7 +164,7 @@ def directory_name(kind: str, identity: str) -> str:
 
 
 def read_done(directory: Path) -> dict[str, Any]:
-    """What `done.json` says; empty if absent or malformed."""
+    """The content of `done.json`; empty if absent or malformed."""
     try:
         done = read_json(directory / "done.json")
     except FlexOlmoError:

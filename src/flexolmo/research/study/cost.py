@@ -1,4 +1,4 @@
-"""What a model costs: multiply-adds a token of a forward pass, from shapes alone.
+"""Cost of a model: multiply-adds a token of a forward pass, from shapes alone.
 
 One multiply-add is two FLOPs. Counted are the matrices a token passes through; left out, as is
 the custom, are attention scores, norms and look-ups, which are the same for all the methods

@@ -404,7 +404,7 @@ def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -
 
 
 def method_colour(method: str) -> str:
-    """Whose method it is: ours, the paper's, trained on all data, or a rival's."""
+    """Origin of the method: ours, the paper's, trained on all data, or a rival's."""
     return (
         _OUR_COLOUR
         if method in OURS

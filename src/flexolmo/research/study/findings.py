@@ -1,4 +1,4 @@
-"""What a study's results.json says: means over seeds, bars met or missed, orders compared.
+"""Findings of a study's results.json: means over seeds, bars met or missed, orders compared.
 
 Reads results and nothing else; a method or a table that is not there leaves its finding out. Knows
 nothing of pages or figures.
@@ -73,7 +73,7 @@ _ROUNDING = 1e-9
 
 
 def word(method: str) -> str:
-    """What a method goes by on the page."""
+    """Name of a method on the page."""
     return WORDS.get(method, method)
 
 
@@ -82,7 +82,7 @@ def owners_of(results: Results) -> list[str]:
 
 
 def over_seeds(results: Results, *path: str) -> list[Any]:
-    """What every finished seed has at `path`; seeds without it are left out."""
+    """Values of every finished seed at `path`; seeds without it are left out."""
     found = []
     for seed in results.get("seeds_done") or []:
         value: Any = (results.get("seeds") or {}).get(str(seed))
@@ -393,7 +393,7 @@ class Swap:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far our order of methods is the paper's."""
+    """Agreement of our order of methods with the paper's."""
 
     methods: list[str]  # in the paper's order, best first
     ours: dict[str, float]  # gap closed by each

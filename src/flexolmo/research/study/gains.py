@@ -45,7 +45,7 @@ def gap_closed_mixed(
     set_names: Sequence[str],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """The same over the tokens of mixed documents that came from each owner's set; what an owner's
+    """Gains over the tokens of mixed documents that came from each owner's set; what an owner's
     dense model says of its own pieces, reading the whole document, is the mark of 1.
 
     DataError: an owner of whom no mixed document has a piece.

@@ -1,4 +1,4 @@
-"""What a step finds in its inputs: the anchor, a set, models, a mixture of experts."""
+"""Reading a step's inputs: the anchor, a set, models, a mixture of experts."""
 
 import dataclasses
 from typing import Any, cast

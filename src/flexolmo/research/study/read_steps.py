@@ -21,8 +21,10 @@ from flexolmo.research.study.text_steps import SPLITS, load_windows
 
 
 def model_of(step: StepContext) -> Transformer:
-    """What settings.what says: anchor, dense, mixture, rival (unrestricted, BTX, DUME), tuned,
-    soup."""
+    """The model that settings.what names.
+
+    It is anchor, dense, mixture, rival (unrestricted, BTX, DUME), tuned, or soup.
+    """
     what, top_k = step.settings["what"], step.settings.get("top_k")
     if what == "anchor":
         return anchor_of(step).model
@@ -50,7 +52,7 @@ def model_of(step: StepContext) -> Transformer:
 
 @step_kind("read", version=1)
 def read(step: StepContext) -> dict[str, Any]:
-    """What a model says of the windows. Inputs: windows, anchor, and those `model_of` needs.
+    """A model's predictions of the windows. Inputs: windows, anchor, and those `model_of` needs.
 
     Settings: what; enabled, owners on (null: all); splits; on, the sets to read (null: all).
     Leaves SPLIT.npz of log-probabilities; metrics: mean weights (routing) and fractions of

@@ -29,10 +29,10 @@ class LowRankRecipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    rank: int = Field(44, ge=1, description="of the FFN's deltas")
-    attention_rank: int = Field(52, ge=1, description="of attention's")
-    embedding_rank: int = Field(40, ge=1, description="of the embedding's")
-    head_rank: int = Field(80, ge=1, description="of the output head's")
+    rank: int = Field(44, ge=1, description="rank of the FFN's deltas")
+    attention_rank: int = Field(52, ge=1, description="rank of attention's deltas")
+    embedding_rank: int = Field(40, ge=1, description="rank of the embedding's delta")
+    head_rank: int = Field(80, ge=1, description="rank of the output head's delta")
     has_half_deltas: bool = Field(True, description="keep them in bfloat16")
     train: TrainSettings = Field(HEALING, description="after the cut")
 
@@ -45,7 +45,7 @@ class StudyRecipe(BaseModel):
     seeds: tuple[int, ...] = Field(
         (0, 1, 2),
         min_length=1,
-        description="of anchor, experts and rivals; the first one's study also has the ablations",
+        description="random seeds; the study of the first also has the ablations",
     )
     owners: tuple[str, ...] = Field(
         ("academic", "code", "creative", "edu", "forum", "math", "news"),
@@ -66,12 +66,12 @@ class StudyRecipe(BaseModel):
     anchor: AnchorRecipe = AnchorRecipe()
     train: TrainSettings = Field(
         TrainSettings(steps=160, batch_size=4, seq_len=512),
-        description="of one owner's model, ours or a rival's",
+        description="training of one owner's model, ours or a rival's",
     )
     default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
     low_rank: LowRankRecipe = LowRankRecipe()
     top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")
-    tuning_steps: int = Field(60, ge=1, description="of the paper's joint router tuning")
+    tuning_steps: int = Field(60, ge=1, description="steps of the paper's joint router tuning")
     proxy_tokens: int = Field(40_000, ge=100, description="public tokens in an owner's proxy")
     samples: int = Field(
         96, ge=8, description="texts each dense model writes for the prompt classifier"
@@ -89,7 +89,7 @@ class Graph:
 
     @property
     def targets(self) -> list[Step]:
-        """What to ask for to have everything."""
+        """Steps to ask for, to have everything."""
         return [*self.scores.values(), *([self.ablations] if self.ablations else [])]
 
 

@@ -51,7 +51,7 @@ class SplicedWindows(list[SplicedWindow]):
 
     @property
     def names(self) -> list[str]:
-        """Of the sets, in the order `source` counts them."""
+        """Names of the sets, in the order in which `source` counts them."""
         return sorted(self.card["sets"])
 
     def pieces(self, index: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -292,7 +292,7 @@ def _read_pieces(
 
 
 def _between(pause: re.Pattern[str], text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where the stretches of text[start:end] between pauses start and end."""
+    """Start and end of the stretches of text[start:end] between pauses start and end."""
     for found in pause.finditer(text, start, end):
         yield start, found.start()
         start = found.end()

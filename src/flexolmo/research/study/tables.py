@@ -320,7 +320,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def table_by_owner(results: Results) -> Iterator[str]:
-    """What merging keeps of each owner's gain, and what a small expert costs."""
+    """Table of the share of each owner's gain that merging keeps, and of small experts' cost."""
     columns = [average(over_seeds(results, "kept", f, "sets")) for f in ("default", "low", "paper")]
     columns.append(average(over_seeds(results, "low_rank_share_of_gain")))
     sizes = average(over_seeds(results, "bytes"))

@@ -1,4 +1,4 @@
-"""What a model makes of a few items: rows of likelihoods, answers, programs and stories.
+"""A model's answers to a few items: rows of likelihoods, answers, programs and stories.
 
 An item's bits per byte are those of its right answer; they move smoothly with quality where
 accuracy is still at chance. Source: paper §4.2; OLMES.
@@ -129,7 +129,7 @@ def _score_stories(
 
 
 def judge_story(item: Item, row: Row, judges: Mapping[str, EndpointJudge]) -> Row:
-    """What a judge adds to a story's row: how many texts it judged, and their mean score."""
+    """A judge's additions to a story's row: how many texts it judged, and their mean score."""
     judge = judges[item.more["quality"]]
     points = [
         v.score / 100

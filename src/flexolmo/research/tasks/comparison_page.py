@@ -132,7 +132,7 @@ def _groups_and_tasks(found: Mapping[str, Results]) -> Iterator[tuple[str, str, 
 
 
 def _groups(found: Mapping[str, Results]) -> list[str]:
-    """Those of which something was read."""
+    """Tasks of which something was read."""
     first = next(iter(found.values()))
     return [g for g in GROUPS if first["groups"].get(g, {}).get("read")]
 
@@ -231,7 +231,7 @@ def _score_table(found: Mapping[str, Results]) -> str:
 
 
 def _notes(found: Mapping[str, Results]) -> str:
-    """What people must know of the figures, a line a reason, with the tasks or runs it is of."""
+    """Notes that people need with the figures, a line a reason, with the tasks or runs it is of."""
     notes: dict[str, dict[str, None]] = {}
 
     def note(said: str, of: str) -> None:

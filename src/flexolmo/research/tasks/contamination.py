@@ -52,7 +52,7 @@ class DocumentHit:
 
 @dataclass
 class TaskOverlap:
-    """What was found of one task; what is too short or template cannot be looked for."""
+    """Overlaps found of one task; what is too short or template cannot be looked for."""
 
     items: int = 0
     too_short: int = 0  # items of fewer than LEAST_WORDS (or n) words
@@ -63,7 +63,7 @@ class TaskOverlap:
 
 @dataclass
 class Overlaps:
-    """What `find_overlaps` found."""
+    """Findings of `find_overlaps`."""
 
     n: int
     template_items: int

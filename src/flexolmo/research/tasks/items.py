@@ -1,4 +1,4 @@
-"""What a task asks: questions with options, and questions to answer in writing.
+"""Items of a task: questions with options, and questions to answer in writing.
 
 An item is complete: its prompts hold the examples. Knows neither models nor where items come from.
 """

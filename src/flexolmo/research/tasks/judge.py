@@ -1,4 +1,4 @@
-"""How good is a made piece of news, or a made poem? Asked of a model behind an HTTP endpoint.
+"""Judgements of news and poems that models wrote, from a model behind an HTTP endpoint.
 
 Any endpoint that speaks OpenAI's chat completions will do, one on this machine among them. Knows
 nothing of the model that wrote the text. The judge's key is read from the environment for each
@@ -211,7 +211,7 @@ def read_verdict(answer: str) -> Verdict | None:
 
 
 def _read_answer(reply: bytes) -> str:
-    """What the model said; ValueError if `reply` is no chat completion."""
+    """The model's words; ValueError if `reply` is no chat completion."""
     try:
         content = json.loads(reply)["choices"][0]["message"]["content"]
     except (ValueError, RecursionError, LookupError, TypeError):

@@ -271,7 +271,7 @@ def _plain_math(latex: str) -> str:
 
 
 def _last_boxed(text: str) -> str:
-    r"""What is inside the last box that is closed, or after "\boxed " without braces; or ""."""
+    r"""The content of the last box that is closed, or after "\boxed " without braces; or ""."""
     opened: list[int] = []
     closed_at = {}  # by where the inside of a pair of braces starts
     for brace in re.finditer(r"\\.|[{}]", text, re.DOTALL):
@@ -288,7 +288,7 @@ def _last_boxed(text: str) -> str:
 
 
 def bbh_answer(text: str) -> str:
-    """What follows the first "the answer is ", to the end of its sentence or line; "" if nothing.
+    """The text after the first "the answer is ", to the end of its sentence or line; "" if nothing.
 
     Source: Suzgun et al. 2022 (arXiv 2210.09261), prompts that end in "So the answer is X.";
     lm-evaluation-harness takes the whole line but for its last character.

@@ -111,8 +111,10 @@ def _run_jobs(
 
 
 def _protections() -> list[str]:
-    """What of the sandbox holds on this machine; ConfigError if a program could read or write this
-    user's files, or worse."""
+    """Protections of the sandbox that hold on this machine.
+
+    ConfigError if a program could read or write this user's files, or worse.
+    """
     found = check_sandbox()
     if bad := [words for words in found if "NOT" in words]:
         raise ConfigError(

