@@ -176,32 +176,15 @@ class _Demo:
         settings = {"vocab_size": self.recipe.vocab_size, "clients": self.clients}
 
         def fetch(name: str, directory: Path) -> Job:
-            extra = ("--clients", ",".join(self.clients)) if self.clients else ()
-            return Job(
-                f"fetch {name}",
-                ("data", "fetch", "--sets", name, "--out", "corpus", *extra),
-                directory,
-            )
+            clients = f" --clients {','.join(self.clients)}" if self.clients else ""
+            command = f"data fetch --sets {name} --out corpus{clients}"
+            return _job(f"fetch {name}", directory, command)
 
         def public() -> None:
             run_jobs([fetch("public", self.coordinator)], 1)
-            run_jobs(
-                [
-                    Job(
-                        "prepare public",
-                        (
-                            *PREPARE,
-                            "corpus/public",
-                            "--out",
-                            "prepared",
-                            "--vocab-size",
-                            str(self.recipe.vocab_size),
-                        ),
-                        self.coordinator,
-                    )
-                ],
-                1,
-            )
+            size = self.recipe.vocab_size
+            command = f"data prepare corpus/public --out prepared --vocab-size {size}"
+            run_jobs([_job("prepare public", self.coordinator, command)], 1)
 
         def owners() -> None:
             for name in names:
@@ -216,19 +199,14 @@ class _Demo:
                         "directory (--out)."
                     )
                     write_json(self.house(name) / "skipped.json", str(e).splitlines()[-1])
+            public_set = (self.coordinator / "prepared/public").resolve()
             run_jobs(
                 [
-                    Job(
+                    _job(
                         f"prepare {name}",
-                        (
-                            *PREPARE,
-                            f"corpus/{name}",
-                            "--out",
-                            "prepared",
-                            "--public",
-                            str((self.coordinator / "prepared/public").resolve()),
-                        ),
                         self.house(name),
+                        f"data prepare corpus/{name} --out prepared --public {{}}",
+                        public_set,
                     )
                     for name in names
                     if not (self.house(name) / "skipped.json").exists()
@@ -254,25 +232,8 @@ class _Demo:
                 self.coordinator / "anchor.toml",
                 recipe.anchor.model_dump(mode="json", exclude_none=True) | {"seed": recipe.seed},
             )
-            run_jobs(
-                [
-                    Job(
-                        "anchor",
-                        (
-                            "anchor",
-                            "train",
-                            "--data",
-                            "prepared/public",
-                            "--recipe",
-                            "anchor.toml",
-                            "--threads",
-                            str(recipe.processes),
-                        ),
-                        self.coordinator,
-                    )
-                ],
-                1,
-            )
+            command = "anchor train --data prepared/public --recipe anchor.toml --threads"
+            run_jobs([_job("anchor", self.coordinator, f"{command} {recipe.processes}")], 1)
 
         def experts() -> None:
             for name in self.names:  # each owner gets the published anchor, whole and fresh
@@ -292,29 +253,12 @@ class _Demo:
                             "train": recipe.expert_train.model_dump(exclude_none=True),
                         },
                     )
+                    command = (
+                        f"expert train --anchor anchor --data prepared/{name} --name {name} "
+                        f"--recipe expert{suffix}.toml --out expert{suffix}.run --threads 1"
+                    )
                     if not self._is_trained(name, suffix):
-                        jobs.append(
-                            Job(
-                                f"expert {name}{suffix}",
-                                (
-                                    "expert",
-                                    "train",
-                                    "--anchor",
-                                    "anchor",
-                                    "--data",
-                                    f"prepared/{name}",
-                                    "--name",
-                                    name,
-                                    "--recipe",
-                                    f"expert{suffix}.toml",
-                                    "--out",
-                                    f"expert{suffix}.run",
-                                    "--threads",
-                                    "1",
-                                ),
-                                house,
-                            )
-                        )
+                        jobs.append(_job(f"expert {name}{suffix}", house, command))
             run_jobs(jobs, recipe.processes)
 
         card = read_card(self.coordinator / "prepared/public")
@@ -367,7 +311,7 @@ class _Demo:
                 for half in ("key.pem", "key.pem.pub"):  # a kill may have left one
                     (self.house(name) / half).unlink(missing_ok=True)
             run_jobs(
-                [Job(f"key {n}", ("expert", "key", "key.pem"), self.house(n)) for n in keyless],
+                [_job(f"key {n}", self.house(n), "expert key key.pem") for n in keyless],
                 self.recipe.processes,
             )
             packs, merges = [], []
@@ -379,40 +323,22 @@ class _Demo:
                     shutil.rmtree(bundle, ignore_errors=True)
                     bundle.parent.mkdir(exist_ok=True)
                     packs.append(
-                        Job(
+                        _job(
                             f"pack {name}{suffix}",
-                            (
-                                "expert",
-                                "pack",
-                                f"expert{suffix}.run",
-                                "--key",
-                                "key.pem",
-                                "--owner",
-                                owner_of(name),
-                                "--licence",
-                                "LicenseRef-Demo",
-                                "--terms",
-                                "For this demonstration.",
-                                "--out",
-                                f"outbox{suffix}/{name}.bundle",
-                            ),
                             self.house(name),
+                            f"expert pack expert{suffix}.run --key key.pem --owner {{}} --licence "
+                            f"LicenseRef-Demo --terms {{}} --out outbox{suffix}/{name}.bundle",
+                            owner_of(name),
+                            "For this demonstration.",
                         )
                     )
                 merges.append(
-                    Job(
+                    _job(
                         f"merge{suffix}",
-                        (
-                            "mix",
-                            "build",
-                            "anchor",
-                            *(str(b.resolve()) for b in bundles),
-                            "--trust",
-                            "trusted",
-                            "-o",
-                            str((self.out / f"model{suffix}").resolve()),
-                        ),
                         self.coordinator,
+                        f"mix build anchor {'{} ' * len(bundles)} --trust trusted -o {{}}",
+                        *(bundle.resolve() for bundle in bundles),
+                        (self.out / f"model{suffix}").resolve(),
                     )
                 )
             run_jobs(packs, self.recipe.processes)
@@ -423,27 +349,18 @@ class _Demo:
                 self.coordinator / "prepared/public",
                 *(self.house(n) / "prepared" / n for n in self.names),
             ]
-            flags = [x for d in data for x in ("--data", str(d.resolve()))]
+            command = (
+                f"eval sets --model {{}} {'--data {} ' * len(data)} --trust trusted "
+                f"--max-bytes {self.recipe.evaluation_bytes} --threads 1 --out eval"
+            )
             run_jobs(
                 [
-                    Job(
+                    _job(
                         f"evaluate{suffix}",
-                        (
-                            "eval",
-                            "sets",
-                            "--model",
-                            str((self.out / f"model{suffix}").resolve()),
-                            "--trust",
-                            "trusted",
-                            *flags,
-                            "--out",
-                            f"eval{suffix}",
-                            "--max-bytes",
-                            str(self.recipe.evaluation_bytes),
-                            "--threads",
-                            "1",
-                        ),
                         self.coordinator,
+                        f"{command}{suffix}",
+                        (self.out / f"model{suffix}").resolve(),
+                        *(directory.resolve() for directory in data),
                     )
                     for suffix in ROUTERS.values()
                 ],
@@ -542,6 +459,13 @@ class _Demo:
             )
             samples.append({"source": name, "prompt": prompt, "with": with_it, "without": without})
         return samples
+
+
+def _job(label: str, directory: Path, command: str, *values: str | Path) -> Job:
+    """A `flexolmo` command in `directory`; its words, each {} being the next of `values`."""
+    following = iter(values)
+    words = (str(next(following)) if word == "{}" else word for word in command.split())
+    return Job(label, tuple(words), directory)
 
 
 def owner_of(name: str) -> str:

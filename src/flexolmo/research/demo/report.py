@@ -14,7 +14,7 @@ from typing import Any
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.files import write_bytes
-from flexolmo.numbers import format_change
+from flexolmo.numbers import format_change, format_megabytes, format_percent
 from flexolmo.report import drawing, plots
 from flexolmo.report.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
 from flexolmo.report.plots import Results
@@ -352,7 +352,7 @@ def _owners_table(results: Results) -> Table:
                     for k in ("documents", "tokens", "tokens_seen")
                 ),
                 Cell(_duration(o.get("seconds")), number=True),
-                Cell(f"{size / 1e6:.1f} MB" if size else "–", number=True),
+                Cell(f"{format_megabytes(size)} MB" if size else "–", number=True),
                 Cell("; ".join(terms) or "–"),
             ]
         )
@@ -417,7 +417,9 @@ def _router_table(results: Results) -> Table:
                 bold=n == "mean",
             ),
             *(
-                Cell(_share(s["kept_of_pair_gain"].get(n)), number=True, bold=n == "mean")
+                Cell(
+                    format_percent(s["kept_of_pair_gain"].get(n), 0), number=True, bold=n == "mean"
+                )
                 for s in (ours, papers)
             ),
         ]
@@ -459,10 +461,6 @@ def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _size(fraction: float) -> str:
-    return f"{abs(100 * fraction):.1f}\u00a0%"
-
-
 def _bound(fraction: float) -> str:
     """`fraction` as a percentage that is not below it."""
     return f"{math.ceil(abs(fraction) * 1000 - 1e-6) / 10:.1f}\u00a0%"
@@ -472,7 +470,7 @@ def _fewer(fraction: float) -> str:
     return (
         "as many bits"
         if abs(fraction) < 5e-4
-        else f"{_size(fraction)} {'fewer' if fraction < 0 else 'more'} bits"
+        else f"{format_percent(abs(fraction))} {'fewer' if fraction < 0 else 'more'} bits"
     )
 
 
@@ -482,15 +480,9 @@ def _span(change: Mapping[str, float]) -> str:
     if len(change) == 1:
         return f"{_fewer(change[best])} ({best})"
     if change[worst] <= -5e-4:
-        return (
-            f"between {_size(change[worst])} ({worst}) and {_size(change[best])} ({best}) "
-            "fewer bits"
-        )
+        least, most = (format_percent(abs(change[s])) for s in (worst, best))
+        return f"between {least} ({worst}) and {most} ({best}) fewer bits"
     return f"between {_fewer(change[worst])} ({worst}) and {_fewer(change[best])} ({best})"
-
-
-def _share(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.0f}\u00a0%"
 
 
 def _count(x: Any, digits: int = 0) -> str:
