@@ -5,6 +5,7 @@ the row's disabled experts and run on the same whole batch, since a matrix produ
 differently when it has another number of rows.
 """
 
+import copy
 from functools import cache
 from itertools import chain, combinations
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from flexolmo.errors import PolicyError
-from flexolmo.model.assemble import assemble_mixture
+from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import language_model_loss
@@ -136,6 +137,38 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
             for got, expected in zip(merged, never, strict=True):
                 assert torch.isfinite(expected).all()
                 assert same_bits(got[rows], expected[rows])
+
+
+@given(case=CASES, bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+@settings(IN_SESSION, max_examples=60)
+def test_no_number_of_a_disabled_expert_is_ever_used(mixtures, case, bad):
+    """All of the expert that is off is NaN or infinite; the others read and learn as without it."""
+    masks = [tuple(n for n in m if n != "basalt") for m in case["masks"]] + [("basalt",)]
+    rest, more = ("amber", "cobalt"), (case["top_k"], case["parts"])
+    merged = copy.deepcopy(mixtures(case["kind"], case["dtype"], OWNERS, *more))
+    never = mixtures(case["kind"], case["dtype"], rest, *more)
+    for tensor in expert_tensors(merged, "basalt").values():
+        tensor.detach().fill_(bad if tensor.is_floating_point() else -1)
+    ids = mixtures.wilds["float32"].ids(len(masks), case["length"] + 1, case["seed"])
+    with torch.set_grad_enabled(case["has_grad"]):
+        for all_masks in (masks, masks[:-1]):  # basalt on beside the others, or nowhere
+            rows = ids[: len(all_masks)]
+            got = run(merged, rows[:, :-1], [rows[:, -1:]], all_masks, None)
+            others = [() if m == ("basalt",) else m for m in all_masks]
+            expected = run(never, rows[:, :-1], [rows[:, -1:]], others, None)
+            for a, b in zip(got, expected, strict=True):
+                assert torch.isfinite(b).all()
+                assert same_bits(a[: len(masks) - 1], b[: len(masks) - 1])
+
+
+def test_a_disabled_experts_head_is_never_used_in_the_loss(mixtures):
+    merged = copy.deepcopy(mixtures("evidence", "float32", OWNERS, None, RICH))
+    for tensor in expert_tensors(merged, "basalt").values():
+        tensor.detach().fill_(float("nan") if tensor.is_floating_point() else -1)
+    ids = mixtures.wilds["float32"].ids(2, 20)
+    x, ctx = merged.final(ids, active=merged.expert_mask([("amber",), ("basalt",)]))
+    for part in merged.lm_head.parts(x, ctx)[1::2]:
+        assert torch.isfinite(part).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -212,13 +212,17 @@ class DeltaLinear(Linear):
         return y
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
-        """Factors as in `Linear.parts`; zeros for sequences that have the expert off."""
+        """Factors as in `Linear.parts`; zeros for sequences that have the expert off.
+
+        If some have it off, what is not finite in its matrix counts as 0: theirs is 0 times it.
+        """
         rest = self.deltas.rest(ctx)
         found = [x if rest is None else rest.weight * x, self.weight]
         for share, own in self.deltas.whole(ctx):
-            found += [_where_on(share, share.weight * x), own.weight]
+            found += [_where_on(share, share.weight * x), _finite(share, own.weight)]
         for share, delta in self.deltas.low(ctx):
-            found += [_where_on(share, share.weight * F.linear(x, delta.lora_a)), delta.lora_b]
+            low = F.linear(x, delta.lora_a)
+            found += [_where_on(share, share.weight * low), _finite(share, delta.lora_b)]
         return found
 
 
@@ -227,6 +231,13 @@ def _where_on(share: Share, value: Tensor) -> Tensor:
     if share.enabled is None:
         return value
     return torch.where(share.enabled, value, value.new_zeros(()))
+
+
+def _finite(share: Share, matrix: Tensor) -> Tensor:
+    """`matrix`, without NaN and infinities if the expert is off for some sequences."""
+    if share.enabled is None:
+        return matrix
+    return torch.where(matrix.isfinite(), matrix, matrix.new_zeros(()))
 
 
 class DeltaEmbedding(Embedding):

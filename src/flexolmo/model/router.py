@@ -178,6 +178,8 @@ class EvidenceRouter(nn.Module):
             likelihoods.append(gap.double().exp().T)
         likelihood = torch.stack(likelihoods, dim=1).cpu().numpy()  # [T,E,B]
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
+        # dropped, not multiplied by 0: a table that is off may hold NaN
+        likelihood = np.where(on > 0, likelihood, 0.0)
         prior = on / _in_turn(on)  # [E,B]
         weights = prior if past is None else past[1].numpy()  # [E,B]
         ends = (

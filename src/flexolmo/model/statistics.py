@@ -131,6 +131,36 @@ def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
     )
 
 
+def table_problems(model: BigramModel) -> list[str]:
+    """A line for each way in which `model` is no table of log-probabilities.
+
+    Values lie between -1000 and 0, and the probabilities of all tokens, after any token, sum to 1
+    within 1e-3. Source: ours.
+    """
+    logs = (model.unigram, model.backoff, model.log_probs)
+    outside = [
+        float(values[~((values >= -1000) & (values <= 1e-3))][0])
+        for values in logs
+        if not bool(((values >= -1000) & (values <= 1e-3)).all())
+    ]
+    if outside:
+        return [f"found the log-probability {outside[0]:g}, expected -1000 to 0"]
+    unigram = np.exp(model.unigram.astype(np.float64))  # [V]
+    vocab_size = len(unigram)
+    first, second = model.keys // vocab_size, model.keys % vocab_size
+    listed = np.exp(model.log_probs.astype(np.float64))
+    sums = np.bincount(first, listed, vocab_size)  # [V] of listed bigrams
+    unlisted = unigram.sum() - np.bincount(first, unigram[second], vocab_size)  # [V]
+    sums += np.exp(model.backoff.astype(np.float64)) * unlisted
+    lines = []
+    if abs(unigram.sum() - 1) > 1e-3:
+        lines.append(f"token probabilities sum to {unigram.sum():g}, expected 1")
+    worst = int(np.abs(sums - 1).argmax())
+    if abs(sums[worst] - 1) > 1e-3:
+        lines.append(f"probabilities after token {worst} sum to {sums[worst]:g}, expected 1")
+    return lines
+
+
 def _count(
     keys: np.ndarray, document: np.ndarray, min_documents: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
