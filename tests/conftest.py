@@ -48,6 +48,7 @@ SMALL_SETS = PrepareSettings(
     heldout_share=0.05,
     vocab_size=300,
 )
+DIVISIONS = (torch.Tensor.__floordiv__, torch.Tensor.__mod__)
 ROUTERS = {
     "evidence": EvidenceSettings(),
     "linear": LinearSettings(),
@@ -127,6 +128,18 @@ def trust_dir(owner_keys, tmp_path_factory) -> Path:
     return where
 
 
+def _normalise(tensors: dict[str, torch.Tensor]) -> None:
+    """Scale listed bigrams so that the probabilities after each token sum to 1."""
+    unigram, logs = tensors["router.unigram"].exp(), tensors["router.bigram_log_probs"]
+    first, second = (f(tensors["router.bigram_keys"], len(unigram)) for f in DIVISIONS)
+    listed, left = torch.zeros(len(unigram)), torch.ones(len(unigram))
+    sums = listed.index_add(0, first, logs.exp())  # [V]
+    unlisted = 1 - listed.index_add(0, first, unigram[second])
+    left = torch.where(sums > 0, tensors["router.backoff"].exp(), 1.0)
+    tensors["router.backoff"] = left.log()
+    logs += ((1 - left * unlisted) / sums.clamp(min=1e-9)).log()[first]
+
+
 @dataclass
 class Wild:
     """An untrained anchor with large random weights, and experts for it.
@@ -166,6 +179,8 @@ class Wild:
             elif name.endswith("router.weight"):
                 t = t * 0.5
             tensors[name] = t
+        if "router.bigram_keys" in tensors:
+            _normalise(tensors)
         return tensors
 
     def rich_shapes(self, router: RouterSettings, names: str | list[str]) -> dict[str, ExpertShape]:

@@ -114,7 +114,7 @@ def test_an_unknown_signer_is_refused_unless_told_to_trust(house, tmp_path):
     with pytest.raises(SignatureError, match=r"Nobody was said to be trusted.*--trust DIR"):
         build_mixture(house.anchor_dir, [bundle], tmp_path / "m", None)
     about = build_mixture(house.anchor_dir, [bundle], tmp_path / "m", ANY_SIGNER)
-    assert about["experts"]["amber"]["signer"] is None
+    assert about["experts"]["amber"]["owner"] == "Mallory"
     assert load_mixture(tmp_path / "m", ANY_SIGNER).expert_names == ["amber"]
     with pytest.raises(SignatureError, match=r"amber\.bundle was refused.*unknown key"):
         load_mixture(tmp_path / "m", house.trusted)

@@ -56,7 +56,7 @@ def with_shapes(house, router, shapes, top_k=None):
     settings = ROUTERS[router]
     experts = {n: house.wild.expert(settings, sum(n.encode()), **s) for n, s in shapes.items()}
     model = assemble_mixture(house.anchor, experts, settings, top_k=top_k)
-    return LoadedMixture(model, house.anchor.tokenizer, {})
+    return LoadedMixture(model, house.anchor.tokenizer, {}, {})
 
 
 @pytest.fixture(scope="module", params=[None, 2], ids=["all experts", "2 of 4"])

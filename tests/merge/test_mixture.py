@@ -297,12 +297,12 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
     assert load_mixture(on(2031, 5, 2), house.trusted).expert_names == ["zinc"]
 
 
-@pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 2}])
+@pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 1}])
 def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
     model = house.build(["amber"], tmp_path / "m")
     about = json.loads((model / "mixture.json").read_text())
     (model / "mixture.json").write_text(json.dumps(about | change))
-    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 1"):
+    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 2"):
         load_mixture(model, house.trusted)
 
 

@@ -32,7 +32,7 @@ def generate(
     left_out = _for_each(without, len(prompts))
     alone = [None] * len(prompts) if only is None else _for_each(only, len(prompts))
     enabled = [
-        choose_experts(mixture.expert_names, without=w or (), only=o)
+        choose_experts(mixture.last_days, without=w or (), only=o)
         for w, o in zip(left_out, alone, strict=True)
     ]
     if not prompts:
@@ -61,7 +61,7 @@ def stream(
 
     Errors and warnings are those of `generate`.
     """
-    enabled = choose_experts(mixture.expert_names, without=without, only=only)
+    enabled = choose_experts(mixture.last_days, without=without, only=only)
     reader = OwnReader(mixture.model, mixture.tokenizer, sorted(enabled), is_sparse=False)
     return stream_text(reader, prompt, sampling or Sampling())
 

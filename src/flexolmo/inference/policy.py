@@ -1,20 +1,26 @@
 """Which experts may take part in a request. No torch: this is what a deployer audits."""
 
-from collections.abc import Collection, Iterable
+import datetime
+from collections.abc import Collection, Iterable, Mapping
 
 from flexolmo.errors import PolicyError
 
 
 def choose_experts(
-    available: Collection[str], *, without: Iterable[str] = (), only: Iterable[str] | None = None
+    available: Collection[str] | Mapping[str, datetime.date | None],
+    *,
+    without: Iterable[str] = (),
+    only: Iterable[str] | None = None,
 ) -> frozenset[str]:
     """The experts to enable: all `available` but `without`, or exactly `only`.
 
+    With a mapping, each expert's value is its last day of use (UTC), asked about now; None: no end.
     Public text always takes part; `only=[]` is the anchor alone.
 
     Raises:
         PolicyError: a name that is not available (a typing error must not switch a source on),
-            a text in place of a list of names, or both `without` and `only` given.
+            a text in place of a list of names, both `without` and `only` given, or an expert
+            whose terms have expired.
     """
     refuse_bare_text(without)
     refuse_bare_text(only)
@@ -30,7 +36,16 @@ def choose_experts(
             f"Unknown expert {', '.join(unknown)}: this mixture holds "
             f"{', '.join(sorted(available)) or 'none'}."
         )
-    return frozenset(available) - without if only is None else frozenset(named)
+    chosen = frozenset(available) - without if only is None else frozenset(named)
+    if isinstance(available, Mapping):
+        today = datetime.datetime.now(datetime.UTC).date()
+        ends = {name: available[name] for name in sorted(chosen)}
+        late = [f"{n} (on {end})" for n, end in ends.items() if end is not None and end < today]
+        if late:
+            raise PolicyError(
+                f"Terms have expired of {', '.join(late)}: switch them off, or ask their owners."
+            )
+    return chosen
 
 
 def refuse_bare_text(names: object) -> None:

@@ -222,7 +222,7 @@ def open_reader(
     directory, device = Path(directory), device or torch.device("cpu")
     if (directory / ABOUT).is_file():
         mixture = load_mixture(directory, trusted)
-        enabled = choose_experts(mixture.expert_names, without=without, only=only)
+        enabled = choose_experts(mixture.last_days, without=without, only=only)
         return (
             OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled), is_sparse),
             {

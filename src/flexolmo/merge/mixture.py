@@ -11,33 +11,43 @@ a directory, and any owner can check what the coordinator publishes. Source: §3
 import datetime
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 from torch import Tensor
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
-from flexolmo.bundle.tensors import compare_tensors
+from flexolmo.bundle.tensors import Digest, compare_tensors
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.errors import MergeError, SignatureError
-from flexolmo.files import digest_file, read_json, write_directory_aside, write_json
-from flexolmo.model.assemble import assemble_mixture
-from flexolmo.model.checkpoint import Anchor, load_anchor
+from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
+from flexolmo.files import (
+    digest_bytes,
+    digest_file,
+    hold_lock,
+    read_json,
+    write_directory_aside,
+    write_json,
+)
+from flexolmo.model.assemble import anchor_matrix, assemble_mixture
+from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
 from flexolmo.model.shape import BIGRAM_KEYS, architecture_of, expert_shapes, shape_of_tensors
-from flexolmo.model.statistics import are_bigram_keys
+from flexolmo.model.statistics import BigramModel, EvidenceSettings, are_bigram_keys, table_problems
 
 ABOUT = "mixture.json"
+BIGRAM_LOGS = "router.bigram_log_probs"
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
-_NAME: TypeAdapter[str] = TypeAdapter(Name)
 _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -47,6 +57,42 @@ _DTYPES = {
 }
 
 
+MAX_WEIGHT = 10_000.0  # largest number an expert may hold; trained ones stay below 100
+
+
+class _Removed(BaseModel):
+    """The newest bundle that this mixture ever held of an owner who is not in it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    created: str
+    manifest_digest: Digest
+
+
+class _Expert(BaseModel):
+    """Digests of a bundle's files; the other fields are compared with its manifest's."""
+
+    model_config = ConfigDict(extra="allow")
+
+    files: dict[
+        Literal["expert.safetensors", "manifest.json", "signature.sig", "signer.pub"], Digest
+    ]
+
+
+class _Index(BaseModel):
+    """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["flexolmo-mixture"]
+    format_version: Literal[2]
+    anchor_digest: Digest
+    router: RouterSettings
+    top_k: Annotated[StrictInt, Field(ge=1)] | None
+    experts: dict[Name, _Expert]
+    removed: dict[Name, _Removed]
+
+
 @dataclass(frozen=True)
 class LoadedMixture:
     """A mixture ready to run."""
@@ -54,6 +100,7 @@ class LoadedMixture:
     model: MixtureModel
     tokenizer: Tokenizer
     about: dict[str, Any]  # mixture.json
+    last_days: Mapping[str, datetime.date | None]  # of use, by expert; None: no end
 
     @property
     def expert_names(self) -> list[str]:
@@ -80,53 +127,24 @@ def build_mixture(
     if top_k is not None and top_k < 1:
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     trusted = _require(trusted)
-    anchor = load_anchor(anchor_dir)
-    opened = [
-        (Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown, keep_tensors=True))
-        for p in bundles
-    ]
-    _refuse_misfits(anchor, [b for _, b in opened])
-    sources = {b.manifest.name: p for p, b in opened}
-    experts = {b.manifest.name: _describe_expert(b) for _, b in opened}
-    router = opened[0][1].manifest.router.settings if opened else {"kind": "evidence"}
-    return _write(
-        out,
-        Path(anchor_dir),
-        anchor,
-        sources,
-        experts,
-        _ROUTER.validate_python(router).model_dump(mode="json"),
-        top_k,
-        trusted,
-    )
+    about: dict[str, Any] = {"top_k": top_k, "experts": {}, "removed": {}}
+    with _hold(out):
+        return _write(Path(out), Path(anchor_dir), [Path(b) for b in bundles], about, trusted)
 
 
 def add_experts(
     model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners | None
 ) -> dict[str, Any]:
-    """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`."""
-    about, trusted = read_about(model_dir), _require(trusted)
-    anchor = _load_own_anchor(model_dir, about)
-    held = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in about["experts"]}
-    manifests = [_reopen(path, n, about, trusted).manifest for n, path in held.items()]
-    opened = [
-        (Path(p), open_bundle(Path(p), trusted, trusted.allows_unknown, keep_tensors=True))
-        for p in bundles
-    ]
-    _refuse_misfits(anchor, [b for _, b in opened], manifests)
-    sources = held | {b.manifest.name: p for p, b in opened}
-    experts = about["experts"] | {b.manifest.name: _describe_expert(b) for _, b in opened}
-    router = about["router"] if held or not opened else opened[0][1].manifest.router.settings
-    return _write(
-        Path(model_dir),
-        Path(model_dir) / "anchor",
-        anchor,
-        sources,
-        experts,
-        _ROUTER.validate_python(router).model_dump(mode="json"),
-        about["top_k"],
-        trusted,
-    )
+    """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
+
+    Those already in it must be trusted and within their terms. A bundle older than one that was
+    removed from this mixture is refused.
+    """
+    trusted, model_dir = _require(trusted), Path(model_dir)
+    with _hold(model_dir):
+        about = read_about(model_dir)
+        _refuse_late(model_dir, about["experts"])
+        return _write(model_dir, model_dir / "anchor", [Path(b) for b in bundles], about, trusted)
 
 
 def remove_experts(
@@ -134,23 +152,23 @@ def remove_experts(
 ) -> dict[str, Any]:
     """Remove owners' experts, files and all, from the mixture in `model_dir`.
 
-    Signers of those who stay must be trusted; nothing is asked of those who go.
+    Signers of those who stay must be trusted; nothing is asked of those who go. Their names, and
+    date and digest of what they signed, stay in mixture.json, so that nothing older comes back.
     """
-    about, trusted = read_about(model_dir), _require(trusted)
-    gone = set(names)
-    _refuse_unknown(gone, about)
-    kept = {n: e for n, e in about["experts"].items() if n not in gone}
-    sources = {n: Path(model_dir) / "experts" / f"{n}.bundle" for n in kept}
-    return _write(
-        Path(model_dir),
-        Path(model_dir) / "anchor",
-        _load_own_anchor(model_dir, about),
-        sources,
-        kept,
-        about["router"],
-        about["top_k"],
-        trusted,
-    )
+    trusted, model_dir, gone = _require(trusted), Path(model_dir), set(names)
+    with _hold(model_dir):
+        about = read_about(model_dir)
+        _refuse_unknown(gone, about)
+        experts = about["experts"]
+        about["removed"] |= {
+            n: {
+                "created": str(experts[n].get("created")),
+                "manifest_digest": experts[n]["files"]["manifest.json"],
+            }
+            for n in gone
+        }
+        about["experts"] = {n: e for n, e in experts.items() if n not in gone}
+        return _write(model_dir, model_dir / "anchor", [], about, trusted)
 
 
 def load_mixture(
@@ -158,83 +176,98 @@ def load_mixture(
 ) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
 
-    Their signers must be among `trusted`; ANY_SIGNER lets everybody in.
-
-    Every bundle's signature and digests are checked again, and that it is the expert, for the
-    anchor and router, that mixture.json says; an expert whose terms have expired since is refused
-    by name. mixture.json itself is not signed: keep it as safe as the program.
+    Their signers must be among `trusted`; ANY_SIGNER lets everybody in. Every bundle is checked
+    again as when it was added, and that mixture.json says of it what its manifest says; an expert
+    whose terms have expired is refused by name. The choice of bundles and `top_k` are not signed:
+    keep mixture.json as safe as the program.
     """
-    about, trusted = read_about(model_dir), _require(trusted)
-    anchor = _load_own_anchor(model_dir, about)
+    trusted, model_dir = _require(trusted), Path(model_dir)
+    about = read_about(model_dir)
+    anchor = load_anchor(model_dir / "anchor")
+    _refuse_other_anchor(model_dir, anchor, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
-    tensors, late = {}, []
-    today = datetime.datetime.now(datetime.UTC).date()
-    for name in sorted(chosen):
-        path = Path(model_dir) / "experts" / f"{name}.bundle"
-        bundle = _reopen(path, name, about, trusted, keep_tensors=True)
-        manifest = bundle.manifest
-        if manifest.terms.expires is not None and manifest.terms.expires < today:
-            late.append(f"{name}: terms expired on {manifest.terms.expires}")
-        tensors[name] = tensors_of(bundle)
+    _refuse_late(model_dir, {n: about["experts"][n] for n in chosen})
+    opened = [
+        _reopen(model_dir / "experts" / f"{n}.bundle", n, about, trusted, keep_tensors=True)
+        for n in sorted(chosen)
+    ]
+    lines = [line for bundle in opened for line in _find_misfits(anchor, bundle)]
+    _refuse(lines + _find_differences(anchor, [b.manifest for b in opened], about["router"]))
+    tensors = {b.manifest.name: tensors_of(b) for b in opened}
+    router = _ROUTER.validate_python(about["router"])
+    model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"])
+    last_days = {b.manifest.name: b.manifest.terms.expires for b in opened}
+    return LoadedMixture(model, anchor.tokenizer, about, last_days)
+
+
+def read_about(model_dir: Path) -> dict[str, Any]:
+    """The content of `mixture.json`: anchor digest, router, top_k, and each expert's claims."""
+    path = Path(model_dir) / ABOUT
+    if not path.is_file():
+        raise MergeError(
+            f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."
+        )
+    if (Path(model_dir) / "anchor.json").exists():
+        raise MergeError(
+            f"{model_dir} has both {ABOUT} and anchor.json, so it is not clear what it is. A "
+            "mixture's own anchor is in its directory anchor/. Remove the one that was put there."
+        )
+    about = read_json(path, MergeError)
+    if not isinstance(about, dict):
+        raise MergeError(f"{path} does not describe a mixture.")
+    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 2:
+        raise MergeError(
+            f"{path} is format {about.get('format')!r} version {about.get('format_version')!r}; "
+            "expected 'flexolmo-mixture' version 2. Build it again from its bundles, which are in "
+            f"{model_dir}/experts."
+        )
+    try:
+        index = _Index.model_validate(about)
+    except ValidationError as e:
+        lines = [
+            f"{'.'.join(map(str, x['loc']))}: {x['msg']}, found {str(x['input'])[:100]!r}"
+            for x in e.errors()
+        ]
+        raise MergeError(f"{path} does not describe a mixture:\n  " + "\n  ".join(lines)) from None
+    return index.model_dump(mode="json")
+
+
+def _hold(model_dir: Path) -> AbstractContextManager[None]:
+    """One change of a mixture at a time: what was read of it stays true until it is written."""
+    model_dir = Path(model_dir)
+    return hold_lock(model_dir.parent / f".{model_dir.name}.lock", wait=True)
+
+
+def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, Any]) -> None:
+    if anchor.digest != about["anchor_digest"]:
+        raise MergeError(
+            f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
+            f"on {about['anchor_digest']}. Build it again."
+        )
+
+
+def _refuse_late(model_dir: Path, experts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse experts whose terms have expired; what mixture.json says of them is checked later."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    ends = {n: str(e.get("terms", {}).get("expires") or "9999") for n, e in experts.items()}
+    late = [f"{n}: terms expired on {end}" for n, end in sorted(ends.items()) if end < today]
     if late:
         raise MergeError(
             f"{model_dir} may not be used as it is:\n  "
             + "\n  ".join(late)
             + "\nRemove these experts (flexolmo mix remove) or ask their owners."
         )
-    model = assemble_mixture(
-        anchor, tensors, _ROUTER.validate_python(about["router"]), top_k=about["top_k"]
-    )
-    return LoadedMixture(model, anchor.tokenizer, about)
-
-
-def read_about(model_dir: Path) -> dict[str, Any]:
-    """What `mixture.json` says: anchor digest, router, top_k, and each expert's claims."""
-    if not (Path(model_dir) / ABOUT).is_file():
-        raise MergeError(
-            f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."
-        )
-    about = read_json(Path(model_dir) / ABOUT, MergeError)
-    if not isinstance(about, dict):
-        raise MergeError(f"{model_dir}/{ABOUT} does not describe a mixture.")
-    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 1:
-        raise MergeError(
-            f"{model_dir}/{ABOUT} is format {about.get('format')!r} version "
-            f"{about.get('format_version')!r}; expected 'flexolmo-mixture' version 1."
-        )
-    missing = sorted({"anchor_digest", "router", "top_k", "experts"} - about.keys())
-    if missing:
-        raise MergeError(f"{model_dir}/{ABOUT} lacks {', '.join(missing)}.")
-    try:
-        _ROUTER.validate_python(about["router"])
-        for name, entry in about["experts"].items():
-            _NAME.validate_python(name)
-            if set(entry["files"]) != set(MAX_FILE_BYTES):
-                raise ValueError(f"{name}: found files {sorted(entry['files'])}")
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise MergeError(f"{model_dir}/{ABOUT} does not describe a mixture: {e}") from None
-    return about
-
-
-def _load_own_anchor(model_dir: Path, about: Mapping[str, Any]) -> Anchor:
-    anchor = load_anchor(Path(model_dir) / "anchor")
-    if anchor.digest != about["anchor_digest"]:
-        raise MergeError(
-            f"{model_dir}/anchor has digest {anchor.digest}, the mixture was built "
-            f"on {about['anchor_digest']}. Build it again."
-        )
-    return anchor
 
 
 def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     m = bundle.manifest
     return {
         "owner": m.owner,
-        "signer": bundle.signer,
         "key_id": bundle.key_id,
         "licence": m.licence,
         "terms": m.terms.model_dump(mode="json"),
+        "created": m.created,
         "architecture": m.architecture.model_dump(mode="json"),
         "tokens_seen": m.tokens_seen,
         "weights_bytes": bundle.weights_bytes,
@@ -243,57 +276,10 @@ def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-def _refuse_misfits(
-    anchor: Anchor, bundles: Sequence[Bundle], held: Sequence[Manifest] = ()
-) -> None:
-    manifests = [b.manifest for b in bundles]
-    dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
-    lines: list[str] = []
-    seen = {m.name for m in held}
-    for b, m in zip(bundles, manifests, strict=True):
-        if m.name in seen:
-            lines.append(f"{m.name}: two experts have this name")
-        seen.add(m.name)
-        if m.anchor_digest != anchor.digest:
-            lines.append(
-                f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is {anchor.digest}"
-            )
-            continue
-        try:
-            router = _ROUTER.validate_python(m.router.settings)
-        except ValueError as e:
-            lines.append(f"{m.name}: router settings are not understood: {e}")
-            continue
-        shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
-        claimed, found = m.architecture.model_dump(), architecture_of(anchor.config, shape)
-        lines += [
-            f"{m.name}: architecture claims {key} {claimed[key]}, found {found[key]}"
-            for key in found
-            if claimed[key] != found[key]
-        ]
-        expected = expert_shapes(anchor.config, shape, router)
-        lines += [f"{m.name}: {line}" for line in compare_tensors(m.tensors, expected)]
-        lines += [
-            f"{m.name}: dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
-            for key, entry in m.tensors.items()
-            if entry.dtype not in (wanted := _dtypes_of(key, dtype))
-        ]
-        keys = m.tensors.get(BIGRAM_KEYS)
-        if (
-            keys is not None
-            and keys.dtype == "I64"
-            and not are_bigram_keys(
-                np.frombuffer(b.tensors[BIGRAM_KEYS], "<i8"), anchor.config.vocab_size
-            )
-        ):
-            lines.append(f"{m.name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
-    first = [*held, *manifests][0] if (held or manifests) else None
-    for m in manifests:
-        if first is not None and m.router != first.router:
-            lines.append(
-                f"{m.name}: router is {m.router.settings}, that of {first.name} is "
-                f"{first.router.settings}"
-            )
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _refuse(lines: Sequence[str]) -> None:
     if lines:
         raise MergeError(
             "These experts cannot be merged:\n  "
@@ -302,12 +288,132 @@ def _refuse_misfits(
         )
 
 
+def _find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
+    """A line for each way in which a bundle opened with `keep_tensors` does not fit the anchor."""
+    m = bundle.manifest
+    if m.anchor_digest != anchor.digest:
+        return [f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is {anchor.digest}"]
+    try:
+        router = _ROUTER.validate_python(m.router.settings)
+    except ValueError as e:
+        return [f"{m.name}: router settings are not understood: {e}"]
+    shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
+    claimed, found = m.architecture.model_dump(), architecture_of(anchor.config, shape)
+    lines = [
+        f"architecture claims {key} {claimed[key]}, found {found[key]}"
+        for key in found
+        if claimed[key] != found[key]
+    ]
+    lines += compare_tensors(m.tensors, expert_shapes(anchor.config, shape, router))
+    dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
+    lines += [
+        f"dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
+        for key, entry in m.tensors.items()
+        if entry.dtype not in (wanted := _dtypes_of(key, dtype))
+    ]
+    if not lines:
+        lines = _find_bad_numbers(anchor, tensors_of(bundle), router)
+    return [f"{m.name}: {line}" for line in lines]
+
+
+def _find_bad_numbers(
+    anchor: Anchor, tensors: Mapping[str, Tensor], router: RouterSettings
+) -> list[str]:
+    """A line for each tensor of the right shape and dtype that no training gives."""
+    lines = [
+        f"{key} holds numbers of {largest:g}, expected at most {MAX_WEIGHT:g}"
+        for key, tensor in tensors.items()
+        if tensor.is_floating_point() and (largest := float(tensor.abs().max())) > MAX_WEIGHT
+    ]
+    if not isinstance(router, EvidenceSettings):
+        return lines
+    nothing = {BIGRAM_KEYS: torch.zeros(0, dtype=torch.long), BIGRAM_LOGS: torch.zeros(0)}
+    unigram, backoff, keys, log_probs = (
+        (nothing | dict(tensors))[key].numpy()
+        for key in ("router.unigram", "router.backoff", BIGRAM_KEYS, BIGRAM_LOGS)
+    )
+    if not are_bigram_keys(keys, anchor.config.vocab_size):
+        return [*lines, f"{BIGRAM_KEYS} are not ascending pairs of token ids"]
+    table, public = BigramModel(unigram, backoff, keys, log_probs), anchor.public
+    lines += [f"router table: {line}" for line in table_problems(table)]
+    if all(np.array_equal(part, vars(public)[name]) for name, part in vars(table).items()):
+        lines.append("router table is a copy of public's, which tells no text from another")
+    return lines
+
+
+def _find_unstable(anchor: Anchor, bundle: Bundle) -> list[str]:
+    """A line if the expert, beside the anchor, gives no finite number for a fixed text."""
+    router = _ROUTER.validate_python(bundle.manifest.router.settings)
+    if isinstance(router, EvidenceSettings):  # so that it is run at every token
+        router = router.model_copy(update={"min_weight": 0.0})
+    name = bundle.manifest.name
+    model = assemble_mixture(anchor, {name: tensors_of(bundle)}, router)
+    length = min(64, anchor.config.max_seq_len)
+    ids = torch.arange(length)[None] * 7919 % anchor.config.vocab_size  # [1,T]
+    with torch.inference_mode():
+        is_finite = bool(torch.isfinite(model(ids)).all())
+    return [] if is_finite else [f"{name}: gives NaN or infinity for a plain text"]
+
+
+def _find_differences(
+    anchor: Anchor, manifests: Sequence[Manifest], router: Any = None
+) -> list[str]:
+    """A line for each way in which experts do not go together: names, routers, equal tensors."""
+    lines, seen = [], set()
+    for m in manifests:
+        if m.name in seen:
+            lines.append(f"{m.name}: two experts have this name")
+        seen.add(m.name)
+        settings, first = m.router.settings, manifests[0]
+        if m.router != first.router:
+            lines.append(
+                f"{m.name}: router is {settings}, that of {first.name} is {first.router.settings}"
+            )
+        elif router is not None and _ROUTER.validate_python(settings) != _ROUTER.validate_python(
+            router
+        ):
+            lines.append(f"{m.name}: router is {settings}, that of the mixture is {router}")
+    holders: dict[str, dict[str, str]] = {}  # digest to the tensor's key, by expert
+    for m in manifests:
+        for key, entry in m.tensors.items():
+            if prod(entry.shape) >= 8 and key != BIGRAM_KEYS:
+                holders.setdefault(entry.digest, {})[m.name] = key
+    for digest, keys in holders.items():
+        if len(keys) > 1 and digest not in _untrained(anchor, *next(iter(keys.items())), manifests):
+            lines.append(
+                f"{', '.join(sorted(keys))}: equal tensors ({', '.join(sorted(set(keys.values())))}"
+                "); an owner would speak under several names, and could not be switched off"
+            )
+    return lines
+
+
+def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest]) -> set[str]:
+    """Digests that a tensor of several experts may well share: zeros, and the anchor's own."""
+    entry = next(m.tensors[key] for m in manifests if m.name == name)
+    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}[entry.dtype]
+    own = anchor_matrix(anchor, key.removesuffix(".weight"))
+    found = {digest_bytes(bytes(width * prod(entry.shape)))}
+    if own is not None:
+        data = own.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        found.add(digest_bytes(data))
+    return found
+
+
 def _dtypes_of(key: str, weights: str) -> list[str]:
     if key == BIGRAM_KEYS:
         return ["I64"]
     if "router." in key:
         return ["F32"]
     return list(dict.fromkeys([weights, "BF16"] if ".lora_" in key else [weights]))
+
+
+def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
+    unknown = sorted(names - set(about["experts"]))
+    if unknown:
+        raise MergeError(
+            f"No expert {', '.join(unknown)} here: the mixture holds "
+            f"{', '.join(sorted(about['experts'])) or 'none'}."
+        )
 
 
 def _require(trusted: TrustedOwners | None) -> TrustedOwners:
@@ -319,15 +425,6 @@ def _require(trusted: TrustedOwners | None) -> TrustedOwners:
             "ANY_SIGNER."
         )
     return trusted
-
-
-def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
-    unknown = sorted(names - set(about["experts"]))
-    if unknown:
-        raise MergeError(
-            f"No expert {', '.join(unknown)} here: the mixture holds "
-            f"{', '.join(sorted(about['experts'])) or 'none'}."
-        )
 
 
 def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
@@ -346,7 +443,7 @@ def _reopen(
     trusted: TrustedOwners,
     keep_tensors: bool = False,
 ) -> Bundle:
-    """A bundle inside a mixture, byte for byte as once verified."""
+    """A bundle inside a mixture, byte for byte as once verified; the caller judges its terms."""
     entry, wrong = about["experts"][name], []
     for file in sorted(MAX_FILE_BYTES.keys() - {WEIGHTS_FILE}):  # opening reads those, once
         try:
@@ -355,7 +452,6 @@ def _reopen(
         except OSError as e:
             wrong.append(f"{file}: {e.strerror}")
     if not wrong:
-        # the caller judges the terms
         found = open_bundle(
             path,
             trusted,
@@ -363,21 +459,12 @@ def _reopen(
             today=datetime.date.min,
             keep_tensors=keep_tensors,
         )
-        manifest = found.manifest
-        for claim, value, expected in (
-            ("name", manifest.name, name),
-            ("key", found.key_id, entry["key_id"]),
-            ("anchor", manifest.anchor_digest, about["anchor_digest"]),
-            (
-                "router",
-                _ROUTER.validate_python(manifest.router.settings),
-                _ROUTER.validate_python(about["router"]),
-            ),
-        ):
-            if value != expected:
-                wrong.append(f"{claim}: found {value}, {ABOUT} says {expected}")
-        if found.digests != entry["files"]:
-            wrong.append(f"{WEIGHTS_FILE}: changed since the mixture was built")
+        claims = {"name": found.manifest.name, **_describe_expert(found)}
+        wrong = [
+            f"{key}: found {claims.get(key)!r}, {ABOUT} says {said!r}"
+            for key, said in {**dict.fromkeys(claims), "name": name, **entry}.items()
+            if claims.get(key) != said
+        ]
         if not wrong:
             return found
     raise MergeError(
@@ -387,40 +474,119 @@ def _reopen(
     )
 
 
+# --- writing ------------------------------------------------------------------------------------
+
+
 def _write(
     out: Path,
     anchor_dir: Path,
-    anchor: Anchor,
-    sources: Mapping[str, Path],
-    experts: Mapping[str, Any],
-    router: Any,
-    top_k: int | None,
+    bundles: Sequence[Path],
+    about: Mapping[str, Any],
     trusted: TrustedOwners,
 ) -> dict[str, Any]:
-    about = {
-        "format": "flexolmo-mixture",
-        "format_version": 1,
-        "anchor_digest": anchor.digest,
-        "router": router,
-        "top_k": top_k,
-        "experts": {n: experts[n] for n in sorted(experts)},
-    }
-    with write_directory_aside(Path(out), ABOUT) as aside:
-        _place(anchor_dir, aside / "anchor")
+    """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up.
+
+    One expert's tensors at a time are in memory.
+    """
+    with write_directory_aside(out, ABOUT) as aside:
+        with _naming(aside / "anchor", anchor_dir):
+            _place(anchor_dir, aside / "anchor", anchor_files(anchor_dir))
+            anchor = load_anchor(aside / "anchor")
+        if "anchor_digest" in about:
+            _refuse_other_anchor(out, anchor, about)
         (aside / "experts").mkdir()
-        for name, source in sources.items():
-            target = aside / "experts" / f"{name}.bundle"
-            _place(source, target)
-            _reopen(target, name, about, trusted)
-        write_json(aside / ABOUT, about)
-    return about
+        experts, manifests, lines = {}, [], []
+        for name in about["experts"]:
+            source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
+            with _naming(target, source):
+                _place_bundle(source, target, trusted, today=datetime.date.min)
+                held = _reopen(target, name, about, trusted)
+            experts[name] = about["experts"][name]
+            manifests.append(held.manifest)
+        for source in bundles:
+            target = aside / "incoming"
+            with _naming(target, source):
+                _place_bundle(source, target, trusted)
+                bundle = open_bundle(target, trusted, trusted.allows_unknown, keep_tensors=True)
+            m = bundle.manifest
+            misfits = _find_misfits(anchor, bundle) or _find_unstable(anchor, bundle)
+            removed = about["removed"].get(m.name)
+            if removed is not None and m.created < removed["created"]:
+                misfits.append(
+                    f"{m.name}: packed at {m.created}, but this mixture has already held one "
+                    f"packed at {removed['created']}; ask the owner for the newest, or, if the "
+                    "owner wants the old one back, build the mixture anew"
+                )
+            if m.name in experts:
+                misfits.append(f"{m.name}: two experts have this name")
+            else:
+                target.rename(aside / "experts" / f"{m.name}.bundle")
+                experts[m.name] = _describe_expert(bundle)
+                manifests.append(m)
+            lines += misfits
+        _refuse(lines + _find_differences(anchor, manifests, about.get("router")))
+        default = about.get("router") or EvidenceSettings()
+        router = manifests[0].router.settings if manifests else default
+        new = {
+            "format": "flexolmo-mixture",
+            "format_version": 2,
+            "anchor_digest": anchor.digest,
+            "router": _ROUTER.validate_python(router).model_dump(mode="json"),
+            "top_k": about["top_k"],
+            "experts": {n: experts[n] for n in sorted(experts)},
+            "removed": {n: about["removed"][n] for n in sorted(about["removed"].keys() - experts)},
+        }
+        write_json(aside / ABOUT, new)
+    return new
 
 
-def _place(source: Path, target: Path) -> None:
-    """Copy a directory of plain files; by hard link where the file system allows."""
+@contextmanager
+def _naming(target: Path, source: Path) -> Iterator[None]:
+    """Let errors about `target`, made from `source`, name the source."""
+    try:
+        yield
+    except (BundleError, CheckpointError, MergeError) as e:
+        raise type(e)(str(e).replace(str(target), str(source))) from None
+
+
+def _place_bundle(
+    source: Path, target: Path, trusted: TrustedOwners, today: datetime.date | None = None
+) -> None:
+    if not source.is_dir() or {p.name for p in source.iterdir() if not p.is_symlink()} != set(
+        MAX_FILE_BYTES
+    ):
+        open_bundle(source, trusted, trusted.allows_unknown, today)  # says what is amiss
+    shutil.rmtree(target, ignore_errors=True)
+    _place(source, target, sorted(MAX_FILE_BYTES))
+
+
+def _place(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy the plain files `names`; by hard link where nobody but us can change them.
+
+    No link is followed: what it points to might not be meant for others.
+    """
     target.mkdir()
-    for file in sorted(p for p in Path(source).iterdir() if p.is_file()):
+
+    def is_ours(status: os.stat_result) -> bool:
+        return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+    for name in names:
         try:
-            os.link(file.resolve(), target / file.name)
-        except OSError:
-            shutil.copyfile(file, target / file.name)
+            fd = os.open(source / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError as e:
+            raise MergeError(
+                f"{source / name} is a link, or cannot be read ({e.strerror}). Expected a plain "
+                "file: put a copy of what it points to in its place."
+            ) from None
+        with os.fdopen(fd, "rb") as file:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise MergeError(f"{source / name} is not a plain file.")
+            if is_ours(status) and is_ours(source.stat()):
+                try:
+                    os.link(source / name, target / name, follow_symlinks=False)
+                    continue
+                except OSError:  # another file system, or one without hard links
+                    pass
+            with open(target / name, "xb") as copy:
+                shutil.copyfileobj(file, copy, 1 << 20)

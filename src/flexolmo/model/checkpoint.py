@@ -7,6 +7,7 @@ D d_model, L layers.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,28 +15,51 @@ from typing import Any
 
 import safetensors
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from torch import Tensor
 
+from flexolmo.bundle.signing import read_signature, sign_files
+from flexolmo.bundle.strict import raise_listed
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, SignatureError
 from flexolmo.files import (
     canonical_json,
     digest_bytes,
+    digest_file,
     read_json,
     save_tensors,
+    write_bytes,
     write_directory_aside,
     write_json,
 )
 from flexolmo.model.statistics import BigramModel
 from flexolmo.model.stock import (
+    INDEX,
     StockConfig,
     build_transformer,
+    files_of_index,
     read_stock,
     stock_config,
     stock_name,
     write_stock,
 )
 from flexolmo.model.transformer import ModelConfig, Transformer
+
+ANCHOR_VERSION = 2
+SIGNATURE_FILE = "anchor.sig"
+_FILES = (
+    "anchor.json",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    INDEX,
+    "public.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "LICENSE",
+    "NOTICE",
+    "README.md",
+)
 
 # --- digests ------------------------------------------------------------------------------------
 
@@ -66,6 +90,7 @@ class Anchor:
     router_rows: Tensor  # [L,D] the public expert's rows for the linear router, float32
     digest: str
     record: dict[str, Any]
+    format_version: int = ANCHOR_VERSION
 
     @property
     def config(self) -> ModelConfig:
@@ -78,8 +103,12 @@ def build_anchor(
     public: BigramModel,
     router_rows: Tensor,
     record: dict[str, Any],
+    format_version: int = ANCHOR_VERSION,
 ) -> Anchor:
-    """An anchor in memory; its digest covers weights, tokenizer and public statistics."""
+    """An anchor in memory; its digest covers configuration, weights, tokenizer and statistics.
+
+    In `format_version` 1 it leaves out max_seq_len.
+    """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
             f"The tokenizer has {tokenizer.vocab_size} ids, the model's "
@@ -92,7 +121,9 @@ def build_anchor(
         )
     state = model.state_dict()
     _refuse_numbers(state | {"router_rows": router_rows})
-    unsaid = {"max_seq_len"} | (set() if model.config.document_mask else {"document_mask"})
+    unsaid = set() if model.config.document_mask else {"document_mask"}
+    if format_version == 1:
+        unsaid.add("max_seq_len")
     digest = digest_tensors(
         [*state.items(), *_public_tensors(public, router_rows).items()],
         tokenizer=tokenizer.digest,
@@ -103,7 +134,7 @@ def build_anchor(
         ),
     )
     model.requires_grad_(False)
-    return Anchor(model.eval(), tokenizer, public, router_rows, digest, record)
+    return Anchor(model.eval(), tokenizer, public, router_rows, digest, record, format_version)
 
 
 def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
@@ -139,7 +170,7 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
             aside / "anchor.json",
             {
                 "format": "flexolmo-anchor",
-                "format_version": 1,
+                "format_version": anchor.format_version,
                 "digest": anchor.digest,
                 "record": anchor.record,
             },
@@ -149,13 +180,21 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
 def load_anchor(directory: Path) -> Anchor:
     """The anchor in `directory`; refuses one whose content does not have its stated digest."""
     directory = Path(directory)
+    if (directory / "mixture.json").exists():
+        raise CheckpointError(
+            f"{directory} holds a mixture.json, so it is a mixture; its anchor is in "
+            f"{directory}/anchor."
+        )
     about = read_json(directory / "anchor.json", CheckpointError)
     if not isinstance(about, dict) or "record" not in about or "digest" not in about:
         raise CheckpointError(f"{directory}/anchor.json is not an anchor's description.")
-    if about.get("format") != "flexolmo-anchor" or about.get("format_version") != 1:
+    if about.get("format") != "flexolmo-anchor" or about.get("format_version") not in (
+        1,
+        ANCHOR_VERSION,
+    ):
         raise CheckpointError(
             f"{directory}/anchor.json is format {about.get('format')!r} version "
-            f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version 1."
+            f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version {ANCHOR_VERSION}."
         )
     config, tensors = read_stock(directory, StockConfig)
     model = build_transformer(config.decoder, tensors, str(directory))
@@ -168,10 +207,81 @@ def load_anchor(directory: Path) -> Anchor:
         rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
-    anchor = build_anchor(model, load_tokenizer(directory), public, rows, about["record"])
+    tokenizer, version = load_tokenizer(directory), about["format_version"]
+    anchor = build_anchor(model, tokenizer, public, rows, about["record"], version)
     if anchor.digest != about.get("digest"):
         raise CheckpointError(
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "
             f"{about.get('digest')}. Fetch the anchor again."
         )
     return anchor
+
+
+def anchor_files(directory: Path) -> list[str]:
+    """Names of the files that make up the anchor in `directory`; whatever else is there is not of
+    it."""
+    found = [n for n in (*_FILES, SIGNATURE_FILE) if os.path.lexists(directory / n)]
+    if INDEX in found:
+        found += files_of_index(directory / INDEX)
+    return found
+
+
+def sign_anchor(directory: Path, key: ec.EllipticCurvePrivateKey) -> Anchor:
+    """Sign the anchor's digest and each of its files, as bundles are signed, into anchor.sig."""
+    directory = Path(directory)
+    anchor = load_anchor(directory)
+    write_bytes(
+        directory / SIGNATURE_FILE, sign_files(anchor.digest, _digest_files(directory), key)
+    )
+    return anchor
+
+
+def check_anchor(
+    anchor: Anchor, directory: Path, digest: str | None = None, coordinator: bytes | None = None
+) -> None:
+    """Check that `anchor`, read from `directory`, is the one agreed upon.
+
+    Args:
+        digest: Digest that it must have.
+        coordinator: Public key (PEM) that must have signed it and its files.
+
+    Raises:
+        CheckpointError: another digest.
+        SignatureError: not signed, not by this key, or changed since.
+    """
+    if digest is not None and digest != anchor.digest:
+        raise CheckpointError(
+            f"{directory} has digest {anchor.digest}, expected {digest}. Ask the coordinator for "
+            "the anchor again."
+        )
+    if coordinator is None:
+        return
+    try:
+        signature = (Path(directory) / SIGNATURE_FILE).read_bytes()
+    except OSError as e:
+        raise SignatureError(
+            f"{directory} has no readable {SIGNATURE_FILE} ({e.strerror}). The coordinator signs "
+            "it with flexolmo anchor sign."
+        ) from None
+    try:
+        signed = read_signature(signature, coordinator)
+    except SignatureError as e:
+        raise SignatureError(
+            f"{directory}/{SIGNATURE_FILE} was not made with the coordinator's key. {e}"
+        ) from None
+    lines = [] if signed.subject == anchor.digest else [f"digest: found {anchor.digest}"]
+    found = _digest_files(Path(directory))
+    changed = {
+        n for n in found.keys() | signed.digests.keys() if found.get(n) != signed.digests.get(n)
+    }
+    lines += [f"{n}: changed, missing or added since it was signed" for n in sorted(changed)]
+    raise_listed(
+        SignatureError,
+        f"{directory} is not what the coordinator signed:",
+        lines,
+        "Ask the coordinator for the anchor again.",
+    )
+
+
+def _digest_files(directory: Path) -> dict[str, str]:
+    return {n: digest_file(directory / n) for n in anchor_files(directory) if n != SIGNATURE_FILE}

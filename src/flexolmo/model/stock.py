@@ -221,7 +221,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
                 f"{directory} holds two sets of weights, {other.name} beside others; which of them "
                 "is the model is not guessed. Remove one."
             )
-    files = _files_of_index(index) if index.exists() else [single.name]
+    files = files_of_index(index) if index.exists() else [single.name]
     tensors: dict[str, Tensor] = {}
     for name in files:
         try:
@@ -241,7 +241,7 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _files_of_index(index: Path) -> list[str]:
+def files_of_index(index: Path) -> list[str]:
     raw = read_json(index, CheckpointError)
     where = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(where, dict) or not where:
