@@ -88,7 +88,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _lock_directory(path: Path, wait: bool) -> Iterator[bool]:
+def lock_directory(path: Path, wait: bool) -> Iterator[bool]:
     """Hold a lock on the directory `path`; yields False if it is gone, or held by another run.
 
     The system frees the lock when its holder ends, by SIGKILL too, so a directory that can be
@@ -132,7 +132,7 @@ def recover(path: Path) -> None:
     for name in sorted(os.listdir(path.parent)):
         if pattern.fullmatch(name):
             left = path.parent / name
-            with _lock_directory(left, wait=False) as is_dead:
+            with lock_directory(left, wait=False) as is_dead:
                 if is_dead:
                     done = f"Put {path} back from" if _discard(left, path) else "Removed"
                     echo(f"{done} {left}, left by a run that was killed.", err=True)
@@ -145,7 +145,7 @@ def _aside(path: Path, is_private: bool) -> Iterator[Path]:
     recover(path)
     while True:
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".aside", dir=path.parent))
-        with _lock_directory(aside, wait=True):
+        with lock_directory(aside, wait=True):
             if not aside.exists():  # another run took it for a dead one's before it was locked
                 continue
             try:

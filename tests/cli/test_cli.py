@@ -1,6 +1,7 @@
 """The command line: help that helps, and errors that are sentences, not tracebacks."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -289,6 +290,27 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     assert "no owner" in said
     works("mix", "add", model, bundles[0], "--trust-any-signer")
     assert load_mixture(model, ANY_SIGNER).expert_names == ["amber"]
+
+
+def test_an_owner_trains_on_no_other_anchor_than_agreed(
+    run, works, house, owner_keys, pico_set_dirs, tmp_path
+):
+    anchor = tmp_path / "anchor"
+    shutil.copytree(house.anchor_dir, anchor)
+    train = ("expert", "train", "--anchor", anchor, "--data", pico_set_dirs["maths"])
+    train += ("--name", "maths", "--out", tmp_path / "run")
+    key = owner_keys["Ann"]
+    for words, parts in (
+        (("--anchor-digest", "sha256:" + "7" * 64), ["CheckpointError", "expected sha256:77"]),
+        (("--trust-coordinator", f"{key}.pub"), ["SignatureError", "anchor.sig"]),
+    ):
+        is_plain_refusal(run(*train, *words), *parts)
+    assert house.anchor.digest in works("anchor", "sign", anchor, "--key", key)
+    checked = ("--anchor-digest", house.anchor.digest, "--trust-coordinator", f"{key}.pub")
+    assert json.loads(works(*train, *checked, "--plan", "--json"))
+    (anchor / "generation_config.json").write_text("{}")
+    is_plain_refusal(run(*train, *checked), "generation_config.json: changed")
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_command_opens_a_mixture_without_being_told_whom_to_trust(

@@ -54,7 +54,7 @@ def test_mixture_json_says_who_gave_what_under_which_terms(house):
     assert about["anchor_digest"] == house.anchor.digest
     assert about["router"]["kind"] == "evidence"
     zinc = about["experts"]["zinc"]
-    assert (zinc["owner"], zinc["signer"], zinc["licence"]) == ("Bob", "Bob", "MIT")
+    assert (zinc["owner"], zinc["licence"]) == ("Bob", "MIT")
     assert zinc["terms"] == {"text": "For tests.", "expires": None}
 
 
@@ -348,13 +348,27 @@ def test_a_directory_that_is_no_mixture_is_not_overwritten(house, tmp_path):
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "ten years of work"
 
 
-def test_an_anchor_of_links_is_copied_not_linked(house, tmp_path):
-    """Hugging Face's cache holds links."""
-    linked = tmp_path / "cache" / "anchor"
-    shutil.copytree(house.anchor_dir, tmp_path / "cache" / "blobs")
-    linked.mkdir()
-    for file in house.anchor_dir.iterdir():
-        (linked / file.name).symlink_to(f"../blobs/{file.name}")
-    build_mixture(linked, house.bundles(["amber"]), tmp_path / "m", house.trusted)
-    shutil.rmtree(tmp_path / "cache")
-    assert load_mixture(tmp_path / "m", house.trusted).expert_names == ["amber"]
+def test_no_link_is_followed_and_nothing_but_the_anchor_is_published(house, tmp_path):
+    """A link named LICENSE to a private key must not put the key into the model."""
+    anchor = tmp_path / "anchor"
+    shutil.copytree(house.anchor_dir, anchor)
+    (anchor / "notes.txt").write_text("draft")
+    (anchor / ".env").write_text("secret")
+    build_mixture(anchor, house.bundles(["amber"]), tmp_path / "m", house.trusted)
+    assert tree(tmp_path / "m" / "anchor") == tree(house.anchor_dir)
+    (tmp_path / "key.pem").write_text("secret")
+    (anchor / "LICENSE").symlink_to("../key.pem")
+    with pytest.raises(MergeError, match=r"anchor/LICENSE is a link"):
+        build_mixture(anchor, house.bundles(["amber"]), tmp_path / "m2", house.trusted)
+    assert not (tmp_path / "m2").exists()
+
+
+def test_files_that_others_may_change_are_copied_not_linked(house, tmp_path):
+    anchor = tmp_path / "anchor"
+    shutil.copytree(house.anchor_dir, anchor)
+    weights = "model.safetensors"
+    for mode, is_linked in ((0o755, True), (0o777, False)):
+        anchor.chmod(mode)
+        out = tmp_path / f"m{mode}"
+        build_mixture(anchor, house.bundles(["amber"]), out, house.trusted)
+        assert (out / "anchor" / weights).samefile(anchor / weights) == is_linked

@@ -38,7 +38,10 @@ def test_adding_is_building_with_all(house, tmp_path, router):
 def test_removing_is_building_without(house, tmp_path):
     model = house.build(NAMES, tmp_path / "m", top_k=2)
     remove_experts(model, ["amber", "zinc"], house.trusted)
-    assert tree(model) == tree(house.mixture_dir(["basalt"], top_k=2))
+    found, expected = tree(model), tree(house.mixture_dir(["basalt"], top_k=2))
+    about, never = (json.loads(files.pop("mixture.json")) for files in (found, expected))
+    assert sorted(about["removed"]) == ["amber", "zinc"]
+    assert about | {"removed": {}} == never and found == expected
     assert sorted(p.name for p in (model / "experts").iterdir()) == ["basalt.bundle"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing left aside
 
@@ -57,8 +60,9 @@ def test_only_the_final_set_of_owners_matters(house, tmp_path_factory, steps):
             add_experts(model, house.bundles(sorted(wanted - held)), house.trusted)
         held = wanted
     found, expected = tree(model), tree(house.mixture_dir(sorted(held)))
-    assert json.loads(found.pop("mixture.json")) == json.loads(expected.pop("mixture.json"))
-    assert found == expected
+    about, never = (json.loads(files.pop("mixture.json")) for files in (found, expected))
+    assert about | {"removed": {}} == never and found == expected
+    assert not about["removed"].keys() & held
 
 
 def test_adding_to_a_mixture_of_no_owner_is_building_byte_for_byte(house, tmp_path):
@@ -126,13 +130,13 @@ def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monk
     model = house.build(["amber"], tmp_path / "m")
     before, calls, place = tree(model), [], room._place
 
-    def stop(source, target):
+    def stop(source, target, names):
         calls.append(target)
         if len(calls) == call:
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise KeyboardInterrupt
-        place(source, target)
+        place(source, target, names)
 
     bundles = house.bundles(["zinc"])
     if how == "exception":

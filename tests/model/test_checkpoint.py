@@ -182,11 +182,25 @@ def test_a_missing_file_is_named(copied, file, message):
         load_anchor(copied)
 
 
+def test_an_anchor_of_the_first_format_is_still_read(pico_anchor, tmp_path):
+    """Its digest, which bundles name, leaves out the number of positions."""
+    a = pico_anchor
+    old = build_anchor(a.model, a.tokenizer, a.public, a.router_rows, a.record, format_version=1)
+    assert old.digest != a.digest
+    save_anchor(old, tmp_path / "a")
+    assert load_anchor(tmp_path / "a").digest == old.digest
+    about = json.loads((tmp_path / "a" / "anchor.json").read_text())
+    assert about["format_version"] == 1
+    (tmp_path / "a" / "anchor.json").write_text(json.dumps(about | {"format_version": 2}))
+    with pytest.raises(CheckpointError, match="was changed"):
+        load_anchor(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "expected 'flexolmo-anchor' version 1"),
-        ({"format_version": 2}, "expected 'flexolmo-anchor' version 1"),
+        ({"format": "x"}, "expected 'flexolmo-anchor' version 2"),
+        ({"format_version": 3}, "expected 'flexolmo-anchor' version 2"),
         ({"digest": "sha256:0"}, "was changed"),
         ({"digest": None}, "not an anchor's description"),
         ({"record": None}, "not an anchor's description"),

@@ -100,6 +100,23 @@ def import_(
     echo(f"{out}: anchor {made.digest}")
 
 
+@app.command("sign")
+def sign(
+    anchor: Annotated[Path, typer.Argument(help="Directory of the anchor.")],
+    key: Annotated[Path, typer.Option(help="The coordinator's private key.")],
+) -> None:
+    """Sign an anchor and each of its files, so that owners can tell it from another.
+
+    Given the public key, owners check it when they train, with --trust-coordinator.
+
+    Example: flexolmo anchor sign anchor --key coordinator.pem
+    """
+    from flexolmo.bundle.signing import read_private_key
+    from flexolmo.model.checkpoint import sign_anchor
+
+    echo(f"{anchor}: signed; digest {sign_anchor(anchor, read_private_key(key)).digest}")
+
+
 @app.command("inspect")
 def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.")]) -> None:
     """Check an anchor's digest and print what it is, as JSON."""

@@ -80,6 +80,14 @@ def train(
     overrides: Overrides = None,
     threads: Threads = None,
     device: Device = "cpu",
+    anchor_digest: Annotated[
+        str | None,
+        typer.Option(help="Digest that the anchor must have, sha256:..., as agreed upon."),
+    ] = None,
+    trust_coordinator: Annotated[
+        Path | None,
+        typer.Option(help="The coordinator's public key, which must have signed the anchor."),
+    ] = None,
 ) -> None:
     """Train one expert beside the frozen anchor. Nothing leaves; resumes after a kill.
 
@@ -94,7 +102,7 @@ def train(
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
-    from flexolmo.model.checkpoint import load_anchor
+    from flexolmo.model.checkpoint import check_anchor, load_anchor
     from flexolmo.runtime import choose_device
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
     from flexolmo.train.plan import plan_training
@@ -118,6 +126,7 @@ def train(
             "DIRECTORY, or --set replay=0."
         )
     start = load_anchor(anchor)
+    check_anchor(start, anchor, anchor_digest, trust_coordinator)
     start.model.to(choose_device(device))
     replayed = None if public is None else open_set(public, start.tokenizer.digest)
     own = open_set(data, start.tokenizer.digest)

@@ -33,7 +33,7 @@ from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureE
 from flexolmo.files import (
     digest_bytes,
     digest_file,
-    hold_lock,
+    lock_directory,
     read_json,
     write_directory_aside,
     write_json,
@@ -143,7 +143,6 @@ def add_experts(
     trusted, model_dir = _require(trusted), Path(model_dir)
     with _hold(model_dir):
         about = read_about(model_dir)
-        _refuse_late(model_dir, about["experts"])
         return _write(model_dir, model_dir / "anchor", [Path(b) for b in bundles], about, trusted)
 
 
@@ -187,11 +186,11 @@ def load_mixture(
     _refuse_other_anchor(model_dir, anchor, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
-    _refuse_late(model_dir, {n: about["experts"][n] for n in chosen})
     opened = [
         _reopen(model_dir / "experts" / f"{n}.bundle", n, about, trusted, keep_tensors=True)
         for n in sorted(chosen)
     ]
+    _refuse_late(model_dir, [b.manifest for b in opened])
     lines = [line for bundle in opened for line in _find_misfits(anchor, bundle)]
     _refuse(lines + _find_differences(anchor, [b.manifest for b in opened], about["router"]))
     tensors = {b.manifest.name: tensors_of(b) for b in opened}
@@ -223,20 +222,24 @@ def read_about(model_dir: Path) -> dict[str, Any]:
             f"{model_dir}/experts."
         )
     try:
-        index = _Index.model_validate(about)
+        _Index.model_validate(about)
     except ValidationError as e:
         lines = [
             f"{'.'.join(map(str, x['loc']))}: {x['msg']}, found {str(x['input'])[:100]!r}"
             for x in e.errors()
         ]
         raise MergeError(f"{path} does not describe a mixture:\n  " + "\n  ".join(lines)) from None
-    return index.model_dump(mode="json")
+    return about
 
 
-def _hold(model_dir: Path) -> AbstractContextManager[None]:
-    """One change of a mixture at a time: what was read of it stays true until it is written."""
-    model_dir = Path(model_dir)
-    return hold_lock(model_dir.parent / f".{model_dir.name}.lock", wait=True)
+def _hold(model_dir: Path) -> AbstractContextManager[bool]:
+    """One change of a mixture at a time: what was read of it stays true until it is written.
+
+    The directory around it is locked, since its own is replaced.
+    """
+    around = Path(model_dir).resolve().parent
+    around.mkdir(parents=True, exist_ok=True)
+    return lock_directory(around, wait=True)
 
 
 def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, Any]) -> None:
@@ -247,11 +250,15 @@ def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, An
         )
 
 
-def _refuse_late(model_dir: Path, experts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse experts whose terms have expired; what mixture.json says of them is checked later."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    ends = {n: str(e.get("terms", {}).get("expires") or "9999") for n, e in experts.items()}
-    late = [f"{n}: terms expired on {end}" for n, end in sorted(ends.items()) if end < today]
+def _refuse_late(model_dir: Path, manifests: Sequence[Manifest]) -> None:
+    """Refuse experts whose terms have expired."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    ends = {m.name: m.terms.expires for m in manifests}
+    late = [
+        f"{name}: terms expired on {end}"
+        for name, end in ends.items()
+        if end is not None and end < today
+    ]
     if late:
         raise MergeError(
             f"{model_dir} may not be used as it is:\n  "
@@ -378,12 +385,15 @@ def _find_differences(
         for key, entry in m.tensors.items():
             if prod(entry.shape) >= 8 and key != BIGRAM_KEYS:
                 holders.setdefault(entry.digest, {})[m.name] = key
+    shared: dict[tuple[str, ...], set[str]] = {}  # tensors by the experts that hold them
     for digest, keys in holders.items():
         if len(keys) > 1 and digest not in _untrained(anchor, *next(iter(keys.items())), manifests):
-            lines.append(
-                f"{', '.join(sorted(keys))}: equal tensors ({', '.join(sorted(set(keys.values())))}"
-                "); an owner would speak under several names, and could not be switched off"
-            )
+            shared.setdefault(tuple(sorted(keys)), set()).update(keys.values())
+    lines += [
+        f"{', '.join(names)}: equal tensors ({', '.join(sorted(keys))}); with one of these experts "
+        "off, another would still speak for it"
+        for names, keys in shared.items()
+    ]
     return lines
 
 
@@ -391,7 +401,7 @@ def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest
     """Digests that a tensor of several experts may well share: zeros, and the anchor's own."""
     entry = next(m.tensors[key] for m in manifests if m.name == name)
     width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}[entry.dtype]
-    own = anchor_matrix(anchor, key.removesuffix(".weight"))
+    own = anchor_matrix(anchor, key.removesuffix(".weight")) if key.endswith(".weight") else None
     found = {digest_bytes(bytes(width * prod(entry.shape)))}
     if own is not None:
         data = own.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -495,7 +505,9 @@ def _write(
         if "anchor_digest" in about:
             _refuse_other_anchor(out, anchor, about)
         (aside / "experts").mkdir()
-        experts, manifests, lines = {}, [], []
+        experts: dict[str, Any] = {}
+        manifests: list[Manifest] = []
+        lines: list[str] = []
         for name in about["experts"]:
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
@@ -503,6 +515,8 @@ def _write(
                 held = _reopen(target, name, about, trusted)
             experts[name] = about["experts"][name]
             manifests.append(held.manifest)
+        if bundles:
+            _refuse_late(out, manifests)
         for source in bundles:
             target = aside / "incoming"
             with _naming(target, source):

@@ -237,13 +237,13 @@ def sign_anchor(directory: Path, key: ec.EllipticCurvePrivateKey) -> Anchor:
 
 
 def check_anchor(
-    anchor: Anchor, directory: Path, digest: str | None = None, coordinator: bytes | None = None
+    anchor: Anchor, directory: Path, digest: str | None = None, coordinator: Path | None = None
 ) -> None:
     """Check that `anchor`, read from `directory`, is the one agreed upon.
 
     Args:
         digest: Digest that it must have.
-        coordinator: Public key (PEM) that must have signed it and its files.
+        coordinator: Public key (PEM file) that must have signed it and its files.
 
     Raises:
         CheckpointError: another digest.
@@ -257,14 +257,15 @@ def check_anchor(
     if coordinator is None:
         return
     try:
+        public_pem = Path(coordinator).read_bytes()
         signature = (Path(directory) / SIGNATURE_FILE).read_bytes()
     except OSError as e:
         raise SignatureError(
-            f"{directory} has no readable {SIGNATURE_FILE} ({e.strerror}). The coordinator signs "
-            "it with flexolmo anchor sign."
+            f"{e.filename} cannot be read ({e.strerror}). Both the coordinator's public key and "
+            f"{directory}/{SIGNATURE_FILE} are needed; flexolmo anchor sign makes the latter."
         ) from None
     try:
-        signed = read_signature(signature, coordinator)
+        signed = read_signature(signature, public_pem)
     except SignatureError as e:
         raise SignatureError(
             f"{directory}/{SIGNATURE_FILE} was not made with the coordinator's key. {e}"

@@ -1,0 +1,336 @@
+"""Whom a mixture lets speak, and what nobody can put into it unnoticed."""
+
+import datetime
+import json
+import shutil
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key, read_private_key
+from flexolmo.errors import CheckpointError, MergeError, PolicyError, SignatureError
+from flexolmo.inference import policy
+from flexolmo.inference.generate import Sampling, generate
+from flexolmo.merge import mixture as room
+from flexolmo.merge.mixture import (
+    add_experts,
+    build_mixture,
+    load_mixture,
+    read_about,
+    remove_experts,
+)
+from flexolmo.model.checkpoint import check_anchor, load_anchor, sign_anchor
+from made_mixtures import differ_in_router
+
+OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
+
+
+def only(house, owner):
+    """A trust store without the others."""
+    return TrustedOwners.from_keys(
+        {owner: house.keys[owner].with_name(f"{owner}.pub").read_bytes()}
+    )
+
+
+def edit(model, change):
+    about = json.loads((model / "mixture.json").read_text())
+    change(about)
+    (model / "mixture.json").write_text(json.dumps(about))
+
+
+def on(monkeypatch, module, *moment):
+    """Let `module` take the moment for now."""
+    now = datetime.datetime(*moment, tzinfo=datetime.UTC)
+    fake = SimpleNamespace(
+        UTC=datetime.UTC, date=datetime.date, datetime=SimpleNamespace(now=now.astimezone)
+    )
+    monkeypatch.setattr(module, "datetime", fake)
+
+
+# --- signers ------------------------------------------------------------------------------------
+
+
+def test_a_strangers_bundle_in_an_owners_place_is_refused(house, tmp_path):
+    """mixture.json is brought in line, so that only the trust store can tell."""
+    model = house.build(["amber", "zinc"], tmp_path / "m")
+    create_key(tmp_path / "mallory")
+    theirs = differ_in_router(
+        house, tmp_path, "amber", "evidence", owner="Mallory", key=tmp_path / "mallory"
+    )
+    shutil.rmtree(model / "experts/amber.bundle")
+    shutil.copytree(theirs, model / "experts/amber.bundle")
+    forged = room._describe_expert(open_bundle(theirs, ANY_SIGNER, True))
+    edit(model, lambda about: about["experts"].update(amber=forged))
+    assert load_mixture(model, ANY_SIGNER).expert_names == ["amber", "zinc"]
+    for change in (
+        lambda: load_mixture(model, house.trusted),
+        lambda: add_experts(model, house.bundles(["basalt"]), house.trusted),
+        lambda: remove_experts(model, ["zinc"], house.trusted),
+    ):
+        with pytest.raises(SignatureError, match=r"amber\.bundle was refused.*unknown key"):
+            change()
+
+
+def test_a_key_taken_out_of_the_store_is_asked_for_at_every_load_and_change(house, tmp_path):
+    model = house.build(["amber", "zinc"], tmp_path / "m")
+    ann = only(house, "Ann")
+    with pytest.raises(SignatureError, match=r"zinc\.bundle was refused"):
+        load_mixture(model, ann)
+    assert load_mixture(model, ann, experts=["amber"]).expert_names == ["amber"]
+    with pytest.raises(SignatureError, match=r"zinc\.bundle was refused"):
+        add_experts(model, house.bundles(["basalt"]), ann)
+    remove_experts(model, ["zinc"], ann)
+    add_experts(model, house.bundles(["basalt"]), ann)
+    assert load_mixture(model, ann).expert_names == ["amber", "basalt"]
+    for call in (load_mixture, lambda m, t: remove_experts(m, ["amber"], t)):
+        with pytest.raises(SignatureError, match="Nobody was said to be trusted"):
+            call(model, None)
+
+
+# --- mixture.json -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "claim", ["owner", "licence", "terms", "created", "tokens_seen", "key_id", "more"]
+)
+def test_what_mixture_json_says_of_an_expert_must_be_what_its_owner_signed(house, tmp_path, claim):
+    model = house.build(["amber", "zinc"], tmp_path / "m")
+    edit(model, lambda about: about["experts"]["amber"].update({claim: "other"}))
+    with pytest.raises(MergeError, match=rf"{claim}: found .*mixture\.json says 'other'"):
+        load_mixture(model, house.trusted)
+    with pytest.raises(MergeError, match=rf"{claim}: found .*mixture\.json says 'other'"):
+        remove_experts(model, ["zinc"], house.trusted)
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", "2", [2], {}, True, 1.5])
+def test_top_k_is_a_number_of_experts_or_nothing(house, tmp_path, value):
+    model = house.build(["amber"], tmp_path / "m")
+    edit(model, lambda about: about.update(top_k=value))
+    with pytest.raises(MergeError, match=r"mixture\.json does not describe a mixture:\n  top_k: "):
+        load_mixture(model, house.trusted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"router": []},
+        {"router": {"kind": "other"}},
+        {"experts": []},
+        {"experts": {"amber": 1}},
+        {"experts": {"../x": {"files": {}}}},
+        {"anchor_digest": 3},
+        {"removed": {"amber": {}}},
+        {"extra": 1},
+    ],
+)
+def test_a_malformed_mixture_json_is_refused_by_field(house, tmp_path, change):
+    model = house.build(["amber"], tmp_path / "m")
+    edit(model, lambda about: about.update(change))
+    with pytest.raises(MergeError, match=rf"does not describe a mixture:\n  {next(iter(change))}"):
+        load_mixture(model, house.trusted)
+
+
+def test_a_directory_that_is_both_an_anchor_and_a_mixture_is_refused(house, tmp_path):
+    model = house.build(["amber"], tmp_path / "m")
+    for file in (model / "anchor").iterdir():
+        shutil.copy(file, model)
+    with pytest.raises(MergeError, match=r"both mixture\.json and anchor\.json"):
+        load_mixture(model, house.trusted)
+    with pytest.raises(CheckpointError, match="it is a mixture"):
+        load_anchor(model)
+
+
+# --- time ---------------------------------------------------------------------------------------
+
+
+def test_an_older_bundle_of_a_removed_owner_does_not_come_back(house, tmp_path):
+    old, new = (
+        differ_in_router(house, tmp_path / when[:7], "amber", "evidence", created=when)
+        for when in (OLD, NEW)
+    )
+    model = tmp_path / "m"
+    build_mixture(house.anchor_dir, [new], model, house.trusted)
+    remove_experts(model, ["amber"], house.trusted)
+    add_experts(model, house.bundles(["zinc"]), house.trusted)  # the record outlives other changes
+    with pytest.raises(MergeError, match=rf"amber: packed at {OLD}, .*already held one.* at {NEW}"):
+        add_experts(model, [old], house.trusted)
+    add_experts(model, [new], house.trusted)
+    assert read_about(model)["removed"] == {}
+
+
+def test_expiry_is_asked_at_every_request(house, tmp_path, monkeypatch):
+    bundle = differ_in_router(
+        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+    )
+    build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
+    loaded = load_mixture(tmp_path / "m", house.trusted)
+    few = Sampling(max_new_tokens=1)
+    on(monkeypatch, policy, 2031, 5, 1, 23, 59)
+    assert generate(loaded, ["x"], sampling=few)
+    on(monkeypatch, policy, 2031, 5, 2)
+    with pytest.raises(PolicyError, match=r"expired of amber \(on 2031-05-01\)"):
+        generate(loaded, ["x"], sampling=few)
+    assert generate(loaded, ["x"], without=["amber"], sampling=few)
+
+
+def test_nothing_is_added_beside_an_owner_whose_terms_expired(house, tmp_path, monkeypatch):
+    bundle = differ_in_router(
+        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+    )
+    build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+    on(monkeypatch, room, 2031, 5, 2)
+    with pytest.raises(MergeError, match="amber: terms expired on 2031-05-01"):
+        add_experts(tmp_path / "m", house.bundles(["zinc"]), house.trusted)
+    remove_experts(tmp_path / "m", ["amber"], house.trusted)
+    add_experts(tmp_path / "m", house.bundles(["zinc"]), house.trusted)
+
+
+def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
+    house, tmp_path, monkeypatch
+):
+    model, place, removals = house.build(["amber"], tmp_path / "m"), room._place, []
+
+    def place_late(*arguments):
+        if not removals:
+            removals.append(
+                threading.Thread(target=remove_experts, args=(model, ["amber"], house.trusted))
+            )
+            removals[0].start()
+            removals[0].join(0.5)  # without a lock it is done by then
+        place(*arguments)
+
+    monkeypatch.setattr(room, "_place", place_late)
+    add_experts(model, house.bundles(["zinc"]), house.trusted)
+    removals[0].join()
+    assert sorted(read_about(model)["experts"]) == ["zinc"]
+
+
+# --- what an expert holds -----------------------------------------------------------------------
+
+
+def test_equal_weights_under_two_names_are_refused(house, tmp_path):
+    """Even one equal matrix, and whoever signed: with one name off the other would still speak."""
+    tensors = house.tensors("amber", "evidence")
+    key = next(k for k in tensors if k.endswith("down_proj.weight"))
+    copy = house.write(tmp_path, "zinc", tensors, "evidence")
+    part = house.write(
+        tmp_path, "basalt", house.tensors("basalt", "evidence") | {key: tensors[key]}, "evidence"
+    )
+    for bundle, name in ((copy, "zinc"), (part, "basalt")):
+        with pytest.raises(MergeError, match=rf"amber, {name}: equal tensors \(.*layers\.0"):
+            build_mixture(
+                house.anchor_dir, [house.bundle("amber"), bundle], tmp_path / "m", house.trusted
+            )
+
+
+def test_two_owners_may_leave_the_same_matrix_as_it_was(house, tmp_path):
+    key = "layers.0.q_proj.lora_b"
+    bundles = []
+    for name in ("amber", "zinc"):
+        tensors = house.tensors(name, "rich")
+        tensors[key] = torch.zeros_like(tensors[key])
+        bundles.append(house.write(tmp_path, name, tensors, "rich"))
+    build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
+
+
+@pytest.mark.parametrize("router", ["evidence", "linear"])
+@pytest.mark.parametrize("key", ["layers.1.gate_proj.weight", "layers.0.down_proj.weight"])
+def test_weights_out_of_range_are_refused_by_name(house, tmp_path, router, key):
+    tensors = house.tensors("amber", router)
+    tensors[key] = tensors[key].clone()
+    tensors[key][0, 0] = 3e38
+    bundle = house.write(tmp_path, "amber", tensors, router)
+    with pytest.raises(MergeError, match=rf"amber: {key} holds numbers of 3e\+38, expected at mo"):
+        build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+
+
+def test_an_expert_that_gives_no_finite_number_is_refused(house, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "MAX_WEIGHT", float("inf"))
+    tensors = house.tensors("amber", "evidence")
+    tensors["layers.1.down_proj.weight"] = torch.full_like(
+        tensors["layers.1.down_proj.weight"], 3e38
+    )
+    bundle = house.write(tmp_path, "amber", tensors, "evidence")
+    with pytest.raises(MergeError, match="amber: gives NaN or infinity for a plain text"):
+        build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+
+
+def test_a_router_table_that_is_none_is_refused_by_name(house, tmp_path):
+    good = house.tensors("amber", "evidence")
+    public = {
+        f"router.{ours}": torch.from_numpy(vars(house.anchor.public)[theirs].copy())
+        for ours, theirs in (
+            ("unigram", "unigram"),
+            ("backoff", "backoff"),
+            ("bigram_keys", "keys"),
+            ("bigram_log_probs", "log_probs"),
+        )
+    }
+    zeros = {k: torch.zeros_like(t) for k, t in good.items() if k in public and "keys" not in k}
+    listed = {"router.bigram_log_probs": good["router.bigram_log_probs"] / 2}
+    for number, (change, said) in enumerate(
+        (
+            (zeros, r"amber: router table: token probabilities sum to 300, expected 1"),
+            ({"router.unigram": torch.full_like(good["router.unigram"], 3e38)}, "found the log-pr"),
+            ({"router.backoff": torch.full_like(good["router.backoff"], 5.0)}, "log-probability 5"),
+            (listed, r"probabilities after token \d+ sum to"),
+            (public, "copy of public's"),
+        )
+    ):
+        bundle = house.write(tmp_path / str(number), "amber", good | change, "evidence")
+        with pytest.raises(MergeError, match=said):
+            build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+
+
+# --- reads --------------------------------------------------------------------------------------
+
+
+def test_building_opens_each_bundle_once(house, tmp_path, monkeypatch):
+    opened, original = [], room.open_bundle
+
+    def count(path, *arguments, **options):
+        opened.append(path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(room, "open_bundle", count)
+    bundles = house.bundles(["amber", "basalt", "zinc"])
+    build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
+    assert len(opened) == 3
+    load_mixture(tmp_path / "m", house.trusted)
+    assert len(opened) == 6
+
+
+# --- the anchor ---------------------------------------------------------------------------------
+
+
+def test_a_signed_anchor_is_told_from_any_other(house, owner_keys, tmp_path):
+    anchor_dir, public = tmp_path / "anchor", owner_keys["Ann"].with_name("Ann.pub")
+    shutil.copytree(house.anchor_dir, anchor_dir)
+    anchor = load_anchor(anchor_dir)
+    with pytest.raises(SignatureError, match=r"anchor\.sig cannot be read"):
+        check_anchor(anchor, anchor_dir, coordinator=public)
+    sign_anchor(anchor_dir, read_private_key(owner_keys["Ann"]))
+    check_anchor(load_anchor(anchor_dir), anchor_dir, anchor.digest, public)
+    with pytest.raises(SignatureError, match="not made with the coordinator's key"):
+        check_anchor(anchor, anchor_dir, coordinator=owner_keys["Bob"].with_name("Bob.pub"))
+    with pytest.raises(CheckpointError, match=r"expected sha256:7"):
+        check_anchor(anchor, anchor_dir, "sha256:" + "7" * 64)
+    (anchor_dir / "LICENSE").write_text("other")
+    with pytest.raises(SignatureError, match="LICENSE: changed, missing or added"):
+        check_anchor(anchor, anchor_dir, coordinator=public)
+    (anchor_dir / "LICENSE").unlink()
+    out = tmp_path / "m"
+    build_mixture(anchor_dir, house.bundles(["amber"]), out, house.trusted)
+    check_anchor(load_anchor(out / "anchor"), out / "anchor", coordinator=public)
+
+
+def test_all_that_changes_behaviour_is_in_the_anchors_digest(house, tmp_path):
+    shutil.copytree(house.anchor_dir, tmp_path / "anchor")
+    config = tmp_path / "anchor" / "config.json"
+    changed = json.loads(config.read_text()) | {"max_position_embeddings": 99}
+    config.write_text(json.dumps(changed))
+    with pytest.raises(CheckpointError, match="was changed: its content has digest"):
+        load_anchor(tmp_path / "anchor")
