@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, Olmo2Config
 
+from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.errors import CheckpointError
 from flexolmo.inference.reader import StockReader
 from flexolmo.merge.export import import_stock
@@ -96,7 +97,7 @@ def our_logits(directory):
 def imported(directory, keys, tmp_path):
     """Logits of a stock mixture, imported."""
     import_stock(directory, ["a", "b", "c"], tmp_path / "m", keys, **TERMS)
-    return load_mixture(tmp_path / "m").model(IDS)
+    return load_mixture(tmp_path / "m", ANY_SIGNER).model(IDS)
 
 
 @pytest.fixture(scope="module")
