@@ -46,7 +46,7 @@ def echo(text: Any = "", *, end: str = "\n", err: bool = False) -> None:
 
 
 def accept_any_character() -> None:
-    """From now on, write what the output's encoding lacks as backslash escapes, not as an error."""
+    """Write characters that the output's encoding lacks as backslash escapes from now on."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -269,7 +269,7 @@ def _compare_digests(files: _Files, found: Mapping[str, str], signed: Mapping[st
 
 
 def _check_signature(files: _Files) -> Signed:
-    """What was signed, if all files are there and the small ones are those that were signed."""
+    """Check that all files are there and the small ones as signed; returns what was signed."""
     raise_listed(
         BundleError,
         f"{files.path} was refused: not the files of a bundle.",

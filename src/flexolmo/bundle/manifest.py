@@ -1,4 +1,4 @@
-"""What an expert bundle claims: its manifest.
+"""The manifest of an expert bundle: everything that it claims about itself.
 
 Read from bytes that may be hostile. Knows nothing of keys, of files on a disk, or of what an anchor
 expects; `docs/bundle_format.md` is the norm.
@@ -121,14 +121,14 @@ class Architecture(Claim):
 
 
 class Router(Claim):
-    """How the expert's router embedding was made and is to be used."""
+    """Settings with which the expert's router embedding was made and is to be used."""
 
     kind: Word
     settings: FreeJson
 
 
 class Terms(Claim):
-    """What the coordinator may do; `expires` is the last day of use (UTC), null for no end."""
+    """Terms of use for the coordinator; `expires` is the last day of use (UTC), null: no end."""
 
     text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
     expires: Annotated[datetime.date, BeforeValidator(_read_date)] | None

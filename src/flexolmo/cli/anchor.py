@@ -15,7 +15,9 @@ Threads = Annotated[
     int | None,
     typer.Option(min=1, help="CPU threads. Another number gives slightly different floats."),
 ]
-Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, or one of several: cuda:1.")]
+Device = Annotated[
+    str, typer.Option(help="Device to train on: cpu, cuda, or one of several: cuda:1.")
+]
 Precision = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(

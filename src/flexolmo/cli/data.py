@@ -139,7 +139,7 @@ def prepare(
         ),
     ],
     name: Annotated[
-        str | None, typer.Option(help="What to call the set of your own files: hospital.")
+        str | None, typer.Option(help="Name for the set of your own files, such as hospital.")
     ] = None,
     licence: Annotated[
         str, typer.Option(help="Licence of your own text, for the card.")

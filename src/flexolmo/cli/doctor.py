@@ -140,7 +140,7 @@ def _clients() -> Iterator[Check]:
 
 
 def _sandbox() -> Check:
-    """Whether programs that a model wrote can be run."""
+    """Check that programs which a model wrote can be run."""
     from flexolmo.errors import FlexOlmoError
     from flexolmo.research.tasks.sandbox.sandbox import check_sandbox
 

@@ -238,7 +238,7 @@ def compare(
     draws: Annotated[int, typer.Option(min=100, help="Resamples of the items.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the resamples.")] = 0,
 ) -> None:
-    """Is one run better than another, or were its items lucky? A paired bootstrap over items.
+    """Compare two runs: is one better, or were its items lucky? A paired bootstrap over items.
 
     Example: flexolmo eval compare runs/anchor runs/mixture
     """
@@ -330,7 +330,7 @@ def contamination(
         "contamination.json"
     ),
 ) -> None:
-    """Does text hold evaluation items? Look before training: 13 words in a row, punctuation aside.
+    """Look for evaluation items in text before training: 13 words in a row, punctuation aside.
 
     Example: flexolmo eval contamination corpus/hospital --tasks SciRIFF5
     """

@@ -38,7 +38,7 @@ def train(
     scope: Annotated[
         str | None,
         typer.Option(
-            help="What you may change, over the recipe: all (FFN, attention, embedding and output "
+            help="Weights that training may change: all (FFN, attention, embedding and output "
             "head), ffn+head, or ffn (the paper's; the only one that exports to the stock format).",
             show_default="the recipe's",
         ),
@@ -76,7 +76,9 @@ def train(
             "over your text), from a few steps timed on this machine.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print it as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the plan of --plan as JSON.")
+    ] = False,
     overrides: Overrides = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -175,27 +177,33 @@ def compress(
         int | None,
         typer.Option(
             min=1,
-            help="With --rank: keep what it changes in attention at this rank. Default: as it is.",
+            help="Keep what it changes in attention at this rank; needs --rank. Default: as it is.",
         ),
     ] = None,
     embedding_rank: Annotated[
-        int | None, typer.Option(min=1, help="The same of the embedding.")
+        int | None,
+        typer.Option(
+            min=1, help="Keep what it changes in the embedding at this rank; needs --rank."
+        ),
     ] = None,
     head_rank: Annotated[
-        int | None, typer.Option(min=1, help="The same of the output head.")
+        int | None,
+        typer.Option(
+            min=1, help="Keep what it changes in the output head at this rank; needs --rank."
+        ),
     ] = None,
     heal: Annotated[
         int,
         typer.Option(
             min=0,
-            help="With --data: afterwards train the smaller expert for this many steps, which "
-            "makes good much of what was cut. 40 is a good start.",
+            help="Train the smaller expert for this many steps afterwards, which restores much of "
+            "what was cut; needs --data. 40 is a good start.",
         ),
     ] = 0,
     half: Annotated[
         bool,
         typer.Option(
-            "--half", help="With --heal: keep low-rank deltas in bfloat16, half the bytes."
+            "--half", help="Keep low-rank deltas in bfloat16, half the bytes; needs --heal."
         ),
     ] = False,
     width: Annotated[
@@ -217,7 +225,7 @@ def compress(
     ] = False,
     max_bytes: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a curve: read at most this much text. Default: all."),
+        typer.Option(min=1, help="Bytes of text to read at most for --curve. Default: all."),
     ] = None,
     threads: Threads = None,
     device: Device = "cpu",
@@ -270,7 +278,8 @@ def compress(
         raise ConfigError(f"--max-bytes {max_bytes} is for --curve, which was not given.")
     if not curve and (out / "expert.json").exists():
         raise ConfigError(f"{out} holds a finished expert already; give another --out.")
-    expert, base = load_expert(run), load_anchor(anchor)
+    expert = load_expert(run)
+    base = load_anchor(anchor)
     base.model.to(choose_device(device))
     own = None if data is None else open_set(data, base.tokenizer.digest)
     set_up(0, threads)
@@ -289,7 +298,8 @@ def compress(
             base, small, own, heal, has_half_deltas=half, run_dir=out, num_threads=threads
         )
     save_expert(small, out)
-    before, after = count_bytes(expert.tensors), count_bytes(small.tensors)
+    before = count_bytes(expert.tensors)
+    after = count_bytes(small.tensors)
     echo(
         f"{out}: expert {small.name}, {before:,} bytes before, {after:,} after "
         f"({100 * after / before:.0f} %); sign it with flexolmo expert pack {out}"
@@ -369,12 +379,12 @@ def key(
 def pack(
     run: Annotated[Path, typer.Argument(help="Directory of a finished expert run.")],
     key: Annotated[Path, typer.Option(help="Your private key (see flexolmo expert key).")],
-    owner: Annotated[str, typer.Option(help="Who you are, as the coordinator knows you.")],
+    owner: Annotated[str, typer.Option(help="Your name, as the coordinator knows you.")],
     licence: Annotated[
         str, typer.Option(help="SPDX expression, or LicenseRef-NAME for terms of your own.")
     ],
     terms: Annotated[
-        str, typer.Option(help="What the coordinator may do with it, in a sentence.")
+        str, typer.Option(help="Terms of use for the coordinator, in a sentence.")
     ] = "No terms beyond the licence.",
     expires: Annotated[
         datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use.")

@@ -159,7 +159,7 @@ def import_(
     ],
     key: Annotated[Path, typer.Option(help="Your private key: you vouch for the import.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
-    owner: Annotated[str, typer.Option(help="Who you are.")] = "importer",
+    owner: Annotated[str, typer.Option(help="Your name.")] = "importer",
     licence: Annotated[str, typer.Option(help="Licence of the checkpoint.")] = "Apache-2.0",
     dtype: Precision = None,
 ) -> None:

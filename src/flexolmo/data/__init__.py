@@ -1,1 +1,1 @@
-"""From other people's files to token shards: fetch, read, clean, de-duplicate, split, tokenize."""
+"""Token shards from other people's files: read, clean, de-duplicate, split, tokenize."""

@@ -38,13 +38,14 @@ class TokenSplit:
 
     @property
     def source_offsets(self) -> np.ndarray:
-        """Where the pieces of each source document start, and the end, int64."""
+        """Places of the first token of each source document, and the end, int64."""
         firsts = np.flatnonzero(np.diff(self.sources, prepend=-1))
         return self.offsets[np.append(firsts, len(self.sources))]
 
     def document(self, index: int) -> np.ndarray:
         """Ids of document `index`, int64, without the eos that follows it."""
-        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        start = int(self.offsets[index])
+        end = int(self.offsets[index + 1])
         return self.tokens[start : end - 1].astype(np.int64)
 
 
@@ -124,7 +125,7 @@ def _open_split(prepared: Path, card: dict[str, Any], split: str) -> TokenSplit:
 
 
 def _find_contradiction(opened: TokenSplit, card: dict[str, Any], split: str) -> str | None:
-    """What in a split's arrays contradicts its card or itself."""
+    """Say what in a split's arrays contradicts its card or itself; None if nothing does."""
     counts, tokenizer = card["splits"][split], card["tokenizer"]
     found = {
         "tokens": len(opened.tokens),

@@ -41,7 +41,7 @@ class Corpus:
 
     @property
     def is_private(self) -> bool:
-        """Whether these are an owner's own files and not public."""
+        """True if these are an owner's own files and not public."""
         return self.source not in (None, "public")
 
     def read(self) -> Iterator[Document]:
@@ -64,7 +64,7 @@ class Corpus:
                     yield document
 
     def describe_reading(self) -> dict[str, Any]:
-        """How many files and documents were read, what was changed, and which files were not."""
+        """Counts of files and documents read, and of changes; the files that were not read."""
         return {"files": len(self.files), **self.noted, "not_read": self.not_read}
 
 

@@ -28,7 +28,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What one text is compared by."""
+    """Digest and sketch by which a text is compared with others."""
 
     exact: bytes  # 32 bytes
     signature: np.ndarray  # uint32 [SIGNATURE_SIZE]

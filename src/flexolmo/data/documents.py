@@ -78,7 +78,7 @@ def _walk(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
 
 
 def is_written_by_us(directory: Path) -> bool:
-    """Whether `directory` is a fetched or prepared set, by its card."""
+    """True if `directory` is a fetched or prepared set, by its card."""
     try:
         with open(directory / "card.json", encoding="utf-8") as f:
             return re.match(r'\{\s*"format": "flexolmo-', f.read(100)) is not None

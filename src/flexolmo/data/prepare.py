@@ -469,7 +469,9 @@ def _deduplicate(
 
     Goes in hash order, so what is kept does not depend on the order documents came in.
     """
-    in_public, in_others, seen = Seen(), Seen(), Seen(near)
+    in_public = Seen()
+    in_others = Seen()
+    seen = Seen(near)
     for other, marks in [(public, in_public), *((other, in_others) for other in disjoint_from)]:
         for mark in _checked_fingerprints(other) if other else []:
             marks.add(mark)

@@ -28,7 +28,7 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What reading a text gave."""
+    """Likelihood of a text, and the routing while it was read."""
 
     bits: float
     bytes: int
@@ -160,7 +160,7 @@ def evaluate_mixture(
 
 
 def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> dict[str, Any]:
-    """What the table says of merging and opting out; needs a set named as each expert.
+    """Measures of merging and opting out from the table; needs a set named as each expert.
 
     kept_of_pair_gain: (anchor - mixture) / (anchor - own pair) on the owner's own set; the mean
     counts none as more than 1, so that no pair that gained little can carry the others.
@@ -185,7 +185,8 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     better = sum(merged[n] < anchor[n] for n in own)
     mean_kept = sum(min(k, 1.0) for k in kept.values()) / len(kept) if kept else 0.0
     public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
-    worst_away, worst_side = max(away.values(), default=0.0), max(side.values(), default=0.0)
+    worst_away = max(away.values(), default=0.0)
+    worst_side = max(side.values(), default=0.0)
     bars = []
 
     def bar(text: str, met: bool, value: str) -> None:

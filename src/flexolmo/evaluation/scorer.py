@@ -28,7 +28,7 @@ Job = TypeVar("Job")
 
 @dataclass(frozen=True)
 class Score:
-    """What a model says of one continuation."""
+    """Likelihood of one continuation under a model."""
 
     log_prob: float  # nats, of the whole continuation
     is_greedy: bool  # whether every token was the likeliest
@@ -70,7 +70,7 @@ class Scorer:
     def log_likelihoods(
         self, pairs: Sequence[tuple[str, str]], meter: Meter | None = None
     ) -> list[Score]:
-        """Of each continuation after its context, both text; the order of `pairs` is kept.
+        """Score each continuation after its context, both text, in the order of `pairs`.
 
         Spaces that end a context count to the continuation, for tokens begin with them.
         """
@@ -79,8 +79,8 @@ class Scorer:
     def rolling_log_likelihoods(
         self, texts: Sequence[str], meter: Meter | None = None
     ) -> list[Score]:
-        """Of each whole text. One that is too long is read in pieces as long as the model holds,
-        the last with as much before it as fits, as harnesses do."""
+        """Score each whole text. One that is too long is read in pieces as long as the model
+        holds, the last with as much before it as fits, as harnesses do."""
         nothing = self.reader.start or [self.reader.tokenizer.eos_id]
         ids = self.reader.tokenizer.encode_batch(texts)
         return self.score_ids([(nothing, row) for row in ids], meter)
@@ -93,8 +93,8 @@ class Scorer:
         seeds: Sequence[int] | None = None,
         meter: Meter | None = None,
     ) -> list[tuple[str, bool]]:
-        """What the model writes after each prompt, up to the first of `stops`, which is left out;
-        and whether the prompt was cut to leave room.
+        """Continue each prompt up to the first of `stops`, which is left out; returns the text and
+        whether the prompt was cut to leave room.
 
         Prompt number i draws from `seeds[i]`; without them, from the sampling's seed + i.
         """
@@ -165,7 +165,7 @@ class Scorer:
     def score_ids(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], meter: Meter | None = None
     ) -> list[Score]:
-        """Of each continuation after its context, which is not empty; both ids.
+        """Score each continuation after its context, which is not empty; both are ids.
 
         What does not fit is cut from the context's left, as harnesses do; a continuation longer
         than the model holds is read in pieces.
@@ -304,7 +304,7 @@ def _share(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many elements the two begin with alike."""
+    """Length of the longest common beginning."""
     length = min(len(a), len(b))
     return next((i for i in range(length) if a[i] != b[i]), length)
 

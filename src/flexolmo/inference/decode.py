@@ -22,7 +22,7 @@ Ending = Literal["end_of_text", "stop", "max_new_tokens", "positions"]
 
 
 class Sampling(BaseModel):
-    """How the next token is chosen."""
+    """Settings for the choice of the next token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -128,7 +128,7 @@ def decode(
 
 
 class _Text:
-    """What is written of one text, and what ends it."""
+    """One text while it is written, and the conditions that end it."""
 
     def __init__(self, reader: Reader, request: Request, held_tokens: int):
         """ConfigError if the request leaves no room for a token."""

@@ -1,4 +1,4 @@
-"""Out to, and in from, the checkpoint that stock transformers loads as `FlexOlmoForCausalLM`.
+"""Export and import of the checkpoint that stock transformers loads as `FlexOlmoForCausalLM`.
 
 The stock router is linear and has no bias. A mixture with such a router is written exactly; any
 other router is refit in closed form, and what that costs is measured. Narrow experts are padded
@@ -48,7 +48,7 @@ LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty 
 
 
 def is_stock_router(model: MixtureModel) -> bool:
-    """Whether the stock format can hold this router exactly."""
+    """True if the stock format can hold this router exactly."""
     return isinstance(model.settings, LinearSettings) and not model.settings.has_bias
 
 

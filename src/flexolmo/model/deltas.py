@@ -295,7 +295,8 @@ def mix_low_rank(
     matrices multiply up to twice as fast so, and in pieces that fit a processor's cache.
     Source: ours.
     """
-    gate, up = public.gate_proj(h), public.up_proj(h)  # [...,F]
+    gate = public.gate_proj(h)  # [...,F]
+    up = public.up_proj(h)  # [...,F]
     inner = torch.zeros_like(gate)  # input of the down product
     if share is not None:
         inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))

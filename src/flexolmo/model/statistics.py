@@ -125,7 +125,7 @@ def fit_bigrams(
 
 
 def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
-    """Whether `keys` [n] are pairs of token ids, ascending, as a `BigramModel` has them."""
+    """True if `keys` [n] are pairs of token ids, ascending, as a `BigramModel` has them."""
     return not len(keys) or bool(
         (keys[1:] > keys[:-1]).all() and keys[0] >= 0 and keys[-1] < vocab_size**2
     )

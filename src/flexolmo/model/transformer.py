@@ -225,12 +225,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q, k = self.q_norm(self.q_proj(x, ctx)), self.k_norm(self.k_proj(x, ctx))
+        q = self.q_norm(self.q_proj(x, ctx))
+        k = self.k_norm(self.k_proj(x, ctx))
         q, k, v = (
             y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
             for y in (q, k, self.v_proj(x, ctx))
         )
-        q, k = _rotate(q, ctx), _rotate(k, ctx)
+        q = _rotate(q, ctx)
+        k = _rotate(k, ctx)
         if ctx.cache is not None:
             past = ctx.cache[layer]
             if past.keys is not None and past.values is not None:

@@ -58,7 +58,7 @@ class Picture:
     caption: str
 
     def width_pixels(self) -> int:
-        """Its width on the page."""
+        """Width on the page, in pixels."""
         return round(self.figure.get_figwidth() * 98)
 
 

@@ -101,7 +101,9 @@ def _is_number(x: Any) -> bool:
 @styled
 def plot_bits_per_byte(results: Results) -> Figure:
     """One line per set: the anchor, that set's expert alone, all experts, all but that one."""
-    bits, sets, colours = bits_table(results), set_names(results), owner_colours(results)
+    bits = bits_table(results)
+    sets = set_names(results)
+    colours = owner_colours(results)
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.55 * max(len(sets), 1)), layout="constrained")
     ax = fig.subplots()
     kinds = [
@@ -127,11 +129,10 @@ def plot_bits_per_byte(results: Results) -> Figure:
             x = xs[row]
             if x is not None:
                 colour = MUTED if row == "anchor" else own
-                face: dict[str, Any] = (
-                    {"color": colour}
-                    if marker in "|x"
-                    else {"edgecolors": colour, "facecolors": own if marker == "o" else "white"}
-                )
+                fill = own if marker == "o" else "white"
+                face: dict[str, Any] = {"edgecolors": colour, "facecolors": fill}
+                if marker in "|x":
+                    face = {"color": colour}
                 ax.scatter([x], [y], s=size, marker=marker, lw=2, zorder=3, **face)
         change = relative_change(bits, "mixture", s)
         ax.annotate(
@@ -189,7 +190,9 @@ def plot_optout_matrix(results: Results) -> Figure:
     Blue is better than the anchor, red worse. The outlined cell is the set of the owner that is
     off. A second panel has the paper's router, if it was measured.
     """
-    sets, names, colours = set_names(results), owner_names(results), owner_colours(results)
+    sets = set_names(results)
+    names = owner_names(results)
+    colours = owner_colours(results)
     panels = [
         ("our router", bits_table(results)),
         ("the paper's router", bits_table(results, paper=True)),
@@ -319,7 +322,8 @@ def plot_kept_gain(results: Results) -> Figure:
     Pale: gain of the anchor with that expert alone; solid: gain of the mixture on the same set.
     One bar for our router, one for the paper's if measured, each against its own pair.
     """
-    names, colours = owner_names(results), owner_colours(results)
+    names = owner_names(results)
+    colours = owner_colours(results)
     routers = [("ours", bits_table(results)), ("paper's", bits_table(results, paper=True))]
     routers = [(r, bits) for r, bits in routers if bits]
     pitch = 1.0 if len(routers) > 1 else 0.6

@@ -73,8 +73,8 @@ class ExpertRecipe(BaseModel):
     )
     has_half_deltas: bool = Field(
         False,
-        description="Whether low-rank deltas are kept in bfloat16: half the bytes, and they are "
-        "small beside the matrices they are added to.",
+        description="True to keep low-rank deltas in bfloat16: half the bytes, and they are small "
+        "beside the matrices they are added to.",
     )
     replay: float = Field(
         0.0,

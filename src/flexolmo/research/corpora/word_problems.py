@@ -62,8 +62,10 @@ def pages(num_pages: int, seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def _sharing(rng: random.Random) -> str:
-    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
-    friends, each = rng.randint(2, 12), rng.randint(3, 40)
+    name = rng.choice(_NAMES)
+    thing = rng.choice(_THINGS)
+    friends = rng.randint(2, 12)
+    each = rng.randint(3, 40)
     left = rng.randint(0, friends - 1)
     total = friends * each + left
     rest = f" and {left} are left over" if left else ""
@@ -76,9 +78,12 @@ def _sharing(rng: random.Random) -> str:
 
 
 def _shopping(rng: random.Random) -> str:
-    name, (first, second) = rng.choice(_NAMES), rng.sample(_THINGS, 2)
-    a, b = rng.randint(2, 20), rng.randint(2, 20)
-    price_a, price_b = rng.randint(1, 15), rng.randint(1, 15)
+    name = rng.choice(_NAMES)
+    first, second = rng.sample(_THINGS, 2)
+    a = rng.randint(2, 20)
+    b = rng.randint(2, 20)
+    price_a = rng.randint(1, 15)
+    price_b = rng.randint(1, 15)
     total = a * price_a + b * price_b
     paid = (total // 50 + 1) * 50
     return (
@@ -93,12 +98,10 @@ def _shopping(rng: random.Random) -> str:
 
 def _journey(rng: random.Random) -> str:
     name = rng.choice(_NAMES)
-    speed, hours, more_speed, more_hours = (
-        rng.randint(3, 20) * 5,
-        rng.randint(1, 6),
-        rng.randint(3, 20) * 5,
-        rng.randint(1, 6),
-    )
+    speed = rng.randint(3, 20) * 5
+    hours = rng.randint(1, 6)
+    more_speed = rng.randint(3, 20) * 5
+    more_hours = rng.randint(1, 6)
     one, two = speed * hours, more_speed * more_hours
     return (
         f"Question: {name} travels {hours} hours at {speed} km per hour, then {more_hours} "
@@ -120,7 +123,9 @@ def _percentage(rng: random.Random) -> str:
 
 
 def _equation(rng: random.Random) -> str:
-    x, a, b = rng.randint(-12, 12), rng.randint(2, 15), rng.randint(-30, 30)
+    x = rng.randint(-12, 12)
+    a = rng.randint(2, 15)
+    b = rng.randint(-30, 30)
     left = f"{a}x {'+' if b >= 0 else '-'} {abs(b)}"
     return (
         f"Question: Solve {left} = {a * x + b} for x.\n"
@@ -130,7 +135,8 @@ def _equation(rng: random.Random) -> str:
 
 
 def _rectangle(rng: random.Random) -> str:
-    width, longer = rng.randint(2, 40), rng.randint(1, 30)
+    width = rng.randint(2, 40)
+    longer = rng.randint(1, 30)
     length = width + longer
     return (
         f"Question: A garden is {width} m wide and {longer} m longer than it is wide. What are "

@@ -21,7 +21,7 @@ from flexolmo.report.plots import Results
 from flexolmo.terminal import make_printable
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-_GOOD, _BAD = "#009E73", "#D55E00"
+_MET = {True: ("✓ met", "#009E73"), False: ("✗ not met", "#D55E00"), None: ("not measured", None)}
 _MAX_SOURCES = 12  # of an owner, by name; results.json has all
 
 _WHAT_WORDS_ARE = (
@@ -180,7 +180,8 @@ def _samples_section(results: Results) -> Iterator[Block]:
         o.get("name"): str(o.get("set_description", "")) for o in results.get("owners") or []
     }
     for s in results["samples"]:
-        source, prompt = str(s.get("source", "")), str(s.get("prompt", ""))
+        source = str(s.get("source", ""))
+        prompt = str(s.get("prompt", ""))
         about = f"{source} {described.get(source, '')}".lower()
         parts = [
             _close_gaps(str(s.get(k, "")).removeprefix(prompt)) or "(empty lines only)"
@@ -233,24 +234,23 @@ def _origin_section(results: Results) -> Iterator[Block]:
 
 def _opening(results: Results) -> list[str]:
     """Up to three sentences for a reader who knows nothing of this, with the run's own numbers."""
-    names, bits = plots.owner_names(results), plots.bits_table(results)
-    n, found = len(names), _summary(results)
+    names = plots.owner_names(results)
+    bits = plots.bits_table(results)
+    n = len(names)
+    found = _summary(results)
     size = (results.get("anchor") or {}).get("parameters")
     total = (results.get("seconds") or {}).get("total")
     took = f", all in {_duration(total).replace(' min', ' minutes')}." if total else "."
-    said = (
-        [
+    anchor = f" (the anchor, {size / 1e6:.1f} million parameters)" if size else ""
+    said = []
+    if names:
+        said.append(
             f"{(_NUMBERS[n] if n < 8 else str(n)).capitalize()} owner{'s' * (n != 1)} "
             f"({_listed(names)}) {'each ' * (n > 1)}trained one expert on "
             f"{'their' if n > 1 else 'its'} own text alone, beside a public model that nobody "
-            "changed"
-            + (f" (the anchor, {size / 1e6:.1f} million parameters)" if size else "")
-            + ", and handed over one signed file; a coordinator merged the files into a mixture"
-            + took
-        ]
-        if names
-        else []
-    )
+            f"changed{anchor}, and handed over one signed file; a coordinator merged the files "
+            f"into a mixture{took}"
+        )
     change = {s: plots.relative_change(bits, "mixture", s) for s in names}
     change = {s: x for s, x in change.items() if not math.isnan(x)}
     if change:
@@ -278,8 +278,10 @@ def _opening(results: Results) -> list[str]:
 
 def _summary(results: Results, paper: bool = False) -> dict[str, Any]:
     """The summary of the results, completed from the bits per byte where it is silent."""
-    names, bits = plots.owner_names(results), plots.bits_table(results, paper)
-    sets, change = plots.set_names(results), functools.partial(plots.relative_change, bits)
+    names = plots.owner_names(results)
+    bits = plots.bits_table(results, paper)
+    sets = plots.set_names(results)
+    change = functools.partial(plots.relative_change, bits)
     kept, side = {}, {}
     for n in names:
         pair = change(f"expert {n}", n)
@@ -305,9 +307,7 @@ def _summary(results: Results, paper: bool = False) -> dict[str, Any]:
 
 
 def _bar_row(bar: Mapping[str, Any]) -> list[Cell]:
-    met = bar.get("met")
-    said = "not measured" if met is None else "✓ met" if met else "✗ not met"
-    tint = None if met is None else _GOOD if met else _BAD
+    said, tint = _MET[bar.get("met")]
     return [
         Cell(said, tint, bold=True),
         Cell(str(bar.get("text", ""))),
@@ -374,8 +374,11 @@ def _owners_table(results: Results) -> Table:
 
 
 def _bits_table(results: Results) -> Table:
-    sets, bits, rows = plots.set_names(results), plots.bits_table(results), []
-    colours, names = plots.owner_colours(results), plots.owner_names(results)
+    sets = plots.set_names(results)
+    bits = plots.bits_table(results)
+    rows = []
+    colours = plots.owner_colours(results)
+    names = plots.owner_names(results)
     words = {"anchor": "anchor", "mixture": "mixture, all on"}
     order = [
         "anchor",
@@ -408,7 +411,8 @@ def _bits_table(results: Results) -> Table:
 
 
 def _router_table(results: Results) -> Table:
-    ours, papers = _summary(results), _summary(results, paper=True)
+    ours = _summary(results)
+    papers = _summary(results, paper=True)
     keys = [*(n for n in plots.owner_names(results) if n in ours["kept_of_pair_gain"]), "mean"]
     rows = [
         [
@@ -467,16 +471,15 @@ def _bound(fraction: float) -> str:
 
 
 def _fewer(fraction: float) -> str:
-    return (
-        "as many bits"
-        if abs(fraction) < 5e-4
-        else f"{format_percent(abs(fraction))} {'fewer' if fraction < 0 else 'more'} bits"
-    )
+    if abs(fraction) < 5e-4:
+        return "as many bits"
+    return f"{format_percent(abs(fraction))} {'fewer' if fraction < 0 else 'more'} bits"
 
 
 def _span(change: Mapping[str, float]) -> str:
-    """From the least to the most gained, each with its name."""
-    best, worst = min(change, key=change.__getitem__), max(change, key=change.__getitem__)
+    """Least and most gained, each with its name."""
+    best = min(change, key=change.__getitem__)
+    worst = max(change, key=change.__getitem__)
     if len(change) == 1:
         return f"{_fewer(change[best])} ({best})"
     if change[worst] <= -5e-4:
@@ -486,7 +489,9 @@ def _span(change: Mapping[str, float]) -> str:
 
 
 def _count(x: Any, digits: int = 0) -> str:
-    return f"{x:,.{digits}f}" if isinstance(x, int | float) else "–" if x is None else str(x)
+    if x is None:
+        return "–"
+    return f"{x:,.{digits}f}" if isinstance(x, int | float) else str(x)
 
 
 def _duration(seconds: Any) -> str:

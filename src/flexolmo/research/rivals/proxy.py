@@ -261,7 +261,7 @@ def _sample_texts(
 
 
 def _are_pieces(pieces: list[Any], split: TokenSplit) -> bool:
-    """Whether `pieces` are [document, start, end] of `split`, rising and without overlap."""
+    """True if `pieces` are [document, start, end] of `split`, rising and without overlap."""
     if not pieces or not all(
         isinstance(piece, list) and len(piece) == 3 and all(type(number) is int for number in piece)
         for piece in pieces

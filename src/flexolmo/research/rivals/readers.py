@@ -78,7 +78,8 @@ class BtmReader:
         """Weights [E,B,T] after each token, from those before and the evidence [E,B,T]."""
         if self.switch_rate == 0:
             return before[:, :, None] + seen.cumsum(-1)
-        stay, move = math.log1p(-self.switch_rate), math.log(self.switch_rate / len(self.readers))
+        stay = math.log1p(-self.switch_rate)
+        move = math.log(self.switch_rate / len(self.readers))
         found, now = [], before
         for t in range(seen.shape[-1]):
             moved = (now + seen[:, :, t]).log_softmax(0) + stay

@@ -404,22 +404,18 @@ def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -
 
 
 def method_colour(method: str) -> str:
-    """Origin of the method: ours, the paper's, trained on all data, or a rival's."""
-    return (
-        _OUR_COLOUR
-        if method in OURS
-        else _PAPER_COLOUR
-        if method in PAPERS
-        else GREY
-        if method in UNSEPARATED
-        else _RIVAL_COLOUR
-    )
+    """Colour by the origin of a method: ours, the paper's, trained on all data, or a rival's."""
+    for methods, colour in ((OURS, _OUR_COLOUR), (PAPERS, _PAPER_COLOUR), (UNSEPARATED, GREY)):
+        if method in methods:
+            return colour
+    return _RIVAL_COLOUR
 
 
 def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]]) -> None:
     """Write a label near every point where it covers no other; joined by a line where far."""
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    pixel, inside = renderer.points_to_pixels(1.0), ax.get_window_extent()
+    pixel = renderer.points_to_pixels(1.0)
+    inside = ax.get_window_extent()
     places = [ax.transData.transform((x, y)) for x, y, *_ in points]
     dots = [
         Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places
@@ -454,9 +450,8 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
                     best, least, chosen = (dx / pixel, dy / pixel), covered, box
         taken.append(chosen)
         label.set_position(best)
-        label.set_horizontalalignment(
-            "left" if round(best[0]) > 0 else "right" if round(best[0]) < 0 else "center"
-        )
+        side = int(np.sign(round(best[0])))
+        label.set_horizontalalignment(("center", "left", "right")[side])
         label.set_verticalalignment("center")
         if math.hypot(*best) < 13 and label.arrow_patch is not None:
             label.arrow_patch.set_visible(False)
@@ -469,7 +464,7 @@ def _shared(a: Bbox, b: Bbox) -> float:
 
 
 def plot_kept_gain(results: Results) -> Figure | None:
-    """By owner, the share of its own pair's gain that the mixture keeps, by family."""
+    """Share of each owner's own pair's gain that the mixture keeps, by family."""
     kinds = [
         ("default", "our default", "o", 75),
         ("low", "low rank", "D", 48),
@@ -497,7 +492,8 @@ def _draw_kept(
                 100 * (k["mean"] if name == "mean" else k["sets"].get(name, math.nan))
                 for k in found[family]
             ]
-            x, colour = float(np.mean(values)), colours.get(name, INK)
+            x = float(np.mean(values))
+            colour = colours.get(name, INK)
             if math.isnan(x):
                 continue
             at, level = min(max(x, low), high), y + 0.24 * (i - (len(kinds) - 1) / 2)

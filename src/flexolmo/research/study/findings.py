@@ -325,12 +325,18 @@ def _versus(
         rival = choose(table)
         if rival is None or DEFAULT not in table:
             return math.nan
-        ours, theirs = mean_of(table, DEFAULT), mean_of(table, rival)
-        return ours / theirs if theirs > 0 else math.inf if ours > 0 else math.nan
+        ours = mean_of(table, DEFAULT)
+        theirs = mean_of(table, rival)
+        if theirs > 0:
+            return ours / theirs
+        return math.inf if ours > 0 else math.nan
+
+    def is_enough(x: float) -> bool:
+        return least is not None and (x > least if is_strict else _at_least(x, least))
 
     whole: Table = results.get(kind) or {}
     rival = choose(whole)
-    is_met = None if least is None else (lambda x: x > least if is_strict else _at_least(x, least))
+    is_met = None if least is None else is_enough
     detail = (
         f"{mean_of(whole, DEFAULT):.3f} v {mean_of(whole, rival):.3f}, {word(rival)}"
         if rival and DEFAULT in whole

@@ -1,4 +1,4 @@
-"""From log-probabilities to a study's numbers: every method on every set, per seed.
+"""A study's numbers from log-probabilities: every method on every set, per seed.
 
 NumPy only. What a method must choose (temperatures, prompt lengths) is chosen here, on the
 validation split, for each kind of text by itself; the held-out split is only reported.
@@ -32,7 +32,8 @@ def gap_closed(
     """(public - method) / (public - dense expert of that set), in nats, by owner's set."""
     found = {}
     for n in names:
-        base, best = _total(public[n]), _total(dense[n][n])
+        base = _total(public[n])
+        best = _total(dense[n][n])
         found[n] = (_total(method[n]) - base) / (best - base)
     return found
 
@@ -75,7 +76,7 @@ def _total(rows: Sequence[np.ndarray]) -> float:
 
 
 def bits_per_byte(rows: Rows, sizes: Mapping[str, int]) -> dict[str, float]:
-    """By set; `sizes` are bytes of text."""
+    """Bits per byte of each set; `sizes` are bytes of text."""
     return {n: -_total(r) / np.log(2) / sizes[n] for n, r in rows.items()}
 
 

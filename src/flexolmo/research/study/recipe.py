@@ -95,7 +95,8 @@ class Graph:
 
 def build_graph(recipe: StudyRecipe) -> Graph:
     """All steps of a study. Text in a directory is read once, to know it from other text."""
-    graph, source = Graph(recipe), dict[str, Any](from_directory=None)
+    graph = Graph(recipe)
+    source = dict[str, Any](from_directory=None)
     if recipe.from_directory:
         directory = Path(recipe.from_directory).resolve()
         source = {

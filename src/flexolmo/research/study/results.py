@@ -76,7 +76,7 @@ def _over_seeds(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _cost(graph: Graph, root: Path) -> dict[str, Any]:
-    """By kind of step: how many are done, their seconds on one thread, tokens trained on."""
+    """Steps done, their seconds on one thread and tokens trained on, by kind of step."""
     found: dict[str, Any] = {}
     for step, is_done in order_steps(graph.targets, root):
         if is_done:
@@ -94,7 +94,7 @@ def _tokens(step: Step, done: Mapping[str, Any]) -> int:
 
 
 def _cost_by_method(graph: Graph, root: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """By method: training_seconds and reading_seconds on one thread, and tokens by kind of step."""
+    """Seconds of training and of reading on one thread, and tokens by kind of step, by method."""
     found: dict[str, Any] = {}
     for seed in seeds:
         inputs = graph.scores[seed].inputs

@@ -162,21 +162,13 @@ def _opening(results: Results) -> Iterator[str]:
         )
     yield " ".join(said)
     listed = ", ".join(map(str, done))
-    yield (
-        f"{len(done)} of {len(recipe.get('seeds') or done)} seeds done"
-        + (
-            f" ({listed}); each trains anchor, experts and rivals anew. "
-            if done
-            else ": no numbers yet."
-        )
-        + (
-            "Numbers are means over seeds, ± one standard deviation."
-            if len(done) > 1
-            else "With one seed there is no spread to show."
-            if done
-            else ""
-        )
-    )
+    seeds = ": no numbers yet."
+    if done:
+        spread = "With one seed there is no spread to show."
+        if len(done) > 1:
+            spread = "Numbers are means over seeds, ± one standard deviation."
+        seeds = f" ({listed}); each trains anchor, experts and rivals anew. {spread}"
+    yield f"{len(done)} of {len(recipe.get('seeds') or done)} seeds done{seeds}"
     commits = [str(c) for c in results.get("commits") or []]
     machine, software = results.get("machine") or {}, results.get("software") or {}
     parts = (
@@ -261,15 +253,9 @@ def _bars(results: Results) -> Iterator[str]:
 
 
 def _bar_row(bar: Bar, several: bool) -> list[str]:
-    said = (
-        "(for information)"
-        if bar.is_information
-        else "not measured"
-        if bar.met is None
-        else "✓ met"
-        if bar.met
-        else "✗ **missed**"
-    )
+    said = {True: "✓ met", False: "✗ **missed**", None: "not measured"}[bar.met]
+    if bar.is_information:
+        said = "(for information)"
     reached = _in_unit(bar.value, bar.unit) + (f" ({escape(bar.detail)})" if bar.detail else "")
     by_seed = [_in_unit(x, bar.unit) for x in bar.by_seed]
     return [bar.part, said, bar.asked, reached, *([" / ".join(by_seed) or "–"] * several)]

@@ -96,7 +96,9 @@ _WORK = {
 def table_of_methods(results: Results) -> Iterator[str]:
     """Every method, ordered by its mean gap closed on both kinds of text."""
     held, mixed = (results.get(kind) or {} for kind in TABLES)
-    bits, owners, one = bits_of(results), owners_of(results), anchor_flops(results)
+    bits = bits_of(results)
+    owners = owners_of(results)
+    one = anchor_flops(results)
     if not held:
         return
 
@@ -116,7 +118,7 @@ def table_of_methods(results: Results) -> Iterator[str]:
             format_number(fmean(by_set.values()), 3) if by_set else "–",
             format_change(fmean(gains)) if gains else "–",
             "–" if math.isnan(flops / one) else format_number(flops / one, 2),
-            "–" if strict is None else "yes" if strict else "no",
+            {True: "yes", False: "no", None: "–"}[strict],
             "–" if paper is None else f"{paper:.1f}",
         ]
 
@@ -222,7 +224,8 @@ def _best_single_expert(results: Results) -> tuple[str, dict[str, Any]] | None:
 
 def table_of_bits(results: Results) -> Iterator[str]:
     """Bits per byte of the main models by set."""
-    bits, owners = bits_of(results), owners_of(results)
+    bits = bits_of(results)
+    owners = owners_of(results)
     models = (
         "own_pair",
         DEFAULT,

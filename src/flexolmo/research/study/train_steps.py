@@ -121,7 +121,8 @@ def compressed(step: StepContext) -> dict[str, Any]:
 
     Settings: set, rank, delta_rank (by name), has_half_deltas, train (of the healing).
     """
-    base, data = anchor_of(step), set_of(step, step.settings["set"])
+    base = anchor_of(step)
+    data = set_of(step, step.settings["set"])
     small = compress_expert(
         base,
         load_expert(step.inputs["expert"] / "expert"),
@@ -159,7 +160,8 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
     """An expert that was not trained to coordinate: the FFNs of a dense model, whose other
     weights are thrown away, with the rows its owner's text starts with. Inputs: corpus, anchor,
     dense."""
-    base, recipe = anchor_of(step), ExpertRecipe.model_validate(step.settings["recipe"])
+    base = anchor_of(step)
+    recipe = ExpertRecipe.model_validate(step.settings["recipe"])
     start = start_expert(base, set_of(step, step.settings["set"]), recipe)
     state = load_dense(base, step.inputs["dense"] / "model.safetensors").state_dict()
     for key in start:
@@ -256,7 +258,8 @@ def ridge(step: StepContext) -> dict[str, Any]:
 
     Inputs: corpus, anchor, expert.SET. Settings as for dume, and no_bias: true.
     """
-    base, model = anchor_of(step), mixture_of(step, None)
+    base = anchor_of(step)
+    model = mixture_of(step, None)
     rows = solve_ridge(
         _hidden_sums(step, base.model, model.expert_names), ridge=step.settings["ridge"]
     )
@@ -298,7 +301,8 @@ def tuned(step: StepContext) -> dict[str, Any]:
 
     Inputs: corpus, anchor, expert.SET, proxy.SET. Weakens opting out: see merge/calibrate.py.
     """
-    model, public = mixture_of(step, None), set_of(step, "public")
+    model = mixture_of(step, None)
+    public = set_of(step, "public")
     settings = TrainSettings.model_validate(step.settings["train"])
     proxies = [
         load_proxy(step.inputs[f"proxy.{n}"] / "proxy.json", public) for n in step.settings["sets"]

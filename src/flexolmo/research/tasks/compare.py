@@ -1,4 +1,4 @@
-"""Is run b better than run a, or was it lucky in its items? A paired bootstrap over items.
+"""A paired bootstrap over items: is run b better than run a, or was it lucky in its items?
 
 Pure functions of numbers: knows nothing of models, nor of what a score means. The interval covers
 the choice of items only, not the seed of training or of sampled answers, and with few items it is
@@ -28,7 +28,7 @@ def paired_bootstrap(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """By how much b scores above a: by task, by group at every level, and overall.
+    """Difference of the scores, b - a: by task, by group at every level, and overall.
 
     A draw takes from each task as many items as it has, with replacement, the same for a and b. A
     task is the mean of its items, a group the mean of its tasks or of the groups of the level

@@ -95,7 +95,8 @@ def _read_runs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
                 f"{path} holds no finished run: expected results.json. Run flexolmo "
                 "eval --out there first."
             )
-        about, results = read_json(path / "run.json"), read_json(path / "results.json")
+        about = read_json(path / "run.json")
+        results = read_json(path / "results.json")
         try:
             own = {f"the items of {n}": t["digest"] for n, t in about["tasks"].items()}
             own |= {f"setting {k}": v for k, v in about["settings"].items() if k in _DECIDING}
@@ -275,7 +276,8 @@ def _notes(found: Mapping[str, Results]) -> str:
 @styled
 def draw_bits(found: Mapping[str, Results]) -> Figure:
     """Bits per byte by group (rows) and run (columns), coloured by the change from the first."""
-    groups, names = _groups(found), list(found)
+    groups = _groups(found)
+    names = list(found)
     bits = np.array(
         [[r["groups"][g]["bits_per_byte"] for r in found.values()] for g in groups]
         + [[r["average"]["bits_per_byte"] for r in found.values()]]

@@ -1,8 +1,8 @@
-"""Does a corpus hold items of evaluation tasks? Asked before training, in one pass over it.
+"""Search of a corpus for items of evaluation tasks, before training, in one pass over it.
 
 Words are runs of letters and digits, in Unicode NFKC and folded case; an n-gram is n words in a
 row. An item is hit when a document has one of its n-grams. A paraphrase or a translation is not
-found, and counting ("1 2 3 ...") or a famous line is: look at the shares. Knows nothing of prompts
+found, and counting ("1 2 3") or a famous line is: look at the shares. Knows nothing of prompts
 or models.
 
 Source: Brown et al. 2020 (arXiv 2005.14165), appendix C. There n is 8 to 13 by task, from the
@@ -195,7 +195,8 @@ class _Index:
             if (tasks == number).any():
                 overlap.template_share = 1 - float(is_kept[tasks == number].mean())
         bits = max(10, (8 * len(self._grams)).bit_length())
-        self._shift, self._mask = np.uint64(64 - bits), np.uint64((1 << bits) - 1)
+        self._shift = np.uint64(64 - bits)
+        self._mask = np.uint64((1 << bits) - 1)
         self._is_likely = np.zeros(1 << bits, dtype=bool)  # a Bloom filter, to spare searches
         self._is_likely[self._grams >> self._shift] = True
         self._is_likely[self._grams & self._mask] = True

@@ -184,7 +184,7 @@ def gsm8k_answer(text: str) -> str:
 
 
 def same_number(a: str, b: str) -> bool:
-    """Whether both are numbers, and equal; commas, $, space and a last full stop are ignored.
+    """True if both are numbers, and equal; commas, $, space and a last full stop are ignored.
 
     OLMES compares digits, so that it takes 5.0 for wrong where 5 is right; here they are equal.
     """
@@ -250,7 +250,7 @@ def math_answer(text: str) -> str | None:
 
 
 def same_math(a: str | None, b: str | None) -> bool:
-    r"""Whether two LaTeX answers read the same once their spelling is made uniform; None never is.
+    r"""True if two LaTeX answers read the same once their spelling is uniform; None never does.
 
     Spacing, sizes of brackets and fractions, degrees, %, $, a last unit or \text{unit}, "x=" at
     the start, .5, \frac12, a/b, \sqrt3 and commas in thousands make no difference. Nothing is

@@ -125,7 +125,7 @@ def _protections() -> list[str]:
 
 
 def _judges(settings: RunSettings) -> dict[str, EndpointJudge]:
-    """By what the quality of a text is of; ConfigError now rather than after hours."""
+    """Judges by the quality they judge; ConfigError now rather than after hours."""
     if settings.judge_url is None:
         return {}
     if not settings.judge_model:
@@ -210,7 +210,7 @@ def _run_task(
 
 
 def compare_runs(a: Path, b: Path, *, draws: int = 10_000, seed: int = 0) -> dict[str, Any]:
-    """By how much the run in `b` does better than the run in `a`, on the items that both have.
+    """Difference of the scores of two runs, `b` - `a`, on the items that both have.
 
     Returns `score` (percent; of multiple choice each run's better form) and `bits_per_byte`
     (negative is better), each as `paired_bootstrap` gives it with the levels tasks and groups, or

@@ -32,7 +32,7 @@ class RunSettings(BaseModel):
         "more (paper: 100 and 1,000)",
     )
     limits: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="by task, in place of `limit`"
+        {}, description="items of each task by its name, in place of `limit`"
     )
     forms: tuple[str, ...] = Field(
         ("rc", "mc"),
@@ -153,8 +153,8 @@ def _draw(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def _chance(task: Task, items: Sequence[Item]) -> float | None:
-    """What is right by guessing, of all items: an even guess or always the same option, whichever
-    is better; the commonest written answer of a subtask; no program."""
+    """Fraction of items that guessing gets right: an even guess or always the same option,
+    whichever is better; the commonest written answer of a subtask; no program."""
     if task.kind == "story":
         return None
     if task.kind == "code":

@@ -32,7 +32,8 @@ def news_items(sources: Sources) -> list[Item]:
     for i, text in _texts(sources, "news", "heldout"):
         words = list(re.finditer(r"\S+", text))
         if len(words) >= LEAST_WORDS:
-            start, end = words[NEWS_PROMPT_WORDS - 1].end(), words[:MOST_WORDS][-1].end()
+            start = words[NEWS_PROMPT_WORDS - 1].end()
+            end = words[:MOST_WORDS][-1].end()
             found.append(
                 Item(
                     str(i),

@@ -73,7 +73,7 @@ def _rendered_choices(
 
 
 def _choices(sources: Sources, task: str, variant: str) -> dict[int, tuple[str, Choices, str]]:
-    """By place: id, the choices, and the bare question with its options."""
+    """Id, choices, and bare question with its options, by the place of the item."""
     found, bare = {}, {}
     rows = sources.requests(task, variant)
     for doc, group in groupby(rows, key=lambda r: r["doc_id"]):

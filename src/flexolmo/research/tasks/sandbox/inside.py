@@ -238,7 +238,8 @@ def run_tests(text: bytes, answers: BinaryIO, ask: BinaryIO) -> None:
 def main() -> None:
     """Shut the doors, then run the text in the directory; the plan is the only argument."""
     plan = json.loads(sys.argv[1])
-    come, go = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    come = os.fdopen(os.dup(0), "rb")
+    go = os.fdopen(os.dup(1), "wb")
     null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)
