@@ -419,3 +419,13 @@ def test_draws_follow_the_probabilities():
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         Sampling(**wrong)
+
+
+def test_reading_leaves_the_model_as_it_is(house):
+    """Sparse reading changes last bits, so it must not stay on in a model that others hold."""
+    mixture = house.mixture(("amber", "zinc"), "evidence")
+    for is_sparse in (True, False):
+        reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=is_sparse)
+        assert reader.model.is_sparse is is_sparse
+        assert mixture.model.is_sparse is False
+        assert reader.model.lm_head.weight is mixture.model.lm_head.weight

@@ -70,6 +70,8 @@ class OwnReader:
         self.start = [self.model.config.eos_token_id]
         if isinstance(self.model, MixtureModel):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
+            self.model = copy.copy(self.model)  # the same weights; the caller's is left as it is
+            self.model.is_sparse = self.is_sparse
         elif self.enabled:
             raise ConfigError(
                 f"Experts {', '.join(self.enabled)} were named, but this model is "
@@ -85,8 +87,6 @@ class OwnReader:
         return state
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
-        if isinstance(self.model, MixtureModel):
-            self.model.is_sparse = self.is_sparse
         return self.model(ids, cache=state, is_token=is_token, last=last).float()
 
 
