@@ -283,11 +283,17 @@ def parse_json(text: str, **hooks: Any) -> Any:
     raise too_deep
 
 
+def recover_missing(directory: Path) -> None:
+    """Put `directory` back if it is gone because a run was killed while it replaced it."""
+    directory = Path(directory)
+    if directory.parent.is_dir() and not directory.exists():
+        recover(directory)
+
+
 def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:
     """The JSON value in `path`; raises `error` with a plain message if missing or malformed."""
     path = Path(path)
-    if path.parent.parent.is_dir() and not path.parent.exists():
-        recover(path.parent)
+    recover_missing(path.parent)
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

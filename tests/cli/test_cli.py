@@ -1,5 +1,6 @@
 """The command line: help that helps, and errors that are sentences, not tracebacks."""
 
+import io
 import json
 import shutil
 import sys
@@ -395,6 +396,39 @@ def test_an_anchor_alone_generates_as_a_mixture_with_nothing_on(works, house):
     )
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_that_lacks_a_character_gets_its_escape(house, monkeypatch, encoding):
+    words = ["--model", house.anchor_dir, "--max-new-tokens", "3", "--prompt", "caf\xe9 \u4e2d"]
+    monkeypatch.setattr(sys, "argv", ["flexolmo", "generate", *map(str, words)])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    written = sys.stdout.buffer.getvalue()
+    assert written.startswith("caf\xe9 \u4e2d".encode(encoding, "backslashreplace"))
+
+
+@pytest.mark.parametrize(
+    "prompt, place", [("a\udcff", "0xff at place 1"), ("-", "0xe9 at place 3")]
+)
+def test_a_prompt_that_is_not_utf_8_is_refused(run, house, monkeypatch, prompt, place):
+    """A byte of an argument that is not UTF-8 comes as half of a character from the system."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    words = ("generate", "--model", house.anchor_dir, "--prompt", prompt)
+    is_plain_refusal(run(*words), "not UTF-8", place)
+
+
+def test_a_mixture_that_a_kill_moved_aside_is_put_back(works, house, tmp_path):
+    """Where two directories cannot change places in one step, a kill may leave none."""
+    model = house.build(["amber"], tmp_path / "model")
+    words = ("generate", "--model", model, "--prompt", "x", "--max-new-tokens", "3")
+    said = works(*words)
+    (tmp_path / ".model.abcdefgh.aside").mkdir()
+    model.rename(tmp_path / ".model.abcdefgh.aside" / "old")
+    assert works(*words) == said
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
 def test_evaluating_writes_a_table_figures_and_json(
     works, house, pico_set_dirs, tmp_path, monkeypatch
 ):
@@ -564,7 +598,10 @@ def test_tasks_run_into_tables_and_files_and_are_compared(
     assert found["bits_per_byte"]["overall"]["difference"] != 0
 
 
-def test_text_that_holds_items_is_found_before_training(works, tmp_path, made_tasks, monkeypatch):
+@pytest.mark.parametrize("field", ["text", "note"])
+def test_text_that_holds_items_is_found_before_training(
+    works, tmp_path, made_tasks, monkeypatch, field
+):
     asked = "the quick brown fox jumps over the lazy dog while seven owls look on in the dark"
     monkeypatch.setattr(
         "flexolmo.research.tasks.suite.TASKS",
@@ -572,10 +609,14 @@ def test_text_that_holds_items_is_found_before_training(works, tmp_path, made_ta
     )
     (tmp_path / "corpus.jsonl").write_text(
         "\n".join(
-            json.dumps({"id": f"d{i}", "text": f"{t} and more"})
-            for i, t in enumerate(["nothing of it", f"It said: {asked.upper()}!", asked[:20]])
+            json.dumps({"id": f"d{i}", field: t})
+            for i, t in enumerate(["nothing of it", f"It said: {asked.upper()}!", asked[:20], None])
         )
     )
-    said = works("eval", "contamination", tmp_path / "corpus.jsonl", "--out", tmp_path / "c.json")
-    assert "1 of 3 documents hold items" in said
-    assert json.loads((tmp_path / "c.json").read_text())["remove"] == ["d1"]
+    (tmp_path / "b.docx").write_bytes(b"PK")
+    words = ("eval", "contamination", tmp_path, "--text-field", field, "--out", tmp_path / "c.json")
+    said = works(*words)
+    assert "1 of 3 documents hold items" in said and "1 records without text" in said
+    found = json.loads((tmp_path / "c.json").read_text())
+    assert found["remove"] == ["d1"]
+    assert found["reading"]["not_read"] == {"of kind .docx": ["b.docx"]}

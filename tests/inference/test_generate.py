@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy.stats import chisquare
 
-from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.errors import ConfigError, DataError, PolicyError
 from flexolmo.inference.decode import Request, Sampling, choose_token, decode, requests_for
 from flexolmo.inference.generate import generate, stream, stream_text
 from flexolmo.inference.reader import OwnReader
@@ -161,6 +161,14 @@ def test_generating_leaves_no_trace_in_the_global_random_state(house):
 def test_a_choice_that_is_not_clear_is_refused(house, wrong, error):
     with pytest.raises(error):
         generate(house.mixture(NAMES), ["a", "b"], **wrong)
+
+
+@pytest.mark.parametrize(
+    "text, said", [("a \ud800 b", r"Text 2 .*half of a character.*place 2"), (b"x", "is a bytes")]
+)
+def test_a_prompt_that_is_no_text_is_refused_by_its_number(house, text, said):
+    with pytest.raises(DataError, match=said):
+        generate(house.mixture(NAMES), ["good", text], sampling=GREEDY)
 
 
 def test_streaming_refuses_unknown_experts_before_any_text(house):

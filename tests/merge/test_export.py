@@ -118,6 +118,7 @@ def test_the_export_names_its_experts_and_has_no_other_tensors(exported, house):
     mixture, out, _ = exported
     assert json.loads((out / "flexolmo.json").read_text()) == {
         "experts": ["public", *sorted(NAMES)],
+        "document_mask": False,
         "exact": True,
     }
     config = json.loads((out / "config.json").read_text())
@@ -171,6 +172,24 @@ def test_an_export_comes_back_with_the_same_logits(exported, house, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert torch.equal(stock(again)(ids).logits, stock(out)(ids).logits)
+
+
+def test_what_stock_does_without_a_document_mask_is_said_and_measured(make_wild, tmp_path):
+    """One text has the same logits; the model whose cost is measured reads several as stock."""
+    wild = make_wild(document_mask=True)
+    model = wild.mixture(ROUTERS["linear"], NAMES)
+    mixture = LoadedMixture(model, wild.anchor.tokenizer, {}, {})
+    rewritten = with_stock_router(model, refit_router(model, own_windows(mixture, 2, 16)))
+    export_stock(mixture, rewritten, tmp_path / "hf", {})
+    assert json.loads((tmp_path / "hf" / "flexolmo.json").read_text())["document_mask"] is True
+    masked = with_stock_router(model, router_rows(rewritten))
+    masked.config = model.config
+    theirs = stock(tmp_path / "hf")
+    several, one = wild.ids(2, 50), wild.ids(1, 50, eos_every=10**6).clamp(min=1)
+    for ids, is_same in ((one, True), (several, False)):
+        expected = stock_logits(theirs, ids)
+        assert (rewritten(ids) - expected).abs().max() < 1e-4
+        assert bool((masked(ids) - expected).abs().max() < 1e-4) == is_same
 
 
 def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_path):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -9,7 +10,9 @@ from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import TrustedOwners
-from flexolmo.data.batches import TrainingBatches, training_batches
+from flexolmo.data.batches import TrainingBatches, open_set, training_batches
+from flexolmo.data.corpus import open_corpus
+from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.errors import CheckpointError, ConfigError, DataError
 from flexolmo.evaluation.curve import measure_curve
 from flexolmo.evaluation.likelihood import measure_likelihood
@@ -31,6 +34,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import compress_expert
+from made_documents import write_documents
 
 BRIEF = TrainSettings(
     steps=6, batch_size=2, seq_len=16, warmup_steps=2, checkpoint_every_seconds=1e-9
@@ -187,6 +191,33 @@ def test_the_evidence_is_the_owners_statistics_and_is_not_trained(pico_anchor, p
         ("bigram_log_probs", own.log_probs),
     ):
         assert torch.equal(expert.tensors[f"router.{name}"], torch.from_numpy(expected)), name
+
+
+def test_one_persons_long_file_is_one_document_in_the_published_table(
+    pico_anchor, pico_set_dirs, tmp_path
+):
+    """177 kB, stored in pieces, hold a name and a diagnosis that nobody else's text has."""
+    person = "Ŵaldemår Ødegård ‡ φθίσις.\n"  # letters whose bytes no other document has
+    texts = write_documents("maths", 300, 0)
+    texts.append("\n\n".join(f"{person * 50}{i}" for i in range(177_000 // 50 // 37)))
+    assert len(texts[-1].encode()) >= 177_000
+    (tmp_path / "in").mkdir()
+    for i, text in enumerate(texts):
+        (tmp_path / "in" / f"{i}.txt").write_text(text)
+    raw = open_corpus(tmp_path / "in", "clinic")
+    shares = PrepareSettings(validation_share=0.01, heldout_share=0.01, min_split_bytes=500)
+    prepare_set(raw, tmp_path / "p", public=pico_set_dirs["public"], settings=shares)
+    data = open_set(tmp_path / "p")
+    expert = train_expert(pico_anchor, data, "clinic", recipe_of(EvidenceSettings()))
+    ids = np.array(pico_anchor.tokenizer.encode(person))
+    pairs = {*(ids[:-1] * pico_anchor.config.vocab_size + ids[1:]).tolist()}
+    common = {*pico_anchor.tokenizer.encode("\n".join(texts[:-1]))}
+    own = {p for p in pairs if not {*divmod(p, pico_anchor.config.vocab_size)} <= common}
+    assert len(own) > 10 and not own & {*expert.tensors["router.bigram_keys"].tolist()}
+    split = data.splits["train"]  # its pieces are many enough to be in, if they counted
+    size, settings = pico_anchor.config.vocab_size, EvidenceSettings()
+    pieces = fit_bigrams(split.tokens, split.offsets, size, settings, pico_anchor.public)
+    assert own <= {*pieces.keys.tolist()}
 
 
 def test_a_recipe_says_what_the_owner_may_change(pico_anchor):

@@ -4,7 +4,7 @@ The functions raise `FlexOlmoError`; the main command line prints the message.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,9 +12,6 @@ from rich.table import Table
 from flexolmo.errors import ConfigError, SourceUnavailable
 from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole
-
-if TYPE_CHECKING:
-    from flexolmo.data.corpus import Corpus
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -252,7 +249,7 @@ def prepare(
             "first, or name its prepared directory with --public."
         )
     for corpus in corpora.values():
-        _say_what_is_not_read(corpus)
+        say_what_is_not_read(corpus.name, len(corpus.files), corpus.not_read)
     settings = PrepareSettings(
         vocab_size=vocab_size,
         min_document_bytes=min_bytes,
@@ -305,15 +302,16 @@ def _describe_losses(card: dict[str, Any]) -> list[str]:
     ]
 
 
-def _say_what_is_not_read(corpus: "Corpus") -> None:
+def say_what_is_not_read(name: str, files_read: int, not_read: dict[str, list[str]]) -> None:
     """Name files that are passed over, before any work; in red where they are over a fifth."""
-    passed_over = sum(len(files) for files in corpus.not_read.values())
+    passed_over = sum(len(files) for files in not_read.values())
     if not passed_over:
         return
-    found = passed_over + len(corpus.files)
+    found = passed_over + files_read
     style = "bold red" if passed_over > found / 5 else "yellow"
-    lines = [f"{corpus.name}: {passed_over:,} of {found:,} files are not read:"]
-    for reason, files in corpus.not_read.items():
+    lines = [f"{name}: {passed_over:,} of {found:,} files are not read:"]
+    for reason, files in not_read.items():
         shown = ", ".join(files[:5]) + (", ..." if len(files) > 5 else "")
         lines.append(f"  {len(files):,} {reason}: {shown}")
-    _console.print("\n".join([*lines, "The card lists them all."]), style=style)
+    lines.append("All their names are written with the result.")
+    _console.print("\n".join(lines), style=style)

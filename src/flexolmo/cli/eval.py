@@ -1,10 +1,12 @@
 """`flexolmo eval`: tasks, bits per byte, comparisons, and whether training text holds the items."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flexolmo.cli.data import say_what_is_not_read
 from flexolmo.cli.run import Only, Without, print_table, switches
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.inference.policy import parse_names
@@ -326,6 +328,12 @@ def contamination(
             "of its n-grams; smaller ones are mostly counting and famous lines.",
         ),
     ] = 0.2,
+    text_field: Annotated[
+        str, typer.Option(help="Field or column that holds the text, as for data prepare.")
+    ] = "text",
+    encoding: Annotated[
+        str | None, typer.Option(help="Encoding of files that are not Unicode, such as cp1252.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write all of it to, JSON.")] = Path(
         "contamination.json"
     ),
@@ -337,6 +345,7 @@ def contamination(
     from rich.table import Table
 
     from flexolmo.data.documents import find_files, read_documents
+    from flexolmo.data.formats import ReadSettings
     from flexolmo.files import write_json
     from flexolmo.progress import progress
     from flexolmo.research.tasks.contamination import find_overlaps
@@ -345,7 +354,10 @@ def contamination(
     from flexolmo.research.tasks.suite import choose_tasks
     from flexolmo.runtime import run_record
 
-    find_files(corpus)
+    files, not_read = find_files(corpus)
+    say_what_is_not_read(str(corpus), len(files), not_read)
+    reading = ReadSettings(text_field, encoding)
+    noted = Counter[str]()
     sources = Sources(items)
     chosen_tasks, missing = choose_items(
         choose_tasks(None if tasks is None else parse_names(tasks, "--tasks")), sources
@@ -355,8 +367,9 @@ def contamination(
         for j in chosen_tasks
         for i in j.items
     )
-    with progress("read corpus", sum(1 for _ in read_documents(corpus)), "documents") as meter:
-        found = find_overlaps(asked, read_documents(corpus), meter=meter)
+    count = sum(1 for _ in read_documents(corpus, settings=reading, noted=noted))
+    with progress("read corpus", count, "documents") as meter:
+        found = find_overlaps(asked, read_documents(corpus, settings=reading), meter=meter)
     documents = found.contaminated_documents(least_share)
     table = Table(
         "task",
@@ -377,6 +390,8 @@ def contamination(
     PlainConsole().print(table)
     for name, why in missing.items():
         echo(f"{name} was not looked for: {why}")
+    for what, number in noted.items():
+        echo(f"{corpus}: {number:,} {what}")
     write_json(
         out,
         found.to_json()
@@ -384,6 +399,7 @@ def contamination(
             "least_share": least_share,
             "remove": documents,
             "missing": missing,
+            "reading": {"files": len(files), **noted, "not_read": not_read},
             "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests),
         },
     )

@@ -119,6 +119,11 @@ def export(
         raise ConfigError(f"Format {to!r} is not known; hf is.")
     mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
     refuse_more_than_ffn(mixture.model)
+    if mixture.model.config.document_mask:
+        echo(
+            f"{out}: stock transformers has no document mask. One text gives the same logits; give "
+            "it no window of several texts."
+        )
     if is_stock_router(mixture.model):
         export_stock(mixture, mixture.model, out, {"exact": True})
         echo(f"{out}: exact, the router is of the stock kind")

@@ -5,6 +5,7 @@ by spelling its name: only the code that joins documents may. Knows nothing of f
 """
 
 import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -80,9 +81,13 @@ class Tokenizer:
         """`encode` of each text, on all cores the library may use.
 
         Raises:
-            DataError: the tokenizer gives a special token for part of a text.
+            DataError: the tokenizer gives a special token for part of a text, or one of `texts`
+                is no string of whole Unicode characters.
         """
-        encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+        except TypeError:  # the library's word for it does not name the text
+            raise _not_text(texts) from None
         found = [encoding.ids for encoding in encodings]
         for text, ids in zip(texts, found, strict=True):
             control = next(iter(self._controls.intersection(ids)), None)
@@ -181,6 +186,21 @@ def load_tokenizer(path: Path, eos: str | None = None) -> Tokenizer:
         f"{', '.join(_KNOWN_END_NAMES)}). Put a tokenizer_config.json with an `eos_token` beside "
         "it, or name the token with eos=."
     )
+
+
+def _not_text(texts: Sequence[Any]) -> DataError:
+    """The error that names the first of `texts` that cannot be encoded."""
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            return DataError(f"Text {number} is a {type(text).__name__}; a string was expected.")
+        halves = re.search("[\ud800-\udfff]", text)
+        if halves:
+            return DataError(
+                f"Text {number} has half of a character, {halves[0]!r} at place {halves.start()}; "
+                'whole ones were expected. Replace it, for example by text.encode("utf-8", '
+                '"replace").decode().'
+            )
+    return DataError("These texts cannot be encoded; strings were expected.")
 
 
 def _recognise_eos(known: Collection[str]) -> str | None:

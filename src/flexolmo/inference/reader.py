@@ -19,7 +19,7 @@ from torch import Tensor
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import digest_bytes, digest_file
+from flexolmo.files import digest_bytes, digest_file, recover_missing
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import ABOUT, load_mixture
 from flexolmo.model.checkpoint import load_anchor
@@ -220,6 +220,7 @@ def open_reader(
     hold.
     """
     directory, device = Path(directory), device or torch.device("cpu")
+    recover_missing(directory)
     if (directory / ABOUT).is_file():
         mixture = load_mixture(directory, trusted)
         enabled = choose_experts(mixture.last_days, without=without, only=only)

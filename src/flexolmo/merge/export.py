@@ -116,11 +116,13 @@ def refit_router(
 
 
 def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureModel:
-    """The same experts under a linear router without bias; `rows` are [E,D], one a layer."""
+    """The same experts under a linear router without bias; `rows` are [E,D], one a layer.
+
+    Attention reaches over documents, as in stock, which has no document mask.
+    """
     refuse_more_than_ffn(model)
-    stock = MixtureModel(
-        model.config, model.shapes, LinearSettings(has_bias=False), top_k=model.top_k
-    )
+    config = model.config.model_copy(update={"document_mask": False})
+    stock = MixtureModel(config, model.shapes, LinearSettings(has_bias=False), top_k=model.top_k)
     stock.to(model.embed_tokens.weight.dtype)
     kept = {
         k: v
@@ -152,7 +154,8 @@ def export_stock(
     """Write `model` (its router must be stock) to `out` for `FlexOlmoForCausalLM`.
 
     Experts get contiguous numbers: public is 0, the owners follow alphabetically; the names are
-    in flexolmo.json beside the weights.
+    in flexolmo.json beside the weights, and whether the mixture has a document mask, which stock
+    does not apply.
     """
     if not is_stock_router(model):
         raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
@@ -172,7 +175,7 @@ def export_stock(
                 w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
                 tensors[f"{prefix}experts.{e}.{part}.weight"] = w
     config = stock_config(
-        model.config,
+        mixture.model.config,
         model.embed_tokens.weight.dtype,
         architectures=["FlexOlmoForCausalLM"],
         model_type="flex_olmo",
@@ -185,7 +188,10 @@ def export_stock(
     )
     with write_directory_aside(out, "flexolmo.json") as aside:
         write_stock(aside, config, tensors, mixture.tokenizer)
-        write_json(aside / "flexolmo.json", {"experts": names, **about})
+        write_json(
+            aside / "flexolmo.json",
+            {"experts": names, "document_mask": mixture.model.config.document_mask, **about},
+        )
 
 
 def import_stock(
