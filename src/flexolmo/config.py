@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flexolmo.errors import ConfigError
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Schema = TypeVar("Schema", bound=BaseModel)
 
 
-def read_recipe(
-    path: Path | None, schema: type[Settings], overrides: Sequence[str] = ()
-) -> Settings:
+class Settings(BaseModel):
+    """Settings that are frozen once read, and take no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def read_recipe(path: Path | None, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:
     """The recipe in `path` (none: all defaults) with `overrides` such as "train.steps=10".
 
     Raises ConfigError that lists every unknown key and bad value.
@@ -38,7 +42,7 @@ def read_recipe(
     )
 
 
-def parse_settings(values: dict[str, Any], schema: type[Settings], where: str) -> Settings:
+def parse_settings(values: dict[str, Any], schema: type[Schema], where: str) -> Schema:
     """`values` as a `schema`; ConfigError names every key that does not fit."""
     try:
         return schema.model_validate(values)

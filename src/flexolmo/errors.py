@@ -10,7 +10,7 @@ class FlexOlmoError(Exception):
 
 
 class DiskFullError(FlexOlmoError):
-    """Whoever runs the command must act: a disk, a quota or a file-size limit is used up."""
+    """Error for whoever runs the command: a disk, a quota or a file-size limit is used up."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -18,32 +18,32 @@ class DiskFullError(FlexOlmoError):
 
 
 class ConfigError(FlexOlmoError):
-    """Whoever wrote the recipe or the command must act: unknown key, bad value."""
+    """Error for whoever wrote the recipe or the command: unknown key, bad value."""
 
 
 class DataError(FlexOlmoError):
-    """Whoever supplies text must act: unreadable file, empty set, wrong tokenizer."""
+    """Error for whoever supplies text: unreadable file, empty set, wrong tokenizer."""
 
 
 class SourceUnavailable(DataError):
-    """A package client or a package is missing; the set it feeds can be skipped by name."""
+    """Error for a missing package or package client; its set can be skipped by name."""
 
 
 class CheckpointError(FlexOlmoError):
-    """Whoever supplies a model directory must act: missing, misshapen or foreign tensors."""
+    """Error for whoever supplies a model directory: missing, misshapen or foreign tensors."""
 
 
 class BundleError(FlexOlmoError):
-    """The owner must act: the bundle is damaged, incomplete or not of this format."""
+    """Error for the owner: the bundle is damaged, incomplete or not of this format."""
 
 
 class SignatureError(BundleError):
-    """The owner or the coordinator must act: signature wrong, or signer not trusted."""
+    """Error for the owner or the coordinator: signature wrong, or signer not trusted."""
 
 
 class MergeError(FlexOlmoError):
-    """The coordinator must act: bundles that do not fit this anchor or each other."""
+    """Error for the coordinator: bundles that do not fit this anchor or each other."""
 
 
 class PolicyError(FlexOlmoError):
-    """Whoever runs the model must act: unknown expert, contradictory switches."""
+    """Error for whoever runs the model: unknown expert, contradictory switches."""

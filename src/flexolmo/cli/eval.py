@@ -106,7 +106,9 @@ def evaluate(
     ] = Path("eval"),
     batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for drawn samples.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device: cpu, cuda, or one of several: cuda:1.")
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Run the paper's 31 tasks on a model, or one of the commands below.
@@ -186,7 +188,7 @@ def sets(
     seq_len: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 256,
     max_bytes: Annotated[
         int | None,
-        typer.Option(min=1, help="Read at most this much text of each set. Default: all."),
+        typer.Option(min=1, help="Bytes of text to read at most of each set. Default: all."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
@@ -234,8 +236,8 @@ def sets(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Directory of a run: what is compared with.")],
-    b: Annotated[Path, typer.Argument(help="Directory of another: is it better?")],
+    a: Annotated[Path, typer.Argument(help="Directory of the run to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Directory of the run that may be better.")],
     out: Annotated[Path | None, typer.Option(help="File to write all of it to, JSON.")] = None,
     draws: Annotated[int, typer.Option(min=100, help="Resamples of the items.")] = 10_000,
     seed: Annotated[int, typer.Option(min=0, help="Random seed for the resamples.")] = 0,
@@ -291,7 +293,7 @@ def table(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Directories of runs of the same items; what the others are compared with first."
+            help="Directories of runs of the same items; the others are compared with the first."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Directory of the page.")] = Path("table"),
@@ -426,7 +428,9 @@ def harness(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     out: Annotated[Path, typer.Option(help="File of results, JSON.")] = Path("harness.json"),
     batch_size: Annotated[int, typer.Option(min=1, help="Texts read at once.")] = 32,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device: cpu, cuda, or one of several: cuda:1.")
+    ] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Run tasks of lm-evaluation-harness, its own or yours, under any choice of experts.

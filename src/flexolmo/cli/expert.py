@@ -1,4 +1,4 @@
-"""`flexolmo expert`: an owner's verbs, and the coordinator's look at a bundle."""
+"""`flexolmo expert`: an owner's commands, and the coordinator's check of a bundle."""
 
 import datetime
 import json
@@ -91,7 +91,7 @@ def train(
         typer.Option(help="The coordinator's public key, which must have signed the anchor."),
     ] = None,
 ) -> None:
-    """Train one expert beside the frozen anchor. Nothing leaves; resumes after a kill.
+    """Train one expert beside the frozen anchor. Nothing is sent; resumes after a kill.
 
     Example: flexolmo expert train --anchor anchor --data prepared/math --name math
 
@@ -335,7 +335,12 @@ PassphraseFile = Annotated[
     ),
 ]
 MaxBytes = Annotated[
-    int | None, typer.Option(min=1, help="Refuse larger weights, unread.", show_default="32 GiB")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Bytes of weights to accept at most; larger ones are refused unread.",
+        show_default="32 GiB",
+    ),
 ]
 
 
@@ -389,7 +394,9 @@ def pack(
     expires: Annotated[
         datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: NAME.bundle")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Path of the bundle. Default: NAME.bundle")
+    ] = None,
     passphrase_file: PassphraseFile = None,
 ) -> None:
     """Sign a trained expert into a bundle, the only thing that leaves the owner's premises.

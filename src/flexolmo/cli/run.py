@@ -41,7 +41,8 @@ def generate(
     trust_any_signer: TrustAny = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 is greedy: always the likeliest token.")
+        float,
+        typer.Option(min=0, help="Sampling temperature; 0 is greedy: always the likeliest token."),
     ] = 0.8,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Choose among this many likeliest tokens.")

@@ -33,7 +33,7 @@ class TokenSplit:
 
     @property
     def num_documents(self) -> int:
-        """n."""
+        """Number of documents, n."""
         return len(self.bytes)
 
     @property
@@ -162,11 +162,6 @@ class TrainingBatches:
         self.batch_size, self.seq_len, self.seed = batch_size, seq_len, seed
         self.num_windows = (len(tokens) - 1) // seq_len
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in which every window is visited once."""
-        return self.num_windows / self.batch_size
 
     def windows(self, step: int) -> np.ndarray:
         """Numbers of the windows in batch `step`, int64 [B]."""

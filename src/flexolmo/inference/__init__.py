@@ -1,1 +1,1 @@
-"""Running a mixture: which experts may speak, and what they say."""
+"""Running a mixture: the choice of experts, and the text that they write."""

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.inference.reader import Reader, pad_left, spread
 
@@ -21,25 +22,25 @@ FEW_TOKENS = 256  # that hold a nucleus, most of the time
 Ending = Literal["end_of_text", "stop", "max_new_tokens", "positions"]
 
 
-class Sampling(BaseModel):
+class Sampling(Settings):
     """Settings for the choice of the next token."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_new_tokens: int = Field(200, ge=1, description="tokens to write at most")
-    temperature: float = Field(0.8, ge=0, description="0 is greedy: always the likeliest token")
-    top_k: int | None = Field(None, ge=1, description="choose among this many likeliest tokens")
+    max_new_tokens: int = Field(200, ge=1, description="Tokens to write at most.")
+    temperature: float = Field(
+        0.8, ge=0, description="Sampling temperature; 0 is greedy: always the likeliest token."
+    )
+    top_k: int | None = Field(None, ge=1, description="Choose among this many likeliest tokens.")
     top_p: float = Field(
         0.95,
         gt=0,
         le=1,
-        description="choose among the likeliest tokens that together have this probability",
+        description="Choose among the likeliest tokens that together have this probability.",
     )
     seed: int = Field(
         0,
         ge=0,
         lt=2**62,
-        description="random seed for sampling; text number i of a batch samples with seed + i",
+        description="Random seed for sampling; text number i of a batch samples with seed + i.",
     )
 
 

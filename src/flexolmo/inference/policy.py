@@ -1,4 +1,4 @@
-"""Which experts may take part in a request. No torch: this is what a deployer audits."""
+"""Choice of the experts that take part in a request. No torch: a deployer audits this file."""
 
 import datetime
 from collections.abc import Collection, Iterable, Mapping

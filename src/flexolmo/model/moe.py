@@ -3,7 +3,7 @@
 Experts go by name: `public` is the anchor's own FFN, the others are owners'. Knows neither files
 nor owners' rights; the caller says which experts are active for each sequence.
 
-A disabled expert leaves no trace: its router logit is dropped before the softmax, nothing it
+A disabled expert changes no bit: its router logit is dropped before the softmax, nothing it
 computes is added (it is not run at all if no sequence of the batch enables it), and every product
 keeps the shape it would have had if the expert had never been merged.
 

@@ -9,8 +9,9 @@ V vocabulary, D d_model, F d_ff, L layers, r rank.
 from collections.abc import Mapping
 from math import prod
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flexolmo.config import Settings
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
@@ -20,23 +21,21 @@ BIGRAM_KEYS = "router.bigram_keys"
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class ExpertShape(BaseModel):
+class ExpertShape(Settings):
     """Sizes of an expert, per layer and outside the layers. Source: FFN §3.2; the rest ours."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    d_ff: int = Field(ge=1, description="width of the FFN; the anchor's width for a low-rank one")
+    d_ff: int = Field(ge=1, description="Width of the FFN; the anchor's width for a low-rank one.")
     rank: int = Field(
         0,
         ge=0,
-        description="rank of the FFN's deltas to the anchor's; 0: whole matrices of its own",
+        description="Rank of the FFN's deltas to the anchor's; 0: whole matrices of its own.",
     )
     attention_rank: int = Field(
-        0, ge=0, description="rank of deltas to attention; 0: none; d_model: whole matrices"
+        0, ge=0, description="Rank of deltas to attention; 0: none; d_model: whole matrices."
     )
-    embedding_rank: int = Field(0, ge=0, description="rank of deltas to the embedding, likewise")
-    head_rank: int = Field(0, ge=0, description="rank of deltas to the output head, likewise")
-    num_bigrams: int = Field(0, ge=0, description="bigrams listed for the evidence router")
+    embedding_rank: int = Field(0, ge=0, description="Rank of deltas to the embedding, likewise.")
+    head_rank: int = Field(0, ge=0, description="Rank of deltas to the output head, likewise.")
+    num_bigrams: int = Field(0, ge=0, description="Bigrams listed for the evidence router.")
 
     @property
     def is_ffn_only(self) -> bool:

@@ -9,56 +9,59 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flexolmo.config import Settings
 from flexolmo.errors import DataError
 
 
-class EvidenceSettings(BaseModel):
+class EvidenceSettings(Settings):
     """Settings of the evidence router: how text is summarised and evidence added up.
 
     Everyone who trains for one mixture must use the same. Source: ours.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
 
     kind: Literal["evidence"] = "evidence"
     version: Literal[2] = Field(
         2,
-        description="version of the arithmetic from tables to weights; experts "
-        "trained under another version do not fit",
+        description="Version of the arithmetic from tables to weights; experts "
+        "trained under another version do not fit.",
     )
     switch_rate: float = Field(
-        0.01, gt=0, lt=1, description="chance, per token, that the text turns to another domain"
+        0.01, gt=0, lt=1, description="Chance, per token, that the text turns to another domain."
     )
     tempering: float = Field(
         0.35,
         gt=0,
         le=1,
-        description="factor on each token's evidence, since tokens of one text are not independent",
+        description="Factor on each token's evidence, as tokens of one text are not independent.",
     )
-    clip_nats: float = Field(5.0, gt=0, description="largest evidence one token may give, in nats")
+    clip_nats: float = Field(5.0, gt=0, description="Largest evidence one token may give, in nats.")
     smoothing: float = Field(
         0.001,
         gt=0,
-        description="public text mixed into each owner's frequencies, as a fraction "
-        "of the owner's token count",
+        description="Public text mixed into each owner's frequencies, as a fraction "
+        "of the owner's token count.",
     )
     discount: float = Field(
-        0.75, gt=0, lt=1, description="amount taken from each bigram's count for bigrams never seen"
+        0.75,
+        gt=0,
+        lt=1,
+        description="Amount taken from each bigram's count for bigrams never seen.",
     )
     min_weight: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="an expert with less weight at a token is not run there; one always is",
+        description="Least weight at a token with which an expert is run there; one always is.",
     )
     min_documents: int = Field(
         3,
         ge=1,
-        description="tokens and bigrams in fewer source documents than this count as absent: "
-        "whole ones as their owner gave them, of which texts of the same words count once",
+        description="Source documents that a token or bigram must be in to count as present: "
+        "whole ones as their owner gave them, of which texts of the same words count once.",
     )
 
 

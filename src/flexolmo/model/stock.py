@@ -34,8 +34,8 @@ class StockRope(BaseModel):
     model_config = _STRICT
 
     rope_type: Literal["default"] = "default"
-    type: Literal["default"] = Field("default", description="older name of rope_type")
-    rope_theta: float | None = Field(None, gt=0, description="base of the angles")
+    type: Literal["default"] = Field("default", description="Older name of rope_type.")
+    rope_theta: float | None = Field(None, gt=0, description="Base of the angles.")
 
 
 class StockConfig(BaseModel):
@@ -55,15 +55,15 @@ class StockConfig(BaseModel):
     max_position_embeddings: Size
     rms_norm_eps: float = Field(gt=0)
     rope_parameters: StockRope | None = None
-    rope_scaling: StockRope | None = Field(None, description="older name of rope_parameters")
-    rope_theta: float | None = Field(None, gt=0, description="older place of the angles' base")
+    rope_scaling: StockRope | None = Field(None, description="Older name of rope_parameters.")
+    rope_theta: float | None = Field(None, gt=0, description="Older place of the angles' base.")
     tie_word_embeddings: bool = False
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
-    dtype: DtypeName | None = Field(None, description="precision that stock runs the model in")
-    torch_dtype: DtypeName | None = Field(None, description="older name of dtype")
+    dtype: DtypeName | None = Field(None, description="Precision that stock runs the model in.")
+    torch_dtype: DtypeName | None = Field(None, description="Older name of dtype.")
     document_mask: bool = Field(
-        False, description="ours: attention stays within a document; stock does not read it"
+        False, description="True if attention stays within a document; ours, not read by stock."
     )
     # of these, one value alone is built here
     hidden_act: Literal["silu"] = "silu"
@@ -134,7 +134,7 @@ class StockMixtureConfig(StockConfig):
     """The same of a stock mixture."""
 
     num_experts: Size | None = None
-    num_local_experts: Size | None = Field(None, description="another name of num_experts")
+    num_local_experts: Size | None = Field(None, description="Another name of num_experts.")
     num_experts_per_tok: Size
     norm_topk_prob: Literal[False] = False
     output_router_logits: bool | None = None

@@ -15,31 +15,35 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from flexolmo.config import Settings
 from flexolmo.errors import ConfigError, PolicyError
 
 CHUNK_ROWS = 256  # tokens an FFN works on at a time when nothing is learnt
 
 
-class ModelConfig(BaseModel):
+class ModelConfig(Settings):
     """The shape of a decoder."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: int = Field(ge=2, description="token ids, V")
-    d_model: int = Field(ge=2, description="width of the residual stream, D")
-    num_layers: int = Field(ge=1, description="blocks, L")
-    num_heads: int = Field(ge=1, description="attention heads, H")
-    num_kv_heads: int | None = Field(None, description="key-value heads, G; none: as many as heads")
-    d_ff: int = Field(ge=1, description="width of the FFN, F")
-    max_seq_len: int = Field(4096, ge=2, description="positions, in tokens (paper: 4,096)")
-    rope_theta: float = Field(500_000.0, gt=0, description="base of the rotary angles (paper)")
-    norm_eps: float = Field(1e-6, gt=0, description="added to the mean square in RMSNorm")
-    eos_token_id: int = Field(0, ge=0, description="ends a document; also starts one and pads")
+    vocab_size: int = Field(ge=2, description="Number of token ids, V.")
+    d_model: int = Field(ge=2, description="Width of the residual stream, D.")
+    num_layers: int = Field(ge=1, description="Number of blocks, L.")
+    num_heads: int = Field(ge=1, description="Number of attention heads, H.")
+    num_kv_heads: int | None = Field(
+        None, description="Key-value heads, G; none: as many as heads."
+    )
+    d_ff: int = Field(ge=1, description="Width of the FFN, F.")
+    max_seq_len: int = Field(4096, ge=2, description="Positions, in tokens (paper: 4,096).")
+    rope_theta: float = Field(500_000.0, gt=0, description="Base of the rotary angles (paper).")
+    norm_eps: float = Field(1e-6, gt=0, description="Number added to the mean square in RMSNorm.")
+    eos_token_id: int = Field(
+        0, ge=0, description="Token that ends a document; also starts one and pads."
+    )
     document_mask: bool = Field(
-        False, description="attention stays within a document, which starts at an end of text"
+        False,
+        description="True if attention stays within a document, which starts at an end of text.",
     )
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Results of a run -> figures.
+"""Figures of a run's results.
 
 Draws what results.json holds and leaves out what it lacks. Knows nothing of models, training or
 the page around a figure; computes no number beyond a difference or a ratio of two that are there.
@@ -185,7 +185,7 @@ def plot_bits_per_byte(results: Results) -> Figure:
 
 @styled
 def plot_optout_matrix(results: Results) -> Figure:
-    """Which owner is off (rows) against sets: change of bits per byte v the anchor, in percent.
+    """Owner that is off (rows) against sets: change of bits per byte v the anchor, in percent.
 
     Blue is better than the anchor, red worse. The outlined cell is the set of the owner that is
     off. A second panel has the paper's router, if it was measured.
@@ -317,7 +317,7 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
 
 @styled
 def plot_kept_gain(results: Results) -> Figure:
-    """Per owner: what its expert gains alone, and how much of that is left after merging.
+    """Gain of each owner's expert alone, and how much of it is left after merging.
 
     Pale: gain of the anchor with that expert alone; solid: gain of the mixture on the same set.
     One bar for our router, one for the paper's if measured, each against its own pair.

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
+from flexolmo.config import Settings
 from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.model.checkpoint import Anchor, build_anchor
@@ -19,10 +20,8 @@ from flexolmo.runtime import run_record, set_up
 from flexolmo.train.loop import TrainSettings, identity_of, train
 
 
-class AnchorShape(BaseModel):
+class AnchorShape(Settings):
     """Sizes of the anchor; its vocabulary is the tokenizer's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     d_model: int = Field(192, description="Width of the residual stream.")
     num_layers: int = Field(4, description="Number of blocks.")
@@ -37,10 +36,8 @@ class AnchorShape(BaseModel):
     )
 
 
-class AnchorRecipe(BaseModel):
+class AnchorRecipe(Settings):
     """Settings that, with the data, decide a trained anchor."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(
         0, ge=0, description="Random seed of the first weights and the order of batches."

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import Name, build_manifest
+from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json, save_tensors, write_json
@@ -46,10 +47,8 @@ Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
 
 
-class ExpertRecipe(BaseModel):
+class ExpertRecipe(Settings):
     """Settings that, with the anchor and the data, decide an expert."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = Field(0, ge=0, description="Random seed of batch order and first values.")
     scope: Scope = Field(

@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
+from flexolmo.config import Settings
 from flexolmo.errors import CheckpointError
 from flexolmo.files import canonical_json, digest_bytes, parse_json, save_tensors, write_json
 from flexolmo.progress import progress
@@ -23,10 +24,8 @@ from flexolmo.progress import progress
 CHECKPOINT = "checkpoint.safetensors"
 
 
-class TrainSettings(BaseModel):
+class TrainSettings(Settings):
     """Length and rates of a training run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(ge=1, description="Number of optimizer steps.")
     batch_size: int = Field(8, ge=1, description="Sequences in one step.")

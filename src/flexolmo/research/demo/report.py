@@ -1,4 +1,4 @@
-"""Results of a run and their figures -> one HTML file.
+"""One HTML file of a run's results and their figures.
 
 Says what the page contains: its sentences, tables and figures, as blocks; `page` knows how a
 block looks. Knows nothing of models; a missing result leaves its part out.
@@ -233,7 +233,7 @@ def _origin_section(results: Results) -> Iterator[Block]:
 
 
 def _opening(results: Results) -> list[str]:
-    """Up to three sentences for a reader who knows nothing of this, with the run's own numbers."""
+    """Opening of at most three sentences for a newcomer, with the run's own numbers."""
     names = plots.owner_names(results)
     bits = plots.bits_table(results)
     n = len(names)

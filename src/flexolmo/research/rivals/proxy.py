@@ -213,7 +213,7 @@ def _train_classifier(
 
 
 def _hash_words(texts: Sequence[str]) -> Any:
-    """Which words, marks and pairs of them each text has; sparse rows of length one.
+    """Presence of words, marks and pairs of them in each text; sparse rows of length one.
 
     Characters besides would take four times as long and tell no more (ours, seven owners).
     """
@@ -240,7 +240,7 @@ def _cut(split: TokenSplit, piece_tokens: int) -> np.ndarray:
 
 
 def _spread(pieces: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of `pieces`, evenly spaced."""
+    """Choose at most `most` of `pieces`, evenly spaced."""
     count = min(most, len(pieces))
     return pieces[np.arange(count) * len(pieces) // count]
 

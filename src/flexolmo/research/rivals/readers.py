@@ -128,7 +128,7 @@ class _ChosenState:
 
 @dataclass
 class PromptReader:
-    """One model for each text, chosen by its first P tokens; `opening` speaks before.
+    """One model for each text, chosen by its first P tokens; `opening` predicts before.
 
     Of a text that is cut, these tokens stay. Where a text begins with examples, it is they that
     choose. `choose` is given the ids of the start and the prompt, and is asked again for the same

@@ -1,4 +1,4 @@
-"""A study's results -> figures, in the look of `plots`; all numbers are means over seeds.
+"""Figures of a study's results, in the look of `plots`; all numbers are means over seeds.
 
 Draws what results.json holds; a figure for which it has nothing is None. Knows nothing of the page
 around them.

@@ -32,9 +32,9 @@ def gap_closed(
     """(public - method) / (public - dense expert of that set), in nats, by owner's set."""
     found = {}
     for n in names:
-        base = _total(public[n])
-        best = _total(dense[n][n])
-        found[n] = (_total(method[n]) - base) / (best - base)
+        base = total(public[n])
+        best = total(dense[n][n])
+        found[n] = (total(method[n]) - base) / (best - base)
     return found
 
 
@@ -71,13 +71,14 @@ def gap_closed_mixed(
     return found
 
 
-def _total(rows: Sequence[np.ndarray]) -> float:
+def total(rows: Sequence[np.ndarray]) -> float:
+    """Sum of a model's log-probabilities, in nats."""
     return float(sum(r.astype(np.float64).sum() for r in rows))
 
 
 def bits_per_byte(rows: Rows, sizes: Mapping[str, int]) -> dict[str, float]:
     """Bits per byte of each set; `sizes` are bytes of text."""
-    return {n: -_total(r) / np.log(2) / sizes[n] for n, r in rows.items()}
+    return {n: -total(r) / np.log(2) / sizes[n] for n, r in rows.items()}
 
 
 # --- rivals that mix what dense models say --------------------------------------------------------

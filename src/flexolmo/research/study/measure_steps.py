@@ -30,6 +30,7 @@ from flexolmo.research.study.gains import (
     gap_closed,
     gap_closed_mixed,
     prompt_routing,
+    total,
 )
 from flexolmo.research.study.read_steps import fit_prompt_classifier, load_samples
 from flexolmo.research.study.text_steps import SPLITS, load_sources, load_windows
@@ -322,10 +323,6 @@ def _gain(study: _Study, family: str, name: str) -> float:
 def _kept(study: _Study, family: str, merged: Rows) -> dict[str, Any]:
     """Share of the own pair's gain that is left after merging; and what public text pays."""
     public = study.dense["heldout"][PUBLIC]
-
-    def total(rows: Sequence[np.ndarray]) -> float:
-        return float(sum(r.astype(np.float64).sum() for r in rows))
-
     kept = {
         n: (total(merged[n]) - total(public[n])) / _gain(study, family, n) for n in study.owners
     }

@@ -134,8 +134,8 @@ def _btm(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, Path]) -> Rea
 
 
 def _btm_equal_flops(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, Path]) -> Reader:
-    """All read a prefix, as long as the budget allows in a window of the study's; the likeliest go
-    on. A shorter text costs more than the budget, a longer one less."""
+    """Models that all read a prefix, as long as the budget allows in a window of the study's,
+    of which the likeliest go on. A shorter text costs more than the budget, a longer one less."""
     models = list(dense.values())
 
     def choose(prefix: tuple[int, ...]) -> Reader:
@@ -155,7 +155,7 @@ def _btm_equal_flops(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, P
 
 
 def _soup_weighted(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, Path]) -> Reader:
-    """A soup for every prompt; before it is read, the mean soup speaks."""
+    """A soup for every prompt; before it is read, the mean soup predicts."""
     states = {n: r.model.state_dict() for n, r in dense.items()}
 
     def cook(weights: Mapping[str, float] | None = None) -> OwnReader:

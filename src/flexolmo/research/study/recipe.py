@@ -6,8 +6,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flexolmo.config import Settings
 from flexolmo.data.corpus import digest_files
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
@@ -24,59 +25,55 @@ from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import HEALING
 
 
-class LowRankRecipe(BaseModel):
+class LowRankRecipe(Settings):
     """Our small experts: full ones cut to ranks, then trained on for a little."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rank: int = Field(44, ge=1, description="rank of the FFN's deltas")
-    attention_rank: int = Field(52, ge=1, description="rank of attention's deltas")
-    embedding_rank: int = Field(40, ge=1, description="rank of the embedding's delta")
-    head_rank: int = Field(80, ge=1, description="rank of the output head's delta")
-    has_half_deltas: bool = Field(True, description="keep them in bfloat16")
-    train: TrainSettings = Field(HEALING, description="after the cut")
+    rank: int = Field(44, ge=1, description="Rank of the FFN's deltas.")
+    attention_rank: int = Field(52, ge=1, description="Rank of attention's deltas.")
+    embedding_rank: int = Field(40, ge=1, description="Rank of the embedding's delta.")
+    head_rank: int = Field(80, ge=1, description="Rank of the output head's delta.")
+    has_half_deltas: bool = Field(True, description="True to keep the deltas in bfloat16.")
+    train: TrainSettings = Field(HEALING, description="Training after the cut.")
 
 
-class StudyRecipe(BaseModel):
+class StudyRecipe(Settings):
     """Everything that decides a study."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seeds: tuple[int, ...] = Field(
         (0, 1, 2),
         min_length=1,
-        description="random seeds; the study of the first also has the ablations",
+        description="Random seeds; the study of the first also has the ablations.",
     )
     owners: tuple[str, ...] = Field(
         ("academic", "code", "creative", "edu", "forum", "math", "news"),
         min_length=2,
-        description="owners, by the name of their set",
+        description="Owners, by the name of their set.",
     )
-    vocab_size: int = Field(4096, ge=300, description="entries of the tokenizer")
+    vocab_size: int = Field(4096, ge=300, description="Entries of the tokenizer.")
     from_directory: str | None = Field(
         None,
-        description="directory of SET/*.jsonl.gz to read, "
-        "public and every owner's, instead of packages",
+        description="Directory of SET/*.jsonl.gz to read, "
+        "public and every owner's, instead of packages.",
     )
-    seq_len: int = Field(512, ge=64, description="tokens of a window that is read")
-    heldout_bytes: int = Field(40_000, ge=1000, description="text reported on, of each set")
-    validation_bytes: int = Field(20_000, ge=1000, description="text chosen by, of each set")
-    heldout_mixed: int = Field(48, ge=1, description="mixed documents reported on")
-    validation_mixed: int = Field(24, ge=1, description="mixed documents chosen by")
+    seq_len: int = Field(512, ge=64, description="Tokens of a window that is read.")
+    heldout_bytes: int = Field(40_000, ge=1000, description="Bytes of each set to report on.")
+    validation_bytes: int = Field(20_000, ge=1000, description="Bytes of each set to choose by.")
+    heldout_mixed: int = Field(48, ge=1, description="Mixed documents to report on.")
+    validation_mixed: int = Field(24, ge=1, description="Mixed documents to choose by.")
     anchor: AnchorRecipe = AnchorRecipe()
     train: TrainSettings = Field(
         TrainSettings(steps=160, batch_size=4, seq_len=512),
-        description="training of one owner's model, ours or a rival's",
+        description="Training of one owner's model, ours or a rival's.",
     )
-    default: ExpertRecipe = Field(ExpertRecipe(), description="our expert; its train is not used")
+    default: ExpertRecipe = Field(ExpertRecipe(), description="Our expert; its train is not used.")
     low_rank: LowRankRecipe = LowRankRecipe()
-    top_k: int = Field(2, ge=1, description="experts active per token, ours and rivals'")
-    tuning_steps: int = Field(60, ge=1, description="steps of the paper's joint router tuning")
-    proxy_tokens: int = Field(40_000, ge=100, description="public tokens in an owner's proxy")
+    top_k: int = Field(2, ge=1, description="Experts active per token, ours and rivals'.")
+    tuning_steps: int = Field(60, ge=1, description="Steps of the paper's joint router tuning.")
+    proxy_tokens: int = Field(40_000, ge=100, description="Public tokens in an owner's proxy.")
     samples: int = Field(
-        96, ge=8, description="texts each dense model writes for the prompt classifier"
+        96, ge=8, description="Texts each dense model writes for the prompt classifier."
     )
-    has_ablations: bool = Field(True, description="run the ablations with the first seed")
+    has_ablations: bool = Field(True, description="True to run the ablations with the first seed.")
 
 
 @dataclass

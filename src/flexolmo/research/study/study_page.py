@@ -1,4 +1,4 @@
-"""A study's results.json -> page.md and figures/*.png, to be read on a code host.
+"""Page.md and figures/*.png from a study's results.json, to be read on a code host.
 
 Says what the page contains and in which order. Its numbers are in `findings`, its tables in
 `tables`, its figures in `figures`; a missing method, table or seed leaves its part out. What only a

@@ -107,12 +107,13 @@ def expert(step: StepContext) -> dict[str, Any]:
         public=set_of(step, "public") if recipe.replay else None,
         start=start,
     )
+    return _leave(step, made, made.record["tokens"])
+
+
+def _leave(step: StepContext, made: Expert, tokens: int) -> dict[str, Any]:
+    """Write the expert into expert/; the metrics of a step that made it from `tokens`."""
     save_expert(made, step.out / "expert")
-    return {
-        "tokens": made.record["tokens"],
-        "bytes": count_bytes(made.tensors),
-        "architecture": made.architecture,
-    }
+    return {"tokens": tokens, "bytes": count_bytes(made.tensors), "architecture": made.architecture}
 
 
 @step_kind("compressed", version=1)
@@ -141,12 +142,7 @@ def compressed(step: StepContext) -> dict[str, Any]:
         has_half_deltas=step.settings["has_half_deltas"],
         num_threads=1,
     )
-    save_expert(made, step.out / "expert")
-    return {
-        "tokens": train.tokens,
-        "bytes": count_bytes(made.tensors),
-        "architecture": made.architecture,
-    }
+    return _leave(step, made, train.tokens)
 
 
 @step_kind("embedder", version=1)
@@ -179,12 +175,7 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
         data.digest,
         architecture_of(base.config, recipe.shape(base.config)),
     )
-    save_expert(made, step.out / "expert")
-    return {
-        "tokens": step.settings["tokens"],
-        "bytes": count_bytes(start),
-        "architecture": made.architecture,
-    }
+    return _leave(step, made, step.settings["tokens"])
 
 
 @step_kind("rerouted", version=1)
@@ -199,12 +190,7 @@ def rerouted(step: StepContext) -> dict[str, Any]:
         router,
         set_of(step, "public"),
     )
-    save_expert(made, step.out / "expert")
-    return {
-        "tokens": made.record["tokens"],
-        "bytes": count_bytes(made.tensors),
-        "architecture": made.architecture,
-    }
+    return _leave(step, made, made.record["tokens"])
 
 
 @step_kind("unrestricted", version=1)
@@ -287,7 +273,7 @@ def _training_windows(token_set: TokenSet, count: int, seq_len: int) -> list[np.
 
 @step_kind("proxy", version=1)
 def proxy(step: StepContext) -> dict[str, Any]:
-    """The public text most like one owner's, chosen in that owner's house. Inputs: corpus."""
+    """The public text most like one owner's, chosen on that owner's premises. Inputs: corpus."""
     found = select_proxy(
         set_of(step, step.settings["set"]), set_of(step, "public"), tokens=step.settings["tokens"]
     )

@@ -95,7 +95,7 @@ def find_overlaps(
     template_items: int = 10,
     meter: Meter | None = None,
 ) -> Overlaps:
-    """Which items of which tasks are in `documents`, and where.
+    """Search `documents` for the items of tasks; returns which are there, and where.
 
     Documents are streamed, a quarter of a million words at a time. Each n-gram of the items takes
     about 25 bytes, and three times that while they are sorted. An n-gram goes by 64 bits, not
@@ -233,7 +233,7 @@ class _Index:
         return (counts / np.maximum(self._sizes, 1)).tolist()
 
     def _hash_words(self, words: list[str]) -> np.ndarray:
-        """uint64 [words]."""
+        """Values of words, uint64 [words]."""
         values = map(self._word_values.get, words, repeat(0))
         return np.fromiter(values, dtype=np.uint64, count=len(words))
 

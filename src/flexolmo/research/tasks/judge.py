@@ -1,6 +1,6 @@
 """Judgements of news and poems that models wrote, from a model behind an HTTP endpoint.
 
-Any endpoint that speaks OpenAI's chat completions will do, one on this machine among them. Knows
+Any endpoint with OpenAI's chat completions will do, one on this machine among them. Knows
 nothing of the model that wrote the text. The judge's key is read from the environment for each
 request, and is neither kept nor shown.
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from flexolmo.config import Settings
 from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.files import digest_bytes
 from flexolmo.research.tasks.items import Item
@@ -19,45 +20,46 @@ from flexolmo.research.tasks.suite import Task, choose_tasks
 Row = dict[str, Any]  # of one item, as it is written
 
 
-class RunSettings(BaseModel):
+class RunSettings(Settings):
     """Settings that decide which part of the tasks is run, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     limit: int | None = Field(
         None,
         ge=1,
-        description="items of each task, or of each of its "
+        description="Items of each task, or of each of its "
         "subtasks; drawn by a hash of their ids, so that fewer are among "
-        "more (paper: 100 and 1,000)",
+        "more (paper: 100 and 1,000).",
     )
     limits: dict[str, Annotated[int, Field(ge=1)]] = Field(
-        {}, description="items of each task by its name, in place of `limit`"
+        {}, description="Items of each task by its name, in place of `limit`."
     )
     forms: tuple[str, ...] = Field(
         ("rc", "mc"),
-        description="forms of multiple choice: rc completes "
-        "the answer, mc names its letter; the better counts (OLMES)",
+        description="Forms of multiple choice: rc completes "
+        "the answer, mc names its letter; the better counts (OLMES).",
     )
     write: bool = Field(
-        True, description="let the model write answers; else only bits per byte of the right ones"
+        True,
+        description="True to let the model write answers; else only bits per byte of right ones.",
     )
-    run_code: bool = Field(False, description="run the programs it writes, in a sandbox")
+    run_code: bool = Field(
+        False, description="True to run the programs that the model writes, in a sandbox."
+    )
     samples: int = Field(
         1,
         ge=1,
-        description="programs written for each problem: 1 is the "
-        "likeliest, more are drawn at temperature 0.8 for pass@k",
+        description="Programs written for each problem: 1 is the "
+        "likeliest, more are drawn at temperature 0.8 for pass@k.",
     )
     judge_url: str | None = Field(
         None,
         description="OpenAI-compatible endpoint that judges news "
         "and poems, up to its version; none: ROUGE-L with the text as it "
-        "went on, which is not a score of the paper's",
+        "went on, which is not a score of the paper's.",
     )
-    judge_model: str = Field("", description="the judge, as its endpoint calls it")
-    batch_size: int = Field(32, ge=1, description="texts read at once")
-    seed: int = Field(0, ge=0, description="random seed for drawn samples")
+    judge_model: str = Field("", description="The judge, as its endpoint calls it.")
+    batch_size: int = Field(32, ge=1, description="Texts read at once.")
+    seed: int = Field(0, ge=0, description="Random seed for drawn samples.")
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def run_tests(text: bytes, answers: BinaryIO, ask: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Shut the doors, then run the text in the directory; the plan is the only argument."""
+    """Give up every right, then run the text in the directory; the plan is the only argument."""
     plan = json.loads(sys.argv[1])
     come = os.fdopen(os.dup(0), "rb")
     go = os.fdopen(os.dup(1), "wb")

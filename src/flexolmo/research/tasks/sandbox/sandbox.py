@@ -204,7 +204,7 @@ def run_programs(
 
 
 def check_sandbox() -> list[str]:
-    """Try every door from inside: the protections that hold here, in words.
+    """Try every forbidden act from inside: the protections that hold here, in words.
 
     Raises ConfigError if programs cannot be run, or would not be shut away. Where only Landlock
     is missing, the last entry says what is then not protected. Source: ours.
