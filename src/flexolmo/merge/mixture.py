@@ -28,6 +28,7 @@ from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bu
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import Digest, compare_tensors
+from flexolmo.config import Settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
 from flexolmo.files import (
@@ -60,10 +61,8 @@ _DTYPES = {
 MAX_WEIGHT = 10_000.0  # largest number an expert may hold; trained ones stay below 100
 
 
-class _Removed(BaseModel):
+class _Removed(Settings):
     """The newest bundle that this mixture ever held of an owner who is not in it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     created: str
     manifest_digest: Digest
@@ -79,10 +78,8 @@ class _Expert(BaseModel):
     ]
 
 
-class _Index(BaseModel):
+class _Index(Settings):
     """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
-
-    model_config = ConfigDict(extra="forbid")
 
     format: Literal["flexolmo-mixture"]
     format_version: Literal[2]
@@ -140,7 +137,8 @@ def add_experts(
     Those already in it must be trusted and within their terms. A bundle older than one that was
     removed from this mixture is refused.
     """
-    trusted, model_dir = _require(trusted), Path(model_dir)
+    trusted = _require(trusted)
+    model_dir = Path(model_dir)
     with _hold(model_dir):
         about = read_about(model_dir)
         return _write(model_dir, model_dir / "anchor", [Path(b) for b in bundles], about, trusted)
@@ -154,7 +152,9 @@ def remove_experts(
     Signers of those who stay must be trusted; nothing is asked of those who go. Their names, and
     date and digest of what they signed, stay in mixture.json, so that nothing older comes back.
     """
-    trusted, model_dir, gone = _require(trusted), Path(model_dir), set(names)
+    trusted = _require(trusted)
+    model_dir = Path(model_dir)
+    gone = set(names)
     with _hold(model_dir):
         about = read_about(model_dir)
         _refuse_unknown(gone, about)
@@ -180,7 +180,8 @@ def load_mixture(
     whose terms have expired is refused by name. The choice of bundles and `top_k` are not signed:
     keep mixture.json as safe as the program.
     """
-    trusted, model_dir = _require(trusted), Path(model_dir)
+    trusted = _require(trusted)
+    model_dir = Path(model_dir)
     about = read_about(model_dir)
     anchor = load_anchor(model_dir / "anchor")
     _refuse_other_anchor(model_dir, anchor, about)
@@ -305,7 +306,8 @@ def _find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
     except ValueError as e:
         return [f"{m.name}: router settings are not understood: {e}"]
     shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
-    claimed, found = m.architecture.model_dump(), architecture_of(anchor.config, shape)
+    claimed = m.architecture.model_dump()
+    found = architecture_of(anchor.config, shape)
     lines = [
         f"architecture claims {key} {claimed[key]}, found {found[key]}"
         for key in found

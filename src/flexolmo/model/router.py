@@ -22,38 +22,37 @@ from typing import Annotated, ClassVar, Literal, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
+from flexolmo.config import Settings
 from flexolmo.model.statistics import EvidenceSettings
 
 EvidenceState = tuple[Tensor, Tensor]
 
 
-class LinearSettings(BaseModel):
+class LinearSettings(Settings):
     """One row a layer read against the residual stream, with a negative bias. Source: §3.3.2."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     is_strict: ClassVar[bool] = True  # of rows as owners send them; not once tuned jointly
 
     kind: Literal["linear"] = "linear"
     has_bias: bool = Field(
-        True, description="negative bias on owners' experts (paper); the stock format has none"
+        True, description="Negative bias on owners' experts (paper); the stock format has none."
     )
     bias_form: Literal["softplus", "clamp"] = Field(
         "softplus",
-        description="how b_i is kept negative: -softplus(raw) (ours), or min(raw, 0) "
-        "(paper), which has no gradient once raw is positive",
+        description="Form that keeps b_i negative: -softplus(raw) (ours), or min(raw, 0) "
+        "(paper), which has no gradient once raw is positive.",
     )
 
 
-class DiscriminantSettings(BaseModel):
+class DiscriminantSettings(Settings):
     """Gaussian discriminant: each layer tests whether a state lies nearer to the mean of an owner's
     text or of public text, under the covariance of public text. Source: ours.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     is_strict: ClassVar[bool] = True
 
     kind: Literal["discriminant"] = "discriminant"
@@ -61,16 +60,16 @@ class DiscriminantSettings(BaseModel):
         0.7,
         gt=0,
         le=1,
-        description="what a token's log odds count: states of one text are not independent",
+        description="Factor on each token's log odds, as states of one text are not independent.",
     )
     shrinkage: float = Field(
-        0.1, gt=0, le=1, description="weight of the covariance's diagonal over the whole of it"
+        0.1, gt=0, le=1, description="Weight of the covariance's diagonal over the whole of it."
     )
     has_context: bool = Field(
-        False, description="also read the decayed mean of the text's states so far"
+        False, description="True to read also the decayed mean of the text's states so far."
     )
     half_life_tokens: float = Field(
-        32.0, gt=0, description="tokens after which a state counts half in that mean"
+        32.0, gt=0, description="Tokens after which a state counts half in that mean."
     )
 
     def num_features(self, d_model: int) -> int:
@@ -357,7 +356,8 @@ def find_texts(
     if not settings.has_context:
         return Texts(is_end, None)
     counts = is_token & ~is_end
-    age, text = counts.cumsum(1), is_end.cumsum(1)  # tokens and texts so far
+    age = counts.cumsum(1)  # tokens so far
+    text = is_end.cumsum(1)  # texts so far
     gap = age[:, :, None] - F.pad(age, (1, 0))[:, None]  # [B,T,1+T] tokens between
     is_past = (gap >= 0) & F.pad(counts, (1, 0), value=True)[:, None]  # what counts adds to age
     reaches = is_past & (text[:, :, None] == F.pad(text, (1, 0))[:, None])
