@@ -187,6 +187,7 @@ def write_directory_aside(path: Path, marker: str, *, is_private: bool = False) 
 
     A directory already at `path` is replaced, once the new one is complete, only if it is empty
     or holds the file `marker`, which says that it is one of the same kind; FlexOlmoError if not.
+    Where `path` is a link, what it points to is replaced, so that no second copy stays.
     The two are exchanged in one step where the file system can; elsewhere a kill between two
     steps leaves no `path`, and the next `read_json` of a file in it, or write, puts it back.
 
@@ -197,6 +198,8 @@ def write_directory_aside(path: Path, marker: str, *, is_private: bool = False) 
         DiskFullError: the disk, a quota or the limit on a file's size is used up.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
     if path.exists() and not (
         path.is_dir() and ((path / marker).is_file() or not any(path.iterdir()))
     ):

@@ -270,6 +270,11 @@ def sign_statement(key_file, statement):
     )
 
 
+def first_file(statement):
+    """The first file of a statement."""
+    return statement["predicate"]["resources"][0]
+
+
 def change_statement(change):
     statement = signing._statement("x.bundle", DIGESTS)
     change(statement)
@@ -296,6 +301,9 @@ def test_a_hand_made_signature_of_the_right_statement_holds(keys):
         change_statement(lambda s: s["predicate"]["resources"][0].update(algorithm="blake2")),
         change_statement(lambda s: s["predicate"]["serialization"].update(ignore_paths=["b"])),
         change_statement(lambda s: s["predicate"]["serialization"].update(allow_symlinks=True)),
+        change_statement(lambda s: s["predicate"]["serialization"].update(allow_symlinks=0)),
+        change_statement(lambda s: s["predicate"]["resources"].append(dict(first_file(s)))),
+        change_statement(lambda s: first_file(s).update(digest=first_file(s)["digest"].upper())),
     ],
 )
 def test_a_trusted_signer_cannot_sign_in_another_manner(keys, statement):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import shutil
 import threading
 from types import SimpleNamespace
@@ -11,9 +12,11 @@ import torch
 
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key, read_private_key
-from flexolmo.errors import CheckpointError, MergeError, PolicyError, SignatureError
+from flexolmo.errors import BundleError, CheckpointError, MergeError, PolicyError, SignatureError
+from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference import policy
 from flexolmo.inference.generate import Sampling, generate
+from flexolmo.inference.reader import open_reader
 from flexolmo.merge import mixture as room
 from flexolmo.merge.mixture import (
     add_experts,
@@ -188,6 +191,15 @@ def test_nothing_is_added_beside_an_owner_whose_terms_expired(house, tmp_path, m
     add_experts(tmp_path / "m", house.bundles(["zinc"]), house.trusted)
 
 
+def test_removing_through_a_link_leaves_no_second_copy(house, tmp_path):
+    model = house.build(["amber", "zinc"], tmp_path / "real" / "m")
+    (tmp_path / "link").symlink_to(model)
+    remove_experts(tmp_path / "link", ["amber"], house.trusted)
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (model / "experts").iterdir()] == ["zinc.bundle"]
+    assert load_mixture(model, house.trusted).expert_names == ["zinc"]
+
+
 def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
     house, tmp_path, monkeypatch
 ):
@@ -206,6 +218,23 @@ def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
     add_experts(model, house.bundles(["zinc"]), house.trusted)
     removals[0].join()
     assert sorted(read_about(model)["experts"]) == ["zinc"]
+
+
+def test_expiry_is_asked_during_a_long_evaluation(house, tmp_path, monkeypatch):
+    """At each text that a reader opened before begins."""
+    bundle = differ_in_router(
+        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+    )
+    build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
+    reader, _ = open_reader(tmp_path / "m", house.trusted)
+    without, _ = open_reader(tmp_path / "m", house.trusted, without=["amber"])
+    texts = [((1, 2), (3, 4))]
+    on(monkeypatch, policy, 2031, 5, 1, 23, 59)
+    assert Scorer(reader).score_ids(texts)
+    on(monkeypatch, policy, 2031, 5, 2)
+    with pytest.raises(PolicyError, match=r"expired of amber \(on 2031-05-01\)"):
+        Scorer(reader).score_ids(texts)
+    assert Scorer(without).score_ids(texts)
 
 
 # --- what an expert holds -----------------------------------------------------------------------
@@ -301,6 +330,28 @@ def test_building_opens_each_bundle_once(house, tmp_path, monkeypatch):
     assert len(opened) == 3
     load_mixture(tmp_path / "m", house.trusted)
     assert len(opened) == 6
+
+
+@pytest.mark.parametrize("what", ["unsigned", "a stranger's", "too large"])
+def test_nothing_large_is_copied_before_the_signer_is_known(house, tmp_path, monkeypatch, what):
+    bundle = tmp_path / "amber.bundle"
+    shutil.copytree(house.bundle("amber"), bundle)
+    bundle.chmod(0o777)  # so that files are copied, not linked
+    size = (bundle / "expert.safetensors").stat().st_size
+    if what == "unsigned":
+        os.truncate(bundle / "expert.safetensors", 1 << 30)
+        (bundle / "signature.sig").write_bytes(b"{}")
+    trusted = only(house, "Bob") if what == "a stranger's" else house.trusted
+    limit = size - 1 if what == "too large" else None
+    model = house.build(["zinc"], tmp_path / "m")
+
+    def refuse(source, target, length):
+        assert os.fstat(source.fileno()).st_size < size
+
+    monkeypatch.setattr(room.shutil, "copyfileobj", refuse)
+    said = r"amber\.bundle was refused.*(not a signature|unknown key|\n.*expected at most)"
+    with pytest.raises(BundleError, match=said):
+        add_experts(model, [bundle], trusted, max_bytes=limit)
 
 
 # --- the anchor ---------------------------------------------------------------------------------

@@ -88,6 +88,16 @@ def open_bundle(
         return _check(files, trusted, allow_unknown_signer, today, keep_tensors)
 
 
+def check_signer(path: Path, trusted: TrustedOwners, max_bytes: int | None = None) -> None:
+    """Check all of a bundle but its weights, of which only the size is asked.
+
+    Comes before anything as large as the weights is copied; arguments, order and errors are those
+    of `open_bundle`.
+    """
+    with _open_files(Path(path), max_bytes) as files:
+        _check_signer(files, trusted, trusted.allows_unknown)
+
+
 def write_bundle(
     path: Path,
     weights: bytes,
@@ -287,14 +297,10 @@ def _check_signature(files: _Files) -> Signed:
     return signed
 
 
-def _check(
-    files: _Files,
-    trusted: TrustedOwners | None,
-    allow_unknown_signer: bool,
-    today: datetime.date | None,
-    keep_tensors: bool,
-) -> Bundle:
-    """Every check, in order."""
+def _check_signer(
+    files: _Files, trusted: TrustedOwners | None, allow_unknown_signer: bool
+) -> tuple[Signed, str | None, Manifest]:
+    """Every check that needs no byte of the weights, in order; with the signer's trusted name."""
     path = files.path
     signed = _check_signature(files)
     signer = trusted.owner_of(signed.key_id) if trusted else None
@@ -319,7 +325,27 @@ def _check(
             f"{path} was refused: it claims to be by {manifest.owner!r}, whose trusted key is "
             f"{claimed_key_id}, but found a signature by {signed.key_id}. Ask that owner."
         )
-    weights = _read_weights(files, manifest, signed, keep_tensors)
+    size = files.sizes[WEIGHTS_FILE]
+    room = 8 + MAX_HEADER_BYTES + sum(entry.num_bytes for entry in manifest.tensors.values())
+    if size > room:  # altered for certain, and perhaps too large to read in vain
+        raise SignatureError(
+            f"{path} was refused: {WEIGHTS_FILE} has {size} bytes, the tensors in "
+            f"{MANIFEST_FILE} take at most {room}. {ADVICE_ALTERED}"
+        )
+    return signed, signer, manifest
+
+
+def _check(
+    files: _Files,
+    trusted: TrustedOwners | None,
+    allow_unknown_signer: bool,
+    today: datetime.date | None,
+    keep_tensors: bool,
+) -> Bundle:
+    """Every check, in order."""
+    path = files.path
+    signed, signer, manifest = _check_signer(files, trusted, allow_unknown_signer)
+    weights = _read_weights(files, signed, keep_tensors)
     lines = []
     if signed.subject != f"{manifest.name}.bundle":
         lines.append(
@@ -342,18 +368,11 @@ def _check(
     )
 
 
-def _read_weights(files: _Files, manifest: Manifest, signed: Signed, keep: bool) -> Weights:
+def _read_weights(files: _Files, signed: Signed, keep: bool) -> Weights:
     """The weights, read once, if they are those that were signed."""
     (file,) = files.weights
-    size = files.sizes[WEIGHTS_FILE]
-    room = 8 + MAX_HEADER_BYTES + sum(entry.num_bytes for entry in manifest.tensors.values())
-    if size > room:  # altered for certain, and perhaps too large to read in vain
-        raise SignatureError(
-            f"{files.path} was refused: {WEIGHTS_FILE} has {size} bytes, the tensors in "
-            f"{MANIFEST_FILE} take at most {room}. {ADVICE_ALTERED}"
-        )
     try:
-        weights = read_weights(file, size, keep)
+        weights = read_weights(file, files.sizes[WEIGHTS_FILE], keep)
     except BundleError as e:
         file.seek(0)
         digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

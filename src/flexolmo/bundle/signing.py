@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from flexolmo.bundle.manifest import check_owner
 from flexolmo.bundle.strict import parse_json, raise_listed
 from flexolmo.errors import SignatureError
+from flexolmo.files import canonical_json
 
 ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."
 PASSPHRASE_VARIABLE = "FLEXOLMO_KEY_PASSPHRASE"
@@ -246,8 +247,8 @@ ANY_SIGNER = TrustedOwners({}, allows_unknown=True)
 
 def _statement(name: str, digests: Mapping[str, str]) -> dict[str, Any]:
     """The in-toto statement that signs exactly these files. Source: model-signing 1.1."""
-    hexes = {file: digests[file].removeprefix("sha256:") for file in sorted(digests)}
-    root = hashlib.sha256(b"".join(bytes.fromhex(h) for h in hexes.values())).hexdigest()
+    raw = {file: bytes.fromhex(digests[file].removeprefix("sha256:")) for file in sorted(digests)}
+    root = hashlib.sha256(b"".join(raw.values())).hexdigest()
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": name, "digest": {"sha256": root}}],
@@ -255,7 +256,7 @@ def _statement(name: str, digests: Mapping[str, str]) -> dict[str, Any]:
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},
             "resources": [
-                {"name": file, "algorithm": "sha256", "digest": h} for file, h in hexes.items()
+                {"name": file, "algorithm": "sha256", "digest": h.hex()} for file, h in raw.items()
             ],
         },
     }
@@ -333,7 +334,8 @@ def read_signature(signature: bytes, public_pem: bytes) -> Signed:
         subject = str(statement["subject"][0]["name"])
         resources = statement["predicate"]["resources"]
         digests = {str(r["name"]): "sha256:" + str(r["digest"]) for r in resources}
-        is_exact = statement == _statement(subject, digests)
+        # Compared as text: Python holds 0 and 0.0 for equal to false.
+        is_exact = canonical_json(statement) == canonical_json(_statement(subject, digests))
     except (ValueError, KeyError, IndexError, TypeError):
         raise SignatureError(
             f"signature.sig signs something other than a list of files. {ADVICE_ALTERED}"

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from flexolmo.cli.anchor import Precision
+from flexolmo.cli.expert import MaxBytes
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import echo
 
@@ -29,6 +30,7 @@ def build(
             min=1, help="Experts active per token, public included. Default: all enabled ones."
         ),
     ] = None,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Check bundles and merge them. Nothing is trained.
 
@@ -36,9 +38,8 @@ def build(
     """
     from flexolmo.merge.mixture import build_mixture
 
-    about = build_mixture(
-        anchor, bundles, out, trusted_owners(trust, trust_any_signer), top_k=top_k
-    )
+    trusted = trusted_owners(trust, trust_any_signer)
+    about = build_mixture(anchor, bundles, out, trusted, top_k=top_k, max_bytes=max_bytes)
     echo(f"{out}: public + {', '.join(about['experts'])}")
 
 
@@ -48,11 +49,13 @@ def add(
     bundles: Annotated[list[Path], typer.Argument(help="Bundles to add.")],
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
+    max_bytes: MaxBytes = None,
 ) -> None:
     """Add owners' bundles to a mixture."""
     from flexolmo.merge.mixture import add_experts
 
-    about = add_experts(model, bundles, trusted_owners(trust, trust_any_signer))
+    trusted = trusted_owners(trust, trust_any_signer)
+    about = add_experts(model, bundles, trusted, max_bytes=max_bytes)
     echo(f"{model}: public + {', '.join(about['experts'])}")
 
 

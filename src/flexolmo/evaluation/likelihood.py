@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, evaluation_windows
+from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.transformer import Transformer
@@ -145,6 +146,7 @@ def evaluate_mixture(
             table[arrangement] = {}
             for set_name, parts in windows.items():
                 meter.note = f"{arrangement} on {set_name}"
+                choose_experts(mixture.last_days, only=enabled)  # terms may expire meanwhile
                 found = read_windows(mixture.model, parts, enabled=enabled, meter=meter)
                 table[arrangement][set_name] = found.bits_per_byte
                 if arrangement == "mixture":

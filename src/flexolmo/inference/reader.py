@@ -8,7 +8,8 @@ B batch, T positions, V vocabulary.
 """
 
 import copy
-from collections.abc import Iterable, Sequence
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -64,6 +65,7 @@ class OwnReader:
     is_sparse: bool = True  # see MixtureModel
     shares_prefixes: bool = True
     kept_tokens: int = 0
+    last_days: Mapping[str, datetime.date | None] | None = None  # of use; asked at each new state
 
     def __post_init__(self) -> None:
         self.max_seq_len = self.model.config.max_seq_len
@@ -80,7 +82,9 @@ class OwnReader:
 
     def new_state(self, enabled: Sequence[Iterable[str]] | None = None) -> Any:
         """The state of one text; given the experts that are on for each of several texts, of
-        those."""
+        those. Raises PolicyError if the terms of an expert that is on have expired."""
+        if self.last_days is not None:
+            choose_experts(self.last_days, only=self.enabled)
         state = self.model.new_cache()
         if isinstance(self.model, MixtureModel):
             state.active = self.model.expert_mask([self.enabled] if enabled is None else enabled)
@@ -225,7 +229,13 @@ def open_reader(
         mixture = load_mixture(directory, trusted)
         enabled = choose_experts(mixture.last_days, without=without, only=only)
         return (
-            OwnReader(mixture.model.to(device), mixture.tokenizer, sorted(enabled), is_sparse),
+            OwnReader(
+                mixture.model.to(device),
+                mixture.tokenizer,
+                sorted(enabled),
+                is_sparse,
+                last_days=mixture.last_days,
+            ),
             {
                 "kind": "mixture",
                 "digest": digest_file(directory / ABOUT),

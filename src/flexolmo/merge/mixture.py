@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, check_signer, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import Digest, compare_tensors
@@ -112,10 +112,13 @@ def build_mixture(
     trusted: TrustedOwners | None,
     *,
     top_k: int | None = None,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
 
-    `top_k` experts (public included) are active per token; None: all enabled ones.
+    Args:
+        top_k: Experts (public included) active per token; None: all enabled ones.
+        max_bytes: A bundle with larger weights is refused before anything of them is read.
 
     Raises:
         BundleError, SignatureError: a bundle that does not hold up by itself.
@@ -126,11 +129,16 @@ def build_mixture(
     trusted = _require(trusted)
     about: dict[str, Any] = {"top_k": top_k, "experts": {}, "removed": {}}
     with _hold(out):
-        return _write(Path(out), Path(anchor_dir), [Path(b) for b in bundles], about, trusted)
+        sources = [Path(b) for b in bundles]
+        return _write(Path(out), Path(anchor_dir), sources, about, trusted, max_bytes)
 
 
 def add_experts(
-    model_dir: Path, bundles: Sequence[Path], trusted: TrustedOwners | None
+    model_dir: Path,
+    bundles: Sequence[Path],
+    trusted: TrustedOwners | None,
+    *,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
 
@@ -140,8 +148,8 @@ def add_experts(
     trusted = _require(trusted)
     model_dir = Path(model_dir)
     with _hold(model_dir):
-        about = read_about(model_dir)
-        return _write(model_dir, model_dir / "anchor", [Path(b) for b in bundles], about, trusted)
+        about, sources = read_about(model_dir), [Path(b) for b in bundles]
+        return _write(model_dir, model_dir / "anchor", sources, about, trusted, max_bytes)
 
 
 def remove_experts(
@@ -495,6 +503,7 @@ def _write(
     bundles: Sequence[Path],
     about: Mapping[str, Any],
     trusted: TrustedOwners,
+    max_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up.
 
@@ -513,7 +522,7 @@ def _write(
         for name in about["experts"]:
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
-                _place_bundle(source, target, trusted, today=datetime.date.min)
+                _place_bundle(source, target, trusted)
                 held = _reopen(target, name, about, trusted)
             experts[name] = about["experts"][name]
             manifests.append(held.manifest)
@@ -522,7 +531,7 @@ def _write(
         for source in bundles:
             target = aside / "incoming"
             with _naming(target, source):
-                _place_bundle(source, target, trusted)
+                _place_bundle(source, target, trusted, max_bytes)
                 bundle = open_bundle(target, trusted, trusted.allows_unknown, keep_tensors=True)
             m = bundle.manifest
             misfits = _find_misfits(anchor, bundle) or _find_unstable(anchor, bundle)
@@ -566,12 +575,10 @@ def _naming(target: Path, source: Path) -> Iterator[None]:
 
 
 def _place_bundle(
-    source: Path, target: Path, trusted: TrustedOwners, today: datetime.date | None = None
+    source: Path, target: Path, trusted: TrustedOwners, max_bytes: int | None = None
 ) -> None:
-    if not source.is_dir() or {p.name for p in source.iterdir() if not p.is_symlink()} != set(
-        MAX_FILE_BYTES
-    ):
-        open_bundle(source, trusted, trusted.allows_unknown, today)  # says what is amiss
+    """Copy a bundle whose signer is trusted; what is copied is checked again, with its weights."""
+    check_signer(source, trusted, max_bytes)
     shutil.rmtree(target, ignore_errors=True)
     _place(source, target, sorted(MAX_FILE_BYTES))
 
