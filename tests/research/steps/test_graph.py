@@ -315,8 +315,8 @@ def test_stopped_from_outside_it_leaves_no_child_and_can_go_on(tmp_path, ran, si
 def test_a_step_waits_for_an_attempt_that_is_still_ending(tmp_path, ran):
     one = Step("one", "add", {"n": 1})
     lock = one.directory(tmp_path) / "log" / "lock"
-    with step.hold_lock(lock, wait=False), jobs.running_jobs() as running:
-        running.start(step.prepare_job(one, tmp_path)[0])
+    with step.hold_lock(lock, wait=False), jobs.running_jobs(0, 1) as running:
+        running.start(one.prepare(tmp_path)[0])
         for _ in range(20):
             assert not running.ended() and ran() == []
     run_graph([one], tmp_path, 1)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from flexolmo.research.steps import jobs as room
-from flexolmo.research.steps.jobs import Job, JobFailed, run_jobs
+from flexolmo.research.steps.jobs import Job, running_jobs
 
 PROGRAM = f"""#!{sys.executable} -S
 import os, sys, time
@@ -52,55 +52,47 @@ def is_alive(directory):
     return True
 
 
+def run_jobs(jobs):
+    """Run `jobs` together until one fails; exit code and seconds of each that ended, by label."""
+    found = {}
+    with running_jobs(done=0, total=len(jobs)) as running:
+        for job in jobs:
+            running.start(job)
+        while running.seconds() and not any(code for code, _ in found.values()):
+            found |= {job.label: (code, seconds) for job, code, seconds in running.ended()}
+    return found
+
+
 def test_each_job_runs_in_its_own_directory_and_its_seconds_are_told(tmp_path):
     jobs = [
         Job("a", ("sleep", "0.3"), tmp_path / "one"),
         Job("b b", ("say", "hi"), tmp_path / "two"),
     ]
-    seconds = run_jobs(jobs, 2)
-    assert set(seconds) == {"a", "b b"}
-    assert 0.3 <= seconds["a"] < 10 and seconds["b b"] > 0
+    ended = run_jobs(jobs)
+    assert {label: code for label, (code, _) in ended.items()} == {"a": 0, "b b": 0}
+    assert 0.3 <= ended["a"][1] < 10 and ended["b b"][1] > 0
     assert (tmp_path / "one" / "finished").exists()
     assert jobs[1].log == tmp_path / "two" / "log" / "b-b.txt"
     assert jobs[1].log.read_text() == "hi\n"
 
 
-def test_no_more_run_at_once_than_asked(tmp_path, monkeypatch):
-    running, most, start = set(), [], room._start
-
-    def watch(job):
-        process = start(job)
-        running.add(process)
-        most.append(sum(p.poll() is None for p in running))
-        return process
-
-    monkeypatch.setattr(room, "_start", watch)
-    seconds = run_jobs([Job(f"j{i}", ("sleep", "1"), tmp_path / f"d{i}") for i in range(3)], 2)
-    assert len(seconds) == 3
-    assert max(most) == 2
-
-
-def test_no_jobs_take_no_time():
-    assert run_jobs([], 2) == {}
-
-
-def test_a_failing_job_gives_its_last_words_and_stops_the_others(tmp_path):
+def test_a_failing_job_gives_its_last_words_and_the_others_are_stopped_on_the_way_out(
+    tmp_path, capfd
+):
     jobs = [
         Job("long", ("sleep", "60"), tmp_path / "long"),
         Job("bad", ("fail",), tmp_path / "bad"),
-        Job("later", ("sleep", "0"), tmp_path / "later"),
     ]
     started = time.monotonic()
-    with pytest.raises(JobFailed) as caught:
-        run_jobs(jobs, 2)
-    said = str(caught.value)
+    assert run_jobs(jobs)["bad"][0] == 2
     assert time.monotonic() - started < 20
+    said = capfd.readouterr().err
     assert said.startswith("bad failed with exit code 2") and str(jobs[1].log) in said
-    assert said.endswith("MergeError: it does not fit")
+    assert said.endswith("MergeError: it does not fit\n")
     assert "line 19" in said and "line 3\n" not in said  # the end of it, not all
+    assert jobs[1].last_words(lines=1) == "MergeError: it does not fit"
     assert not (tmp_path / "long" / "finished").exists()
     assert not is_alive(tmp_path / "long")
-    assert not (tmp_path / "later").exists()
 
 
 def test_ctrl_c_stops_the_children(tmp_path):
@@ -112,7 +104,7 @@ def test_ctrl_c_stops_the_children(tmp_path):
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run_jobs([Job("long", ("sleep", "60"), tmp_path / "long")], 1)
+        run_jobs([Job("long", ("sleep", "60"), tmp_path / "long")])
     thread.join()
     assert not (tmp_path / "long" / "finished").exists()
     assert not is_alive(tmp_path / "long")
@@ -120,7 +112,7 @@ def test_ctrl_c_stops_the_children(tmp_path):
 
 def test_what_a_job_says_of_its_progress_is_shown(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(room, "_LINE_EVERY_SECONDS", 0.0)
-    run_jobs([Job("train", ("progress", "0.5"), tmp_path / "d")], 1)
+    run_jobs([Job("train", ("progress", "0.5"), tmp_path / "d")])
     shown = capfd.readouterr().err
     assert "train: 3/4 tok, 1:01 left" in shown
     assert "train: done in 0:" in shown
@@ -131,14 +123,13 @@ def test_progress_of_an_earlier_run_is_not_shown(tmp_path, monkeypatch, capfd):
     job = Job("train", ("sleep", "0.1"), tmp_path / "d")
     job.log.parent.mkdir(parents=True)
     room._state_file(job).write_text('{"text": "old", "done": 1, "total": 1, "seconds_left": 0}')
-    run_jobs([job], 1)
+    run_jobs([job])
     assert "old" not in capfd.readouterr().err
 
 
 def test_last_words_are_of_this_run(tmp_path):
     """A process that is killed says nothing; its log may hold what the run before said."""
-    run_jobs([Job("a", ("say", "all is well"), tmp_path)], 1)
-    with pytest.raises(JobFailed) as caught:
-        run_jobs([Job("a", ("die",), tmp_path)], 1)
-    assert "exit code -9" in str(caught.value)
-    assert "all is well" not in str(caught.value)
+    run_jobs([Job("a", ("say", "all is well"), tmp_path)])
+    killed = Job("a", ("die",), tmp_path)
+    assert run_jobs([killed])["a"][0] == -9
+    assert killed.last_words() == ""

@@ -3,7 +3,8 @@
     coordinator/    public text, the anchor, the owners' public keys, the measurements
     owners/NAME/    that owner's text, runs, private key, and the bundles it sends
     model/, model-paper/    the mixtures: our router, and the paper's
-    report.html, figures/, results.json, recipe.json, stages.json
+    report.html, figures/, results.json, recipe.json
+    steps/    a record of each command: what it was, seconds, digests of what it made
 
 Every step is a `flexolmo` command in a process and directory of its own. Run again after a kill,
 finished steps are skipped and the step that was cut off resumes.
@@ -12,7 +13,7 @@ finished steps are skipped and the step that was cut off resumes.
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,7 @@ from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
 from flexolmo.errors import ConfigError, FlexOlmoError
-from flexolmo.files import (
-    canonical_json,
-    digest_bytes,
-    read_json,
-    write_bytes,
-    write_directory_aside,
-    write_json,
-)
+from flexolmo.files import read_json, write_directory_aside, write_json
 from flexolmo.inference.decode import Sampling
 from flexolmo.inference.generate import generate
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
@@ -40,22 +34,19 @@ from flexolmo.model.router import slot
 from flexolmo.numbers import format_seconds
 from flexolmo.research.corpora.sources import CLIENTS, SETS
 from flexolmo.research.demo.report import write_report
-from flexolmo.research.steps.jobs import UNAVAILABLE, Job, JobFailed, run_jobs
+from flexolmo.research.steps.command import command_step
+from flexolmo.research.steps.graph import elapsed_seconds, run_graph
+from flexolmo.research.steps.jobs import UNAVAILABLE, JobFailed
+from flexolmo.research.steps.step import Step
 from flexolmo.runtime import run_record
 from flexolmo.terminal import echo
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
+TERMS = "For this demonstration."
 # The demo's text is of packages: pages laid out with spaces, and many copies of one text.
-PREPARE = (
-    "data",
-    "prepare",
-    "--replace",
-    "--min-bytes=200",
-    "--near-duplicates=0.7",
-    "--normalise",
-)
+PREPARE = "data prepare --min-bytes=200 --near-duplicates=0.7 --normalise --out prepared"
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
@@ -118,257 +109,167 @@ class _Demo:
         self.coordinator = out / "coordinator"
         self.record = run_record(recipe.model_dump(mode="json"), recipe.seed, {})
         write_json(out / "recipe.json", recipe.model_dump(mode="json"))
-        self.stages: dict[str, Any] = {}
-        if (out / "stages.json").exists():
-            self.stages = read_json(out / "stages.json", FlexOlmoError)
+        self.stages: dict[str, list[Step]] = {}
 
     def house(self, name: str) -> Path:
         """The directory of one owner."""
         return self.out / "owners" / name
 
-    # --- steps ----------------------------------------------------------------------------------
+    # --- stages ---------------------------------------------------------------------------------
 
-    def step(self, label: str, after: Sequence[str], settings: Any, run: Callable[[], Any]) -> None:
-        """Run a step unless it was finished with these settings `after` these steps."""
-        identity = digest_bytes(
-            canonical_json([settings, [self.stages[earlier]["identity"] for earlier in after]])
-        )
-        done = self.stages.get(label, {})
-        if done.get("identity") == identity and done.get("finished"):
-            echo(f"== {label}: done before, {format_seconds(done['seconds'])}")
-            return
-        if done and done.get("identity") != identity:
-            self._clear(label)
-        echo(f"== {label}")
-        spent = done.get("seconds", 0.0) if done.get("identity") == identity else 0.0
-        start = time.monotonic()
+    def stage(self, label: str, steps: Iterable[Step]) -> None:
+        """Run those of `steps` that are not done; FlexOlmoError if one done before is damaged."""
+        self.stages[label] = list(steps)
+        if all(step.is_done(self.out) for step in self.stages[label]):
+            echo(f"== {label}: done before, {format_seconds(self.seconds(label))}")
+            for step in self.stages[label]:
+                step.result(self.out)
+        else:
+            echo(f"== {label}")
+            run_graph(self.stages[label], self.out, self.recipe.processes)
 
-        def note(finished: bool) -> None:
-            self.stages[label] = {
-                "identity": identity,
-                "finished": finished,
-                "seconds": spent + time.monotonic() - start,
-            }
-            write_json(self.out / "stages.json", self.stages)
-
-        note(finished=False)  # so that after a kill the next run knows what was under way
-        try:
-            run()
-        except BaseException:
-            note(finished=False)
-            raise
-        note(finished=True)
-
-    def _clear(self, label: str) -> None:
-        """Remove what an earlier run with another recipe left of this step."""
-        for path in {
-            "train the anchor": [self.coordinator / "anchor", self.coordinator / "anchor.run"],
-            "sign and merge": [
-                *self.out.glob("owners/*/outbox*"),
-                *(self.out / f"model{s}" for s in ROUTERS.values()),
-            ],
-            "measure": [self.coordinator / f"eval{s}" for s in ROUTERS.values()],
-        }.get(label, []):
-            shutil.rmtree(path, ignore_errors=True)
+    def seconds(self, label: str) -> float:
+        """Seconds that a stage took, whenever that was."""
+        return elapsed_seconds(self.stages[label], self.out)
 
     def gather(self, names: Sequence[str]) -> None:
         """Text: public first, for it trains the tokenizer; then every owner's own."""
-        settings = {"vocab_size": self.recipe.vocab_size, "clients": self.clients}
 
-        def fetch(name: str, directory: Path) -> Job:
+        def fetch(name: str, directory: str) -> Step:
             clients = f" --clients {','.join(self.clients)}" if self.clients else ""
-            command = f"data fetch --sets {name} --out corpus{clients}"
-            return _job(f"fetch {name}", directory, command)
-
-        def public() -> None:
-            run_jobs([fetch("public", self.coordinator)], 1)
-            size = self.recipe.vocab_size
-            command = f"data prepare corpus/public --out prepared --vocab-size {size}"
-            run_jobs([_job("prepare public", self.coordinator, command)], 1)
-
-        def owners() -> None:
-            for name in names:
-                (self.house(name) / "skipped.json").unlink(missing_ok=True)
-                try:
-                    run_jobs([fetch(name, self.house(name))], 1)
-                except JobFailed as e:
-                    if e.code != UNAVAILABLE:
-                        raise
-                    echo(
-                        f"{name}: skipped. {e}\nWhen it can be had, run the demo into another "
-                        "directory (--out)."
-                    )
-                    write_json(self.house(name) / "skipped.json", str(e).splitlines()[-1])
-            public_set = (self.coordinator / "prepared/public").resolve()
-            run_jobs(
-                [
-                    _job(
-                        f"prepare {name}",
-                        self.house(name),
-                        f"data prepare corpus/{name} --out prepared --public {{}}",
-                        public_set,
-                    )
-                    for name in names
-                    if not (self.house(name) / "skipped.json").exists()
-                ],
-                self.recipe.processes,
+            return command_step(
+                f"fetch {name}",
+                directory,
+                f"data fetch --sets {name} --out corpus{clients}",
+                makes=[f"corpus/{name}"],
+                is_resumable=True,
             )
 
-        self.step("gather public text", (), settings, public)
-        self.step("gather owners' text", ("gather public text",), sorted(names), owners)
-        self.names = [n for n in names if not (self.house(n) / "skipped.json").exists()]
-        self.skipped = {
-            n: read_json(self.house(n) / "skipped.json") for n in names if n not in self.names
+        public = fetch("public", "coordinator")
+        self.public = command_step(
+            "prepare public",
+            "coordinator",
+            f"{PREPARE} corpus/public --vocab-size {self.recipe.vocab_size}",
+            makes=["prepared/public"],
+            after=[public],
+        )
+        self.stage("gather public text", [public, self.public])
+        fetched = {name: fetch(name, f"owners/{name}") for name in names}
+        self.prepared = {
+            name: command_step(
+                f"prepare {name}",
+                f"owners/{name}",
+                f"{PREPARE} corpus/{name} --public ../../coordinator/prepared/public",
+                makes=[f"prepared/{name}"],
+                after=[fetched[name], self.public],
+            )
+            for name in names
         }
+        try:
+            self.stage("gather owners' text", [*fetched.values(), *self.prepared.values()])
+        except JobFailed as e:
+            if set(e.codes.values()) != {UNAVAILABLE}:
+                raise
+            self.skipped = {job.directory.name: job.last_words(lines=1) for job in e.codes}
+            for name, reason in self.skipped.items():
+                echo(f"{name}: skipped. {reason}\nRun the demo again when it can be had.")
+        self.names = [name for name in names if name not in self.skipped]
         if not self.names:
             raise FlexOlmoError("No owner's text could be had; the reasons are above.")
 
     def train(self) -> None:
-        """The anchor on public text; then every owner's experts, two owners at a time."""
+        """The anchor on public text; then every owner's key and experts."""
         recipe = self.recipe
-
-        def anchor() -> None:
-            write_toml(
-                self.coordinator / "anchor.toml",
-                recipe.anchor.model_dump(mode="json", exclude_none=True) | {"seed": recipe.seed},
-            )
-            command = "anchor train --data prepared/public --recipe anchor.toml --threads"
-            run_jobs([_job("anchor", self.coordinator, f"{command} {recipe.processes}")], 1)
-
-        def experts() -> None:
+        settings = recipe.anchor.model_dump(mode="json", exclude_none=True) | {"seed": recipe.seed}
+        anchor = command_step(
+            "anchor",
+            "coordinator",
+            "anchor train --data prepared/public --recipe anchor.toml "
+            f"--threads {recipe.processes}",
+            makes=["anchor", "anchor.run"],
+            after=[self.public],
+            files={"anchor.toml": tomli_w.dumps(settings)},
+            is_resumable=True,
+        )
+        self.stage("train the anchor", [anchor])
+        self.experts = {}
+        for kind, suffix in ROUTERS.items():
+            settings = {
+                "seed": recipe.seed,
+                "scope": SCOPES[kind],
+                "router": {"kind": kind},
+                "train": recipe.expert_train.model_dump(exclude_none=True),
+            }
+            for name in self.names:
+                self.experts[name, suffix] = command_step(
+                    f"expert {name}{suffix}",
+                    f"owners/{name}",
+                    f"expert train --anchor anchor --data prepared/{name} --name {name} "
+                    f"--recipe expert{suffix}.toml --out expert{suffix}.run --threads 1",
+                    makes=[f"expert{suffix}.run"],
+                    after=[anchor, self.prepared[name]],
+                    files={f"expert{suffix}.toml": tomli_w.dumps(settings)},
+                    is_resumable=True,
+                )
+        if not all(step.is_done(self.out) for step in self.experts.values()):
             for name in self.names:  # each owner gets the published anchor, whole and fresh
                 shutil.rmtree(self.house(name) / "anchor", ignore_errors=True)
                 with write_directory_aside(self.house(name) / "anchor", "anchor.json") as aside:
                     shutil.copytree(self.coordinator / "anchor", aside, dirs_exist_ok=True)
-            jobs = []
-            for kind, suffix in ROUTERS.items():
-                for name in self.names:
-                    house = self.house(name)
-                    write_toml(
-                        house / f"expert{suffix}.toml",
-                        {
-                            "seed": recipe.seed,
-                            "scope": SCOPES[kind],
-                            "router": {"kind": kind},
-                            "train": recipe.expert_train.model_dump(exclude_none=True),
-                        },
-                    )
-                    command = (
-                        f"expert train --anchor anchor --data prepared/{name} --name {name} "
-                        f"--recipe expert{suffix}.toml --out expert{suffix}.run --threads 1"
-                    )
-                    if not self._is_trained(name, suffix):
-                        jobs.append(_job(f"expert {name}{suffix}", house, command))
-            run_jobs(jobs, recipe.processes)
-
-        card = read_card(self.coordinator / "prepared/public")
-        self.step(
-            "train the anchor",
-            ("gather public text",),
-            [recipe.anchor.model_dump(mode="json"), recipe.seed, card["files"]],
-            anchor,
-        )
-        self.step(
-            "train experts",
-            ("train the anchor", "gather owners' text"),
-            [recipe.expert_train.model_dump(mode="json"), self.names],
-            experts,
-        )
-
-    def _is_trained(self, name: str, suffix: str) -> bool:
-        """Whether the expert is there; removes a run with another recipe, anchor or text."""
-        house = self.house(name)
-        run = house / f"expert{suffix}.run"
-        wanted = digest_bytes(
-            b"".join(
-                p.read_bytes()
-                for p in (
-                    house / f"expert{suffix}.toml",
-                    house / "anchor/anchor.json",
-                    house / "prepared" / name / "card.json",
-                )
+        self.keys = {
+            name: command_step(
+                f"key {name}",
+                f"owners/{name}",
+                "expert key key.pem",
+                makes=["key.pem", "key.pem.pub"],
             )
-        )
-        mark = house / f"expert{suffix}.wanted.json"
-        if not mark.exists() or read_json(mark) != wanted:
-            shutil.rmtree(run, ignore_errors=True)
-            write_json(mark, wanted)
-        return (run / "expert.json").exists()
+            for name in self.names
+        }
+        self.stage("train experts", [*self.keys.values(), *self.experts.values()])
 
     def merge_and_measure(self) -> None:
         """Owners sign; the coordinator checks, merges, and reads held-out text."""
-
-        def merge() -> None:
-            trusted = self.coordinator / "trusted"
-            shutil.rmtree(trusted, ignore_errors=True)
-            trusted.mkdir(parents=True)
-            keyless = [
-                n
-                for n in self.names
-                if not all((self.house(n) / half).exists() for half in ("key.pem", "key.pem.pub"))
-            ]
-            for name in keyless:
-                for half in ("key.pem", "key.pem.pub"):  # a kill may have left one
-                    (self.house(name) / half).unlink(missing_ok=True)
-            run_jobs(
-                [_job(f"key {n}", self.house(n), "expert key key.pem") for n in keyless],
-                self.recipe.processes,
+        packs = {
+            (name, suffix): command_step(
+                f"pack {name}{suffix}",
+                f"owners/{name}",
+                f"expert pack expert{suffix}.run --key key.pem --owner '{owner_of(name)}' "
+                f"--licence LicenseRef-Demo --terms '{TERMS}' --out outbox{suffix}/{name}.bundle",
+                makes=[f"outbox{suffix}"],
+                after=[self.keys[name], expert],
             )
-            packs, merges = [], []
-            for name in self.names:
-                shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
-            for suffix in ROUTERS.values():
-                bundles = [self.house(n) / f"outbox{suffix}" / f"{n}.bundle" for n in self.names]
-                for name, bundle in zip(self.names, bundles, strict=True):
-                    shutil.rmtree(bundle, ignore_errors=True)
-                    bundle.parent.mkdir(exist_ok=True)
-                    packs.append(
-                        _job(
-                            f"pack {name}{suffix}",
-                            self.house(name),
-                            f"expert pack expert{suffix}.run --key key.pem --owner {{}} --licence "
-                            f"LicenseRef-Demo --terms {{}} --out outbox{suffix}/{name}.bundle",
-                            owner_of(name),
-                            "For this demonstration.",
-                        )
-                    )
-                merges.append(
-                    _job(
-                        f"merge{suffix}",
-                        self.coordinator,
-                        f"mix build anchor {'{} ' * len(bundles)} --trust trusted -o {{}}",
-                        *(bundle.resolve() for bundle in bundles),
-                        (self.out / f"model{suffix}").resolve(),
-                    )
+            for (name, suffix), expert in self.experts.items()
+        }
+        trusted = self.coordinator / "trusted"
+        shutil.rmtree(trusted, ignore_errors=True)
+        trusted.mkdir()
+        for name in self.names:
+            shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
+        merges, evaluations = list[Step](), list[Step]()
+        own = "".join(f" --data ../owners/{name}/prepared/{name}" for name in self.names)
+        for suffix in ROUTERS.values():
+            bundles = [f"../owners/{n}/outbox{suffix}/{n}.bundle" for n in self.names]
+            merge = command_step(
+                f"merge{suffix}",
+                "coordinator",
+                f"mix build anchor {' '.join(bundles)} --trust trusted -o ../model{suffix}",
+                makes=[f"../model{suffix}"],
+                after=[packs[name, suffix] for name in self.names],
+            )
+            merges.append(merge)
+            evaluations.append(
+                command_step(
+                    f"evaluate{suffix}",
+                    "coordinator",
+                    f"eval sets --model ../model{suffix} --data prepared/public{own} --trust "
+                    f"trusted --max-bytes {self.recipe.evaluation_bytes} --threads 1 "
+                    f"--out eval{suffix}",
+                    makes=[f"eval{suffix}"],
+                    after=[merge],
                 )
-            run_jobs(packs, self.recipe.processes)
-            run_jobs(merges, self.recipe.processes)
-
-        def measure() -> None:
-            data = [
-                self.coordinator / "prepared/public",
-                *(self.house(n) / "prepared" / n for n in self.names),
-            ]
-            command = (
-                f"eval sets --model {{}} {'--data {} ' * len(data)} --trust trusted "
-                f"--max-bytes {self.recipe.evaluation_bytes} --threads 1 --out eval"
             )
-            run_jobs(
-                [
-                    _job(
-                        f"evaluate{suffix}",
-                        self.coordinator,
-                        f"{command}{suffix}",
-                        (self.out / f"model{suffix}").resolve(),
-                        *(directory.resolve() for directory in data),
-                    )
-                    for suffix in ROUTERS.values()
-                ],
-                self.recipe.processes,
-            )
-
-        self.step("sign and merge", ("train experts",), self.names, merge)
-        self.step("measure", ("sign and merge",), self.recipe.evaluation_bytes, measure)
+        self.stage("sign and merge", [*packs.values(), *merges])
+        self.stage("measure", evaluations)
 
     # --- what came of it ------------------------------------------------------------------------
 
@@ -381,7 +282,7 @@ class _Demo:
         anchor = json.loads((self.coordinator / "anchor/anchor.json").read_text())
         trusted = TrustedOwners.load(self.coordinator / "trusted")
         mixture = load_mixture(self.out / "model", trusted)
-        stage_seconds = {k: round(v["seconds"], 1) for k, v in self.stages.items()}
+        stage_seconds = {stage: round(self.seconds(stage), 1) for stage in self.stages}
         sets = {"public": self.coordinator / "prepared/public"}
         sets |= {n: self.house(n) / "prepared" / n for n in self.names}
         return {
@@ -461,18 +362,6 @@ class _Demo:
         return samples
 
 
-def _job(label: str, directory: Path, command: str, *values: str | Path) -> Job:
-    """A `flexolmo` command in `directory`; its words, each {} being the next of `values`."""
-    following = iter(values)
-    words = (str(next(following)) if word == "{}" else word for word in command.split())
-    return Job(label, tuple(words), directory)
-
-
 def owner_of(name: str) -> str:
     """Name of a set's owner in the demo."""
     return f"{name.capitalize()} House"
-
-
-def write_toml(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a recipe's settings as TOML."""
-    write_bytes(path, tomli_w.dumps(values).encode())

@@ -22,7 +22,6 @@ from flexolmo.research.steps.step import (
     exit_on_sigterm,
     identify,
     note_seconds,
-    prepare_job,
     read_done,
 )
 
@@ -67,7 +66,7 @@ def run_graph(
         urgency = _seconds_to_the_end([step for step, _ in ordered], root)
         with running_jobs(done=len(ordered) - len(left), total=len(ordered)) as running:
             tried = _run_all(left, urgency, root, processes, running, device)
-    failed = [attempt.job for attempt in tried.values() if attempt.step.identity in left]
+    failed = {a.job: a.code for a in tried.values() if a.step.identity in left}
     if failed:
         lines = [
             f"{len(failed)} of {len(ordered)} steps failed:",
@@ -75,18 +74,20 @@ def run_graph(
         ]
         if not_run := [step.label for step in left.values() if step.label not in tried]:
             lines.append(f"Not run, for want of these: {', '.join(not_run)}.")
-        raise JobFailed("\n".join(lines))
+        raise JobFailed("\n".join(lines), failed)
     return list(tried)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Attempt:
     step: Step
+    directory: Path  # of the step
     job: Job
     earlier: float  # seconds of the attempts before
+    code: int = 0  # the job's exit code
 
     def note(self, seconds: float) -> None:
-        note_seconds(self.job.directory, self.earlier + seconds)
+        note_seconds(self.directory, self.earlier + seconds)
 
 
 def _run_all(
@@ -109,12 +110,16 @@ def _run_all(
             ]
             ready.sort(key=lambda step: -urgency[step.identity])
             for step in ready[: processes - len(running.seconds())]:
-                tried[step.label] = _Attempt(step, *prepare_job(step, root, device))
-                running.start(tried[step.label].job)
+                job, earlier = step.prepare(root, device)
+                tried[step.label] = _Attempt(step, step.directory(root), job, earlier)
+                running.start(job)
             if not running.seconds():
                 return tried
             for job, code, seconds in running.ended():
                 attempt = tried[job.label]
+                attempt.code = code
+                if code == 0:
+                    attempt.step.finish(root, attempt.earlier + seconds)
                 if code == 0 and attempt.step.is_done(root):
                     del left[attempt.step.identity]
                 else:
@@ -169,3 +174,14 @@ def _is_of_a_step(directory: Path) -> bool:
     except (FlexOlmoError, KeyError, TypeError, AttributeError):
         return False
     return name == directory.name and not directory.is_symlink()
+
+
+def elapsed_seconds(steps: Sequence[Step], root: Path) -> float:
+    """Seconds, on a clock on the wall, during which one or more of the finished `steps` ran."""
+    finished = [read_done(step.directory(root)) for step in steps if step.is_done(root)]
+    spans = sorted((done["ended"] - done["seconds"], done["ended"]) for done in finished)
+    total, until = 0.0, 0.0
+    for start, end in spans:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,45 +44,36 @@ class Job:
     @property
     def log(self) -> Path:
         """File that its output goes to."""
-        return self.directory / "log" / f"{re.sub('[ /]', '-', self.label)}.txt"
+        return self.directory / "log" / f"{file_name(self.label)}.txt"
+
+    def last_words(self, lines: int = 8) -> str:
+        """End of what it printed."""
+        printed = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return "\n".join(printed[-lines:])
+
+
+def file_name(label: str) -> str:
+    """The label as a file's name."""
+    return re.sub("[ /]", "-", label)
 
 
 class JobFailed(FlexOlmoError):
-    """A job ended with an error; its last words are the message."""
+    """Jobs ended with an error."""
 
-    def __init__(self, message: str, code: int = 1):
+    def __init__(self, message: str, codes: Mapping[Job, int]):
         super().__init__(message)
-        self.code = code  # the job's exit code
-
-
-def run_jobs(jobs: Sequence[Job], processes: int) -> dict[str, float]:
-    """Run `jobs`, at most `processes` at a time; seconds each took, by label.
-
-    Raises JobFailed with the end of the log of the first that failed; the others are stopped.
-    """
-    waiting, seconds = list(jobs), dict[str, float]()
-    with running_jobs(jobs) as running:
-        while waiting or running.seconds():
-            while waiting and len(running.seconds()) < processes:
-                running.start(waiting.pop(0))
-            for job, code, took in running.ended():
-                if code != 0:
-                    raise JobFailed(_last_words(job, code), code)
-                seconds[job.label] = took
-    return seconds
+        self.codes = codes  # exit codes
 
 
 @contextmanager
-def running_jobs(
-    listed: Sequence[Job] = (), done: int = 0, total: int | None = None
-) -> Iterator["RunningJobs"]:
+def running_jobs(done: int, total: int) -> Iterator["RunningJobs"]:
     """Jobs to be started one by one; on the way out, those still running are stopped.
 
-    `listed` are shown as waiting from the start. With a `total` the jobs come and go instead and
-    the display counts them, `done` of them done before; a failure is shown when it happens.
+    The display counts those that end well, up to `total`, `done` of them done before; a failure is
+    shown when it happens.
     """
     with ExitStack() as stack:
-        running = RunningJobs(_Display(stack, listed, done, total))
+        running = RunningJobs(_Display(stack, done, total))
         try:
             yield running
         finally:
@@ -163,15 +154,10 @@ def _state_file(job: Job) -> Path:
     return job.log.with_suffix(".progress")
 
 
-def _last_words(job: Job, code: int) -> str:
-    lines = job.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return "\n".join([f"{job.label} failed with exit code {code} (log: {job.log}):", *lines[-8:]])
-
-
 class _Display:
     """A bar per job on a terminal, a line per job every few seconds elsewhere."""
 
-    def __init__(self, stack: ExitStack, jobs: Sequence[Job], done: int, total: int | None):
+    def __init__(self, stack: ExitStack, done: int, total: int):
         console = PlainConsole(stderr=True)
         self._bar: Progress | None = None
         self._last: dict[str, float] = {}
@@ -187,14 +173,9 @@ class _Display:
                     console=console,
                 )
             )
-            self._tasks = {
-                j.label: self._bar.add_task(j.label, total=1.0, text="waiting", start=False)
-                for j in jobs
-            }
-            if total is not None:
-                self._all = self._bar.add_task(
-                    "all", total=total, completed=done, text=f"{done}/{total} done"
-                )
+            self._all = self._bar.add_task(
+                "all", total=total, completed=done, text=f"{done}/{total} done"
+            )
 
     def update(self, job: Job, elapsed: float) -> None:
         state = self._read(job)
@@ -203,7 +184,6 @@ class _Display:
             if job.label not in self._tasks:
                 self._tasks[job.label] = self._bar.add_task(job.label, total=1.0, text="")
             task = self._tasks[job.label]
-            self._bar.start_task(task)
             share = state["done"] / max(state["total"], 1e-9) if state else 0.0
             self._bar.update(task, completed=share, text=text)
         elif elapsed - self._last.get(job.label, 0.0) >= _LINE_EVERY_SECONDS:
@@ -211,20 +191,14 @@ class _Display:
             echo(f"{job.label}: {text}", err=True)
 
     def finish(self, job: Job, seconds: float) -> None:
-        said = f"{job.label}: done in {format_seconds(seconds)}"
-        if self._total is not None:
-            self._done += 1
-            elapsed = format_seconds(time.monotonic() - self._start)
-            self._leave(job, f"{said} ({self._done}/{self._total} done, {elapsed} elapsed)")
-        elif self._bar is not None:
-            self._bar.update(self._tasks[job.label], completed=1.0, text="done")
-            self._bar.stop_task(self._tasks[job.label])
-        else:
-            echo(said, err=True)
+        self._done += 1
+        took, elapsed = format_seconds(seconds), format_seconds(time.monotonic() - self._start)
+        counted = f"{self._done}/{self._total} done, {elapsed} elapsed"
+        self._leave(job, f"{job.label}: done in {took} ({counted})")
 
     def fail(self, job: Job, code: int) -> None:
-        if self._total is not None:
-            self._leave(job, _last_words(job, code))
+        said = f"{job.label} failed with exit code {code} (log: {job.log}):"
+        self._leave(job, f"{said}\n{job.last_words()}")
 
     def _leave(self, job: Job, said: str) -> None:
         """Take the job's bar away and keep a line above the bars."""

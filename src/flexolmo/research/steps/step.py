@@ -2,7 +2,7 @@
 
     ROOT/steps/KIND-DIGEST/   the files that the step wrote, and
         step.json   written first: label, kind, version, settings, inputs, identity
-        done.json   written last: identity, seconds, metrics, run record, digest of every file
+        done.json   written last: identity, seconds, end, metrics, run record, digest of every file
         log/        what it printed, and the seconds spent on it so far
 
 What a step does is a function, its kind, registered with `step_kind`. A step is known by its
@@ -16,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -148,7 +148,34 @@ class Step:
                 f"Step {self.label} is not done: expected its done.json in "
                 f"{self.directory(root)}. Run the study first."
             )
-        return _check_outputs(self.directory(root), verify)
+        return _check_outputs(self.directory(root), self.results_root(root), verify)
+
+    def results_root(self, root: Path) -> Path:
+        """Directory that the names of its outputs start from."""
+        return self.directory(root)
+
+    def prepare(self, root: Path, device: str = "cpu") -> tuple[Job, float]:
+        """Write step.json; the job that does the step, and the seconds spent on it before.
+
+        The device is no part of the step: what one has done, the other takes as it is.
+        """
+        directory = self.directory(root)
+        earlier = self.begin(root)
+        code = _CHILD.format(module=_KINDS[self.kind].run.__module__)
+        arguments = (str(directory), str(earlier), device)
+        return Job(self.label, arguments, directory, ("-c", code)), earlier
+
+    def begin(self, root: Path) -> float:
+        """Write step.json; the seconds spent on the step before."""
+        directory = self.directory(root)
+        write_json(
+            directory / "step.json", {"label": self.label, **self.about, "identity": self.identity}
+        )
+        spent = directory / "log" / "seconds.json"
+        return float(read_json(spent)) if spent.exists() else 0.0
+
+    def finish(self, root: Path, seconds: float) -> None:
+        """Act on its job's success, after `seconds` in all; here the job itself wrote done.json."""
 
 
 def identify(about: dict[str, Any]) -> str:
@@ -172,12 +199,12 @@ def read_done(directory: Path) -> dict[str, Any]:
     return done if isinstance(done, dict) else {}
 
 
-def _check_outputs(directory: Path, verify: bool = False) -> dict[str, Any]:
-    """A finished step's done.json; FlexOlmoError unless its files are as it says."""
+def _check_outputs(directory: Path, outputs: Path, verify: bool = False) -> dict[str, Any]:
+    """A finished step's done.json; FlexOlmoError unless its files in `outputs` are as it says."""
     done = read_done(directory)
     wrong = [] if done else ["done.json: missing or malformed"]
     for name, said in done.get("outputs", {}).items():
-        file = directory / name
+        file = outputs / name
         if not file.is_file():
             wrong.append(f"{name}: missing")
         elif (size := file.stat().st_size) != said["bytes"]:
@@ -193,21 +220,6 @@ def _check_outputs(directory: Path, verify: bool = False) -> dict[str, Any]:
             + "\nRemove the directory and run again to have it made anew."
         )
     return done
-
-
-def prepare_job(step: Step, root: Path, device: str = "cpu") -> tuple[Job, float]:
-    """Write step.json; the job that does the step, and the seconds spent on it before.
-
-    The device is no part of the step: what one has done, the other takes as it is.
-    """
-    directory = step.directory(root)
-    write_json(
-        directory / "step.json", {"label": step.label, **step.about, "identity": step.identity}
-    )
-    spent = directory / "log" / "seconds.json"
-    earlier = float(read_json(spent)) if spent.exists() else 0.0
-    code = _CHILD.format(module=_KINDS[step.kind].run.__module__)
-    return Job(step.label, (str(directory), str(earlier), device), directory, ("-c", code)), earlier
 
 
 def note_seconds(directory: Path, seconds: float) -> None:
@@ -242,7 +254,7 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
         role: directory.parent / directory_name(step["kind"], step["identity"])
         for role, step in about["inputs"].items()
     }
-    read = {role: _check_outputs(path)["outputs"] for role, path in inputs.items()}
+    read = {role: _check_outputs(path, path)["outputs"] for role, path in inputs.items()}
     seed = settings.get("seed", 0)
     set_up(seed, num_threads=1)
     run = run_record(
@@ -256,25 +268,35 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
         },
     )
     metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device)) or {})
-    outputs = {
-        str(path): {
+    files = [
+        file for file in directory.rglob("*") if file.relative_to(directory).parts[0] not in _OURS
+    ]
+    write_done(
+        directory,
+        identity=about["identity"],
+        seconds=earlier + time.monotonic() - start,
+        outputs=describe_files(files, directory),
+        metrics=metrics,
+        run=run | {"device": device},
+    )
+
+
+def describe_files(paths: Iterable[Path], root: Path) -> dict[str, Any]:
+    """Digest, size and time of every file of `paths`, by its path in `root`."""
+    return {
+        str(file.relative_to(root)): {
             "digest": digest_file(file),
             "bytes": file.stat().st_size,
             "mtime_ns": file.stat().st_mtime_ns,
         }
-        for file in sorted(directory.rglob("*"))
-        if file.is_file() and (path := file.relative_to(directory)).parts[0] not in _OURS
+        for file in sorted(paths)
+        if file.is_file()
     }
-    write_json(
-        directory / "done.json",
-        {
-            "identity": about["identity"],
-            "seconds": earlier + time.monotonic() - start,
-            "metrics": metrics,
-            "run": run | {"device": device},
-            "outputs": outputs,
-        },
-    )
+
+
+def write_done(directory: Path, **done: Any) -> None:
+    """Write done.json, the last act of a step, with the time of its end."""
+    write_json(directory / "done.json", done | {"ended": time.time()})
 
 
 @contextmanager
