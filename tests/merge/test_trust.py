@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -235,6 +236,12 @@ def test_expiry_is_asked_during_a_long_evaluation(house, tmp_path, monkeypatch):
     with pytest.raises(PolicyError, match=r"expired of amber \(on 2031-05-01\)"):
         Scorer(reader).score_ids(texts)
     assert Scorer(without).score_ids(texts)
+
+
+def test_a_directory_that_cannot_be_locked_is_told(house, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(room, "lock_directory", lambda path, wait: nullcontext(False))
+    house.build(["amber"], tmp_path / "m")
+    assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
 
 
 # --- what an expert holds -----------------------------------------------------------------------

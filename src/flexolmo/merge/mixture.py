@@ -13,7 +13,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -45,6 +45,7 @@ from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
 from flexolmo.model.shape import BIGRAM_KEYS, architecture_of, expert_shapes, shape_of_tensors
 from flexolmo.model.statistics import BigramModel, EvidenceSettings, are_bigram_keys, table_problems
+from flexolmo.terminal import echo
 
 ABOUT = "mixture.json"
 BIGRAM_LOGS = "router.bigram_log_probs"
@@ -241,14 +242,18 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     return about
 
 
-def _hold(model_dir: Path) -> AbstractContextManager[bool]:
+@contextmanager
+def _hold(model_dir: Path) -> Iterator[None]:
     """One change of a mixture at a time: what was read of it stays true until it is written.
 
     The directory around it is locked, since its own is replaced.
     """
     around = Path(model_dir).resolve().parent
     around.mkdir(parents=True, exist_ok=True)
-    return lock_directory(around, wait=True)
+    with lock_directory(around, wait=True) as is_held:
+        if not is_held:
+            echo(f"{around} cannot be locked: let no other program change {model_dir}.", err=True)
+        yield
 
 
 def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, Any]) -> None:
