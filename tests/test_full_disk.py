@@ -5,23 +5,29 @@ import os
 import re
 import resource
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+from flexolmo.bundle.signing import create_key
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import prepare_set
 from flexolmo.errors import DiskFullError
-from flexolmo.files import save_tensors, write_aside, write_directory_aside, write_json
+from flexolmo.files import save_arrays, save_tensors, write_aside, write_directory_aside, write_json
+from flexolmo.inference.reader import open_reader
 from flexolmo.merge.export import export_stock, router_rows, with_stock_router
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.report.drawing import save_figure
 from flexolmo.research.rivals.models import save_model
+from flexolmo.research.tasks.run import run_suite
+from flexolmo.research.tasks.selection import RunSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
 from made_documents import write_documents
+from made_items import choice_items, task_of
 
 
 @contextmanager
@@ -46,6 +52,7 @@ def save_array(path):
     [
         lambda path: write_json(path, ["text"] * 1000),
         lambda path: save_tensors(path, {"a": torch.ones(1000)}),
+        lambda path: save_arrays(path, a=np.ones(1000)),
         save_array,
     ],
 )
@@ -136,6 +143,7 @@ WRITERS = {
     "export": write_export,
     "prepared set": write_set,
     "dense model": lambda out, f: save_model(f("pico_anchor").model, out / "model.safetensors"),
+    "key": lambda out, f: create_key(out),
     "figure": lambda out, f: save_figure(Figure(), out / "a.png"),
 }
 
@@ -147,8 +155,23 @@ def test_every_writer_names_a_full_disk_and_leaves_nothing_half_written(
     house.bundle("amber"), house.anchor_dir  # made before the disk is full
     place = tmp_path / "out"
     place.mkdir()
-    with file_size_limit(1000), pytest.raises(DiskFullError) as e:
+    with file_size_limit(100 if writer == "key" else 1000), pytest.raises(DiskFullError) as e:
         WRITERS[writer](place / "new", request.getfixturevalue)
     assert str(place) in str(e.value) and "File too large" in str(e.value)
     left = [p for p in place.rglob("*") if p.is_file()]
     assert all(p.suffix == ".json" for p in left), left
+
+
+def test_rows_of_an_evaluation_are_kept_and_it_goes_on(house, tmp_path, monkeypatch):
+    opened = open_reader(house.mixture_dir(["amber"]), house.trusted)
+    tasks, sources = [task_of("arc_easy", choice_items())], SimpleNamespace(digests={})
+    monkeypatch.setattr("flexolmo.research.tasks.run.SLICE", 4)
+    whole = run_suite(*opened, tasks, sources, tmp_path / "whole", RunSettings())
+    rows = (tmp_path / "whole/items/arc_easy.jsonl").read_bytes()
+    config = (tmp_path / "whole/run.json").stat().st_size
+    with file_size_limit(max(config + 100, len(rows) // 2)), pytest.raises(DiskFullError) as e:
+        run_suite(*opened, tasks, sources, tmp_path / "part", RunSettings())
+    assert "arc_easy.jsonl" in str(e.value) and "run again" in str(e.value)
+    again = run_suite(*opened, tasks, sources, tmp_path / "part", RunSettings())
+    assert (tmp_path / "part/items/arc_easy.jsonl").read_bytes() == rows
+    assert again["tasks"] == whole["tasks"]

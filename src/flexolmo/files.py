@@ -261,6 +261,14 @@ def save_tensors(
         save_file({n: t.contiguous() for n, t in tensors.items()}, aside, metadata)
 
 
+def save_arrays(path: Path, **arrays: Any) -> None:
+    """Write numpy `arrays` as the .npz file `path`, all or nothing."""
+    import numpy as np  # which most of what reads files lacks
+
+    with write_aside(path) as aside, open(aside, "wb") as f:
+        np.savez(f, **arrays)
+
+
 # --- read ---------------------------------------------------------------------------------------
 
 MAX_JSON_DEPTH = 200

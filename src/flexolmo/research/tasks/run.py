@@ -15,7 +15,7 @@ import numpy as np
 
 from flexolmo.errors import ConfigError, DataError
 from flexolmo.evaluation.scorer import Scorer
-from flexolmo.files import hold_lock, read_json, write_json
+from flexolmo.files import explain_full_disk, hold_lock, read_json, write_json
 from flexolmo.inference.reader import Reader
 from flexolmo.progress import Meter, progress
 from flexolmo.research.tasks.answers import judge_story, score_items
@@ -185,7 +185,7 @@ def _run_task(
 ) -> list[Row]:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = STORY_SLICE if chosen.task.kind == "story" else SLICE
-    with open(path, "ab") as f:
+    with explain_full_disk(path), open(path, "ab") as f:
         for start in range(0, len(chosen.items), size):
             items = chosen.items[start : start + size]
             left = [i for i in items if (i.subtask, i.id) not in done]
