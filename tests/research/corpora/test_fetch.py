@@ -56,6 +56,18 @@ def registry(tmp_path, monkeypatch):
     return links
 
 
+def test_what_a_download_leaves_out_or_mends_is_counted(tmp_path, registry, monkeypatch):
+    texts = {f"tiny/{i}.txt": made_text(i).encode() + b"\xff" * (i == 4) for i in range(9)}
+    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", texts)
+    room = 4 * len(made_text(0)) + 200
+    small = Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract, room)
+    monkeypatch.setattr(sources, "SOURCES", (small,))
+    [entry] = fetch_set("news", tmp_path / "out", cache=tmp_path / "cache")["sources"]
+    assert 0 < entry["documents"] < 9
+    assert entry["left_out"] == {"beyond the size wanted": 9 - entry["documents"]}
+    assert entry["files_with_bytes_replaced"] == 1
+
+
 def test_a_set_is_fetched_and_what_cannot_be_had_is_skipped_by_name(tmp_path, registry):
     said = []
     card = fetch_set("news", tmp_path / "out", cache=tmp_path / "cache", say=said.append)

