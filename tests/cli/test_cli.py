@@ -293,6 +293,15 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     assert load_mixture(model, ANY_SIGNER).expert_names == ["amber"]
 
 
+def test_a_bundle_larger_than_allowed_is_not_added(run, house, trust_dir, tmp_path):
+    start = ("mix", "build", house.anchor_dir, house.bundle("amber"), "-o", tmp_path / "m")
+    code, _, err = run(*start, "--trust", trust_dir, "--max-bytes", "10")
+    assert code == 2 and "expected at most 10" in err and not (tmp_path / "m").exists()
+    model, bundle = house.mixture_dir(["amber"]), house.bundle("zinc")
+    code, _, err = run("mix", "add", model, bundle, "--trust", trust_dir, "--max-bytes", "10")
+    assert code == 2 and "expected at most 10" in err
+
+
 def test_an_owner_trains_on_no_other_anchor_than_agreed(
     run, works, house, owner_keys, pico_set_dirs, tmp_path
 ):
