@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from flexolmo.bundle.bundle import inspect_bundle
 from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.config import Settings
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
@@ -50,21 +51,21 @@ PREPARE = "data prepare --min-bytes=200 --near-duplicates=0.7 --normalise --out 
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
-class DemoRecipe(BaseModel):
+class DemoRecipe(Settings):
     """Everything that decides a demo."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    seed: int = Field(0, ge=0, description="random seed of the anchor, the experts and the samples")
+    seed: int = Field(
+        0, ge=0, description="Random seed of the anchor, the experts and the samples."
+    )
     sets: tuple[str, ...] = Field(
         ("code", "academic", "creative"),
         min_length=1,
-        description="owners, by the name of their set",
+        description="Owners, by the name of their set.",
     )
-    vocab_size: int = Field(4096, ge=300, description="entries of the tokenizer")
-    processes: int = Field(2, ge=1, description="owners that train at once, one thread each")
-    evaluation_bytes: int = Field(50_000, ge=1000, description="held-out text read of each set")
-    sample_tokens: int = Field(100, ge=1, description="tokens of each sample continuation")
+    vocab_size: int = Field(4096, ge=300, description="Entries of the tokenizer.")
+    processes: int = Field(2, ge=1, description="Owners that train at once, one thread each.")
+    evaluation_bytes: int = Field(50_000, ge=1000, description="Held-out text read of each set.")
+    sample_tokens: int = Field(100, ge=1, description="Tokens of each sample continuation.")
     anchor: AnchorRecipe = AnchorRecipe()
     expert_train: TrainSettings = TrainSettings(steps=180)
 
@@ -77,13 +78,9 @@ def default_recipe() -> Path:
 def run_demo(recipe: DemoRecipe, out: Path, sets: str | None = None) -> dict[str, Any]:
     """Run or resume the demo in `out`; returns what is in results.json."""
     everything = sets == "all"
-    names = (
-        [s for s in SETS if s != "public"]
-        if everything
-        else [s.strip() for s in sets.split(",")]
-        if sets
-        else list(recipe.sets)
-    )
+    names = [s.strip() for s in sets.split(",")] if sets else list(recipe.sets)
+    if everything:
+        names = [s for s in SETS if s != "public"]
     unknown = sorted(set(names) - (set(SETS) - {"public"}))
     if unknown or len(set(names)) != len(names):
         raise ConfigError(
@@ -245,7 +242,8 @@ class _Demo:
         trusted.mkdir()
         for name in self.names:
             shutil.copy(self.house(name) / "key.pem.pub", trusted / f"{owner_of(name)}.pub")
-        merges, evaluations = list[Step](), list[Step]()
+        merges: list[Step] = []
+        evaluations: list[Step] = []
         own = "".join(f" --data ../owners/{name}/prepared/{name}" for name in self.names)
         for suffix in ROUTERS.values():
             bundles = [f"../owners/{n}/outbox{suffix}/{n}.bundle" for n in self.names]

@@ -43,7 +43,7 @@ class CommandStep(Step):
         return Path(root)
 
     def is_done(self, root: Path) -> bool:
-        """Whether all of it was done, and after all that it needs."""
+        """True if all of it was done, and after all that it needs."""
         done = read_done(self.directory(root))
         return done.get("identity") == self.identity and all(
             step.is_done(root) and read_done(step.directory(root))["ended"] <= done["ended"]
@@ -110,6 +110,6 @@ def command_step(
 
 
 def _has_begun(record: Path, identity: str) -> bool:
-    """Whether the step begun last in `record` is the one of this identity."""
+    """True if the step begun last in `record` is the one of this identity."""
     file = record / "step.json"
     return file.exists() and read_json(file).get("identity") == identity

@@ -30,7 +30,8 @@ _NOTE_EVERY_SECONDS = 5.0
 
 def order_steps(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
     """The targets and all they need, inputs first, each piece of work once; and is it done?"""
-    found, labels = dict[str, Step](), dict[str, str]()
+    found: dict[str, Step] = {}
+    labels: dict[str, str] = {}
 
     def visit(step: Step) -> None:
         if labels.setdefault(step.label, step.identity) != step.identity:
@@ -99,7 +100,8 @@ def _run_all(
     device: str,
 ) -> dict[str, _Attempt]:
     """Run all of `left` that can be and take it out when done; attempts by label."""
-    tried, noted = dict[str, _Attempt](), time.monotonic()
+    tried: dict[str, _Attempt] = {}
+    noted = time.monotonic()
     try:
         while True:
             ready = [
@@ -167,7 +169,7 @@ def prune(targets: Sequence[Step], root: Path) -> list[Path]:
 
 
 def _is_of_a_step(directory: Path) -> bool:
-    """Whether step.json describes the very step that the directory is named after."""
+    """True if step.json describes the very step that the directory is named after."""
     try:
         about = read_json(directory / "step.json")
         name = directory_name(about["kind"], identify(about))

@@ -115,7 +115,7 @@ class RunningJobs:
         return found
 
     def stop(self) -> None:
-        """End every job: ask first, kill the deaf."""
+        """End every job: ask first, then kill those that stay."""
         for _, process, _ in self._running.values():
             process.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
@@ -145,7 +145,7 @@ def _start(job: Job) -> subprocess.Popen[bytes]:
 
 
 def _die_with_parent() -> None:
-    """On Linux, have the kernel end this child if the parent is killed; elsewhere do nothing."""
+    """Have Linux end this child if the parent is killed; do nothing on other systems."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
@@ -192,7 +192,8 @@ class _Display:
 
     def finish(self, job: Job, seconds: float) -> None:
         self._done += 1
-        took, elapsed = format_seconds(seconds), format_seconds(time.monotonic() - self._start)
+        took = format_seconds(seconds)
+        elapsed = format_seconds(time.monotonic() - self._start)
         counted = f"{self._done}/{self._total} done, {elapsed} elapsed"
         self._leave(job, f"{job.label}: done in {took} ({counted})")
 

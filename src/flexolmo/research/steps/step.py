@@ -135,11 +135,11 @@ class Step:
         return Path(root) / "steps" / directory_name(self.kind, self.identity)
 
     def is_done(self, root: Path) -> bool:
-        """Whether all of it was done in `root` at some time."""
+        """True if all of it was done in `root` at some time."""
         return read_done(self.directory(root)).get("identity") == self.identity
 
     def result(self, root: Path, verify: bool = False) -> dict[str, Any]:
-        """Its done.json: metrics, seconds, run, outputs; FlexOlmoError if not done or damaged.
+        """Read done.json: metrics, seconds, run, outputs; FlexOlmoError if not done or damaged.
 
         A file with the size and time noted there is taken as unchanged; `verify` reads them all.
         """
