@@ -430,12 +430,15 @@ def test_a_prompt_that_is_not_utf_8_is_refused(run, house, monkeypatch, prompt, 
 def test_a_mixture_that_a_kill_moved_aside_is_put_back(works, house, tmp_path):
     """Where two directories cannot change places in one step, a kill may leave none."""
     model = house.build(["amber"], tmp_path / "model")
-    words = ("generate", "--model", model, "--prompt", "x", "--max-new-tokens", "3")
-    said = works(*words)
-    (tmp_path / ".model.abcdefgh.aside").mkdir()
-    model.rename(tmp_path / ".model.abcdefgh.aside" / "old")
-    assert works(*words) == said
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    for words in (
+        ("generate", "--model", model, "--prompt", "x", "--max-new-tokens", "3"),
+        ("mix", "inspect", model),
+    ):
+        said = works(*words)
+        (tmp_path / ".model.abcdefgh.aside").mkdir()
+        model.rename(tmp_path / ".model.abcdefgh.aside" / "old")
+        assert works(*words) == said
+        assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
 def test_evaluating_writes_a_table_figures_and_json(

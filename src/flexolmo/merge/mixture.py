@@ -36,6 +36,7 @@ from flexolmo.files import (
     digest_file,
     lock_directory,
     read_json,
+    recover_missing,
     write_directory_aside,
     write_json,
 )
@@ -213,6 +214,7 @@ def load_mixture(
 def read_about(model_dir: Path) -> dict[str, Any]:
     """The content of `mixture.json`: anchor digest, router, top_k, and each expert's claims."""
     path = Path(model_dir) / ABOUT
+    recover_missing(path.parent)
     if not path.is_file():
         raise MergeError(
             f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."

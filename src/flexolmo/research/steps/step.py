@@ -28,6 +28,7 @@ from flexolmo.files import (
     canonical_json,
     digest_bytes,
     digest_file,
+    explain_full_disk,
     hold_lock,
     read_json,
     write_json,
@@ -267,7 +268,9 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
             for role, files in read.items()
         },
     )
-    metrics = dict(kind.run(StepContext(about["label"], settings, inputs, directory, device)) or {})
+    context = StepContext(about["label"], settings, inputs, directory, device)
+    with explain_full_disk(directory / "done.json"):
+        metrics = dict(kind.run(context) or {})
     files = [
         file for file in directory.rglob("*") if file.relative_to(directory).parts[0] not in _OURS
     ]
