@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from flexolmo.errors import FlexOlmoError
-from flexolmo.research.steps import jobs
+from flexolmo.research.steps import jobs, step
 from flexolmo.research.steps.command import command_step
 from flexolmo.research.steps.graph import elapsed_seconds, run_graph
 from flexolmo.research.steps.jobs import JobFailed
@@ -90,6 +90,17 @@ def test_after_a_kill_a_resumable_command_finds_what_it_left(tmp_path):
         assert (tmp_path / "here" / "it").read_text() == left
     run_graph([grow(True, files={"recipe": "new"})], tmp_path, 1)
     assert (tmp_path / "here" / "it").read_text() == "x"  # nothing of another recipe's
+
+
+def test_seconds_of_a_step_that_was_finished_are_not_those_of_its_next_time(tmp_path):
+    one = write("a")
+    record = tmp_path / "steps" / "write-it"
+    for _ in range(2):
+        one.prepare(tmp_path)
+        step.note_seconds(record, 100.0)  # as of an attempt under way
+        assert one.prepare(tmp_path)[1] == 100.0
+        one.finish(tmp_path, 101.0)
+        assert one.prepare(tmp_path)[1] == 0.0
 
 
 def test_a_changed_input_is_refused_by_its_path_and_made_anew_when_its_record_is_gone(tmp_path):

@@ -74,6 +74,7 @@ class CommandStep(Step):
         made = (f for path in self._made(root) for f in (path, *path.rglob("*")))
         outputs = describe_files(made, root)
         write_done(self.directory(root), identity=self.identity, seconds=seconds, outputs=outputs)
+        (self.directory(root) / "log" / "seconds.json").unlink(missing_ok=True)
 
     def _made(self, root: Path) -> list[Path]:
         directory = Path(root) / self.settings["directory"]
