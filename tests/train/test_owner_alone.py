@@ -188,7 +188,8 @@ def find_strangers(events, house: Path) -> list[str]:
         elif event.startswith("socket."):
             if event not in ("socket.__new__", "socket.bind"):  # neither leaves the machine
                 strangers.append(f"{event} {seen}")
-        elif os.path.basename(seen) not in ("git", "uname"):  # this checkout's commit, the machine
+        # this checkout's commit, the machine, and the libraries that CUDA builds of torch look for
+        elif os.path.basename(seen) not in ("git", "uname", "ldconfig"):
             strangers.append(f"{event} {seen}")
     return strangers
 
