@@ -274,10 +274,28 @@ def test_a_minimum_of_heldout_text_never_takes_from_train_when_documents_are_add
     }
 
 
-def test_too_little_text_is_refused(tmp_path, public_set):
-    raw = write_raw(tmp_path, "owner", [made_text(1), made_text(2)])
-    with pytest.raises(DataError, match="too few"):
+NOVEL = "\n\n".join(made_text(i) for i in range(1000, 1200))
+SHORT = [made_text(i, 6) for i in range(1200, 1202)]
+
+
+@pytest.mark.parametrize(
+    ("texts", "found", "needed"),
+    [
+        ([], "found 0 documents of 0 bytes", "at least 3 documents are needed"),
+        ([NOVEL], "found 1 documents of 66,", "at least 3 documents are needed"),
+        ([NOVEL, NOVEL.upper()], "found 1 documents", "at least 3 documents are needed"),
+        ([NOVEL, *SHORT], "found 3 documents", "none are left to train on"),
+    ],
+)
+def test_too_few_documents_are_refused_with_what_was_found(
+    tmp_path, public_set, texts, found, needed
+):
+    """However long they are: a document is never in two splits."""
+    raw = write_raw(tmp_path, "owner", texts)
+    with pytest.raises(DataError) as refused:
         prepare_set(raw, tmp_path / "p", public=public_set, settings=SMALL)
+    for part in (found, needed, "chapters, into a file or a record each"):
+        assert part in str(refused.value)
     assert not (tmp_path / "p").exists()
 
 

@@ -120,6 +120,8 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
                 format_megabytes(source["bytes"]),
             )
     PlainConsole().print(table)
+    for card in cards:
+        PlainConsole().print(_describe_download(card))
     weak = [f"{card['name']}: {spot}" for card in cards for spot in card["weak_spots"]]
     if weak:
         PlainConsole().print("Weak spots, also in each card.json: " + "; ".join(weak) + ".")
@@ -293,13 +295,27 @@ def _describe_losses(card: dict[str, Any]) -> list[str]:
     """Sentences on what was read, changed and left out; the card has every name."""
     removed = card["removed"]
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in removed["documents"].items())
+    is_fetched = any("left_out" in source for source in card["sources"])
     reading = {what: n for what, n in card["reading"].items() if what != "not_read"}
     return [
+        *([_describe_download(card)] if is_fetched else []),
         f"{card['name']}: read " + ", ".join(f"{n:,} {what}" for what, n in reading.items()),
         f"{card['name']}: removed {sum(removed['bytes'].values()):,} bytes, "
         f"{reasons or 'nothing'}; a space stands for "
         f"{removed['characters_replaced_by_a_space']:,} control characters",
     ]
+
+
+def _describe_download(card: dict[str, Any]) -> str:
+    """A sentence on what the download of a set left out and changed."""
+    from flexolmo.data.corpus import read_losses
+
+    losses = read_losses(card)
+    replaced = sum(source.get("texts_with_bytes_replaced", 0) for source in card["sources"])
+    return (
+        f"{card['name']}: the download left out {losses.bytes.total():,} bytes, "
+        f"{losses.describe()}; bytes that are not UTF-8 were replaced in {replaced:,} texts"
+    )
 
 
 def say_what_is_not_read(name: str, files_read: int, not_read: dict[str, list[str]]) -> None:

@@ -7,7 +7,7 @@ cleaning, splits or tokens.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,24 @@ from flexolmo.progress import progress
 
 FORMAT = "flexolmo-corpus-1"
 DOCUMENTS = "documents.jsonl.zst"
+LARGE_SHARE = 0.2  # of a set: losing more of it is said aloud
+
+
+@dataclass
+class Losses:
+    """Counts of what a set lacks, and bytes of its text, by reason."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    bytes: Counter[str] = field(default_factory=Counter)
+
+    def count(self, reason: str, size: int) -> None:
+        """Count one text of `size` bytes."""
+        self.documents[reason] += 1
+        self.bytes[reason] += size
+
+    def describe(self) -> str:
+        """Counts with their reasons, in a line."""
+        return ", ".join(f"{n:,} {reason}" for reason, n in self.documents.items()) or "nothing"
 
 
 @dataclass
@@ -115,6 +133,27 @@ def open_corpus(
     }
     files = [(file, digest) for file, (_, digest) in zip(found, digests, strict=True)]
     return Corpus(card, files, settings, name, not_read)
+
+
+def read_losses(card: Mapping[str, Any]) -> Losses:
+    """Everything that the download of a fetched set left out; no losses for own files."""
+    losses = Losses()
+    for source in card["sources"]:
+        losses.documents.update(source.get("left_out", {}))
+        losses.bytes.update(source.get("left_out_bytes", {}))
+    return losses
+
+
+def warn_of_losses(card: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence if the download of a fetched set left out over a fifth of the text it found."""
+    losses = read_losses(card)
+    gone = losses.bytes.total()
+    found = gone + sum(source.get("bytes", 0) for source in card["sources"])
+    if gone > LARGE_SHARE * found:
+        yield (
+            f"{gone:,} of {found:,} bytes of text were left out of the download: "
+            f"{losses.describe()}."
+        )
 
 
 def digest_files(path: Path) -> list[list[str]]:

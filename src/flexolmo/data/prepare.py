@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from flexolmo.config import Settings
 from flexolmo.data.clean import clean_text, split_text
-from flexolmo.data.corpus import Corpus, open_corpus
+from flexolmo.data.corpus import LARGE_SHARE, Corpus, Losses, open_corpus, warn_of_losses
 from flexolmo.data.deduplicate import (
     Fingerprint,
     Seen,
@@ -47,7 +47,6 @@ from flexolmo.progress import progress
 FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
 PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
-LARGE_SHARE = 0.2  # of a set's documents: losing more of them is said aloud
 _DOCUMENTS_TOKENIZED_AT_ONCE = 256
 _SHOWN_CHARACTERS = 60
 
@@ -106,19 +105,13 @@ class _Piece:
 
 
 @dataclass
-class _Removed:
+class _Removed(Losses):
     """Documents that are not in the prepared set, by reason, and pairs that show why."""
 
     found: int = 0  # documents, before any was removed
-    documents: Counter[str] = field(default_factory=Counter)
-    bytes: Counter[str] = field(default_factory=Counter)
     # By reason: the first document removed and, of the same set, the one it was taken for.
     examples: dict[str, tuple[_Piece, _Piece | None]] = field(default_factory=dict)
     replaced_characters: int = 0
-
-    def count(self, reason: str, size: int) -> None:
-        self.documents[reason] += 1
-        self.bytes[reason] += size
 
     def card(self) -> dict[str, Any]:
         """Counts for the card, and ids, but no text, of the examples."""
@@ -143,8 +136,7 @@ class _Removed:
             )
         gone = self.documents.total()
         if gone > LARGE_SHARE * self.found:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in self.documents.items())
-            yield f"{gone} of {self.found} documents are not in the set: {reasons}."
+            yield f"{gone} of {self.found} documents are not in the set: {self.describe()}."
 
 
 def prepare_set(
@@ -175,8 +167,8 @@ def prepare_set(
         disjoint_from: prepared sets whose text is removed too (the curated corpus; an owner on
             their own has none).
         may_replace: whether another prepared set in `out` is replaced instead of refused.
-        say: told in a sentence of what was taken for the same, of much that is missing, and of
-            text that the tokenizer changes.
+        say: told in a sentence of what was taken for the same, of much that is missing (here, or
+            in the download already), and of text that the tokenizer changes.
     Raises:
         DataError: `raw` cannot be read, too little text is left, the tokenizer changes more than
             a fifth of the documents, or `out` holds another set.
@@ -216,10 +208,10 @@ def prepare_set(
         try:
             splits = split_by_hash(pieces, settings, name)
         except DataError as e:
-            raise DataError(f"{e} Removed: {dict(removed.documents)}.") from None
+            raise DataError(f"{e} Removed: {removed.describe()}.") from None
         changed = _Changed()
         with open(spill, "rb") as f:
-            for line in removed.lines(f):
+            for line in (*warn_of_losses(corpus.card), *removed.lines(f)):
                 say(f"{name}: {line}")
             if tokenizer is None:
                 texts = (_text(f, piece) for piece in splits["train"])
@@ -379,10 +371,18 @@ def split_by_hash(
     validation = take(rising[len(heldout) :][::-1], settings.validation_share, falling=True)
     train = rising[len(heldout) : len(rising) - len(validation)]
     if not (train and validation and heldout):
+        sizes = [sum(piece.size for piece in parts) for parts in by_parent.values()]
+        needed = f"at least {len(SPLITS)} documents are needed"
+        if len(sizes) >= len(SPLITS):
+            needed = (
+                f"with {least_bytes:,} bytes to choose settings on and as many held out, none are "
+                "left to train on"
+            )
         raise DataError(
-            f"{name}: {len(by_parent)} source documents with {total_bytes} bytes are left after "
-            "cleaning; that is too few to train on and still hold some out. Give more documents, "
-            "or cut long ones into chapters, one document each."
+            f"{name}: found {len(sizes)} documents of {total_bytes:,} bytes after cleaning, the "
+            f"largest of {max(sizes, default=0):,}; {needed}. A document, however long, is either "
+            "trained on, or used to choose settings, or held out. Cut long ones where a part "
+            "stands by itself, such as chapters, into a file or a record each; or give more."
         )
     chosen = {"train": train, "validation": validation, "heldout": heldout}
     return {

