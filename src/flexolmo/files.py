@@ -274,7 +274,7 @@ def save_arrays(path: Path, **arrays: Any) -> None:
 MAX_JSON_DEPTH = 200
 
 
-def parse_json(text: str, **hooks: Any) -> Any:
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
     """The JSON value in `text`; ValueError if malformed or nested deeper than MAX_JSON_DEPTH.
 
     The depth is counted, because Python's own limit differs between versions and may be met only

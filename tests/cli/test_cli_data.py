@@ -65,6 +65,7 @@ def test_an_owner_s_set_is_private_and_what_a_killed_run_left_is_removed(tmp_pat
     try:
         _prepare_public(tmp_path)
         _records(tmp_path / "closed", 1000, 40)
+        (tmp_path / "prepared" / "hospital").mkdir()  # readable by all until now
         left = tmp_path / "prepared" / ".hospital.abcd1234.aside"
         left.mkdir()
         (left / "spill").write_text("the text in the clear")

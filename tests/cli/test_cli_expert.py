@@ -1,7 +1,9 @@
 """`flexolmo expert train` with its short options, and `flexolmo expert compress`."""
 
 import json
+import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -98,6 +100,30 @@ def test_short_options_say_what_is_trained(train, words, architecture):
     assert code == 0, err
     found = load_expert(out).architecture
     assert architecture.items() <= found.items()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_what_is_made_of_an_owner_s_text_is_private_wherever_it_is_put(
+    train, run, trained, pico_anchor_dir, pico_set_dirs, tmp_path, is_there
+):
+    before = os.umask(0o022)
+    places = [tmp_path / name for name in ("maths.run", "small.run", "curve")]
+    compress = ("expert", "compress", trained["whole"], "--anchor", pico_anchor_dir, "--data")
+    given = (*compress, pico_set_dirs["maths"], "--threads", "1", "--out")
+    try:
+        for place in places if is_there else []:
+            place.mkdir()
+        assert train()[0] == 0
+        assert run(*given, places[1], "--rank", "3", "--heal", "2")[0] == 0
+        assert run(*given, places[2], "--curve", "--max-bytes", "300")[0] == 0
+    finally:
+        os.umask(before)
+    for place in places:
+        files = [path for path in place.iterdir() if path.is_file()]
+        assert len(files) >= 3
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+        if not is_there:
+            assert stat.S_IMODE(place.stat().st_mode) == 0o700
 
 
 def test_short_options_win_over_the_recipe_and_over_set(train, tmp_path):

@@ -1,17 +1,21 @@
 """Whom a mixture lets speak, and what nobody can put into it unnoticed."""
 
+import builtins
 import datetime
+import io
 import json
 import os
 import shutil
 import threading
+from collections import Counter
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, open_bundle
 from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key, read_private_key
 from flexolmo.errors import BundleError, CheckpointError, MergeError, PolicyError, SignatureError
 from flexolmo.evaluation.scorer import Scorer
@@ -27,7 +31,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.checkpoint import check_anchor, load_anchor, sign_anchor
-from made_mixtures import differ_in_router
+from made_mixtures import NAMES, differ_in_router
 
 OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
 
@@ -337,6 +341,25 @@ def test_building_opens_each_bundle_once(house, tmp_path, monkeypatch):
     assert len(opened) == 3
     load_mixture(tmp_path / "m", house.trusted)
     assert len(opened) == 6
+
+
+def test_each_file_of_a_bundle_is_opened_once_a_load(house, monkeypatch):
+    model, opened = house.mixture_dir(NAMES), Counter()
+
+    def counting(original):
+        def call(path, *arguments, **options):
+            opened[Path(str(path)).name] += 1
+            return original(path, *arguments, **options)
+
+        return call
+
+    for module in (os, io, builtins):
+        monkeypatch.setattr(module, "open", counting(module.open))
+    load_mixture(model, house.trusted)
+    monkeypatch.undo()
+    assert {name: opened[name] for name in MAX_FILE_BYTES} == dict.fromkeys(
+        MAX_FILE_BYTES, len(NAMES)
+    )
 
 
 @pytest.mark.parametrize("what", ["unsigned", "a stranger's", "too large"])

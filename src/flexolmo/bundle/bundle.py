@@ -69,6 +69,7 @@ def open_bundle(
     *,
     keep_tensors: bool = False,
     max_bytes: int | None = None,
+    expected: Mapping[str, str] | None = None,
 ) -> Bundle:
     """The bundle in directory `path`, after every check of docs/bundle_format.md, in its order.
 
@@ -79,12 +80,18 @@ def open_bundle(
         keep_tensors: Hand out the tensors' bytes too, in as much memory. Without it a bundle of
             any size is checked in a few MiB.
         max_bytes: Refuse larger weights, before anything of them is read.
+        expected: Digest of each file as verified before. The small ones are compared before
+            anything else is asked of them, the weights as with what was signed.
 
     Raises:
-        SignatureError: wrong signature, unknown signer, or a trusted signer under another name.
+        SignatureError: wrong signature, unknown signer, a trusted signer under another name, or a
+            file that is not as `expected`.
         BundleError: any other refusal.
     """
     with _open_files(Path(path), max_bytes) as files:
+        if expected is not None and not files.problems:
+            found = {name: digest_bytes(data) for name, data in files.small.items()}
+            _compare_digests(files, {**expected, **found}, expected, "verified before")
         return _check(files, trusted, allow_unknown_signer, today, keep_tensors)
 
 
@@ -263,16 +270,18 @@ def _open_file(files: _Files, directory: int, name: str, max_bytes: int) -> str 
 # --- checks ------------------------------------------------------------------------------------
 
 
-def _compare_digests(files: _Files, found: Mapping[str, str], signed: Mapping[str, str]) -> None:
+def _compare_digests(
+    files: _Files, found: Mapping[str, str], expected: Mapping[str, str], once: str = "signed"
+) -> None:
     """SignatureError for each file in either that has not the same digest in both."""
     raise_listed(
         SignatureError,
-        f"{files.path} was refused: files differ from what was signed.",
+        f"{files.path} was refused: files differ from what was {once}.",
         [
             f"{name}: found {found.get(name, 'no such file')}, "
-            f"expected {signed.get(name, 'no such file')} as signed"
-            for name in sorted(found.keys() | signed.keys())
-            if found.get(name) != signed.get(name)
+            f"expected {expected.get(name, 'no such file')} as {once}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
         ],
         ADVICE_ALTERED,
     )

@@ -223,6 +223,7 @@ def prepare(
 
         flexolmo data prepare corpus/*
     """
+    from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
     from flexolmo.data.prepare import PrepareSettings, prepare_set
@@ -243,9 +244,9 @@ def prepare(
                 "other. Prepare them apart, with another --out."
             )
     given = load_tokenizer(tokenizer) if tokenizer else None
-    if public is None and "public" not in by_name and (out / "public").is_dir():
-        public = out / "public"
-    if public is None and given is None and "public" not in by_name:
+    if public is None and PUBLIC not in by_name and (out / PUBLIC).is_dir():
+        public = out / PUBLIC
+    if public is None and given is None and PUBLIC not in by_name:
         raise ConfigError(
             "Neither a public set nor a tokenizer was given: prepare the public set "
             "first, or name its prepared directory with --public."
@@ -261,7 +262,7 @@ def prepare(
     table = Table("set", "split", "documents", "MB", "tokens", title=f"Prepared into {out}")
     done: list[Path] = []
     lines: list[str] = []
-    for corpus in sorted(corpora.values(), key=lambda corpus: corpus.name != "public"):
+    for corpus in sorted(corpora.values(), key=lambda corpus: corpus.name != PUBLIC):
         target = out / corpus.name
         card = prepare_set(
             corpus,
@@ -273,7 +274,7 @@ def prepare(
             replace,
             say=lambda line: _console.print(line, style="yellow"),
         )
-        if corpus.name == "public" and public is None:
+        if corpus.name == PUBLIC and public is None:
             public = target
         else:
             done.append(target)

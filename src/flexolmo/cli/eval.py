@@ -404,6 +404,7 @@ def contamination(
             "reading": {"files": len(files), **noted, "not_read": not_read},
             "run": run_record({"corpus": str(corpus), "tasks": tasks}, 0, sources.digests),
         },
+        is_private=True,  # it names documents, which may be an owner's
     )
     echo(f"{len(documents)} of {found.num_documents} documents hold items; {out} names them.")
 

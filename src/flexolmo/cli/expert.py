@@ -285,8 +285,8 @@ def compress(
     set_up(0, threads)
     if own is not None and curve:
         found = measure_curve(base, expert, own, max_bytes=max_bytes)
-        write_json(out / "curve.json", found)
-        save_figure(plot_compression(found), out / "curve.png")
+        write_json(out / "curve.json", found, is_private=True)
+        save_figure(plot_compression(found), out / "curve.png", is_private=True)
         print_curve(found)
         echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
         return

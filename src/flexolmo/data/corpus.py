@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flexolmo.bundle.manifest import NAME_PATTERN
+from flexolmo.bundle.manifest import NAME_PATTERN, PUBLIC
 from flexolmo.data.documents import Document, find_files, is_written_by_us, read_documents
 from flexolmo.data.formats import READ_AS_USUAL, ReadSettings, show
 from flexolmo.errors import DataError
@@ -60,7 +60,7 @@ class Corpus:
     @property
     def is_private(self) -> bool:
         """True if these are an owner's own files and not public."""
-        return self.source not in (None, "public")
+        return self.source not in (None, PUBLIC)
 
     def read(self) -> Iterator[Document]:
         """Every document, one at a time, with progress shown.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, evaluation_windows
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import LoadedMixture
@@ -186,7 +187,7 @@ def summarise(table: Mapping[str, Mapping[str, float]], names: Sequence[str]) ->
     }
     better = sum(merged[n] < anchor[n] for n in own)
     mean_kept = sum(min(k, 1.0) for k in kept.values()) / len(kept) if kept else 0.0
-    public = merged["public"] / anchor["public"] - 1 if "public" in anchor else None
+    public = merged[PUBLIC] / anchor[PUBLIC] - 1 if PUBLIC in anchor else None
     worst_away = max(away.values(), default=0.0)
     worst_side = max(side.values(), default=0.0)
     bars = []

@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 from torch import Tensor
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, WEIGHTS_FILE, Bundle, check_signer, open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import Digest, compare_tensors
@@ -33,7 +33,6 @@ from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
 from flexolmo.files import (
     digest_bytes,
-    digest_file,
     lock_directory,
     read_json,
     recover_missing,
@@ -471,34 +470,28 @@ def _reopen(
     keep_tensors: bool = False,
 ) -> Bundle:
     """A bundle inside a mixture, byte for byte as once verified; the caller judges its terms."""
-    entry, wrong = about["experts"][name], []
-    for file in sorted(MAX_FILE_BYTES.keys() - {WEIGHTS_FILE}):  # opening reads those, once
-        try:
-            if digest_file(path / file) != entry["files"][file]:
-                wrong.append(f"{file}: changed since the mixture was built")
-        except OSError as e:
-            wrong.append(f"{file}: {e.strerror}")
-    if not wrong:
-        found = open_bundle(
-            path,
-            trusted,
-            trusted.allows_unknown,
-            today=datetime.date.min,
-            keep_tensors=keep_tensors,
-        )
-        claims = {"name": found.manifest.name, **_describe_expert(found)}
-        wrong = [
-            f"{key}: found {claims.get(key)!r}, {ABOUT} says {said!r}"
-            for key, said in {**dict.fromkeys(claims), "name": name, **entry}.items()
-            if claims.get(key) != said
-        ]
-        if not wrong:
-            return found
-    raise MergeError(
-        f"{path} is not the bundle that was verified:\n  "
-        + "\n  ".join(wrong)
-        + "\nBuild the mixture again from the owner's bundle."
+    entry = about["experts"][name]
+    found = open_bundle(
+        path,
+        trusted,
+        trusted.allows_unknown,
+        today=datetime.date.min,
+        keep_tensors=keep_tensors,
+        expected=entry["files"],
     )
+    claims = {"name": found.manifest.name, **_describe_expert(found)}
+    wrong = [
+        f"{key}: found {claims.get(key)!r}, {ABOUT} says {said!r}"
+        for key, said in {**dict.fromkeys(claims), "name": name, **entry}.items()
+        if claims.get(key) != said
+    ]
+    if wrong:
+        raise MergeError(
+            f"{path} is not the bundle that was verified:\n  "
+            + "\n  ".join(wrong)
+            + "\nBuild the mixture again from the owner's bundle."
+        )
+    return found
 
 
 # --- writing ------------------------------------------------------------------------------------

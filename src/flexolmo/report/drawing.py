@@ -61,10 +61,11 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
-def save_figure(fig: Figure, path: Path, dpi: int = 160) -> None:
+def save_figure(fig: Figure, path: Path, dpi: int = 160, *, is_private: bool = False) -> None:
     """Write `fig` as `path`, a PNG, and as an SVG beside it, each all or nothing, with no date."""
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-        with rc_context(STYLE), write_aside(Path(path).with_suffix(f".{kind}")) as aside:
+        file = Path(path).with_suffix(f".{kind}")
+        with rc_context(STYLE), write_aside(file, is_private=is_private) as aside:
             fig.savefig(aside, format=kind, dpi=dpi, metadata=metadata)
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.manifest import Name, build_manifest
+from flexolmo.bundle.manifest import PUBLIC, Name, build_manifest
 from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
@@ -227,14 +227,12 @@ def train_expert(
     set_up(recipe.seed, num_threads)
     pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public, start)
     is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
-    replayed = {"public": public.digest} if is_read and public is not None else {}
+    replayed = {PUBLIC: public.digest} if is_read and public is not None else {}
     digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
     identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
     if start is not None:
         identity["start"] = digest_tensors(start.items())
-    if run_dir is not None:  # what is learnt from an owner's text is for the owner alone
-        run_dir.mkdir(0o700, parents=True, exist_ok=True)
     result = train(
         parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
     )
@@ -390,6 +388,7 @@ def save_expert(expert: Expert, run_dir: Path) -> None:
             "data_card_digest": expert.data_card_digest,
             "architecture": expert.architecture,
         },
+        is_private=True,
     )
 
 

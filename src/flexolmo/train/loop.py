@@ -148,7 +148,7 @@ def train(
     With a `run_dir` the state is written there every `checkpoint_every_seconds`, and a later call
     with the same `identity` (config, seed, data: anything that decides the numbers) resumes from
     it. The first call writes `record` there as `run.json`, the last one the losses as
-    `metrics.json`.
+    `metrics.json`. All of it is for the user alone, since the text may be an owner's.
 
     Raises:
         CheckpointError: `run_dir` belongs to a run of another identity, or a loss is not finite.
@@ -162,7 +162,7 @@ def train(
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
         if not result.losses_nats:
-            write_json(run_dir / "run.json", dict(record))
+            write_json(run_dir / "run.json", dict(record), is_private=True)
     tokens_a_step = settings.batch_size * settings.seq_len
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
@@ -199,6 +199,7 @@ def train(
         write_json(
             run_dir / "metrics.json",
             {"loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens},
+            is_private=True,
         )
     return result
 

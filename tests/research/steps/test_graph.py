@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import reduce
 from pathlib import Path
 
 import made_kinds
@@ -336,6 +337,8 @@ def test_bad_steps_and_kinds_are_refused_in_words(tmp_path):
         Step("x", "ad")
     with pytest.raises(ConfigError, match="Step x: settings are not plain JSON"):
         Step("x", "add", {"n": float("nan")})
+    with pytest.raises(ConfigError, match="nested more than 200 levels"):
+        Step("x", "add", {"n": reduce(lambda value, _: [value], range(300), 1)})
     with pytest.raises(ConfigError, match="Two different steps are labelled 'x'"):
         order_steps([Step("x", "add", {"n": 1}), Step("x", "add", {"n": 2})], tmp_path)
     with pytest.raises(ConfigError, match="that no other module uses"):

@@ -305,6 +305,9 @@ def test_a_damaged_or_missing_file_is_refused(sets, tmp_path):
             load_spliced(path)
     with pytest.raises(DataError, match="does not hold"):
         load_spliced(tmp_path / "none.npz")
+    np.savez(path, card=np.frombuffer(b"[" * 9999, np.uint8))
+    with pytest.raises(DataError, match=r"does not hold .* nested more than"):
+        load_spliced(path)
 
 
 @pytest.mark.parametrize(

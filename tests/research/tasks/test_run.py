@@ -130,6 +130,18 @@ def test_a_run_goes_on_where_it_was_killed_and_ends_the_same(
     }
 
 
+@pytest.mark.parametrize("line", [b"no JSON", b"[" * 9999, b"[]", b'{"id": "1"}', b"7", b"\xff"])
+def test_a_line_that_is_no_row_is_told_with_its_place(opened, tmp_path, tasks, line):
+    run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(limit=2))
+    path = tmp_path / "items" / "arc_easy.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + line + b"\n")
+    with pytest.raises(DataError, match=r"arc_easy\.jsonl, line \d: expected a row"):
+        compare_runs(tmp_path, tmp_path)
+    with pytest.raises(DataError, match=r"arc_easy\.jsonl, line \d: expected a row"):
+        run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(limit=2))
+
+
 def test_another_run_in_the_same_place_is_refused(opened, house, tmp_path, tasks):
     run_suite(*opened, tasks[:1], SOURCES, tmp_path, RunSettings(limit=2))
     before = (tmp_path / "items/arc_easy.jsonl").read_bytes()

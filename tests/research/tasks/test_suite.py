@@ -498,6 +498,7 @@ def test_a_damaged_file_is_told_with_its_line(tmp_path):
         (b"no gzip", "line 0: expected gzipped"),
         (good, "line 2"),
         (gzip.compress(b"{}" * 999)[:-9], "mmlu_pro.jsonl.gz"),
+        (gzip.compress(b"{}\n" + b"[" * 9999), "line 2: .* nested more than"),
     ):
         (tmp_path / "mmlu_pro.jsonl.gz").write_bytes(data)
         with pytest.raises(DataError, match=said):

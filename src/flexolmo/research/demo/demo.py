@@ -10,7 +10,6 @@ Every step is a `flexolmo` command in a process and directory of its own. Run ag
 finished steps are skipped and the step that was cut off resumes.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -21,6 +20,7 @@ import tomli_w
 from pydantic import Field
 
 from flexolmo.bundle.bundle import inspect_bundle
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.config import Settings
 from flexolmo.data.batches import open_set
@@ -80,8 +80,8 @@ def run_demo(recipe: DemoRecipe, out: Path, sets: str | None = None) -> dict[str
     everything = sets == "all"
     names = [s.strip() for s in sets.split(",")] if sets else list(recipe.sets)
     if everything:
-        names = [s for s in SETS if s != "public"]
-    unknown = sorted(set(names) - (set(SETS) - {"public"}))
+        names = [s for s in SETS if s != PUBLIC]
+    unknown = sorted(set(names) - (set(SETS) - {PUBLIC}))
     if unknown or len(set(names)) != len(names):
         raise ConfigError(
             f"Owners {', '.join(names)}: expected different names out of "
@@ -142,7 +142,7 @@ class _Demo:
                 is_resumable=True,
             )
 
-        public = fetch("public", "coordinator")
+        public = fetch(PUBLIC, "coordinator")
         self.public = command_step(
             "prepare public",
             "coordinator",
@@ -277,11 +277,11 @@ class _Demo:
             read_json(self.coordinator / f"eval{suffix}" / "results.json")
             for suffix in ROUTERS.values()
         )
-        anchor = json.loads((self.coordinator / "anchor/anchor.json").read_text())
+        anchor = read_json(self.coordinator / "anchor" / "anchor.json")
         trusted = TrustedOwners.load(self.coordinator / "trusted")
         mixture = load_mixture(self.out / "model", trusted)
         stage_seconds = {stage: round(self.seconds(stage), 1) for stage in self.stages}
-        sets = {"public": self.coordinator / "prepared/public"}
+        sets = {PUBLIC: self.coordinator / "prepared/public"}
         sets |= {n: self.house(n) / "prepared" / n for n in self.names}
         return {
             "bits_per_byte": ours["bits_per_byte"],

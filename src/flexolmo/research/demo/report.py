@@ -322,7 +322,7 @@ def _owners_table(results: Results) -> Table:
         rows.append(
             [
                 Cell("anchor", drawing.GREY, bold=True),
-                Cell("public"),
+                Cell(PUBLIC),
                 Cell("public text" + (f"; {size / 1e6:.1f} million parameters" if size else "")),
                 Cell("–", number=True),
                 Cell("–", number=True),

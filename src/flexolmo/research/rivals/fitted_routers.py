@@ -74,7 +74,7 @@ def tune_router(
         "tune the router",
         {
             "seed": seed,
-            "public": public.digest,
+            PUBLIC: public.digest,
             "train": settings.model_dump(mode="json"),
             "proxies": [[p.owner_digest, p.pieces.tolist()] for p in proxies],
         },

@@ -6,7 +6,6 @@ the jobs say of their progress.
 """
 
 import ctypes
-import json
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 
 from flexolmo.errors import FlexOlmoError
+from flexolmo.files import parse_json
 from flexolmo.numbers import format_seconds
 from flexolmo.progress import PROGRESS_FILE
 from flexolmo.terminal import PlainColumn, PlainConsole, echo
@@ -212,6 +212,6 @@ class _Display:
 
     def _read(self, job: Job) -> dict[str, Any] | None:
         try:
-            return json.loads(_state_file(job).read_text(encoding="utf-8"))
+            return parse_json(_state_file(job).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None

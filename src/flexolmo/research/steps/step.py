@@ -10,7 +10,6 @@ kind, the kind's version, its settings and its inputs' identities; ask for the s
 labels and it is the same step. Knows nothing of models, nor of what runs when.
 """
 
-import json
 import re
 import signal
 import sys
@@ -30,6 +29,7 @@ from flexolmo.files import (
     digest_file,
     explain_full_disk,
     hold_lock,
+    parse_json,
     read_json,
     write_json,
 )
@@ -107,8 +107,8 @@ class Step:
                 f"{', '.join(sorted(_KINDS)) or 'none'}."
             )
         try:  # a copy, just as the step's own process will read it
-            settings = json.loads(canonical_json(dict(self.settings)))
-        except (TypeError, ValueError) as e:
+            settings = parse_json(canonical_json(dict(self.settings)))
+        except (TypeError, ValueError, RecursionError) as e:
             raise ConfigError(f"Step {self.label}: settings are not plain JSON: {e}.") from None
         object.__setattr__(self, "settings", settings)
         object.__setattr__(self, "inputs", dict(self.inputs))

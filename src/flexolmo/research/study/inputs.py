@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, embedding_windows, open_set
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, load_anchor
@@ -70,7 +71,7 @@ def with_rows(step: StepContext, base: Anchor) -> Anchor:
     """The anchor with public's rows made as the setting `rows` says for all experts."""
     if step.settings.get("rows") is None:
         return base
-    return dataclasses.replace(base, router_rows=first_rows(step, base, set_of(step, "public")))
+    return dataclasses.replace(base, router_rows=first_rows(step, base, set_of(step, PUBLIC)))
 
 
 def mixture_of(step: StepContext, top_k: int | None) -> MixtureModel:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import ConfigError
 from flexolmo.files import digest_bytes, read_json
 from flexolmo.inference.policy import choose_experts
@@ -86,7 +87,7 @@ def open_method(
     about = {"kind": "study", "method": method, "seed": seed, **chosen.get(method, {})}
     if method in rivals:
         enabled = sorted(choose_experts(recipe.owners, without=without, only=only))
-        steps = {n: reads[f"dense.{n}"] for n in ["public", *enabled]}
+        steps = {n: reads[f"dense.{n}"] for n in [PUBLIC, *enabled]}
         if method == "btm_equal_flops":
             flops = scores["gap_closed"]["flexolmo_default"]["flops_per_token"]
             about["prompt tokens"] = (
@@ -159,7 +160,7 @@ def _soup_weighted(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, Pat
     states = {n: r.model.state_dict() for n, r in dense.items()}
 
     def cook(weights: Mapping[str, float] | None = None) -> OwnReader:
-        like = dense["public"]
+        like = dense[PUBLIC]
         model = Transformer(like.model.config)
         model.load_state_dict(soup(states, weights))
         return OwnReader(model.requires_grad_(False).eval(), like.tokenizer)
@@ -175,7 +176,7 @@ def _soup_weighted(dense: _Dense, chosen: Mapping[str, Any], _: Mapping[str, Pat
 def _prompt_routing(
     dense: _Dense, chosen: Mapping[str, Any], samples: Mapping[str, Path]
 ) -> Reader:
-    tokenizer, start = dense["public"].tokenizer, dense["public"].start
+    tokenizer, start = dense[PUBLIC].tokenizer, dense[PUBLIC].start
     classifier = fit_prompt_classifier(
         {n: load_samples(d) for n, d in samples.items()}, tokenizer, chosen["prompt tokens"]
     )
@@ -184,7 +185,7 @@ def _prompt_routing(
         likely = classifier.probabilities([tokenizer.decode(list(prefix[len(start) :]))])[0]
         return dense[classifier.names[int(likely.argmax())]]
 
-    return PromptReader(dense["public"], lru_cache(4096)(choose), chosen["prompt tokens"])
+    return PromptReader(dense[PUBLIC], lru_cache(4096)(choose), chosen["prompt tokens"])
 
 
 _OVER_DENSE: dict[str, Callable[[_Dense, Mapping[str, Any], Mapping[str, Path]], Reader]] = {

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.files import save_arrays
@@ -40,7 +41,7 @@ def model_of(step: StepContext) -> Transformer:
         )
     if what == "soup":
         base = anchor_of(step)
-        models = {"public": base.model.state_dict()} | dense_states(step, base)
+        models = {PUBLIC: base.model.state_dict()} | dense_states(step, base)
         base.model.load_state_dict(soup(models))
         return base.model
     model = mixture_of(step, top_k)
@@ -90,7 +91,7 @@ def read_weighted_soup(step: StepContext) -> dict[str, Any]:
     Settings: prompt_tokens, temperature. Before the prompt is read, the mean soup speaks.
     """
     base, settings = anchor_of(step), step.settings
-    states = {"public": base.model.state_dict()} | dense_states(step, base)
+    states = {PUBLIC: base.model.state_dict()} | dense_states(step, base)
     states = {n: {k: t.clone() for k, t in s.items()} for n, s in states.items()}
     names, P = list(states), settings["prompt_tokens"]
     model = Transformer(base.config).to(base.model.device).requires_grad_(False).eval()

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
 from flexolmo.data.corpus import digest_files
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
@@ -98,7 +99,7 @@ def build_graph(recipe: StudyRecipe) -> Graph:
         directory = Path(recipe.from_directory).resolve()
         source = {
             "from_directory": str(directory),
-            "files": {n: digest_files(directory / n) for n in ("public", *recipe.owners)},
+            "files": {n: digest_files(directory / n) for n in (PUBLIC, *recipe.owners)},
         }
     for seed in recipe.seeds:
         one = _Seed(recipe, seed, source)
@@ -113,7 +114,7 @@ class _Seed:
 
     def __init__(self, recipe: StudyRecipe, seed: int, source: Mapping[str, Any]):
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
-        sets = ["public", *self.owners]
+        sets = [PUBLIC, *self.owners]
         self.corpus = Step(
             "corpus", "corpus", {"sets": sets, **source, "vocab_size": recipe.vocab_size}
         )
@@ -219,7 +220,7 @@ class _Seed:
         """Readings of each owner's own set by the anchor and its expert alone."""
         return {
             n: self.read(
-                f"{label}, pair {n}", "mixture", {f"expert.{n}": experts[n]}, on=[n, "public"]
+                f"{label}, pair {n}", "mixture", {f"expert.{n}": experts[n]}, on=[n, PUBLIC]
             )
             for n in self.owners
         }
@@ -247,7 +248,7 @@ class _Seed:
                     **self.base,
                     **dense,
                     "read.mean": reads["soup_mean"],
-                    **{f"read.{n}": reads[f"dense.{n}"] for n in ["public", *self.owners]},
+                    **{f"read.{n}": reads[f"dense.{n}"] for n in [PUBLIC, *self.owners]},
                 },
             )
         reads["flexolmo_default"] = self.read_mixture("default", default, top_k=k)
@@ -275,7 +276,7 @@ class _Seed:
                     top_k=k,
                     enabled=off,
                     splits=["heldout"],
-                    on=["public", *self.owners],
+                    on=[PUBLIC, *self.owners],
                 )
         reads |= self._rivals(paper, dense)
         samples = {
@@ -285,7 +286,7 @@ class _Seed:
                 {"count": r.samples, "tokens": 128},
                 {"model": self.dense[n]} if n in self.dense else {},
             )
-            for n in ["public", *self.owners]
+            for n in [PUBLIC, *self.owners]
         }
         costs = {f"cost.default.{n}": e for n, e in default.items()}
         costs |= {f"cost.low.{n}": e for n, e in low.items()}

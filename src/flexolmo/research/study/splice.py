@@ -7,7 +7,6 @@ Letters: T positions a model predicts at once, W windows.
 """
 
 import itertools
-import json
 import re
 import zipfile
 import zlib
@@ -23,7 +22,7 @@ from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import check_file
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import ConfigError, DataError
-from flexolmo.files import canonical_json, write_aside
+from flexolmo.files import canonical_json, parse_json, write_aside
 
 FORMAT = "flexolmo-spliced-windows-1"
 JOINT = "\n\n"
@@ -191,7 +190,7 @@ def load_spliced(path: Path, sets: Mapping[str, TokenSet] | None = None) -> Spli
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            card = json.loads(file["card"].tobytes())
+            card = parse_json(file["card"].tobytes())
             arrays = [file[name] for name in ("ids", "source", "bytes", "num_repeats")]
         ids, source, sizes, repeats = arrays
         num_windows, seq_len = source.shape

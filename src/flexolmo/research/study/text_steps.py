@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, evaluation_windows, open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.deduplicate import NEAR_DUPLICATE_JACCARD
@@ -38,7 +39,7 @@ def corpus(step: StepContext) -> dict[str, Any]:
         else:
             fetch_set(name, step.out / "corpus", CLIENTS)
             opened = open_corpus(step.out / "corpus" / name)
-        public = None if name == "public" else step.out / "prepared" / "public"
+        public = None if name == PUBLIC else step.out / "prepared" / PUBLIC
         card = prepare_set(
             opened,
             step.out / "prepared" / name,
@@ -54,7 +55,7 @@ def corpus(step: StepContext) -> dict[str, Any]:
             may_replace=True,
         )
         tokens[name] = {split: n["tokens"] for split, n in card["splits"].items()}
-        if name != "public":
+        if name != PUBLIC:
             done.append(step.out / "prepared" / name)
     return {"tokens": tokens}
 
@@ -93,7 +94,7 @@ def windows(step: StepContext) -> dict[str, Any]:
         save_spliced(spliced, step.out / f"{split}-mixed.npz")
         count[split] = {n: int(arrays[f"{n}.bytes"].sum()) for n in sets}
         count[split][MIXED] = sum(w.bytes for w in spliced)
-        shown = spliced.marked_text(0, load_tokenizer(sets["public"].directory))
+        shown = spliced.marked_text(0, load_tokenizer(sets[PUBLIC].directory))
         write_bytes(step.out / f"{split}-mixed.txt", shown.encode())
     return {"bytes": count}
 

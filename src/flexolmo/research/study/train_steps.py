@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, open_set, training_batches
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.checkpoint import save_anchor
@@ -54,7 +55,7 @@ from flexolmo.train.shrink import compress_expert, count_bytes, heal_expert
 @step_kind("anchor", version=1)
 def anchor(step: StepContext) -> dict[str, Any]:
     """Train the anchor on public text. Input: corpus. Leaves anchor/."""
-    public = step.inputs["corpus"] / "prepared" / "public"
+    public = step.inputs["corpus"] / "prepared" / PUBLIC
     recipe = AnchorRecipe.model_validate(step.settings["recipe"] | {"seed": step.settings["seed"]})
     made = train_anchor(
         open_set(public),
@@ -104,7 +105,7 @@ def expert(step: StepContext) -> dict[str, Any]:
         recipe,
         step.out / "run",
         1,
-        public=set_of(step, "public") if recipe.replay else None,
+        public=set_of(step, PUBLIC) if recipe.replay else None,
         start=start,
     )
     return _leave(step, made, made.record["tokens"])
@@ -188,7 +189,7 @@ def rerouted(step: StepContext) -> dict[str, Any]:
         anchor_of(step),
         set_of(step, step.settings["set"]),
         router,
-        set_of(step, "public"),
+        set_of(step, PUBLIC),
     )
     return _leave(step, made, made.record["tokens"])
 
@@ -201,7 +202,7 @@ def unrestricted(step: StepContext) -> dict[str, Any]:
     model = rival_mixture(base, names, step.settings["top_k"], step.settings["seed"])
     train_rival(
         model,
-        [set_of(step, n) for n in ["public", *names]],
+        [set_of(step, n) for n in [PUBLIC, *names]],
         settings,
         step.settings["seed"],
         step.out,
@@ -218,7 +219,7 @@ def btx(step: StepContext) -> dict[str, Any]:
     settings = TrainSettings.model_validate(step.settings["train"])
     model = btx_start(base, dense_states(step, base), step.settings["top_k"], step.settings["seed"])
     train_rival(
-        model, [set_of(step, "public")], settings, step.settings["seed"], step.out, step.label
+        model, [set_of(step, PUBLIC)], settings, step.settings["seed"], step.out, step.label
     )
     save_model(model, step.out / "model.safetensors")
     assert model.expert_names[1:] == sorted(names)
@@ -275,7 +276,7 @@ def _training_windows(token_set: TokenSet, count: int, seq_len: int) -> list[np.
 def proxy(step: StepContext) -> dict[str, Any]:
     """The public text most like one owner's, chosen on that owner's premises. Inputs: corpus."""
     found = select_proxy(
-        set_of(step, step.settings["set"]), set_of(step, "public"), tokens=step.settings["tokens"]
+        set_of(step, step.settings["set"]), set_of(step, PUBLIC), tokens=step.settings["tokens"]
     )
     save_proxy(found, step.out / "proxy.json")
     return {"accuracy": found.accuracy}
@@ -288,7 +289,7 @@ def tuned(step: StepContext) -> dict[str, Any]:
     Inputs: corpus, anchor, expert.SET, proxy.SET. Weakens opting out: see merge/calibrate.py.
     """
     model = mixture_of(step, None)
-    public = set_of(step, "public")
+    public = set_of(step, PUBLIC)
     settings = TrainSettings.model_validate(step.settings["train"])
     proxies = [
         load_proxy(step.inputs[f"proxy.{n}"] / "proxy.json", public) for n in step.settings["sets"]

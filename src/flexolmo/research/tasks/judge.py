@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import BaseHandler, HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from flexolmo.errors import ConfigError, SourceUnavailable
+from flexolmo.files import parse_json
 
 MOST = {"quality": 2, "coherence": 2, "clarity": 1}  # points; the least is 0
 ATTEMPTS = 5  # requests for one answer, if the endpoint is busy or broken
@@ -213,8 +214,8 @@ def read_verdict(answer: str) -> Verdict | None:
 def _read_answer(reply: bytes) -> str:
     """The model's words; ValueError if `reply` is no chat completion."""
     try:
-        content = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, RecursionError, LookupError, TypeError):
+        content = parse_json(reply)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
         raise ValueError("a reply that is no chat completion") from None
     return content if isinstance(content, str) else ""
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from flexolmo.errors import ConfigError, DataError
 from flexolmo.evaluation.scorer import Scorer
-from flexolmo.files import explain_full_disk, hold_lock, read_json, write_json
+from flexolmo.files import explain_full_disk, hold_lock, parse_json, read_json, write_json
 from flexolmo.inference.reader import Reader
 from flexolmo.progress import Meter, progress
 from flexolmo.research.tasks.answers import judge_story, score_items
@@ -161,7 +161,10 @@ def _refuse_another_run(out: Path, what: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
-    """The rows of a file by subtask and id; a line that a kill tore is cut off."""
+    """The rows of a file by subtask and id; a line that a kill tore is cut off.
+
+    DataError: a whole line is no row.
+    """
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -169,8 +172,17 @@ def _read_rows(path: Path) -> dict[tuple[str, str], Row]:
     if whole != data:
         with open(path, "r+b") as f:
             f.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.splitlines()]
-    return {(r["subtask"], r["id"]): r for r in rows}
+    rows: dict[tuple[str, str], Row] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = parse_json(line)
+            rows[row["subtask"], row["id"]] = row
+        except (ValueError, LookupError, TypeError) as e:
+            raise DataError(
+                f"{path}, line {number}: expected a row that an evaluation wrote, found another "
+                f"({type(e).__name__}: {e}). Remove the file and run its task again."
+            ) from None
+    return rows
 
 
 def _run_task(

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from flexolmo.errors import DataError, SourceUnavailable
-from flexolmo.files import digest_bytes, digest_file
+from flexolmo.files import digest_bytes, digest_file, parse_json
 from flexolmo.research.corpora.archives import Archive
 from flexolmo.research.corpora.fetch import cache_directory, download
 
@@ -200,6 +200,6 @@ def _json_lines(name: str, data: bytes) -> Iterator[dict[str, Any]]:
         with gzip.open(io.BytesIO(data), "rt", encoding="utf-8") as lines:
             for line in lines:
                 number += 1
-                yield json.loads(line)
+                yield parse_json(line)
     except (OSError, EOFError, ValueError, zlib.error) as e:
         raise DataError(f"{name}, line {number}: expected gzipped JSON lines ({e}).") from None

@@ -6,7 +6,6 @@ others. Source: paper §4.2 and appendix C; OLMES (arXiv 2406.08446).
 
 import ast
 import builtins
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from flexolmo.errors import ConfigError, DataError
-from flexolmo.files import digest_bytes
+from flexolmo.files import digest_bytes, parse_json
 from flexolmo.research.tasks import metrics
 from flexolmo.research.tasks.items import LETTERS, Choices, Item, choice_item
 from flexolmo.research.tasks.sources import AGI_EVAL_TASKS, BBH_TASKS, HubPart, Sources
@@ -295,7 +294,7 @@ def _sciriff(name: str) -> Callable[[Sources], list[Item]]:
     def load(sources: Sources) -> list[Item]:
         found = []
         for r in sources.rows(f"sciriff_{name}"):
-            answer = json.loads(r["output"])
+            answer = parse_json(r["output"])
             references = tuple(answer) if isinstance(answer, list) else (answer["verdict"],)
             gold = r["output"] if isinstance(answer, list) else answer["verdict"]
             found.append(
