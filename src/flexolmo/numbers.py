@@ -24,6 +24,12 @@ def format_signed(x: float | None, digits: int) -> str:
     return shown if has_no_sign else f"+{shown}"
 
 
+def format_spread(mean: float, spread: float | None, digits: int) -> str:
+    """`mean` and, where there is one, its spread or error: "1.2 ± 0.1"."""
+    shown = format_number(mean, digits)
+    return shown if spread is None else f"{shown}\u00a0±\u00a0{format_number(spread, digits)}"
+
+
 def format_percent(fraction: float | None, digits: int = 1) -> str:
     """`fraction` as a percentage, never broken over lines: "12.3 %"."""
     return _as_percent(format_number(None if fraction is None else 100 * fraction, digits))

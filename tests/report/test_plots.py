@@ -96,7 +96,7 @@ def test_kept_gain_is_the_mixtures_gain_over_the_pairs() -> None:
             "mixture": {"code": 3.25},
         }
     }
-    assert texts_of(plots.plot_kept_gain(results)) == ["75 % kept, ours"]
+    assert texts_of(plots.plot_kept_gain(results)) == ["75\u00a0% kept, ours"]
 
 
 def test_a_mixture_worse_than_the_anchor_is_drawn_left_of_zero(make_results: MakeResults) -> None:

@@ -304,7 +304,7 @@ def table(
     """
     from flexolmo.research.tasks.comparison_page import write_page
 
-    echo(f"{write_page(runs, out)}, with tasks.png and table.json beside it")
+    echo(f"{write_page(runs, out)}, with page.html, tasks.png and table.json beside it")
 
 
 @app.command()

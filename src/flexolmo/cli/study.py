@@ -68,4 +68,7 @@ def study(
     finally:
         written = write_results(graph, root)
         page = write_page(read_json(written), root)
-    echo(f"Open {page} (machines: {written.name} beside it).")
+    echo(
+        f"Open {page.with_suffix('.html')} (beside it: {page.name} for a code host, "
+        f"{written.name} for machines)."
+    )

@@ -6,7 +6,7 @@ between them. Names come from owners: they are made printable and never read as 
 
 import functools
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from flexolmo.files import write_aside
 from flexolmo.terminal import make_printable
@@ -40,7 +42,10 @@ STYLE: dict[Any, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "axes.unicode_minus": True,
+    "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
     "savefig.facecolor": "white",
     "legend.frameon": False,
     "hatch.linewidth": 0.6,
@@ -136,9 +141,10 @@ def no_ticks(ax: Axes, axis: Any) -> None:
     ax.tick_params(axis=axis, length=0)
 
 
-def ink_on(colour: np.ndarray) -> str:
-    """Black or white, whichever reads better on `colour` (RGBA)."""
-    return "white" if colour[:3] @ [0.299, 0.587, 0.114] < 0.52 else INK
+def write_cell(ax: Axes, x: int, y: float, text: str, ground: np.ndarray, size: float) -> None:
+    """Write `text` at column x, row y, in what reads best on `ground` (RGBA)."""
+    ink = "white" if ground[:3] @ [0.299, 0.587, 0.114] < 0.52 else INK
+    ax.text(x, y, text, ha="center", va="center", color=ink, fontsize=size)
 
 
 def outline(ax: Axes, x: int, y: int, colour: str, height: int = 1) -> None:
@@ -163,9 +169,45 @@ def label_columns(
     """Column names below the cells, each in its owner's colour; slanted where they are close."""
     texts = [wrap_name(n, 15, 1) if slanted else wrap_name(n, width) for n in names]
     ax.set_xticks(range(len(names)), texts)
-    for label, name in zip(ax.get_xticklabels(), names, strict=True):
-        label.set_color(darken_for_text(colours.get(name, INK)))
-        label.set_fontweight("bold")
-        label.set_fontsize(8.5)
-        if slanted:
+    colour_labels(ax.get_xticklabels(), names, colours, 8.5)
+    if slanted:
+        for label in ax.get_xticklabels():
             label.set(rotation=40, ha="right", rotation_mode="anchor")
+
+
+def colour_labels(
+    labels: Iterable[Text], names: Sequence[str], colours: Mapping[str, str], size: float
+) -> None:
+    """Write names on an axis bold, each in its owner's colour."""
+    for label, name in zip(labels, names, strict=True):
+        label.set(color=darken_for_text(colours.get(name, INK)), fontweight="bold", fontsize=size)
+
+
+def list_rows(ax: Axes, names: Sequence[str], pitch: float, below: str) -> None:
+    """Names down the left side, `pitch` apart, a grid of values, and `below` what these are."""
+    ax.set_yticks([pitch * i for i in range(len(names))], [wrap_name(n, 22) for n in names])
+    no_ticks(ax, "y")
+    ax.grid(axis="x")
+    ax.spines["left"].set_visible(False)
+    ax.set_xlabel(below)
+
+
+def note(ax: Axes, text: str, xy: tuple[Any, Any], offset: tuple[float, float], **how: Any) -> None:
+    """Write `text` in small letters, `offset` points from `xy`."""
+    ax.annotate(text, xy, xytext=offset, textcoords="offset points", **{"fontsize": 8.5, **how})
+
+
+def note_below(fig: Figure, text: str) -> None:
+    """Write what there is to know about the whole figure below it."""
+    fig.supxlabel(text, fontsize=9, color=MUTED, x=0.01, ha="left")
+
+
+def make_handle(label: str, marker: str, edge: str, face: str, size: float, width: float) -> Line2D:
+    """A marker for a legend; `size` and the edge's `width` in points."""
+    how: dict[str, Any] = {"ms": size, "mew": width, "mec": edge, "mfc": face}
+    return Line2D([], [], ls="", marker=marker, label=label, **how)
+
+
+def draw_legend(fig: Figure, columns: int, **how: Any) -> None:
+    """Draw the legend above all else of the figure."""
+    fig.legend(loc="outside upper left", ncols=columns, **how)

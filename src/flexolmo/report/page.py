@@ -1,27 +1,50 @@
-"""The parts of a page, and the page as one HTML file.
+"""Parts of a page, and the page as one HTML file and as Markdown for a code host.
 
-A page is a list of blocks. The HTML loads nothing from anywhere and runs no script; a policy in its
-head forbids both. Everything shown goes through `make_printable` and is escaped: it may be what a
-model wrote. Knows nothing of results.
+A page is a list of blocks, and the first is its heading. The HTML loads nothing from anywhere and
+runs no script; a policy in its head forbids both. Everything shown goes through `make_printable`
+and is escaped, in both forms: it may be what a model or an owner wrote. Knows nothing of results.
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from flexolmo.files import write_bytes
+from flexolmo.report.drawing import save_figure
 from flexolmo.terminal import make_printable
+
+_VERDICTS = {
+    True: ("✓ met", "#009E73"),
+    False: ("✗ not met", "#D55E00"),
+    None: ("not measured", None),
+}
+# Not every reader of Markdown knows a backslash before the second kind.
+_ESCAPES = str.maketrans(
+    {c: f"\\{c}" for c in "\\`*_{}[]#!"} | {c: f"&#{ord(c)};" for c in "&<>|~$"}
+)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A heading or a paragraph."""
+    """A heading, a paragraph, or lines to keep as they are."""
 
     text: str
-    kind: str = "p"  # h1, h2, lead, p or note
+    kind: str = "p"  # h1, h2, lead, p, note, pre, or md: a person's own Markdown
+    term: str = ""  # bold, right before the text
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list."""
+
+    points: Sequence[Text]
 
 
 @dataclass(frozen=True)
@@ -29,33 +52,63 @@ class Cell:
     """A cell of a table."""
 
     text: str
-    tint: str | None = None
+    tint: str | None = None  # in HTML alone
     bold: bool = False
+    italic: bool = False
     mono: bool = False
-    number: bool = False
+    term: str = ""  # bold, right before the text
+
+    @classmethod
+    def verdict(cls, is_met: bool | None) -> Self:
+        """Verdict on what was asked; None: not measured."""
+        said, tint = _VERDICTS[is_met]
+        return cls(said, tint, bold=is_met is False)
+
+
+Row = Sequence[Cell | str]
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with a caption."""
+    """A table; its caption stands above it, and the first cell of a row is its heading."""
 
     caption: str
-    head: list[str]
-    rows: list[list[Cell]]  # the first cell of a row is its heading
+    head: Sequence[str]
+    rows: Sequence[Row]
+    align: str = "l"  # l, or r for numbers, by column; the last letter is for all that follow
+
+    @classmethod
+    def of(cls, caption: str, rows: Sequence[Mapping[str, Cell | str]], align: str) -> Self:
+        """A table of rows by heading, those of the longest row; a row may lack some."""
+        longest = max(rows, key=len) if rows else {}
+        head = list(longest)
+        return cls(caption, head, [[row.get(h, "–") for h in head] for row in rows], align)
 
     def columns(self) -> list[tuple[str, bool]]:
         """Each heading, and whether there are numbers below it."""
-        return [(h, any(r[i].number for r in self.rows)) for i, h in enumerate(self.head)]
+        letters = self.align.ljust(len(self.head), self.align[-1])
+        return [(h, letter == "r") for h, letter in zip(self.head, letters, strict=False)]
+
+    def lines(self) -> list[list[tuple[Cell, bool]]]:
+        """Each row's cells, and whether they are among numbers."""
+        return [
+            [
+                (cell if isinstance(cell, Cell) else Cell(cell), is_number)
+                for cell, (_, is_number) in zip(row, self.columns(), strict=True)
+            ]
+            for row in self.rows
+        ]
 
 
 @dataclass(frozen=True)
 class Picture:
     """A figure with its text for those who do not see it."""
 
-    name: str  # figures/NAME.png
+    name: str  # NAME.png beside the page
     figure: Figure
     alt: str
     caption: str
+    term: str = ""  # bold, right before the caption
 
     def width_pixels(self) -> int:
         """Width on the page, in pixels."""
@@ -75,13 +128,53 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fold:
-    """A text that is shown when asked for."""
+    """A part that is shown when asked for."""
 
     title: str
-    text: str
+    inside: Text | Table
 
 
-Block = Text | Table | Picture | Sample | Fold
+Block = Text | Items | Table | Picture | Sample | Fold
+
+
+def save_page(blocks: Iterable[Block], *paths: Path) -> Path:
+    """Write the page as each of `paths`, in the form of its ending, .html or .md; the first path.
+
+    The pictures lie beside the page, as PNG and SVG; HTML holds them too. All files are replaced
+    whole, and the pages last.
+    """
+    blocks, images = list(blocks), {}
+    for block in blocks:
+        if isinstance(block, Picture):
+            picture = paths[0].parent / f"{block.name}.png"
+            save_figure(block.figure, picture)
+            images[block.name] = picture.read_bytes()
+    for path in paths:
+        write_bytes(path, render_page(blocks, path.suffix[1:], images).encode())
+    return paths[0]
+
+
+def render_page(blocks: Sequence[Block], form: str, images: Mapping[str, bytes]) -> str:
+    """The page as "html" or "md"; `images` has each picture's PNG by its name."""
+    make_safe = {"html": make_printable, "md": escape_markdown}[form]
+    environment = Environment(
+        loader=PackageLoader("flexolmo.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: make_safe(value) if type(value) is str else value,
+    )
+    environment.filters |= {"breakable": _breakable, "indented": _indented, "marked": _marked}
+    encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
+    page = environment.get_template(f"page.{form}").render(blocks=blocks, images=encoded)
+    return page.strip() + "\n"
+
+
+def escape_markdown(text: str) -> Markup:
+    """`text` on one line, with nothing in it that Markdown or HTML would act on."""
+    shown = make_printable(text).replace("\n", " ").translate(_ESCAPES)
+    return Markup(re.sub(r"^(\s*\d*)([-+.)])(?=[\s-]|$)", r"\1\\\2", shown))  # no list
 
 
 def _breakable(text: str) -> Markup:
@@ -89,16 +182,12 @@ def _breakable(text: str) -> Markup:
     return Markup(str(escape(make_printable(text))).replace("_", "_<wbr>"))
 
 
-def write_html(blocks: Sequence[Block], images: Mapping[str, bytes]) -> str:
-    """The page; `images` has each picture's PNG by its name."""
-    environment = Environment(
-        loader=PackageLoader("flexolmo.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=lambda value: make_printable(value) if type(value) is str else value,
-    )
-    environment.filters["breakable"] = _breakable
-    encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
-    return environment.get_template("page.html").render(
-        blocks=[(type(block).__name__, block) for block in blocks], images=encoded
-    )
+def _marked(text: str, mark: str) -> Markup:
+    """`text` escaped, without the spaces around it, between two `mark`s of Markdown."""
+    shown = escape_markdown(text).strip()
+    return Markup(f"{mark}{shown}{mark}" if shown else "")
+
+
+def _indented(text: str) -> Markup:
+    """Lines that Markdown shows as they are."""
+    return Markup("\n".join(f"    {line}" for line in make_printable(text).split("\n")))

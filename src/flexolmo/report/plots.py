@@ -10,25 +10,27 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.numbers import format_change
+from flexolmo.numbers import format_change, format_number, format_percent, format_signed
 from flexolmo.report.drawing import (
     GREY,
     INK,
     MAX_WIDTH_INCHES,
     MUTED,
-    RULE,
     darken_for_text,
     draw_cells,
-    ink_on,
+    draw_legend,
     label_columns,
-    no_ticks,
+    list_rows,
+    make_handle,
+    note,
+    note_below,
     outline,
     styled,
     wrap_name,
+    write_cell,
 )
 
 Results = Mapping[str, Any]
@@ -104,7 +106,7 @@ def plot_bits_per_byte(results: Results) -> Figure:
     bits = bits_table(results)
     sets = set_names(results)
     colours = owner_colours(results)
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.55 * max(len(sets), 1)), layout="constrained")
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.55 * max(len(sets), 1)))
     ax = fig.subplots()
     kinds = [
         ("anchor", "anchor", "|", 260),
@@ -135,51 +137,27 @@ def plot_bits_per_byte(results: Results) -> Figure:
                     face = {"color": colour}
                 ax.scatter([x], [y], s=size, marker=marker, lw=2, zorder=3, **face)
         change = relative_change(bits, "mixture", s)
-        ax.annotate(
+        at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "ha": "right"}
+        note(
+            ax,
             format_change(change),
             (1, y),
-            xycoords=("axes fraction", "data"),
-            va="center",
-            xytext=(58, 0),
-            textcoords="offset points",
-            ha="right",
+            (58, 0),
+            fontsize=10,
             fontweight="bold",
+            va="center",
+            **at,
         )
-    ax.annotate(
-        "mixture\nv anchor",
-        (1, 1),
-        xycoords="axes fraction",
-        xytext=(58, 2),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        color=MUTED,
-        fontsize=8.5,
-    )
-    ax.set_yticks(range(len(sets)), [wrap_name(s, 22) for s in sets])
-    no_ticks(ax, "y")
+    at = {"xycoords": "axes fraction", "ha": "right", "va": "bottom"}
+    note(ax, "mixture\nv anchor", (1, 1), (58, 2), color=MUTED, **at)
+    list_rows(ax, sets, 1, "bits per byte on held-out text of the set (further left is better)")
     ax.set_ylim(len(sets) - 0.4, -0.6)
     ax.margins(x=0.04)
-    ax.grid(axis="x", color=RULE, lw=0.7)
-    ax.spines["left"].set_visible(False)
-    ax.set_xlabel("bits per byte on held-out text of the set (further left is better)")
     handles = [
-        Line2D(
-            [],
-            [],
-            ls="",
-            marker=m,
-            markersize=12 if m == "|" else 7.5,
-            markeredgewidth=2,
-            color=MUTED,
-            label=text,
-            markerfacecolor="white" if m == "D" else MUTED,
-        )
+        make_handle(text, m, MUTED, "white" if m == "D" else MUTED, 12 if m == "|" else 7.5, 2)
         for text, _, m, _ in kinds
     ]
-    fig.legend(
-        handles=handles, loc="outside upper left", ncols=4, handletextpad=0.3, columnspacing=1.6
-    )
+    draw_legend(fig, 4, handles=handles, handletextpad=0.3, columnspacing=1.6)
     return fig
 
 
@@ -212,24 +190,14 @@ def plot_optout_matrix(results: Results) -> Figure:
         figsize=(
             min(MAX_WIDTH_INCHES, 2.3 + cell * max(3, len(sets) * len(panels))),
             1.75 + 0.46 * len(rows),
-        ),
-        layout="constrained",
+        )
     )
     axes = fig.subplots(1, len(panels), squeeze=False)[0] if panels and rows and sets else []
     narrow = max(4, int(cell * 13))
     for i, (ax, (title, _), matrix) in enumerate(zip(axes, panels, values, strict=False)):
         shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
-            text = "–" if math.isnan(v) else format_change(v / 100).removesuffix("\u00a0%")
-            ax.text(
-                x,
-                y,
-                text,
-                ha="center",
-                va="center",
-                color=ink_on(shown[y, x]),
-                fontsize=9.5 if cell > 0.6 else 8.5,
-            )
+            write_cell(ax, x, y, format_signed(v, 1), shown[y, x], 9.5 if cell > 0.6 else 8.5)
             if rows[y] == f"mixture without {sets[x]}":
                 outline(ax, x, y, colours.get(sets[x], INK))
         label_columns(ax, sets, colours, narrow, slanted=cell < 0.7)
@@ -241,13 +209,10 @@ def plot_optout_matrix(results: Results) -> Figure:
         ax.set_title(title, pad=8)
     for ax in axes[:1]:
         ax.set_ylabel("owner switched off")
-    fig.supxlabel(
+    note_below(
+        fig,
         "% change of bits per byte v the anchor, by held-out set. Blue: better, red: "
         "worse.\nOutlined: the set of the owner that is off; 0 is the anchor.",
-        fontsize=9,
-        color=MUTED,
-        x=0.01,
-        ha="left",
     )
     return fig
 
@@ -271,10 +236,7 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
     layers = max([len(w) for w in weights.values()], default=1)
     low = 0.36 if layers <= _MAX_NUMBERED_LAYERS else 0.13
     wide = min(MAX_WIDTH_INCHES / columns, 0.6 + 0.75 * max(2, len(experts)))
-    fig = Figure(
-        figsize=(max(6.0, wide * columns), rows * (1.25 + low * layers) + 0.45),
-        layout="constrained",
-    )
+    fig = Figure(figsize=(max(6.0, wide * columns), rows * (1.25 + low * layers) + 0.45))
     panels = fig.subplots(rows, columns, squeeze=False).ravel()
     for i, ax in enumerate(panels):
         if i >= len(sets):
@@ -284,16 +246,9 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
         shown = draw_cells(ax, w, "Greys", 0, 1.15)
         if len(w) <= _MAX_NUMBERED_LAYERS:
             for (y, x), v in np.ndenumerate(w):
-                text = "–" if math.isnan(v) else f"{v:.2f}"
-                ax.text(
-                    x,
-                    y,
-                    text[1:] if len(experts) > 5 and text.startswith("0") else text,
-                    ha="center",
-                    va="center",
-                    fontsize=8.5,
-                    color=ink_on(shown[y, x]),
-                )
+                text = format_number(v, 2)
+                text = text.removeprefix("0") if len(experts) > 5 else text
+                write_cell(ax, x, y, text, shown[y, x], 8.5)
         if sets[i] in experts:
             outline(ax, experts.index(sets[i]), 0, colours.get(sets[i], INK), height=len(w))
         label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
@@ -308,10 +263,10 @@ def plot_routing(results: Results, paper: bool = False) -> Figure:
             pad=6,
         )
     same = weights and all(np.allclose(w, w[:1], atol=5e-4) for w in weights.values())
-    note = "Mean weight per expert (columns) and layer (rows). Outlined: the set's own expert."
+    said = "Mean weight per expert (columns) and layer (rows). Outlined: the set's own expert."
     if same:
-        note += "\nThis router decides once per token, so all layers have the same weights."
-    fig.supxlabel(note, fontsize=9, color=MUTED, x=0.01, ha="left")
+        said += "\nThis router decides once per token, so all layers have the same weights."
+    note_below(fig, said)
     return fig
 
 
@@ -327,36 +282,23 @@ def plot_kept_gain(results: Results) -> Figure:
     routers = [("ours", bits_table(results)), ("paper's", bits_table(results, paper=True))]
     routers = [(r, bits) for r, bits in routers if bits]
     pitch = 1.0 if len(routers) > 1 else 0.6
-    fig = Figure(
-        figsize=(MAX_WIDTH_INCHES, 1.35 + 0.62 * pitch * max(1, len(names))), layout="constrained"
-    )
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.35 + 0.62 * pitch * max(1, len(names))))
     ax = fig.subplots()
     for i, name in enumerate(names):
         for j, (router, bits) in enumerate(routers):
             y = i * pitch + 0.38 * (j - (len(routers) - 1) / 2)
             pair = -100 * relative_change(bits, f"expert {name}", name)
             kept = -100 * relative_change(bits, "mixture", name)
-            paint: dict[str, Any] = (
-                {"color": colours[name]}
-                if router == "ours"
-                else {"facecolor": "white", "edgecolor": colours[name], "hatch": "/////", "lw": 1}
-            )
+            paint = {"color": colours[name]} if router == "ours" else _hatched(colours[name])
             if math.isfinite(pair):
                 ax.barh(y, pair, 0.34, color=colours[name], alpha=0.2, zorder=2)
             if math.isfinite(kept):
                 ax.barh(y, kept, 0.2, zorder=3, **paint)
             if math.isfinite(pair) and math.isfinite(kept) and pair > 0:
-                ax.annotate(
-                    f"{kept / pair:.0%} kept, {router}".replace("%", " %"),
-                    (max(pair, kept, 0), y),
-                    xytext=(6, 0),
-                    fontsize=8.5,
-                    va="center",
-                    textcoords="offset points",
-                    color=INK if router == "ours" else MUTED,
-                )
-    ax.set_yticks([i * pitch for i in range(len(names))], [wrap_name(n, 22) for n in names])
-    no_ticks(ax, "y")
+                said = f"{format_percent(kept / pair, 0)} kept, {router}"
+                ink = INK if router == "ours" else MUTED
+                note(ax, said, (max(pair, kept, 0), y), (6, 0), va="center", color=ink)
+    list_rows(ax, names, pitch, "% fewer bits per byte than the anchor on the owner's own set")
     ax.set_ylim(max(1, len(names)) * pitch - pitch / 2, -pitch / 2)
     ax.margins(x=0.17)
     ax.set_xlim(
@@ -367,24 +309,18 @@ def plot_kept_gain(results: Results) -> Figure:
         None,
     )
     ax.axvline(0, color=INK, lw=1, zorder=4)
-    ax.grid(axis="x", color=RULE, lw=0.7)
-    ax.spines["left"].set_visible(False)
-    ax.set_xlabel("% fewer bits per byte than the anchor on the owner's own set")
     handles = [
         Patch(color=GREY, alpha=0.25, label="expert alone (the pair)"),
         Patch(color=GREY, label="mixture, our router"),
     ]
     if len(routers) > 1:
-        handles.append(
-            Patch(
-                facecolor="white",
-                edgecolor=GREY,
-                hatch="/////",
-                label="mixture, the paper's router",
-            )
-        )
-    fig.legend(handles=handles, loc="outside upper left", ncols=3)
+        handles.append(Patch(**_hatched(GREY), label="mixture, the paper's router"))
+    draw_legend(fig, 3, handles=handles)
     return fig
+
+
+def _hatched(colour: str) -> dict[str, Any]:
+    return {"facecolor": "white", "edgecolor": colour, "hatch": "/////", "lw": 1}
 
 
 @styled
@@ -395,7 +331,7 @@ def plot_compression(curve: Results) -> Figure:
     expert are the two rules between which every point should lie.
     """
     points, bits = curve.get("points") or [], curve.get("bits_per_byte") or {}
-    fig = Figure(figsize=(7.5, 4.3), layout="constrained")
+    fig = Figure(figsize=(7.5, 4.3))
     ax = fig.subplots()
     for series, colour, marker in zip(
         dict.fromkeys(p["series"] for p in points), _OWNER_COLOURS, "osD^v", strict=False
@@ -412,33 +348,19 @@ def plot_compression(curve: Results) -> Figure:
             zorder=3,
         )
         for p in own:
-            ax.annotate(
-                str(p.get("rank", p.get("width"))),
-                (p["bytes"] / 1e6, p["bits_per_byte"]),
-                xytext=(6, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=darken_for_text(colour),
-            )
+            size, at = str(p.get("rank", p.get("width"))), (p["bytes"] / 1e6, p["bits_per_byte"])
+            note(ax, size, at, (6, 4), fontsize=8, color=darken_for_text(colour))
     for name, text in (("anchor", "the anchor alone"), ("whole", "the expert as it was")):
         if _is_number(bits.get(name)):
             ax.axhline(bits[name], color=MUTED, lw=1, ls="--" if name == "anchor" else "-")
-            ax.annotate(
-                text,
-                (0, bits[name]),
-                xycoords=("axes fraction", "data"),
-                xytext=(6, 3),
-                textcoords="offset points",
-                color=MUTED,
-                fontsize=8.5,
-            )
+            note(ax, text, (0, bits[name]), (6, 3), xycoords=("axes fraction", "data"), color=MUTED)
     if _is_number(curve.get("whole_bytes")) and _is_number(bits.get("whole")):
         ax.plot([curve["whole_bytes"] / 1e6], [bits["whole"]], "o", color=INK, ms=7, zorder=4)
     ax.set_xlim(0, None)
-    ax.grid(color=RULE, lw=0.7)
+    ax.grid()
     ax.set_xlabel("MB of the expert (beside each point: its rank or width)")
     name = wrap_name(str(curve.get("set", "text")), 22, 1)
     ax.set_ylabel(f"bits per byte, {name}, anchor + expert")
     if points:
-        fig.legend(loc="outside upper left", ncols=3, fontsize=9)
+        draw_legend(fig, 3, fontsize=9)
     return fig

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flexolmo.report.page import Picture, write_html
+from flexolmo.report.page import Picture, render_page
 from flexolmo.research.demo import report
 
 MakePage = Callable[..., dict[str, Any]]
@@ -152,7 +152,8 @@ def test_a_missing_part_leaves_its_section_out(left_out: str, make_page: MakePag
     results = make_page(1)
     del results[left_out]
     blocks = [b for b in report._blocks(results) if not isinstance(b, Picture)]
-    Reader(write_html(blocks, {}))
+    Reader(render_page(blocks, "html", {}))
+    assert render_page(blocks, "md", {}).startswith("# FlexOlmo")
 
 
 def test_no_results_make_an_empty_report(tmp_path: Path) -> None:
@@ -162,7 +163,7 @@ def test_no_results_make_an_empty_report(tmp_path: Path) -> None:
 def test_the_rows_of_a_table_follow_the_owners() -> None:
     bits = {row: {"public": 1.0} for row in ("mixture", "expert b", "expert a", "anchor")}
     table = report._bits_table({"owners": [{"name": "a"}, {"name": "b"}], "bits_per_byte": bits})
-    assert [row[0].text for row in table.rows] == [
+    assert [line[0][0].text for line in table.lines()] == [
         "anchor",
         "anchor + a alone",
         "anchor + b alone",
@@ -172,7 +173,7 @@ def test_the_rows_of_a_table_follow_the_owners() -> None:
 
 def test_many_sources_are_counted_after_the_first() -> None:
     owners = [{"name": "a", "set_description": "Papers.", "sources": [f"s{i}" for i in range(20)]}]
-    text = report._owners_table({"owners": owners}).rows[0][2].text
+    text = report._owners_table({"owners": owners}).lines()[0][2][0].text
     assert text.startswith("Papers. Sources in this run: s0, s1,") and text.endswith(" and 8 more")
 
 

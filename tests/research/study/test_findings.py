@@ -123,7 +123,7 @@ def test_verdicts_on_the_page_are_those_of_the_bars(
     part = page[page.index("## What was asked") : page.index("## Table 2")]
     bars = find_bars(results)
     assert part.count("✓ met") == sum(b.met is True for b in bars)
-    assert part.count("✗ **missed**") == sum(b.met is False for b in bars)
+    assert part.count("**✗ not met**") == sum(b.met is False for b in bars)
     assert part.count("(for information)") == sum(b.is_information for b in bars)
     for b in bars:
         assert f"| {b.asked} |" in part

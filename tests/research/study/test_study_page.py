@@ -1,6 +1,7 @@
 """A study's page says what results.json holds, nothing else, and judges bars at their marks."""
 
 import copy
+import html
 import itertools
 import json
 import re
@@ -12,11 +13,13 @@ import matplotlib.image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 from flexolmo.cli import app
+from flexolmo.files import write_bytes
 from flexolmo.numbers import format_number
-from flexolmo.report.markdown import escape, write_table
+from flexolmo.report.page import Table, escape_markdown, render_page
 from flexolmo.research.study.figures import plot_methods, plot_routing
 from flexolmo.research.study.findings import DEFAULT, PAPER_AVERAGES, TABLES, WORDS
 from flexolmo.research.study.study_page import write_page
@@ -47,7 +50,8 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Names of the figures that would have been written; they are made, but not rendered."""
     names: set[str] = set()
     monkeypatch.setattr(
-        "flexolmo.research.study.study_page.save_figure", lambda fig, path: names.add(path.stem)
+        "flexolmo.report.page.save_figure",
+        lambda fig, path: names.add(path.stem) or write_bytes(path, b""),
     )
     return names
 
@@ -59,6 +63,21 @@ def test_the_page_shows_every_figure_it_wrote(whole: tuple[dict[str, Any], Path,
     for name in FIGURES:
         width = matplotlib.image.imread(out / "figures" / f"{name}.png").shape[1]
         assert 800 <= width <= 1780, name
+
+
+def cells_of(text: str) -> list[str]:
+    """Words of every cell of every table in HTML."""
+    found = re.findall(r"<t[hd]\b[^>]*>(.*?)</t[hd]>", text, re.DOTALL)
+    return [html.unescape(re.sub(r"<[^>]+>", "", cell)) for cell in found]
+
+
+def test_both_forms_of_the_page_have_the_same_cells(
+    whole: tuple[dict[str, Any], Path, str],
+) -> None:
+    _, out, page = whole
+    shown = cells_of((out / "page.html").read_text(encoding="utf-8"))
+    assert shown == cells_of(MarkdownIt("commonmark").enable("table").render(page))
+    assert len(shown) > 500 and "0.0\u00a0%" in shown
 
 
 def test_table_1_has_every_method_with_its_numbers(whole: tuple[dict[str, Any], Path, str]) -> None:
@@ -109,7 +128,7 @@ def test_table_3_has_every_variant_once_and_its_difference(
     results, _, page = whole
     table = page[page.index("## Table 3") : page.index("## Figures")]
     for name, entry in results["ablations"].items():
-        [line] = [x for x in table.splitlines() if f"| {escape(name)} |" in x]
+        [line] = [x for x in table.splitlines() if f"| {escape_markdown(name)} |" in x]
         assert f"| {entry['gap_closed']['mean']:.3f} |" in line
         if "," in name:
             base = results["ablations"][name.partition(",")[0]]
@@ -125,7 +144,7 @@ def test_any_number_in_the_results_is_the_one_shown(x: float, flops: float) -> N
     results = copy.deepcopy(SMALL)
     set_mean(results, "gap_closed", "dume", x)
     results["gap_closed"]["dume"]["flops_per_token"] = flops * ONE
-    page = "\n\n".join(table_of_methods(results))
+    page = render_page(list(table_of_methods(results)), "md", {})
     [row] = [v for k, v in rows_of(page, "## Table 1").items() if k.startswith("DUME")]
     assert row[0] == format_number(x, 3)
     assert float(row[0].replace("−", "-")) == pytest.approx(x, abs=6e-4)
@@ -210,20 +229,23 @@ def test_notes_become_part_of_the_page_as_they_are(tmp_path: Path, no_figures: N
     (tmp_path / "notes.md").write_text("The **why**: café, 漢字.\n", encoding="utf-8")
     page = write_page(make_results(1, ("code", "news")), tmp_path).read_text(encoding="utf-8")
     assert "\n\nThe **why**: café, 漢字.\n\n## Cost" in page
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<pre class="mono">The **why**: café, 漢字.</pre>' in text
 
 
 def test_names_cannot_act_on_the_page(tmp_path: Path) -> None:
     names = ("a|b_c*d", "<script>x</script>", "é漢\ud83d\u202e`$x_{1}$", "line\nend")
     page = write_page(make_results(1, names), tmp_path).read_bytes()
     text = page.decode("utf-8")
-    assert "<script" not in text and "\u202e" not in text and "a\\|b\\_c\\*d" in text
+    assert b"<script" not in (tmp_path / "page.html").read_bytes()
+    assert "<script" not in text and "\u202e" not in text and "a&#124;b\\_c\\*d" in text
     rows_of(text, "## Table 2")  # still a table
     assert json.loads(json.dumps(text)) == text
 
 
 @given(text=st.text())
 def test_escaped_text_stays_in_its_cell(text: str) -> None:
-    row = write_table(["a", "b"], [[escape(text), "x"]], "ll").splitlines()
+    row = render_page([Table("A table", ["a", "b"], [[text, "x"]])], "md", {}).splitlines()[2:]
     assert len(row) == 3 and len(re.split(r"(?<!\\)(?:\\\\)*\|", row[2])) == 4
 
 
@@ -257,7 +279,7 @@ def test_the_command_writes_results_and_page(
     monkeypatch.setattr("flexolmo.research.steps.graph.run_graph", lambda *_: [])
     done = CliRunner().invoke(app, ["study", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    assert "page.md" in done.output and "results.json" in done.output
+    assert "page.html" in done.output and "results.json" in done.output
     assert "no numbers yet" in (tmp_path / "page.md").read_text(encoding="utf-8")
 
 

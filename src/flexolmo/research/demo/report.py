@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.files import write_bytes
-from flexolmo.numbers import format_change, format_megabytes, format_percent
+from flexolmo.numbers import format_change, format_megabytes, format_number, format_percent
 from flexolmo.report import drawing, plots
-from flexolmo.report.page import Block, Cell, Fold, Picture, Sample, Table, Text, write_html
+from flexolmo.report.page import Block, Cell, Fold, Picture, Row, Sample, Table, Text, save_page
 from flexolmo.report.plots import Results
 from flexolmo.terminal import make_printable
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
-_MET = {True: ("✓ met", "#009E73"), False: ("✗ not met", "#D55E00"), None: ("not measured", None)}
 _MAX_SOURCES = 12  # of an owner, by name; results.json has all
 
 _WHAT_WORDS_ARE = (
@@ -63,16 +61,7 @@ def write_report(results: Results, directory: Path) -> Path:
 
     `results` is results.json. All files are replaced whole, and the HTML last.
     """
-    directory = Path(directory)
-    blocks = list(_blocks(results))
-    images = {}
-    for block in blocks:
-        if isinstance(block, Picture):
-            path = directory / "figures" / f"{block.name}.png"
-            drawing.save_figure(block.figure, path)
-            images[block.name] = path.read_bytes()
-    write_bytes(directory / "report.html", write_html(blocks, images).encode())
-    return directory / "report.html"
+    return save_page(_blocks(results), Path(directory) / "report.html")
 
 
 # --- results -> blocks -----------------------------------------------------------------------
@@ -89,7 +78,10 @@ def _blocks(results: Results) -> Iterator[Block]:
         yield Table(
             f"{met} of {len(bars)} met",
             ["Verdict", "Asked", "Measured"],
-            [_bar_row(b) for b in bars],
+            [
+                [Cell.verdict(b.get("met")), str(b.get("text", "")), str(b.get("value", "–"))]
+                for b in bars
+            ],
         )
     for name, why in (results.get("skipped") or {}).items():
         yield Text(f"Left out of this run: {name} ({why}).", "note")
@@ -102,7 +94,7 @@ def _blocks(results: Results) -> Iterator[Block]:
     if (results.get("routing") or {}).get("weights"):
         yield Text("Who answers", "h2")
         yield Picture(
-            "routing",
+            "figures/routing",
             plots.plot_routing(results),
             "Heat map of the mean weight of each expert in each layer, by set.",
             "How our router shares the answer between experts on held-out text. The "
@@ -120,7 +112,7 @@ def _bits_section(results: Results) -> Iterator[Block]:
     yield Text(_WHAT_BITS_ARE, "note")
     yield _bits_table(results)
     yield Picture(
-        "bits_per_byte",
+        "figures/bits_per_byte",
         plots.plot_bits_per_byte(results),
         "Bits per byte by set: anchor, that set's expert alone, mixture, and "
         "mixture without that expert; the numbers are in the table above.",
@@ -130,7 +122,7 @@ def _bits_section(results: Results) -> Iterator[Block]:
     )
     yield Text("Switching an owner off", "h2")
     yield Picture(
-        "optout_matrix",
+        "figures/optout_matrix",
         plots.plot_optout_matrix(results),
         "Matrix of the change of bits per byte against the anchor, by owner "
         f"switched off and by set. {' '.join(_opening(results)[2:3])}",
@@ -144,7 +136,7 @@ def _routers_section(results: Results) -> Iterator[Block]:
     yield Text(_WHY_OURS + _compare_routers(results))
     yield _router_table(results)
     yield Picture(
-        "kept_gain",
+        "figures/kept_gain",
         plots.plot_kept_gain(results),
         "Bars: each expert's gain alone and what the mixture keeps of it, with our "
         "router and with the paper's; the numbers are in the table above.",
@@ -154,7 +146,7 @@ def _routers_section(results: Results) -> Iterator[Block]:
     )
     if (results["paper_router"].get("routing") or {}).get("weights"):
         yield Picture(
-            "routing_paper",
+            "figures/routing_paper",
             plots.plot_routing(results, paper=True),
             "Heat map of the paper's router: mean weight of each expert in each layer, by set.",
             "The same text, answered through the paper's router.",
@@ -201,35 +193,27 @@ def _origin_section(results: Results) -> Iterator[Block]:
     words = {"total": "all stages, whenever they ran", "this run": "this run, from start to end"}
     stages = results.get("seconds") or {}
     if stages:
-        yield Table(
-            "Time by stage",
-            ["Stage", "Seconds"],
-            [
-                [Cell(words.get(k, str(k))), Cell(_count(v, 1), number=True)]
-                for k, v in stages.items()
-            ],
-        )
+        rows = [[words.get(k, str(k)), _count(v, 1)] for k, v in stages.items()]
+        yield Table("Time by stage", ["Stage", "Seconds"], rows, "lr")
+    values = [
+        value
+        for key in ("started", "seed", "commit", "versions", "machine", "digests")
+        if results.get(key) is not None
+        for value in _flatten(results[key], key)
+    ]
+    for o in results.get("owners") or []:
+        if o.get("key_id"):
+            values.append((f"signing key of {o.get('name')}", str(o["key_id"])))
     yield Table(
         "Seed, commit, versions and digests",
         ["What", "Value"],
-        [
-            [Cell(k), Cell(v, mono=True)]
-            for key in ("started", "seed", "commit", "versions", "machine", "digests")
-            if results.get(key) is not None
-            for k, v in _flatten(results[key], key)
-        ]
-        + [
-            [Cell(f"signing key of {o.get('name')}"), Cell(str(o["key_id"]), mono=True)]
-            for o in results.get("owners") or []
-            if o.get("key_id")
-        ],
+        [(k, Cell(v, mono=True)) for k, v in values],
     )
     if str(results.get("commit", "")).endswith("+changes"):
         yield Text("+changes: the code had changes that are not in that commit.", "note")
     if results.get("recipe"):
-        yield Fold(
-            "Recipe", json.dumps(results["recipe"], indent=2, ensure_ascii=False, default=str)
-        )
+        recipe = json.dumps(results["recipe"], indent=2, ensure_ascii=False, default=str)
+        yield Fold("Recipe", Text(recipe, "pre"))
 
 
 def _opening(results: Results) -> list[str]:
@@ -306,31 +290,19 @@ def _summary(results: Results, paper: bool = False) -> dict[str, Any]:
     return whole
 
 
-def _bar_row(bar: Mapping[str, Any]) -> list[Cell]:
-    said, tint = _MET[bar.get("met")]
-    return [
-        Cell(said, tint, bold=True),
-        Cell(str(bar.get("text", ""))),
-        Cell(str(bar.get("value", "–"))),
-    ]
-
-
 def _owners_table(results: Results) -> Table:
-    anchor, colours, rows = results.get("anchor") or {}, plots.owner_colours(results), []
+    anchor, colours = results.get("anchor") or {}, plots.owner_colours(results)
+    rows: list[dict[str, Cell | str]] = []
     if anchor:
         size = anchor.get("parameters")
         rows.append(
-            [
-                Cell("anchor", drawing.GREY, bold=True),
-                Cell(PUBLIC),
-                Cell("public text" + (f"; {size / 1e6:.1f} million parameters" if size else "")),
-                Cell("–", number=True),
-                Cell("–", number=True),
-                Cell(_count(anchor.get("tokens")), number=True),
-                Cell(_duration(anchor.get("seconds")), number=True),
-                Cell("–", number=True),
-                Cell("–"),
-            ]
+            {
+                "Expert": Cell("anchor", drawing.GREY, bold=True),
+                "Owner": PUBLIC,
+                "Text": "public text" + (f"; {size / 1e6:.1f} million parameters" if size else ""),
+                "Tokens read in training": _count(anchor.get("tokens")),
+                "Training time": _duration(anchor.get("seconds")),
+            }
         )
     for o in results.get("owners") or []:
         text = str(o.get("set_description") or "–").rstrip(".")
@@ -343,40 +315,26 @@ def _owners_table(results: Results) -> Table:
         size = o.get("bundle_bytes")
         terms = [str(o[k]) for k in ("licence", "terms") if o.get(k)]
         rows.append(
-            [
-                Cell(str(o.get("name", "?")), colours.get(str(o.get("name"))), bold=True),
-                Cell(str(o.get("owner") or "–")),
-                Cell(text),
-                *(
-                    Cell(_count(o.get(k)), number=True)
-                    for k in ("documents", "tokens", "tokens_seen")
-                ),
-                Cell(_duration(o.get("seconds")), number=True),
-                Cell(f"{format_megabytes(size)} MB" if size else "–", number=True),
-                Cell("; ".join(terms) or "–"),
-            ]
+            {
+                "Expert": Cell(str(o.get("name", "?")), colours.get(str(o.get("name"))), bold=True),
+                "Owner": str(o.get("owner") or "–"),
+                "Text": text,
+                "Documents to train on": _count(o.get("documents")),
+                "Tokens to train on": _count(o.get("tokens")),
+                "Tokens read in training": _count(o.get("tokens_seen")),
+                "Training time": _duration(o.get("seconds")),
+                "Signed bundle": f"{format_megabytes(size)} MB" if size else "–",
+                "Licence; terms": "; ".join(terms) or "–",
+            }
         )
-    return Table(
-        "Each owner trained beside the same frozen anchor, on its own text alone",
-        [
-            "Expert",
-            "Owner",
-            "Text",
-            "Documents to train on",
-            "Tokens to train on",
-            "Tokens read in training",
-            "Training time",
-            "Signed bundle",
-            "Licence; terms",
-        ],
-        rows,
-    )
+    caption = "Each owner trained beside the same frozen anchor, on its own text alone"
+    return Table.of(caption, rows, "lllrrrrrl")
 
 
 def _bits_table(results: Results) -> Table:
     sets = plots.set_names(results)
     bits = plots.bits_table(results)
-    rows = []
+    rows: list[Row] = []
     colours = plots.owner_colours(results)
     names = plots.owner_names(results)
     words = {"anchor": "anchor", "mixture": "mixture, all on"}
@@ -394,10 +352,9 @@ def _bits_table(results: Results) -> Table:
             [Cell(heading, bold=row in words)]
             + [
                 Cell(
-                    f"{bits[row][s]:.3f}" if s in bits[row] else "–",
+                    format_number(bits[row].get(s), 3),
                     colours.get(s) if s == own else None,
                     bold=s == own or row == "mixture",
-                    number=True,
                 )
                 for s in sets
             ]
@@ -407,6 +364,7 @@ def _bits_table(results: Results) -> Table:
         "tinted: the owner's own set",
         ["Model", *sets],
         rows,
+        "lr",
     )
 
 
@@ -414,21 +372,11 @@ def _router_table(results: Results) -> Table:
     ours = _summary(results)
     papers = _summary(results, paper=True)
     keys = [*(n for n in plots.owner_names(results) if n in ours["kept_of_pair_gain"]), "mean"]
-    rows = [
-        [
-            Cell(
-                f"kept of what {n} gains alone" if n != "mean" else "kept, mean of owners",
-                bold=n == "mean",
-            ),
-            *(
-                Cell(
-                    format_percent(s["kept_of_pair_gain"].get(n), 0), number=True, bold=n == "mean"
-                )
-                for s in (ours, papers)
-            ),
-        ]
-        for n in keys
-    ]
+    rows: list[Row] = []
+    for n in keys:
+        said = "kept, mean of owners" if n == "mean" else f"kept of what {n} gains alone"
+        kept = [format_percent(s["kept_of_pair_gain"].get(n), 0) for s in (ours, papers)]
+        rows.append([Cell(text, bold=n == "mean") for text in (said, *kept)])
     for said, key in (
         ("public text: change against the anchor", "public_change"),
         ("owner off: its set against the anchor, furthest", "optout_vs_anchor"),
@@ -438,12 +386,13 @@ def _router_table(results: Results) -> Table:
             max(v.values(), key=abs, default=math.nan) if isinstance(v, dict) else v
             for v in (ours[key], papers[key])
         ]
-        rows.append([Cell(said), *(Cell(format_change(x, 2), number=True) for x in found)])
+        rows.append([said, *(format_change(x, 2) for x in found)])
     return Table(
         "How much of an expert's gain each router keeps, and by how much bits per byte "
         "change (positive is worse)",
         ["Measure", "Ours", "The paper's"],
         rows,
+        "lr",
     )
 
 

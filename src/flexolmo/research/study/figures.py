@@ -13,26 +13,29 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.numbers import format_change
+from flexolmo.numbers import format_number, format_percent, format_signed
 from flexolmo.report.drawing import (
     GREY,
     INK,
     MAX_WIDTH_INCHES,
     MUTED,
-    RULE,
+    colour_labels,
     darken_for_text,
     draw_cells,
-    ink_on,
+    draw_legend,
     label_columns,
-    no_ticks,
+    list_rows,
+    make_handle,
+    note,
+    note_below,
     outline,
     styled,
     wrap_name,
+    write_cell,
 )
 from flexolmo.report.plots import owner_colours
 from flexolmo.research.study.findings import (
@@ -109,8 +112,7 @@ def _draw_routing(
     rows = math.ceil(len(panels) / columns)
     height = max(len(sets) for _, _, sets, _ in panels)
     fig = Figure(
-        figsize=(max(5.5, MAX_WIDTH_INCHES * columns / 3), rows * (1.25 + 0.3 * height) + 0.4),
-        layout="constrained",
+        figsize=(max(5.5, MAX_WIDTH_INCHES * columns / 3), rows * (1.25 + 0.3 * height) + 0.4)
     )
     axes = fig.subplots(rows, columns, squeeze=False).ravel()
     for ax in axes[len(panels) :]:
@@ -119,16 +121,9 @@ def _draw_routing(
         shown = draw_cells(ax, matrix, "Greys", 0, 1.15)
         crowded = len(experts) > 5
         for (y, x), v in np.ndenumerate(matrix):
-            text = f"{v:.2f}"
-            ax.text(
-                x,
-                y,
-                text.removeprefix("0") if crowded else text,
-                ha="center",
-                va="center",
-                fontsize=8 if crowded else 8.5,
-                color=ink_on(shown[y, x]),
-            )
+            text = format_number(v, 2)
+            text = text.removeprefix("0") if crowded else text
+            write_cell(ax, x, y, text, shown[y, x], 8 if crowded else 8.5)
             if sets[y] == experts[x]:
                 outline(ax, x, y, colours.get(sets[y], INK))
         label_columns(ax, experts, colours, 11, slanted=len(experts) > 3)
@@ -136,13 +131,10 @@ def _draw_routing(
         ax.set_title(title, fontsize=9.5, pad=6)
         if i % columns == 0:
             ax.set_ylabel("text of the set")
-    fig.supxlabel(
+    note_below(
+        fig,
         "Mean weight of each expert (columns) on each set's text (rows), after the "
         "choice of active experts. Outlined: the set's own expert.",
-        fontsize=9,
-        color=MUTED,
-        x=0.01,
-        ha="left",
     )
     return fig
 
@@ -162,7 +154,7 @@ def plot_active_experts(results: Results) -> Figure | None:
 
 @styled
 def _draw_active(found: Mapping[str, Mapping[int, Any]]) -> Figure:
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 3.6), layout="constrained")
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 3.6))
     for ax, (kind, said) in zip(fig.subplots(1, 2, sharey=True), TABLES.items(), strict=True):
         for family, by_count in found.items():
             title, colour, _ = FAMILIES[family]
@@ -184,25 +176,17 @@ def _draw_active(found: Mapping[str, Mapping[int, Any]]) -> Figure:
                     if f != family and e.get(k, {}).get(kind)
                 ]
                 is_below = any(v < x or (v == x and family == "paper") for x in others)
-                ax.annotate(
-                    f"{v:.2f}",
-                    (k, v),
-                    xytext=(0, -8 if is_below else 7),
-                    ha="center",
-                    textcoords="offset points",
-                    va="top" if is_below else "bottom",
-                    fontsize=8.5,
-                    color=darken_for_text(colour),
-                )
+                away, va = (-8, "top") if is_below else (7, "bottom")
+                ink = darken_for_text(colour)
+                note(ax, f"{v:.2f}", (k, v), (0, away), ha="center", va=va, color=ink)
         ax.axhline(0, color=INK, lw=1)
-        ax.grid(axis="y", color=RULE, lw=0.7)
+        ax.grid(axis="y")
         ax.margins(x=0.06, y=0.14)
         ax.set_xticks(sorted({k for by_count in found.values() for k in by_count}))
         ax.set_xlabel("active experts per token, the public one among them")
         ax.set_title(said)
     fig.axes[0].set_ylabel("gap closed")
-    handles, labels = fig.axes[0].get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside upper left", ncols=2)
+    draw_legend(fig, 2, handles=fig.axes[0].get_legend_handles_labels()[0])
     return fig
 
 
@@ -246,8 +230,7 @@ def _draw_optout(
         figsize=(
             max(6.5, min(MAX_WIDTH_INCHES, 2 + cell * len(sets) * len(panels))),
             1.75 + 0.5 * rows,
-        ),
-        layout="constrained",
+        )
     )
     limit = max(
         [0.05, *(float(np.nanmax(np.abs(m))) for _, _, m, _ in panels if np.isfinite(m).any())]
@@ -257,46 +240,23 @@ def _draw_optout(
     ):
         shown = draw_cells(ax, matrix, "RdBu_r", -limit, limit)
         for (y, x), v in np.ndenumerate(matrix):
-            own, ink = names[y] == sets[x], ink_on(shown[y, x])
-            text = _bare(v)
-            ax.text(
-                x,
-                y - 0.17 * own,
-                text,
-                ha="center",
-                va="center",
-                color=ink,
-                fontsize=9 if cell > 0.65 else 8,
-            )
+            own, size = names[y] == sets[x], 9 if cell > 0.65 else 8
+            write_cell(ax, x, y - 0.17 * own, format_signed(100 * v, 1), shown[y, x], size)
             if own:
-                ax.text(
-                    x,
-                    y + 0.21,
-                    f"({_bare(to_anchor[y])})",
-                    ha="center",
-                    va="center",
-                    color=ink,
-                    fontsize=7.5,
-                )
+                text = f"({format_signed(100 * to_anchor[y], 1)})"
+                write_cell(ax, x, y + 0.21, text, shown[y, x], 7.5)
                 outline(ax, x, y, colours.get(sets[x], INK))
         label_columns(ax, sets, colours, max(4, int(cell * 13)), slanted=cell < 0.8)
         _label_rows(ax, names if i == 0 else [""] * len(names), colours)
         ax.set_title(title, pad=8)
     fig.axes[0].set_ylabel("owner switched off")
-    fig.supxlabel(
+    note_below(
+        fig,
         "% change of bits per byte v the full mixture of the same panel, by held-out "
         "set. Red: worse, blue: better.\nOutlined: the set of the owner that is off; "
         "in brackets its change v the anchor.",
-        fontsize=9,
-        color=MUTED,
-        x=0.01,
-        ha="left",
     )
     return fig
-
-
-def _bare(change: float) -> str:
-    return format_change(change).removesuffix("\u00a0%")
 
 
 # --- all methods, and what is kept ----------------------------------------------------------------
@@ -320,23 +280,15 @@ def _distinct(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 @styled
 def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -> Figure:
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.6 * len(panels)), layout="constrained")
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 0.6 + 4.6 * len(panels)))
     FigureCanvasAgg(fig)
     axes = fig.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for ax, (said, entries) in zip(axes, panels, strict=True):
         ax.set_xscale("log")
         for y, text in ((0, "the anchor"), (1, "that set's\ndense expert")):
             ax.axhline(y, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-            ax.annotate(
-                text,
-                (1, y),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8.5,
-                color=MUTED,
-            )
+            at = ("axes fraction", "data")
+            note(ax, text, (1, y), (4, 0), xycoords=at, va="center", color=MUTED)
         for m, e in entries.items():
             colour = method_colour(m)
             ax.errorbar(
@@ -355,7 +307,7 @@ def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -
         ax.margins(x=0.1, y=0.14)
         ax.set_ylabel("gap closed")
         ax.set_title(said)
-        ax.grid(color=RULE, lw=0.7)
+        ax.grid()
         ax.xaxis.set_minor_locator(NullLocator())
     most = max(e["flops_per_token"] / one for _, entries in panels for e in entries.values())
     ticks = [
@@ -371,26 +323,11 @@ def _draw_methods(panels: Sequence[tuple[str, Mapping[str, Any]]], one: float) -
         (GREY, "trained on all data together", True),
         (INK, "hollow: no strict opt-out", False),
     ]
-    fig.legend(
-        handles=[
-            Line2D(
-                [],
-                [],
-                ls="",
-                marker="o",
-                ms=8,
-                mew=1.8,
-                mec=colour,
-                label=text,
-                mfc=colour if full else "white",
-            )
-            for colour, text, full in kinds
-        ],
-        loc="outside upper left",
-        ncols=5,
-        handletextpad=0.2,
-        columnspacing=1.4,
-    )
+    handles = [
+        make_handle(text, "o", colour, colour if full else "white", 8, 1.8)
+        for colour, text, full in kinds
+    ]
+    draw_legend(fig, 5, handles=handles, handletextpad=0.2, columnspacing=1.4)
     fig.draw_without_rendering()  # labels are placed in pixels, so the axes must have theirs
     for ax, (_, entries) in zip(axes, panels, strict=True):
         _place_labels(
@@ -483,7 +420,7 @@ def _draw_kept(
     colours: Mapping[str, str],
 ) -> Figure:
     rows = [*names, "mean"]
-    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.6 + 0.5 * len(rows)), layout="constrained")
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.6 + 0.5 * len(rows)))
     ax = fig.subplots()
     low, high = _KEPT_RANGE
     for y, name in enumerate(rows):
@@ -511,67 +448,36 @@ def _draw_kept(
             )
             ends = np.clip([min(values), max(values)], low, high)
             ax.plot(ends, [level] * 2, color=colour, lw=1.6, zorder=2)
-            ax.annotate(
-                f"{x:.0f}\u00a0%".replace("-", "−"),
+            note(
+                ax,
+                format_percent(x / 100, 0),
                 (max(at, ends[1]), level),
-                xytext=(8, 0),
-                fontsize=8.5,
+                (8, 0),
                 va="center",
-                textcoords="offset points",
                 color=INK if family == "default" else MUTED,
                 zorder=2.5,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4},
             )
-    ax.set_yticks(range(len(rows)), [wrap_name(n, 22) for n in rows])
-    no_ticks(ax, "y")
-    for label, name in zip(ax.get_yticklabels(), rows, strict=True):
-        label.set_color(darken_for_text(colours.get(name, INK)))
-        label.set_fontweight("bold")
+    list_rows(ax, rows, 1, "% of the own pair's gain on the owner's set that is left after merging")
+    colour_labels(ax.get_yticklabels(), rows, colours, 10)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     drawn = [100 * v for f in found.values() for k in f for v in [*k["sets"].values(), k["mean"]]]
     ax.set_xlim(max(low, min([0.0, *drawn])) - 2, max(105.0, min(high, max(drawn))) + 8)
     for x, text in ((90, "asked: 90 % "), (100, " all")):
         ax.axvline(x, color=MUTED, lw=1, ls=(0, (4, 3)), zorder=1)
-        ax.annotate(
-            text,
-            (x, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=MUTED,
-            ha="right" if x < 100 else "left",
-        )
+        side = "right" if x < 100 else "left"
+        how = {"xycoords": ("data", "axes fraction"), "color": MUTED, "ha": side}
+        note(ax, text, (x, 1), (0, 2), **how)
     ax.axvline(0, color=INK, lw=1, zorder=1)
-    ax.grid(axis="x", color=RULE, lw=0.7)
-    ax.spines["left"].set_visible(False)
-    ax.set_xlabel("% of the own pair's gain on the owner's set that is left after merging")
-    fig.legend(
-        handles=[
-            Line2D(
-                [],
-                [],
-                ls="",
-                marker=marker,
-                ms=8,
-                mew=1.6,
-                mec=MUTED,
-                label=said,
-                mfc=MUTED if family == "default" else "white",
-            )
-            for family, said, marker, _ in kinds
-        ],
-        loc="outside upper left",
-        ncols=3,
-        handletextpad=0.2,
-    )
+    handles = [
+        make_handle(said, marker, MUTED, MUTED if family == "default" else "white", 8, 1.6)
+        for family, said, marker, _ in kinds
+    ]
+    draw_legend(fig, 3, handles=handles, handletextpad=0.2)
     return fig
 
 
 def _label_rows(ax: Axes, names: Sequence[str], colours: Mapping[str, str]) -> None:
     """Row names beside the cells, each in its owner's colour."""
     ax.set_yticks(range(len(names)), [wrap_name(n, 14, 2) if n else "" for n in names])
-    for label, name in zip(ax.get_yticklabels(), names, strict=True):
-        label.set_color(darken_for_text(colours.get(name, INK)))
-        label.set_fontweight("bold")
-        label.set_fontsize(8.5)
+    colour_labels(ax.get_yticklabels(), names, colours, 8.5)

@@ -1,17 +1,23 @@
-"""The tables of a study's page, each with its heading and what must be said of it.
+"""Tables of a study's page, each with its heading and what must be said of it.
 
-From results.json to Markdown; a table for which there is nothing is left out.
+From results.json to blocks; a table for which there is nothing is left out.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from statistics import fmean, stdev
 from typing import Any
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.numbers import format_change, format_number, format_percent, format_signed
-from flexolmo.report.markdown import escape, mean_and_spread, write_table
+from flexolmo.numbers import (
+    format_change,
+    format_number,
+    format_percent,
+    format_signed,
+    format_spread,
+)
+from flexolmo.report.page import Block, Cell, Table, Text
 from flexolmo.research.study.findings import (
     ANCHOR,
     DEFAULT,
@@ -19,7 +25,6 @@ from flexolmo.research.study.findings import (
     OURS,
     PAPER_AVERAGES,
     TABLES,
-    WORDS,
     Results,
     anchor_flops,
     average,
@@ -66,6 +71,7 @@ _GROUPS = (
     ("active experts", r".*top-\d+"),
     ("other", r".*"),
 )
+_YES_OR_NO = {True: "yes", False: "no", None: "–"}
 _WORK = {
     "corpus": "fetch, clean and tokenize the text",
     "windows": "cut the text that is read",
@@ -93,7 +99,7 @@ _WORK = {
 # --- table 1 --------------------------------------------------------------------------------------
 
 
-def table_of_methods(results: Results) -> Iterator[str]:
+def table_of_methods(results: Results) -> Iterator[Block]:
     """Every method, ordered by its mean gap closed on both kinds of text."""
     held, mixed = (results.get(kind) or {} for kind in TABLES)
     bits = bits_of(results)
@@ -101,102 +107,61 @@ def table_of_methods(results: Results) -> Iterator[str]:
     one = anchor_flops(results)
     if not held:
         return
+    rows: list[dict[str, Cell | str]] = []
 
-    def row(
-        said: str,
-        method: str,
-        closed: Sequence[Mapping[str, Any] | None],
-        flops: float,
-        strict: bool | None,
-    ) -> list[str]:
+    def shown(entry: Mapping[str, Any] | None) -> str:
+        return "–" if entry is None else format_spread(entry["mean"], entry.get("spread"), 3)
+
+    def add(
+        said: Cell, method: str, entry: Mapping[str, Any], on_mixed: Mapping[str, Any] | None
+    ) -> None:
         by_set = {n: x for n, x in bits.get(method, {}).items() if n in owners}
         gains = [1 - x / bits[ANCHOR][n] for n, x in by_set.items() if ANCHOR in bits]
         paper = PAPER_AVERAGES.get(PUBLIC if method == ANCHOR else method)
-        return [
-            said,
-            *map(mean_and_spread, closed),
-            format_number(fmean(by_set.values()), 3) if by_set else "–",
-            format_change(fmean(gains)) if gains else "–",
-            "–" if math.isnan(flops / one) else format_number(flops / one, 2),
-            {True: "yes", False: "no", None: "–"}[strict],
-            "–" if paper is None else f"{paper:.1f}",
-        ]
+        rows.append(
+            {
+                "Method": said,
+                "Gap closed, held-out": shown(entry),
+                "Gap closed, mixed": shown(on_mixed),
+                "Bits per byte": format_number(average(list(by_set.values())), 3),
+                "Relative gain": format_change(average(gains)),
+                "FLOPs per token": format_number(entry.get("flops_per_token", one) / one, 2),
+                "Strict opt-out": _YES_OR_NO[entry.get("strict_opt_out")],
+                "Paper": format_number(paper, 1),
+            }
+        )
 
     def height(method: str) -> float:
         return fmean(mean_of(t, method) for t in (held, mixed) if method in t)
 
-    rows = [
-        row(
-            _method(m),
-            m,
-            (held[m], mixed.get(m)),
-            held[m]["flops_per_token"],
-            held[m]["strict_opt_out"],
-        )
-        for m in sorted((m for m in held if m != "own_pair"), key=lambda m: -height(m))
-    ]
-    none_of_it, all_of_it = {"mean": 0.0}, {"mean": 1.0}
+    for m in sorted((m for m in held if m != "own_pair"), key=lambda m: -height(m)):
+        what = f": {_WHAT[m]}" if m in _WHAT else ""
+        said = Cell(what, term=word(m)) if m in OURS else Cell(word(m) + what)
+        add(said, m, held[m], mixed.get(m))
     if ANCHOR in bits:
-        rows.append(row("*For reference:* the anchor", ANCHOR, (none_of_it, none_of_it), one, None))
+        add(Cell("For reference: the anchor", italic=True), ANCHOR, {"mean": 0.0}, {"mean": 0.0})
     if single := _best_single_expert(results):
-        rows.append(
-            row(
-                f"*For reference:* the best single dense expert ({escape(single[0])})",
-                f"dense {single[0]}",
-                (single[1], None),
-                one,
-                None,
-            )
-        )
+        said = Cell(f"For reference: the best single dense expert ({single[0]})", italic=True)
+        add(said, f"dense {single[0]}", single[1], None)
     if owners and all(f"dense {n}" in bits for n in owners):
         bits["its own"] = {n: bits[f"dense {n}"][n] for n in owners}
-        rows.append(
-            row(
-                "*Told whose text it is:* that set's dense expert",
-                "its own",
-                (all_of_it, all_of_it),
-                one,
-                None,
-            )
-        )
+        said = Cell("Told whose text it is: that set's dense expert", italic=True)
+        add(said, "its own", {"mean": 1.0}, {"mean": 1.0})
     if "own_pair" in held:
-        rows.append(
-            row(
-                "*Told whose text it is:* own pair, the anchor with that owner's expert",
-                "own_pair",
-                (held["own_pair"], mixed.get("own_pair")),
-                held["own_pair"]["flops_per_token"],
-                None,
-            )
+        said = Cell(
+            "Told whose text it is: own pair, the anchor with that owner's expert", italic=True
         )
-    yield "## Table 1. All methods"
-    yield (
+        add(said, "own_pair", held["own_pair"] | {"strict_opt_out": None}, mixed.get("own_pair"))
+    yield Text("Table 1. All methods", "h2")
+    yield Table.of(
         "The paper's tables 1 and 2 with our numbers. Rows by the mean of the two gaps closed; "
-        "ours in **bold**. Bits per byte, and the relative gain (by how much fewer they are "
+        "ours in bold. Bits per byte, and the relative gain (by how much fewer they are "
         "than the anchor's), are means over the owners' sets. The last column is the average "
         "over 24 tasks in the paper's table 1 where it has the method: another scale, from "
-        "far larger models, of which only the order can be compared."
-    )
-    yield write_table(
-        [
-            "Method",
-            "Gap closed, held-out",
-            "Gap closed, mixed",
-            "Bits per byte",
-            "Relative gain",
-            "FLOPs per token",
-            "Strict opt-out",
-            "Paper",
-        ],
+        "far larger models, of which only the order can be compared.",
         rows,
-        "lrrrrrcr",
+        "lr",
     )
-
-
-def _method(method: str) -> str:
-    said = WORDS.get(method) or escape(method)
-    said = f"**{said}**" if method in OURS else said
-    return f"{said}: {_WHAT[method]}" if method in _WHAT else said
 
 
 def _best_single_expert(results: Results) -> tuple[str, dict[str, Any]] | None:
@@ -222,7 +187,7 @@ def _best_single_expert(results: Results) -> tuple[str, dict[str, Any]] | None:
 # --- tables 2 and 3 -------------------------------------------------------------------------------
 
 
-def table_of_bits(results: Results) -> Iterator[str]:
+def table_of_bits(results: Results) -> Iterator[Block]:
     """Bits per byte of the main models by set."""
     bits = bits_of(results)
     owners = owners_of(results)
@@ -237,34 +202,30 @@ def table_of_bits(results: Results) -> Iterator[str]:
     )
     rows = {
         ANCHOR: "the anchor",
-        **{f"dense {n}": f"{escape(n)}'s dense expert" for n in owners},
-        **{m: f"**{word(m)}**" if m in OURS else word(m) for m in models},
+        **{f"dense {n}": f"{n}'s dense expert" for n in owners},
+        **{m: word(m) for m in models},
     }
     rows = {m: said for m, said in rows.items() if m in bits}
     if not rows:
         return
     sets = [s for s in [PUBLIC, *owners, MIXED] if any(s in bits[m] for m in rows)]
-    least = {s: min(bits[m][s] for m in rows if s in bits[m]) for s in sets}
+    least = {s: format_number(min(bits[m][s] for m in rows if s in bits[m]), 3) for s in sets}
 
-    def cell(m: str, s: str) -> str:
-        if s not in bits[m]:
-            return "–"
-        shown = format_number(bits[m][s], 3)
-        return f"**{shown}**" if shown == format_number(least[s], 3) else shown
+    def cell(m: str, s: str) -> Cell:
+        shown = format_number(bits[m].get(s), 3)
+        return Cell(shown, bold=shown == least[s])
 
-    yield "## Table 2. Bits per byte by set"
-    yield (
-        "Held-out text, lower is better; means over seeds. **Bold**: the least of a column. "
-        "The own pair is read on each owner's own set, with that owner's expert."
-    )
-    yield write_table(
-        ["Model", *map(escape, sets)],
-        [[said, *(cell(m, s) for s in sets)] for m, said in rows.items()],
-        "l" + "r" * len(sets),
+    yield Text("Table 2. Bits per byte by set", "h2")
+    yield Table(
+        "Held-out text, lower is better; means over seeds. Bold: the least of a column. "
+        "The own pair is read on each owner's own set, with that owner's expert.",
+        ["Model", *sets],
+        [[Cell(said, bold=m in OURS), *(cell(m, s) for s in sets)] for m, said in rows.items()],
+        "lr",
     )
 
 
-def table_of_ablations(results: Results) -> Iterator[str]:
+def table_of_ablations(results: Results) -> Iterator[Block]:
     """Every variant, grouped by what was changed."""
     found: Mapping[str, Any] = results.get("ablations") or {}
     if not found:
@@ -276,41 +237,26 @@ def table_of_ablations(results: Results) -> Iterator[str]:
         names = [n for n in found if n not in groups and re.fullmatch(pattern, n)]
         groups |= dict.fromkeys(sorted(names, key=_natural), group)
 
-    def cells(name: str) -> Iterator[str]:
+    def row(name: str) -> Iterator[tuple[str, str]]:
         base = found.get(name.partition(",")[0], {})
-        for kind in TABLES:
+        yield "What", groups[name]
+        yield "Variant", name
+        for kind, text in TABLES.items():
             mean, before = (mean_of(entry, kind) for entry in (found[name], base))
-            yield "–" if math.isnan(mean) else format_number(mean, 3)
-            yield (
-                "–"
-                if base is found[name] or math.isnan(mean - before)
-                else format_signed(mean - before, 3)
-            )
-        public = (found[name].get("bits_per_byte") or {}).get(PUBLIC)
-        yield format_change(public / anchor - 1) if public and anchor else "–"
+            difference = math.nan if base is found[name] else mean - before
+            yield f"Gap closed, {text.split()[0]}", format_number(mean, 3)
+            yield f"difference, {text.split()[0]}", format_signed(difference, 3)
+        public = (found[name].get("bits_per_byte") or {}).get(PUBLIC, math.nan)
+        yield "Bits, public text v anchor", format_change(public / (anchor or math.nan) - 1)
+        yield "Paper's average", _PAPERS_ABLATIONS.get(name, "–")
 
-    yield "## Table 3. One change at a time"
-    yield (
+    yield Text("Table 3. One change at a time", "h2")
+    yield Table.of(
         f"Seed {first} alone. A difference is from the variant before the comma. The "
         "rows of the paper's router start here with the anchor's mean hidden state, as in "
-        "its table 3; its own ablations in table 1 take away one thing after the other."
-    )
-    yield write_table(
-        [
-            "What",
-            "Variant",
-            "Gap closed, held-out",
-            "difference",
-            "Gap closed, mixed",
-            "difference",
-            "Bits, public text v anchor",
-            "Paper's average",
-        ],
-        [
-            [group, escape(n), *cells(n), _PAPERS_ABLATIONS.get(n, "–")]
-            for n, group in groups.items()
-        ],
-        "llrrrrrr",
+        "its table 3; its own ablations in table 1 take away one thing after the other.",
+        [dict(row(name)) for name in groups],
+        "llr",
     )
 
 
@@ -322,49 +268,42 @@ def _natural(name: str) -> list[tuple[int, str]]:
 # --- by owner, and cost ---------------------------------------------------------------------------
 
 
-def table_by_owner(results: Results) -> Iterator[str]:
+def table_by_owner(results: Results) -> Iterator[Block]:
     """Table of the share of each owner's gain that merging keeps, and of small experts' cost."""
-    columns = [average(over_seeds(results, "kept", f, "sets")) for f in ("default", "low", "paper")]
-    columns.append(average(over_seeds(results, "low_rank_share_of_gain")))
+    families = ("default", "low", "paper")
+    kept = {f: average(over_seeds(results, "kept", f, "sets")) for f in families}
+    low_rank = average(over_seeds(results, "low_rank_share_of_gain"))
     sizes = average(over_seeds(results, "bytes"))
-    if not any(isinstance(c, dict) for c in columns):
+    if not any(isinstance(c, dict) for c in (*kept.values(), low_rank)):
         return
 
     def shown(column: Any, name: str) -> str:
-        return format_percent(column[name]) if isinstance(column, dict) and name in column else "–"
+        return format_percent(column.get(name) if isinstance(column, dict) else None)
 
     def megabytes(family: str, i: int) -> str:
         listed = (sizes.get(family) if isinstance(sizes, dict) else None) or []
         return format_number(listed[i] / 1e6, 2) if i < len(listed) else "–"
 
-    yield (
-        "**By owner**: share of the own pair's gain that is kept after merging; gain of the "
-        "low-rank pair relative to the full one's; size of an expert."
-    )
-    yield write_table(
+    yield Table.of(
+        "By owner: share of the own pair's gain that is kept after merging; gain of the "
+        "low-rank pair relative to the full one's; size of an expert.",
         [
-            "Owner",
-            "Kept, our default",
-            "Kept, low rank",
-            "Kept, the paper's",
-            "Low-rank gain v full",
-            "Full, MB",
-            "Low rank, MB",
-        ],
-        [
-            [
-                escape(n),
-                *(shown(c, n) for c in columns),
-                megabytes("default", i),
-                megabytes("low", i),
-            ]
+            {
+                "Owner": n,
+                "Kept, our default": shown(kept["default"], n),
+                "Kept, low rank": shown(kept["low"], n),
+                "Kept, the paper's": shown(kept["paper"], n),
+                "Low-rank gain v full": shown(low_rank, n),
+                "Full, MB": megabytes("default", i),
+                "Low rank, MB": megabytes("low", i),
+            }
             for i, n in enumerate(owners_of(results))
         ],
-        "lrrrrrr",
+        "lr",
     )
 
 
-def table_of_cost(results: Results) -> Iterator[str]:
+def table_of_cost(results: Results) -> Iterator[Block]:
     """Seconds, tokens and training FLOPs by kind of step, and by method."""
     cost: Mapping[str, Mapping[str, float]] = results.get("cost") or {}
     if not cost:
@@ -385,70 +324,47 @@ def table_of_cost(results: Results) -> Iterator[str]:
 
     def spent(tokens: Mapping[str, float]) -> str:
         flops = sum(3 * n * (exact | at_most).get(k, math.nan) for k, n in tokens.items() if n)
-        return (
-            "–"
-            if math.isnan(flops) or not flops
-            else f"{'≤ ' * any(kind in at_most for kind in tokens)}{flops / 1e12:,.1f}"
-        )
+        sign = "≤ " if any(kind in at_most for kind in tokens) else ""
+        return sign + format_number(flops / 1e12, 1) if flops > 0 else "–"
 
-    def total(what: str) -> float:
-        return sum(c[what] for c in cost.values())
-
-    rows = [
-        [
-            _WORK.get(k, escape(k)),
-            f"{c['steps']:,}",
-            f"{c['seconds']:,.0f}",
-            f"{c['tokens']:,}" if c["tokens"] else "–",
-            spent({k: c["tokens"]}),
-        ]
-        for k, c in sorted(cost.items(), key=lambda item: -item[1]["seconds"])
+    total = {k: sum(c[k] for c in cost.values()) for k in ("steps", "seconds", "tokens")}
+    rows: list[dict[str, Cell | str]] = [
+        {
+            "Work": Cell(_WORK.get(kind, kind), bold=c is total),
+            "Steps": format_number(c["steps"], 0),
+            "Seconds": format_number(c["seconds"], 0),
+            "Tokens trained on": format_number(c["tokens"] or math.nan, 0),
+            "Training FLOPs, 10¹²": spent({kind: c["tokens"]}),
+        }
+        for kind, c in [*sorted(cost.items(), key=lambda x: -x[1]["seconds"]), ("all", total)]
     ]
-    rows.append(
-        ["**all**", f"{total('steps'):,}", f"{total('seconds'):,.0f}", f"{total('tokens'):,}", "–"]
+    training = (
+        f" One forward pass of the anchor is {one / 1e6:.2f} million FLOPs a token. "
+        "Training FLOPs are three forward passes for every token trained on; ≤: at most, "
+        "for frozen weights need no gradients of their own."
     )
-    yield "## Cost"
-    yield (
+    yield Text("Cost", "h2")
+    yield Table.of(
         f"All steps that are done, of all seeds, each on one thread: "
-        f"{total('seconds') / 3600:.1f} hours."
-        + (
-            ""
-            if math.isnan(one)
-            else (
-                f" One forward pass of the anchor is {one / 1e6:.2f} million FLOPs a token. "
-                "Training FLOPs are three forward passes for every token trained on; ≤: at most, "
-                "for frozen weights need no gradients of their own."
-            )
-        )
-    )
-    yield write_table(
-        ["Work", "Steps", "Seconds", "Tokens trained on", "Training FLOPs, 10¹²"], rows, "lrrrr"
+        f"{total['seconds'] / 3600:.1f} hours." + ("" if math.isnan(one) else training),
+        rows,
+        "lr",
     )
     if methods := results.get("cost_by_method"):
-        yield (
+        yield Table.of(
             "By method, of one seed: all that it needs beyond the anchor and the text, its "
             "search for settings on validation text included. What several methods share (dense "
-            "models, experts) counts in each."
-        )
-        yield write_table(
+            "models, experts) counts in each.",
             [
-                "Method",
-                "Tokens trained on",
-                "Training FLOPs, 10¹²",
-                "Seconds of training",
-                "Seconds of reading",
-                "FLOPs per token read",
+                {
+                    "Method": Cell(word(m), bold=m in OURS),
+                    "Tokens trained on": format_number(sum(c["tokens"].values()), 0),
+                    "Training FLOPs, 10¹²": spent(c["tokens"]),
+                    "Seconds of training": format_number(c["training_seconds"], 0),
+                    "Seconds of reading": format_number(c["reading_seconds"], 0),
+                    "FLOPs per token read": format_number(forward(m) / one, 2),
+                }
+                for m, c in sorted(methods.items(), key=lambda x: -x[1]["training_seconds"])
             ],
-            [
-                [
-                    _method(m).split(":")[0],
-                    f"{sum(c['tokens'].values()):,.0f}",
-                    spent(c["tokens"]),
-                    f"{c['training_seconds']:,.0f}",
-                    f"{c['reading_seconds']:,.0f}",
-                    format_number(forward(m) / one, 2),
-                ]
-                for m, c in sorted(methods.items(), key=lambda item: -item[1]["training_seconds"])
-            ],
-            "lrrrrr",
+            "lr",
         )

@@ -1,8 +1,8 @@
 """Several runs of the tasks side by side: a page for people, with a figure.
 
-out/page.md     scores and bits per byte by group and task; what they cannot say
-out/tasks.png   bits per byte against the first run's
-out/table.json  the same numbers
+out/page.md, page.html   scores and bits per byte by group and task; what they cannot say
+out/tasks.png, tasks.svg bits per byte against the first run's
+out/table.json           the same numbers
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,18 +13,17 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from flexolmo.errors import DataError
-from flexolmo.files import read_json, write_bytes, write_json
-from flexolmo.numbers import format_number, format_signed
+from flexolmo.files import read_json, write_json
+from flexolmo.numbers import format_number, format_signed, format_spread
 from flexolmo.report.drawing import (
     MAX_WIDTH_INCHES,
-    MUTED,
     draw_cells,
-    ink_on,
     label_columns,
-    save_figure,
+    note_below,
     styled,
+    write_cell,
 )
-from flexolmo.report.markdown import escape, write_table
+from flexolmo.report.page import Block, Cell, Items, Picture, Row, Table, Text, save_page
 from flexolmo.research.tasks.run import compare_runs
 from flexolmo.research.tasks.suite import GROUPS, TASKS
 
@@ -34,7 +33,7 @@ Results = Mapping[str, Any]
 
 
 def write_page(runs: Sequence[Path], out: Path) -> Path:
-    """Write the page of `runs`, each called as its directory; returns the page.
+    """Write the page of `runs`, each called as its directory; path of page.md.
 
     DataError: fewer than two runs, two of one name, or runs whose numbers cannot stand side by
     side: other tasks, items, or settings.
@@ -62,28 +61,26 @@ def write_page(runs: Sequence[Path], out: Path) -> Path:
             },
         },
     )
-    save_figure(draw_bits(found), out / "tasks.png")
-    parts = [
-        "# Tasks",
-        _about(found),
-        "## Above chance",
-        _above_chance(found),
-        "## Bits per byte of right answers",
-        "Less is better; in bold the best of a row. The last row is the difference from "
-        f"{escape(names[0])}, with 95 % of resamples of the items.",
-        _bits_table(found, against),
-        "![bits per byte](tasks.png)",
-        "## Scores",
-        "In percent, ± the standard error of the items' choice; in bold what is "
-        "above chance. *Chance* is the best of an even guess, the same answer to every "
-        "question, and what a run's own answers score on other questions (the highest of the "
-        "runs is shown).",
-        _score_table(found),
-        "## What the numbers cannot say",
-        _notes(found),
-    ]
-    write_bytes(out / "page.md", ("\n\n".join(parts) + "\n").encode())
-    return out / "page.md"
+    return save_page(_blocks(found, against), out / "page.md", out / "page.html")
+
+
+def _blocks(found: Mapping[str, Results], against: Mapping[str, Results]) -> Iterator[Block]:
+    first = next(iter(found))
+    yield Text("Tasks", "h1")
+    yield _runs_table(found)
+    yield from _above_chance(found)
+    yield Text("Bits per byte of right answers", "h2")
+    yield _bits_table(found, against)
+    yield Picture(
+        "tasks",
+        draw_bits(found),
+        "Matrix of bits per byte by group and run; the numbers are in the table above.",
+        f"The groups of the table above, and the average: {first}, and the change from it.",
+    )
+    yield Text("Scores", "h2")
+    yield _score_table(found)
+    yield Text("What the numbers cannot say", "h2")
+    yield _notes(found)
 
 
 def _read_runs(runs: Sequence[Path]) -> dict[str, dict[str, Any]]:
@@ -138,37 +135,27 @@ def _groups(found: Mapping[str, Results]) -> list[str]:
     return [g for g in GROUPS if first["groups"].get(g, {}).get("read")]
 
 
-def _about(found: Mapping[str, Results]) -> str:
-    rows = []
+def _runs_table(found: Mapping[str, Results]) -> Table:
+    rows: list[Row] = []
     for name, r in found.items():
         model = r["model"]
         said = " ".join(str(model[k]) for k in ("kind", "method") if k in model)
-        enabled = model.get("enabled")
-        rows.append(
-            [
-                escape(name),
-                escape(said),
-                escape(", ".join(enabled)) if enabled else "–",
-                f"`{model['digest'].removeprefix('sha256:')[:12]}`",
-            ]
-        )
+        digest = Cell(model["digest"].removeprefix("sha256:")[:12], mono=True)
+        rows.append([name, said, ", ".join(model.get("enabled") or ["–"]), digest])
     settings = next(iter(found.values()))["settings"]
-    limits = [f"{n} {count}" for n, count in settings.get("limits", {}).items()]
+    limits = ", ".join(f"{n} {count}" for n, count in settings.get("limits", {}).items())
     facts = [
         f"Items of each task, or of each of its subtasks: {settings['limit'] or 'all'}"
-        + (f" ({', '.join(limits)})" if limits else ""),
+        + (f" ({limits})" if limits else ""),
         "programs written were " + ("run" if settings["run_code"] else "not run"),
         "judge of news and poems: " + (settings["judge_model"] or "none"),
         f"seed {settings['seed']}",
     ]
-    return (
-        write_table(["run", "model", "experts on", "digest"], rows, "llll")
-        + f"\n\n{escape('; '.join(facts))}."
-    )
+    return Table("; ".join(facts) + ".", ["run", "model", "experts on", "digest"], rows)
 
 
-def _above_chance(found: Mapping[str, Results]) -> str:
-    lines, most = [], 0
+def _above_chance(found: Mapping[str, Results]) -> Iterator[Block]:
+    points, most = [], 0
     for name, r in found.items():
         scored = {n: t for n, t in r["tasks"].items() if t.get("above_chance") is not None}
         most = max(most, len(scored))
@@ -177,62 +164,63 @@ def _above_chance(found: Mapping[str, Results]) -> str:
             for n, t in scored.items()
             if t["above_chance"]
         ]
-        lines.append(
-            f"- **{escape(name)}**: {len(above)} of {len(scored)} scored tasks"
-            + (f": {escape(', '.join(above))}" if above else "")
-        )
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Each is tested by itself at 2.5 %: of {most} tasks, "
-            f"{format_number(0.025 * most, 1)} are expected here by luck alone.",
-        ]
+        said = f": {len(above)} of {len(scored)} scored tasks"
+        points.append(Text(said + (f": {', '.join(above)}" if above else ""), term=name))
+    yield Text("Above chance", "h2")
+    yield Items(points)
+    yield Text(
+        f"Each is tested by itself at 2.5 %: of {most} tasks, {format_number(0.025 * most, 1)} are "
+        "expected here by luck alone."
     )
 
 
-def _bits_table(found: Mapping[str, Results], against: Mapping[str, Any]) -> str:
-    rows = []
+def _bits_table(found: Mapping[str, Results], against: Mapping[str, Results]) -> Table:
+    rows: list[Row] = []
     for kind, name, entries in _groups_and_tasks(found):
         values = [e["bits_per_byte"] for e in entries]
-        shown = [format_number(v, 3) for v in values]
-        shown = [f"**{s}**" if v == min(values) else s for s, v in zip(shown, values, strict=True)]
-        rows.append([f"**{escape(name)}**" if kind == "group" else escape(name), *shown])
-    differences = [""]
+        cells = [Cell(format_number(v, 3), bold=v == min(values)) for v in values]
+        rows.append([Cell(name, bold=kind == "group"), *cells])
+    differences = []
     for found_against in against.values():
         e = found_against["bits_per_byte"]["overall"]
         mean, low, high = (format_signed(e[k], 3) for k in ("difference", "low", "high"))
         differences.append(f"{mean} ({low} to {high})")
-    rows.append(["difference", *differences])
-    return write_table(["", *map(escape, found)], rows, "l" + "r" * len(found))
+    rows.append(["difference", "", *differences])
+    return Table(
+        "Less is better; in bold the best of a row. The last row is the difference from "
+        f"{next(iter(found))}, with 95 % of resamples of the items.",
+        ["Task", *found],
+        rows,
+        "lr",
+    )
 
 
-def _score_table(found: Mapping[str, Results]) -> str:
-    rows = []
+def _score_table(found: Mapping[str, Results]) -> Table:
+    rows: list[Row] = []
     for kind, name, entries in _groups_and_tasks(found):
         chances = [e["chance"] for e in entries if e.get("chance") is not None]
-        shown = []
-        for e in entries:
-            if e["score"] is None:
-                shown.append("–")
-            elif kind == "group":
-                shown.append(format_number(e["score"], 1))
-            else:
-                said = f"{format_number(e['score'], 1)} ± {format_number(e['error'], 1)}"
-                shown.append(f"**{said}**" if e["above_chance"] else said)
-        rows.append(
-            [
-                f"**{escape(name)}**" if kind == "group" else escape(name),
-                str(entries[0]["items"]) if kind == "task" else "",
-                format_number(max(chances), 1) if chances else "",
-                *shown,
-            ]
-        )
-    return write_table(["", "items", "chance", *map(escape, found)], rows, "lrr" + "r" * len(found))
+        cells = [
+            Cell(
+                "–" if e["score"] is None else format_spread(e["score"], e.get("error"), 1),
+                bold=kind == "task" and bool(e.get("above_chance")),
+            )
+            for e in entries
+        ]
+        items = str(entries[0]["items"]) if kind == "task" else ""
+        chance = format_number(max(chances), 1) if chances else ""
+        rows.append([Cell(name, bold=kind == "group"), items, chance, *cells])
+    return Table(
+        "In percent, ± the standard error of the items' choice; in bold what is above chance. "
+        "Chance is the best of an even guess, the same answer to every question, and what a run's "
+        "own answers score on other questions (the highest of the runs is shown).",
+        ["Task", "items", "chance", *found],
+        rows,
+        "lr",
+    )
 
 
-def _notes(found: Mapping[str, Results]) -> str:
-    """Notes that people need with the figures, a line a reason, with the tasks or runs it is of."""
+def _notes(found: Mapping[str, Results]) -> Items:
+    """Notes that people need with the figures, one a reason, with the tasks or runs it is of."""
     notes: dict[str, dict[str, None]] = {}
 
     def note(said: str, of: str) -> None:
@@ -270,7 +258,7 @@ def _notes(found: Mapping[str, Results]) -> str:
                 f"{r['average']['groups']} of {r['average']['of']} groups",
                 name,
             )
-    return "\n".join(f"- {escape(', '.join(of))}: {escape(said)}" for said, of in notes.items())
+    return Items([Text(f"{', '.join(of)}: {said}") for said, of in notes.items()])
 
 
 @styled
@@ -284,33 +272,21 @@ def draw_bits(found: Mapping[str, Results]) -> Figure:
     )
     change = bits - bits[:, :1]
     fig = Figure(
-        figsize=(min(MAX_WIDTH_INCHES, max(5.5, 2.2 + 0.95 * len(names))), 1.9 + 0.36 * len(bits)),
-        layout="constrained",
+        figsize=(min(MAX_WIDTH_INCHES, max(5.5, 2.2 + 0.95 * len(names))), 1.9 + 0.36 * len(bits))
     )
     ax = fig.subplots()
     limit = max(0.05, float(np.abs(change).max()))
     shown = draw_cells(ax, change, "RdBu_r", -limit, limit)
     for (y, x), v in np.ndenumerate(bits):
-        ax.text(
-            x,
-            y,
-            format_number(v, 2) if x == 0 else format_signed(change[y, x], 2),
-            ha="center",
-            va="center",
-            color=ink_on(shown[y, x]),
-            fontsize=9,
-        )
+        text = format_number(v, 2) if x == 0 else format_signed(change[y, x], 2)
+        write_cell(ax, x, y, text, shown[y, x], 9)
     label_columns(ax, names, {}, 12, slanted=len(names) > 6)
     ax.set_yticks(range(len(bits)), [*groups, AVERAGE])
     ax.get_yticklabels()[-1].set_fontweight("bold")
     fig.suptitle(
         "Bits per byte of right answers", x=0.01, ha="left", fontsize=10.5, fontweight="bold"
     )
-    fig.supxlabel(
-        "First column: bits per byte. Others: the change from it; blue, fewer bits, is better.",
-        fontsize=9,
-        color=MUTED,
-        x=0.01,
-        ha="left",
+    note_below(
+        fig, "First column: bits per byte. Others: the change from it; blue, fewer bits, is better."
     )
     return fig
