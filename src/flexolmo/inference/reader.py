@@ -9,8 +9,12 @@ B batch, T positions, V vocabulary.
 
 import copy
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -94,6 +98,28 @@ class OwnReader:
         return self.model(ids, cache=state, is_token=is_token, last=last).float()
 
 
+@contextmanager
+def _hear_stock() -> Iterator[list[logging.LogRecord]]:
+    """Take stock transformers' warnings and bars from the terminal; yields what it would say."""
+    from transformers.utils import logging as stock
+
+    heard = BufferingHandler(1000)
+    logger = logging.getLogger("transformers")
+    handlers = logger.handlers
+    propagates = logger.propagate
+    has_bars = stock.is_progress_bar_enabled()
+    logger.handlers = [heard]
+    logger.propagate = False
+    stock.disable_progress_bar()
+    try:
+        yield heard.buffer
+    finally:
+        logger.handlers = handlers
+        logger.propagate = propagates
+        if has_bars:
+            stock.enable_progress_bar()
+
+
 @dataclass
 class _StockState:
     cache: Any  # of stock transformers
@@ -138,20 +164,28 @@ class StockReader:
                 f"{directory} holds an adapter, adapter_config.json, to some other model. Merge it "
                 "into that model first, or remove it."
             )
+        heard: list[logging.LogRecord] = []
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                directory,
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, all of them by name
-            )
-            start = AutoTokenizer.from_pretrained(directory, local_files_only=True)("").input_ids
+            with _hear_stock() as heard:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # refused below, all of them by name
+                )
+                tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+            start = tokenizer("").input_ids
         except Exception as e:  # a malformed config or file may make stock raise anything
+            report = "\n".join(record.getMessage() for record in heard)
+            names = sorted(set(re.findall(r"^(\S+) +\|.*CONVERSION", report, re.MULTILINE)))
+            why = f"{type(e).__name__}: {e}"
+            if names:  # experts that stock makes one tensor of
+                why = f"parts of {', '.join(names)} are missing or of another shape."
             raise CheckpointError(
-                f"{directory} is no model that stock transformers loads: {type(e).__name__}: {e}"
+                f"{directory} is no model that stock transformers loads: {why}"
             ) from None
         model, found = loaded
         lines = [f"missing: {n}" for n in sorted(found["missing_keys"])]
