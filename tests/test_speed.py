@@ -1,0 +1,101 @@
+"""The benchmark of speed: that all of it runs, that its figures have their places, and resuming."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """The module, measuring as little as it can."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import read_and_write
+    import speed
+    import timing
+
+    monkeypatch.setattr(timing, "GEMM_WIDTH", 64)
+    monkeypatch.setattr(timing, "STREAM_BYTES", 2**16)
+    monkeypatch.setattr(read_and_write, "PROMPT_TOKENS", 8)
+    monkeypatch.setattr(read_and_write, "NEW_TOKENS", 3)
+    monkeypatch.setattr(speed, "READ_SHAPES", ((2, 24),))
+    monkeypatch.setattr(speed, "WRITE_BATCHES", (2,))
+    monkeypatch.setattr(speed, "RANKS", (2,))
+    yield speed
+    torch.set_num_threads(1)
+
+
+def figures(level: dict, *names: str) -> list[float]:
+    return [level[name] for name in names]
+
+
+def test_every_figure_is_measured_and_has_its_place(speed, tmp_path, capsys):
+    out = tmp_path / "speed.json"
+    words = ["--sizes", "pico", "--threads", "1", "--rounds", "1", "--out", str(out)]
+    speed.main([*words, "--parts", "start,prefill,decode,router,low_rank"])
+    found = json.loads(out.read_text())
+    assert found["command"].endswith("start,prefill,decode,router,low_rank")
+    assert "commit" in found and found["rounds"] == 1
+    assert found["machine"].keys() >= {"cpu", "cores", "load", "software"}
+    seconds = [found["start"]["help"]["processor_seconds"]]
+    seconds += found["machine"]["gemm_gflops_by_threads"].values()
+    read, write = found["prefill"]["pico"]["2x24"], found["decode"]["pico"]["2"]
+    seconds += figures(read, "vs_stock", "pct_gemm", "evidence_vs_linear")
+    seconds += figures(write, "vs_stock", "times_floor", "mixed_mask_cost")
+    for default in (read["default"], write["default"]):
+        seconds += figures(default, "vs_anchor", "flops_vs_anchor", "times_flops")
+        assert 1 < default["flops_vs_anchor"] < 8
+    assert read["vs_stock"] == min(read[k]["vs_stock"] for k in ("top2", "top4"))
+    assert write["times_floor"] == max(write[k]["times_floor"] for k in ("top2", "top4"))
+    seconds += figures(found["router"]["pico"]["2x24"], "microseconds_a_token", "vs_loop")
+    seconds += figures(found["low_rank"]["pico"]["2"], "vs_anchor", "flops_vs_anchor")
+    assert all(x > 0 and math.isfinite(x) for x in seconds)
+    assert list(tmp_path.iterdir()) == [out]
+    assert "write" not in capsys.readouterr().out, "its rows are for batches of 1, 16 and 64"
+
+
+def test_a_stopped_run_is_resumed_where_it_was(speed, tmp_path, monkeypatch):
+    taken = []
+
+    def stop(size, threads, rounds):
+        assert torch.get_num_threads() == threads
+        taken.append((size, threads))
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        return {"vs_upstream": 2.0 + len(taken)}
+
+    monkeypatch.setattr(speed, "time_training", stop)
+    monkeypatch.setattr(speed, "source_commit", lambda: "here")
+    out = tmp_path / "speed.json"
+    words = ["--sizes", "S", "--parts", "training", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        speed.main(words)
+    assert not out.exists()
+    with pytest.raises(SystemExit, match="7"):
+        speed.main([*words, "--resume", "--rounds", "7"])
+    speed.main([*words, "--resume"])
+    assert taken == [("S", 1), ("S", 2), ("S", 2)]
+    found = json.loads(out.read_text())
+    assert found["training"] == {"S": {"vs_upstream": 3.0}}
+    assert found["two_threads"]["training"] == {"S": {"vs_upstream": 5.0}}
+
+
+def test_the_table_shows_what_misses_its_bar_in_bold(speed):
+    found = {
+        "training": {"S": {"all": {"vs_upstream": 1.2}}, "M": {"all": {"vs_upstream": 1.4}}},
+        "two_threads": {"training": {"S": {"all": {"vs_upstream": 1.5}}}},
+    }
+    table = speed.markdown_table(found).splitlines()
+    assert table[0] == "| one thread / two | bar | S | M |"
+    assert table[2].endswith("| ≥ 1.3x | **1.20x** / 1.50x | 1.40x / - |")
+    assert len(table) == 3
+
+
+def test_an_unknown_size_is_refused(speed, capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--sizes", "S,XL"])
+    assert "found XL; choose among pico, S, M, L" in capsys.readouterr().err
