@@ -8,7 +8,7 @@ B batch, T positions, P prompt, N new tokens, E experts, V vocabulary.
 """
 
 import copy
-import functools
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,8 +60,19 @@ class Models:
         return self.ours.model
 
 
-@functools.lru_cache(maxsize=1)
+_held: dict[tuple[str, str], Models] = {}
+
+
 def build(size: str, kind: str) -> Models:
+    """Models of a kind, those of one kind at a time; see `_make`."""
+    if (size, kind) not in _held:
+        _held.clear()
+        gc.collect()
+        _held[size, kind] = _make(size, kind)
+    return _held[size, kind]
+
+
+def _make(size: str, kind: str) -> Models:
     """`top2`, `top4`: whole FFN experts under a linear router, and stock's; `default`: ours."""
     anchor = make_anchor(size)
 
@@ -167,6 +178,7 @@ def time_default_reading(size: str, kind: str, shape: tuple[int, int], rounds: i
 
 def time_low_rank(size: str, rank: int, rounds: int) -> Record:
     """Eight low-rank experts (FFN), all on every token, against the anchor, on 4 x 512 tokens."""
+    _held.clear()
     anchor = make_anchor(size)
     everywhere = EvidenceSettings(min_weight=0.0)
     model = make_mixture(size, everywhere, "ffn", num_experts=NUM_EXPERTS + 1, rank=rank)
