@@ -153,8 +153,9 @@ def test_data_uses_no_network_library(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] == "data"])
 def test_data_runs_no_other_program(name):
+    """But for `workers`, whose processes are this very program, without a shell."""
     found = {d.split(".")[0] for d in uses(name, {"subprocess", "multiprocessing", "pty"})}
-    assert not found
+    assert found <= ({"multiprocessing"} if name == "data.workers" else set())
     calls = {ast.unparse(n.func) for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)}
     assert not {c for c in calls if c.startswith(("os.system", "os.popen", "os.exec", "os.spawn"))}
 

@@ -1,8 +1,10 @@
 """The command line: help that helps, and errors that are sentences, not tracebacks."""
 
+import ast
 import io
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -87,6 +89,34 @@ def test_examples_in_help_are_commands_that_exist(path):
             assert tuple(words[1 : 1 + len(path)]) == path
             known = {o for p in VERBS[path].params for o in p.opts}
             assert {w for w in words if w.startswith("-")} <= known
+
+
+def imported_by_running(*words):
+    """Top-level packages that Python has after running the command line, and torch's compiler."""
+    code = (
+        "import sys\nfrom flexolmo.cli import main\n"
+        "try:\n    main()\nfinally:\n"
+        "    print({n.split('.')[0] for n in sys.modules} | ({'torch._dynamo'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert not done.stderr, done.stderr
+    return set(ast.literal_eval(done.stdout.splitlines()[-1]))
+
+
+def test_help_imports_nothing_heavy():
+    found = imported_by_running("--help")
+    assert "typer" in found
+    heavy = {"torch", "numpy", "scipy", "transformers", "tokenizers", "pydantic", "pyarrow"}
+    assert not found & (heavy | {"matplotlib", "jinja2", "pandas", "sklearn", "datasketch"})
+
+
+def test_writing_a_text_imports_neither_stock_nor_a_compiler(house, trust_dir):
+    model = str(house.mixture_dir(NAMES))
+    options = ["--trust", str(trust_dir), "--prompt", "one", "--max-new-tokens", "1"]
+    found = imported_by_running("generate", "--model", model, *options)
+    assert "torch" in found
+    heavy = {"transformers", "scipy", "sklearn", "pandas", "sympy", "matplotlib", "jinja2"}
+    assert not found & (heavy | {"torch._dynamo", "datasketch", "pyarrow"})
 
 
 def test_the_version_is_told(works):

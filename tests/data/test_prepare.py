@@ -69,6 +69,33 @@ def test_the_order_of_documents_does_not_matter(tmp_path, public_set):
     assert cards[0]["splits"]["train"]["source_documents"] > 30
 
 
+def test_the_number_of_processes_changes_no_byte(tmp_path, public_set, monkeypatch):
+    """Nor does how the documents are dealt out to them."""
+    texts = [made_text(i % 37 + 50) + " more" * (i % 3) for i in range(150)] + ["", "é\x00" * 30]
+    raw = write_raw(tmp_path, "owner", texts)
+    settings = SMALL.model_copy(update={"near_duplicate": 0.7})
+    cards = []
+    for workers, size in ((1, 1 << 20), (1, 700), (4, 700)):
+        monkeypatch.setattr(prepare, "_BYTES_AT_ONCE", size)
+        out = tmp_path / f"p{len(cards)}"
+        said: list[str] = []
+        cards.append(
+            prepare_set(raw, out, None, public_set, (), settings, say=said.append, workers=workers)
+        )
+        assert _files(out) == _files(tmp_path / "p0") and cards[-1] == cards[0] and said
+    reasons = {"empty", "too short", "in public set", "exact duplicate", "near duplicate"}
+    assert reasons >= {*cards[0]["removed"]["documents"]} >= reasons - {"too short"}
+
+
+def test_an_error_in_another_process_is_the_same_error(tmp_path, public_set):
+    raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(30)])
+    with open(tmp_path / "all.jsonl", "ab") as f:
+        f.write(b"more")
+    with pytest.raises(DataError, match="has changed"):
+        prepare_set(raw, tmp_path / "p", public=public_set, settings=SMALL, workers=2)
+    assert not (tmp_path / "p").exists()
+
+
 def test_preparing_again_does_nothing_and_a_damaged_file_is_made_anew(tmp_path, public_set):
     raw = write_raw(tmp_path, "owner", [made_text(i) for i in range(100, 130)])
     out = tmp_path / "p"

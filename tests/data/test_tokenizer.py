@@ -1,11 +1,14 @@
 import json
+import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers
 
+from flexolmo.data import tokenizer as tokenizer_module
 from flexolmo.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 
@@ -25,6 +28,78 @@ def test_text_never_becomes_the_special_token(parts):
 
 def test_batch_encoding_is_encoding_of_each():
     assert TOKENIZER.encode_batch(TEXTS) == [TOKENIZER.encode(text) for text in TEXTS]
+
+
+HARD = [
+    "'s",
+    "it's",
+    "don'ts",
+    " '",
+    "\n\n  x",
+    " \t\n",
+    "  ",
+    "a",
+    "Z",
+    "7",
+    "é",
+    "患者",
+    "½",
+    "²",
+]
+HARD += [
+    "\x1c",
+    "\x85",
+    "\xa0",
+    "\u2028",
+    "\u200b",
+    ".",
+    "...",
+    "_",
+    "--",
+    "\U0010ffff",
+    " (",
+    "\r\n",
+]
+
+
+@given(st.lists(st.sampled_from(HARD) | st.text(st.characters(exclude_categories=["Cs"]))))
+def test_ids_by_words_are_those_of_the_library(parts):
+    """Also when words are known, unknown, or were forgotten; and they are read back."""
+    text = "".join(parts)
+    plain = Inner.from_str(json.dumps(TOKENIZER.definition))
+    assert TOKENIZER.encode_batch([text, text]) == [plain.encode(text).ids] * 2
+    assert TOKENIZER.find_changed([text], TOKENIZER.encode_arrays([text])) == {}
+
+
+def test_no_word_reaches_over_the_places_where_text_is_cut():
+    """What we take for no space is none for the library, and ASCII is the same to both."""
+    every = [chr(i) for i in range(sys.maxunicode + 1) if not 0xD800 <= i < 0xE000]
+    space = pre_tokenizers.Split(Regex(r"\s+"), "removed", invert=True)
+    theirs = {c for run, _ in space.pre_tokenize_str("".join(every)) for c in run}
+    assert {" ", "\n", "\u3000"} <= theirs <= {c for c in every if c.isspace()}
+    rule = pre_tokenizers.Split(Regex(tokenizer_module._WORDS), "isolated")
+    ascii_pairs = [a + b for a in map(chr, range(128)) for b in map(chr, range(128))]
+    for pair in ascii_pairs:
+        found = [word for word, _ in rule.pre_tokenize_str(pair)]
+        assert tokenizer_module._split_words(pair) == found, repr(pair)
+
+
+def test_words_that_were_forgotten_are_asked_for_again(monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_MOST_KNOWN", 3)
+    tokenizer = train_tokenizer(TEXTS, 320)
+    assert [tokenizer.encode_batch(TEXTS) for _ in range(2)] == [TOKENIZER.encode_batch(TEXTS)] * 2
+
+
+def test_text_that_a_tokenizer_of_our_kind_changes_is_found():
+    definition = json.loads(json.dumps(TOKENIZER.definition))
+    vocabulary = definition["model"]["vocab"]
+    letter = vocabulary.pop("z")
+    vocabulary["none of them"] = letter
+    tokenizer = tokenizer_module.Tokenizer(definition, END_OF_TEXT)
+    texts = ["a cat", "a zebra"]
+    assert tokenizer.find_changed(texts[:1], tokenizer.encode_arrays(texts[:1])) == {}
+    batch = tokenizer.encode_arrays(texts)
+    assert batch[0].dtype == np.uint32 and tokenizer.find_changed(texts, batch) == {1: "a ebra"}
 
 
 def test_digits_stand_alone():

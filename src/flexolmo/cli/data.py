@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Get text from packages or from your own files, and make it ready for training.",
 )
 _console = PlainConsole(stderr=True)
+_FEW_BYTES = 16_000_000  # read by one process before others have started
 _DEMO = "public,code,academic,creative"
 
 
@@ -209,6 +210,14 @@ def prepare(
             "lines after two in a row.",
         ),
     ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes that do the work; the result is the same. By default one a core, or "
+            "one in all for files of fewer than 16 MB.",
+        ),
+    ] = None,
 ) -> None:
     """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
@@ -228,6 +237,7 @@ def prepare(
     from flexolmo.data.formats import ReadSettings
     from flexolmo.data.prepare import PrepareSettings, prepare_set
     from flexolmo.data.tokenizer import load_tokenizer
+    from flexolmo.data.workers import count_cores
 
     if name is not None and len(sources) > 1:
         raise ConfigError(
@@ -273,6 +283,7 @@ def prepare(
             settings,
             replace,
             say=lambda line: _console.print(line, style="yellow"),
+            workers=workers or (1 if corpus.num_bytes < _FEW_BYTES else count_cores()),
         )
         if corpus.name == PUBLIC and public is None:
             public = target

@@ -62,6 +62,11 @@ class Corpus:
         """True if these are an owner's own files and not public."""
         return self.source not in (None, PUBLIC)
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its files."""
+        return sum(file.stat().st_size for file, _ in self.files)
+
     def read(self) -> Iterator[Document]:
         """Every document, one at a time, with progress shown.
 
@@ -69,8 +74,7 @@ class Corpus:
             DataError: a malformed file, or one that is not the same as when it was opened.
         """
         self.noted.clear()
-        total = sum(file.stat().st_size for file, _ in self.files)
-        with progress(f"Reading {self.name}", total, "bytes") as meter:
+        with progress(f"Reading {self.name}", self.num_bytes, "bytes") as meter:
             for file, digest in self.files:
                 if digest_file(file) != digest:
                     raise DataError(

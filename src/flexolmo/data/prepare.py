@@ -11,10 +11,12 @@ differ in case, spacing and punctuation alone.
 import hashlib
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import compress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -23,15 +25,19 @@ from flexolmo.config import Settings
 from flexolmo.data.clean import clean_text, split_text
 from flexolmo.data.corpus import LARGE_SHARE, Corpus, Losses, open_corpus, warn_of_losses
 from flexolmo.data.deduplicate import (
-    Fingerprint,
+    SIGNATURE_SIZE,
+    Fingerprints,
+    Index,
     Seen,
-    fingerprint,
     hash_words,
     load_fingerprints,
     save_fingerprints,
+    sketch,
+    split_words,
 )
 from flexolmo.data.documents import Document, write_documents
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from flexolmo.data.workers import Run, open_workers
 from flexolmo.errors import DataError
 from flexolmo.files import (
     canonical_json,
@@ -47,7 +53,9 @@ from flexolmo.progress import progress
 FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
 PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
-_DOCUMENTS_TOKENIZED_AT_ONCE = 256
+_DOCUMENTS_AT_ONCE = 1024
+_BYTES_AT_ONCE = 1 << 20
+Item = TypeVar("Item")
 _SHOWN_CHARACTERS = 60
 
 
@@ -90,9 +98,12 @@ class PrepareSettings(Settings):
     )
 
 
-@dataclass
+@dataclass(slots=True)
 class _Piece:
-    """One document on its way: where its text lies in the spill file, and what identifies it."""
+    """One document on its way: where its text lies in the spill file, and what identifies it.
+
+    Nothing of the text or its signature, so that a set may be larger than memory.
+    """
 
     parent: bytes  # 32 bytes, the hash of the words, which decides the split
     parent_text: bytes  # 32 bytes, tells apart parents of the same words
@@ -101,7 +112,8 @@ class _Piece:
     id: str
     start: int
     size: int
-    mark: Fingerprint
+    exact: bytes  # 32 bytes, the hash of the text
+    number: int = -1  # in the order of reading
 
 
 @dataclass
@@ -112,6 +124,13 @@ class _Removed(Losses):
     # By reason: the first document removed and, of the same set, the one it was taken for.
     examples: dict[str, tuple[_Piece, _Piece | None]] = field(default_factory=dict)
     replaced_characters: int = 0
+
+    def add(self, other: "_Removed") -> None:
+        """Count what `other` counted too; it has no examples."""
+        self.documents.update(other.documents)
+        self.bytes.update(other.bytes)
+        self.found += other.found
+        self.replaced_characters += other.replaced_characters
 
     def card(self) -> dict[str, Any]:
         """Counts for the card, and ids, but no text, of the examples."""
@@ -148,6 +167,7 @@ def prepare_set(
     settings: PrepareSettings | None = None,
     may_replace: bool = False,
     say: Callable[[str], object] = warnings.warn,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Prepare the documents of `raw` into `out`; returns its card.
 
@@ -169,6 +189,8 @@ def prepare_set(
         may_replace: whether another prepared set in `out` is replaced instead of refused.
         say: told in a sentence of what was taken for the same, of much that is missing (here, or
             in the download already), and of text that the tokenizer changes.
+        workers: processes that do the work; the result is the same for any number. With several,
+            a script that calls this keeps the call under `if __name__ == "__main__":`.
     Raises:
         DataError: `raw` cannot be read, too little text is left, the tokenizer changes more than
             a fifth of the documents, or `out` holds another set.
@@ -199,12 +221,18 @@ def prepare_set(
     if not may_replace:
         _refuse_another(out, corpus, recipe)
 
-    with write_directory_aside(out, "train_tokens.npy", is_private=corpus.is_private) as aside:
+    with (
+        write_directory_aside(out, "train_tokens.npy", is_private=corpus.is_private) as aside,
+        open_workers(workers) as run,
+    ):
         spill = aside / "spill"
+        spilled_signatures = aside / "spill_signatures"
         removed = _Removed()
-        with open(spill, "wb") as f:
-            pieces = _clean_all(corpus, f, settings, removed)
-        pieces = _deduplicate(name, pieces, public, disjoint_from, settings.near_duplicate, removed)
+        pieces = _clean_all(corpus, spill, spilled_signatures, settings, removed, run)
+        signatures = _map_signatures(spilled_signatures, len(pieces))
+        pieces = _deduplicate(
+            name, pieces, signatures, public, disjoint_from, settings.near_duplicate, removed
+        )
         try:
             splits = split_by_hash(pieces, settings, name)
         except DataError as e:
@@ -216,14 +244,19 @@ def prepare_set(
             if tokenizer is None:
                 texts = (_text(f, piece) for piece in splits["train"])
                 tokenizer = train_tokenizer(texts, settings.vocab_size)
-            counts = {
-                split: _write_split(aside, split, splits[split], f, tokenizer, name, changed)
-                for split in SPLITS
-            }
-        changed.judge(name, sum(len(splits[split]) for split in SPLITS), say)
-        spill.unlink()
-        save_fingerprints(aside, [piece.mark for split in SPLITS for piece in splits[split]])
         tokenizer.save(aside / "tokenizer.json")
+        counts = {
+            split: _write_split(aside, split, splits[split], tokenizer, name, changed, run)
+            for split in SPLITS
+        }
+        changed.judge(name, sum(len(splits[split]) for split in SPLITS), say)
+        kept = [piece for split in SPLITS for piece in splits[split]]
+        exact = np.frombuffer(b"".join(p.exact for p in kept), dtype=np.uint8).reshape(-1, 32)
+        numbers = np.array([piece.number for piece in kept])
+        save_fingerprints(aside, exact, signatures, numbers)
+        del signatures
+        spill.unlink()
+        spilled_signatures.unlink()
         card = {
             "format": FORMAT,
             "name": name,
@@ -420,47 +453,110 @@ def _refuse_another(out: Path, corpus: Corpus, recipe: str) -> None:
         )
 
 
+@dataclass
+class _Cleaned:
+    """Pieces of some documents, numbered and placed from 0, with their text one after another."""
+
+    pieces: list[_Piece]
+    text: bytes
+    signatures: np.ndarray  # uint32 [n,S]
+    removed: _Removed
+
+
 def _clean_all(
-    corpus: Corpus, spill: BinaryIO, settings: PrepareSettings, removed: _Removed
+    corpus: Corpus,
+    spill: Path,
+    spilled_signatures: Path,
+    settings: PrepareSettings,
+    removed: _Removed,
+    run: Run,
 ) -> list[_Piece]:
-    """Clean, cut and fingerprint every document of `corpus`; their text goes to `spill`."""
-    pieces = []
+    """Clean, cut and fingerprint every document of `corpus`; text and signatures are spilled."""
+    pieces: list[_Piece] = []
     start = 0
-    for document in corpus.read():
+    batches = _in_batches(corpus.read(), lambda document: len(document.text))
+    with open(spill, "wb") as texts, open(spilled_signatures, "wb") as signatures:
+        for cleaned in run(partial(_clean, settings), batches):
+            for piece in cleaned.pieces:
+                piece.start += start
+                piece.number = len(pieces)
+                pieces.append(piece)
+            start += len(cleaned.text)
+            texts.write(cleaned.text)
+            signatures.write(cleaned.signatures.tobytes())
+            removed.add(cleaned.removed)
+    return pieces
+
+
+def _in_batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Lists of some `items`, in their order, each of about as many bytes."""
+    batch: list[Item] = []
+    held = 0
+    for item in items:
+        batch.append(item)
+        held += size(item)
+        if held >= _BYTES_AT_ONCE or len(batch) == _DOCUMENTS_AT_ONCE:
+            yield batch
+            batch = []
+            held = 0
+    if batch:
+        yield batch
+
+
+def _clean(settings: PrepareSettings, documents: Sequence[Document]) -> _Cleaned:
+    """Clean, cut and fingerprint some documents."""
+    removed = _Removed()
+    pieces: list[_Piece] = []
+    texts: list[bytes] = []
+    words_of_pieces: list[list[str]] = []
+    start = 0
+    for document in documents:
         text, replaced = clean_text(document.text, settings.normalise)
         removed.found += 1
         removed.replaced_characters += replaced
-        size = len(text.encode())
-        if size < settings.min_document_bytes or not text.strip():
-            removed.count("too short" if text.strip() else "empty", size)
+        whole = text.encode()
+        if len(whole) < settings.min_document_bytes or not text.strip():
+            removed.count("too short" if text.strip() else "empty", len(whole))
             continue
-        parent = hash_words(text)
-        parent_text = hashlib.sha256(text.encode()).digest()
+        words = split_words(text)
+        parent = hash_words(words)
+        parent_text = hashlib.sha256(whole).digest()
+        name = document.id or parent_text.hex()[:16]
         parts = split_text(text, settings.max_document_bytes)
         removed.found += len(parts) - 1
         for index, part in enumerate(parts):
-            encoded = part.encode()
-            spill.write(encoded)
+            is_whole = part == text
+            encoded = whole if is_whole else part.encode()
+            texts.append(encoded)
+            words_of_pieces.append(words if is_whole else split_words(part))
             pieces.append(
                 _Piece(
                     parent=parent,
                     parent_text=parent_text,
                     index=index,
                     source=document.source,
-                    id=(document.id or parent_text.hex()[:16])
-                    + (f"#{index + 1}" if len(parts) > 1 else ""),
+                    id=name if len(parts) == 1 else f"{name}#{index + 1}",
                     start=start,
                     size=len(encoded),
-                    mark=fingerprint(part),
+                    exact=parent_text if is_whole else hashlib.sha256(encoded).digest(),
                 )
             )
             start += len(encoded)
-    return pieces
+    return _Cleaned(pieces, b"".join(texts), sketch(words_of_pieces), removed)
+
+
+def _map_signatures(spilled: Path, count: int) -> np.ndarray:
+    """The signatures that were spilled, uint32 [count,S]."""
+    shape = (count, SIGNATURE_SIZE)
+    if not count:
+        return np.zeros(shape, dtype=np.uint32)  # an empty file cannot be mapped
+    return np.memmap(spilled, dtype=np.uint32, mode="r", shape=shape)
 
 
 def _deduplicate(
     name: str,
     pieces: list[_Piece],
+    signatures: np.ndarray,
     public: Path | None,
     disjoint_from: Sequence[Path],
     near: float | None,
@@ -470,35 +566,42 @@ def _deduplicate(
 
     Goes in hash order, so what is kept does not depend on the order documents came in.
     """
-    in_public = Seen()
-    in_others = Seen()
-    seen = Seen(near)
-    for other, marks in [(public, in_public), *((other, in_others) for other in disjoint_from)]:
-        for mark in _checked_fingerprints(other) if other else []:
-            marks.add(mark)
+    others = [(public, "in public set")] if public else []
+    others += [(other, "in other sets") for other in disjoint_from]
+    held_by: dict[int, str] = {}  # reason, by number
+    seen = Seen(signatures, near)
     kept: list[_Piece] = []
-    with progress(f"Removing duplicates from {name}", len(pieces), "documents") as meter:
+    total = len(pieces) * (1 + len(others))
+    with progress(f"Removing duplicates from {name}", total, "documents") as meter:
+        for other, reason in others:
+            index = Index(_checked_fingerprints(other))
+            for some in _in_batches(pieces, lambda piece: 0):
+                exact = np.frombuffer(b"".join(p.exact for p in some), dtype=np.uint8)
+                rows = signatures[some[0].number : some[-1].number + 1]
+                found = index.find(Fingerprints(exact.reshape(-1, 32), rows))
+                for piece in compress(some, found):
+                    held_by.setdefault(piece.number, reason)
+                meter.advance(len(some))
         for piece in sorted(pieces, key=lambda p: (p.parent, p.parent_text, p.index)):
             meter.advance()
             same = None
-            if in_public.find(piece.mark) is not None:
-                reason = "in public set"
-            elif in_others.find(piece.mark) is not None:
-                reason = "in other sets"
-            elif (same := seen.find_exact(piece.mark)) is not None:
+            if piece.number in held_by:
+                reason = held_by[piece.number]
+            elif (same := seen.find_exact(piece.exact)) is not None:
                 reason = "exact duplicate"
-            elif (same := seen.find_near(piece.mark)) is not None:
+            elif (same := seen.find_near(piece.number)) is not None:
                 reason = "near duplicate"
             else:
-                seen.add(piece.mark)
+                seen.add(piece.exact, piece.number)
                 kept.append(piece)
                 continue
             removed.count(reason, piece.size)
-            removed.examples.setdefault(reason, (piece, None if same is None else kept[same]))
+            if reason not in removed.examples:
+                removed.examples[reason] = (piece, None if same is None else pieces[same])
     return kept
 
 
-def _checked_fingerprints(prepared: Path) -> list[Fingerprint]:
+def _checked_fingerprints(prepared: Path) -> Fingerprints:
     card = read_card(prepared)
     for name in ("fingerprints_exact.npy", "fingerprints_near.npy"):
         check_file(prepared, card, name)
@@ -542,37 +645,47 @@ def _show_difference(texts: list[str]) -> list[str]:
 
 
 def _text(spill: BinaryIO, piece: _Piece) -> str:
-    spill.seek(piece.start)
-    return spill.read(piece.size).decode()
+    return _read(spill, piece.start, piece.size)
+
+
+def _read(spill: BinaryIO, start: int, size: int) -> str:
+    spill.seek(start)
+    return spill.read(size).decode()
 
 
 def _write_split(
     aside: Path,
     split: str,
     pieces: list[_Piece],
-    spill: BinaryIO,
     tokenizer: Tokenizer,
     name: str,
     changed: _Changed,
+    run: Run,
 ) -> dict[str, int]:
     """Write one split's shards and text into `aside`; its counts."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    lengths = []
+    lengths: list[int] = []
     with (
+        open(aside / "spill", "rb") as spill,
         open(aside / f"{split}_tokens.npy", "wb") as f,
         progress(f"Tokenizing {name} {split}", len(pieces), "documents") as meter,
     ):
         _write_header(f, dtype, 0)  # the length is known at the end
-        for first in range(0, len(pieces), _DOCUMENTS_TOKENIZED_AT_ONCE):
-            some = pieces[first : first + _DOCUMENTS_TOKENIZED_AT_ONCE]
-            texts = [_text(spill, piece) for piece in some]
-            batch = tokenizer.encode_batch(texts)
-            for piece, text, back in zip(some, texts, tokenizer.decode_batch(batch), strict=True):
-                changed.compare(piece, text, back)
-            for ids in batch:
-                f.write(np.array([*ids, tokenizer.eos_id], dtype=dtype).tobytes())
-                lengths.append(len(ids) + 1)
-            meter.advance(len(some))
+        batches = list(_in_batches(pieces, lambda piece: piece.size))
+        places = ([(piece.start, piece.size) for piece in some] for some in batches)
+        tokenized = run(partial(_tokenize, aside, dtype.str), places)
+
+        def write_tokens() -> Iterator[Document]:
+            for some, (tokens, ends, read_back) in zip(batches, tokenized, strict=True):
+                f.write(tokens)
+                lengths.extend(ends)
+                for number, piece in enumerate(some):
+                    text = _text(spill, piece)
+                    changed.compare(piece, text, read_back.get(number, text))
+                    yield Document(text, piece.source, piece.id)
+                meter.advance(len(some))
+
+        write_documents(aside / f"{split}.jsonl.zst", write_tokens())
         num_tokens = sum(lengths)
         f.seek(0)
         _write_header(f, dtype, num_tokens)
@@ -586,7 +699,6 @@ def _write_split(
     ):
         array = np.array(values, dtype=np.int64)
         np.save(aside / f"{split}_{part}.npy", array, allow_pickle=False)
-    write_documents(aside / f"{split}.jsonl.zst", _as_documents(pieces, spill))
     return {
         "source_documents": len({piece.parent_text for piece in pieces}),
         "documents": len(pieces),
@@ -595,17 +707,31 @@ def _write_split(
     }
 
 
+def _tokenize(
+    aside: Path, dtype: str, places: Sequence[tuple[int, int]]
+) -> tuple[bytes, list[int], dict[int, str]]:
+    """Tokens of the texts at `places` in the spill file, each followed by the eos; their numbers;
+    and by number, texts that the tokenizer reads back as others."""
+    tokenizer = _load_tokenizer_once(aside)
+    with open(aside / "spill", "rb") as spill:
+        texts = [_read(spill, start, size) for start, size in places]
+    batch = tokenizer.encode_arrays(texts)
+    end = np.array([tokenizer.eos_id], dtype=dtype).tobytes()
+    tokens = b"".join(ids.astype(dtype).tobytes() + end for ids in batch)
+    return tokens, [len(ids) + 1 for ids in batch], tokenizer.find_changed(texts, batch)
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer_once(aside: Path) -> Tokenizer:
+    return load_tokenizer(aside)
+
+
 def _write_header(f: BinaryIO, dtype: np.dtype[Any], length: int) -> None:
     """Write the start of an .npy file of `length` numbers: as many bytes whatever the length."""
     np.lib.format.write_array_header_1_0(
         f,
         {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)},
     )
-
-
-def _as_documents(pieces: list[_Piece], spill: BinaryIO) -> Iterator[Document]:
-    for piece in pieces:
-        yield Document(_text(spill, piece), piece.source, piece.id)
 
 
 def _sources_kept(corpus: dict[str, Any], splits: dict[str, list[_Piece]]) -> list[dict[str, Any]]:

@@ -164,6 +164,9 @@ class Linear(nn.Linear):
     def __init__(self, d_in: int, d_out: int):
         super().__init__(d_in, d_out, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Leave the memory as it came: `initialise` draws it, or a file's numbers are copied."""
+
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return F.linear(x, self.weight)
 
@@ -174,6 +177,9 @@ class Linear(nn.Linear):
 
 class Embedding(nn.Embedding):
     """A row per token id; in a mixture one that owners may add to stands here."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it came; drawing on the meta device would import torch's compiler."""
 
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return F.embedding(ids, self.weight)
