@@ -31,6 +31,7 @@ PRELOADED = (
     "flexolmo.train.expert",
     "model_signing.signing",
     "model_signing.verifying",
+    "torch._dynamo",  # the first optimizer imports it, which takes two seconds
 )
 
 CLIENT = """#!{python} -IS

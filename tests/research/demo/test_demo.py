@@ -1,7 +1,7 @@
 """The demo on made text: every command it gives, in this process and one after the other.
 
-Downloading is the only thing replaced. `test_jobs` tests the processes; here each command line is
-run by the real command line, in the directory the demo names.
+Downloading is the only thing replaced, and drawing in all runs but the first. `test_jobs` tests the
+processes; here each command line is run by the real command line, in the directory the demo names.
 """
 
 import json
@@ -21,6 +21,7 @@ from flexolmo.cli import app
 from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.router import LinearSettings
+from flexolmo.report import drawing, page
 from flexolmo.research.corpora import fetch
 from flexolmo.research.demo.demo import DemoRecipe, run_demo
 from flexolmo.research.steps import jobs
@@ -125,8 +126,18 @@ class Ended:
         pass
 
 
-def run(out, runner, recipe=RECIPE, sets=None):
+def leave_undrawn(_figure, path, **_options):
+    """In place of `save_figure` where nobody looks at figures: drawing takes most of the time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for kind in (".png", ".svg"):
+        path.with_suffix(kind).write_bytes(b"undrawn")
+
+
+def run(out, runner, recipe=RECIPE, sets=None, is_drawn=False):
     with pytest.MonkeyPatch.context() as patch:
+        if not is_drawn:
+            for module in (drawing, page):
+                patch.setattr(module, "save_figure", leave_undrawn)
         patch.setattr(jobs, "_start", runner)
         patch.setattr(jobs, "_POLL_SECONDS", 0.0)
         return run_demo(recipe, out, sets)
@@ -137,7 +148,7 @@ def finished(made_sources, tmp_path_factory):
     """A demo that ran through: its directory, its results, the labels of its jobs."""
     out = tmp_path_factory.mktemp("demo") / "run"
     runner = Runner()
-    return out, run(out, runner), runner.labels
+    return out, run(out, runner, is_drawn=True), runner.labels
 
 
 def test_every_owner_and_the_coordinator_do_their_part(finished):

@@ -1,4 +1,4 @@
-"""Prompt routing: who reads the prompt, who answers until then, and the two classifiers."""
+"""Prompt routing: who reads the prompt, who answers until then, and the classifier."""
 
 import random
 
@@ -7,12 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.errors import ConfigError, DataError
-from flexolmo.research.rivals.baselines import (
-    InstructRouter,
-    TextClassifier,
-    prompt_routing_weights,
-)
+from flexolmo.errors import DataError
+from flexolmo.research.rivals.baselines import TextClassifier, prompt_routing_weights
 
 FREQUENT = settings(derandomize=True, max_examples=60)
 
@@ -90,51 +86,3 @@ def test_a_domain_with_more_texts_is_not_likelier_for_that():
 def test_too_little_to_learn_from_is_refused(texts):
     with pytest.raises(DataError, match="found"):
         TextClassifier.fit(texts)
-
-
-@pytest.mark.parametrize(
-    "answer, domain, is_clear",
-    [
-        ("code", "code", True),
-        ("  NEWS.\n", "news", True),
-        ("**Code**", "code", True),
-        ("2", "code", True),
-        ("3.", "news", True),
-        ("1", "public", True),
-        ("Public", "public", True),
-        ("", "public", False),
-        ("0", "public", False),
-        ("4", "public", False),
-        ("codes", "public", False),
-        ("code or news", "public", False),
-        ("2 or 3", "public", False),
-        ("It is code.", "public", False),
-    ],
-)
-def test_an_answer_counts_only_if_it_is_one_name_or_number(answer, domain, is_clear):
-    router = InstructRouter(lambda prompt: answer, DOMAINS)
-    found = router.probabilities(["x", "y"])
-    assert found.tolist() == [[float(n == domain) for n in router.names]] * 2
-    assert router.num_unclear == (0 if is_clear else 2)
-    assert router.probabilities([]).shape == (0, 3)
-
-
-def test_the_model_is_shown_every_domain_and_only_the_start_of_the_text():
-    prompts = []
-
-    def ask(prompt):
-        prompts.append(prompt)
-        return "news"
-
-    InstructRouter(ask, DOMAINS, start_characters=5).probabilities(["abcdefgh"])
-    assert "abcde" in prompts[0] and "abcdef" not in prompts[0]
-    for i, (name, description) in enumerate(DOMAINS.items(), start=1):
-        assert f"{i}. {name}: {description}" in prompts[0]
-
-
-@pytest.mark.parametrize(
-    "names", [["code", "news"], ["public", "code", "Code"], ["public", "2"]], ids=str
-)
-def test_domains_that_an_answer_could_confuse_are_refused(names):
-    with pytest.raises(ConfigError, match="expected public among"):
-        InstructRouter(lambda prompt: "", dict.fromkeys(names, ""))

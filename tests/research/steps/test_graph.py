@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError, FlexOlmoError
 from flexolmo.research.steps import graph, jobs, step
-from flexolmo.research.steps.graph import order_steps, prune, run_graph
+from flexolmo.research.steps.graph import order_steps, run_graph
 from flexolmo.research.steps.jobs import JobFailed
 from flexolmo.research.steps.step import Step, step_kind
 
@@ -297,8 +297,6 @@ def test_stopped_from_outside_it_leaves_no_child_and_can_go_on(tmp_path, ran, si
         assert all(is_running(s.directory(tmp_path)) for s in steps)
         with pytest.raises(FlexOlmoError, match="Another run is at work in"):
             run_graph(steps, tmp_path, 1)
-        with pytest.raises(FlexOlmoError, match="Another run is at work in"):
-            prune([], tmp_path)
         process.send_signal(sign)
         process.wait(10)
         if sign != signal.SIGKILL:  # else they are ended by the system, a moment later
@@ -348,33 +346,6 @@ def test_bad_steps_and_kinds_are_refused_in_words(tmp_path):
 
 
 # --- what is kept -----------------------------------------------------------------------------
-
-
-def test_prune_removes_what_no_target_needs_and_nothing_else(tmp_path, ran):
-    one = Step("one", "add", {"n": 1})
-    two = Step("two", "add", {"n": 2}, {"x": one})
-    other = Step("other", "add", {"n": 3}, {"x": one})
-    run_graph([two, other], tmp_path, 2)
-    foreign = tmp_path / "steps" / "mine"
-    foreign.mkdir()
-    copied = tmp_path / "steps" / "add-copied"
-    for directory, text in ((foreign, "[1]"), (copied, "{"), (tmp_path / "steps" / "x", "{}")):
-        directory.mkdir(exist_ok=True)
-        (directory / "step.json").write_text(text)
-    linked = tmp_path / "steps" / "link"
-    linked.symlink_to(other.directory(tmp_path))
-    assert prune([two], tmp_path) == [other.directory(tmp_path)]
-    assert one.is_done(tmp_path) and two.is_done(tmp_path)
-    assert {p.name for p in (tmp_path / "steps").iterdir()} == {
-        "mine",
-        "add-copied",
-        "x",
-        "link",
-        one.directory("").name,
-        two.directory("").name,
-    }
-    assert prune([two], tmp_path) == []
-    assert run_graph([two], tmp_path, 1) == []
 
 
 def test_a_root_can_be_moved(tmp_path, ran):

@@ -27,10 +27,11 @@ from flexolmo.inference.reader import StockReader
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.research.corpora.fetch import cache_directory
 from flexolmo.research.tasks.answers import score_items
-from flexolmo.research.tasks.harness import HarnessModel, harness_task
+from flexolmo.research.tasks.harness import HarnessModel
 from flexolmo.research.tasks.selection import RunSettings, choose_items
 from flexolmo.research.tasks.sources import PACKAGE, VERSION, Sources
 from flexolmo.research.tasks.suite import choose_tasks
+from made_harness import harness_task
 
 CACHED = cache_directory() / "pip" / PACKAGE / VERSION
 pytestmark = pytest.mark.skipif(

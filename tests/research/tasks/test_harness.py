@@ -16,7 +16,8 @@ from flexolmo.errors import ConfigError
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.reader import StockReader, open_reader
 from flexolmo.model.checkpoint import save_anchor
-from flexolmo.research.tasks.harness import HarnessModel, harness_task, run_harness
+from flexolmo.research.tasks.harness import HarnessModel, run_harness
+from made_harness import harness_task
 from made_items import choice_items, task_of, written_items
 from made_mixtures import NAMES
 

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import DataError
 from flexolmo.research.corpora import extract_pip, extract_system
 from flexolmo.research.corpora.archives import Archive
 
 CLIENTS = ("stdlib", "pip", "npm", "apt")
 PIP_ALONE = ("stdlib", "pip")
-DEMO_SETS = (PUBLIC, "code", "academic", "creative")
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ E dense models, T predicted tokens of one window, n texts, K top_k.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -227,15 +227,6 @@ def prompt_routing_weights(
     return weights
 
 
-class PromptClassifier(Protocol):
-    """Says which domain the beginning of a text belongs to."""
-
-    names: list[str]
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """[n,E], rows sum to 1, columns in the order of `names`."""
-
-
 @dataclass
 class TextClassifier:
     """Logistic regression on TF-IDF of words and characters, with equal weight for each domain.
@@ -274,51 +265,5 @@ class TextClassifier:
         return cls(names, pipeline.fit([t for n in names for t in texts_by_name[n]], labels))
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """[n,E], see `PromptClassifier`."""
+        """Probability of each domain, [n,E]; columns are in the order of `names`."""
         return self.pipeline.predict_proba(texts)
-
-
-@dataclass
-class InstructRouter:
-    """Asks an instruct model for the domain and takes its word as certain.
-
-    `ask` sends a prompt and returns the answer. `descriptions` say in a few words what each domain
-    holds, "public" among them. An answer counts if it is one name in any case, or its number, with
-    nothing around it but space, quotes, asterisks or full stops. Any other goes to public. Source:
-    paper §4.3; the wording of the prompt is ours.
-    """
-
-    ask: Callable[[str], str]
-    descriptions: Mapping[str, str]
-    start_characters: int = 1000  # of each text are shown
-    num_unclear: int = field(default=0, init=False)  # answers so far that were not understood
-
-    def __post_init__(self) -> None:
-        self.names = list(self.descriptions)
-        self._index = {_plain(str(i + 1)): i for i in range(len(self.names))}
-        self._index |= {_plain(name): i for i, name in enumerate(self.names)}
-        if PUBLIC not in self.names or len(self._index) != 2 * len(self.names):
-            raise ConfigError(
-                f"Domains {', '.join(self.names)} found; expected {PUBLIC} among "
-                "them, and names that differ from each other and from 1, 2, ..."
-            )
-
-    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
-        """[n,E] of 0 and 1, see `PromptClassifier`; adds to `num_unclear`."""
-        chosen = [self._index.get(_plain(self.ask(self._prompt(text)))) for text in texts]
-        self.num_unclear += chosen.count(None)
-        public = self.names.index(PUBLIC)
-        return np.eye(len(self.names))[[public if c is None else c for c in chosen]]
-
-    def _prompt(self, text: str) -> str:
-        domains = "\n".join(
-            f"{i}. {name}: {self.descriptions[name]}" for i, name in enumerate(self.names, start=1)
-        )
-        return (
-            f"Which domain does a text belong to?\n\n{domains}\n\nThe text begins:\n\n"
-            f"{text[: self.start_characters]}\n\nAnswer with the name of one domain only."
-        )
-
-
-def _plain(answer: str) -> str:
-    return answer.strip(" \t\r\n.\"'*`").casefold()

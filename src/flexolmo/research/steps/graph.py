@@ -5,7 +5,6 @@ all that depend on it are done anew, beside the old. A run that was cut off is s
 the same call. Knows nothing of models; a step's kind says what it does.
 """
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,17 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from flexolmo.errors import ConfigError, FlexOlmoError
-from flexolmo.files import hold_lock, read_json
+from flexolmo.errors import ConfigError
+from flexolmo.files import hold_lock
 from flexolmo.research.steps.jobs import Job, JobFailed, RunningJobs, running_jobs
-from flexolmo.research.steps.step import (
-    Step,
-    directory_name,
-    exit_on_sigterm,
-    identify,
-    note_seconds,
-    read_done,
-)
+from flexolmo.research.steps.step import Step, exit_on_sigterm, note_seconds, read_done
 
 _NOTE_EVERY_SECONDS = 5.0
 
@@ -151,31 +143,6 @@ def _seconds_to_the_end(steps: Sequence[Step], root: Path) -> dict[str, float]:
         for needed in step.inputs.values():
             longest[needed.identity] = max(longest[needed.identity], longest[step.identity])
     return longest
-
-
-def prune(targets: Sequence[Step], root: Path) -> list[Path]:
-    """Remove the directories of steps that no target needs, and nothing else; those removed."""
-    root, removed = Path(root), []
-    with hold_lock(root / "lock", wait=False):
-        kept = {step.directory(root) for step, _ in order_steps(targets, root)}
-        for directory in sorted(
-            {file.parent for file in (root / "steps").glob("*/step.json")} - kept
-        ):
-            if _is_of_a_step(directory):
-                (directory / "done.json").unlink(missing_ok=True)  # half removed is not done
-                shutil.rmtree(directory)
-                removed.append(directory)
-    return removed
-
-
-def _is_of_a_step(directory: Path) -> bool:
-    """True if step.json describes the very step that the directory is named after."""
-    try:
-        about = read_json(directory / "step.json")
-        name = directory_name(about["kind"], identify(about))
-    except (FlexOlmoError, KeyError, TypeError, AttributeError):
-        return False
-    return name == directory.name and not directory.is_symlink()
 
 
 def elapsed_seconds(steps: Sequence[Step], root: Path) -> float:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, both ways: our models run its tasks, its models run ours.
+"""lm-evaluation-harness on our models: its tasks, its engine.
 
 Needs the `lm_eval` package (pip install -e '.[eval]').
 """
@@ -17,7 +17,6 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import LM
     from lm_eval.api.registry import register_model
-    from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks import TaskManager
 except ImportError as e:
     raise ConfigError(
@@ -27,8 +26,6 @@ except ImportError as e:
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.decode import Sampling
 from flexolmo.inference.reader import Reader, open_reader
-from flexolmo.research.tasks.items import Item
-from flexolmo.research.tasks.suite import Task
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 
@@ -138,92 +135,3 @@ def run_harness(
 
 def _joined(names: str) -> list[str]:
     return [n for n in names.split("+") if n]
-
-
-def harness_task(task: Task, items: Sequence[Item], form: str = "rc") -> Any:
-    """One of our tasks as the harness runs it, with our prompts and judging: its `acc` and
-    `acc_norm` of a form of multiple choice, or our metric of what is written.
-
-    Code is not run by the harness: judge such a task with `run_suite`.
-    """
-    common: dict[str, Any] = {
-        "task": f"flexolmo_{task.name}",
-        "test_split": "test",
-        "target_delimiter": "",
-        "custom_dataset": lambda **_: {"test": _documents(items, form)},
-        "num_fewshot": 0,
-        "metadata": {"version": task.version},
-    }
-    if task.kind == "choice":
-        several = any(len(set(i.forms[form].contexts)) > 1 for i in items)
-        # as its delimiter, the space before an option is none of the characters of `acc_norm`
-        delimiter = (
-            " "
-            if not several and all(o[:1] == " " for i in items for o in i.forms[form].options)
-            else ""
-        )
-        return ConfigurableTask(
-            config=common
-            | {
-                "target_delimiter": delimiter,
-                "output_type": "multiple_choice",
-                "doc_to_text": "{{context}}" if not several else _place_of_gold,
-                "doc_to_choice": lambda doc: (
-                    doc["contexts"]
-                    if several
-                    else [o.removeprefix(delimiter) for o in doc["options"]]
-                ),
-                "doc_to_target": (lambda doc: doc["options"][0])
-                if several
-                else (lambda doc: doc["gold"]),
-                "metric_list": [{"metric": "acc"}] + ([] if several else [{"metric": "acc_norm"}]),
-            }
-        )
-    by_id = {(i.subtask, i.id): i for i in items}
-
-    def process_results(doc: dict[str, Any], found: list[str]) -> dict[str, float]:
-        assert task.judge is not None
-        return {"score": float(task.judge(found[0], by_id[doc["subtask"], doc["id"]]))}
-
-    return ConfigurableTask(
-        config=common
-        | {
-            "output_type": "generate_until",
-            "doc_to_text": "{{context}}",
-            "doc_to_target": "",
-            "generation_kwargs": {
-                "until": list(task.stops),
-                "max_gen_toks": task.max_new_tokens,
-                "do_sample": False,
-                "temperature": 0.0,
-            },
-            "process_results": process_results,
-            "metric_list": [{"metric": "score", "aggregation": "mean", "higher_is_better": True}],
-        }
-    )
-
-
-def _place_of_gold(doc: dict[str, Any]) -> int:
-    return doc["gold"]
-
-
-def _documents(items: Sequence[Item], form: str) -> Any:
-    import datasets
-
-    rows = []
-    for i in items:
-        if i.forms:
-            c = i.forms[form]
-            rows.append(
-                {
-                    "id": i.id,
-                    "subtask": i.subtask,
-                    "context": c.contexts[0],
-                    "contexts": list(c.contexts),
-                    "options": list(c.options),
-                    "gold": c.gold,
-                }
-            )
-        else:
-            rows.append({"id": i.id, "subtask": i.subtask, "context": i.prompt})
-    return datasets.Dataset.from_list(rows)
