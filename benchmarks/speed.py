@@ -1,4 +1,4 @@
-"""All timings of FlexOlmo in one command: start, data, training, reading, writing, router.
+"""All timings of FlexOlmo in one command: data and start, training, reading, writing, router.
 
 Each is set against what users have (stock transformers, upstream's way to train, the anchor alone)
 and against the ceilings of the machine in the same run: see training.py, read_and_write.py, data.py
@@ -13,10 +13,8 @@ and timing.py. On one thread, times are seconds of this process; on more, of the
 import argparse
 import gc
 import os
-import resource
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -35,7 +33,7 @@ from flexolmo.runtime import software_versions, source_commit
 Record = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
-PARTS = ("start", "data", "training", "prefill", "decode", "router", "low_rank")
+PARTS = ("data", "training", "prefill", "decode", "router", "low_rank")
 READ_SHAPES = ((1, 128), (1, 512), (4, 512), (16, 64))
 WRITE_BATCHES = (1, 16, 64)
 RANKS = (4, 8, 16, 32)
@@ -58,25 +56,10 @@ def time_training(size: str, threads: int, rounds: int) -> Record:
 
 
 def time_data(rounds: int) -> Record:
-    """Megabytes a second of `data prepare`."""
+    """Preparing text, building and loading a mixture, and starting."""
     import data
 
-    return data.measure()
-
-
-def time_command(words: Sequence[str], rounds: int) -> Record:
-    """Processor seconds of a `flexolmo` command, the median."""
-
-    def used() -> float:
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return usage.ru_utime + usage.ru_stime
-
-    seconds = []
-    for _ in range(rounds + 1):
-        before = used()
-        subprocess.run([sys.executable, "-m", "flexolmo", *words], check=True, capture_output=True)
-        seconds.append(used() - before)
-    return {"processor_seconds": statistics.median(seconds[1:])}
+    return data.measure(rounds)
 
 
 def cases(asked: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Record]]]:
@@ -88,11 +71,7 @@ def cases(asked: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Record
         if place.split("/")[0] in asked.parts:
             found[ROOTS[threads] + place] = (threads, partial(work, *given, asked.rounds))
 
-    add("start/help", 1, time_command, ["--help"])
-    if asked.mixture:
-        words = f"generate --model {asked.mixture} --trust-any-signer --max-new-tokens 1 --prompt A"
-        add("start/first_token", 1, time_command, shlex.split(words))
-    add("data/prepare", 1, time_data)
+    add("data", 1, time_data)
     for size in asked.sizes:
         for threads in asked.threads:
             add(f"training/{size}", threads, time_training, size, threads)
@@ -206,7 +185,6 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=choice(PARTS), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--threads", type=choice(["1", "2"]), default=["1", "2"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mixture", type=Path, help="a mixture on disk, to time its first token")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument(
         "--resume", action="store_true", help="keep what a stopped run has measured"

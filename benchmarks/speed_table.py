@@ -1,4 +1,7 @@
-"""Markdown of what speed.py found: one row for each figure and its bar, a column for each size."""
+"""Markdown of what speed.py found: one row for each figure and its bar, a column for each size.
+
+Preparing text and starting come first, in a table of their own, for they have no size.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,12 +20,26 @@ class Row:
     unit: str = "x"
 
 
+BEFORE = (
+    Row(
+        "prepare text",
+        "data",
+        "prepare/runs/prepare/megabytes_per_processor_second",
+        2,
+        unit=" MB/s of processor time",
+    ),
+    Row("the same against `encode_batch`", "data", "prepare/share_of_encode_batch", 0.8),
+    Row("`flexolmo --help`", "data", "mixture/help_seconds", 0.3, False, " s"),
+    Row("first token of `generate` at S", "data", "mixture/first_token_seconds", 3, False, " s"),
+)
+
+
 def rows() -> list[Row]:
     """Rows of the table, in order."""
     found = [
         Row("expert, default scope, against upstream's way", "training", "all/vs_upstream", 1.3),
         Row("the same against dense training of the anchor", "training", "all/vs_dense", 1.0),
-        Row("the same, % of the GEMM ceiling", "training", "all/pct_gemm", 80, unit="%"),
+        Row("the same, % of the GEMM ceiling", "training", "all/pct_gemm", 80, unit=" %"),
         Row(
             "the same, peak memory against upstream's",
             "training",
@@ -36,7 +53,7 @@ def rows() -> list[Row]:
     for shape in ("1x128", "1x512", "4x512", "16x64"):
         found.append(Row(f"read {shape}, against stock", "prefill", f"{shape}/vs_stock", 1.0))
     found += [
-        Row("read 4x512, % of the GEMM ceiling", "prefill", "4x512/pct_gemm", 75, unit="%"),
+        Row("read 4x512, % of the GEMM ceiling", "prefill", "4x512/pct_gemm", 75, unit=" %"),
         Row(
             "read 4x512, default router's time over the linear one's",
             "prefill",
@@ -81,9 +98,16 @@ def cell(row: Row, value: float | None) -> str:
     """The figure in words, bold if it misses its bar."""
     if value is None:
         return "-"
-    text = f"{value:.0f} %" if row.unit == "%" else f"{value:.2f}x"
+    text = f"{value:.0f}" if row.unit == " %" else f"{value:.2f}"
     misses = row.bar is not None and (value < row.bar if row.is_least else value > row.bar)
-    return f"**{text}**" if misses else text
+    return f"**{text}{row.unit}**" if misses else text + row.unit
+
+
+def bar_of(row: Row) -> str:
+    """The bar in words."""
+    if row.bar is None:
+        return ""
+    return f"{'≥' if row.is_least else '≤'} {row.bar:g}{row.unit}"
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -98,10 +122,14 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         values = [[find(r, f"{row.part}/{s}/{row.place}") for r in runs] for s in sizes]
         if all(v is None for both in values for v in both):
             continue
-        sign = "≥" if row.is_least else "≤"
-        bar = "" if row.bar is None else f"{sign} {row.bar:g}{' %' if row.unit == '%' else 'x'}"
         cells = [" / ".join(cell(row, v) for v in both) for both in values]
-        lines.append(f"| {row.text} | {bar} | {' | '.join(cells)} |")
+        lines.append(f"| {row.text} | {bar_of(row)} | {' | '.join(cells)} |")
+    if "data" in results:
+        before = ["| | bar | |", "|---|---|---|"]
+        for row in BEFORE:
+            value = cell(row, find(results, f"data/{row.place}"))
+            before.append(f"| {row.text} | {bar_of(row)} | {value} |")
+        lines = [*before, "", *lines] if sizes else before
     return "\n".join(lines)
 
 

@@ -1,10 +1,12 @@
 """Timing of runs against one another and against the ceilings of the machine.
 
-Runs go in turn (A B C A B C), and ratios are medians of the paired ratios, so that a busy minute
-falls on all. Ceilings, of fp32 matrix products and of memory, are two runs among them.
+Runs go in turn, and ratios are medians of the paired ratios, so that a busy minute falls on all.
+Within a round they are shuffled: one that always followed the same other would find the caches as
+that leaves them. Ceilings, of fp32 matrix products and of memory, are two runs among them.
 """
 
 import functools
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from torch import Tensor
 
 Run = Callable[[], Callable[[], object]]  # prepares, untimed, and returns the work to time
 
+LEAST_SECONDS = 15  # of a comparison
 GEMM_WIDTH = 2048
 STREAM_BYTES = 2**29  # more than a processor's cache keeps of them
 
@@ -54,12 +57,19 @@ class Turns:
     """Seconds of each run in each round, after one round that is not counted."""
 
     def __init__(self, runs: Mapping[str, Run], rounds: int):
-        self.seconds: dict[str, list[float]] = {name: [] for name in (*runs, *CEILINGS)}
-        for i in range(rounds + 1):
-            for name, run in (dict(runs) | CEILINGS).items():
-                seconds = time_run(run)
-                if i:
-                    self.seconds[name].append(seconds)
+        """Short runs take up to five times `rounds`, within LEAST_SECONDS."""
+        every = list((dict(runs) | CEILINGS).items())
+        self.seconds: dict[str, list[float]] = {name: [] for name, _ in every}
+        for _, run in every:
+            time_run(run)
+        shuffle = random.Random(0).shuffle
+        end = time.monotonic() + LEAST_SECONDS
+        done = 0
+        while done < rounds or (done < 5 * rounds and time.monotonic() < end):
+            shuffle(every)
+            for name, run in every:
+                self.seconds[name].append(time_run(run))
+            done += 1
 
     def median(self, name: str) -> float:
         """Median seconds of one run."""
@@ -84,6 +94,7 @@ class Turns:
         """`figures`, with the ceilings and the median milliseconds of every run."""
         milliseconds = {n: 1000 * self.median(n) for n in self.seconds if n not in CEILINGS}
         return figures | {
+            "rounds": len(self.seconds["gemm"]),
             "milliseconds": milliseconds,
             "gemm_gflops": self.flops_per_second / 1e9,
             "bandwidth_gb_per_second": self.bytes_per_second / 1e9,

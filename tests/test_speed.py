@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+PARTS = "prefill,decode,router,low_rank"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -18,6 +19,7 @@ def speed(monkeypatch):
     import speed
     import timing
 
+    monkeypatch.setattr(timing, "LEAST_SECONDS", 0)
     monkeypatch.setattr(timing, "GEMM_WIDTH", 64)
     monkeypatch.setattr(timing, "STREAM_BYTES", 2**16)
     monkeypatch.setattr(read_and_write, "PROMPT_TOKENS", 8)
@@ -36,13 +38,12 @@ def figures(level: dict, *names: str) -> list[float]:
 def test_every_figure_is_measured_and_has_its_place(speed, tmp_path, capsys):
     out = tmp_path / "speed.json"
     words = ["--sizes", "pico", "--threads", "1", "--rounds", "1", "--out", str(out)]
-    speed.main([*words, "--parts", "start,prefill,decode,router,low_rank"])
+    speed.main([*words, "--parts", PARTS])
     found = json.loads(out.read_text())
-    assert found["command"].endswith("start,prefill,decode,router,low_rank")
+    assert found["command"].endswith(PARTS)
     assert "commit" in found and found["rounds"] == 1
     assert found["machine"].keys() >= {"cpu", "cores", "load", "software"}
-    seconds = [found["start"]["help"]["processor_seconds"]]
-    seconds += found["machine"]["gemm_gflops_by_threads"].values()
+    seconds = list(found["machine"]["gemm_gflops_by_threads"].values())
     read, write = found["prefill"]["pico"]["2x24"], found["decode"]["pico"]["2"]
     seconds += figures(read, "vs_stock", "pct_gemm", "evidence_vs_linear")
     seconds += figures(write, "vs_stock", "times_floor", "mixed_mask_cost")
@@ -93,6 +94,18 @@ def test_the_table_shows_what_misses_its_bar_in_bold(speed):
     assert table[0] == "| one thread / two | bar | S | M |"
     assert table[2].endswith("| ≥ 1.3x | **1.20x** / 1.50x | 1.40x / - |")
     assert len(table) == 3
+
+
+def test_preparing_and_starting_have_a_table_of_their_own(speed):
+    rates = {"prepare": {"megabytes_per_processor_second": 1.5}}
+    found = {"data": {"prepare": {"runs": rates}, "mixture": {"help_seconds": 0.2}}}
+    table = speed.markdown_table(found).splitlines()
+    assert (
+        table[2]
+        == "| prepare text | ≥ 2 MB/s of processor time | **1.50 MB/s of processor time** |"
+    )
+    assert table[4] == "| `flexolmo --help` | ≤ 0.3 s | 0.20 s |"
+    assert len(table) == 6
 
 
 def test_an_unknown_size_is_refused(speed, capsys):
