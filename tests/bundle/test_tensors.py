@@ -191,7 +191,8 @@ def test_weights_are_read_once_and_in_pieces(tmp_path):
             found = read_weights(f, size, keep)
         assert (f.total, f.largest) == (size, 1 << 20)
         assert found.digest == digest_bytes(path.read_bytes())
-        assert found.data == ({"a": bytes(4 << 20)} if keep else {})
+        kept = {name: bytes(data) for name, data in found.data.items()}
+        assert kept == ({"a": bytes(4 << 20)} if keep else {})
 
 
 def test_every_malformed_tensor_is_named_at_once():

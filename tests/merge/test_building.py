@@ -1,7 +1,10 @@
 """Building a mixture: what it holds, and every bundle that is refused."""
 
 import datetime
+import io
+import os
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -361,6 +364,61 @@ def test_no_link_is_followed_and_nothing_but_the_anchor_is_published(house, tmp_
     with pytest.raises(MergeError, match=r"anchor/LICENSE is a link"):
         build_mixture(anchor, house.bundles(["amber"]), tmp_path / "m2", house.trusted)
     assert not (tmp_path / "m2").exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+def test_each_bundle_is_read_once_whether_linked_or_copied(house, tmp_path, monkeypatch, mode):
+    """Also when an expert is added, and when the mixture is loaded."""
+    read = Counter[str]()
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            count = super().readinto(buffer)
+            read[str(os.fstat(self.fileno()).st_ino)] += count
+            return count
+
+    monkeypatch.setattr("flexolmo.bundle.bundle.io.FileIO", Counted)
+    monkeypatch.setattr(shutil, "copyfileobj", lambda *_: pytest.fail("copied without a check"))
+    bundles = [shutil.copytree(house.bundle(name), tmp_path / f"{name}.bundle") for name in NAMES]
+    for bundle in bundles:
+        bundle.chmod(mode)
+    sizes = [(bundle / "expert.safetensors").stat().st_size for bundle in bundles]
+
+    def once():
+        found = sorted(count for count in read.values() if count)
+        read.clear()
+        return found
+
+    out = tmp_path / "m"
+    build_mixture(house.anchor_dir, bundles[:-1], out, house.trusted)
+    assert once() == sorted(sizes[:-1])
+    add_experts(out, bundles[-1:], house.trusted)
+    assert once() == sorted(sizes)
+    load_mixture(out, house.trusted)
+    assert once() == sorted(sizes)
+    assert tree(out) == tree(house.mixture_dir(NAMES))
+    copies = [out / "experts" / bundle.name / "expert.safetensors" for bundle in bundles]
+    linked = [c.samefile(b / c.name) for c, b in zip(copies, bundles, strict=True)]
+    assert linked == [mode == 0o755] * len(NAMES)
+
+
+def test_a_mixture_in_memory_holds_each_tensor_once(house, tmp_path, monkeypatch):
+    """Of what the bundles and the anchor brought, nothing is left besides the mixture."""
+    handed = []
+
+    def assemble(anchor, experts, *args, **options):
+        model = assemble_mixture(anchor, experts, *args, **options)
+        handed.append((anchor, experts))
+        return model
+
+    monkeypatch.setattr(room, "assemble_mixture", assemble)
+    found = load_mixture(house.mixture_dir(NAMES, "rich"), house.trusted)
+    ((anchor, experts),) = handed
+    assert experts == {name: {} for name in NAMES}
+    own = {p.data_ptr() for p in found.model.parameters()}
+    assert {p.data_ptr() for p in anchor.model.parameters()} <= own
+    expected = house.mixture(NAMES, "rich").model.state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in found.model.state_dict().items())
 
 
 def test_files_that_others_may_change_are_copied_not_linked(house, tmp_path):

@@ -128,27 +128,33 @@ def test_a_replaced_anchor_cannot_be_made_the_mixtures_own(house, make_wild, tmp
 def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monkeypatch, how, call):
     """Stopped while the anchor (1) or a bundle (2, 3) is put in place."""
     model = house.build(["amber"], tmp_path / "m")
-    before, calls, place = tree(model), [], room._place
+    before, calls = tree(model), []
+    originals = {name: getattr(room, name) for name in ("_place", "_link_or_copy")}
 
-    def stop(source, target, names):
-        calls.append(target)
-        if len(calls) == call:
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise KeyboardInterrupt
-        place(source, target, names)
+    def stopping(original):
+        def stop(source, target, *arguments):
+            calls.append(target)
+            if len(calls) == call:
+                if how == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise KeyboardInterrupt
+            return original(source, target, *arguments)
+
+        return stop
 
     bundles = house.bundles(["zinc"])
     if how == "exception":
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(room, "_place", stop)
+            for name, original in originals.items():
+                patch.setattr(room, name, stopping(original))
             add_experts(model, bundles, house.trusted)
         assert [p.name for p in tmp_path.iterdir()] == ["m"]
     else:
         child = os.fork()
         if child == 0:
             try:
-                room._place = stop
+                for name, original in originals.items():
+                    setattr(room, name, stopping(original))
                 add_experts(model, bundles, house.trusted)
             finally:
                 os._exit(0)

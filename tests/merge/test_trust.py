@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flexolmo.bundle import bundle as bundle_room
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, open_bundle
 from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key, read_private_key
 from flexolmo.errors import BundleError, CheckpointError, MergeError, PolicyError, SignatureError
@@ -375,10 +376,17 @@ def test_nothing_large_is_copied_before_the_signer_is_known(house, tmp_path, mon
     limit = size - 1 if what == "too large" else None
     model = house.build(["zinc"], tmp_path / "m")
 
-    def refuse(source, target, length):
-        assert os.fstat(source.fileno()).st_size < size
+    read_weights = bundle_room._read_weights
 
-    monkeypatch.setattr(room.shutil, "copyfileobj", refuse)
+    def read_held(files, *arguments):
+        assert files.path.name == "zinc.bundle"  # of a trusted owner's, in the mixture already
+        return read_weights(files, *arguments)
+
+    def write(path, mode):
+        raise AssertionError(f"{path} was written")
+
+    monkeypatch.setattr(bundle_room, "_read_weights", read_held)
+    monkeypatch.setattr(bundle_room, "open", write, raising=False)
     said = r"amber\.bundle was refused.*(not a signature|unknown key|\n.*expected at most)"
     with pytest.raises(BundleError, match=said):
         add_experts(model, [bundle], trusted, max_bytes=limit)

@@ -11,13 +11,14 @@ short.) Knows nothing of anchors: whether the expert fits one is decided at merg
 import datetime
 import hashlib
 import io
+import mmap
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, encode_manifest, read_manifest
 from flexolmo.bundle.signing import (
@@ -58,7 +59,7 @@ class Bundle:
     weights_bytes: int  # size of expert.safetensors
     # Verified bytes of each tensor, little-endian, with dtype and shape in `manifest.tensors`;
     # empty unless opened with `keep_tensors`.
-    tensors: Mapping[str, bytearray] = field(repr=False)
+    tensors: dict[str, mmap.mmap] = field(repr=False)
 
 
 def open_bundle(
@@ -70,6 +71,7 @@ def open_bundle(
     keep_tensors: bool = False,
     max_bytes: int | None = None,
     expected: Mapping[str, str] | None = None,
+    copy_to: Path | None = None,
 ) -> Bundle:
     """The bundle in directory `path`, after every check of docs/bundle_format.md, in its order.
 
@@ -82,6 +84,8 @@ def open_bundle(
         max_bytes: Refuse larger weights, before anything of them is read.
         expected: Digest of each file as verified before. The small ones are compared before
             anything else is asked of them, the weights as with what was signed.
+        copy_to: Empty directory that gets the four files: the very bytes that are checked. Nothing
+            is written before all checks but those of the weights have passed.
 
     Raises:
         SignatureError: wrong signature, unknown signer, a trusted signer under another name, or a
@@ -92,13 +96,13 @@ def open_bundle(
         if expected is not None and not files.problems:
             found = {name: digest_bytes(data) for name, data in files.small.items()}
             _compare_digests(files, {**expected, **found}, expected, "verified before")
-        return _check(files, trusted, allow_unknown_signer, today, keep_tensors)
+        return _check(files, trusted, allow_unknown_signer, today, keep_tensors, copy_to)
 
 
 def check_signer(path: Path, trusted: TrustedOwners, max_bytes: int | None = None) -> None:
     """Check all of a bundle but its weights, of which only the size is asked.
 
-    Comes before anything as large as the weights is copied; arguments, order and errors are those
+    Comes before a mixture takes a bundle in by links; arguments, order and errors are those
     of `open_bundle`.
     """
     with _open_files(Path(path), max_bytes) as files:
@@ -350,11 +354,16 @@ def _check(
     allow_unknown_signer: bool,
     today: datetime.date | None,
     keep_tensors: bool,
+    copy_to: Path | None = None,
 ) -> Bundle:
     """Every check, in order."""
     path = files.path
     signed, signer, manifest = _check_signer(files, trusted, allow_unknown_signer)
-    weights = _read_weights(files, signed, keep_tensors)
+    if copy_to is not None:
+        for name, data in files.small.items():
+            (copy_to / name).write_bytes(data)
+    with nullcontext() if copy_to is None else open(copy_to / WEIGHTS_FILE, "xb") as copy:
+        weights = _read_weights(files, signed, keep_tensors, copy)
     lines = []
     if signed.subject != f"{manifest.name}.bundle":
         lines.append(
@@ -377,11 +386,11 @@ def _check(
     )
 
 
-def _read_weights(files: _Files, signed: Signed, keep: bool) -> Weights:
+def _read_weights(files: _Files, signed: Signed, keep: bool, copy: BinaryIO | None) -> Weights:
     """The weights, read once, if they are those that were signed."""
     (file,) = files.weights
     try:
-        weights = read_weights(file, files.sizes[WEIGHTS_FILE], keep)
+        weights = read_weights(file, files.sizes[WEIGHTS_FILE], keep, copy)
     except BundleError as e:
         file.seek(0)
         digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,11 +7,12 @@ of a manifest, nor which tensors an expert should have.
 import hashlib
 import io
 import json
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from pydantic import Field, StringConstraints
@@ -60,7 +61,7 @@ class Weights:
     digest: str  # of the whole file
     tensors: dict[str, TensorEntry]  # in the order of the header
     nonfinite: list[str]  # names of the tensors that hold an infinity or NaN, in that order
-    data: dict[str, bytearray]  # bytes of each tensor; empty unless asked for
+    data: dict[str, mmap.mmap]  # bytes of each tensor, in memory of our own; empty unless asked for
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,14 @@ def _is_finite(piece: memoryview, dtype: str) -> bool:
     return not mask or not np.any((np.frombuffer(piece, kind) & mask) == mask)
 
 
-def read_weights(file: io.FileIO | io.BytesIO, size: int, keep: bool = False) -> Weights:
+def read_weights(
+    file: io.FileIO | io.BytesIO, size: int, keep: bool = False, copy: BinaryIO | None = None
+) -> Weights:
     """Read a safetensors file of `size` bytes once, in pieces, from where `file` stands.
 
     Digests and finiteness are those of the very bytes in `data`: a file that is changed meanwhile
-    cannot make them differ. Memory: 1 MiB and the header, and with `keep` the tensors.
+    cannot make them differ; and so are those written to `copy`. Memory: 1 MiB and the header, and
+    with `keep` the tensors, each given back to the system as soon as it is let go.
 
     Raises:
         BundleError: the header is malformed, or any byte belongs to no tensor or to two.
@@ -183,6 +187,8 @@ def read_weights(file: io.FileIO | io.BytesIO, size: int, keep: bool = False) ->
     def read(view: memoryview) -> memoryview:
         _fill(file, view)
         whole.update(view)
+        if copy is not None:
+            copy.write(view)
         return view
 
     if size < 8:
@@ -197,12 +203,12 @@ def read_weights(file: io.FileIO | io.BytesIO, size: int, keep: bool = False) ->
     piece = memoryview(bytearray(_PIECE_BYTES))
     digests: dict[str, str] = {}
     nonfinite: set[str] = set()
-    data: dict[str, bytearray] = {}
+    data: dict[str, mmap.mmap] = {}
     for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
         own = hashlib.sha256()
         num_bytes = span.end - span.begin
         if keep:
-            data[name] = bytearray(num_bytes)
+            data[name] = mmap.mmap(-1, num_bytes)
         for at in range(0, num_bytes, _PIECE_BYTES):
             count = min(_PIECE_BYTES, num_bytes - at)
             view = read(memoryview(data[name])[at : at + count] if keep else piece[:count])

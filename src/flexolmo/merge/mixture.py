@@ -204,8 +204,10 @@ def load_mixture(
     lines = [line for bundle in opened for line in _find_misfits(anchor, bundle)]
     _refuse(lines + _find_differences(anchor, [b.manifest for b in opened], about["router"]))
     tensors = {b.manifest.name: tensors_of(b) for b in opened}
+    for bundle in opened:
+        bundle.tensors.clear()
     router = _ROUTER.validate_python(about["router"])
-    model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"])
+    model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"], takes_over=True)
     last_days = {b.manifest.name: b.manifest.terms.expires for b in opened}
     return LoadedMixture(model, anchor.tokenizer, about, last_days)
 
@@ -346,7 +348,7 @@ def _find_bad_numbers(
     lines = [
         f"{key} holds numbers of {largest:g}, expected at most {MAX_WEIGHT:g}"
         for key, tensor in tensors.items()
-        if tensor.is_floating_point() and (largest := float(tensor.abs().max())) > MAX_WEIGHT
+        if tensor.is_floating_point() and (largest := _largest(tensor)) > MAX_WEIGHT
     ]
     if not isinstance(router, EvidenceSettings):
         return lines
@@ -364,13 +366,24 @@ def _find_bad_numbers(
     return lines
 
 
+def _largest(tensor: Tensor) -> float:
+    """Largest absolute value, found without a copy."""
+    least, most = tensor.aminmax()
+    return max(-float(least), float(most))
+
+
 def _find_unstable(anchor: Anchor, bundle: Bundle) -> list[str]:
-    """A line if the expert, beside the anchor, gives no finite number for a fixed text."""
+    """A line if the expert, beside the anchor, gives no finite number for a fixed text.
+
+    Empties the bundle's tensors.
+    """
     router = _ROUTER.validate_python(bundle.manifest.router.settings)
     if isinstance(router, EvidenceSettings):  # so that it is run at every token
         router = router.model_copy(update={"min_weight": 0.0})
     name = bundle.manifest.name
-    model = assemble_mixture(anchor, {name: tensors_of(bundle)}, router)
+    tensors = tensors_of(bundle)
+    bundle.tensors.clear()
+    model = assemble_mixture(anchor, {name: tensors}, router, takes_over=True)
     length = min(64, anchor.config.max_seq_len)
     ids = torch.arange(length)[None] * 7919 % anchor.config.vocab_size  # [1,T]
     with torch.inference_mode():
@@ -454,7 +467,10 @@ def _require(trusted: TrustedOwners | None) -> TrustedOwners:
 
 
 def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
-    """The tensors of a bundle opened with `keep_tensors`; they share its memory."""
+    """The tensors of a bundle opened with `keep_tensors`; they share its memory.
+
+    Once `bundle.tensors` is cleared they alone hold it.
+    """
     dtypes = {name: dtype for dtype, name in _DTYPES.items()}
     return {
         name: torch.frombuffer(bundle.tensors[name], dtype=dtypes[entry.dtype]).reshape(entry.shape)
@@ -463,11 +479,7 @@ def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
 
 
 def _reopen(
-    path: Path,
-    name: str,
-    about: Mapping[str, Any],
-    trusted: TrustedOwners,
-    keep_tensors: bool = False,
+    path: Path, name: str, about: Mapping[str, Any], trusted: TrustedOwners, **options: Any
 ) -> Bundle:
     """A bundle inside a mixture, byte for byte as once verified; the caller judges its terms."""
     entry = about["experts"][name]
@@ -476,7 +488,7 @@ def _reopen(
         trusted,
         trusted.allows_unknown,
         today=datetime.date.min,
-        keep_tensors=keep_tensors,
+        **options,
         expected=entry["files"],
     )
     claims = {"name": found.manifest.name, **_describe_expert(found)}
@@ -522,8 +534,8 @@ def _write(
         for name in about["experts"]:
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
-                _place_bundle(source, target, trusted)
-                held = _reopen(target, name, about, trusted)
+                place, options = _link_or_copy(source, target, trusted)
+                held = _reopen(place, name, about, trusted, **options)
             experts[name] = about["experts"][name]
             manifests.append(held.manifest)
         if bundles:
@@ -531,8 +543,10 @@ def _write(
         for source in bundles:
             target = aside / "incoming"
             with _naming(target, source):
-                _place_bundle(source, target, trusted, max_bytes)
-                bundle = open_bundle(target, trusted, trusted.allows_unknown, keep_tensors=True)
+                place, options = _link_or_copy(source, target, trusted, max_bytes)
+                bundle = open_bundle(
+                    place, trusted, trusted.allows_unknown, keep_tensors=True, **options
+                )
             m = bundle.manifest
             misfits = _find_misfits(anchor, bundle) or _find_unstable(anchor, bundle)
             removed = about["removed"].get(m.name)
@@ -574,13 +588,37 @@ def _naming(target: Path, source: Path) -> Iterator[None]:
         raise type(e)(str(e).replace(str(target), str(source))) from None
 
 
-def _place_bundle(
+def _link_or_copy(
     source: Path, target: Path, trusted: TrustedOwners, max_bytes: int | None = None
-) -> None:
-    """Copy a bundle whose signer is trusted; what is copied is checked again, with its weights."""
-    check_signer(source, trusted, max_bytes)
+) -> tuple[Path, dict[str, Any]]:
+    """Begin to take a bundle in at `target`; where to open it, and with which options.
+
+    It is then read once: where nobody but us can change its files, `target` has links to them and
+    is opened, after a check of the signer; else `source` is, and copied as it is checked.
+    """
     shutil.rmtree(target, ignore_errors=True)
-    _place(source, target, sorted(MAX_FILE_BYTES))
+    target.mkdir()
+    names = sorted(MAX_FILE_BYTES)
+    if all(_is_ours(path) for path in (source, *(source / name for name in names))):
+        check_signer(source, trusted, max_bytes)
+        try:
+            for name in names:
+                os.link(source / name, target / name, follow_symlinks=False)
+            return target, {}
+        except OSError:  # another file system, or one without hard links
+            shutil.rmtree(target)
+            target.mkdir()
+    return source, {"copy_to": target, "max_bytes": max_bytes}
+
+
+def _is_ours(path: Path) -> bool:
+    """True for a file or directory, and no link, that nobody but us can change."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
+    return is_plain and status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def _place(source: Path, target: Path, names: Iterable[str]) -> None:
@@ -589,10 +627,6 @@ def _place(source: Path, target: Path, names: Iterable[str]) -> None:
     No link is followed: what it points to might not be meant for others.
     """
     target.mkdir()
-
-    def is_ours(status: os.stat_result) -> bool:
-        return status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
     for name in names:
         try:
             fd = os.open(source / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -602,10 +636,9 @@ def _place(source: Path, target: Path, names: Iterable[str]) -> None:
                 "file: put a copy of what it points to in its place."
             ) from None
         with os.fdopen(fd, "rb") as file:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise MergeError(f"{source / name} is not a plain file.")
-            if is_ours(status) and is_ours(source.stat()):
+            if _is_ours(source / name) and _is_ours(source):
                 try:
                     os.link(source / name, target / name, follow_symlinks=False)
                     continue

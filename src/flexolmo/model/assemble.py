@@ -35,8 +35,12 @@ def assemble_mixture(
     router: RouterSettings,
     *,
     top_k: int | None = None,
+    takes_over: bool = False,
 ) -> MixtureModel:
     """A mixture of `anchor` and `experts` (tensors as in `expert_shapes`, by name), frozen.
+
+    With `takes_over`, memory holds each matrix once: the anchor's are shared with it, and tensors
+    are taken out of `experts` as they are copied.
 
     Everything inherited is a bit-for-bit copy of the anchor's, and all is on its device. Raises
     MergeError that lists missing, extra and misshapen tensors of every expert.
@@ -75,9 +79,9 @@ def assemble_mixture(
     )
     model.to(anchor.model.device, anchor.model.embed_tokens.weight.dtype)
     with torch.no_grad():
-        _copy_anchor(model, anchor)
+        _copy_anchor(model, anchor, takes_over)
         for name, tensors in experts.items():
-            _copy_expert(model, name, tensors)
+            _copy_expert(model, name, tensors, takes_over)
     return model.requires_grad_(False).eval()
 
 
@@ -128,15 +132,22 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     return found
 
 
-def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
+def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:
+    def fill(target: Tensor, values: Tensor) -> None:
+        if is_shared:
+            target.data = values
+        else:
+            target.copy_(values)
+
     source = anchor.model.state_dict()
     for name, target in model.state_dict(keep_vars=True).items():
         if not (".mlp." in name or ".deltas." in name or name.startswith("router.")):
-            target.copy_(source[name])
+            fill(target, source[name])
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
-            getattr(mixture.expert(PUBLIC), part).weight.copy_(
-                source[f"layers.{i}.mlp.{part}.weight"]
+            fill(
+                getattr(mixture.expert(PUBLIC), part).weight,
+                source[f"layers.{i}.mlp.{part}.weight"],
             )
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are
@@ -154,6 +165,10 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor) -> None:
             target.copy_(torch.from_numpy(values))
 
 
-def _copy_expert(model: MixtureModel, name: str, tensors: Mapping[str, Tensor]) -> None:
+def _copy_expert(
+    model: MixtureModel, name: str, tensors: Mapping[str, Tensor], takes_over: bool
+) -> None:
     for key, target in expert_tensors(model, name).items():
         target.copy_(tensors[key])
+        if takes_over:
+            cast(dict[str, Tensor], tensors).pop(key)
