@@ -24,7 +24,7 @@ ORDER = [
     ["bundle.signing"],
     ["bundle.bundle"],
     ["data."],
-    ["model.statistics"],
+    ["model.statistics", "model.tiles"],
     ["model.router", "model.transformer"],
     ["model.shape"],
     ["model.deltas"],

@@ -66,7 +66,7 @@ def test_greedy_with_a_cache_is_greedy_without(house, router, top_k, without):
         found = generate(mixture, [prompt], without=without, sampling=BRIEF)
         assert found == [mixture.tokenizer.decode(expected)]
         enabled = [[n for n in NAMES if n not in without]]
-        reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=False)
+        reader = OwnReader(mixture.model, mixture.tokenizer)
         assert columns(reader, [ids], BRIEF, enabled) == [expected]
         different.add(tuple(expected))
     assert len(different) == len(PROMPTS)
@@ -78,7 +78,7 @@ def test_greedy_with_a_cache_is_greedy_without(house, router, top_k, without):
 def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperature, top_k):
     """Row number i draws from seed + i."""
     mixture = house.mixture(NAMES, router, top_k)
-    reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=False)
+    reader = OwnReader(mixture.model, mixture.tokenizer)
     sampling = Sampling(max_new_tokens=10, temperature=temperature, top_p=1.0, seed=5)
     ids = mixture.tokenizer.encode_batch(PROMPTS)
     enabled = [[n for n in NAMES if n not in off] for off in CHOICES]
@@ -87,7 +87,7 @@ def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperatur
         own = sampling.model_copy(update={"seed": 5 + i})
         alone = columns(reader, [prompt], own, [names])
         never = house.mixture(names, router, top_k).model
-        without = OwnReader(never, mixture.tokenizer, is_sparse=False)
+        without = OwnReader(never, mixture.tokenizer)
         assert together[i] == alone[0] == columns(without, [prompt], own)[0]
     texts = generate(mixture, PROMPTS, without=CHOICES, sampling=sampling)
     assert texts == [mixture.tokenizer.decode(t) for t in together]
@@ -218,6 +218,9 @@ class Rows:
 
     def select(self, rows):
         return Rows([self.rows[i] for i in rows.tolist()])
+
+    def reserve(self, num_positions):
+        self.num_positions = num_positions
 
 
 NINE = SimpleNamespace(
@@ -427,13 +430,3 @@ def test_draws_follow_the_probabilities():
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValidationError):
         Sampling(**wrong)
-
-
-def test_reading_leaves_the_model_as_it_is(house):
-    """Sparse reading changes last bits, so it must not stay on in a model that others hold."""
-    mixture = house.mixture(("amber", "zinc"), "evidence")
-    for is_sparse in (True, False):
-        reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=is_sparse)
-        assert reader.model.is_sparse is is_sparse
-        assert mixture.model.is_sparse is False
-        assert reader.model.lm_head.weight is mixture.model.lm_head.weight

@@ -94,7 +94,7 @@ def test_the_loss_of_packed_documents_is_that_of_each(models, wild):
 def test_a_prompt_of_two_documents_is_continued_as_its_last(models, wild):
     masked, _ = models
     one, two = (d[0].tolist() for d in documents(wild, 7, 12))
-    reader = OwnReader(masked, wild.anchor.tokenizer, is_sparse=False)
+    reader = OwnReader(masked, wild.anchor.tokenizer)
     sampling = Sampling(max_new_tokens=6, temperature=0)
     found = continue_ids(reader, [one[1:] + two, two[1:]], sampling)
     assert found[0] == found[1] and len(found[0]) > 2

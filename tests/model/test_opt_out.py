@@ -53,8 +53,7 @@ IN_SESSION = settings(
 def small_pieces():
     """So that texts as short as here are worked on in several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", 40)
-        patch.setattr("flexolmo.model.deltas.PIECE_NUMBERS", 16 * 48)
+        patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", 32)
         yield
 
 

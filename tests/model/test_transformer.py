@@ -159,11 +159,9 @@ def test_no_position_sees_a_later_one(wild, router):
     assert not torch.equal(model(ids)[0, 12:], model(changed)[0, 12:])
 
 
-@pytest.mark.parametrize("is_sparse", [False, True])
 @pytest.mark.parametrize("last", [1, 4, 9, 20])
-def test_the_last_positions_logits_are_those_of_all(wild, router, last, is_sparse):
+def test_the_last_positions_logits_are_those_of_all(wild, router, last):
     model, ids = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab")), wild.ids(3, 9)
-    model.is_sparse = is_sparse
     active = model.expert_mask([("a",), None, ()])
     torch.testing.assert_close(
         model(ids, active=active, last=last),

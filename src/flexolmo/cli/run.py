@@ -78,7 +78,7 @@ def generate(
     )
     text = _read_prompt(prompt)
     reader, _ = open_reader(
-        model, trusted_owners(trust, trust_any_signer), **switches(without, only), is_sparse=False
+        model, trusted_owners(trust, trust_any_signer), **switches(without, only)
     )
     notes: list[str] = []
     echo(text, end="")

@@ -107,10 +107,11 @@ def decode(
     live = list(range(len(requests)))  # the texts in the batch
     over: set[int] = set()
     ids, is_token = pad_left([r.ids for r in requests])  # [B,T]
+    if state is None:
+        state = spread(reader.new_state(), len(requests))
+    state.reserve(held_tokens + ids.shape[1] + max((t.most for t in texts), default=0))
     while len(over) < len(requests):
         with torch.inference_mode():  # left before each yield, for it would hold for the caller
-            if state is None:
-                state = spread(reader.new_state(), len(requests))
             logits = reader.read(ids, state, is_token=is_token, last=1)[:, 0].cpu()  # [B,V]
             chosen = list(choose(logits, live))
         for i, token in zip(live, chosen, strict=True):

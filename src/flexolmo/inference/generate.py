@@ -37,7 +37,7 @@ def generate(
     ]
     if not prompts:
         return []
-    reader = OwnReader(mixture.model, mixture.tokenizer, is_sparse=False)
+    reader = OwnReader(mixture.model, mixture.tokenizer)
     requests = requests_for(reader, reader.tokenizer.encode_batch(prompts), sampling)
     written: list[list[int]] = [[] for _ in prompts]
     for step in decode(reader, requests, state=reader.new_state(enabled)):
@@ -62,7 +62,7 @@ def stream(
     Errors and warnings are those of `generate`.
     """
     enabled = choose_experts(mixture.last_days, without=without, only=only)
-    reader = OwnReader(mixture.model, mixture.tokenizer, sorted(enabled), is_sparse=False)
+    reader = OwnReader(mixture.model, mixture.tokenizer, sorted(enabled))
     return stream_text(reader, prompt, sampling or Sampling())
 
 

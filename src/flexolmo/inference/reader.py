@@ -38,6 +38,9 @@ class State(Protocol):
     def select(self, rows: Tensor) -> Self:
         """The state of the texts `rows` [n], in that order; any may come several times."""
 
+    def reserve(self, num_positions: int) -> None:
+        """Take memory for so many positions of each text, so that none is copied to grow."""
+
 
 class Reader(Protocol):
     """A language model as decoding and scoring use it."""
@@ -66,7 +69,6 @@ class OwnReader:
     model: Transformer
     tokenizer: Tokenizer
     enabled: Sequence[str] | None = None  # experts of a mixture that are on; None: all
-    is_sparse: bool = True  # see MixtureModel
     shares_prefixes: bool = True
     kept_tokens: int = 0
     last_days: Mapping[str, datetime.date | None] | None = None  # of use; asked at each new state
@@ -76,8 +78,6 @@ class OwnReader:
         self.start = [self.model.config.eos_token_id]
         if isinstance(self.model, MixtureModel):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
-            self.model = copy.copy(self.model)  # the same weights; the caller's is left as it is
-            self.model.is_sparse = self.is_sparse
         elif self.enabled:
             raise ConfigError(
                 f"Experts {', '.join(self.enabled)} were named, but this model is "
@@ -124,6 +124,9 @@ def _hear_stock() -> Iterator[list[logging.LogRecord]]:
 class _StockState:
     cache: Any  # of stock transformers
     is_token: Tensor | None = None  # [B,S]
+
+    def reserve(self, num_positions: int) -> None:
+        """Nothing: stock transformers' cache grows by copying."""
 
     def select(self, rows: Tensor) -> "_StockState":
         from transformers import DynamicCache
@@ -248,14 +251,12 @@ def open_reader(
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
     device: torch.device | None = None,
-    is_sparse: bool = True,
 ) -> tuple[Reader, dict[str, Any]]:
     """The model in a directory, with its kind, digest, and the experts that are on.
 
     A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
-    experts, and `trusted` must hold their signers; `is_sparse` is as in MixtureModel. Raises
-    CheckpointError if the directory holds none of the three, PolicyError for an expert it does not
-    hold.
+    experts, and `trusted` must hold their signers. Raises CheckpointError if the directory holds
+    none of the three, PolicyError for an expert it does not hold.
     """
     directory, device = Path(directory), device or torch.device("cpu")
     recover_missing(directory)
@@ -267,7 +268,6 @@ def open_reader(
                 mixture.model.to(device),
                 mixture.tokenizer,
                 sorted(enabled),
-                is_sparse,
                 last_days=mixture.last_days,
             ),
             {

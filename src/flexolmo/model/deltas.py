@@ -1,133 +1,101 @@
 """Owners' own matrices and deltas to the anchor's, each weighed by its owner's share.
 
 An owner has a matrix of its own in place of the anchor's W [out,in], or a delta B A to it with
-B [out,r] and A [r,in], named as in the LoRA paper (arXiv 2106.09685). With an owner off neither is
-read at all, so that what is left is the anchor's, bit for bit. Knows experts only by their place
-in the mixture.
+B [out,r] and A [r,in], named as in the LoRA paper (arXiv 2106.09685). Either is read only at the
+positions that picked the owner; with an owner off what is left is the anchor's, bit for bit. Knows
+experts only by their place in the mixture.
 
-B batch, T positions, D d_model, V vocabulary, r rank.
+B batch, T positions, N = B*T, n positions that picked an expert, D d_model, V vocabulary, r rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.model.router import slot
-from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear, pieces
-
-PIECE_NUMBERS = 131072  # activations of one expert worked on at a time when nothing is learnt
+from flexolmo.model.tiles import in_tiles, product, silu
+from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear
 
 
 @dataclass(frozen=True)
 class Share:
-    """Weight of one expert at each position, and the sequences for which it is on.
+    """One expert's part of a batch: the positions that picked it, and its weight at each."""
 
-    Positions are those of [B,T,.], or all N = B*T of them as rows [N,.] or as columns [.,N]. With
-    `rows`, the expert reads only the positions that picked it.
-    """
-
-    weight: Tensor  # [B,T,1], [N,1] or [1,N], in the model's dtype
-    enabled: Tensor | None  # of the same shape; None: on for every sequence
-    rows: tuple[Any, ...] | None = None  # where in such a tensor; None: all
+    weight: Tensor  # [n,1] in the model's dtype
+    num_rows: int  # N
+    rows: Tensor | None = None  # [n] of the N positions; None: all
+    reads: Tensor | None = None  # [n or more] rows, with others to fill the last tile; None: all
 
     def pick(self, x: Tensor) -> Tensor:
-        """Positions of `x` that the expert reads; [B,T,.], [N,.] or [.,N]."""
-        return x if self.rows is None else x[self.rows]
-
-    def add(self, total: Tensor, value: Tensor) -> Tensor:
-        """`total` + weight * `value`; unchanged, bit for bit, where the expert is off."""
-        if self.rows is not None:
-            return self._scatter(total, self.pick(self.weight) * value)
-        return self._where_on(torch.addcmul(total, self.weight, value), total)
-
-    def add_delta(self, total: Tensor, low: Tensor, lora_b: Tensor) -> Tensor:
-        """`total` + weight * `low` @ B^T; unchanged, bit for bit, where the expert is off."""
-        more = F.linear(self.pick(self.weight) * low, lora_b)
-        if self.rows is not None:
-            return self._scatter(total, more)
-        return self._where_on(total + more, total)
+        """The rows of x [N,...] that the expert reads."""
+        return x if self.reads is None else x.index_select(0, self.reads)
 
     def weigh(self, value: Tensor) -> Tensor:
-        """weight * `value` [B,T,.]; zero where nothing was read."""
+        """weight * `value` [n,.], whose rows come of those picked."""
+        return self.weight * value[: len(self.weight)]
+
+    def put(self, total: Tensor | None, value: Tensor) -> Tensor:
+        """`total` [N,.] (None: nothing yet) + `value` [n,.] at the positions that picked the
+        expert; no bit changes elsewhere. May write into `total`."""
         if self.rows is None:
-            return self.weight * value
-        nothing = value.new_zeros(*self.weight.shape[:-1], value.shape[-1])
-        return self._scatter(nothing, self.pick(self.weight) * value)
+            return value if total is None else total + value
+        if total is None:  # -0 is what changes no number when added to it
+            total = value.new_full((self.num_rows, value.shape[-1]), -0.0)
+        return total.index_add_(0, self.rows, value)
 
-    def at_last(self, count: int) -> "Share | None":
-        """Share of the last `count` positions of [B,T,.]; None if it reads none of them."""
-        last = self._turned(lambda x: x[:, -count:])
-        if self.rows is None:
-            return last
-        skipped = self.weight.shape[1] - count
-        here = self.rows[1] >= skipped
-        rows = (self.rows[0][here], self.rows[1][here] - skipped)
-        return replace(last, rows=rows) if len(rows[0]) else None
+    def add(self, total: Tensor | None, value: Tensor) -> Tensor:
+        """`put` of `weigh`."""
+        return self.put(total, self.weigh(value))
 
-    def by_row(self) -> "Share":
-        """The share of [B,T,.] with every position as a row."""
-        return self._turned(lambda x: x.flatten(0, 1))
 
-    def at_rows(self, part: slice) -> "Share":
-        """The share of some of the rows [N,.]."""
-        return self._turned(lambda x: x[part])
-
-    def by_column(self) -> "Share":
-        """The share of [B,T,.] with every position as a column."""
-        rows = self.rows and (slice(None), self.rows[0] * self.weight.shape[1] + self.rows[1])
-        return replace(self._turned(lambda x: x.reshape(1, -1).contiguous()), rows=rows)
-
-    def at_columns(self, part: slice) -> "Share":
-        """The share of some of the columns [.,N]; all of them if only some positions are read."""
-        return self if self.rows else self._turned(lambda x: x[:, part])
-
-    def _turned(self, turn: Callable[[Tensor], Tensor]) -> "Share":
-        return Share(turn(self.weight), None if self.enabled is None else turn(self.enabled))
-
-    def _scatter(self, total: Tensor, value: Tensor) -> Tensor:
-        total = total.clone()
-        total[self.rows] += value
-        return total
-
-    def _where_on(self, new: Tensor, old: Tensor) -> Tensor:
-        return new if self.enabled is None else torch.where(self.enabled, new, old)
+def share_of(weight: Tensor, rows: Tensor, batch_rows: int | None, dtype: torch.dtype) -> Share:
+    """The share of an expert with `weight` [N], picked at positions `rows` [n]."""
+    if len(rows) == len(weight):
+        return Share(weight[:, None].to(dtype), len(weight))
+    reads = rows
+    if batch_rows is not None:
+        reads = F.pad(rows, (0, in_tiles(len(rows), batch_rows) - len(rows)))
+    return Share(weight.index_select(0, rows)[:, None].to(dtype), len(weight), rows, reads)
 
 
 def shares_of(
-    weights: Tensor, active: Tensor | None, dtype: torch.dtype, *, keep_all: bool, is_sparse: bool
+    weights: Tensor,
+    active: Tensor | None,
+    batch_rows: int | None,
+    dtype: torch.dtype,
+    is_dense: bool = False,
 ) -> list[Share | None]:
     """Every expert's share from mixture weights [B,T,E] and mask [B,E]; None: it is not run.
 
-    An expert is left out if it is off for the whole batch or, unless `keep_all`, if no token
-    picked it.
+    It is run if some position picked it; in training, with `batch_rows` None, if it is on for some
+    sequence, for all learn. With `is_dense`, all positions pick all, which need not be looked up.
     """
-    found: list[Share | None] = []
-    for e in range(weights.shape[-1]):
-        weight = weights[..., e : e + 1].to(dtype)
-        enabled = None if active is None else active[:, e, None, None].expand_as(weight)
-        if enabled is not None and bool(enabled.all()):
-            enabled = None
-        rows = weight[..., 0].nonzero(as_tuple=True) if is_sparse else None
-        idle = (
-            (enabled is not None and not bool(enabled.any()))
-            or (not keep_all and not bool((weight > 0).any()))
-            or (rows is not None and not len(rows[0]))
-        )
-        found.append(None if idle else Share(weight, enabled, rows))
-    return found
+    weights = weights.flatten(0, 1)  # [N,E]
+    if is_dense:
+        return [Share(w[:, None].to(dtype), len(w)) for w in weights.unbind(1)]
+    picked = (weights != 0).T  # [E,N]; NaN is seen, not passed over
+    counts: list[int] = picked.sum(1).tolist()
+    rows = picked.nonzero()[:, 1].split(counts)
+    runs = [n > 0 for n in counts]
+    if batch_rows is None:
+        runs = [True] * len(counts) if active is None else active.any(0).tolist()
+    return [
+        share_of(weights[:, e], rows[e], batch_rows, dtype) if is_run else None
+        for e, is_run in enumerate(runs)
+    ]
 
 
 class LowRank(nn.Module):
-    """B A of one expert, zero at the start."""
+    """B A of one expert, zero at the start; laid out as a `Linear`."""
 
     def __init__(self, d_in: int, d_out: int, rank: int):
         super().__init__()
-        self.lora_a = nn.Parameter(torch.zeros(rank, d_in))
-        self.lora_b = nn.Parameter(torch.zeros(d_out, rank))
+        self.lora_a = nn.Parameter(torch.zeros(d_in, rank).T)
+        self.lora_b = nn.Parameter(torch.zeros(rank, d_out).T)
 
 
 class _Deltas(nn.Module):
@@ -144,52 +112,57 @@ class _Deltas(nn.Module):
     def of(self, name: str) -> Linear | LowRank:
         return cast(Linear | LowRank, getattr(self, slot(name)))
 
-    def low(self, ctx: ForwardContext | None) -> list[tuple[Share, LowRank]]:
+    def low(self, ctx: ForwardContext) -> list[tuple[Share, LowRank]]:
         """Deltas of the experts that are run, with their shares."""
         return [(s, m) for s, m in self._present(ctx) if isinstance(m, LowRank)]
 
-    def whole(self, ctx: ForwardContext | None) -> list[tuple[Share, Linear]]:
+    def whole(self, ctx: ForwardContext) -> list[tuple[Share, Linear]]:
         """Whole matrices of the experts that are run, with their shares."""
         return [(s, m) for s, m in self._present(ctx) if isinstance(m, Linear)]
 
-    def rest(self, ctx: ForwardContext | None) -> Share | None:
-        """Share left to the anchor's matrix, exactly 1 where whole matrices are off; None: all."""
-        assert ctx is not None and ctx.shares is not None, "deltas need one routing for all layers"
+    def rest(self, ctx: ForwardContext) -> Share | None:
+        """Share left to the anchor's matrix, exactly 1 where whole matrices are off; None: the
+        anchor's is not run. All of it if there are none."""
         places = tuple(
             p
             for n, p in self.places.items()
             if ctx.shares[p] is not None and isinstance(self.of(n), Linear)
         )
-        if not places:
-            return None
         if places not in ctx.rests:  # the same for most matrices
             assert ctx.weights is not None
-            rest, one = torch.ones_like(ctx.weights[..., :1]), ctx.shares[places[0]]  # [B,T,1]
+            weights = ctx.weights.flatten(0, 1)  # [N,E]
+            rest = torch.ones_like(weights[:, 0])
             for place in places:
-                rest = rest - ctx.weights[..., place : place + 1]
+                rest = rest - weights[:, place]
             # less is the rounding of weights that sum to 1
             rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
-            rows = None if one.rows is None else rest[..., 0].nonzero(as_tuple=True)
-            ctx.rests[places] = Share(rest.to(one.weight.dtype), None, rows)
-        return cast(Share, ctx.rests[places])
+            rows = rest.nonzero()[:, 0]
+            found = None
+            if len(rows) or ctx.batch_rows is None:  # as in `shares_of`
+                found = share_of(rest, rows, ctx.batch_rows, ctx.dtype)
+            ctx.rests[places] = found
+        return cast(Share | None, ctx.rests[places])
 
     def mix(
         self,
         x: Tensor,
-        ctx: ForwardContext | None,
+        ctx: ForwardContext,
         weight: Tensor,
         read: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """`read(x, .)` of the anchor's `weight` and of owners' whole matrices, by their shares."""
-        if (rest := self.rest(ctx)) is None:
+        whole = self.whole(ctx)
+        if not whole:
             return read(x, weight)
-        y = rest.weigh(read(rest.pick(x), weight))
-        for share, own in self.whole(ctx):
+        rest, y = self.rest(ctx), None
+        if rest is not None:
+            y = rest.add(y, read(rest.pick(x), weight))
+        for share, own in whole:
             y = share.add(y, read(share.pick(x), own.weight))
-        return y
+        return cast(Tensor, y)
 
-    def _present(self, ctx: ForwardContext | None) -> Iterator[tuple[Share, Linear | LowRank]]:
-        assert ctx is not None
+    def _present(self, ctx: ForwardContext) -> Iterator[tuple[Share, Linear | LowRank]]:
+        assert ctx.shares is not None, "deltas need one routing for all layers"
         for name, place in self.places.items():
             share = ctx.shares[place]
             if share is not None:
@@ -206,36 +179,43 @@ class DeltaLinear(Linear):
         self.deltas = _Deltas((base.out_features, base.in_features), ranks, names)
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        y = self.deltas.mix(x, ctx, self.weight, F.linear)
+        assert ctx is not None
+        flat, n = x.flatten(0, 1), ctx.batch_rows
+        y = self.deltas.mix(flat, ctx, self.weight, lambda u, w: product(u, w, n))
         for share, delta in self.deltas.low(ctx):
-            y = share.add_delta(y, F.linear(share.pick(x), delta.lora_a), delta.lora_b)
-        return y
+            low = product(share.pick(flat), delta.lora_a, n)
+            y = share.add(y, product(low, delta.lora_b, n))
+        return y.view(*x.shape[:-1], -1)
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
-        """Factors as in `Linear.parts`; zeros for sequences that have the expert off.
+        """Factors as in `Linear.parts`; zeros at positions that did not pick the expert.
 
-        If some have it off, what is not finite in its matrix counts as 0: theirs is 0 times it.
+        If there are some, what is not finite in its matrix counts as 0: theirs is 0 times it.
         """
-        rest = self.deltas.rest(ctx)
-        found = [x if rest is None else rest.weight * x, self.weight]
-        for share, own in self.deltas.whole(ctx):
-            found += [_where_on(share, share.weight * x), _finite(share, own.weight)]
+        flat = x.flatten(0, 1)
+        found = [flat, self.weight]
+        if whole := self.deltas.whole(ctx):
+            rest = self.deltas.rest(ctx)
+            found = [] if rest is None else [_weighed(rest, flat), self.weight]
+            for share, own in whole:
+                found += [_weighed(share, flat), _finite(share, own.weight)]
         for share, delta in self.deltas.low(ctx):
-            low = F.linear(x, delta.lora_a)
-            found += [_where_on(share, share.weight * low), _finite(share, delta.lora_b)]
-        return found
+            found += [_weighed(share, F.linear(flat, delta.lora_a)), _finite(share, delta.lora_b)]
+        return [u.view(*x.shape[:-1], -1) if j % 2 == 0 else u for j, u in enumerate(found)]
 
 
-def _where_on(share: Share, value: Tensor) -> Tensor:
-    """`value`, zero where the expert is off; not by a product, as it may be infinite there."""
-    if share.enabled is None:
-        return value
-    return torch.where(share.enabled, value, value.new_zeros(()))
+def _weighed(share: Share, value: Tensor) -> Tensor:
+    """weight * `value` [N,.], 0 where the expert was not picked; not by a product, as the value may
+    be infinite there."""
+    if share.rows is None:
+        return share.weight * value
+    nothing = value.new_zeros(value.shape)
+    return nothing.index_add(0, share.rows, share.weight * value.index_select(0, share.rows))
 
 
 def _finite(share: Share, matrix: Tensor) -> Tensor:
-    """`matrix`, without NaN and infinities if the expert is off for some sequences."""
-    if share.enabled is None:
+    """`matrix`, without NaN and infinities if some positions did not pick the expert."""
+    if share.rows is None:
         return matrix
     return torch.where(matrix.isfinite(), matrix, matrix.new_zeros(()))
 
@@ -249,10 +229,13 @@ class DeltaEmbedding(Embedding):
         self.deltas = _Deltas((base.num_embeddings, base.embedding_dim), ranks, names)
 
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        x = self.deltas.mix(ids, ctx, self.weight, F.embedding)
+        assert ctx is not None
+        flat = ids.flatten()
+        x = self.deltas.mix(flat, ctx, self.weight, F.embedding)
         for share, delta in self.deltas.low(ctx):
-            x = share.add_delta(x, F.embedding(share.pick(ids), delta.lora_b), delta.lora_a.T)
-        return x
+            low = F.embedding(share.pick(flat), delta.lora_b)
+            x = share.add(x, product(low, delta.lora_a.T, ctx.batch_rows))
+        return x.view(*ids.shape, -1)
 
 
 class LowRankFeedForward(nn.Module):
@@ -267,66 +250,43 @@ class LowRankFeedForward(nn.Module):
         self.up_proj = LowRank(d_model, d_ff, rank)
         self.down_proj = LowRank(d_ff, d_model, rank)
 
-    def read(self, x: Tensor) -> Tensor:
-        """A x of the gate's and the up matrix's deltas, [2r,n] from [..., D]."""
-        both = torch.cat([self.gate_proj.lora_a, self.up_proj.lora_a])
-        return both @ x.flatten(0, -2).T
-
-    def inner(self, low: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        """Inner activations [F,n]; `low` [2r,n] is from `read`, gate and up [F,n] the anchor's."""
-        low_gate, low_up = low.chunk(2)
-        gate = torch.addmm(gate, self.gate_proj.lora_b, low_gate)
-        up = torch.addmm(up, self.up_proj.lora_b, low_up)
-        if torch.is_grad_enabled():
-            return F.silu(gate) * up
-        return F.silu(gate, inplace=True).mul_(up)
-
 
 def mix_low_rank(
     h: Tensor,
+    total: Tensor | None,
     public: FeedForward,
     share: Share | None,
     experts: Sequence[tuple[Share, LowRankFeedForward]],
+    ctx: ForwardContext,
 ) -> Tensor:
-    """Weighted sum of the outputs of `public` (None: no share) and `experts` for h [..., D].
+    """`total` [N,D] + weighted sum of the outputs of `public` and `experts` for rows h [N,D].
 
     The anchor's gate and up products are computed once for all, and its down product once for the
-    weighted sum, being linear. Experts work in columns, one for each position, because thin
-    matrices multiply up to twice as fast so, and in pieces that fit a processor's cache.
-    Source: ours.
+    weighted sum, being linear. Source: ours.
     """
-    gate = public.gate_proj(h)  # [...,F]
-    up = public.up_proj(h)  # [...,F]
-    inner = torch.zeros_like(gate)  # input of the down product
+    batch_rows = ctx.batch_rows
+    picked = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for own in (share, *(s for s, _ in experts)):
+        if own is not None:
+            picked[own.rows if own.rows is not None else slice(None)] = True
+    union = share_of(picked, picked.nonzero()[:, 0], batch_rows, h.dtype)
+    gate = public.gate_proj(h, ctx)  # [N,F]
+    up = public.up_proj(h, ctx)  # [N,F]
+    inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:
-        inner = share.add(inner, F.silu(share.pick(gate)) * share.pick(up))
-    lows: list[list[Tensor]] = [[] for _ in experts]
-    if experts:
-        columns = [
-            (own.by_column(), expert, expert.read(own.pick(h)))  # reads [2r,N or picked]
-            for own, expert in experts
-        ]
-        flat = [x.flatten(0, -2) for x in (inner, gate, up)]  # [N,F] each
-        sums = []
-        for part in _column_pieces(flat[0], experts):
-            total, g, u = (x[part].T.contiguous() for x in flat)  # [F,n] each
-            for (column, expert, read), low in zip(columns, lows, strict=True):
-                here = column.at_columns(part)
-                value = expert.inner(read[:, part], here.pick(g), here.pick(u))
-                low.append(expert.down_proj.lora_a @ value)  # [r,n]
-                total = here.add(total, value)
-            sums.append(total.T)
-        inner = torch.cat(sums).view_as(inner)
-    y = public.down_proj(inner)  # [...,D]
+        inner = share.add(None, silu(share.pick(gate)) * share.pick(up))
+    lows = []
+    for own, expert in experts:
+        x = own.pick(h)
+        gate_low = product(x, expert.gate_proj.lora_a, batch_rows)  # [n,r]
+        up_low = product(x, expert.up_proj.lora_a, batch_rows)  # [n,r]
+        own_gate = own.pick(gate) + product(gate_low, expert.gate_proj.lora_b, batch_rows)
+        own_up = own.pick(up) + product(up_low, expert.up_proj.lora_b, batch_rows)
+        value = silu(own_gate) * own_up  # [n,F]
+        lows.append(product(value, expert.down_proj.lora_a, batch_rows))  # [n,r]
+        inner = own.add(inner, value)
+    y = public.down_proj(cast(Tensor, inner), ctx)  # [N,D]
+    total = union.put(total, y if union.rows is None else y.index_select(0, union.rows))
     for (own, expert), low in zip(experts, lows, strict=True):
-        found = torch.cat(low, dim=1).T  # [N or picked,r]
-        y = own.add_delta(
-            y, found if own.rows else found.reshape(*h.shape[:-1], -1), expert.down_proj.lora_b
-        )
-    return y
-
-
-def _column_pieces(x: Tensor, experts: Sequence[tuple[Share, nn.Module]]) -> list[slice]:
-    if torch.is_grad_enabled() or not x.is_cpu or any(share.rows for share, _ in experts):
-        return [slice(None)]
-    return pieces(len(x), max(16, PIECE_NUMBERS // x.shape[1]))
+        total = own.add(total, product(low, expert.down_proj.lora_b, batch_rows))
+    return total

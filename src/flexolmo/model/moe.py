@@ -3,14 +3,15 @@
 Experts go by name: `public` is the anchor's own FFN, the others are owners'. Knows neither files
 nor owners' rights; the caller says which experts are active for each sequence.
 
-A disabled expert changes no bit: its router logit is dropped before the softmax, nothing it
-computes is added (it is not run at all if no sequence of the batch enables it), and every product
-keeps the shape it would have had if the expert had never been merged.
+A disabled expert changes no bit: its router logit is dropped before the softmax, so no position
+of the sequence picks it; and products are computed in tiles, whose rows keep their bits whatever
+else is in the batch.
 
 B batch, T positions, D d_model, E experts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -39,14 +40,7 @@ from flexolmo.model.router import (
 )
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import (
-    Cache,
-    FeedForward,
-    ForwardContext,
-    ModelConfig,
-    Transformer,
-    by_pieces,
-)
+from flexolmo.model.transformer import Cache, FeedForward, ForwardContext, ModelConfig, Transformer
 
 
 class Mixture(nn.Module):
@@ -75,18 +69,14 @@ class Mixture(nn.Module):
         if self.router is not None:
             logits = self._logits(self.router, h, ctx)
             weights = mixture_weights(logits, ctx.active, self.top_k)
-            shares = shares_of(
-                weights, ctx.active, h.dtype, keep_all=self.training, is_sparse=ctx.is_sparse
-            )
+            learns_all = self.training and self.top_k is None and ctx.active is None
+            shares = shares_of(weights, ctx.active, ctx.batch_rows, h.dtype, is_dense=learns_all)
             if ctx.router_logits is not None:
                 ctx.router_logits.append(torch.stack(logits, dim=-1))
         assert weights is not None, "a mixture needs weights from its model or its layer"
         if ctx.routing is not None:
             ctx.routing.append(weights.detach())
-        if self.training or ctx.is_sparse:
-            return self._mix(h, shares)
-        rows = [s and s.by_row() for s in shares]
-        return by_pieces(lambda x, part: self._mix(x, [s and s.at_rows(part) for s in rows]), h)
+        return self._mix(h.flatten(0, 1), shares, ctx).view_as(h)
 
     def _logits(
         self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext
@@ -99,31 +89,29 @@ class Mixture(nn.Module):
             memory.context = context
         return logits
 
-    def _mix(self, h: Tensor, shares: Sequence[Share | None]) -> Tensor:
+    def _mix(self, h: Tensor, shares: Sequence[Share | None], ctx: ForwardContext) -> Tensor:
+        """Weighted sum of the outputs for rows h [N,D]."""
         public = cast(FeedForward, self.expert(PUBLIC))
-        mixed = torch.zeros_like(h)  # [B,T,D], or [N,D] of rows
-        public_share, low_rank = None, []
-        for share, expert in zip(shares, self.experts.values(), strict=True):
-            if share is None:
-                continue
-            if expert is public:
-                public_share = share
-            elif isinstance(expert, LowRankFeedForward):
+        mixed, low_rank = None, []
+        for share, expert in zip(shares[1:], [*self.experts.values()][1:], strict=True):
+            if share and isinstance(expert, LowRankFeedForward):
                 low_rank.append((share, expert))
-            else:
-                mixed = share.add(mixed, cast(FeedForward, expert).whole(share.pick(h)))
-        if public_share or low_rank:
-            mixed = mixed + mix_low_rank(h, public, public_share, low_rank)
-        return mixed
+            elif share:
+                whole = cast(FeedForward, expert)
+                mixed = share.add(mixed, whole.read(share.pick(h), ctx))
+        share = shares[0]
+        if low_rank:
+            mixed = mix_low_rank(h, mixed, public, share, low_rank, ctx)
+        elif share:
+            mixed = share.put(mixed, public.read(share.pick(h), ctx, share.weight))
+        return cast(Tensor, mixed)
 
 
 class MixtureModel(Transformer):
     """The anchor's frame with a `Mixture` in every layer, and one router.
 
     `expert_names` starts with "public"; the rest are in alphabetical order, so the order in which
-    owners came does not matter. With `is_sparse`, an expert reads only the tokens that picked it:
-    less work when few are picked, but the shapes of its products, and with them the last bits,
-    then depend on the rest of the batch.
+    owners came does not matter. An expert reads only the positions that picked it.
     """
 
     def __init__(
@@ -141,7 +129,6 @@ class MixtureModel(Transformer):
         self.shapes = {n: experts[n] for n in self.expert_names[1:]}
         self.settings = router
         self.top_k = top_k
-        self.is_sparse = False
         self.router: EvidenceRouter | None = None
         if isinstance(router, EvidenceSettings):
             sizes = {PUBLIC: public_bigrams} | {n: s.num_bigrams for n, s in self.shapes.items()}
@@ -206,17 +193,18 @@ class MixtureModel(Transformer):
             ctx.weights = mixture_weights(
                 logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
             )
-            ctx.shares = shares_of(
-                ctx.weights,
-                active,
-                self.embed_tokens.weight.dtype,
-                keep_all=self.training,
-                is_sparse=self.is_sparse,
-            )
+            ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
         if isinstance(self.settings, DiscriminantSettings):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
-        ctx.is_sparse = self.is_sparse
         return ctx
+
+    def _at_last(self, ctx: ForwardContext, batch_size: int, count: int) -> ForwardContext:
+        ctx = super()._at_last(ctx, batch_size, count)
+        if ctx.weights is None:
+            return ctx
+        weights = ctx.weights[:, -count:]
+        shares = shares_of(weights, ctx.active, ctx.batch_rows, ctx.dtype)
+        return replace(ctx, weights=weights, shares=shares, rests={})
 
 
 def _feed_forward(config: ModelConfig, shape: ExpertShape) -> nn.Module:

@@ -35,17 +35,6 @@ def test_an_upcycled_mixture_says_what_the_anchor_says(fresh):
         assert torch.allclose(model(IDS), fresh.model(IDS), atol=1e-4)
 
 
-def test_sparse_and_dense_execution_agree(fresh):
-    model = rival_mixture(fresh, ["a", "b", "c"], top_k=2, seed=0).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.mixtures()[0].parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
-        sparse = model(IDS)
-        model.is_sparse = False
-        assert torch.allclose(sparse, model(IDS), atol=1e-5)
-
-
 def test_btx_starts_from_the_mean_and_each_models_own_ffn(fresh):
     base = {n: t.clone() for n, t in fresh.model.state_dict().items()}
     dense = {n: {k: t + s for k, t in base.items()} for n, s in (("a", 0.1), ("b", 0.4))}

@@ -70,7 +70,6 @@ def rival_mixture(anchor: Anchor, names: Sequence[str], top_k: int, seed: int) -
     model = MixtureModel(
         anchor.config, {n: shape for n in names}, LinearSettings(has_bias=False), top_k=top_k
     )
-    model.is_sparse = True
     state = anchor.model.state_dict()
     frame = {n: t for n, t in state.items() if ".mlp." not in n}
     generator = torch.Generator().manual_seed(seed)

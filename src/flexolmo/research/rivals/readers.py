@@ -24,6 +24,10 @@ class _BtmState:
     weights: Tensor  # [E,B] float64, logarithms, up to a constant
     last: Tensor | None = None  # [E,B,V] log-probabilities of the next token
 
+    def reserve(self, num_positions: int) -> None:
+        for state in self.states:
+            state.reserve(num_positions)
+
     def select(self, rows: Tensor) -> "_BtmState":
         return _BtmState(
             [s.select(rows) for s in self.states],
@@ -105,6 +109,11 @@ class _ChosenState:
     opening: Any  # the opening's state of the rows that wait, in their order
     waiting: dict[int, list[int]]  # ids read so far
     groups: list[_Group] = field(default_factory=list)
+
+    def reserve(self, num_positions: int) -> None:
+        for state in (self.opening, *(g.state for g in self.groups)):
+            if state is not None:
+                state.reserve(num_positions)
 
     def select(self, rows: Tensor) -> "_ChosenState":
         chosen = rows.tolist()

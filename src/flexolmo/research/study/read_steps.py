@@ -61,8 +61,6 @@ def read(step: StepContext) -> dict[str, Any]:
     tokens on which an expert ran (active) by set, [L][E].
     """
     model, settings = model_of(step), step.settings
-    if isinstance(model, MixtureModel):
-        model.is_sparse = True  # the same to the last bits, and faster when few are picked
     routing: dict[str, Any] = {}
     active: dict[str, Any] = {}
     for split in settings.get("splits", SPLITS):
