@@ -30,6 +30,7 @@ from flexolmo.config import Settings
 from flexolmo.model.statistics import EvidenceSettings
 
 EvidenceState = tuple[Tensor, Tensor]
+MAX_NATS = 300.0  # by which the filter's weights may grow or shrink before they are scaled
 
 
 class LinearSettings(Settings):
@@ -179,22 +180,17 @@ class EvidenceRouter(nn.Module):
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         # dropped, not multiplied by 0: a table that is off may hold NaN
         likelihood = np.where(on > 0, likelihood, 0.0)
-        prior = on / _in_turn(on)  # [E,B]
-        weights = prior if past is None else past[1].numpy()  # [E,B]
+        prior = on / _sum(on)  # [E,B]
         ends = (
             ids == self.eos_token_id if is_token is None else is_token & (ids == self.eos_token_id)
         )
-        fresh = ends.T.cpu().numpy()  # [T,B]
-        padding = None if is_token is None else ~is_token.T.cpu().numpy()  # [T,B]
-        found = np.empty_like(likelihood)
-        rate = self.settings.switch_rate
-        for t, here in enumerate(likelihood):
-            seen = weights * here
-            moved = (1.0 - rate) * (seen / _in_turn(seen)) + rate * prior
-            if padding is not None:
-                moved = np.where(padding[t], weights, moved)
-            weights = np.where(fresh[t], prior, moved)
-            found[t] = weights
+        found = self._filter(
+            likelihood,
+            prior,
+            prior if past is None else past[1].numpy(),
+            ends.T.cpu().numpy(),
+            None if is_token is None else ~is_token.T.cpu().numpy(),
+        )
         with np.errstate(divide="ignore"):
             logs = torch.from_numpy(np.log(found)).float().permute(1, 2, 0).to(ids.device)
         last = (
@@ -202,15 +198,41 @@ class EvidenceRouter(nn.Module):
             if is_token is None
             else torch.where(is_token[:, -1], ids[:, -1], first[:, 0])
         )
-        return list(logs), (last, torch.from_numpy(weights))
+        return list(logs), (last, torch.from_numpy(found[-1]))
+
+    def _filter(
+        self,
+        likelihood: np.ndarray,
+        prior: np.ndarray,
+        weights: np.ndarray,
+        fresh: np.ndarray,
+        padding: np.ndarray | None,
+    ) -> np.ndarray:
+        """Weights at the token after each, [T,E,B] float64, from likelihoods [T,E,B], prior and
+        first weights [E,B]; `fresh` and `padding` [T,B] say where the prior, or nothing, follows.
+
+        Only ratios matter on the way, so weights are scaled to sum to 1 now and then and at last.
+        """
+        rate = self.settings.switch_rate
+        pull, found = rate * prior, np.empty_like(likelihood)
+        most = self.settings.tempering * self.settings.clip_nats  # nats by which one token scales
+        period = max(1, int(MAX_NATS / most))
+        is_fresh = fresh.any(1).tolist()
+        for t, here in enumerate(likelihood):
+            seen = weights * here
+            moved = (1.0 - rate) * seen + pull * _sum(seen)
+            if padding is not None:
+                moved = np.where(padding[t], weights, moved)
+            weights = np.where(fresh[t], prior, moved) if is_fresh[t] else moved
+            if t % period == period - 1:
+                weights = weights / _sum(weights)
+            found[t] = weights
+        return found / _sum(found, axis=1)[:, None]
 
 
-def _in_turn(parts: np.ndarray) -> np.ndarray:
+def _sum(parts: np.ndarray, axis: int = 0) -> np.ndarray:
     """Sum over experts one by one, so that an expert of weight 0 and none at all give one sum."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return cast(np.ndarray, parts.cumsum(axis).take(-1, axis))
 
 
 class LinearRouter(nn.Module):
