@@ -217,7 +217,7 @@ class EvidenceRouter(nn.Module):
         pull, found = rate * prior, np.empty_like(likelihood)
         most = self.settings.tempering * self.settings.clip_nats  # nats by which one token scales
         period = max(1, int(MAX_NATS / most))
-        is_fresh = fresh.any(1).tolist()
+        is_fresh = np.asarray(fresh.any(axis=1))
         for t, here in enumerate(likelihood):
             seen = weights * here
             moved = (1.0 - rate) * seen + pull * _sum(seen)
