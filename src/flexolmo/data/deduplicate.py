@@ -169,12 +169,14 @@ class Seen:
         """Number of a remembered text with nearly the same words as text `number`."""
         if self._near is None:
             return None
-        for key in self._keys[number].tolist():
-            for other in self._buckets.get(key, []):
-                both = self._signatures[[other, number]]
-                if _are_near(both[:1], both[1:], self._near)[0]:
-                    return other
-        return None
+        keys = self._keys[number].tolist()
+        others = {other for key in keys for other in self._buckets.get(key, [])}
+        if not others:
+            return None
+        asked = np.array(sorted(others))
+        signature = self._signatures[number]
+        is_near = _are_near(self._signatures[asked], signature, self._near)
+        return int(asked[is_near.argmax()]) if is_near.any() else None
 
 
 def _are_near(one: np.ndarray, other: np.ndarray, near: float) -> np.ndarray:

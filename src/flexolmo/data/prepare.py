@@ -550,7 +550,7 @@ def _map_signatures(spilled: Path, count: int) -> np.ndarray:
     shape = (count, SIGNATURE_SIZE)
     if not count:
         return np.zeros(shape, dtype=np.uint32)  # an empty file cannot be mapped
-    return np.memmap(spilled, dtype=np.uint32, mode="r", shape=shape)
+    return np.asarray(np.memmap(spilled, dtype=np.uint32, mode="r", shape=shape))
 
 
 def _deduplicate(
