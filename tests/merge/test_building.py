@@ -417,6 +417,8 @@ def test_a_mixture_in_memory_holds_each_tensor_once(house, tmp_path, monkeypatch
     assert experts == {name: {} for name in NAMES}
     own = {p.data_ptr() for p in found.model.parameters()}
     assert {p.data_ptr() for p in anchor.model.parameters()} <= own
+    q_proj = anchor.model.layers[0].self_attn.q_proj.weight
+    assert q_proj.T.is_contiguous()  # as in a model that was made, not loaded
     expected = house.mixture(NAMES, "rich").model.state_dict()
     assert all(torch.equal(t, expected[n]) for n, t in found.model.state_dict().items())
 

@@ -282,8 +282,12 @@ def build_transformer(
     ]
     if lines:
         raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
-    # copied, for mapped tensors are aligned to 8 bytes alone, and tied ones are parted
-    loaded = {n: tensors[stock_name(n)].clone() for n in model.state_dict()}
+    # Copied, for mapped tensors are aligned to 8 bytes alone, tied ones are parted, and a matrix of
+    # ours has the numbers of a column together.
+    loaded = {}
+    for name, place in model.state_dict().items():
+        given = tensors[stock_name(name)]
+        loaded[name] = torch.empty_like(place, dtype=given.dtype, device="cpu").copy_(given)
     model.load_state_dict(loaded, assign=True)
     return model.eval()
 
