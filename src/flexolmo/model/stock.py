@@ -284,10 +284,11 @@ def build_transformer(
         raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
     # Copied, for mapped tensors are aligned to 8 bytes alone, tied ones are parted, and a matrix of
     # ours has the numbers of a column together.
-    loaded = {}
+    loaded: dict[str, Tensor] = {}
     for name, place in model.state_dict().items():
         given = tensors[stock_name(name)]
-        loaded[name] = torch.empty_like(place, dtype=given.dtype, device="cpu").copy_(given)
+        memory = torch.empty_strided(place.shape, place.stride(), dtype=given.dtype)
+        loaded[name] = memory.copy_(given)
     model.load_state_dict(loaded, assign=True)
     return model.eval()
 
