@@ -327,7 +327,9 @@ def test_where_an_expert_is_off_even_an_infinite_product_adds_nothing(wild):
     share = Share(torch.full((3, 1), 1e-30), 6, on, on)
     ctx = ForwardContext(x.dtype, x, x, None, None, shares=[None, share])
     plain, parts = layer(x, ctx), layer.parts(x, ctx)
-    summed = parts[0] @ parts[1].T + parts[2] @ parts[3].T
+    (every, weight, rows), (low, lora_b, picked) = parts
+    assert rows is None
+    summed = (every @ weight.T).index_add(0, picked, low @ lora_b.T).view_as(plain)
     for y in (plain, summed):
         assert torch.equal(y[0], F.linear(x, base.weight)[0])
     torch.testing.assert_close(plain, summed)

@@ -223,24 +223,31 @@ def test_one_sequence_is_selected_many_times_without_copies(wild, router):
 def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(
     num, chunk, seed, scale, ranks, asked
 ):
-    """Of logits sum_j u_j w_j^T, for any subset of the u and w; the others get none."""
+    """Of logits sum_j u_j w_j^T, each for all or some positions, and for any subset of the u and
+    w; the others get none."""
     rng = np.random.default_rng(seed)
+    rows = [
+        torch.from_numpy(np.flatnonzero(rng.random(num) < 0.4)) if rng.random() < 0.5 else None
+        for _ in (8, *ranks)
+    ]
     parts = [
         torch.from_numpy(rng.normal(size=(n, inner)) * 3 * inner**-0.5)
-        for inner in (8, *ranks)
-        for n in (num, 13)
+        for inner, at in zip((8, *ranks), rows, strict=True)
+        for n in (num if at is None else len(at), 13)
     ]
     targets = torch.from_numpy(rng.integers(0, 13, num))
     wanted = [bool(asked >> j & 1) for j in range(len(parts))]
     wanted[0] |= not any(wanted)
 
     def plain(*parts):
-        logits = sum(u @ w.T for u, w in zip(parts[::2], parts[1::2], strict=True))
-        return F.cross_entropy(logits, targets)
+        logits = torch.zeros(num, 13, dtype=torch.float64)
+        for u, w, at in zip(parts[::2], parts[1::2], rows, strict=True):
+            logits = logits.index_add(0, torch.arange(num) if at is None else at, u @ w.T)
+        return F.cross_entropy(logits, targets, reduction="sum")
 
     found, expected = [], []
     for out, loss_of in (
-        (found, lambda *p: _ChunkedLoss.apply(targets, chunk, *p)),
+        (found, lambda *p: _ChunkedLoss.apply(targets, chunk, rows, *p)),
         (expected, plain),
     ):
         leaves = [p.clone().requires_grad_(w) for p, w in zip(parts, wanted, strict=True)]
@@ -249,7 +256,7 @@ def test_chunked_loss_is_cross_entropy_with_the_gradients_asked_for(
         assert [x.grad is not None for x in leaves] == wanted
         out += [loss.detach().double(), *(x.grad for x in leaves if x.grad is not None)]
     for a, b in zip(found, expected, strict=True):  # the sums are taken in float32
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6 * num)
 
 
 def test_loss_does_not_depend_on_the_chunk(wild):

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexolmo.model.blend import Blend
 from flexolmo.model.router import slot
 from flexolmo.model.tiles import in_tiles, product, silu
-from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear
+from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear, Part
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,11 @@ class _Deltas(nn.Module):
         whole = self.whole(ctx)
         if not whole:
             return read(x, weight)
+        if ctx.blend is not None:
+            own_x, public_x = ctx.blend.split(x)
+            return cast(
+                Tensor, ctx.blend.join(read(own_x, whole[0][1].weight), read(public_x, weight))
+            )
         rest, y = self.rest(ctx), None
         if rest is not None:
             y = rest.add(y, read(rest.pick(x), weight))
@@ -187,37 +193,19 @@ class DeltaLinear(Linear):
             y = share.add(y, product(low, delta.lora_b, n))
         return y.view(*x.shape[:-1], -1)
 
-    def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
-        """Factors as in `Linear.parts`; zeros at positions that did not pick the expert.
-
-        If there are some, what is not finite in its matrix counts as 0: theirs is 0 times it.
-        """
+    def parts(self, x: Tensor, ctx: ForwardContext) -> list[Part]:
+        """Factors as in `Linear.parts`, of each expert at the positions that picked it alone."""
         flat = x.flatten(0, 1)
-        found = [flat, self.weight]
+        found: list[Part] = [(flat, self.weight, None)]
         if whole := self.deltas.whole(ctx):
             rest = self.deltas.rest(ctx)
-            found = [] if rest is None else [_weighed(rest, flat), self.weight]
-            for share, own in whole:
-                found += [_weighed(share, flat), _finite(share, own.weight)]
+            both = [] if rest is None else [(rest, self.weight)]
+            both += [(share, own.weight) for share, own in whole]
+            found = [(share.weigh(share.pick(flat)), w, share.rows) for share, w in both]
         for share, delta in self.deltas.low(ctx):
-            found += [_weighed(share, F.linear(flat, delta.lora_a)), _finite(share, delta.lora_b)]
-        return [u.view(*x.shape[:-1], -1) if j % 2 == 0 else u for j, u in enumerate(found)]
-
-
-def _weighed(share: Share, value: Tensor) -> Tensor:
-    """weight * `value` [N,.], 0 where the expert was not picked; not by a product, as the value may
-    be infinite there."""
-    if share.rows is None:
-        return share.weight * value
-    nothing = value.new_zeros(value.shape)
-    return nothing.index_add(0, share.rows, share.weight * value.index_select(0, share.rows))
-
-
-def _finite(share: Share, matrix: Tensor) -> Tensor:
-    """`matrix`, without NaN and infinities if some positions did not pick the expert."""
-    if share.rows is None:
-        return matrix
-    return torch.where(matrix.isfinite(), matrix, matrix.new_zeros(()))
+            low = F.linear(share.pick(flat), delta.lora_a)
+            found.append((share.weigh(low), delta.lora_b, share.rows))
+        return sorted(found, key=lambda part: part[2] is not None)  # those of all rows first
 
 
 class DeltaEmbedding(Embedding):
@@ -249,6 +237,25 @@ class LowRankFeedForward(nn.Module):
         self.gate_proj = LowRank(d_model, d_ff, rank)
         self.up_proj = LowRank(d_model, d_ff, rank)
         self.down_proj = LowRank(d_ff, d_model, rank)
+
+
+def blend_low_rank(
+    h: Tensor, public: FeedForward, expert: LowRankFeedForward, blend: Blend
+) -> Tensor:
+    """Weighted sum of the outputs of `public` and of the expert that learns, for rows h [N,D].
+
+    The anchor's gate and up products serve both. Source: ours.
+    """
+    own_h, _ = blend.split(h)
+    own_gate, public_gate = blend.split(F.linear(h, public.gate_proj.weight))
+    own_up, public_up = blend.split(F.linear(h, public.up_proj.weight))
+
+    def add(base: Tensor, x: Tensor, delta: LowRank) -> Tensor:
+        return base + F.linear(F.linear(x, delta.lora_a), delta.lora_b)
+
+    inner = F.silu(add(own_gate, own_h, expert.gate_proj)) * add(own_up, own_h, expert.up_proj)
+    own = add(F.linear(inner, public.down_proj.weight), inner, expert.down_proj)
+    return blend.join(own, F.linear(F.silu(public_gate) * public_up, public.down_proj.weight))
 
 
 def mix_low_rank(

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import PolicyError
+from flexolmo.model.blend import Blend, blend_of
 from flexolmo.model.deltas import (
     DeltaEmbedding,
     DeltaLinear,
     LowRankFeedForward,
     Share,
+    blend_low_rank,
     mix_low_rank,
     shares_of,
 )
@@ -76,6 +78,8 @@ class Mixture(nn.Module):
         assert weights is not None, "a mixture needs weights from its model or its layer"
         if ctx.routing is not None:
             ctx.routing.append(weights.detach())
+        if ctx.blend is not None:
+            return self._blend(h.flatten(0, 1), ctx).view_as(h)
         return self._mix(h.flatten(0, 1), shares, ctx).view_as(h)
 
     def _logits(
@@ -88,6 +92,15 @@ class Mixture(nn.Module):
         if memory is not None:
             memory.context = context
         return logits
+
+    def _blend(self, h: Tensor, ctx: ForwardContext) -> Tensor:
+        """The same for the anchor and the one expert that learns beside it."""
+        blend: Blend = ctx.blend
+        public, own = cast(tuple[FeedForward, nn.Module], tuple(self.experts.values()))
+        if isinstance(own, LowRankFeedForward):
+            return blend_low_rank(h, public, own, blend)
+        own_h, public_h = blend.split(h)
+        return blend.join(cast(FeedForward, own).read(own_h, ctx), public.read(public_h, ctx))
 
     def _mix(self, h: Tensor, shares: Sequence[Share | None], ctx: ForwardContext) -> Tensor:
         """Weighted sum of the outputs for rows h [N,D]."""
@@ -194,6 +207,11 @@ class MixtureModel(Transformer):
                 logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
             )
             ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
+            is_pair = len(self.expert_names) == 2 and active is None and ctx.is_token is None
+            if self.training and is_pair:
+                ctx.blend = blend_of(ctx.weights, ctx.dtype)
+                if ctx.blend.own_rows is None:
+                    ctx.shares[1] = Share(ctx.blend.own_weight, ids.numel())
         if isinstance(self.settings, DiscriminantSettings):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx

@@ -9,6 +9,7 @@ H heads, G key-value heads, C head width, L layers, V vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.model.tiles import product, silu
 
 CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
+CHUNK_NUMBERS = 2**21  # logits held at a time
 
 
 class ModelConfig(Settings):
@@ -144,6 +146,7 @@ class ForwardContext:
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
     rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
+    blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     cache: list[LayerCache] | None = None
     start: int = 0  # positions in the cache before these
@@ -228,9 +231,12 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         return F.linear(x, self.weight) if ctx is None else ctx.multiply(x, self.weight)
 
-    def parts(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
-        """u_1, w_1, u_2, w_2, ... with `forward` = sum of u_j w_j^T; u [B,T,.], w [out,.]."""
-        return [x, self.weight]
+    def parts(self, x: Tensor, ctx: ForwardContext) -> "list[Part]":
+        """Factors (u_j, w_j, rows) with `forward` = sum of u_j w_j^T at those rows."""
+        return [(x.flatten(0, 1), self.weight, None)]
+
+
+Part = tuple[Tensor, Tensor, Tensor | None]  # u [n,.], w [out,.], rows [n] of N, ascending
 
 
 class Embedding(nn.Embedding):
@@ -348,6 +354,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head: Linear = Linear(config.d_model, config.vocab_size)
+        self.run_block: Callable[..., Tensor] = Block.__call__  # in training
 
     @property
     def device(self) -> torch.device:
@@ -409,7 +416,7 @@ class Transformer(nn.Module):
         ctx.routing, ctx.router_logits = routing, router_logits
         x = self.embed_tokens(ids, ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
-            x = block(x, ctx, i)
+            x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
         if cache is not None:
             cache.num_positions += ids.shape[1]
         return self.norm(x), ctx
@@ -493,52 +500,95 @@ class Transformer(nn.Module):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Mean cross-entropy of logits sum_j u_j w_j^T, in pieces, so that [N,V] never exists.
+    """Summed cross-entropy of logits sum_j u_j w_j^T, in pieces, so that [N,V] never exists.
 
-    Source: ours.
+    Each u_j [n,.] stands for all N positions or for `rows` of them, and its products are made for
+    those alone. Gradients are found on the way forward. Source: ours.
     """
 
     @staticmethod
-    def forward(ctx: Any, targets: Tensor, chunk: int, *parts: Tensor) -> Tensor:
-        inputs, matrices = parts[::2], parts[1::2]  # u_j [N,.], w_j [V,.]
-        N = len(targets)
-        total = torch.zeros((), dtype=torch.float32, device=targets.device)
-        needed = ctx.needs_input_grad[2:]
-        grads = [torch.zeros_like(p) if n else None for p, n in zip(parts, needed, strict=True)]
-        for start in range(0, N, chunk):
-            part = slice(start, start + chunk)
-            logits = inputs[0][part] @ matrices[0].T  # [n,V]
-            for u, w in zip(inputs[1:], matrices[1:], strict=True):
-                logits = logits.addmm_(u[part], w.T)
-            logits = logits.float()
-            log_z = logits.logsumexp(-1, keepdim=True)
-            picked = logits.gather(1, targets[part, None])
-            total += (log_z - picked).sum()
-            if any(needed):
-                grad = logits.sub_(log_z).exp_()  # softmax, [n,V]
-                grad.scatter_add_(1, targets[part, None], grad.new_full((len(grad), 1), -1.0))
-                grad = (grad / N).to(inputs[0].dtype)
-                for j, (u, w) in enumerate(zip(inputs, matrices, strict=True)):
-                    grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
-                    if grad_u is not None:
-                        torch.mm(grad, w, out=grad_u[part])
-                    if grad_w is not None:
-                        grad_w.addmm_(grad.T, u[part])
-        ctx.save_for_backward(*grads)
-        return total / N
+    def forward(
+        ctx: Any, targets: Tensor, chunk: int, rows: list[Tensor | None], *factors: Tensor
+    ) -> Tensor:
+        ctx.grads = [
+            torch.zeros_like(f) if needed else None
+            for f, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        dtype = factors[0].dtype
+        if torch.is_autocast_enabled(targets.device.type):
+            dtype = torch.get_autocast_dtype(targets.device.type)
+        with torch.autocast(targets.device.type, enabled=False):
+            inputs = [u.to(dtype) for u in factors[::2]]
+            matrices = [w.to(dtype) for w in factors[1::2]]
+            total = targets.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(targets), chunk):
+                total += _chunk_loss(targets, start, chunk, rows, inputs, matrices, ctx.grads)
+        return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale = grads[0]
-        return (None, None, *(None if g is None else g * scale for g in ctx.saved_tensors))
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in ctx.grads))
+
+
+def _chunk_loss(
+    targets: Tensor,
+    start: int,
+    chunk: int,
+    rows: list[Tensor | None],
+    inputs: list[Tensor],
+    matrices: list[Tensor],
+    grads: list[Tensor | None],
+) -> Tensor:
+    """Loss of the positions from `start` on, whose gradients are added to `grads`."""
+    wanted = targets[start : start + chunk, None]  # [c,1]
+    logits: Tensor | None = None  # [c,V]
+    read = []
+    for u, w, at in zip(inputs, matrices, rows, strict=True):
+        part, here = slice(start, start + chunk), None
+        if at is not None:
+            first, last = torch.searchsorted(at, at.new_tensor([start, start + chunk])).tolist()
+            part, here = slice(first, last), at[first:last] - start
+        read.append((part, here))
+        if here is None:
+            logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
+        else:
+            if logits is None:
+                logits = u.new_zeros(len(wanted), len(w))
+            logits.index_add_(0, here, u[part] @ w.T)
+    assert logits is not None
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    loss = -log_probs.gather(1, wanted).sum()
+    if any(g is not None for g in grads):
+        grad = log_probs.exp_()  # softmax, [c,V]
+        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+        grad = grad.to(logits.dtype)
+        for j, (part, here) in enumerate(read):
+            own = grad if here is None else grad.index_select(0, here)  # [.,V]
+            grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
+            if grad_u is not None:
+                grad_u[part] = own @ matrices[j]
+            if grad_w is not None and grad_w.dtype == own.dtype:
+                grad_w.addmm_(own.T, inputs[j][part])
+            elif grad_w is not None:
+                grad_w += own.T @ inputs[j][part]
+    return loss
 
 
 def language_model_loss(
-    model: Transformer, ids: Tensor, *, chunk: int = 1024, **options: Any
+    model: Transformer, ids: Tensor, *, chunk: int | None = None, **options: Any
 ) -> Tensor:
-    """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1]."""
+    """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1].
+
+    `chunk` positions at a time are held against the vocabulary; none: as many as a processor's
+    cache holds.
+    """
     ids = ids.to(model.device)
+    targets = ids[:, 1:].flatten()  # [N]
     x, ctx = model._stream(ids[:, :-1], **options)
     parts = model.lm_head.parts(x, ctx)
-    flat = [p.flatten(0, 1) if j % 2 == 0 else p for j, p in enumerate(parts)]
-    return cast(Tensor, _ChunkedLoss.apply(ids[:, 1:].flatten(), chunk, *flat))  # type: ignore[no-untyped-call]
+    if chunk is None:
+        chunk = max(128, CHUNK_NUMBERS // model.config.vocab_size)
+    factors = [f for u, w, _ in parts for f in (u, w)]
+    rows = [at for _, _, at in parts]
+    total = _ChunkedLoss.apply(targets, chunk, rows, *factors)  # type: ignore[no-untyped-call]
+    return cast(Tensor, total) / len(targets)

@@ -17,7 +17,8 @@ from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
-from flexolmo.train.loop import TrainSettings, identity_of, train
+from flexolmo.train.blocks import arrange_blocks
+from flexolmo.train.loop import TrainSettings, identity_of, in_parts, train
 
 
 class AnchorShape(Settings):
@@ -73,16 +74,19 @@ def train_anchor(
         public, "train", recipe.train.batch_size, recipe.train.seq_len, recipe.seed
     )
 
-    def loss_of_step(step: int) -> Tensor:
-        return language_model_loss(model, torch.from_numpy(batches.batch(step)))
+    record["is_compiled"] = arrange_blocks(model, recipe.train, "anchor")
+    compiled = {"is_compiled": True} if record["is_compiled"] else {}
+
+    def loss_of(ids: Tensor) -> Tensor:
+        return language_model_loss(model, ids)
 
     result = train(
         dict(model.named_parameters()),
-        loss_of_step,
+        in_parts(batches.batch, loss_of, recipe.train),
         recipe.train,
         run_dir,
         "anchor",
-        identity_of(recipe, data=public.digest),
+        identity_of(recipe, data=public.digest) | compiled,
         record,
     )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}

@@ -40,8 +40,9 @@ from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, sh
 from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
+from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.compress import prune_width
-from flexolmo.train.loop import TrainSettings, identity_of, train
+from flexolmo.train.loop import Losses, TrainSettings, identity_of, in_parts, train
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
@@ -231,6 +232,8 @@ def train_expert(
     digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
     identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
+    record["is_compiled"] = arrange_blocks(pair, recipe.train, f"expert {name}")
+    identity |= {"is_compiled": True} if record["is_compiled"] else {}
     if start is not None:
         identity["start"] = digest_tensors(start.items())
     result = train(
@@ -255,7 +258,7 @@ def prepare_training(
     recipe: ExpertRecipe,
     public: TokenSet | None,
     start: Mapping[str, Tensor] | None = None,
-) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Tensor]]:
+) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Losses]]:
     """The pair of anchor and new expert, the parameters that learn, and the loss of a step."""
     _refuse_bad_name(name)
     _refuse_other_tokenizers(anchor, data, public)
@@ -265,26 +268,26 @@ def prepare_training(
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
-    batch_of_step = _batches(data, public, recipe)
 
-    def loss_of_step(step: int) -> Tensor:
+    def loss_of(ids: Tensor) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
-        loss = language_model_loss(
-            pair,
-            torch.from_numpy(batch_of_step(step)),
-            router_logits=logits if isinstance(recipe.router, LinearSettings) else None,
-        )
+        learns = isinstance(recipe.router, LinearSettings)
+        loss = language_model_loss(pair, ids, router_logits=logits if learns else None)
         for z in logits:
             loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
         return loss
 
     pair.train()
-    return pair, parameters, loss_of_step
+    return pair, parameters, in_parts(_batches(data, public, recipe), loss_of, recipe.train)
 
 
 def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[str, Tensor]:
     """The expert's tensors as a bundle will hold them, on the CPU."""
-    tensors = {n: t.detach().cpu().clone() for n, t in expert_tensors(pair, name).items()}
+    in_rows = torch.contiguous_format
+    tensors = {
+        n: t.detach().cpu().clone(memory_format=in_rows)
+        for n, t in expert_tensors(pair, name).items()
+    }
     if recipe.has_half_deltas:
         tensors |= {n: t.bfloat16() for n, t in tensors.items() if ".lora_" in n}
     return tensors

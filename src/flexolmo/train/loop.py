@@ -6,11 +6,12 @@ Knows a loss and parameters by name; nothing of models, data or owners.
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import safetensors
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -20,7 +21,9 @@ from flexolmo.config import Settings
 from flexolmo.errors import CheckpointError
 from flexolmo.files import canonical_json, digest_bytes, parse_json, save_tensors, write_json
 from flexolmo.progress import progress
+from flexolmo.train.muon import Muon
 
+Losses = Tensor | Iterable[Tensor]  # of a step: one, or several that add up to it
 CHECKPOINT = "checkpoint.safetensors"
 
 
@@ -53,12 +56,38 @@ class TrainSettings(Settings):
         description="Weight of the squared log-partition of the linear router's logits "
         "(paper: 1e-3).",
     )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="Parts of a batch that are read one after another, for less memory: the same "
+        "numbers but for rounding.",
+    )
+    recompute: bool = Field(
+        False,
+        description="True to compute each block again on the way back, in place of keeping what "
+        "it computed: a third more work, for memory.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of products; weights, norms and optimizer are in float32 with both. "
+        "bfloat16 is for GPUs, and processors with AMX.",
+    )
+    compile: Literal["off", "on", "auto"] = Field(
+        "auto",
+        description="Use of torch.compile, which makes one program of a block, needs a C++ "
+        "compiler and changes last digits; auto: if the run is long enough to win the time back.",
+    )
     checkpoint_every_seconds: float = Field(30.0, gt=0, description="Seconds between checkpoints.")
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> "TrainSettings":
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be read in {self.accumulate} equal parts "
+                "(accumulate)"
+            )
         return self
 
     @property
@@ -102,7 +131,7 @@ def build_optimizers(
     if inner:
         built.append(
             (
-                torch.optim.Muon(
+                Muon(
                     inner.values(),
                     lr=settings.muon_learning_rate,
                     weight_decay=settings.weight_decay,
@@ -120,6 +149,7 @@ def build_optimizers(
                     lr=settings.learning_rate,
                     betas=(0.9, 0.95),
                     weight_decay=settings.weight_decay,
+                    fused=True,
                 ),
                 settings.learning_rate,
             )
@@ -131,12 +161,13 @@ def identity_of(recipe: BaseModel, **inputs: str) -> dict[str, Any]:
     """Everything that decides a run's numbers: recipe, digests of its inputs, threads."""
     config = recipe.model_dump(mode="json")
     del config["train"]["checkpoint_every_seconds"]
+    del config["train"]["compile"]  # what it comes to is told by the caller
     return {"config": config, "inputs": inputs, "threads": torch.get_num_threads()}
 
 
 def train(
     parameters: Mapping[str, nn.Parameter],
-    loss_of_step: Callable[[int], Tensor],
+    loss_of_step: Callable[[int], Losses],
     settings: TrainSettings,
     run_dir: Path | None,
     label: str,
@@ -144,6 +175,8 @@ def train(
     record: Mapping[str, Any],
 ) -> TrainResult:
     """Minimise `loss_of_step(step)` over `parameters`, in place.
+
+    Where it gives several losses, each is computed when the one before has given its gradient.
 
     With a `run_dir` the state is written there every `checkpoint_every_seconds`, and a later call
     with the same `identity` (config, seed, data: anything that decides the numbers) resumes from
@@ -169,10 +202,7 @@ def train(
     before = result.seconds
     with progress(label, settings.tokens, "tok", first * tokens_a_step) as meter:
         for step in range(first, settings.steps):
-            loss = loss_of_step(step)
-            loss.backward()
-            norm = float(nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip))
-            nats = float(loss.detach())
+            nats, norm = compute_gradients(parameters, loss_of_step, step, settings)
             if not math.isfinite(nats + norm):
                 cause = "Lower the learning rate."
                 if step == 0:
@@ -202,6 +232,51 @@ def train(
             is_private=True,
         )
     return result
+
+
+def compute_gradients(
+    parameters: Mapping[str, nn.Parameter],
+    loss_of_step: Callable[[int], Losses],
+    step: int,
+    settings: TrainSettings,
+) -> tuple[float, float]:
+    """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped."""
+    device = next(iter(parameters.values())).device.type
+    is_half = settings.precision == "bfloat16"
+
+    def in_precision() -> torch.autocast:
+        return torch.autocast(device, torch.bfloat16, enabled=is_half)
+
+    with in_precision():
+        given = loss_of_step(step)
+        parts = iter([given] if isinstance(given, Tensor) else given)
+        part = next(parts)
+    total = torch.zeros_like(part.detach())
+    while part is not None:
+        part.backward()
+        total += part.detach()
+        with in_precision():
+            part = next(parts, None)
+    grads = [p.grad for p in parameters.values() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    nats, size = torch.stack([total.float(), norm.float()]).tolist()  # one wait for a GPU
+    if size > settings.grad_clip:
+        nn.utils.clip_grads_with_norm_(parameters.values(), settings.grad_clip, norm)
+    return nats, size
+
+
+def in_parts(
+    batch_of_step: Callable[[int], np.ndarray],
+    loss_of: Callable[[Tensor], Tensor],
+    settings: TrainSettings,
+) -> Callable[[int], Iterable[Tensor]]:
+    """Function from a step to the losses of the parts in which its batch [B,T+1] is read."""
+
+    def losses(step: int) -> Iterator[Tensor]:
+        for ids in torch.from_numpy(batch_of_step(step)).chunk(settings.accumulate):
+            yield loss_of(ids) / settings.accumulate
+
+    return losses
 
 
 def _optimizer_tensors(
@@ -266,9 +341,8 @@ def _resume(
                 saved = {
                     n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)
                 }
-                if saved:  # AdamW counts its steps on the CPU
-                    optimizer.state[p] = {
-                        k: t if k == "step" else t.to(p.device) for k, t in saved.items()
-                    }
+                for key, value in saved.items():  # in the parameter's own order in memory
+                    place = torch.empty_like(p if value.shape == p.shape else value)
+                    optimizer.state[p][key] = place.to(p.device).copy_(value)
     result.losses_nats[:] = state["losses_nats"]
     result.seconds = state["seconds"]

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.runtime import set_up
+from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, packed_tensors, prepare_training
-from flexolmo.train.loop import train
+from flexolmo.train.loop import Losses, train
 
 TIMED_STEPS = 5  # and one before them, which is slower
 
@@ -45,10 +45,11 @@ def plan_training(
     set_up(recipe.seed, num_threads)
     started = time.monotonic()
     pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public)
+    arrange_blocks(pair, recipe.train, name)
     preparation = time.monotonic() - started
     begun: list[float] = []
 
-    def timed_loss(step: int) -> Tensor:
+    def timed_loss(step: int) -> Losses:
         begun.append(time.monotonic())
         return loss_of_step(step)
 
