@@ -26,6 +26,7 @@ import torch
 from shapes import SIZES
 from speed_table import markdown_table
 
+import data
 from flexolmo.files import read_json, write_json
 from flexolmo.progress import progress
 from flexolmo.runtime import software_versions, source_commit
@@ -55,13 +56,6 @@ def time_training(size: str, threads: int, rounds: int) -> Record:
     return training.measure(size, rounds, threads)
 
 
-def time_data(rounds: int) -> Record:
-    """Preparing text, building and loading a mixture, and starting."""
-    import data
-
-    return data.measure(rounds)
-
-
 def cases(asked: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Record]]]:
     """Threads and measurement of every case asked for, by its place in the results; those that
     share models follow one another."""
@@ -71,7 +65,7 @@ def cases(asked: argparse.Namespace) -> dict[str, tuple[int, Callable[[], Record
         if place.split("/")[0] in asked.parts:
             found[ROOTS[threads] + place] = (threads, partial(work, *given, asked.rounds))
 
-    add("data", 1, time_data)
+    add("data", 1, data.measure)
     for size in asked.sizes:
         for threads in asked.threads:
             add(f"training/{size}", threads, time_training, size, threads)

@@ -2,12 +2,14 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-PARTS = "prefill,decode,router,low_rank"
+PARTS = "data,prefill,decode,router,low_rank"
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -19,11 +21,21 @@ def speed(monkeypatch):
     import speed
     import timing
 
+    import data
+
     monkeypatch.setattr(timing, "LEAST_SECONDS", 0)
     monkeypatch.setattr(timing, "GEMM_WIDTH", 64)
     monkeypatch.setattr(timing, "STREAM_BYTES", 2**16)
     monkeypatch.setattr(read_and_write, "PROMPT_TOKENS", 8)
     monkeypatch.setattr(read_and_write, "NEW_TOKENS", 3)
+    monkeypatch.setattr(
+        data, "run_job", lambda name, *given, quiet=False: data.JOBS[name](*map(str, given))
+    )  # not in a process of its own
+    package = str(BENCHMARKS.parent / "src" / "flexolmo")  # what is prepared
+    paths = SimpleNamespace(get_paths=lambda: dict.fromkeys(("purelib", "stdlib"), package))
+    monkeypatch.setattr(data, "sysconfig", paths)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0})
+    monkeypatch.setattr(data, "measure", partial(data.measure, megabytes=0.3, size="pico"))
     monkeypatch.setattr(speed, "READ_SHAPES", ((2, 24),))
     monkeypatch.setattr(speed, "WRITE_BATCHES", (2,))
     monkeypatch.setattr(speed, "RANKS", (2,))
@@ -53,10 +65,12 @@ def test_every_figure_is_measured_and_has_its_place(speed, tmp_path, capsys):
     assert read["vs_stock"] == min(read[k]["vs_stock"] for k in ("top2", "top4"))
     assert write["times_floor"] == max(write[k]["times_floor"] for k in ("top2", "top4"))
     seconds += figures(found["router"]["pico"]["2x24"], "microseconds_a_token", "vs_loop")
+    seconds += figures(found["data"]["mixture"], "help_seconds", "first_token_seconds")
+    seconds.append(found["data"]["prepare"]["share_of_encode_batch"])
     seconds += figures(found["low_rank"]["pico"]["2"], "vs_anchor", "flops_vs_anchor")
     assert all(x > 0 and math.isfinite(x) for x in seconds)
     assert list(tmp_path.iterdir()) == [out]
-    assert "write" not in capsys.readouterr().out, "its rows are for batches of 1, 16 and 64"
+    assert " | - |" not in capsys.readouterr().out, "a row has a place where nothing is"
 
 
 def test_a_stopped_run_is_resumed_where_it_was(speed, tmp_path, monkeypatch):
