@@ -23,6 +23,7 @@ from typing import Any
 
 import read_and_write
 import torch
+import training
 from shapes import SIZES
 from speed_table import markdown_table
 
@@ -51,8 +52,6 @@ WORSE = {
 
 def time_training(size: str, threads: int, rounds: int) -> Record:
     """Steps of training an expert, by scope."""
-    import training
-
     return training.measure(size, rounds, threads)
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-PARTS = "data,prefill,decode,router,low_rank"
+KINDS = ["upstream", "dense", "stock eager", "all", "ffn", "low_rank"]  # none compiled
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -20,6 +20,7 @@ def speed(monkeypatch):
     import read_and_write
     import speed
     import timing
+    import training
 
     import data
 
@@ -36,6 +37,8 @@ def speed(monkeypatch):
     monkeypatch.setattr(data, "sysconfig", paths)
     monkeypatch.setattr(data.os, "sched_getaffinity", lambda _: {0})
     monkeypatch.setattr(data, "measure", partial(data.measure, megabytes=0.3, size="pico"))
+    monkeypatch.setattr(training, "measure", partial(training.measure, kinds=KINDS))
+    monkeypatch.setattr(training, "peak_memory", lambda *_: 2**20)  # takes processes
     monkeypatch.setattr(speed, "READ_SHAPES", ((2, 24),))
     monkeypatch.setattr(speed, "WRITE_BATCHES", (2,))
     monkeypatch.setattr(speed, "RANKS", (2,))
@@ -50,9 +53,9 @@ def figures(level: dict, *names: str) -> list[float]:
 def test_every_figure_is_measured_and_has_its_place(speed, tmp_path, capsys):
     out = tmp_path / "speed.json"
     words = ["--sizes", "pico", "--threads", "1", "--rounds", "1", "--out", str(out)]
-    speed.main([*words, "--parts", PARTS])
+    speed.main(words)
     found = json.loads(out.read_text())
-    assert found["command"].endswith(PARTS)
+    assert found["command"] == f"python benchmarks/speed.py {' '.join(words)}"
     assert "commit" in found and found["rounds"] == 1
     assert found["machine"].keys() >= {"cpu", "cores", "load", "software"}
     seconds = list(found["machine"]["gemm_gflops_by_threads"].values())
@@ -65,6 +68,9 @@ def test_every_figure_is_measured_and_has_its_place(speed, tmp_path, capsys):
     assert read["vs_stock"] == min(read[k]["vs_stock"] for k in ("top2", "top4"))
     assert write["times_floor"] == max(write[k]["times_floor"] for k in ("top2", "top4"))
     seconds += figures(found["router"]["pico"]["2x24"], "microseconds_a_token", "vs_loop")
+    for scope in ("all", "ffn", "low_rank"):
+        names = ("vs_upstream", "vs_dense", "vs_stock", "pct_gemm", "peak_memory_vs_upstream")
+        seconds += figures(found["training"]["pico"][scope], *names)
     seconds += figures(found["data"]["mixture"], "help_seconds", "first_token_seconds")
     seconds.append(found["data"]["prepare"]["share_of_encode_batch"])
     seconds += figures(found["low_rank"]["pico"]["2"], "vs_anchor", "flops_vs_anchor")
