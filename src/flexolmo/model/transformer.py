@@ -514,10 +514,12 @@ class _ChunkedLoss(torch.autograd.Function):
             torch.zeros_like(f) if needed else None
             for f, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
         ]
-        dtype = factors[0].dtype
-        if torch.is_autocast_enabled(targets.device.type):
-            dtype = torch.get_autocast_dtype(targets.device.type)
-        with torch.autocast(targets.device.type, enabled=False):
+        dtype, device = factors[0].dtype, targets.device.type
+        if not torch.amp.is_autocast_available(device):  # such as torch's meta device
+            device = "cpu"
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
             inputs = [u.to(dtype) for u in factors[::2]]
             matrices = [w.to(dtype) for w in factors[1::2]]
             total = targets.new_zeros((), dtype=torch.float32)
