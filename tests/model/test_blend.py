@@ -34,8 +34,18 @@ def test_a_blend_is_the_weighted_sum_and_so_are_its_gradients(num_rows, public, 
     blend = blend_of(weights, torch.float64)
     own_x, public_x = blend.split(x)
     found = blend.join(own_x @ a.T, public_x @ b.T)
+    at_once = blend.multiply(x, a, b.detach())
     expected = weights[0, :, 1:] * (x @ a.T) + weights[0, :, :1] * (x @ b.T)
     torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(at_once, expected)
+    for one, other in zip(
+        *(
+            torch.autograd.grad((y * out.detach()).sum(), (x, a), retain_graph=True)
+            for y in (at_once, expected)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
     for one, other in zip(
         *(torch.autograd.grad((y * out.detach()).sum(), (x, a, b)) for y in (found, expected)),
         strict=True,

@@ -14,7 +14,13 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
 from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import ModelConfig, Transformer, _ChunkedLoss, language_model_loss
+from flexolmo.model.transformer import (
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    _ChunkedLoss,
+    language_model_loss,
+)
 
 SHAPES = {
     "as many key-value heads": {"num_kv_heads": None},
@@ -206,6 +212,26 @@ def test_one_sequence_is_selected_many_times_without_copies(wild, router):
     torch.testing.assert_close(
         again[2], model(torch.cat([ids, wild.ids(5, 3, 1)[2:3]], 1))[0, 6:], rtol=0, atol=2e-5
     )
+
+
+@given(
+    shape=st.sampled_from([(1, 8), (3, 5, 8), (2, 4, 3, 16)]),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([1e-4, 1.0, 1e3]),
+)
+def test_norms_in_training_are_those_of_torch_with_its_gradients(shape, seed, scale):
+    g = torch.Generator().manual_seed(seed)
+    norm = RMSNorm(shape[-1], eps=1e-6, dtype=torch.float64)
+    norm.weight.data.normal_(generator=g)
+    x = (scale * torch.randn(shape, generator=g, dtype=torch.float64)).requires_grad_()
+    out = torch.randn(shape, generator=g, dtype=torch.float64)
+    found, expected = norm.train()(x), norm.eval()(x)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        *(torch.autograd.grad((y * out).sum(), (x, norm.weight)) for y in (found, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 # --- loss ---------------------------------------------------------------------------------------

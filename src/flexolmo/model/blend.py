@@ -29,6 +29,12 @@ class Blend:
         """The rows of x [N,.] that the expert reads, and those that the anchor does."""
         return cast(tuple[Tensor, Tensor], _Split.apply(x, self.own_rows, self.public_rows))  # type: ignore[no-untyped-call]
 
+    def multiply(self, x: Tensor, own: Tensor, public: Tensor) -> Tensor:
+        """`join` of the products of `split` with matrices [out,in], [N,out]; no gradient of the
+        anchor's."""
+        kept = (self.own_weight, self.own_rows, self.public_weight, self.public_rows)
+        return cast(Tensor, _Multiply.apply(x, own, public, *kept))  # type: ignore[no-untyped-call]
+
     def join(self, own: Tensor, public: Tensor) -> Tensor:
         """Weighted sum [N,.] of what the two say at the rows of `split`."""
         kept = (self.own_weight, self.own_rows, self.public_weight, self.public_rows)
@@ -92,6 +98,57 @@ class _Join(torch.autograd.Function):
         if own_rows is not None:
             own = own.index_select(0, own_rows)
         return own, public_weight.to(grad.dtype) * at_public, None, None, None, None
+
+
+class _Multiply(torch.autograd.Function):
+    """Product whose results and gradients are changed in place at the anchor's rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        own: Tensor,
+        public: Tensor,
+        own_weight: Tensor,
+        own_rows: Tensor | None,
+        public_weight: Tensor,
+        public_rows: Tensor,
+    ) -> Tensor:
+        ctx.dtypes = (x.dtype, own.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            own = own.to(dtype)
+            public = public.to(dtype)
+        mine = own_weight.index_select(0, public_rows).to(x.dtype)
+        public_weight = public_weight.to(x.dtype)
+        ctx.save_for_backward(x, own, public, mine, own_rows, public_weight, public_rows)
+        y = _pick(x, own_rows) @ own.T
+        if own_rows is not None:
+            y = _put(y, own_rows, len(x))
+        said = x.index_select(0, public_rows) @ public.T
+        both = mine * y.index_select(0, public_rows) + public_weight * said
+        return y.index_copy_(0, public_rows, both)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, own, public, mine, own_rows, public_weight, public_rows = ctx.saved_tensors
+        (grad,) = grads
+        at_public = grad.index_select(0, public_rows)
+        at_own = _pick(grad.index_copy(0, public_rows, mine * at_public), own_rows)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = at_own @ own
+            if own_rows is not None:
+                grad_x = _put(grad_x, own_rows, len(x))
+            grad_x = grad_x.index_add_(0, public_rows, (public_weight * at_public) @ public)
+            grad_x = grad_x.to(ctx.dtypes[0])
+        grad_own = (at_own.T @ _pick(x, own_rows)).to(ctx.dtypes[1])
+        return grad_x, grad_own, None, None, None, None, None
+
+
+def _pick(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
 def _put(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:

@@ -187,7 +187,10 @@ class DeltaLinear(Linear):
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         assert ctx is not None
         flat, n = x.flatten(0, 1), ctx.batch_rows
-        y = self.deltas.mix(flat, ctx, self.weight, lambda u, w: product(u, w, n))
+        if ctx.blend is not None and (whole := self.deltas.whole(ctx)):
+            y = ctx.blend.multiply(flat, whole[0][1].weight, self.weight)
+        else:
+            y = self.deltas.mix(flat, ctx, self.weight, lambda u, w: product(u, w, n))
         for share, delta in self.deltas.low(ctx):
             low = product(share.pick(flat), delta.lora_a, n)
             y = share.add(y, product(low, delta.lora_b, n))

@@ -249,6 +249,39 @@ class Embedding(nn.Embedding):
         return F.embedding(ids, self.weight)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm; in training with half as many passes over memory, and a third of it kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        return cast(Tensor, _Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+
+
+class _Normalise(torch.autograd.Function):
+    """x [...,D] over the root of its mean square, times a weight [D]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = (length.square() / x.shape[-1] + eps).rsqrt()  # [...,1]
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        (grad,) = grads
+        wide = x.to(scale.dtype)
+        weighed = grad * weight
+        along = (weighed * wide).sum(-1, keepdim=True) * scale.pow(3) / -x.shape[-1]  # [...,1]
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = ((grad * wide).mul_(scale)).flatten(0, -2).sum(0)
+        return weighed.mul_(scale).addcmul_(wide, along).to(x.dtype), grad_weight, None
+
+
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)). A full expert is one of these per layer."""
 
@@ -295,8 +328,8 @@ class Attention(nn.Module):
         self.k_proj: Linear = Linear(d, config.kv_heads * c)
         self.v_proj: Linear = Linear(d, config.kv_heads * c)
         self.o_proj: Linear = Linear(config.num_heads * c, d)
-        self.q_norm = nn.RMSNorm(config.num_heads * c, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.kv_heads * c, eps=config.norm_eps)
+        self.q_norm = RMSNorm(config.num_heads * c, eps=config.norm_eps)
+        self.k_norm = RMSNorm(config.kv_heads * c, eps=config.norm_eps)
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
@@ -334,8 +367,8 @@ class Block(nn.Module):
         super().__init__()
         self.self_attn = Attention(config)
         self.mlp: nn.Module = FeedForward(config.d_model, config.d_ff)
-        self.post_attention_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.post_feedforward_layernorm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.norm_eps)
+        self.post_feedforward_layernorm = RMSNorm(config.d_model, eps=config.norm_eps)
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         h = x + self.post_attention_layernorm(self.self_attn(x, ctx, layer))  # [B,T,D]
@@ -352,7 +385,7 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens: Embedding = Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps)
         self.lm_head: Linear = Linear(config.d_model, config.vocab_size)
         self.run_block: Callable[..., Tensor] = Block.__call__  # in training
 
@@ -529,7 +562,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in ctx.grads))
+        grads, ctx.grads = ctx.grads, None  # so that autograd takes them without a copy
+        return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in grads))
 
 
 def _chunk_loss(
