@@ -1,0 +1,28 @@
+"""The process."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+REPEAT = """
+import resource, torch
+from flexolmo.runtime import keep_memory
+
+assert keep_memory()
+def take():
+    for _ in range(20):
+        found = [torch.ones(2**21) for _ in range(4)]
+take()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+take()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_memory_that_was_freed_is_used_again_without_the_system():
+    """Pages asked of the system once all sizes have been used: hardly any."""
+    faults = int(subprocess.check_output([sys.executable, "-c", REPEAT], text=True))
+    assert faults < 100
