@@ -374,14 +374,16 @@ def time_router(size: str, kind: str, shape: tuple[int, int], rounds: int) -> Re
     ends = (ids == EOS).T.numpy()  # [T,B]
 
     def tables() -> np.ndarray:
-        logs = [router.table(n)(before, ids) for n in router.names]
+        last, here = before.flatten(), ids.flatten()
+        keys = last * router.vocab_size + here
+        logs = [router.table(n)(last, here, keys).view_as(ids) for n in router.names]
         gaps = [s.tempering * (x - logs[0]).clamp(-s.clip_nats, s.clip_nats) for x in logs]
         return torch.stack([g.double().exp().T for g in gaps], dim=1).numpy()  # [T,E,B]
 
     def loop() -> np.ndarray:
         return filter_in_a_loop(tables(), ends, s.switch_rate)
 
-    ours = mixture_weights(list(router(ids, None, None, None)[0]), None, None)  # [B,T,E]
+    ours = mixture_weights(router(ids, None, None, None)[0], None, None)  # [B,T,E]
     apart = float((ours - torch.from_numpy(loop()).permute(2, 0, 1)).abs().max())
     assert apart < 1e-5, f"the filter's weights are {apart} from the loop's"
     turns = Turns(

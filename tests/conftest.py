@@ -5,6 +5,7 @@ trained for a few steps. Everything is made here, in about two seconds, with no 
 """
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Mapping
@@ -224,7 +225,9 @@ class Wild:
 
 @pytest.fixture(scope="session")
 def make_wild(pico_anchor):
-    """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32."""
+    """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32, on the
+    device that FLEXOLMO_TEST_DEVICE names, by default the CPU."""
+    device = torch.device(os.environ.get("FLEXOLMO_TEST_DEVICE", "cpu"))
 
     def make(dtype: torch.dtype = torch.float32, **changes) -> Wild:
         config = ModelConfig.model_validate(pico_anchor.config.model_dump() | changes)
@@ -237,7 +240,9 @@ def make_wild(pico_anchor):
             * 0.5
         )
         return Wild(
-            build_anchor(model.to(dtype), pico_anchor.tokenizer, pico_anchor.public, rows, {})
+            build_anchor(
+                model.to(device, dtype), pico_anchor.tokenizer, pico_anchor.public, rows, {}
+            )
         )
 
     return make

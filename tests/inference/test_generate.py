@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from flexolmo.errors import ConfigError, DataError, PolicyError
-from flexolmo.inference.decode import Request, Sampling, choose_token, decode, requests_for
+from flexolmo.inference.decode import Request, Sampling, choose_tokens, decode, requests_for
 from flexolmo.inference.generate import generate, stream, stream_text
 from flexolmo.inference.reader import OwnReader
 
@@ -356,7 +356,7 @@ LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
 
 def draw(logits, seed=0, **options):
     generator = torch.Generator().manual_seed(seed)
-    return choose_token(torch.tensor(logits), Sampling(**options), generator)
+    return choose_tokens(torch.tensor([logits]), [Sampling(**options)], [generator])[0]
 
 
 @given(
@@ -390,6 +390,32 @@ def test_no_temperature_one_candidate_or_no_probability_to_spare_is_the_likelies
         assert logits[draw(logits, seed, **options)] == pytest.approx(best, abs=1e-5)
 
 
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from([-3.0, 0.0, 0.5, 2.0]), min_size=7, max_size=7),
+            st.sampled_from([0.0, 0.3, 1.0]),
+            st.sampled_from([0.05, 0.7, 1.0]),
+            st.sampled_from([None, 1, 3]),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+@IN_SESSION
+def test_a_batch_chooses_what_each_text_alone_does(rows):
+    logits = torch.tensor([row for row, *_ in rows])
+    samplings = [Sampling(temperature=t, top_p=p, top_k=k) for _, t, p, k in rows]
+
+    def draws():
+        return [torch.Generator().manual_seed(i) for i in range(len(rows))]
+
+    alone = [
+        choose_tokens(logits[i : i + 1], [samplings[i]], [draws()[i]])[0] for i in range(len(rows))
+    ]
+    assert choose_tokens(logits, samplings, draws()) == alone
+
+
 def test_draws_follow_the_probabilities():
     """Chi-square over 2,000 draws; the odds of a false alarm are one in a million."""
     logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5])
@@ -407,8 +433,10 @@ def test_draws_follow_the_probabilities():
     ):
         generator, sampling = torch.Generator().manual_seed(11), Sampling(**options)
         counts = torch.zeros(5)
-        for _ in range(2_000):
-            counts[choose_token(logits, sampling, generator)] += 1
+        rows = logits.expand(500, -1)
+        for _ in range(4):
+            chosen = choose_tokens(rows, [sampling] * 500, [generator] * 500)
+            counts += torch.bincount(torch.tensor(chosen), minlength=5)
         possible = expected > 1e-9
         assert (counts[~possible] == 0).all()
         share = expected[possible].double()

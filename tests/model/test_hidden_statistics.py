@@ -83,10 +83,10 @@ def make_states(*shape):
 def test_logits_are_tempered_log_odds_of_state_and_running_mean(texts, kind):
     router, states = make_router(ROUTERS[kind]), make_states(len(texts), 24)
     found, _ = router(states, find_texts(torch.tensor(texts), None, EOS, ROUTERS[kind]), None)
-    assert len(found) == 3 and not found[0].any(), "public's logit is 0"
+    assert found.shape[-1] == 3 and not found[..., 0].any(), "public's logit is 0"
     for b, ids in enumerate(texts):
         x = features_by_hand(ids, states[b], ROUTERS[kind])
-        for name, logits in zip(NAMES[1:], found[1:], strict=True):
+        for name, logits in zip(NAMES[1:], found.unbind(-1)[1:], strict=True):
             row = router.row(name)
             expected = ROUTERS[kind].tempering * (
                 x @ row.weight[0].double().numpy() + row.offset.item()
@@ -110,13 +110,13 @@ def test_read_in_pieces_and_behind_padding_is_read_at_once(texts, cuts, padding,
     for a, b in pairwise([0, *sorted(cuts), 24]):
         texts_here = find_texts(ids[:, a:b], is_token[:, a:b], EOS, ROUTERS[kind])
         logits, state = router(states[:, a:b], texts_here, state)
-        pieces.append(torch.stack(logits))
-    found = torch.cat(pieces, dim=-1)  # [E,B,T]
+        pieces.append(logits)
+    found = torch.cat(pieces, dim=1)  # [B,T,E]
     for b, p in enumerate(padding):
         alone, last = router(
             states[b : b + 1, p:], find_texts(ids[b : b + 1, p:], None, EOS, ROUTERS[kind]), None
         )
-        torch.testing.assert_close(found[:, b, p:], torch.stack(alone)[:, 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[b, p:], alone[0], rtol=1e-4, atol=1e-5)
         assert (state is None) == (last is None) == (not ROUTERS[kind].has_context)
         if state is not None:
             torch.testing.assert_close(state[b], last[0], rtol=1e-4, atol=1e-5)
@@ -137,7 +137,7 @@ def test_a_text_far_longer_than_the_half_life_stays_finite():
     logits, state = make_router(settings)(
         make_states(1, 1000), find_texts(ids, None, EOS, settings), None
     )
-    assert torch.isfinite(torch.stack(logits)).all() and torch.isfinite(state).all()
+    assert torch.isfinite(logits).all() and torch.isfinite(state).all()
 
 
 # --- in a model -----------------------------------------------------------------------------------

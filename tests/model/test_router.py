@@ -85,7 +85,7 @@ def loop_over_tokens(router, ids, on=None):
 def weights_of(router, ids, active=None, is_token=None):
     """[B,T,E] float64, all positions at once."""
     logs, _ = router(torch.tensor(ids), is_token, active, None)
-    return torch.stack(logs, dim=-1).double().exp()
+    return logs.double().exp()
 
 
 @given(
@@ -143,10 +143,7 @@ def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active)
     for a, b in pairwise(edges):
         logs, state = router(whole[:, a:b], None, active, state)
         pieces.append(logs)
-    for e, wanted in enumerate(expected):
-        torch.testing.assert_close(
-            torch.cat([p[e] for p in pieces], dim=1), wanted, rtol=1e-6, atol=1e-6
-        )
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(state[0], last[0])
     torch.testing.assert_close(state[1], last[1], rtol=1e-9, atol=1e-15)
 
@@ -167,12 +164,10 @@ def test_evidence_takes_no_notice_of_left_padding(texts, padding, filler):
     after, _ = router(torch.tensor([[3]] * len(rows)), None, None, state)
     for b, p in enumerate(padding):
         alone, alone_state = router(torch.tensor([rows[b][p:]]), None, None, None)
-        for e, wanted in enumerate(alone):
-            torch.testing.assert_close(logs[e][b, p:], wanted[0])
-            assert (logs[e][b, :p] == math.log(1 / 3)).all() or not p
+        torch.testing.assert_close(logs[b, p:], alone[0])
+        assert (logs[b, :p] == math.log(1 / 3)).all() or not p
         wanted, _ = router(torch.tensor([[3]]), None, None, alone_state)
-        for e in range(len(NAMES)):
-            torch.testing.assert_close(after[e][b], wanted[e][0])
+        torch.testing.assert_close(after[b], wanted[0])
 
 
 def test_padding_alone_leaves_evidence_as_it_was():
@@ -212,7 +207,7 @@ def test_a_disabled_domain_gives_the_bits_of_one_never_merged(texts, data):
         expected, _ = never(ids, None, None, None)
         own = mixture_weights(expected, None, None, min_weight=0.05)
         for i, name in enumerate([PUBLIC, *mask]):
-            assert torch.equal(found[names.index(name)][b], expected[i][b])
+            assert torch.equal(found[b, :, names.index(name)], expected[b, :, i])
             assert torch.equal(weights[b, :, names.index(name)], own[b, :, i])
         off = [names.index(n) for n in names if n not in (PUBLIC, *mask)]
         assert (weights[b][:, off] == 0).all()
@@ -238,11 +233,12 @@ def test_linear_logits_are_rows_against_the_state_less_a_softplus():
     router = LinearRouter(LinearSettings(), NAMES, 8)
     router.bias("a").data.fill_(1.5)
     h = torch.randn(2, 3, 8)
-    for name, found in zip(NAMES, router(h), strict=True):
+    for name, found in zip(NAMES, router(h, 6).unbind(-1), strict=True):
         row = router.row(name).weight[0].double()
         raw = {"a": 1.5, "b": -2.0}.get(name)
         bias = 0.0 if raw is None else math.log1p(math.exp(raw))
         torch.testing.assert_close(found.double(), h.double() @ row - bias, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(router(h, 6), router(h, None))
     assert PUBLIC not in router.raw_bias
     assert not LinearRouter(LinearSettings(has_bias=False), NAMES, 8).raw_bias
 
@@ -263,7 +259,7 @@ def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k)
     active = data.draw(st.lists(st.booleans(), min_size=experts, max_size=experts))
     active[0] = True
     logits = torch.tensor(z)[None]  # [1,4,E]
-    found = mixture_weights(list(logits.unbind(-1)), torch.tensor([active]), top_k)
+    found = mixture_weights(logits, torch.tensor([active]), top_k)
     for t in range(4):
         on = [e for e in range(experts) if active[e]]
         highest = max(z[t][e] for e in on)
@@ -284,7 +280,7 @@ def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k)
 def test_a_small_weight_is_none_but_the_largest_stays(data, experts, top_k, min_weight):
     """Just as if a mask had been laid over the weights; and all that is left is as it was."""
     draw = data.draw(st.lists(st.floats(-6, 6), min_size=7 * experts, max_size=7 * experts))
-    logits = list(torch.tensor(draw).view(experts, 1, 7))
+    logits = torch.tensor(draw).view(1, 7, experts)
     active = torch.tensor(
         [[True, *data.draw(st.lists(st.booleans(), min_size=experts - 1, max_size=experts - 1))]]
     )

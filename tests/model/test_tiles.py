@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError
 from flexolmo.model import tiles
-from flexolmo.model.tiles import MAX_TILE_ROWS, WHOLE_ROWS, in_tiles, product, silu, tile_rows
+from flexolmo.model.tiles import MAX_TILE_ROWS, columns, in_tiles, product, silu, spaced, tile_rows
 
 WIDTHS = st.sampled_from([1, 2, 3, 5, 8, 20, 32, 33, 70, 256])
 
@@ -48,6 +48,54 @@ def test_rows_keep_their_bits(threads):
     check_rows_keep_their_bits()
 
 
+@given(
+    batch_rows=st.sampled_from([1, 2, 7, 16, 33, 300]),
+    d_in=WIDTHS,
+    d_out=st.integers(1, 40),
+    data=st.data(),
+)
+@settings(derandomize=True, max_examples=40, deadline=None)
+def test_columns_keep_their_bits_when_others_are_left_out(batch_rows, d_in, d_out, data):
+    draw = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randn(batch_rows, d_in, generator=draw)
+    weight = torch.randn(d_out, d_in, generator=draw)
+    kept = sorted(data.draw(st.sets(st.integers(0, d_out - 1), min_size=1)))
+    whole = columns(x, weight, batch_rows)
+    assert torch.equal(columns(x, weight[kept], batch_rows), whole[:, kept])
+    torch.testing.assert_close(whole, x @ weight.T)
+
+
+@given(
+    shape=st.sampled_from([(1024, 3), (2048, 5), (4096, 1), (1000, 7)]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch_rows=st.sampled_from([1, 5, 40]),
+)
+@settings(derandomize=True, max_examples=20, deadline=None)
+def test_a_gap_between_columns_changes_no_number_and_rows_keep_their_bits(shape, dtype, batch_rows):
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape[1], shape[0], generator=draw).to(dtype).T
+    found = spaced(weight)
+    assert torch.equal(found, weight)
+    step = found.stride(1) * found.element_size()
+    assert step % 4096 and found.stride(0) == 1
+    x = torch.randn(batch_rows, shape[1], generator=draw).to(dtype)
+    whole = product(x, found, batch_rows)
+    torch.testing.assert_close(whole, x @ weight.T, rtol=1e-2, atol=1e-2)
+    assert torch.equal(product(x[-2:], found, batch_rows), whole[-2:])
+
+
+@given(
+    width=st.sampled_from([1, 33, 64, 96, 704]), rows=st.integers(1, 200), seed=st.integers(0, 99)
+)
+@settings(derandomize=True, max_examples=40, deadline=None)
+def test_silu_keeps_its_bits_in_whatever_row(width, rows, seed):
+    x = 4 * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    place = seed % rows
+    with torch.inference_mode():
+        assert torch.equal(silu(x[place:]), silu(x)[place:])
+        assert torch.equal(silu(x[place : place + 1].clone()), silu(x)[place : place + 1])
+
+
 @given(length=st.integers(1, 100), start=st.integers(0, 40), seed=st.integers(0, 99))
 @settings(derandomize=True, max_examples=60, deadline=None)
 def test_silu_keeps_its_bits_wherever_a_number_stands(length, start, seed):
@@ -63,7 +111,6 @@ def test_a_tile_depends_on_the_shapes_alone_and_holds_any_group():
         for numbers in (100, 10**7):
             tile = tile_rows(batch_rows, numbers)
             assert 1 <= tile <= MAX_TILE_ROWS
-            assert tile == batch_rows or batch_rows > WHOLE_ROWS
             if numbers == 100:
                 assert in_tiles(batch_rows, batch_rows) % tile == 0
 
@@ -74,4 +121,4 @@ def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):
 
     monkeypatch.setattr(tiles, "_multiply", by_count)
     with pytest.raises(ConfigError, match=r"depend on what is multiplied beside them.*one thread"):
-        tiles.least_tiles.__wrapped__(8, 4, 5, torch.float32, torch.device("cpu"), 1)
+        tiles.least_tiles.__wrapped__(8, 4, 5, 5, torch.float32, torch.device("cpu"), 1)

@@ -24,9 +24,11 @@ def switches(without: str | None, only: str | None) -> dict[str, Any]:
 
     Raises PolicyError for an empty name in either.
     """
+    from flexolmo.bundle.manifest import PUBLIC
+
     return {
         "without": [] if without is None else parse_names(without, "--without"),
-        "only": None if only is None else [n for n in parse_names(only, "--only") if n != "public"],
+        "only": None if only is None else [n for n in parse_names(only, "--only") if n != PUBLIC],
     }
 
 
@@ -64,6 +66,7 @@ def generate(
     from flexolmo.inference.decode import Sampling
     from flexolmo.inference.generate import stream_text
     from flexolmo.inference.reader import open_reader
+    from flexolmo.runtime import keep_memory
 
     sampling = parse_settings(
         {
@@ -77,6 +80,7 @@ def generate(
         "the command line",
     )
     text = _read_prompt(prompt)
+    keep_memory()
     reader, _ = open_reader(
         model, trusted_owners(trust, trust_any_signer), **switches(without, only)
     )

@@ -7,10 +7,9 @@ B batch, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.inference.reader import Reader, pad_left, spread
 
-FEW_TOKENS = 256  # that hold a nucleus, most of the time
 Ending = Literal["end_of_text", "stop", "max_new_tokens", "positions"]
 
 
@@ -90,7 +88,7 @@ def decode(
             belongs to this call from now on.
         held_tokens: tokens that `state` holds of each text.
         choose: picks a token id for each row of logits [B,V], float32 on the CPU, given the
-            numbers of the rows' requests; by default `choose_token` under each request's sampling.
+            numbers of the rows' requests; by default `choose_tokens` under each request's sampling.
     Raises:
         ConfigError: a text fills the model's positions before anything is written.
     """
@@ -98,10 +96,9 @@ def decode(
     draws = [torch.Generator().manual_seed(r.sampling.seed) for r in requests]
 
     def sample(logits: Tensor, numbers: Sequence[int]) -> list[int]:
-        return [
-            choose_token(row, requests[i].sampling, draws[i])
-            for row, i in zip(logits, numbers, strict=True)
-        ]
+        return choose_tokens(
+            logits, [requests[i].sampling for i in numbers], [draws[i] for i in numbers]
+        )
 
     choose = choose or sample
     live = list(range(len(requests)))  # the texts in the batch
@@ -172,30 +169,49 @@ def out_of_positions(reader: Reader, request: Request) -> str:
     )
 
 
-def choose_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from logits [V], under temperature and then under both top-k and top-p."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = ((logits - logits.max()) / sampling.temperature).softmax(-1)
-    ranked, order = _likeliest(probabilities, sampling)
-    keep = ranked.cumsum(-1) - ranked < sampling.top_p  # the first always stays
-    if sampling.top_k is not None:
-        keep[sampling.top_k :] = False
-    # as many numbers are drawn whatever is kept, so that a seed's text depends on no shortcut
-    weights = F.pad(ranked * keep, (0, len(logits) - len(ranked)))  # [V]
-    return int(order[torch.multinomial(weights, 1, generator=generator)])
+def choose_tokens(
+    logits: Tensor, samplings: Sequence[Sampling], draws: Sequence[torch.Generator]
+) -> list[int]:
+    """A token id for each row of logits [B,V] under its own sampling and draws.
 
+    Draws from all tokens until one comes that top-k and top-p keep. Of these a rejected token and
+    all that are less likely are none, so they are left out of the next draw, and few draws do;
+    what is kept is drawn as if it had been cut first, but nothing is sorted. Source: ours.
+    """
+    found = logits.argmax(-1)
+    rows = torch.tensor([i for i, s in enumerate(samplings) if s.temperature > 0])
+    if not len(rows):
+        return found.tolist()
 
-def _likeliest(probabilities: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """The beginning of `probabilities` [V] in descending order, ties by id, with their ids: as
-    much as top-k and top-p can keep. Most of a large vocabulary is not sorted."""
-    size = min(sampling.top_k or FEW_TOKENS, len(probabilities))
-    top = probabilities.topk(size).values
-    if sampling.top_k is None and float(top.sum()) < sampling.top_p + 1e-3:
-        return probabilities.sort(descending=True, stable=True)
-    ids = (probabilities >= top[-1]).nonzero()[:, 0]
-    ranked, places = probabilities[ids].sort(descending=True, stable=True)
-    return ranked, ids[places]
+    def of_rows(values: Callable[[Sampling], float]) -> Tensor:
+        return torch.tensor([values(samplings[i]) for i in rows.tolist()])[:, None]
+
+    logits = logits[rows]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / of_rows(lambda s: s.temperature)
+    chances = scaled.softmax(-1)  # [B,V], of which the unlikely become 0
+    top_p = of_rows(lambda s: s.top_p)[:, 0]
+    top_k = of_rows(lambda s: s.top_k or logits.shape[1])[:, 0]
+    if any(samplings[i].top_k for i in rows.tolist()):  # else most draws would be rejected
+        most = min(int(top_k.where(top_k < logits.shape[1], 1).max()), logits.shape[1])
+        least = chances.topk(most).values.gather(1, top_k[:, None].clamp(max=most) - 1)
+        chances = chances.where((chances >= least) | (top_k > most)[:, None], 0.0)
+    ids = torch.arange(logits.shape[1])
+    while len(rows):
+        sums = chances.double().cumsum(-1)
+        numbers = torch.cat(
+            [torch.rand(1, 1, dtype=torch.double, generator=draws[i]) for i in rows.tolist()]
+        )
+        drawn = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)  # [B,1]
+        drawn = drawn.clamp(max=logits.shape[1] - 1)
+        chance = chances.gather(1, drawn)
+        before = (chances > chance) | ((chances == chance) & (ids < drawn))  # ties by id
+        likelier = chances * before
+        is_kept = (likelier.sum(-1) < top_p) & (before.sum(-1) < top_k)
+        found[rows[is_kept]] = drawn[is_kept, 0]
+        again = ~is_kept
+        rows, chances = rows[again], likelier[again]
+        top_p, top_k = top_p[again], top_k[again]
+    return cast(list[int], found.tolist())
 
 
 def text_before(text: str, stops: Sequence[str]) -> str:

@@ -76,6 +76,7 @@ class OwnReader:
     def __post_init__(self) -> None:
         self.max_seq_len = self.model.config.max_seq_len
         self.start = [self.model.config.eos_token_id]
+        self.model.space_weights()
         if isinstance(self.model, MixtureModel):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
         elif self.enabled:

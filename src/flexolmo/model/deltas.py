@@ -55,12 +55,17 @@ class Share:
 
 def share_of(weight: Tensor, rows: Tensor, batch_rows: int | None, dtype: torch.dtype) -> Share:
     """The share of an expert with `weight` [N], picked at positions `rows` [n]."""
-    if len(rows) == len(weight):
-        return Share(weight[:, None].to(dtype), len(weight))
+    return _share(weight[rows].to(dtype)[:, None], rows, len(weight), batch_rows)
+
+
+def _share(weight: Tensor, rows: Tensor, num_rows: int, batch_rows: int | None) -> Share:
+    """The share of an expert with `weight` [n,1] at positions `rows` [n] of N."""
+    if len(rows) == num_rows:
+        return Share(weight, num_rows)
     reads = rows
     if batch_rows is not None:
         reads = F.pad(rows, (0, in_tiles(len(rows), batch_rows) - len(rows)))
-    return Share(weight.index_select(0, rows)[:, None].to(dtype), len(weight), rows, reads)
+    return Share(weight, num_rows, rows, reads)
 
 
 def shares_of(
@@ -75,18 +80,19 @@ def shares_of(
     It is run if some position picked it; in training, with `batch_rows` None, if it is on for some
     sequence, for all learn. With `is_dense`, all positions pick all, which need not be looked up.
     """
-    weights = weights.flatten(0, 1)  # [N,E]
+    weights = weights.flatten(0, 1).T  # [E,N]
     if is_dense:
-        return [Share(w[:, None].to(dtype), len(w)) for w in weights.unbind(1)]
-    picked = (weights != 0).T  # [E,N]; NaN is seen, not passed over
+        return [Share(w[:, None].to(dtype), len(w)) for w in weights]
+    picked = weights != 0  # NaN is seen, not passed over
     counts: list[int] = picked.sum(1).tolist()
+    chosen = weights[picked].to(dtype)[:, None].split(counts)  # expert by expert
     rows = picked.nonzero()[:, 1].split(counts)
     runs = [n > 0 for n in counts]
     if batch_rows is None:
         runs = [True] * len(counts) if active is None else active.any(0).tolist()
     return [
-        share_of(weights[:, e], rows[e], batch_rows, dtype) if is_run else None
-        for e, is_run in enumerate(runs)
+        _share(*one, weights.shape[1], batch_rows) if is_run else None
+        for one, is_run in zip(zip(chosen, rows, strict=True), runs, strict=True)
     ]
 
 

@@ -74,7 +74,7 @@ class Mixture(nn.Module):
             learns_all = self.training and self.top_k is None and ctx.active is None
             shares = shares_of(weights, ctx.active, ctx.batch_rows, h.dtype, is_dense=learns_all)
             if ctx.router_logits is not None:
-                ctx.router_logits.append(torch.stack(logits, dim=-1))
+                ctx.router_logits.append(logits)
         assert weights is not None, "a mixture needs weights from its model or its layer"
         if ctx.routing is not None:
             ctx.routing.append(weights.detach())
@@ -84,9 +84,10 @@ class Mixture(nn.Module):
 
     def _logits(
         self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext
-    ) -> list[Tensor]:
+    ) -> Tensor:
+        """[B,T,E]"""
         if isinstance(router, LinearRouter):
-            return router(h)
+            return cast(Tensor, router(h, ctx.batch_rows))
         memory = None if ctx.cache is None else ctx.cache[router.layer]
         logits, context = router(h, ctx.texts, memory and memory.context)
         if memory is not None:

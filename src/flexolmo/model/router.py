@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -28,9 +27,12 @@ from torch import Tensor, nn
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.tiles import columns
 
 EvidenceState = tuple[Tensor, Tensor]
 MAX_NATS = 300.0  # by which the filter's weights may grow or shrink before they are scaled
+LONG_TEXT = 32  # tokens that the filter reads in blocks
+FEW_TEXTS = 4  # of which a processor reads blocks faster than tokens
 
 
 class LinearSettings(Settings):
@@ -108,16 +110,14 @@ class BigramTable(nn.Module):
         self.register_buffer("bigram_keys", torch.zeros(num_bigrams, dtype=torch.long))  # [n]
         self.register_buffer("bigram_log_probs", torch.zeros(num_bigrams))  # [n]
 
-    def forward(self, before: Tensor, ids: Tensor) -> Tensor:
-        """log p(id | id before it), float32 [B,T]."""
-        backed_off = self.backoff[before] + self.unigram[ids]
+    def forward(self, before: Tensor, ids: Tensor, pairs: Tensor) -> Tensor:
+        """log p(id | id before it), float32 [n], of ids [n]; `pairs` [n] are before * V + id."""
+        backed_off = self.backoff.index_select(0, before) + self.unigram.index_select(0, ids)
         if not len(self.bigram_keys):
             return backed_off
-        wanted = before * len(self.unigram) + ids
-        place = torch.searchsorted(self.bigram_keys, wanted).clamp(max=len(self.bigram_keys) - 1)
-        return torch.where(
-            self.bigram_keys[place] == wanted, self.bigram_log_probs[place], backed_off
-        )
+        place = torch.searchsorted(self.bigram_keys, pairs).clamp_(max=len(self.bigram_keys) - 1)
+        is_listed = self.bigram_keys.index_select(0, place) == pairs
+        return torch.where(is_listed, self.bigram_log_probs.index_select(0, place), backed_off)
 
 
 class EvidenceRouter(nn.Module):
@@ -144,6 +144,7 @@ class EvidenceRouter(nn.Module):
         super().__init__()
         self.settings = settings
         self.names = names
+        self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.tables = nn.ModuleDict(
             {slot(n): BigramTable(vocab_size, num_bigrams[n]) for n in names}
@@ -159,80 +160,118 @@ class EvidenceRouter(nn.Module):
         is_token: Tensor | None,
         active: Tensor | None,
         past: EvidenceState | None,
-    ) -> tuple[list[Tensor], EvidenceState]:
-        """Log weights [B,T] in float32, one for each of `names`, and what to hand to the next call.
+    ) -> tuple[Tensor, EvidenceState]:
+        """Log weights [B,T,E] in float32, in the order of `names`, and what to hand to the next
+        call.
 
         `past` is None, or the second result of the call that read the positions before: the last
-        ids [B] and the experts' weights at the next token, [E,B] float64 on the CPU.
+        ids [B] and the experts' weights at the next token, [E,B] float64.
         """
-        B, _ = ids.shape
+        B, T = ids.shape
         first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
         before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
         if is_token is not None:  # what stands before the first token is not the padding's id
             before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], first)
-        public = self.table(PUBLIC)(before, ids)
-        limit, likelihoods = self.settings.clip_nats, []
-        for name in self.names:
-            gap = self.table(name)(before, ids) - public
-            gap = self.settings.tempering * gap.clamp(-limit, limit)  # [B,T]
-            likelihoods.append(gap.double().exp().T)
-        likelihood = torch.stack(likelihoods, dim=1).cpu().numpy()  # [T,E,B]
-        on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
+        last = before.T.flatten()  # [T*B]
+        here = ids.T.flatten()  # [T*B]
+        pairs = last * self.vocab_size + here
+        logs = torch.stack([self.table(n)(last, here, pairs) for n in self.names])  # [E,T*B]
+        limit = self.settings.clip_nats
+        gap = self.settings.tempering * (logs - logs[:1]).clamp_(-limit, limit)
+        likelihood = gap.double().exp_().view(-1, T, B).transpose(0, 1)  # [T,E,B]
+        on = torch.ones_like(likelihood[0]) if active is None else active.T.double()  # [E,B]
         # dropped, not multiplied by 0: a table that is off may hold NaN
-        likelihood = np.where(on > 0, likelihood, 0.0)
-        prior = on / _sum(on)  # [E,B]
-        ends = (
-            ids == self.eos_token_id if is_token is None else is_token & (ids == self.eos_token_id)
-        )
+        likelihood = torch.where(on > 0, likelihood, 0.0)
+        prior = on / _sum(on, 0)  # [E,B]
+        is_fresh = ids == self.eos_token_id
         found = self._filter(
             likelihood,
             prior,
-            prior if past is None else past[1].numpy(),
-            ends.T.cpu().numpy(),
-            None if is_token is None else ~is_token.T.cpu().numpy(),
+            prior if past is None else past[1],
+            (is_fresh if is_token is None else is_token & is_fresh).T,
+            None if is_token is None else ~is_token.T,
         )
-        with np.errstate(divide="ignore"):
-            logs = torch.from_numpy(np.log(found)).float().permute(1, 2, 0).to(ids.device)
-        last = (
-            ids[:, -1]
-            if is_token is None
-            else torch.where(is_token[:, -1], ids[:, -1], first[:, 0])
-        )
-        return list(logs), (last, torch.from_numpy(found[-1]))
+        end = ids[:, -1]
+        if is_token is not None:
+            end = torch.where(is_token[:, -1], end, first[:, 0])
+        return found.log().float().permute(2, 0, 1), (end, found[-1])
 
     def _filter(
         self,
-        likelihood: np.ndarray,
-        prior: np.ndarray,
-        weights: np.ndarray,
-        fresh: np.ndarray,
-        padding: np.ndarray | None,
-    ) -> np.ndarray:
+        likelihood: Tensor,
+        prior: Tensor,
+        first: Tensor,
+        fresh: Tensor,
+        padding: Tensor | None,
+    ) -> Tensor:
         """Weights at the token after each, [T,E,B] float64, from likelihoods [T,E,B], prior and
         first weights [E,B]; `fresh` and `padding` [T,B] say where the prior, or nothing, follows.
 
-        Only ratios matter on the way, so weights are scaled to sum to 1 now and then and at last.
+        Long texts are read in blocks at once. A block's weights are linear in those before it, but
+        for scale: each is read from every expert alone, which gives the weights before all blocks,
+        and then from these. Blocks depend on B and T alone, as a sum's order must.
         """
-        rate = self.settings.switch_rate
-        pull, found = rate * prior, np.empty_like(likelihood)
+        T, E, B = likelihood.shape
         most = self.settings.tempering * self.settings.clip_nats  # nats by which one token scales
-        period = max(1, int(MAX_NATS / most))
-        is_fresh = np.asarray(fresh.any(axis=1))
-        for t, here in enumerate(likelihood):
+        is_few = B <= FEW_TEXTS or not likelihood.is_cpu
+        size = min(math.isqrt(T) if T >= LONG_TEXT and is_few else T, max(1, int(MAX_NATS / most)))
+        count = -(-T // size)
+        if count * size > T:
+            padding = torch.zeros_like(fresh) if padding is None else padding
+            likelihood, fresh, padding = (
+                torch.cat([x, x.new_full((count * size - T, *x.shape[1:]), fill)])
+                for x, fill in ((likelihood, 1.0), (fresh, False), (padding, True))
+            )
+        # of all blocks, [size,count,...]
+        likelihood = likelihood.view(count, size, E, B).transpose(0, 1)
+        fresh = fresh.reshape(count, size, 1, B).transpose(0, 1)
+        if padding is not None:
+            padding = padding.reshape(count, size, 1, B).transpose(0, 1)
+        rate, pull = self.settings.switch_rate, self.settings.switch_rate * prior
+
+        def read(t: int, weights: Tensor, dim: int) -> Tensor:
+            """Weights after token t of all blocks, from those before, [count,...,E,B]."""
+            here, is_fresh = likelihood[t], fresh[t]
+            stays = None if padding is None else padding[t]
+            if dim == 2:
+                here, is_fresh = here[:, None], is_fresh[:, None]
+                stays = None if stays is None else stays[:, None]
             seen = weights * here
-            moved = (1.0 - rate) * seen + pull * _sum(seen)
-            if padding is not None:
-                moved = np.where(padding[t], weights, moved)
-            weights = np.where(fresh[t], prior, moved) if is_fresh[t] else moved
-            if t % period == period - 1:
-                weights = weights / _sum(weights)
-            found[t] = weights
-        return found / _sum(found, axis=1)[:, None]
+            moved = (1.0 - rate) * seen + pull * _sum(seen, dim)
+            if stays is not None:
+                moved = torch.where(stays, weights, moved)
+            return torch.where(is_fresh, prior, moved)
+
+        weights = first[None]
+        if count > 1:
+            alone = torch.eye(E, dtype=first.dtype, device=first.device)[None, :, :, None]
+            alone = alone.expand(count, E, E, B)  # [count, an expert alone, E, B]
+            for t in range(size):
+                alone = read(t, alone, 2)
+            is_afresh = fresh.any(
+                0
+            )  # [count,1,B] blocks after which nothing from before them counts
+            starts = [first]
+            for block, afresh in zip(alone[:-1], is_afresh[:-1], strict=True):
+                after = _sum(block * starts[-1][:, None], 0)[0]
+                after = torch.where(afresh, block[0], after)
+                starts.append(after / _sum(after, 0))
+            weights = torch.stack(starts)
+        found = []
+        for t in range(size):
+            weights = read(t, weights, 1)
+            found.append(weights)
+        every = torch.stack(found, dim=1).view(count * size, E, B)[:T]
+        return every / _sum(every, 1)
 
 
-def _sum(parts: np.ndarray, axis: int = 0) -> np.ndarray:
-    """Sum over experts one by one, so that an expert of weight 0 and none at all give one sum."""
-    return cast(np.ndarray, parts.cumsum(axis).take(-1, axis))
+def _sum(parts: Tensor, dim: int) -> Tensor:
+    """Sum over experts one by one, so that an expert of weight 0 and none at all give one sum;
+    `dim` stays."""
+    total, *rest = parts.split(1, dim)
+    for part in rest:
+        total = total + part
+    return total
 
 
 class LinearRouter(nn.Module):
@@ -268,22 +307,17 @@ class LinearRouter(nn.Module):
         raw = self.bias(name)
         return {"weight": self.row(name).weight} | ({} if raw is None else {"raw_bias": raw})
 
-    def forward(self, h: Tensor) -> list[Tensor]:
-        """Logits [B,T], one for each of `names`; h [B,T,D]."""
-        x = h.float()
-        logits = []
-        for name in self.names:
-            logit = nn.functional.linear(x, self.row(name).weight.float())[..., 0]  # [B,T]
-            raw = self.bias(name)
-            if raw is not None:
-                free = raw.float()
-                logit = logit + (
-                    free.clamp(max=0)
-                    if self.settings.bias_form == "clamp"
-                    else -nn.functional.softplus(free)
-                )
-            logits.append(logit)
-        return logits
+    def forward(self, h: Tensor, batch_rows: int | None) -> Tensor:
+        """Logits [B,T,E], in the order of `names`; h [B,T,D], batch_rows as in `product`."""
+        x = h.float().flatten(0, 1)
+        rows = torch.cat([self.row(n).weight for n in self.names]).float()  # [E,D]
+        logits = columns(x, rows, batch_rows)  # [N,E]
+        if self.raw_bias:
+            free = torch.cat([self.raw_bias[slot(n)] for n in self.names[1:]]).float()  # [E-1]
+            is_clamp = self.settings.bias_form == "clamp"
+            bias = free.clamp(max=0) if is_clamp else -F.softplus(free)
+            logits = logits + F.pad(bias, (1, 0))
+        return logits.view(*h.shape[:-1], -1)
 
 
 class DiscriminantRow(nn.Module):
@@ -325,8 +359,8 @@ class DiscriminantRouter(nn.Module):
 
     def forward(
         self, h: Tensor, texts: "Texts", past: Tensor | None
-    ) -> tuple[list[Tensor], Tensor | None]:
-        """Logits [B,T], one for each of `names`, and what to hand to the next call as `past`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [B,T,E], in the order of `names`, and what to hand to the next call as `past`.
 
         h [B,T,D]; `past` is what the call that read the positions before gave.
         """
@@ -339,7 +373,7 @@ class DiscriminantRouter(nn.Module):
                 logit = F.linear(x, row.weight)[..., 0] + row.offset  # [B,T]
                 logit = (self.settings.tempering * logit).masked_fill(texts.is_end, 0.0)
             logits.append(logit)
-        return logits, state
+        return torch.stack(logits, dim=-1), state
 
 
 @dataclass(frozen=True)
@@ -387,44 +421,30 @@ def find_texts(
 
 
 def mixture_weights(
-    logits: list[Tensor],
+    logits: Tensor,
     active: Tensor | None,
     top_k: int | None,
     min_weight: float = 0.0,
     renormalise: bool = False,
 ) -> Tensor:
-    """Softmax over the enabled experts, then top-k: [B,T,E] float32.
+    """Softmax of logits [B,T,E] over the enabled experts, then top-k: [B,T,E] float32.
 
     A weight below `min_weight` becomes 0, unless it is the largest. With `renormalise` what is left
     sums to 1 again (ours); the paper leaves it.
 
-    `logits` holds one [B,T] per expert; `active` is [B,E] or None for all. Sums run expert by
-    expert, and ties go to the first name, so leaving an expert out and never having had it give
-    the same bits. Source: §3.2.
+    `active` is [B,E] or None for all. Sums run expert by expert, and ties go to the first name, so
+    leaving an expert out and never having had it give the same bits. Source: §3.2.
     """
     if active is not None:
-        off = ~active[:, :, None]  # [B,E,1]
-        logits = [z.masked_fill(off[:, e], -math.inf) for e, z in enumerate(logits)]
-    top = logits[0]
-    for z in logits[1:]:
-        top = torch.maximum(top, z)
-    parts = [torch.exp(z - top) for z in logits]
-    total = parts[0]
-    for p in parts[1:]:
-        total = total + p
-    weights = torch.stack([p / total for p in parts], dim=-1)  # [B,T,E]
-    if top_k is not None and top_k < len(logits):
-        order = torch.stack(logits, dim=-1).sort(dim=-1, descending=True, stable=True).indices
+        logits = logits.masked_fill(~active[:, None], -math.inf)
+    parts = torch.exp(logits - logits.amax(-1, keepdim=True))
+    weights = parts / _sum(parts, -1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        order = logits.sort(dim=-1, descending=True, stable=True).indices
         keep = torch.zeros_like(weights, dtype=torch.bool)
         keep.scatter_(-1, order[..., :top_k], True)
         weights = weights * keep
     if min_weight > 0:
         largest = weights.amax(-1, keepdim=True).clamp(max=min_weight)
         weights = weights.where(weights >= largest, weights.new_zeros(()))
-    if renormalise:
-        kept = weights.unbind(-1)
-        total = kept[0]
-        for w in kept[1:]:
-            total = total + w
-        weights = torch.stack([w / total for w in kept], dim=-1)
-    return weights
+    return weights / _sum(weights, -1) if renormalise else weights

@@ -17,18 +17,26 @@ from torch import Tensor
 
 from flexolmo.errors import ConfigError
 
-WHOLE_ROWS = 8  # a batch of no more rows is one tile
 MAX_TILE_ROWS = 64
-SMALL_NUMBERS = 2**19  # of a matrix that a processor's cache holds, beside which low tiles are fast
+# Numbers of a matrix. One that a processor's cache holds is fast in low tiles; one that comes from
+# memory for every tile takes few.
+SMALL_NUMBERS = 2**19
+LARGE_NUMBERS = 2**21
+STEP_BYTES = 4096  # columns so far apart, or a multiple, fall on the same lines of a cache
+LINE_BYTES = 64
+COLUMNS = 16  # multiplied together where columns are to keep their bits
+REGISTERS_BYTES = 128  # of a number each, which the library fills at a time
+WORK_PER_THREAD = 2**15  # numbers below which the library uses fewer threads
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
 
 
 def tile_rows(batch_rows: int, numbers: int) -> int:
     """Height of a tile for a batch of N rows and a matrix of so many `numbers`."""
-    if batch_rows <= WHOLE_ROWS:
-        return batch_rows
-    most = 16 if numbers <= SMALL_NUMBERS else MAX_TILE_ROWS
-    return min(most, max(WHOLE_ROWS, 1 << (-(-batch_rows // 4) - 1).bit_length()))
+    if numbers > LARGE_NUMBERS:
+        part, most = 1, MAX_TILE_ROWS
+    else:
+        part, most = 4, 16 if numbers <= SMALL_NUMBERS else MAX_TILE_ROWS
+    return min(most, 1 << (-(-batch_rows // part) - 1).bit_length())
 
 
 def in_tiles(num_rows: int, batch_rows: int) -> int:
@@ -49,12 +57,30 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     n, (d_out, d_in) = len(x), weight.shape
     if d_out == 1:  # else the library takes it for a vector, and sums by where a row stands
         return product(x, F.pad(weight.T, (0, 1)).T, batch_rows)[:, :1]
-    tile = tile_rows(batch_rows, weight.numel())
-    least = least_tiles(tile, d_in, d_out, x.dtype, x.device, torch.get_num_threads())
+    if weight.stride(0) != 1:
+        weight = weight.T.contiguous().T
+    tile = tile_rows(batch_rows, d_out * d_in)
+    kind = (weight.stride(1), x.dtype, x.device, torch.get_num_threads())
+    least = least_tiles(tile, d_in, d_out, *kind)
+    if n == tile and least == 1:
+        return x @ weight.T
     count = max(-(-n // tile), least)
     if count * tile != n:
         x = F.pad(x, (0, 0, 0, count * tile - n))
-    return _multiply(x.view(count, tile, d_in), weight.T.contiguous())[:n]
+    return _multiply(x.view(count, tile, d_in), weight.T)[:n]
+
+
+def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
+    """`product` whose columns, too, have the same bits whatever rows `weight` [out,in] has beside
+    theirs."""
+    if batch_rows is None:
+        return F.linear(x, weight)
+    d_out, d_in = weight.shape
+    tile = tile_rows(batch_rows, COLUMNS * d_in)
+    kind = (x.dtype, x.device, torch.get_num_threads())
+    width = COLUMNS if columns_keep_bits(tile, d_in, *kind) else 1
+    blocks = F.pad(weight, (0, 0, 0, -d_out % width)).split(width)
+    return torch.cat([product(x, block, batch_rows) for block in blocks], dim=1)[:, :d_out]
 
 
 def _multiply(tiles: Tensor, weight: Tensor) -> Tensor:
@@ -65,28 +91,87 @@ def _multiply(tiles: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(tiles, weight.expand(count, d_in, -1)).flatten(0, 1)
 
 
+def spaced(weight: Tensor) -> Tensor:
+    """`weight` [out,in] by columns, as `Linear` lays it out; where these would start on the same
+    lines of a processor's cache, with a gap between them. Low tiles multiply up to twice as fast.
+    """
+    size = weight.element_size()
+    if not weight.is_cpu or weight.stride(1) * size % STEP_BYTES:
+        return weight
+    d_out, d_in = weight.shape
+    columns = weight.new_empty(d_in, d_out + LINE_BYTES // size)[:, :d_out]
+    return columns.copy_(weight.T).T
+
+
 def silu(x: Tensor) -> Tensor:
-    """x * sigmoid(x), bit for bit the same wherever a number stands; torch's own function rounds
-    the last numbers of a tensor, which do not fill a vector register, in another way."""
+    """x [n,.] times its sigmoid, bit for bit the same in whatever row. The library's own function
+    rounds the last numbers, which do not fill a vector register, in another way."""
+    if _rows_fill_registers(x.shape[-1], x.dtype, x.device, torch.get_num_threads()):
+        return F.silu(x)
     wide = x if x.dtype == torch.float64 else x.float()
     below = torch.exp(-wide) + 1 if torch.is_grad_enabled() else torch.neg(wide).exp_().add_(1)
     return (wide / below).to(x.dtype)
 
 
 @cache
+def _rows_fill_registers(
+    width: int, dtype: torch.dtype, device: torch.device, num_threads: int
+) -> bool:
+    """True if `F.silu` of rows so wide keeps their bits, by the way that work is cut up for threads
+    and registers, and by trying."""
+    is_even = num_threads <= 2 and width * dtype.itemsize % (REGISTERS_BYTES * num_threads) == 0
+    if device.type == "cpu" and not is_even:
+        return False
+    row = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    one = F.silu(row)
+    most = 2 * num_threads * -(-WORK_PER_THREAD // width)
+    return all(
+        torch.equal(F.silu(row.repeat(count, 1)), one.expand(count, -1)) for count in (2, 3, most)
+    )
+
+
+@cache
+def columns_keep_bits(
+    tile: int, d_in: int, dtype: torch.dtype, device: torch.device, num_threads: int
+) -> bool:
+    """True if a product's columns have the same bits wherever they stand among COLUMNS, and
+    whatever the others are. Found by trying."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
+    weight = torch.randn(d_in, COLUMNS, generator=generator).to(device, dtype)
+    with torch.inference_mode():
+        right = rows @ weight
+        for place in range(COLUMNS):
+            alone = torch.ones_like(weight)
+            alone[:, place] = weight[:, 0]
+            moved = rows @ weight.roll(place, 1)
+            if not (
+                torch.equal((rows @ alone)[:, place], right[:, 0])
+                and torch.equal(moved.roll(-place, 1), right)
+            ):
+                return False
+    return True
+
+
+@cache
 def least_tiles(
-    tile: int, d_in: int, d_out: int, dtype: torch.dtype, device: torch.device, num_threads: int
+    tile: int,
+    d_in: int,
+    d_out: int,
+    step: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int,
 ) -> int:
     """Number of tiles from which on a row's bits depend neither on their number nor on its place.
 
-    Found by trying; with several threads a library may cut one product up, but not many. Raises
-    ConfigError if there is none on this machine.
+    Found by trying, with columns that begin `step` numbers apart; with several threads a library
+    may cut one product up, but not many. Raises ConfigError if there is none on this machine.
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
-    weight = torch.randn(d_in, d_out, generator=generator).to(device, dtype)
-    is_whole = tile < WHOLE_ROWS  # a batch of a single tile
-    most = 1 if is_whole else max(MOST_TILES, 2 * num_threads)
+    weight = torch.randn(d_in, step, generator=generator).to(device, dtype)[:, :d_out]
+    most = max(MOST_TILES, 2 * num_threads)
 
     def bits(count: int, place: int, shift: int) -> Tensor:
         """The rows' products from tile number `place` of `count`, moved by `shift` within it."""
@@ -95,7 +180,7 @@ def least_tiles(
         return _multiply(x, weight)[place * tile :][:tile].roll(-shift, 0)
 
     with torch.inference_mode():
-        right = bits(1 if is_whole else 2 * most, 0, 0)
+        right = bits(2 * most, 0, 0)
         wrong = [
             count
             for count in range(1, most + 1)
