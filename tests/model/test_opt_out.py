@@ -272,7 +272,8 @@ def test_a_loss_under_mixed_masks_is_that_of_the_logits(wild):
     model = assemble_mixture(wild.anchor, experts, router)
     active = model.expert_mask([("amber",), ("basalt", "amber"), ()])
     logits = model(ids[:, :-1], active=active)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    targets = ids[:, 1:].flatten().to(logits.device)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets)
     assert torch.isfinite(expected)
     torch.testing.assert_close(language_model_loss(model, ids, chunk=7, active=active), expected)
 

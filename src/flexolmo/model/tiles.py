@@ -71,15 +71,15 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
 
 
 def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
-    """`product` whose columns, too, have the same bits whatever rows `weight` [out,in] has beside
-    theirs."""
+    """x [N,in], all rows of a batch, times `weight` [out,in] transposed, [N,out]; a column has the
+    same bits whatever other rows `weight` has."""
     if batch_rows is None:
         return F.linear(x, weight)
     d_out, d_in = weight.shape
     tile = tile_rows(batch_rows, COLUMNS * d_in)
-    kind = (x.dtype, x.device, torch.get_num_threads())
-    width = COLUMNS if columns_keep_bits(tile, d_in, *kind) else 1
-    blocks = F.pad(weight, (0, 0, 0, -d_out % width)).split(width)
+    if not (x.is_cpu and columns_keep_bits(tile, d_in, x.dtype, torch.get_num_threads())):
+        return torch.cat([F.linear(x, row) for row in weight.split(1)], dim=1)
+    blocks = F.pad(weight, (0, 0, 0, -d_out % COLUMNS)).split(COLUMNS)
     return torch.cat([product(x, block, batch_rows) for block in blocks], dim=1)[:, :d_out]
 
 
@@ -131,14 +131,12 @@ def _rows_fill_registers(
 
 
 @cache
-def columns_keep_bits(
-    tile: int, d_in: int, dtype: torch.dtype, device: torch.device, num_threads: int
-) -> bool:
+def columns_keep_bits(tile: int, d_in: int, dtype: torch.dtype, num_threads: int) -> bool:
     """True if a product's columns have the same bits wherever they stand among COLUMNS, and
     whatever the others are. Found by trying."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
-    weight = torch.randn(d_in, COLUMNS, generator=generator).to(device, dtype)
+    rows = torch.randn(tile, d_in, generator=generator).to(dtype)
+    weight = torch.randn(d_in, COLUMNS, generator=generator).to(dtype)
     with torch.inference_mode():
         right = rows @ weight
         for place in range(COLUMNS):
