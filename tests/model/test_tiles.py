@@ -1,5 +1,7 @@
 """Rows of a product keep their bits, whatever is multiplied beside them."""
 
+from itertools import product as product_of
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,11 +110,11 @@ def test_silu_keeps_its_bits_wherever_a_number_stands(length, start, seed):
 
 def test_a_tile_depends_on_the_shapes_alone_and_holds_any_group():
     for batch_rows in range(1, 700):
-        for numbers in (100, 10**7):
-            tile = tile_rows(batch_rows, numbers)
+        for numbers, device in product_of((100, 10**7), ("cpu", "cuda")):
+            tile = tile_rows(batch_rows, numbers, torch.device(device))
             assert 1 <= tile <= MAX_TILE_ROWS
             if numbers == 100:
-                assert in_tiles(batch_rows, batch_rows) % tile == 0
+                assert in_tiles(batch_rows, batch_rows, torch.device(device)) % tile == 0
 
 
 def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):
@@ -121,4 +123,4 @@ def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):
 
     monkeypatch.setattr(tiles, "_multiply", by_count)
     with pytest.raises(ConfigError, match=r"depend on what is multiplied beside them.*one thread"):
-        tiles.least_tiles.__wrapped__(8, 4, 5, 5, torch.float32, torch.device("cpu"), 1)
+        tiles.least_tiles.__wrapped__(8, None, 4, 5, 5, torch.float32, torch.device("cpu"), 1)

@@ -64,7 +64,7 @@ def _share(weight: Tensor, rows: Tensor, num_rows: int, batch_rows: int | None) 
         return Share(weight, num_rows)
     reads = rows
     if batch_rows is not None:
-        reads = F.pad(rows, (0, in_tiles(len(rows), batch_rows) - len(rows)))
+        reads = F.pad(rows, (0, in_tiles(len(rows), batch_rows, rows.device) - len(rows)))
     return Share(weight, num_rows, rows, reads)
 
 

@@ -27,22 +27,22 @@ LINE_BYTES = 64
 COLUMNS = 16  # multiplied together where columns are to keep their bits
 REGISTERS_BYTES = 128  # of a number each, which the library fills at a time
 WORK_PER_THREAD = 2**15  # numbers below which the library uses fewer threads
+CPU = torch.device("cpu")
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
 
 
-def tile_rows(batch_rows: int, numbers: int) -> int:
+def tile_rows(batch_rows: int, numbers: int, device: torch.device = CPU) -> int:
     """Height of a tile for a batch of N rows and a matrix of so many `numbers`."""
-    if numbers > LARGE_NUMBERS:
+    part, most = 4, 16 if numbers <= SMALL_NUMBERS else MAX_TILE_ROWS
+    if numbers > LARGE_NUMBERS or device.type != "cpu":  # a GPU waits for memory, not for products
         part, most = 1, MAX_TILE_ROWS
-    else:
-        part, most = 4, 16 if numbers <= SMALL_NUMBERS else MAX_TILE_ROWS
     return min(most, 1 << (-(-batch_rows // part) - 1).bit_length())
 
 
-def in_tiles(num_rows: int, batch_rows: int) -> int:
+def in_tiles(num_rows: int, batch_rows: int, device: torch.device = CPU) -> int:
     """The least number of rows that is no less than `num_rows` and whole tiles of small matrices,
     which need not be filled up again."""
-    tile = tile_rows(batch_rows, SMALL_NUMBERS)
+    tile = tile_rows(batch_rows, SMALL_NUMBERS, device)
     return -(-num_rows // tile) * tile
 
 
@@ -59,9 +59,12 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
         return product(x, F.pad(weight.T, (0, 1)).T, batch_rows)[:, :1]
     if weight.stride(0) != 1:
         weight = weight.T.contiguous().T
-    tile = tile_rows(batch_rows, d_out * d_in)
-    kind = (weight.stride(1), x.dtype, x.device, torch.get_num_threads())
-    least = least_tiles(tile, d_in, d_out, *kind)
+    tile = tile_rows(batch_rows, d_out * d_in, x.device)
+    threads = torch.get_num_threads()
+    all_tiles = -(-batch_rows // tile)
+    in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * threads) else None
+    kind = (weight.stride(1), x.dtype, x.device, threads)
+    least = least_tiles(tile, in_all, d_in, d_out, *kind)
     if n == tile and least == 1:
         return x @ weight.T
     count = max(-(-n // tile), least)
@@ -154,6 +157,7 @@ def columns_keep_bits(tile: int, d_in: int, dtype: torch.dtype, num_threads: int
 @cache
 def least_tiles(
     tile: int,
+    in_all: int | None,
     d_in: int,
     d_out: int,
     step: int,
@@ -164,12 +168,13 @@ def least_tiles(
     """Number of tiles from which on a row's bits depend neither on their number nor on its place.
 
     Found by trying, with columns that begin `step` numbers apart; with several threads a library
-    may cut one product up, but not many. Raises ConfigError if there is none on this machine.
+    may cut one product up, but not many. A batch has `in_all` tiles, or more than are tried.
+    Raises ConfigError if there is no such number on this machine.
     """
+    most = in_all or max(MOST_TILES, 2 * num_threads)
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
     weight = torch.randn(d_in, step, generator=generator).to(device, dtype)[:, :d_out]
-    most = max(MOST_TILES, 2 * num_threads)
 
     def bits(count: int, place: int, shift: int) -> Tensor:
         """The rows' products from tile number `place` of `count`, moved by `shift` within it."""
@@ -178,7 +183,7 @@ def least_tiles(
         return _multiply(x, weight)[place * tile :][:tile].roll(-shift, 0)
 
     with torch.inference_mode():
-        right = bits(2 * most, 0, 0)
+        right = bits(in_all or 2 * most, 0, 0)
         wrong = [
             count
             for count in range(1, most + 1)
