@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 from flexolmo.errors import ConfigError
 from flexolmo.model.router import LinearSettings
@@ -102,6 +103,12 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 # --- compiling ----------------------------------------------------------------------------------
 
 
+needs_compiling = pytest.mark.skipif(
+    Version(torch.__version__) < blocks.COMPILES_FROM, reason="compiled from a newer torch on"
+)
+
+
+@needs_compiling
 @pytest.mark.parametrize("scope", ["all", "low rank", "paper"])
 def test_compiled_blocks_give_the_same_step_and_are_compiled_once(prepare, scope, monkeypatch):
     """One program for all layers, and one more if the first has nothing to hand back. Without the
@@ -122,6 +129,7 @@ def test_compiled_blocks_give_the_same_step_and_are_compiled_once(prepare, scope
     assert not counted["graph_break"]
 
 
+@needs_compiling
 def test_a_run_is_compiled_if_it_is_long_enough_and_there_is_a_compiler(
     pico_anchor, monkeypatch, capsys
 ):
@@ -135,8 +143,13 @@ def test_a_run_is_compiled_if_it_is_long_enough_and_there_is_a_compiler(
     assert not arrange_blocks(model, long, "long")
     with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
         arrange_blocks(model, long.model_copy(update={"compile": "on"}), "long")
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
+    assert not arrange_blocks(model, long, "long")
+    with pytest.raises(ConfigError, match="torch is 2.12.1.*install 2.13 or newer"):
+        arrange_blocks(model, long.model_copy(update={"compile": "on"}), "long")
 
 
+@needs_compiling
 def test_compiled_and_not_are_runs_of_their_own(pico_anchor, pico_sets, monkeypatch, tmp_path):
     """As their digits differ, neither is resumed as the other; auto is what it comes to."""
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
