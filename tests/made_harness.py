@@ -1,13 +1,21 @@
 """Our tasks as lm-evaluation-harness runs them, for which its engine is the oracle of ours."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
 
 from flexolmo.research.tasks.items import Item
 from flexolmo.research.tasks.suite import Task
+
+
+@cache
+def manager() -> TaskManager:
+    """What the harness knows of its task files; it takes seconds to read them."""
+    return TaskManager()
 
 
 def harness_task(task: Task, items: Sequence[Item], form: str = "rc") -> Any:

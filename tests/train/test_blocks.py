@@ -145,7 +145,7 @@ def test_a_run_is_compiled_if_it_is_long_enough_and_there_is_a_compiler(
         arrange_blocks(model, long.model_copy(update={"compile": "on"}), "long")
     monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
     assert not arrange_blocks(model, long, "long")
-    with pytest.raises(ConfigError, match="torch is 2.12.1.*install 2.13 or newer"):
+    with pytest.raises(ConfigError, match=r"torch is 2\.12\.1.*install 2\.13 or newer"):
         arrange_blocks(model, long.model_copy(update={"compile": "on"}), "long")
 
 

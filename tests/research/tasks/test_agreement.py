@@ -8,7 +8,6 @@ names another model than a small random one.
 
 import os
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 
 import pytest
@@ -20,7 +19,6 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 import datasets
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
 
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.reader import StockReader
@@ -31,7 +29,7 @@ from flexolmo.research.tasks.harness import HarnessModel
 from flexolmo.research.tasks.selection import RunSettings, choose_items
 from flexolmo.research.tasks.sources import PACKAGE, VERSION, Sources
 from flexolmo.research.tasks.suite import choose_tasks
-from made_harness import harness_task
+from made_harness import harness_task, manager
 
 CACHED = cache_directory() / "pip" / PACKAGE / VERSION
 pytestmark = pytest.mark.skipif(
@@ -79,12 +77,6 @@ def engines(pico_anchor, tmp_path_factory):
         HarnessModel(reader, batch_size=8),
         HFLM(pretrained=where, batch_size=8, device="cpu", dtype="float32"),
     )
-
-
-@cache
-def manager():
-    """What the harness knows of its task files; it takes seconds to read them."""
-    return TaskManager()
 
 
 def run_both(engines, tasks):

@@ -17,7 +17,7 @@ from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.reader import StockReader, open_reader
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.research.tasks.harness import HarnessModel, run_harness
-from made_harness import harness_task
+from made_harness import harness_task, manager
 from made_items import choice_items, task_of, written_items
 from made_mixtures import NAMES
 
@@ -32,7 +32,7 @@ def stock_dir(pico_anchor, tmp_path_factory):
 
 def answers(model, tasks):
     """What the harness makes of a model: by task, responses and results."""
-    found = simple_evaluate(model, tasks=tasks, bootstrap_iters=0)
+    found = simple_evaluate(model, tasks=tasks, task_manager=manager(), bootstrap_iters=0)
     return found["samples"], found["results"]
 
 
