@@ -30,7 +30,7 @@ from speed_table import markdown_table
 import data
 from flexolmo.files import read_json, write_json
 from flexolmo.progress import progress
-from flexolmo.runtime import software_versions, source_commit
+from flexolmo.runtime import keep_memory, software_versions, source_commit
 
 Record = dict[str, Any]
 
@@ -141,6 +141,7 @@ def run_all(asked: argparse.Namespace) -> None:
         if before["about"] != about:
             sys.exit(f"{partly} is of {before['about']}, not {about}: begin without --resume.")
         done = {k: r for k, r in before["done"].items() if k in wanted}
+    keep_memory()  # as our commands do; what they are compared with has it too
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with progress("speed", len(wanted), "cases", len(done)) as meter:
         for place in [p for p in wanted if p not in done]:

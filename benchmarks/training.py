@@ -364,7 +364,6 @@ def measure(
     that have to be done, see `needed_flops`, over time and the ceiling of this run).
     """
     torch.set_num_threads(threads)
-    keep_memory()  # of all kinds, so that none is ahead by it: it makes each a fifth faster
     named = training_size(size)
     BATCHES[named] = BATCHES[size]
     anchor = shapes.make_anchor(named)
