@@ -85,7 +85,7 @@ def _estimate_seconds(model: Transformer, settings: TrainSettings) -> float:
 
 
 def _obstacle(model: Transformer) -> str | None:
-    """What stands in the way of compiling, and what to do; None: nothing."""
+    """Reason why nothing can be compiled here, and what to do; None: it can."""
     if Version(torch.__version__) < COMPILES_FROM:
         return f"torch is {torch.__version__}: install {COMPILES_FROM} or newer"
     if model.device.type == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++")):
