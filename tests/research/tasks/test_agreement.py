@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"the package {PACKAGE} was not fetched; set FLEXOLMO_NETWORK_TESTS=1 to fetch it",
 )
 
-ITEMS = 4  # of each task or subtask
+ITEMS = 3  # of each task or subtask
 OURS = [
     "arc_easy",
     "arc_challenge",
@@ -104,7 +104,7 @@ def test_our_tasks_get_the_harness_s_scores(engines, sources, name):
     (chosen,), _ = choose_items(choose_tasks([name]), sources, 1 if name == "mmlu" else ITEMS)
     task, items = (
         replace(chosen.task, max_new_tokens=min(40, chosen.task.max_new_tokens)),
-        chosen.items[:20],
+        chosen.items[:8],
     )
     settings = RunSettings(batch_size=8)
     rows = score_items(Scorer(engines[0].scorer.reader, 8), task, items, settings)
