@@ -248,13 +248,11 @@ class EvidenceRouter(nn.Module):
             alone = alone.expand(count, E, E, B)  # [count, an expert alone, E, B]
             for t in range(size):
                 alone = read(t, alone, 2)
-            is_afresh = fresh.any(
-                0
-            )  # [count,1,B] blocks after which nothing from before them counts
+            forgets = fresh.any(0)  # [count,1,B] what stood before the block
             starts = [first]
-            for block, afresh in zip(alone[:-1], is_afresh[:-1], strict=True):
+            for block, forgot in zip(alone[:-1], forgets[:-1], strict=True):
                 after = _sum(block * starts[-1][:, None], 0)[0]
-                after = torch.where(afresh, block[0], after)
+                after = torch.where(forgot, block[0], after)
                 starts.append(after / _sum(after, 0))
             weights = torch.stack(starts)
         found = []
