@@ -9,6 +9,7 @@ batch-invariant kernels.
 n rows to multiply, N rows of the whole batch.
 """
 
+import math
 from functools import cache
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from flexolmo.errors import ConfigError
 
 MAX_TILE_ROWS = 64
+LOW_ROWS = 16  # of a product, below which its rows' bits depend on their number
 # Numbers of a matrix. One that a processor's cache holds is fast in low tiles; one that comes from
 # memory for every tile takes few.
 SMALL_NUMBERS = 2**19
@@ -70,6 +72,8 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     count = max(-(-n // tile), least)
     if count * tile != n:
         x = F.pad(x, (0, 0, 0, count * tile - n))
+    if tile >= LOW_ROWS and _is_whole(count, tile, least, d_in, d_out, *kind):
+        return (x @ weight.T)[:n]
     return _multiply(x.view(count, tile, d_in), weight.T)[:n]
 
 
@@ -155,6 +159,43 @@ def columns_keep_bits(tile: int, d_in: int, dtype: torch.dtype, num_threads: int
 
 
 @cache
+def _is_whole(
+    count: int,
+    tile: int,
+    least: int,
+    d_in: int,
+    d_out: int,
+    step: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int,
+) -> bool:
+    """True if so many tiles in one product, which is faster, have the bits that they have as tiles,
+    whatever the other rows are. Found by trying; the other arguments are those of `least_tiles`."""
+    rows, weight = _to_try(tile, d_in, d_out, step, dtype, device)
+    with torch.inference_mode():
+        right = _multiply(rows.expand(least + 1, -1, -1), weight)[:tile]
+        x = rows.repeat(count, 1)
+        found = (x @ weight).view(count, tile, d_out)
+        if not torch.equal(found, right.expand_as(found)):
+            return False
+        x.view(count, tile, d_in)[:, 1::2] = math.inf
+        found = (x @ weight).view(count, tile, d_out)[:, ::2]
+        return torch.equal(found, right[::2].expand_as(found))
+
+
+def _to_try(
+    tile: int, d_in: int, d_out: int, step: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Random rows [tile,in] and a matrix [in,out] whose rows begin `step` numbers apart."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
+    room = max(step, d_out)
+    weight = torch.randn(d_in, room, generator=generator).to(device, dtype)[:, :d_out]
+    return rows, weight
+
+
+@cache
 def least_tiles(
     tile: int,
     in_all: int | None,
@@ -172,9 +213,7 @@ def least_tiles(
     Raises ConfigError if there is no such number on this machine.
     """
     most = in_all or max(MOST_TILES, 2 * num_threads)
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
-    weight = torch.randn(d_in, step, generator=generator).to(device, dtype)[:, :d_out]
+    rows, weight = _to_try(tile, d_in, d_out, step, dtype, device)
 
     def bits(count: int, place: int, shift: int) -> Tensor:
         """The rows' products from tile number `place` of `count`, moved by `shift` within it."""
