@@ -26,3 +26,10 @@ def test_memory_that_was_freed_is_used_again_without_the_system():
     """Pages asked of the system once all sizes have been used: hardly any."""
     faults = int(subprocess.check_output([sys.executable, "-c", REPEAT], text=True))
     assert faults < 100
+
+
+def test_where_addresses_are_limited_memory_is_left_alone():
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))\n"
+    asked = "from flexolmo.runtime import keep_memory; print(keep_memory())"
+    said = subprocess.check_output([sys.executable, "-c", limited + asked], text=True)
+    assert said.strip() == "False"

@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import random
+import resource
 import subprocess
 import time
 from functools import cache
@@ -40,9 +41,12 @@ def keep_memory(room_bytes: int = 2**33) -> bool:
 
     Each step of training asks for the same memory again, and what the system hands out in pages of
     4 KB costs a fifth of a step. Linux with glibc only. `room_bytes` of addresses are set aside,
-    which take no memory until they are used. Source: mallopt(3), madvise(2).
+    which take no memory until they are used; where addresses are limited nothing is done. Source:
+    mallopt(3), madvise(2).
     """
     if platform.libc_ver()[0] != "glibc":
+        return False
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return False
     libc = ctypes.CDLL(None)
     libc.malloc.argtypes = [ctypes.c_size_t]

@@ -1,5 +1,6 @@
 """Decoding: the cache changes nothing, a batch changes nothing, streaming loses nothing."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -414,6 +415,22 @@ def test_a_batch_chooses_what_each_text_alone_does(rows):
         choose_tokens(logits[i : i + 1], [samplings[i]], [draws()[i]])[0] for i in range(len(rows))
     ]
     assert choose_tokens(logits, samplings, draws()) == alone
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_numbers_are_refused(bad):
+    for logits in ([0.0, bad, 1.0], [-math.inf] * 3):
+        with pytest.raises(ConfigError, match="NaN or infinity"):
+            draw(logits)
+
+
+@given(seed=st.integers(0, 99))
+@IN_SESSION
+def test_settings_at_the_edge_choose_the_likeliest(seed):
+    logits = [0.5, 2.0, -math.inf, 1.9]
+    for options in ({"temperature": 1e-46}, {"top_p": 1e-46}, {"top_k": 1}):
+        assert draw(logits, seed, **options) == 1
+    assert draw(logits, seed, top_k=10**19) != 2
 
 
 def test_draws_follow_the_probabilities():

@@ -50,6 +50,26 @@ def test_rows_keep_their_bits(threads):
     check_rows_keep_their_bits()
 
 
+@pytest.mark.parametrize(
+    ("batch_rows", "d_in", "d_out", "dtype"),
+    [
+        (2, 16, 2, torch.float32),  # so few numbers that another order of sums shows in few
+        (6, 3, 5, torch.float32),
+        (4, 2, 8, torch.float32),
+        (183, 130, 512, torch.bfloat16),  # rounded so far that it shows in few
+        (55, 1024, 128, torch.bfloat16),
+    ],
+)
+def test_rows_keep_their_bits_where_few_numbers_tell(batch_rows, d_in, d_out, dtype, threads):
+    for seed in range(60):
+        draw = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch_rows, d_in, generator=draw).to(dtype)
+        weight = torch.randn(d_in, d_out, generator=draw).to(dtype).T
+        rows = torch.randperm(batch_rows, generator=draw)[: 1 + seed % batch_rows]
+        whole = product(x, weight, batch_rows)
+        assert torch.equal(product(x[rows], weight, batch_rows), whole[rows])
+
+
 @given(
     batch_rows=st.sampled_from([1, 2, 7, 16, 33, 300]),
     d_in=WIDTHS,

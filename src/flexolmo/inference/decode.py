@@ -176,7 +176,8 @@ def choose_tokens(
 
     Draws from all tokens until one comes that top-k and top-p keep. Of these a rejected token and
     all that are less likely are none, so they are left out of the next draw, and few draws do;
-    what is kept is drawn as if it had been cut first, but nothing is sorted. Source: ours.
+    what is kept is drawn as if it had been cut first, but nothing is sorted. Raises ConfigError for
+    logits that are not numbers. Source: ours.
     """
     found = logits.argmax(-1)
     rows = torch.tensor([i for i, s in enumerate(samplings) if s.temperature > 0])
@@ -184,25 +185,31 @@ def choose_tokens(
         return found.tolist()
 
     def of_rows(values: Callable[[Sampling], float]) -> Tensor:
-        return torch.tensor([values(samplings[i]) for i in rows.tolist()])[:, None]
+        return torch.tensor([values(samplings[i]) for i in rows.tolist()], dtype=torch.double)
 
-    logits = logits[rows]
-    scaled = (logits - logits.amax(-1, keepdim=True)) / of_rows(lambda s: s.temperature)
+    vocab_size = logits.shape[1]
+    logits = logits[rows].double()
+    scaled = (logits - logits.amax(-1, keepdim=True)) / of_rows(lambda s: s.temperature)[:, None]
     chances = scaled.softmax(-1)  # [B,V], of which the unlikely become 0
-    top_p = of_rows(lambda s: s.top_p)[:, 0]
-    top_k = of_rows(lambda s: s.top_k or logits.shape[1])[:, 0]
-    if any(samplings[i].top_k for i in rows.tolist()):  # else most draws would be rejected
-        most = min(int(top_k.where(top_k < logits.shape[1], 1).max()), logits.shape[1])
+    if not chances.isfinite().all():
+        raise ConfigError(
+            "The model's logits hold NaN or infinity, so there is no token to choose: its weights "
+            "are damaged, or one of its experts' are. Switch experts off one by one to find it."
+        )
+    top_p = of_rows(lambda s: s.top_p)
+    top_k = of_rows(lambda s: min(s.top_k or vocab_size, vocab_size)).long()
+    most = int(top_k.where(top_k < vocab_size, 1).max())
+    if most > 1 or bool((top_k == 1).any()):  # else most draws would be rejected
         least = chances.topk(most).values.gather(1, top_k[:, None].clamp(max=most) - 1)
         chances = chances.where((chances >= least) | (top_k > most)[:, None], 0.0)
-    ids = torch.arange(logits.shape[1])
+    ids = torch.arange(vocab_size)
     while len(rows):
-        sums = chances.double().cumsum(-1)
+        sums = chances.cumsum(-1)
         numbers = torch.cat(
             [torch.rand(1, 1, dtype=torch.double, generator=draws[i]) for i in rows.tolist()]
         )
         drawn = torch.searchsorted(sums, numbers * sums[:, -1:], right=True)  # [B,1]
-        drawn = drawn.clamp(max=logits.shape[1] - 1)
+        drawn = drawn.clamp(max=vocab_size - 1)
         chance = chances.gather(1, drawn)
         before = (chances > chance) | ((chances == chance) & (ids < drawn))  # ties by id
         likelier = chances * before

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -165,7 +166,7 @@ class EvidenceRouter(nn.Module):
         call.
 
         `past` is None, or the second result of the call that read the positions before: the last
-        ids [B] and the experts' weights at the next token, [E,B] float64.
+        ids [B] and the experts' weights at the next token, [E,B] float64 on the CPU.
         """
         B, T = ids.shape
         first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
@@ -178,32 +179,34 @@ class EvidenceRouter(nn.Module):
         logs = torch.stack([self.table(n)(last, here, pairs) for n in self.names])  # [E,T*B]
         limit = self.settings.clip_nats
         gap = self.settings.tempering * (logs - logs[:1]).clamp_(-limit, limit)
-        likelihood = gap.double().exp_().view(-1, T, B).transpose(0, 1)  # [T,E,B]
-        on = torch.ones_like(likelihood[0]) if active is None else active.T.double()  # [E,B]
+        likelihood = gap.double().exp_().cpu().numpy().reshape(-1, T, B).swapaxes(0, 1)  # [T,E,B]
+        on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         # dropped, not multiplied by 0: a table that is off may hold NaN
-        likelihood = torch.where(on > 0, likelihood, 0.0)
-        prior = on / _sum(on, 0)  # [E,B]
+        likelihood = np.where(on > 0, likelihood, 0.0)
+        prior = on / _sum_of(on, 0)  # [E,B]
         is_fresh = ids == self.eos_token_id
         found = self._filter(
             likelihood,
             prior,
-            prior if past is None else past[1],
-            (is_fresh if is_token is None else is_token & is_fresh).T,
-            None if is_token is None else ~is_token.T,
+            prior if past is None else past[1].numpy(),
+            (is_fresh if is_token is None else is_token & is_fresh).T.cpu().numpy(),
+            None if is_token is None else ~is_token.T.cpu().numpy(),
         )
+        with np.errstate(divide="ignore"):
+            logs = torch.from_numpy(np.log(found)).float().permute(2, 0, 1).to(ids.device)
         end = ids[:, -1]
         if is_token is not None:
             end = torch.where(is_token[:, -1], end, first[:, 0])
-        return found.log().float().permute(2, 0, 1), (end, found[-1])
+        return logs, (end, torch.from_numpy(found[-1]))
 
     def _filter(
         self,
-        likelihood: Tensor,
-        prior: Tensor,
-        first: Tensor,
-        fresh: Tensor,
-        padding: Tensor | None,
-    ) -> Tensor:
+        likelihood: np.ndarray,
+        prior: np.ndarray,
+        first: np.ndarray,
+        fresh: np.ndarray,
+        padding: np.ndarray | None,
+    ) -> np.ndarray:
         """Weights at the token after each, [T,E,B] float64, from likelihoods [T,E,B], prior and
         first weights [E,B]; `fresh` and `padding` [T,B] say where the prior, or nothing, follows.
 
@@ -213,54 +216,60 @@ class EvidenceRouter(nn.Module):
         """
         T, E, B = likelihood.shape
         most = self.settings.tempering * self.settings.clip_nats  # nats by which one token scales
-        is_few = B <= FEW_TEXTS or not likelihood.is_cpu
-        size = min(math.isqrt(T) if T >= LONG_TEXT and is_few else T, max(1, int(MAX_NATS / most)))
+        period = max(1, int(MAX_NATS / most))
+        size = min(math.isqrt(T), period) if T >= LONG_TEXT and B <= FEW_TEXTS else T
         count = -(-T // size)
         if count * size > T:
-            padding = torch.zeros_like(fresh) if padding is None else padding
-            likelihood, fresh, padding = (
-                torch.cat([x, x.new_full((count * size - T, *x.shape[1:]), fill)])
-                for x, fill in ((likelihood, 1.0), (fresh, False), (padding, True))
-            )
+            padding = np.zeros_like(fresh) if padding is None else padding
+            rest = ((0, count * size - T), (0, 0))
+            likelihood = np.pad(likelihood, (*rest, (0, 0)))
+            fresh = np.pad(fresh, rest)
+            padding = np.pad(padding, rest, constant_values=True)
         # of all blocks, [size,count,...]
-        likelihood = likelihood.view(count, size, E, B).transpose(0, 1)
-        fresh = fresh.reshape(count, size, 1, B).transpose(0, 1)
+        likelihood = likelihood.reshape(count, size, E, B).swapaxes(0, 1)
+        fresh = fresh.reshape(count, size, 1, B).swapaxes(0, 1)
+        has_fresh = np.asarray(fresh.any((1, 2, 3)))
         if padding is not None:
-            padding = padding.reshape(count, size, 1, B).transpose(0, 1)
-        rate, pull = self.settings.switch_rate, self.settings.switch_rate * prior
+            padding = padding.reshape(count, size, 1, B).swapaxes(0, 1)
+        pull = self.settings.switch_rate * prior
 
-        def read(t: int, weights: Tensor, dim: int) -> Tensor:
-            """Weights after token t of all blocks, from those before, [count,...,E,B]."""
-            here, is_fresh = likelihood[t], fresh[t]
-            stays = None if padding is None else padding[t]
-            if dim == 2:
-                here, is_fresh = here[:, None], is_fresh[:, None]
-                stays = None if stays is None else stays[:, None]
-            seen = weights * here
-            moved = (1.0 - rate) * seen + pull * _sum(seen, dim)
-            if stays is not None:
-                moved = torch.where(stays, weights, moved)
-            return torch.where(is_fresh, prior, moved)
+        def read(t: int, weights: np.ndarray) -> np.ndarray:
+            """Weights [count,...,E,B] after token t of all blocks, from those before."""
+
+            def here(x: np.ndarray) -> np.ndarray:
+                return x[t][:, None] if weights.ndim == 4 else x[t]
+
+            seen = weights * here(likelihood)
+            moved = (1.0 - self.settings.switch_rate) * seen + pull * _sum_of(seen, -2)
+            if padding is not None:
+                moved = np.where(here(padding), weights, moved)
+            return np.where(here(fresh), prior, moved) if has_fresh[t] else moved
 
         weights = first[None]
         if count > 1:
-            alone = torch.eye(E, dtype=first.dtype, device=first.device)[None, :, :, None]
-            alone = alone.expand(count, E, E, B)  # [count, an expert alone, E, B]
+            alone = np.eye(E)[None, :, :, None]  # an expert alone before each block, [count,E,E,B]
             for t in range(size):
-                alone = read(t, alone, 2)
-            forgets = fresh.any(0)  # [count,1,B] what stood before the block
+                alone = read(t, alone)
+            forgets = np.asarray(fresh.any(0))  # [count,1,B] what stood before the block
             starts = [first]
             for block, forgot in zip(alone[:-1], forgets[:-1], strict=True):
-                after = _sum(block * starts[-1][:, None], 0)[0]
-                after = torch.where(forgot, block[0], after)
-                starts.append(after / _sum(after, 0))
-            weights = torch.stack(starts)
-        found = []
+                after = _sum_of(block * starts[-1][:, None], 0)[0]
+                after = np.where(forgot, block[0], after)
+                starts.append(after / _sum_of(after, 0))
+            weights = np.stack(starts)
+        found = np.empty((count, size, E, B))
         for t in range(size):
-            weights = read(t, weights, 1)
-            found.append(weights)
-        every = torch.stack(found, dim=1).view(count * size, E, B)[:T]
-        return every / _sum(every, 1)
+            weights = read(t, weights)
+            if t % period == period - 1:
+                weights = weights / _sum_of(weights, -2)
+            found[:, t] = weights
+        every = found.reshape(count * size, E, B)[:T]
+        return every / _sum_of(every, 1)
+
+
+def _sum_of(parts: np.ndarray, axis: int) -> np.ndarray:
+    """`_sum` of an array."""
+    return parts.cumsum(axis).take([-1], axis)
 
 
 def _sum(parts: Tensor, dim: int) -> Tensor:
@@ -312,8 +321,10 @@ class LinearRouter(nn.Module):
         logits = columns(x, rows, batch_rows)  # [N,E]
         if self.raw_bias:
             free = torch.cat([self.raw_bias[slot(n)] for n in self.names[1:]]).float()  # [E-1]
-            is_clamp = self.settings.bias_form == "clamp"
-            bias = free.clamp(max=0) if is_clamp else -F.softplus(free)
+            if self.settings.bias_form == "clamp":
+                bias = free.clamp(max=0)
+            else:  # one by one, as the library rounds the last of many in another way
+                bias = -torch.cat([F.softplus(one) for one in free.split(1)])
             logits = logits + F.pad(bias, (1, 0))
         return logits.view(*h.shape[:-1], -1)
 

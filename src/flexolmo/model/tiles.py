@@ -30,6 +30,8 @@ COLUMNS = 16  # multiplied together where columns are to keep their bits
 REGISTERS_BYTES = 128  # of a number each, which the library fills at a time
 WORK_PER_THREAD = 2**15  # numbers below which the library uses fewer threads
 CPU = torch.device("cpu")
+ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
+ENOUGH_ROWS = 2048  # numbers of a tile's rows
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
 
 
@@ -172,7 +174,9 @@ def _is_whole(
 ) -> bool:
     """True if so many tiles in one product, which is faster, have the bits that they have as tiles,
     whatever the other rows are. Found by trying; the other arguments are those of `least_tiles`."""
-    rows, weight = _to_try(tile, d_in, d_out, step, dtype, device)
+    if dtype not in (torch.float32, torch.float64) or tile * d_out < ENOUGH_ROWS or d_in < 32:
+        return False  # too few numbers, or too rough, to tell another order of sums
+    rows, weight = _to_try(0, (tile, d_in), d_out, step, dtype, device)
     with torch.inference_mode():
         right = _multiply(rows.expand(least + 1, -1, -1), weight)[:tile]
         x = rows.repeat(count, 1)
@@ -185,14 +189,19 @@ def _is_whole(
 
 
 def _to_try(
-    tile: int, d_in: int, d_out: int, step: int, dtype: torch.dtype, device: torch.device
+    seed: int,
+    shape: tuple[int, ...],
+    d_out: int,
+    step: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Random rows [tile,in] and a matrix [in,out] whose rows begin `step` numbers apart."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(tile, d_in, generator=generator).to(device, dtype)
+    """Random rows [...,in] and a matrix [in,out] whose rows begin `step` numbers apart."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(shape, generator=generator).to(device, dtype)
     room = max(step, d_out)
-    weight = torch.randn(d_in, room, generator=generator).to(device, dtype)[:, :d_out]
-    return rows, weight
+    weight = torch.randn(shape[-1], room, generator=generator).to(device, dtype)
+    return rows, weight[:, :d_out]
 
 
 @cache
@@ -213,22 +222,21 @@ def least_tiles(
     Raises ConfigError if there is no such number on this machine.
     """
     most = in_all or max(MOST_TILES, 2 * num_threads)
-    rows, weight = _to_try(tile, d_in, d_out, step, dtype, device)
-
-    def bits(count: int, place: int, shift: int) -> Tensor:
-        """The rows' products from tile number `place` of `count`, moved by `shift` within it."""
-        x = torch.ones(count, tile, d_in, dtype=dtype, device=device)
-        x[place] = rows.roll(shift, 0)
-        return _multiply(x, weight)[place * tile :][:tile].roll(-shift, 0)
-
+    tiles = in_all or 2 * most
+    wrong: set[int] = set()
+    compared = 0
     with torch.inference_mode():
-        right = bits(in_all or 2 * most, 0, 0)
-        wrong = [
-            count
-            for count in range(1, most + 1)
-            for place, shift in {(0, 1), (count - 1, tile // 2), (count // 2, tile - 1)}
-            if not torch.equal(bits(count, place, shift), right)
-        ]
+        while compared < ENOUGH_NUMBERS:
+            x, weight = _to_try(compared, (tiles, tile, d_in), d_out, step, dtype, device)
+            right = _multiply(x, weight).view(tiles, tile, d_out)
+            for count in range(1, most + 1):
+                for place in {0, (tiles - count) // 2, tiles - count}:
+                    shift = count % tile  # within each tile
+                    found = _multiply(x[place : place + count].roll(shift, 1), weight)
+                    found = found.view(count, tile, d_out).roll(-shift, 1)
+                    if not torch.equal(found, right[place : place + count]):
+                        wrong.add(count)
+                    compared += found.numel()
     least = max(wrong, default=0) + 1
     if least > most:
         raise ConfigError(

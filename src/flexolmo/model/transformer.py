@@ -187,8 +187,7 @@ class Cache:
 
         evidence = self.evidence
         if evidence is not None:
-            at = rows.to(evidence[0].device)
-            evidence = (evidence[0][at], evidence[1][:, at])
+            evidence = (evidence[0][rows.to(evidence[0].device)], evidence[1][:, rows])
         return Cache(
             [layer.select(rows, self.num_positions) for layer in self.layers],
             self.num_positions,
