@@ -77,7 +77,7 @@ def _make(size: str, kind: str) -> Models:
     anchor = make_anchor(size)
 
     def reader(model: Any) -> OwnReader:
-        return OwnReader(model, anchor.tokenizer)
+        return OwnReader(model, anchor.tokenizer, has_panels=True)
 
     if kind == "default":
         return Models(reader(make_mixture(size, EvidenceSettings(), "all")), reader(anchor.model))
@@ -182,7 +182,9 @@ def time_low_rank(size: str, rank: int, rounds: int) -> Record:
     anchor = make_anchor(size)
     everywhere = EvidenceSettings(min_weight=0.0)
     model = make_mixture(size, everywhere, "ffn", num_experts=NUM_EXPERTS + 1, rank=rank)
-    models = Models(*(OwnReader(m, anchor.tokenizer) for m in (model, anchor.model)))
+    models = Models(
+        *(OwnReader(m, anchor.tokenizer, has_panels=True) for m in (model, anchor.model))
+    )
     return against_anchor(models, made_texts(size, 4, 512), rounds)
 
 

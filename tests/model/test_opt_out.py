@@ -86,13 +86,18 @@ def mixtures(make_wild):
     return get
 
 
-def run(model, prompt, decode, masks, is_token):
+panels_of = cache(lambda model: model.cut_panels())
+
+
+def run(model, prompt, decode, masks, is_token, has_panels=False):
     """Logits of the prompt, then of each decoded column, all through one cache."""
     store = model.new_cache()
     active = None if masks is None else model.expert_mask(masks)
-    out = [model(prompt, cache=store, active=active, is_token=is_token)]
-    out += [model(column, cache=store, active=active) for column in decode]
-    return out
+    options = {"cache": store, "active": active, "panels": panels_of(model) if has_panels else None}
+    return [
+        model(prompt, is_token=is_token, **options),
+        *(model(column, **options) for column in decode),
+    ]
 
 
 CASES = st.fixed_dictionaries(
@@ -105,6 +110,7 @@ CASES = st.fixed_dictionaries(
         ),
         "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
         "length": st.integers(1, 24),
+        "has_panels": st.booleans(),
         "has_grad": st.booleans(),  # without, an FFN works a piece at a time
         "steps": st.integers(0, 3),
         "padding": st.lists(st.integers(0, 23), min_size=5, max_size=5),
@@ -115,7 +121,7 @@ CASES = st.fixed_dictionaries(
 
 
 @given(case=CASES)
-@settings(IN_SESSION, max_examples=120)
+@settings(IN_SESSION, max_examples=160)
 def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
     masks, length, key = case["masks"], case["length"], (case["kind"], case["dtype"])
     more = (case["top_k"], case["parts"])
@@ -129,13 +135,27 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
         first = torch.tensor([p % length for p in case["padding"][: len(masks)]])
         is_token = torch.arange(length)[None] >= first[:, None]
     with torch.set_grad_enabled(case["has_grad"]):
-        merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, is_token)
+        rest = (is_token, case["has_panels"])
+        merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, *rest)
         for subset in set(masks):
             rows = torch.tensor([i for i, m in enumerate(masks) if m == subset])
-            never = run(mixtures(*key, subset, *more), prompt, decode, None, is_token)
+            never = run(mixtures(*key, subset, *more), prompt, decode, None, *rest)
             for got, expected in zip(merged, never, strict=True):
                 assert torch.isfinite(expected).all()
                 assert same_bits(got[rows], expected[rows])
+
+
+@given(case=CASES)
+@settings(IN_SESSION, max_examples=60)
+def test_panels_change_the_last_bits_alone(mixtures, case):
+    model = mixtures(case["kind"], "float32", OWNERS, case["top_k"], case["parts"])
+    ids = mixtures.wilds["float32"].ids(len(case["masks"]), case["length"] + 1, case["seed"])
+    with torch.inference_mode():
+        right, found = (
+            run(model, ids[:, :-1], [ids[:, -1:]], case["masks"], None, has_panels)
+            for has_panels in (False, True)
+        )
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 @given(case=CASES, bad=st.sampled_from([float("nan"), float("inf"), -float("inf")]))

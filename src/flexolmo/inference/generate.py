@@ -22,7 +22,7 @@ def generate(
     only: Iterable[str] | Sequence[Iterable[str]] | None = None,
     sampling: Sampling | None = None,
 ) -> list[str]:
-    """Continuations of `prompts`, as one batch.
+    """Continuations of `prompts`, as one batch, for which a model on a processor is held twice.
 
     `without` and `only` name experts, for all prompts (`["news"]`) or for each prompt its own
     (`[["news"], []]`). Raises PolicyError for an unknown name, ConfigError for a prompt that the
@@ -37,7 +37,7 @@ def generate(
     ]
     if not prompts:
         return []
-    reader = OwnReader(mixture.model, mixture.tokenizer)
+    reader = OwnReader(mixture.model, mixture.tokenizer, has_panels=len(prompts) > 1)
     requests = requests_for(reader, reader.tokenizer.encode_batch(prompts), sampling)
     written: list[list[int]] = [[] for _ in prompts]
     for step in decode(reader, requests, state=reader.new_state(enabled)):

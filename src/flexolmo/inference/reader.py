@@ -72,11 +72,13 @@ class OwnReader:
     shares_prefixes: bool = True
     kept_tokens: int = 0
     last_days: Mapping[str, datetime.date | None] | None = None  # of use; asked at each new state
+    has_panels: bool = False  # a second copy of the matrices, from which batches are written faster
 
     def __post_init__(self) -> None:
         self.max_seq_len = self.model.config.max_seq_len
         self.start = [self.model.config.eos_token_id]
         self.model.space_weights()
+        self.panels = self.model.cut_panels() if self.has_panels else None
         if isinstance(self.model, MixtureModel):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
         elif self.enabled:
@@ -96,7 +98,8 @@ class OwnReader:
         return state
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
-        return self.model(ids, cache=state, is_token=is_token, last=last).float()
+        options = {"is_token": is_token, "panels": self.panels}
+        return self.model(ids, cache=state, last=last, **options).float()
 
 
 @contextmanager

@@ -105,6 +105,9 @@ class LowRank(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(rank, d_out).T)
 
 
+Matrix = Linear | Embedding
+
+
 class _Deltas(nn.Module):
     """Owners' versions of one matrix [out,in], by expert: a whole matrix, or a delta."""
 
@@ -151,26 +154,20 @@ class _Deltas(nn.Module):
         return cast(Share | None, ctx.rests[places])
 
     def mix(
-        self,
-        x: Tensor,
-        ctx: ForwardContext,
-        weight: Tensor,
-        read: Callable[[Tensor, Tensor], Tensor],
+        self, x: Tensor, ctx: ForwardContext, base: Matrix, read: Callable[[Tensor, Matrix], Tensor]
     ) -> Tensor:
-        """`read(x, .)` of the anchor's `weight` and of owners' whole matrices, by their shares."""
+        """`read(x, .)` of the anchor's matrix and of owners' whole ones, by their shares."""
         whole = self.whole(ctx)
         if not whole:
-            return read(x, weight)
+            return read(x, base)
         if ctx.blend is not None:
             own_x, public_x = ctx.blend.split(x)
-            return cast(
-                Tensor, ctx.blend.join(read(own_x, whole[0][1].weight), read(public_x, weight))
-            )
+            return cast(Tensor, ctx.blend.join(read(own_x, whole[0][1]), read(public_x, base)))
         rest, y = self.rest(ctx), None
         if rest is not None:
-            y = rest.add(y, read(rest.pick(x), weight))
+            y = rest.add(y, read(rest.pick(x), base))
         for share, own in whole:
-            y = share.add(y, read(share.pick(x), own.weight))
+            y = share.add(y, read(share.pick(x), own))
         return cast(Tensor, y)
 
     def _present(self, ctx: ForwardContext) -> Iterator[tuple[Share, Linear | LowRank]]:
@@ -196,7 +193,7 @@ class DeltaLinear(Linear):
         if ctx.blend is not None and (whole := self.deltas.whole(ctx)):
             y = ctx.blend.multiply(flat, whole[0][1].weight, self.weight)
         else:
-            y = self.deltas.mix(flat, ctx, self.weight, lambda u, w: product(u, w, n))
+            y = self.deltas.mix(flat, ctx, self, lambda u, m: Linear.read(cast(Linear, m), u, ctx))
         for share, delta in self.deltas.low(ctx):
             low = product(share.pick(flat), delta.lora_a, n)
             y = share.add(y, product(low, delta.lora_b, n))
@@ -228,7 +225,7 @@ class DeltaEmbedding(Embedding):
     def forward(self, ids: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         assert ctx is not None
         flat = ids.flatten()
-        x = self.deltas.mix(flat, ctx, self.weight, F.embedding)
+        x = self.deltas.mix(flat, ctx, self, lambda u, m: F.embedding(u, m.weight))
         for share, delta in self.deltas.low(ctx):
             low = F.embedding(share.pick(flat), delta.lora_b)
             x = share.add(x, product(low, delta.lora_a.T, ctx.batch_rows))
@@ -286,8 +283,7 @@ def mix_low_rank(
         if own is not None:
             picked[own.rows if own.rows is not None else slice(None)] = True
     union = share_of(picked, picked.nonzero()[:, 0], batch_rows, h.dtype)
-    gate = public.gate_proj(h, ctx)  # [N,F]
-    up = public.up_proj(h, ctx)  # [N,F]
+    gate, up = public.gate_and_up(h, ctx)  # [N,F]
     inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:
         inner = share.add(None, silu(share.pick(gate)) * share.pick(up))

@@ -29,6 +29,8 @@ from flexolmo.model.deltas import (
     mix_low_rank,
     shares_of,
 )
+from flexolmo.model.groups import Groups, groups_of
+from flexolmo.model.panels import Panels, panel_product
 from flexolmo.model.router import (
     DiscriminantRouter,
     DiscriminantSettings,
@@ -42,6 +44,7 @@ from flexolmo.model.router import (
 )
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.tiles import silu
 from flexolmo.model.transformer import Cache, FeedForward, ForwardContext, ModelConfig, Transformer
 
 
@@ -61,18 +64,21 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleDict({slot(n): e for n, e in experts.items()})
         self.router = router
         self.top_k = top_k
+        self.is_even = len({_width(e) for e in experts.values()}) == 1
 
     def expert(self, name: str) -> nn.Module:
         """One expert's FFN: a `FeedForward`, or a `LowRankFeedForward`."""
         return self.experts[slot(name)]
 
     def forward(self, h: Tensor, ctx: ForwardContext) -> Tensor:
-        weights, shares = ctx.weights, ctx.shares  # [B,T,E]
+        weights, shares, groups = ctx.weights, ctx.shares, ctx.groups  # [B,T,E]
         if self.router is not None:
             logits = self._logits(self.router, h, ctx)
             weights = mixture_weights(logits, ctx.active, self.top_k)
             learns_all = self.training and self.top_k is None and ctx.active is None
-            shares = shares_of(weights, ctx.active, ctx.batch_rows, h.dtype, is_dense=learns_all)
+            groups = self.group(weights, ctx)
+            if groups is None:
+                shares = shares_of(weights, ctx.active, ctx.batch_rows, h.dtype, learns_all)
             if ctx.router_logits is not None:
                 ctx.router_logits.append(logits)
         assert weights is not None, "a mixture needs weights from its model or its layer"
@@ -80,7 +86,14 @@ class Mixture(nn.Module):
             ctx.routing.append(weights.detach())
         if ctx.blend is not None:
             return self._blend(h.flatten(0, 1), ctx).view_as(h)
+        if groups is not None:
+            return self._mix_groups(h.flatten(0, 1), groups, ctx).view_as(h)
         return self._mix(h.flatten(0, 1), shares, ctx).view_as(h)
+
+    def group(self, weights: Tensor, ctx: ForwardContext) -> Groups | None:
+        """Groups of a small batch from its weights [B,T,E], where experts are whole, of one width
+        and in panels."""
+        return groups_of(weights, ctx.dtype) if ctx.panels and self.is_even else None
 
     def _logits(
         self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext
@@ -102,6 +115,23 @@ class Mixture(nn.Module):
             return blend_low_rank(h, public, own, blend)
         own_h, public_h = blend.split(h)
         return blend.join(cast(FeedForward, own).read(own_h, ctx), public.read(public_h, ctx))
+
+    def _mix_groups(self, h: Tensor, groups: Groups, ctx: ForwardContext) -> Tensor:
+        """`_mix`, bit for bit, of whole experts of one width in panels."""
+        panels = cast(Panels, ctx.panels)
+        public, *owners = cast(list[FeedForward], [*self.experts.values()])
+        read = [(e, n) for e, n in zip([*owners, public], groups.sizes, strict=True) if n]
+        sizes = [n for _, n in read]
+        rows = h.index_select(0, groups.reads).split(sizes)
+        wide = [panel_product(x, panels[e]) for (e, _), x in zip(read, rows, strict=True)]
+        gate, up = public.beside(torch.cat(wide, dim=1))  # [R,F]
+        inner = [*(silu(gate) * up).split(sizes)]
+        own = len(groups.reads) - groups.sizes[-1]
+        if groups.sizes[-1]:
+            inner[-1] = groups.weight[own:] * inner[-1]
+        values = torch.cat([e.down_proj(x, ctx) for (e, _), x in zip(read, inner, strict=True)])
+        values[:own] *= groups.weight[:own]
+        return groups.sum(values)
 
     def _mix(self, h: Tensor, shares: Sequence[Share | None], ctx: ForwardContext) -> Tensor:
         """Weighted sum of the outputs for rows h [N,D]."""
@@ -196,9 +226,14 @@ class MixtureModel(Transformer):
         return torch.tensor(rows, dtype=torch.bool, device=self.device)
 
     def _context(
-        self, ids: Tensor, cache: Cache | None, is_token: Tensor | None, active: Tensor | None
+        self,
+        ids: Tensor,
+        cache: Cache | None,
+        is_token: Tensor | None,
+        active: Tensor | None,
+        panels: Panels | None,
     ) -> ForwardContext:
-        ctx = super()._context(ids, cache, is_token, active)
+        ctx = super()._context(ids, cache, is_token, active, panels)
         active = ctx.active  # the cache may hold it
         if self.router is not None:
             logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
@@ -208,6 +243,7 @@ class MixtureModel(Transformer):
                 logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
             )
             ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
+            ctx.groups = self.mixtures()[0].group(ctx.weights, ctx)
             is_pair = len(self.expert_names) == 2 and active is None and ctx.is_token is None
             if self.training and is_pair:
                 ctx.blend = blend_of(ctx.weights, ctx.dtype)
@@ -224,6 +260,10 @@ class MixtureModel(Transformer):
         weights = ctx.weights[:, -count:]
         shares = shares_of(weights, ctx.active, ctx.batch_rows, ctx.dtype)
         return replace(ctx, weights=weights, shares=shares, rests={})
+
+
+def _width(expert: nn.Module) -> int | None:
+    return expert.down_proj.in_features if isinstance(expert, FeedForward) else None
 
 
 def _feed_forward(config: ModelConfig, shape: ExpertShape) -> nn.Module:

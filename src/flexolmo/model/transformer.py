@@ -20,6 +20,16 @@ from torch import Tensor, nn
 
 from flexolmo.config import Settings
 from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.model.panels import (
+    FEWEST_ROWS,
+    MOST_ROWS,
+    WIDTH,
+    Panels,
+    beside,
+    can_cut,
+    cut_panels,
+    panel_product,
+)
 from flexolmo.model.tiles import product, silu, spaced
 
 CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
@@ -146,6 +156,8 @@ class ForwardContext:
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
     rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
+    groups: Any = None  # the same of a small batch, see groups.Groups
+    panels: Panels | None = None  # of a small batch in evaluation
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     cache: list[LayerCache] | None = None
@@ -153,13 +165,6 @@ class ForwardContext:
     room: int = 0  # positions that the cache should hold in the end
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
-
-    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [..., in] times `weight` [out,in] transposed; `product` of all positions."""
-        if self.batch_rows is None:
-            return F.linear(x, weight)
-        y = product(x.flatten(0, -2), weight, self.batch_rows)
-        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass
@@ -229,7 +234,15 @@ class Linear(nn.Linear):
         """Leave the memory as it came: `initialise` draws it, or a file's numbers are copied."""
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        return F.linear(x, self.weight) if ctx is None else ctx.multiply(x, self.weight)
+        if ctx is None:
+            return F.linear(x, self.weight)
+        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], -1)
+
+    def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Rows x [n,in] times the matrix, [n,out]."""
+        if ctx.panels and (cut := ctx.panels.get(self)) is not None:
+            return beside(panel_product(x, cut))[:, : self.out_features]
+        return product(x, self.weight, ctx.batch_rows)
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> "list[Part]":
         """Factors (u_j, w_j, rows) with `forward` = sum of u_j w_j^T at those rows."""
@@ -313,12 +326,22 @@ class FeedForward(nn.Module):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
-        gate = self.gate_proj(x, ctx)
-        gate = F.silu(gate) if ctx.batch_rows is None else silu(gate)
-        inner = gate * self.up_proj(x, ctx)  # [n,F]
+        gate, up = self.gate_and_up(x, ctx)
+        inner = (F.silu(gate) if ctx.batch_rows is None else silu(gate)) * up  # [n,F]
         if weight is not None:
             inner = weight * inner[: len(weight)]
         return self.down_proj(inner, ctx)
+
+    def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Both products of rows x [n,D], [n,F] each."""
+        if ctx.panels and self in ctx.panels:
+            return self.beside(panel_product(x, ctx.panels[self]))
+        return self.gate_proj(x, ctx), self.up_proj(x, ctx)
+
+    def beside(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from products with their panels."""
+        gate, up = (beside(half)[:, : self.down_proj.in_features] for half in found.chunk(2))
+        return gate, up
 
 
 class Attention(nn.Module):
@@ -337,11 +360,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x, ctx))
-        k = self.k_norm(self.k_proj(x, ctx))
+        q, k, v = self._project(x, ctx)
         q, k, v = (
             y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
-            for y in (q, k, self.v_proj(x, ctx))
+            for y in (self.q_norm(q), self.k_norm(k), v)
         )
         q = _rotate(q, ctx)
         k = _rotate(k, ctx)
@@ -356,6 +378,17 @@ class Attention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1],
         )  # [B,H,T,C]
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx)  # [B,T,D]
+
+    def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
+        matrices = (self.q_proj, self.k_proj, self.v_proj)
+        if ctx.panels and self in ctx.panels:
+            found = panel_product(x.flatten(0, 1), ctx.panels[self])
+            counts = [-(-m.out_features // WIDTH) for m in matrices]
+            return tuple(
+                beside(part)[:, : m.out_features]
+                for m, part in zip(matrices, found.split(counts), strict=True)
+            )
+        return tuple(m(x, ctx) for m in matrices)
 
 
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -417,6 +450,29 @@ class Transformer(nn.Module):
             if isinstance(module, Linear):
                 module.weight.data = spaced(module.weight.data)
 
+    def cut_panels(self) -> Panels:
+        """A second copy of the matrices, for the option `panels`; empty where it would not help."""
+        together: dict[nn.Module, list[Linear]] = {}
+        alone: dict[nn.Module, list[Linear]] = {}
+        tables = {m for e in self.modules() if isinstance(e, Embedding) for m in e.modules()}
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                together[module] = [module.gate_proj, module.up_proj]
+            elif isinstance(module, Attention):
+                own = [module.q_proj, module.k_proj, module.v_proj]
+                if all(type(m) is Linear for m in own):
+                    together[module] = own
+            elif isinstance(module, Linear) and module not in tables:
+                alone[module] = [module]
+        for own in together.values():
+            for m in own:
+                del alone[m]
+        return {
+            module: cut_panels([m.weight for m in own])
+            for module, own in (alone | together).items()
+            if can_cut(own[0].weight)
+        }
+
     def new_cache(self) -> Cache:
         """An empty cache for one batch."""
         return Cache([LayerCache() for _ in self.layers])
@@ -429,7 +485,8 @@ class Transformer(nn.Module):
         """Logits [B,T,V]; with `last`, only those of that many last positions, [B,last,V].
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
-        mixture's experts per sequence. With a cache, ids continue the positions it holds. The
+        mixture's experts per sequence. With `panels`, of `cut_panels`, small batches are read
+        faster. With a cache, ids continue the positions it holds. The
         lists routing and router_logits, when given, receive each layer's mixture weights and
         router logits, both [B,T,E].
         """
@@ -449,6 +506,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         is_token: Tensor | None = None,
         active: Tensor | None = None,
+        panels: Panels | None = None,
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, ForwardContext]:
@@ -456,7 +514,7 @@ class Transformer(nn.Module):
             return None if x is None else x.to(self.device)
 
         ids = ids.to(self.device)
-        ctx = self._context(ids, cache, here(is_token), here(active))
+        ctx = self._context(ids, cache, here(is_token), here(active), panels)
         ctx.routing, ctx.router_logits = routing, router_logits
         x = self.embed_tokens(ids, ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
@@ -466,7 +524,12 @@ class Transformer(nn.Module):
         return self.norm(x), ctx
 
     def _context(
-        self, ids: Tensor, cache: Cache | None, is_token: Tensor | None, active: Tensor | None
+        self,
+        ids: Tensor,
+        cache: Cache | None,
+        is_token: Tensor | None,
+        active: Tensor | None,
+        panels: Panels | None,
     ) -> ForwardContext:
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
@@ -506,14 +569,17 @@ class Transformer(nn.Module):
             bias = torch.zeros(visible.shape, dtype=dtype, device=ids.device)
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
+        batch_rows = ids.numel() if self.in_tiles and not self.training else None
+        is_few = batch_rows is not None and FEWEST_ROWS <= batch_rows <= MOST_ROWS
         return ForwardContext(
             dtype,
             cos,
             sin,
             bias,
             is_token,
-            ids.numel() if self.in_tiles and not self.training else None,
+            batch_rows,
             active,
+            panels=panels if is_few else None,
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,
