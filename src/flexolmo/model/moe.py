@@ -231,7 +231,7 @@ class MixtureModel(Transformer):
         cache: Cache | None,
         is_token: Tensor | None,
         active: Tensor | None,
-        panels: Panels | None,
+        panels: Panels | None = None,
     ) -> ForwardContext:
         ctx = super()._context(ids, cache, is_token, active, panels)
         active = ctx.active  # the cache may hold it

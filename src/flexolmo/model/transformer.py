@@ -234,9 +234,9 @@ class Linear(nn.Linear):
         """Leave the memory as it came: `initialise` draws it, or a file's numbers are copied."""
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
-        if ctx is None:
+        if ctx is None or ctx.batch_rows is None:
             return F.linear(x, self.weight)
-        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], -1)
+        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.out_features)
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""
@@ -529,7 +529,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
         is_token: Tensor | None,
         active: Tensor | None,
-        panels: Panels | None,
+        panels: Panels | None = None,
     ) -> ForwardContext:
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
