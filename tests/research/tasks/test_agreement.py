@@ -29,7 +29,9 @@ from flexolmo.research.tasks.harness import HarnessModel
 from flexolmo.research.tasks.selection import RunSettings, choose_items
 from flexolmo.research.tasks.sources import PACKAGE, VERSION, Sources
 from flexolmo.research.tasks.suite import choose_tasks
-from made_harness import harness_task, manager
+from made_harness import brief_harness, harness_task, manager
+
+__all__ = ["brief_harness"]
 
 CACHED = cache_directory() / "pip" / PACKAGE / VERSION
 pytestmark = pytest.mark.skipif(

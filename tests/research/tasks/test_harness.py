@@ -17,9 +17,11 @@ from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference.reader import StockReader, open_reader
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.research.tasks.harness import HarnessModel, run_harness
-from made_harness import harness_task, manager
+from made_harness import brief_harness, harness_task, manager
 from made_items import choice_items, task_of, written_items
 from made_mixtures import NAMES
+
+__all__ = ["brief_harness"]
 
 
 @pytest.fixture(scope="module")
@@ -112,5 +114,5 @@ def test_a_user_s_own_task_runs_and_an_unknown_one_is_named(house, tmp_path):
         max(s, key=lambda x: x.log_prob) is s[r["g"]] for s, r in zip(scores, rows, strict=True)
     ]
     assert found["mine"]["acc,none"] == sum(right) / 2
-    with pytest.raises(ConfigError, match="no task nosuch"):
-        run_harness(reader, ["mine", "nosuch"], tmp_path)
+    with pytest.raises(ConfigError, match="no task nosuch;"):
+        run_harness(reader, ["mine", "arc_easy", "nosuch"], tmp_path)  # theirs are known as well
