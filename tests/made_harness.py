@@ -16,7 +16,6 @@ from lm_eval.tasks._index import TaskIndex
 from flexolmo.research.tasks.items import Item
 from flexolmo.research.tasks.suite import Task
 
-
 THEIR_TASKS = Path(lm_eval.tasks.__file__).parent
 FOLDERS = [  # of the harness's tasks that tests name
     "arc",

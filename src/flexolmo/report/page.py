@@ -9,10 +9,11 @@ import base64
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Self
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
@@ -156,6 +157,14 @@ def save_page(blocks: Iterable[Block], *paths: Path) -> Path:
 
 def render_page(blocks: Sequence[Block], form: str, images: Mapping[str, bytes]) -> str:
     """The page as "html" or "md"; `images` has each picture's PNG by its name."""
+    encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
+    page = _template(form).render(blocks=blocks, images=encoded)
+    return page.strip() + "\n"
+
+
+@cache
+def _template(form: str) -> Template:
+    """The template of "html" or "md" pages, compiled."""
     make_safe = {"html": make_printable, "md": escape_markdown}[form]
     environment = Environment(
         loader=PackageLoader("flexolmo.report"),
@@ -166,9 +175,7 @@ def render_page(blocks: Sequence[Block], form: str, images: Mapping[str, bytes])
         finalize=lambda value: make_safe(value) if type(value) is str else value,
     )
     environment.filters |= {"breakable": _breakable, "indented": _indented, "marked": _marked}
-    encoded = {name: base64.b64encode(image).decode() for name, image in images.items()}
-    page = environment.get_template(f"page.{form}").render(blocks=blocks, images=encoded)
-    return page.strip() + "\n"
+    return environment.get_template(f"page.{form}")
 
 
 def escape_markdown(text: str) -> Markup:

@@ -2,7 +2,6 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -116,10 +115,9 @@ def test_against_a_rival_below_the_anchor_ours_must_be_above_it() -> None:
     assert bar.met is False and math.isnan(bar.value)
 
 
-def test_verdicts_on_the_page_are_those_of_the_bars(
-    whole: tuple[dict[str, Any], Path, str],
-) -> None:
-    results, _, page = whole
+def test_verdicts_on_the_page_are_those_of_the_bars(tmp_path: Path, no_figures: None) -> None:
+    results = make_results(3, has_ablations=True)
+    page = write_page(results, tmp_path).read_text(encoding="utf-8")
     part = page[page.index("## What was asked") : page.index("## Table 2")]
     bars = find_bars(results)
     assert part.count("✓ met") == sum(b.met is True for b in bars)

@@ -121,6 +121,7 @@ def study(tmp_path_factory):
     graph = build_graph(RECIPE)
     for target in graph.targets:
         do_all(target, root)
+    write_results(graph, root)
     return graph, root
 
 
@@ -259,7 +260,6 @@ RIVALS_OVER_DENSE = [
 def test_a_method_opened_for_tasks_says_what_the_study_read(study, method):
     """The same windows, one by one through the scorer, as the study's own reading of them."""
     graph, root = study
-    write_results(graph, root)
     reader, about = open_method(root, method)
     score = graph.scores[RECIPE.seeds[0]]
     windows = load_windows(score.inputs["windows"].directory(root), "heldout")
@@ -312,8 +312,7 @@ def read_by_the_study(method, about, read, windows, tokenizer, samples):
 
 
 def test_a_method_is_opened_without_an_owner_and_not_by_a_wrong_name(study):
-    graph, root = study
-    write_results(graph, root)
+    _, root = study
     assert open_method(root, "flexolmo_default", without=["news"])[1]["enabled"] == ["maths"]
     for method, said in (
         ("btn", "no model called 'btn'.*flexolmo_default"),
@@ -329,8 +328,7 @@ def test_a_method_is_opened_without_an_owner_and_not_by_a_wrong_name(study):
 
 @pytest.mark.parametrize("method", RIVALS_OVER_DENSE)
 def test_a_rival_over_dense_models_does_not_open_those_that_are_off(study, method, monkeypatch):
-    graph, root = study
-    write_results(graph, root)
+    _, root = study
     opened, really_open = [], methods._open
     monkeypatch.setattr(
         methods, "_open", lambda step, root: opened.append(step.label) or really_open(step, root)

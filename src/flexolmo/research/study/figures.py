@@ -352,12 +352,11 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
     """Write a label near every point where it covers no other; joined by a line where far."""
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     pixel = renderer.points_to_pixels(1.0)
-    inside = ax.get_window_extent()
+    inside = np.array([ax.get_window_extent().extents])
     places = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    dots = [
+    taken = [
         Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places
     ]
-    taken: list[Bbox] = []
     for (x, y, text, colour, is_bold), place in zip(points, places, strict=True):
         label = ax.annotate(
             wrap_name(text, 40, 1),
@@ -373,6 +372,7 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
         best, least = (9.0, 0.0), math.inf
+        others = np.array([box.extents for box in taken])
         for far in (9, 14, 20, 28, 38, 50, 64, 80, 98):
             for angle in (0, 180, 35, -35, 145, -145, 65, -65, 115, -115, 90, -90):
                 dx = far * math.cos(math.radians(angle)) * pixel
@@ -381,7 +381,7 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
                 box = Bbox.from_bounds(
                     left, place[1] + dy - size.height / 2, size.width, size.height
                 )
-                covered = sum(_shared(box, other) for other in [*taken, *dots])
+                covered = _shared(box, others)
                 covered += size.width * size.height - _shared(box, inside)
                 if covered < least - 1e-6:
                     best, least, chosen = (dx / pixel, dy / pixel), covered, box
@@ -394,10 +394,10 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
             label.arrow_patch.set_visible(False)
 
 
-def _shared(a: Bbox, b: Bbox) -> float:
-    """Area in pixels that two boxes share."""
-    both = Bbox.intersection(a, b)
-    return both.width * both.height if both is not None else 0.0
+def _shared(box: Bbox, others: np.ndarray) -> float:
+    """Area in pixels that a box shares with all of `others` [N,4], each x0, y0, x1, y1."""
+    sides = np.minimum(box.max, others[:, 2:]) - np.maximum(box.min, others[:, :2])
+    return float(sides.clip(min=0).prod(axis=1).sum())
 
 
 def plot_kept_gain(results: Results) -> Figure | None:
