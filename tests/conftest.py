@@ -4,6 +4,7 @@ The anchor is real but tiny: 2 layers, width 32, a tokenizer of 300 ids learned 
 trained for a few steps. Everything is made here, in about two seconds, with no network.
 """
 
+import gc
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
@@ -55,6 +57,13 @@ ROUTERS = {
     "linear": LinearSettings(),
     "linear without bias": LinearSettings(has_bias=False),
 }
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests, millions of objects, out of every later collection of
+    garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:

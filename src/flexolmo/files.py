@@ -285,6 +285,9 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
         value = json.loads(text, **hooks)
     except RecursionError:
         raise too_deep from None
+    opening: tuple[Any, ...] = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(map(text.count, opening)) <= MAX_JSON_DEPTH:  # most texts; a walk takes far longer
+        return value
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH + 1):
         level = [v for v in level if isinstance(v, dict | list)]

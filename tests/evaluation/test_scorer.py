@@ -55,9 +55,8 @@ def readers(house, tmp_path_factory):
         said = torch.stack([e[torch.arange(len(ids) - 1), ids[1:]] for e in each[:, :-1]])
         padded = torch.nn.functional.pad(said, (0, 1)).numpy()
         weights = btm_weights(padded, **how)  # [E,T]
-        return torch.stack(
-            [torch.from_numpy(mix_log_probs(v.numpy(), weights)) for v in each.unbind(-1)], dim=-1
-        )
+        every = weights.repeat(each.shape[2], axis=1)  # [E,T*V]
+        return torch.from_numpy(mix_log_probs(each.flatten(1).numpy(), every)).view(each.shape[1:])
 
     def in_one_pass(name, ids):
         text = torch.tensor([ids])

@@ -36,6 +36,12 @@ def sizes_of(drawn):
     return {k: v for k, v in drawn.items() if k != "ffn"} | drawn["ffn"]
 
 
+@pytest.fixture(scope="module")
+def exact(make_wild):
+    """A Wild anchor in float64."""
+    return make_wild(torch.float64)
+
+
 # --- the reference ------------------------------------------------------------------------------
 
 
@@ -156,17 +162,16 @@ class Reference:
     off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]),
 )
 @IN_SESSION
-def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off):
-    wild = make_wild(torch.float64)
+def test_a_mixture_of_any_shapes_is_the_loop(exact, drawn, top_k, seed, off):
     experts = {
-        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        n: exact.expert(ROUTER, seed + i, **sizes_of(d))
         for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
     }
-    model, routing = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k), []
-    ids = wild.ids(2, 6, seed)
+    model, routing = assemble_mixture(exact.anchor, experts, ROUTER, top_k=top_k), []
+    ids = exact.ids(2, 6, seed)
     active = model.expert_mask([None, set(experts) - set(off)])
     found = model(ids, active=active, routing=routing)
-    expected = Reference(wild.anchor, experts, routing[0]).logits(ids)
+    expected = Reference(exact.anchor, experts, routing[0]).logits(ids)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -177,14 +182,13 @@ def test_a_mixture_of_any_shapes_is_the_loop(make_wild, drawn, top_k, seed, off)
     chunk=st.sampled_from([16, 64, 400]),
 )
 @IN_SESSION
-def test_working_in_pieces_changes_nothing(make_wild, drawn, seed, off, chunk):
+def test_working_in_pieces_changes_nothing(exact, drawn, seed, off, chunk):
     """To the last bits; neither does training mode, in which nothing is cut."""
-    wild = make_wild(torch.float64)
     experts = {
-        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        n: exact.expert(ROUTER, seed + i, **sizes_of(d))
         for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
     }
-    model, ids = assemble_mixture(wild.anchor, experts, ROUTER), wild.ids(3, 30, seed)
+    model, ids = assemble_mixture(exact.anchor, experts, ROUTER), exact.ids(3, 30, seed)
     active = model.expert_mask([None, set(experts) - set(off), ()])
     expected = model(ids, active=active)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
@@ -201,16 +205,16 @@ def test_working_in_pieces_changes_nothing(make_wild, drawn, seed, off, chunk):
     off=st.sampled_from([(), OWNERS[:1], OWNERS[1:]]),
 )
 @IN_SESSION
-def test_training_and_evaluation_compute_the_same(make_wild, drawn, top_k, seed, off):
+def test_training_and_evaluation_compute_the_same(exact, drawn, top_k, seed, off):
     """To the last bits, though one multiplies in tiles; also for the last position alone."""
-    wild, found = make_wild(torch.float64), []
+    found = []
     experts = {
-        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        n: exact.expert(ROUTER, seed + i, **sizes_of(d))
         for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
     }
-    ids = wild.ids(3, 9, seed)
+    ids = exact.ids(3, 9, seed)
     for is_training in (False, True):
-        model = assemble_mixture(wild.anchor, experts, ROUTER, top_k=top_k).train(is_training)
+        model = assemble_mixture(exact.anchor, experts, ROUTER, top_k=top_k).train(is_training)
         active, cache = model.expert_mask([None, set(experts) - set(off), ()]), model.new_cache()
         found.append(
             [
@@ -225,15 +229,14 @@ def test_training_and_evaluation_compute_the_same(make_wild, drawn, top_k, seed,
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-def test_the_reference_tells_every_part_from_none(make_wild):
+def test_the_reference_tells_every_part_from_none(exact):
     """Else the test above would see nothing: without any one part its logits differ."""
-    wild = make_wild(torch.float64)
-    expert = wild.expert(ROUTER, 0, rank=2, attention_rank=2, embedding_rank=2, head_rank=2)
-    weights, ids = torch.full((1, 5, 2), 0.5), wild.ids(1, 5)
-    whole = Reference(wild.anchor, {"a": expert}, weights).logits(ids)
+    expert = exact.expert(ROUTER, 0, rank=2, attention_rank=2, embedding_rank=2, head_rank=2)
+    weights, ids = torch.full((1, 5, 2), 0.5), exact.ids(1, 5)
+    whole = Reference(exact.anchor, {"a": expert}, weights).logits(ids)
     for name in {n.rpartition(".")[0] for n in expert if "lora" in n}:
         less = expert | {f"{name}.lora_b": torch.zeros_like(expert[f"{name}.lora_b"])}
-        other = Reference(wild.anchor, {"a": less}, weights).logits(ids)
+        other = Reference(exact.anchor, {"a": less}, weights).logits(ids)
         assert (whole - other).abs().max() > 1e-2, name
 
 
@@ -247,16 +250,15 @@ def test_the_reference_tells_every_part_from_none(make_wild):
     masked=st.booleans(),
 )
 @IN_SESSION
-def test_the_loss_has_the_gradients_of_its_plain_formula(make_wild, drawn, seed, chunk, masked):
+def test_the_loss_has_the_gradients_of_its_plain_formula(exact, drawn, seed, chunk, masked):
     """Of the owner's tensors all, of the anchor's and the other owner's none."""
-    wild = make_wild(torch.float64)
     experts = {
-        n: wild.expert(ROUTER, seed + i, **sizes_of(d))
+        n: exact.expert(ROUTER, seed + i, **sizes_of(d))
         for i, (n, d) in enumerate(zip(OWNERS, drawn, strict=False))
     }
-    ids, found = wild.ids(2, 9, seed), []
+    ids, found = exact.ids(2, 9, seed), []
     for is_plain in (False, True):
-        model = assemble_mixture(wild.anchor, experts, ROUTER).train()
+        model = assemble_mixture(exact.anchor, experts, ROUTER).train()
         own = {n: p for n, p in expert_tensors(model, "amber").items() if "router" not in n}
         for p in own.values():
             p.requires_grad_(True)

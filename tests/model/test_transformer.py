@@ -1,5 +1,6 @@
 """The decoder against stock transformers, against itself through a cache, and its loss."""
 
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -120,12 +121,23 @@ def test_a_bias_moves_weight_from_the_expert_to_the_public_one(wild):
 # --- cache and padding --------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def mixtures(wild, router):
+    """`mixtures(top_k, is_rich)`: a and b, of whole FFNs or of all kinds of parts, merged once."""
+
+    @cache
+    def get(top_k=None, is_rich=False):
+        shapes = wild.rich_shapes(router, "ab") if is_rich else None
+        return wild.mixture(router, "ab", top_k, shapes)
+
+    return get
+
+
 @given(cuts=st.sets(st.integers(1, 29)), seed=st.integers(0, 99))
 @IN_SESSION
-def test_reading_in_pieces_is_reading_at_once(wild, router, cuts, seed):
+def test_reading_in_pieces_is_reading_at_once(wild, mixtures, cuts, seed):
     ids = wild.ids(2, 30, seed)
-    rich = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
-    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"]), rich):
+    for model in (wild.anchor.model, mixtures(), mixtures(is_rich=True)):
         edges, cache = [0, *sorted(cuts), 30], model.new_cache()
         pieces = [model(ids[:, a:b], cache=cache) for a, b in pairwise(edges)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), **UNTIL_CLOSE)
@@ -138,15 +150,14 @@ def test_reading_in_pieces_is_reading_at_once(wild, router, cuts, seed):
     fill=st.sampled_from(["eos", "word"]),
 )
 @IN_SESSION
-def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
+def test_left_padding_is_no_padding(wild, mixtures, padding, seed, fill):
     """In one pass and through the cache, whatever id the padding has."""
     texts = [wild.ids(1, 12 - p, seed + i) for i, p in enumerate(padding)]
     after = wild.ids(3, 4, seed)
     filler = wild.anchor.config.eos_token_id if fill == "eos" else 7
     ids = torch.cat([F.pad(t, (p, 0), value=filler) for t, p in zip(texts, padding, strict=True)])
     is_token = torch.arange(12)[None] >= torch.tensor(padding)[:, None]
-    rich = wild.mixture(router, "ab", 2, wild.rich_shapes(router, "ab"))
-    for model in (wild.anchor.model, wild.mixture(router, ["a", "b"], top_k=2), rich):
+    for model in (wild.anchor.model, mixtures(2), mixtures(2, is_rich=True)):
         plain, cache = model(ids, is_token=is_token), model.new_cache()
         first = model(ids, is_token=is_token, cache=cache)
         rest = torch.cat([model(after[:, :1], cache=cache), model(after[:, 1:], cache=cache)], 1)
@@ -157,8 +168,8 @@ def test_left_padding_is_no_padding(wild, router, padding, seed, fill):
             torch.testing.assert_close(rest[i], alone[12 - p :], **UNTIL_CLOSE)
 
 
-def test_no_position_sees_a_later_one(wild, router):
-    ids, model = wild.ids(1, 20), wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
+def test_no_position_sees_a_later_one(wild, mixtures):
+    ids, model = wild.ids(1, 20), mixtures(is_rich=True)
     changed = ids.clone()
     changed[0, 12:] = (changed[0, 12:] + 1) % wild.anchor.config.vocab_size
     assert torch.equal(model(ids)[0, :12], model(changed)[0, :12])
@@ -166,8 +177,8 @@ def test_no_position_sees_a_later_one(wild, router):
 
 
 @pytest.mark.parametrize("last", [1, 4, 9, 20])
-def test_the_last_positions_logits_are_those_of_all(wild, router, last):
-    model, ids = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab")), wild.ids(3, 9)
+def test_the_last_positions_logits_are_those_of_all(wild, mixtures, last):
+    model, ids = mixtures(is_rich=True), wild.ids(3, 9)
     active = model.expert_mask([("a",), None, ()])
     torch.testing.assert_close(
         model(ids, active=active, last=last),
@@ -183,9 +194,9 @@ def test_the_last_positions_logits_are_those_of_all(wild, router, last):
     pads=st.tuples(*[st.integers(0, 3)] * 3),
 )
 @IN_SESSION
-def test_a_selected_cache_goes_on_as_its_sequences_would(wild, router, rows, first, pads):
+def test_a_selected_cache_goes_on_as_its_sequences_would(wild, mixtures, rows, first, pads):
     """And what the selection reads is not seen by what it was taken from."""
-    model = wild.mixture(router, "ab", shapes=wild.rich_shapes(router, "ab"))
+    model = mixtures(is_rich=True)
     ids, picked = wild.ids(3, 12), torch.tensor(rows)
     active = model.expert_mask([("a",), None, ()])
     real = torch.tensor([[t >= p for t in range(4)] for p in pads])  # padding in the middle
@@ -202,8 +213,8 @@ def test_a_selected_cache_goes_on_as_its_sequences_would(wild, router, rows, fir
             torch.testing.assert_close(row, alone[first + 4 - pads[i] :], rtol=0, atol=2e-5)
 
 
-def test_one_sequence_is_selected_many_times_without_copies(wild, router):
-    model, ids = wild.mixture(router, "ab"), wild.ids(1, 6)
+def test_one_sequence_is_selected_many_times_without_copies(wild, mixtures):
+    model, ids = mixtures(), wild.ids(1, 6)
     cache = model.new_cache()
     model(ids, cache=cache)
     many = cache.select(torch.zeros(5, dtype=torch.long))
