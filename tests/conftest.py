@@ -13,6 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# Read when torch is loaded, here and in the processes that tests start: one thread unless a test
+# says otherwise, and none that keeps a core busy while it waits for work.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +41,6 @@ from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")
