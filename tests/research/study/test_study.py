@@ -39,6 +39,7 @@ SETS = PrepareSettings(
     heldout_share=0.25,
     vocab_size=300,
 )
+RUN = run_record({}, 0, {})
 BRIEF = {"steps": 2, "batch_size": 2, "seq_len": 64, "warmup_steps": 1}
 RECIPE = StudyRecipe.model_validate(
     {
@@ -110,7 +111,7 @@ def do_all(step, root):
             "seconds": 1.0,
             "outputs": {},
             "metrics": dict(metrics or {}),
-            "run": run_record({}, 0, {}),
+            "run": RUN,
         },
     )
 
