@@ -376,11 +376,9 @@ def time_router(size: str, kind: str, shape: tuple[int, int], rounds: int) -> Re
     ends = (ids == EOS).T.numpy()  # [T,B]
 
     def tables() -> np.ndarray:
-        last, here = before.flatten(), ids.flatten()
-        keys = last * router.vocab_size + here
-        logs = [router.table(n)(last, here, keys).view_as(ids) for n in router.names]
-        gaps = [s.tempering * (x - logs[0]).clamp(-s.clip_nats, s.clip_nats) for x in logs]
-        return torch.stack([g.double().exp().T for g in gaps], dim=1).numpy()  # [T,E,B]
+        evidence = router.evidence(before.flatten(), ids.flatten())
+        gaps = s.tempering * evidence.clamp(-s.clip_nats, s.clip_nats)
+        return gaps.double().exp().view(-1, *ids.shape).permute(2, 0, 1).numpy()  # [T,E,B]
 
     def loop() -> np.ndarray:
         return filter_in_a_loop(tables(), ends, s.switch_rate)

@@ -26,7 +26,13 @@ from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings
 from flexolmo.model.shape import ExpertShape, expert_shapes
-from flexolmo.model.statistics import BigramModel, EvidenceSettings, fit_bigrams
+from flexolmo.model.statistics import (
+    BigramModel,
+    EvidenceSettings,
+    OwnerTable,
+    fit_bigrams,
+    fit_table,
+)
 from flexolmo.model.transformer import ModelConfig, Transformer
 
 EOS = 0
@@ -102,13 +108,22 @@ def made_texts(size: str, batch: int, length: int, seed: int = 1) -> Tensor:
 
 
 @functools.cache
-def bigram_table(vocab_size: int, domain: int) -> BigramModel:
-    """A domain's bigram model, fitted as an owner fits one; domain 0 is public."""
-    count = 2000 if domain == 0 else 600
+def public_table(vocab_size: int) -> BigramModel:
+    """Public text's bigram model."""
+    return fit_bigrams(*_stream(vocab_size, 0, 2000), vocab_size)
+
+
+@functools.cache
+def owner_table(vocab_size: int, domain: int) -> OwnerTable:
+    """A domain's table, fitted as an owner fits one."""
+    stream = _stream(vocab_size, domain, 600)
+    return fit_table(*stream, public_table(vocab_size), EvidenceSettings())
+
+
+def _stream(vocab_size: int, domain: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and where documents start."""
     ids = write_documents(vocab_size, domain, count if vocab_size > 1000 else 60).reshape(-1)
-    offsets = np.arange(0, len(ids) + 1, DOCUMENT_TOKENS)
-    public = None if domain == 0 else bigram_table(vocab_size, 0)
-    return fit_bigrams(ids, offsets, vocab_size, EvidenceSettings(), public)
+    return ids, np.arange(0, len(ids) + 1, DOCUMENT_TOKENS)
 
 
 # --- models -------------------------------------------------------------------------------------
@@ -127,7 +142,7 @@ def make_anchor(size: str) -> Anchor:
     rows = torch.randn(
         config.num_layers, config.d_model, generator=torch.Generator().manual_seed(9)
     )
-    return build_anchor(model, tokenizer, bigram_table(config.vocab_size, 0), 0.02 * rows, {})
+    return build_anchor(model, tokenizer, public_table(config.vocab_size), 0.02 * rows, {})
 
 
 def expert_shape(config: ModelConfig, scope: str, rank: int = 0) -> ExpertShape:
@@ -141,9 +156,9 @@ def expert_shape(config: ModelConfig, scope: str, rank: int = 0) -> ExpertShape:
 def make_expert(
     anchor: Anchor, domain: int, router: RouterSettings, scope: str, rank: int = 0
 ) -> dict[str, Tensor]:
-    """Random tensors of one owner's expert, with the bigram table of its domain."""
+    """Random tensors of one owner's expert, with the table of its domain."""
     config, shape = anchor.config, expert_shape(anchor.config, scope, rank)
-    table = bigram_table(config.vocab_size, domain)
+    table = owner_table(config.vocab_size, domain)
     if isinstance(router, EvidenceSettings):
         shape = shape.model_copy(update={"num_bigrams": len(table.keys)})
     generator = torch.Generator().manual_seed(100 + domain)
@@ -155,11 +170,14 @@ def make_expert(
     if "lm_head.weight" in tensors:
         tensors["lm_head.weight"][EOS] = 0
     if isinstance(router, EvidenceSettings):
+        for part in ("embed_tokens", "lm_head"):
+            if (rows := tensors.get(f"{part}.weight")) is not None:
+                base = anchor.model.get_parameter(f"{part}.weight")
+                rows[~table.is_told] = base[~table.is_told]
         tensors |= {
-            "router.unigram": torch.from_numpy(table.unigram),
-            "router.backoff": torch.from_numpy(table.backoff),
+            "router.token_levels": torch.from_numpy(table.token_levels),
             "router.bigram_keys": torch.from_numpy(table.keys),
-            "router.bigram_log_probs": torch.from_numpy(table.log_probs),
+            "router.bigram_levels": torch.from_numpy(table.pair_levels),
         }
     return tensors
 

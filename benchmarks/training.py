@@ -334,7 +334,7 @@ def peak_memory(kind: str, size: str, threads: int) -> int:
 def _tell_memory(kind: str, size: str) -> None:
     """Print the highest resident bytes of this process while it takes three steps, less those
     before any model was made (Linux: VmHWM, begun again before the steps)."""
-    shapes.bigram_table(shapes.SIZES[size].vocab_size, 0)
+    shapes.public_table(shapes.SIZES[size].vocab_size)
     before = _resident("VmRSS")
     if kind.split()[0] in SCOPES:
         keep_memory()  # as training does

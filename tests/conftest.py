@@ -32,7 +32,7 @@ from flexolmo.model.checkpoint import Anchor, build_anchor, save_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings
 from flexolmo.model.shape import ExpertShape, expert_shapes
-from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.statistics import UNTOLD, BigramModel, EvidenceSettings, log_probs
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
@@ -54,7 +54,6 @@ SMALL_SETS = PrepareSettings(
     heldout_share=0.05,
     vocab_size=300,
 )
-DIVISIONS = (torch.Tensor.__floordiv__, torch.Tensor.__mod__)
 ROUTERS = {
     "evidence": EvidenceSettings(),
     "linear": LinearSettings(),
@@ -141,16 +140,29 @@ def trust_dir(owner_keys, tmp_path_factory) -> Path:
     return where
 
 
-def _normalise(tensors: dict[str, torch.Tensor]) -> None:
-    """Scale listed bigrams so that the probabilities after each token sum to 1."""
-    unigram, logs = tensors["router.unigram"].exp(), tensors["router.bigram_log_probs"]
-    first, second = (f(tensors["router.bigram_keys"], len(unigram)) for f in DIVISIONS)
-    listed, left = torch.zeros(len(unigram)), torch.ones(len(unigram))
-    sums = listed.index_add(0, first, logs.exp())  # [V]
-    unlisted = 1 - listed.index_add(0, first, unigram[second])
-    left = torch.where(sums > 0, tensors["router.backoff"].exp(), 1.0)
-    tensors["router.backoff"] = left.log()
-    logs += ((1 - left * unlisted) / sums.clamp(min=1e-9)).log()[first]
+def make_levels(
+    tensors: dict[str, torch.Tensor], public: BigramModel, generator: torch.Generator
+) -> None:
+    """Levels of a random table, as an owner's text could give them: sums of at most 1."""
+    size = len(public.unigram)
+
+    def levels(probs: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+        return ((probs.log() - logs) / 0.5).floor().clamp(-20, 20).to(torch.int8)
+
+    tokens = torch.randn(size, generator=generator).mul(1.5).softmax(0)
+    tensors["router.token_levels"] = levels(tokens, torch.from_numpy(public.unigram))
+    if not any(name.startswith(("embed_tokens", "lm_head")) for name in tensors):
+        tensors["router.token_levels"][::7] = UNTOLD
+    if "router.bigram_keys" in tensors:
+        keys = torch.randperm(size**2, generator=generator)
+        is_told = tensors["router.token_levels"] != UNTOLD
+        keys = keys[is_told[keys // size] & is_told[keys % size]]
+        keys = keys[: len(tensors["router.bigram_keys"])].msort()
+        probs = torch.rand(len(keys), generator=generator)
+        sums = torch.zeros(size).index_add(0, keys // size, probs)[keys // size]
+        logs = torch.from_numpy(log_probs(public, keys.numpy()))
+        tensors["router.bigram_keys"] = keys
+        tensors["router.bigram_levels"] = levels(0.9 * probs / sums, logs)
 
 
 @dataclass
@@ -179,21 +191,15 @@ class Wild:
         tensors = {}
         for name, size in expert_shapes(config, shape, router).items():
             t = torch.randn(size, generator=generator)
-            if name == "router.unigram":
-                t = (1.5 * t).log_softmax(0)
-            elif name in ("router.backoff", "router.bigram_log_probs"):
-                t = -t.abs()
-            elif name == "router.bigram_keys":
-                t = torch.randperm(config.vocab_size**2, generator=generator)[: size[0]].msort()
-            elif name.endswith(("lora_a", "lora_b")) or (
+            if name.endswith(("lora_a", "lora_b")) or (
                 name.endswith(".weight") and "router" not in name
             ):
                 t = (t * size[-1] ** -0.5).to(dtype)
             elif name.endswith("router.weight"):
                 t = t * 0.5
             tensors[name] = t
-        if "router.bigram_keys" in tensors:
-            _normalise(tensors)
+        if isinstance(router, EvidenceSettings):
+            make_levels(tensors, self.anchor.public, generator)
         return tensors
 
     def rich_shapes(self, router: RouterSettings, names: str | list[str]) -> dict[str, ExpertShape]:

@@ -53,7 +53,7 @@ def test_the_page_of_the_command_line_has_every_command_option_and_its_help(hook
 def test_the_page_of_recipes_has_every_key_with_its_default_and_meaning(hooks):
     page = hooks.recipes()
     assert "| `train.steps` | `240` |" in page
-    assert "| `router.min_documents` | `3` |" in page
+    assert "| `router.min_documents` | `20` |" in page
     assert "| `anchor.model.d_model` | `192` |" in page
     assert not re.findall(r"^\| `[^|]*\|[^|]*\|\s*\|$", page, re.M), "a key without a description"
 

@@ -41,6 +41,7 @@ ORDER = [
     ["merge."],
     ["inference."],
     ["evaluation."],
+    ["audit."],
     ["report."],
     ["research.corpora."],
     ["research.rivals."],

@@ -90,7 +90,10 @@ ROOMS = [
     [("train", "one loop; anchor, expert, compression", "private")],
     [("merge", "mixture on disk, stock export", "public")],
     [("inference", "policy, decoding", "public")],
-    [("evaluation", "bits per byte, scorer", "public")],
+    [
+        ("evaluation", "bits per byte, scorer", "public"),
+        ("audit", "attacks on an expert", "private"),
+    ],
     [("report", "figures and pages", "public")],
     [("research", "corpora, rivals, steps, demo, study, tasks", "research")],
     [("cli", "one verb, one function", "open")],

@@ -317,7 +317,7 @@ def test_signed_weights_that_are_no_safetensors_are_refused(keys, trusted, tmp_p
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.replace(b'"format_version":2', b'"format_version":1'), "expected 2"),
+        (lambda m: m.replace(b'"format_version":3', b'"format_version":1'), "expected 3"),
         (lambda m: m.replace(b'"tokens_seen":1000,', b""), "missing field: tokens_seen"),
         (lambda m: m + b"\n", "canonical"),
     ],

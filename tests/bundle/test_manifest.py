@@ -29,7 +29,7 @@ GOLDEN = (
     b'"architecture":{"attention_rank":4,"d_ff":3,"d_model":2,"embedding_rank":0,"head_rank":0,'
     b'"num_bigrams":7,"num_layers":1,"rank":0},"created":"2026-11-22T04:30:00Z",'
     b'"data_card_digest":"sha256:ababababababababababababababababababababababababababababababab'
-    b'ab","format_version":2,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
+    b'ab","format_version":3,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
     b'"owner":"Universit\xc3\xa4tsklinik Jena","recipe":{"lr":0.0009,"steps":2000},'
     b'"router":{"kind":"linear","settings":{"has_bias":false}},"software":{"flexolmo":"0.1.0"},'
     b'"tensors":{"layers.0.up":{"digest":'
@@ -114,10 +114,10 @@ def test_any_recipe_survives_a_round_trip(recipe):
     assert again.recipe == recipe
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None, [2]])
+@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", 3.0, True, None, [3]])
 def test_an_unknown_version_is_refused_before_anything_else(version):
     data = json.dumps({"format_version": version, "nonsense": 1}, indent=3).encode()
-    with pytest.raises(BundleError, match=r"format_version.*expected 2") as e:
+    with pytest.raises(BundleError, match=r"format_version.*expected 3") as e:
         read_manifest(data)
     assert "nonsense" not in str(e.value)
 
@@ -165,7 +165,7 @@ def test_missing_and_unknown_fields_are_all_named():
         ("router/settings", []),
         ("tensors", {}),
         ("tensors/a tensor", {"dtype": "F32", "shape": [1], "digest": DIGEST}),
-        ("tensors/layers.0.up/dtype", "I8"),
+        ("tensors/layers.0.up/dtype", "I16"),
         ("tensors/layers.0.up/shape", [0]),
         ("tensors/layers.0.up/shape", [2, -2]),
         ("weights_digest", None),

@@ -42,6 +42,7 @@ def test_there_is_one_verb_for_each_stage():
         "expert",
         "mix",
         "generate",
+        "audit",
         "eval",
         "demo",
         "study",

@@ -205,12 +205,12 @@ def test_deltas_may_be_half_as_long_and_nothing_else_may(house, tmp_path):
     ids = house.wild.ids(2, 12)
     expected = assemble_mixture(house.wild.anchor, {"amber": widened}, ROUTERS["evidence"])
     assert torch.equal(load_mixture(tmp_path / "m", house.trusted).model(ids), expected(ids))
-    for name in ("layers.0.q_proj.weight", "router.unigram"):
+    for name, right in (("layers.0.q_proj.weight", "F32"), ("router.token_levels", "I8")):
         bad = house.write(
             tmp_path / name, "amber", half | {name: half[name].bfloat16()}, "evidence"
         )
         said = refused(house, tmp_path, [bad], MergeError)
-        assert f"amber: dtype of {name} is BF16, expected F32" in said
+        assert f"amber: dtype of {name} is BF16, expected {right}" in said
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_bigrams_out_of_order_or_of_no_token_are_refused(house, tmp_path, place,
     keys[place] = keys[0] if key is None else key
     bad = house.write(tmp_path, "amber", tensors, "evidence")
     said = refused(house, tmp_path, [bad], MergeError)
-    assert "amber: router.bigram_keys are not ascending pairs of token ids" in said
+    assert "amber: router table: pairs are not ascending pairs of token ids" in said
 
 
 def test_experts_of_every_shape_come_through_the_bundle_as_they_were(house, tmp_path):
@@ -283,7 +283,7 @@ def test_experts_with_different_routers_are_refused(house, tmp_path):
 def test_every_problem_of_every_bundle_is_listed_at_once(house, tmp_path):
     other = "sha256:" + "7" * 64
     tensors = house.tensors("basalt", "evidence")
-    del tensors["router.backoff"]
+    del tensors["router.token_levels"]
     bundles = [
         house.bundle("amber"),
         house.write(tmp_path, "basalt", tensors, "evidence"),
@@ -294,7 +294,7 @@ def test_every_problem_of_every_bundle_is_listed_at_once(house, tmp_path):
     said = refused(house, tmp_path, bundles, MergeError)
     for part in (
         "amber: two experts",
-        "basalt: missing: router.backoff",
+        "basalt: missing: router.token_levels",
         f"cobalt: trained on anchor {other}",
         "zinc: router is",
     ):

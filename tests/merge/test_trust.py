@@ -32,6 +32,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.checkpoint import check_anchor, load_anchor, sign_anchor
+from flexolmo.model.statistics import UNTOLD, EvidenceSettings
 from made_mixtures import NAMES, differ_in_router
 
 OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
@@ -301,29 +302,40 @@ def test_an_expert_that_gives_no_finite_number_is_refused(house, tmp_path, monke
 
 def test_a_router_table_that_is_none_is_refused_by_name(house, tmp_path):
     good = house.tensors("amber", "evidence")
-    public = {
-        f"router.{ours}": torch.from_numpy(vars(house.anchor.public)[theirs].copy())
-        for ours, theirs in (
-            ("unigram", "unigram"),
-            ("backoff", "backoff"),
-            ("bigram_keys", "keys"),
-            ("bigram_log_probs", "log_probs"),
-        )
-    }
-    zeros = {k: torch.zeros_like(t) for k, t in good.items() if k in public and "keys" not in k}
-    listed = {"router.bigram_log_probs": good["router.bigram_log_probs"] / 2}
+    tokens, pairs = good["router.token_levels"], good["router.bigram_levels"]
+    zeros = {"router.token_levels": 0 * tokens, "router.bigram_levels": 0 * pairs}
+    untold = tokens.clone()
+    untold[good["router.bigram_keys"][0] % len(tokens)] = UNTOLD
     for number, (change, said) in enumerate(
         (
-            (zeros, r"amber: router table: token probabilities sum to 300, expected 1"),
-            ({"router.unigram": torch.full_like(good["router.unigram"], 3e38)}, "found the log-pr"),
-            ({"router.backoff": torch.full_like(good["router.backoff"], 5.0)}, "log-probability 5"),
-            (listed, r"probabilities after token \d+ sum to"),
-            (public, "copy of public's"),
+            ({"router.token_levels": torch.full_like(tokens, 20)}, "amber: router table: token pr"),
+            ({"router.token_levels": torch.full_like(tokens, 127)}, "a level of 127 from 0"),
+            ({"router.bigram_levels": pairs + 30}, r"probabilities after token \d+ sum to"),
+            ({"router.token_levels": untold}, "but not of both tokens alone"),
+            (zeros, "says what public's does"),
         )
     ):
         bundle = house.write(tmp_path / str(number), "amber", good | change, "evidence")
         with pytest.raises(MergeError, match=said):
             build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("rank", [2, 32])
+def test_rows_of_tokens_that_the_table_does_not_tell_of_must_be_the_anchors(
+    house, tmp_path, part, rank
+):
+    place = {"embed_tokens": "embedding_rank", "lm_head": "head_rank"}[part]
+    tensors = house.wild.expert(EvidenceSettings(), 0, num_bigrams=0, **{place: rank})
+    rows = tensors[f"{part}.weight" if rank == 32 else f"{part}.lora_b"]
+    untold = torch.arange(len(rows)) % 5 == 0
+    tensors["router.token_levels"][untold] = UNTOLD
+    bundle = house.write(tmp_path / "bad", "amber", tensors, "evidence")
+    with pytest.raises(MergeError, match=f"{part} differs from the anchor's at 60 tokens"):
+        build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+    rows[untold] = house.anchor.model.get_parameter(f"{part}.weight")[untold] if rank == 32 else 0.0
+    bundle = house.write(tmp_path / "good", "amber", tensors, "evidence")
+    build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
 
 
 # --- reads --------------------------------------------------------------------------------------

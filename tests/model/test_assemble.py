@@ -46,7 +46,7 @@ def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
             ("bigram_keys", public.keys),
             ("bigram_log_probs", public.log_probs),
         ):
-            t = found.pop(f"router.tables.expert_{PUBLIC}.{part}")
+            t = found.pop(f"router.public.{part}")
             assert torch.equal(t, torch.from_numpy(expected)), part
     for i, shape in enumerate(shapes.values()):
         own = [n for n in found if f"expert_e{i}." in n or n.endswith(f"expert_e{i}")]
@@ -71,8 +71,10 @@ def test_an_experts_tensors_come_back_as_they_went_in(make_wild, router, dtype):
             == expert_shapes(wild.anchor.config, wild.shape(**sizes), router).keys()
         )
         for name, t in expert.items():
-            whole = torch.int64 if "keys" in name else torch.float32
-            assert found[name].dtype == t.dtype == (whole if "router" in name else dtype)
+            of_router = {"keys": torch.int64, "levels": torch.int8}.get(
+                name.rpartition("_")[2], torch.float32
+            )
+            assert found[name].dtype == t.dtype == (of_router if "router" in name else dtype)
             assert torch.equal(found[name], t), name
 
 
@@ -157,7 +159,7 @@ def test_an_expert_of_another_router_is_refused(wild):
         (linear, evidence),
         (linear, LinearSettings(has_bias=False)),
     ):
-        with pytest.raises(MergeError, match=r"router\.(weight|unigram|raw_bias)"):
+        with pytest.raises(MergeError, match=r"router\.(weight|token_levels|raw_bias)"):
             assemble_mixture(wild.anchor, {"a": wild.expert(its, 0)}, ours)
 
 

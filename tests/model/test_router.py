@@ -34,32 +34,43 @@ def make_evidence_router(names=NAMES, **changes):
     router = EvidenceRouter(EvidenceSettings(**changes), names, V, BIGRAMS, EOS)
     for name in names:
         generator = torch.Generator().manual_seed(ord(name[0]))
-        table = router.table(name)
-        table.unigram.copy_(torch.randn(V, generator=generator).log_softmax(0))
-        table.backoff.copy_(-torch.rand(V, generator=generator))
+        table = router.public if name == PUBLIC else router.table(name)
         keys = torch.randperm(V * V, generator=generator)[: BIGRAMS[name]].msort()
         table.bigram_keys.copy_(keys)
-        table.bigram_log_probs.copy_(-3 * torch.rand(len(keys), generator=generator))
+        if name == PUBLIC:
+            table.unigram.copy_(torch.randn(V, generator=generator).log_softmax(0))
+            table.backoff.copy_(-torch.rand(V, generator=generator))
+            table.bigram_log_probs.copy_(-3 * torch.rand(len(keys), generator=generator))
+            continue
+        for part in (table.tokens, table.contexts, table.pairs):
+            part.copy_(2 * torch.randn(part.shape, generator=generator))
     return router
 
 
-def log_prob(router, name, before, token):
-    """log p(token | before) of one domain, in Python floats."""
-    table = router.table(name)
+def log_prob(table, before, token):
+    """log p(token | before) of public text, in Python floats."""
     listed = dict(zip(table.bigram_keys.tolist(), table.bigram_log_probs.tolist(), strict=True))
-    key = before * V + token
-    return (
-        listed[key]
-        if key in listed
-        else (table.backoff[before].item() + table.unigram[token].item())
-    )
+    backed_off = table.backoff[before].item() + table.unigram[token].item()
+    return listed.get(before * V + token, backed_off)
+
+
+def evidence(router, name, before, token):
+    """What a token says for an owner, in nats over public text, in Python floats."""
+    if name == PUBLIC:
+        return 0.0
+    table = router.table(name)
+    listed = dict(zip(table.bigram_keys.tolist(), table.pairs.tolist(), strict=True))
+    preference = log_prob(router.public, before, token) - router.public.unigram[token].item()
+    order = (1 - router.settings.public_order) * preference
+    free = table.tokens[token].item() + table.contexts[before].item() - order
+    return listed.get(before * V + token, free)
 
 
 def likelihoods(router, before, token):
     """What a token says for each domain, over public's."""
     s, found = router.settings, []
     for name in router.names:
-        gap = log_prob(router, name, before, token) - log_prob(router, PUBLIC, before, token)
+        gap = evidence(router, name, before, token)
         found.append(math.exp(s.tempering * min(max(gap, -s.clip_nats), s.clip_nats)))
     return found
 

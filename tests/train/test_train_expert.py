@@ -20,7 +20,7 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.shape import architecture_of, expert_shapes
-from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
+from flexolmo.model.statistics import UNTOLD, EvidenceSettings, fit_table
 from flexolmo.model.transformer import language_model_loss
 from flexolmo.train import expert as room
 from flexolmo.train import loop
@@ -177,20 +177,45 @@ def test_the_evidence_is_the_owners_statistics_and_is_not_trained(pico_anchor, p
     settings = EvidenceSettings(min_documents=2)
     expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(settings))
     split = pico_sets["maths"].splits["train"]
-    own = fit_bigrams(
-        split.tokens,
-        split.source_offsets,
-        pico_anchor.config.vocab_size,
-        settings,
-        pico_anchor.public,
-    )
+    own = fit_table(split.tokens, split.source_offsets, pico_anchor.public, settings)
     for name, expected in (
-        ("unigram", own.unigram),
-        ("backoff", own.backoff),
+        ("token_levels", own.token_levels),
         ("bigram_keys", own.keys),
-        ("bigram_log_probs", own.log_probs),
+        ("bigram_levels", own.pair_levels),
     ):
         assert torch.equal(expert.tensors[f"router.{name}"], torch.from_numpy(expected)), name
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_rows_of_tokens_that_are_not_told_of_stay_the_anchors(pico_anchor, pico_sets, is_whole):
+    """Whichever of them the text holds, whatever decays."""
+    settings = EvidenceSettings(min_documents=8)
+    recipe = recipe_of(settings, weight_decay=0.1)
+    if is_whole:
+        recipe = recipe.model_copy(update={"embedding_rank": None, "head_rank": None})
+    expert = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
+    is_told = expert.tensors["router.token_levels"] != UNTOLD
+    held = torch.bincount(torch.from_numpy(pico_sets["maths"].splits["train"].tokens.astype(int)))
+    is_held = torch.nn.functional.pad(held, (0, len(is_told) - len(held))) > 0
+    assert (is_held & ~is_told).any() and is_told.any()
+    for part in ("embed_tokens", "lm_head"):
+        moved = expert.tensors[f"{part}.{'weight' if is_whole else 'lora_b'}"].clone()
+        if is_whole:
+            moved -= pico_anchor.model.get_parameter(f"{part}.weight")
+        assert (moved[is_told] != 0).any() and not moved[~is_told].any(), part
+
+
+def test_another_table_takes_back_the_rows_that_it_does_not_tell_of(pico_anchor, pico_sets):
+    data = pico_sets["maths"]
+    recipe = recipe_of(EvidenceSettings(min_documents=2))
+    recipe = recipe.model_copy(update={"embedding_rank": None})
+    expert = train_expert(pico_anchor, data, "maths", recipe)
+    again = room.reroute_expert(expert, pico_anchor, data, EvidenceSettings(min_documents=20))
+    before, is_told = (x.tensors["router.token_levels"] != UNTOLD for x in (expert, again))
+    assert (before & ~is_told).any()
+    moved = again.tensors["embed_tokens.weight"] - pico_anchor.model.embed_tokens.weight
+    assert not moved[~is_told].any() and moved[is_told].any()
+    assert not again.tensors["lm_head.lora_b"][~is_told].any()
 
 
 def test_one_persons_long_file_is_one_document_in_the_published_table(
@@ -208,15 +233,15 @@ def test_one_persons_long_file_is_one_document_in_the_published_table(
     shares = PrepareSettings(validation_share=0.01, heldout_share=0.01, min_split_bytes=500)
     prepare_set(raw, tmp_path / "p", public=pico_set_dirs["public"], settings=shares)
     data = open_set(tmp_path / "p")
-    expert = train_expert(pico_anchor, data, "clinic", recipe_of(EvidenceSettings()))
+    settings = EvidenceSettings(min_documents=3)
+    expert = train_expert(pico_anchor, data, "clinic", recipe_of(settings))
     ids = np.array(pico_anchor.tokenizer.encode(person))
     pairs = {*(ids[:-1] * pico_anchor.config.vocab_size + ids[1:]).tolist()}
     common = {*pico_anchor.tokenizer.encode("\n".join(texts[:-1]))}
     own = {p for p in pairs if not {*divmod(p, pico_anchor.config.vocab_size)} <= common}
     assert len(own) > 10 and not own & {*expert.tensors["router.bigram_keys"].tolist()}
     split = data.splits["train"]  # its pieces are many enough to be in, if they counted
-    size, settings = pico_anchor.config.vocab_size, EvidenceSettings()
-    pieces = fit_bigrams(split.tokens, split.offsets, size, settings, pico_anchor.public)
+    pieces = fit_table(split.tokens, split.offsets, pico_anchor.public, settings)
     assert own <= {*pieces.keys.tolist()}
 
 

@@ -26,7 +26,7 @@ from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, r
 from flexolmo.errors import BundleError
 from flexolmo.files import canonical_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe, not for a corpus
 PUBLIC = "public"  # the public set, and the anchor's own FFN among a mixture's experts
@@ -137,7 +137,7 @@ class Terms(Claim):
 class Manifest(Claim):
     """Everything an expert bundle claims about itself. No field has a default."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     name: Name
     owner: Annotated[str, AfterValidator(check_owner)]
     anchor_digest: Digest

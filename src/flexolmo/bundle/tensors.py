@@ -23,18 +23,19 @@ from flexolmo.errors import BundleError
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 37_000  # a manifest of 4 MiB has room for no more
 # Bits of the exponent: a float is infinite or NaN exactly when all of them are set. Whole numbers
-# (I64) have none.
+# (I8, I64) have none.
 _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
     "BF16": (np.dtype("<u2"), 0x7F80),
     "F16": (np.dtype("<u2"), 0x7C00),
     "F32": (np.dtype("<u4"), 0x7F80_0000),
     "F64": (np.dtype("<u8"), 0x7FF0_0000_0000_0000),
+    "I8": (np.dtype("<u1"), 0),
     "I64": (np.dtype("<u8"), 0),
 }
 _TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 _PIECE_BYTES = 1 << 20  # a multiple of every dtype's size
 _OPENING = "The weights are not a safetensors file that a bundle may hold:"
-_ADVICE = "Write them with safetensors, float or int64 tensors only, without metadata."
+_ADVICE = "Write them with safetensors, float, int8 or int64 tensors only, without metadata."
 
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Positive = Annotated[int, Field(ge=1, lt=2**53)]
@@ -44,7 +45,7 @@ TensorName = Annotated[str, StringConstraints(pattern=_TENSOR_NAME)]
 class TensorEntry(Claim):
     """One tensor: dtype as safetensors writes it, shape, digest of its data bytes."""
 
-    dtype: Literal["BF16", "F16", "F32", "F64", "I64"]
+    dtype: Literal["BF16", "F16", "F32", "F64", "I8", "I64"]
     shape: tuple[Positive, ...]
     digest: Digest
 

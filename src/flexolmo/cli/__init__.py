@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli import anchor, data, eval, expert, mix, run
+from flexolmo.cli import anchor, audit, data, eval, expert, mix, run
 from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
@@ -34,6 +34,7 @@ app.add_typer(anchor.app, name="anchor")
 app.add_typer(expert.app, name="expert")
 app.add_typer(mix.app, name="mix")
 app.add_typer(eval.app, name="eval")
+app.add_typer(audit.app, name="audit")
 app.command()(run.generate)
 app.command()(run.demo)
 app.command()(study)

@@ -17,9 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
 from torch import Tensor
@@ -43,18 +42,26 @@ from flexolmo.model.assemble import anchor_matrix, assemble_mixture
 from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
-from flexolmo.model.shape import BIGRAM_KEYS, architecture_of, expert_shapes, shape_of_tensors
-from flexolmo.model.statistics import BigramModel, EvidenceSettings, are_bigram_keys, table_problems
+from flexolmo.model.shape import (
+    BIGRAM_KEYS,
+    BIGRAM_LEVELS,
+    TOKEN_LEVELS,
+    architecture_of,
+    expert_shapes,
+    shape_of_tensors,
+)
+from flexolmo.model.statistics import EvidenceSettings, OwnerTable, table_problems
 from flexolmo.terminal import echo
 
 ABOUT = "mixture.json"
-BIGRAM_LOGS = "router.bigram_log_probs"
+TABLE = {TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS}
 _ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
 _DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float64: "F64",
+    torch.int8: "I8",
     torch.int64: "I64",
 }
 
@@ -352,17 +359,32 @@ def _find_bad_numbers(
     ]
     if not isinstance(router, EvidenceSettings):
         return lines
-    nothing = {BIGRAM_KEYS: torch.zeros(0, dtype=torch.long), BIGRAM_LOGS: torch.zeros(0)}
-    unigram, backoff, keys, log_probs = (
-        (nothing | dict(tensors))[key].numpy()
-        for key in ("router.unigram", "router.backoff", BIGRAM_KEYS, BIGRAM_LOGS)
+    nothing = {
+        BIGRAM_KEYS: torch.zeros(0, dtype=torch.long),
+        BIGRAM_LEVELS: torch.zeros(0, dtype=torch.int8),
+    }
+    table = OwnerTable(
+        *((nothing | dict(tensors))[k].numpy() for k in (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS))
     )
-    if not are_bigram_keys(keys, anchor.config.vocab_size):
-        return [*lines, f"{BIGRAM_KEYS} are not ascending pairs of token ids"]
-    table, public = BigramModel(unigram, backoff, keys, log_probs), anchor.public
-    lines += [f"router table: {line}" for line in table_problems(table)]
-    if all(np.array_equal(part, vars(public)[name]) for name, part in vars(table).items()):
-        lines.append("router table is a copy of public's, which tells no text from another")
+    lines += [f"router table: {line}" for line in table_problems(table, anchor.public, router)]
+    if not (table.token_levels.any() or table.pair_levels.any()):
+        lines.append("router table says what public's does, which tells no text from another")
+    return lines + _find_told(anchor, tensors, torch.from_numpy(table.is_told))
+
+
+def _find_told(anchor: Anchor, tensors: Mapping[str, Tensor], is_told: Tensor) -> list[str]:
+    """A line for each matrix whose rows tell of tokens that the table, [V], does not tell of."""
+    lines = []
+    for part in ("embed_tokens", "lm_head"):
+        rows = tensors.get(f"{part}.lora_b")  # zero at the start, [V,r]
+        if (whole := tensors.get(f"{part}.weight")) is not None:
+            base = anchor_matrix(anchor, part)
+            rows = whole - cast(Tensor, base).detach().cpu()
+        if rows is not None and (moved := int((rows[~is_told] != 0).any(1).sum())):
+            lines.append(
+                f"{part} differs from the anchor's at {moved} tokens that the router table does "
+                "not tell of: they would show what the owner's documents hold. Train it again"
+            )
     return lines
 
 
@@ -412,8 +434,11 @@ def _find_differences(
     holders: dict[str, dict[str, str]] = {}  # digest to the tensor's key, by expert
     for m in manifests:
         for key, entry in m.tensors.items():
-            if prod(entry.shape) >= 8 and key != BIGRAM_KEYS:
+            if prod(entry.shape) >= 8 and key not in TABLE:
                 holders.setdefault(entry.digest, {})[m.name] = key
+        if set(m.tensors) >= TABLE:  # small tables may have a part in common, but not all of it
+            whole = " ".join(m.tensors[key].digest for key in sorted(TABLE))
+            holders.setdefault(whole, {})[m.name] = TOKEN_LEVELS
     shared: dict[tuple[str, ...], set[str]] = {}  # tensors by the experts that hold them
     for digest, keys in holders.items():
         if len(keys) > 1 and digest not in _untrained(anchor, *next(iter(keys.items())), manifests):
@@ -429,7 +454,7 @@ def _find_differences(
 def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest]) -> set[str]:
     """Digests that a tensor of several experts may well share: zeros, and the anchor's own."""
     entry = next(m.tensors[key] for m in manifests if m.name == name)
-    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I64": 8}[entry.dtype]
+    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "I64": 8}[entry.dtype]
     own = anchor_matrix(anchor, key.removesuffix(".weight")) if key.endswith(".weight") else None
     found = {digest_bytes(bytes(width * prod(entry.shape)))}
     if own is not None:
@@ -439,6 +464,8 @@ def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest
 
 
 def _dtypes_of(key: str, weights: str) -> list[str]:
+    if key in (TOKEN_LEVELS, BIGRAM_LEVELS):
+        return ["I8"]
     if key == BIGRAM_KEYS:
         return ["I64"]
     if "router." in key:

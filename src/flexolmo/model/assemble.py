@@ -17,10 +17,13 @@ from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import LinearRouter, RouterSettings
+from flexolmo.model.router import EvidenceRouter, LinearRouter, RouterSettings
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
+    BIGRAM_KEYS,
+    BIGRAM_LEVELS,
     FFN_PARTS,
+    TOKEN_LEVELS,
     ExpertShape,
     expert_shapes,
     shape_of_tensors,
@@ -60,13 +63,13 @@ def assemble_mixture(
             for n, shape in expected.items()
             if n in tensors and tuple(tensors[n].shape) != shape
         ]
-        keys = tensors.get("router.bigram_keys")
+        keys = tensors.get(BIGRAM_KEYS)
         if (
             keys is not None
             and keys.dim() == 1
             and not are_bigram_keys(keys.cpu().numpy(), config.vocab_size)
         ):
-            lines.append(f"{name}: router.bigram_keys are not ascending pairs of token ids")
+            lines.append(f"{name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
         if not (shapes[name].is_ffn_only or isinstance(router, EvidenceSettings)):
             lines.append(
                 f"{name}: changes more than the FFN, which needs a router that decides "
@@ -82,6 +85,8 @@ def assemble_mixture(
         _copy_anchor(model, anchor, takes_over)
         for name, tensors in experts.items():
             _copy_expert(model, name, tensors, takes_over)
+            if isinstance(router, EvidenceSettings):
+                cast(EvidenceRouter, model.router).table(name).weigh(anchor.public, router)
     return model.requires_grad_(False).eval()
 
 
@@ -125,10 +130,10 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     add_delta("lm_head", model.lm_head)
     if model.router is not None:
         table = model.router.table(name)
-        found["router.unigram"], found["router.backoff"] = table.unigram, table.backoff
+        found[TOKEN_LEVELS] = table.token_levels
         if len(table.bigram_keys):
-            found["router.bigram_keys"] = table.bigram_keys
-            found["router.bigram_log_probs"] = table.bigram_log_probs
+            found[BIGRAM_KEYS] = table.bigram_keys
+            found[BIGRAM_LEVELS] = table.bigram_levels
     return found
 
 
@@ -155,7 +160,7 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:
                 mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
     if model.router is not None:
         model.router.float()
-        table, public = model.router.table(PUBLIC), anchor.public
+        table, public = model.router.public, anchor.public
         for target, values in (
             (table.unigram, public.unigram),
             (table.backoff, public.backoff),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
-from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, weigh_evidence
 from flexolmo.model.tiles import columns
 
 EvidenceState = tuple[Tensor, Tensor]
@@ -98,7 +98,7 @@ def slot(name: str) -> str:
 
 
 class BigramTable(nn.Module):
-    """One domain's back-off bigram model; see `statistics.BigramModel`."""
+    """Public text's back-off bigram model; see `statistics.BigramModel`."""
 
     def __init__(self, vocab_size: int, num_bigrams: int):
         super().__init__()
@@ -121,16 +121,59 @@ class BigramTable(nn.Module):
         return torch.where(is_listed, self.bigram_log_probs.index_select(0, place), backed_off)
 
 
+class LevelTable(nn.Module):
+    """One owner's token and pair statistics; see `statistics.OwnerTable` and `.Evidence`."""
+
+    def __init__(self, vocab_size: int, num_bigrams: int):
+        super().__init__()
+        self.token_levels: Tensor
+        self.bigram_keys: Tensor
+        self.bigram_levels: Tensor
+        self.tokens: Tensor
+        self.contexts: Tensor
+        self.pairs: Tensor
+        # as a bundle holds them
+        self.register_buffer("token_levels", torch.zeros(vocab_size, dtype=torch.int8))  # [V]
+        self.register_buffer("bigram_keys", torch.zeros(num_bigrams, dtype=torch.long))  # [n]
+        self.register_buffer("bigram_levels", torch.zeros(num_bigrams, dtype=torch.int8))  # [n]
+        # what follows from them
+        self.register_buffer("tokens", torch.zeros(vocab_size), persistent=False)  # [V]
+        self.register_buffer("contexts", torch.zeros(vocab_size), persistent=False)  # [V]
+        self.register_buffer("pairs", torch.zeros(num_bigrams), persistent=False)  # [n]
+
+    @property
+    def table(self) -> OwnerTable:
+        """The table that the bundle holds."""
+        parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
+        return OwnerTable(*(t.cpu().numpy() for t in parts))
+
+    def weigh(self, public: BigramModel, settings: EvidenceSettings) -> None:
+        """Find the evidence that follows from the levels."""
+        for name, values in vars(weigh_evidence(self.table, public, settings)).items():
+            getattr(self, name).copy_(torch.from_numpy(values))
+
+    def forward(self, before: Tensor, ids: Tensor, pairs: Tensor, order: Tensor) -> Tensor:
+        """Log-probability over public text's, float32 [n], of ids [n]; `pairs` [n] are
+        before * V + id, `order` [n] what public text's preference for the pair takes off."""
+        found = self.contexts.index_select(0, before) + self.tokens.index_select(0, ids) - order
+        if not len(self.bigram_keys):
+            return found
+        place = torch.searchsorted(self.bigram_keys, pairs).clamp_(max=len(self.bigram_keys) - 1)
+        is_listed = self.bigram_keys.index_select(0, place) == pairs
+        return torch.where(is_listed, self.pairs.index_select(0, place), found)
+
+
 class EvidenceRouter(nn.Module):
-    """Posterior over domains, from bigram statistics of each owner's text and of public's.
+    """Posterior over domains, from statistics of each owner's text and of public's.
 
     A hidden Markov model over the enabled experts: from one token to the next the text stays in
     its domain with chance 1 - switch_rate, else turns to any, with equal chance. An owner's
-    evidence at a token is its bigram model's log-probability over public's, clipped and tempered.
-    An expert's weight is its chance, given the tokens so far, at the token to come. The
-    end-of-text token starts afresh. Only the enabled experts take part, and each one's evidence
-    depends on its owner and the anchor alone. Source: ours; the filter is the fixed share of
-    Herbster and Warmuth 1998.
+    evidence at a token is its log-probability over public's, clipped and tempered; over the
+    vocabulary its exponentials, weighed by public's probabilities, sum to 1, so that nobody can
+    claim every token. An expert's weight is its chance, given the tokens so far, at the token to
+    come. The end-of-text token starts afresh. Only the enabled experts take part, and each one's
+    evidence depends on its owner and the anchor alone. Source: ours; the filter is the fixed share
+    of Herbster and Warmuth 1998.
     """
 
     def __init__(
@@ -147,13 +190,24 @@ class EvidenceRouter(nn.Module):
         self.names = names
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
+        self.public = BigramTable(vocab_size, num_bigrams[PUBLIC])
         self.tables = nn.ModuleDict(
-            {slot(n): BigramTable(vocab_size, num_bigrams[n]) for n in names}
+            {slot(n): LevelTable(vocab_size, num_bigrams[n]) for n in names if n != PUBLIC}
         )
 
-    def table(self, name: str) -> BigramTable:
-        """The bigram model of one domain."""
-        return cast(BigramTable, self.tables[slot(name)])
+    def table(self, name: str) -> LevelTable:
+        """The statistics of one owner's text."""
+        return cast(LevelTable, self.tables[slot(name)])
+
+    def evidence(self, before: Tensor, ids: Tensor) -> Tensor:
+        """Every expert's evidence at tokens `ids` [n] that stand after `before` [n], float32 [E,n];
+        not yet clipped."""
+        pairs = before * self.vocab_size + ids
+        preference = self.public(before, ids, pairs) - self.public.unigram.index_select(0, ids)
+        order = (1.0 - self.settings.public_order) * preference
+        found = [torch.zeros_like(order)]
+        found += [self.table(n)(before, ids, pairs, order) for n in self.names[1:]]
+        return torch.stack(found)
 
     def forward(
         self,
@@ -173,12 +227,9 @@ class EvidenceRouter(nn.Module):
         before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
         if is_token is not None:  # what stands before the first token is not the padding's id
             before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], first)
-        last = before.T.flatten()  # [T*B]
-        here = ids.T.flatten()  # [T*B]
-        pairs = last * self.vocab_size + here
-        logs = torch.stack([self.table(n)(last, here, pairs) for n in self.names])  # [E,T*B]
+        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [E,T*B]
         limit = self.settings.clip_nats
-        gap = self.settings.tempering * (logs - logs[:1]).clamp_(-limit, limit)
+        gap = self.settings.tempering * evidence.clamp_(-limit, limit)
         likelihood = gap.double().exp_().cpu().numpy().reshape(-1, T, B).swapaxes(0, 1)  # [T,E,B]
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         # dropped, not multiplied by 0: a table that is off may hold NaN

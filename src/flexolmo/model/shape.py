@@ -17,6 +17,7 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
 
 FFN_PARTS = ("gate_proj", "up_proj", "down_proj")
+TOKEN_LEVELS, BIGRAM_LEVELS = "router.token_levels", "router.bigram_levels"
 BIGRAM_KEYS = "router.bigram_keys"
 ATTENTION_PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -87,9 +88,9 @@ def expert_shapes(
     add("embed_tokens", (V, D), shape.embedding_rank, shape.embedding_rank >= D)
     add("lm_head", (V, D), shape.head_rank, shape.head_rank >= D)
     if isinstance(router, EvidenceSettings):
-        found["router.unigram"] = found["router.backoff"] = (V,)
+        found[TOKEN_LEVELS] = (V,)
         if shape.num_bigrams:
-            found[BIGRAM_KEYS] = found["router.bigram_log_probs"] = (shape.num_bigrams,)
+            found[BIGRAM_KEYS] = found[BIGRAM_LEVELS] = (shape.num_bigrams,)
     return found
 
 

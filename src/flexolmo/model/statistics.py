@@ -1,6 +1,8 @@
-"""Token statistics: back-off bigram models of public text and of an owner's, for the router.
+"""Token statistics of public text and of an owner's, for the router.
 
-NumPy only. The public model travels with the anchor; an owner fits its own on its own machines.
+NumPy only. The public model, a bigram model that backs off, travels with the anchor. An owner's
+table says of tokens and pairs that enough of its documents hold by how much they are likelier there
+than in public text, in coarse steps; what it says of all others follows from the public model.
 
 V vocabulary, n bigrams, N tokens.
 """
@@ -14,6 +16,12 @@ from pydantic import Field
 from flexolmo.config import Settings
 from flexolmo.errors import DataError
 
+UNTOLD = -128  # level of a token that too few documents hold
+MOST_LEVELS = 100  # that a level may be from 0
+MOST_LISTED = 0.98  # of the probability after a token, that the pairs told of may have
+LEAST_LEFT = 1e-4  # of it, over which the rest is spread
+PUBLIC_DOCUMENTS = 3  # in which public text must hold a token or bigram to count as present
+
 
 class EvidenceSettings(Settings):
     """Settings of the evidence router: how text is summarised and evidence added up.
@@ -24,8 +32,8 @@ class EvidenceSettings(Settings):
     is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
 
     kind: Literal["evidence"] = "evidence"
-    version: Literal[2] = Field(
-        2,
+    version: Literal[3] = Field(
+        3,
         description="Version of the arithmetic from tables to weights; experts "
         "trained under another version do not fit.",
     )
@@ -39,18 +47,6 @@ class EvidenceSettings(Settings):
         description="Factor on each token's evidence, as tokens of one text are not independent.",
     )
     clip_nats: float = Field(5.0, gt=0, description="Largest evidence one token may give, in nats.")
-    smoothing: float = Field(
-        0.001,
-        gt=0,
-        description="Public text mixed into each owner's frequencies, as a fraction "
-        "of the owner's token count.",
-    )
-    discount: float = Field(
-        0.75,
-        gt=0,
-        lt=1,
-        description="Amount taken from each bigram's count for bigrams never seen.",
-    )
     min_weight: float = Field(
         0.05,
         ge=0,
@@ -58,10 +54,41 @@ class EvidenceSettings(Settings):
         description="Least weight at a token with which an expert is run there; one always is.",
     )
     min_documents: int = Field(
-        3,
+        20,
         ge=1,
-        description="Source documents that a token or bigram must be in to count as present: "
-        "whole ones as their owner gave them, of which texts of the same words count once.",
+        description="Source documents that a token or bigram must be in for an owner's bundle to "
+        "tell of it: whole ones as their owner gave them, of which texts of the same words count "
+        "once.",
+    )
+    most_per_document: int = Field(
+        10, ge=1, description="Times that a token or bigram counts in one source document, at most."
+    )
+    level_nats: float = Field(
+        0.5,
+        ge=0.1,
+        le=5,
+        description="Steps in which an owner's bundle tells of log-probabilities, in nats, so that "
+        "no count can be worked out.",
+    )
+    smoothing: float = Field(
+        0.001,
+        gt=0,
+        lt=1,
+        description="Frequency of tokens that the bundle does not tell of, as a fraction of public "
+        "text's.",
+    )
+    discount: float = Field(
+        0.75,
+        gt=0,
+        lt=1,
+        description="Amount taken from each bigram's count for bigrams never seen.",
+    )
+    public_order: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="Power of public text's preference for a pair, where the bundle tells of none: "
+        "0 takes an owner's words as following one another by chance, 1 as in public text.",
     )
 
 
@@ -78,43 +105,53 @@ class BigramModel:
     log_probs: np.ndarray  # float32 [n]
 
 
-def fit_bigrams(
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    vocab_size: int,
-    settings: EvidenceSettings,
-    public: BigramModel | None = None,
-) -> BigramModel:
-    """Counts of a training stream with absolute discounting.
+@dataclass(frozen=True)
+class OwnerTable:
+    """Statistics that an owner's bundle tells of its text: log-probabilities over public text's, in
+    steps of `level_nats`."""
+
+    token_levels: np.ndarray  # int8 [V] of p(v); UNTOLD: fewer than `min_documents` hold it
+    keys: np.ndarray  # int64 [n] u * V + v, ascending
+    pair_levels: np.ndarray  # int8 [n] of p(v | u)
+
+    @property
+    def is_told(self) -> np.ndarray:
+        """bool [V]: tokens that the table tells of."""
+        return np.asarray(self.token_levels != UNTOLD)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An owner's log-probabilities over public text's, of all pairs; natural logarithms.
+
+    Of a listed pair `pairs`; of any other, of tokens u and v, tokens[v] + contexts[u], less
+    (1 - public_order) log p(v | u) / p(v) of public text.
+    """
+
+    tokens: np.ndarray  # float32 [V]
+    contexts: np.ndarray  # float32 [V]
+    pairs: np.ndarray  # float32 [n]
+
+
+def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> BigramModel:
+    """Counts of a public stream with absolute discounting.
 
     `offsets` [.] are where source documents start, and the end (`TokenSplit.source_offsets`).
-    Tokens and bigrams in fewer than `min_documents` of them count as absent, so that no single
-    document's wording shows, however long it is. Without `public` (the public model itself),
-    frequencies get one pseudo-count each. Source: Ney, Essen and Kneser 1994; its use for routing
-    is ours.
+    Tokens and bigrams in fewer than PUBLIC_DOCUMENTS of them count as absent. Frequencies get one
+    pseudo-count each. Source: Ney, Essen and Kneser 1994; its use for routing is ours.
     """
-    ids = np.asarray(tokens, dtype=np.int64)
-    if len(ids) and int(ids.max()) >= vocab_size:
-        raise DataError(
-            f"Token id {int(ids.max())} found, but the anchor's vocabulary has "
-            f"{vocab_size}: prepare the set with the anchor's tokenizer."
-        )
-    document = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))  # [N]
-    keys, counts, common = _count(ids, document, settings.min_documents)
-    frequencies = np.zeros(vocab_size)
-    frequencies[keys[common]] = counts[common]
-    if public is None:
-        frequencies += 1.0
-    else:
-        prior = np.exp(public.unigram.astype(np.float64))
-        frequencies += settings.smoothing * max(len(ids), 1) * prior
+    discount = EvidenceSettings().discount
+    ids, document = _read_stream(tokens, offsets, vocab_size)
+    keys, counts, holders = _count(ids, document)
+    common = holders >= PUBLIC_DOCUMENTS
+    frequencies = np.ones(vocab_size)
+    frequencies[keys[common]] += counts[common]
     frequencies /= frequencies.sum()
 
-    pairs, counts, common = _count(
-        ids[:-1] * vocab_size + ids[1:], document[:-1], settings.min_documents
-    )
+    pairs, counts, holders = _count(ids[:-1] * vocab_size + ids[1:], document[1:])
     after = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)  # [V]
-    pairs, counts = pairs[common], counts[common] - settings.discount
+    common = holders >= PUBLIC_DOCUMENTS
+    pairs, counts = pairs[common], counts[common] - discount
     listed = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)
     left = 1.0 - listed / np.maximum(after, 1.0)  # [V]
     first, second = pairs // vocab_size, pairs % vocab_size
@@ -127,6 +164,124 @@ def fit_bigrams(
     )
 
 
+def fit_table(
+    tokens: np.ndarray, offsets: np.ndarray, public: BigramModel, settings: EvidenceSettings
+) -> OwnerTable:
+    """The table of an owner's stream, source documents at `offsets` as in `fit_bigrams`.
+
+    It tells of what at least `min_documents` hold, each counting at most `most_per_document`
+    times; any other token or pair might be another, for all that it says. A pair is of the document
+    that its second token is of. Source: ours.
+    """
+    vocab_size = len(public.unigram)
+    ids, document = _read_stream(tokens, offsets, vocab_size)
+
+    def told(keys: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, ...]:
+        keys, counts, holders = _count(keys, where, settings.most_per_document)
+        return keys, counts, holders >= settings.min_documents
+
+    def levels(
+        counts: np.ndarray, totals: np.ndarray | int, off: float, logs: np.ndarray
+    ) -> np.ndarray:
+        """Nearest levels, but none that counts of too few documents alone would have: the threshold
+        itself must not tell the least counts."""
+        steps = np.rint((np.log((counts - off) / totals) - logs) / settings.level_nats)
+        least = np.log((settings.min_documents - off) / totals) - logs
+        steps = np.maximum(steps, np.ceil(least / settings.level_nats + 0.5))
+        return steps.clip(-MOST_LEVELS, MOST_LEVELS).astype(np.int8)
+
+    keys, counts, is_told = told(ids, document)
+    token_levels = np.full(vocab_size, UNTOLD, dtype=np.int8)
+    shown = keys[is_told]
+    logs = public.unigram[shown].astype(np.float64)
+    token_levels[shown] = levels(counts[is_told], max(int(counts.sum()), 1), 0.0, logs)
+    pairs, counts, is_told = told(ids[:-1] * vocab_size + ids[1:], document[1:])
+    after = np.bincount(pairs // vocab_size, weights=counts, minlength=vocab_size)  # [V]
+    pairs, counts = pairs[is_told], counts[is_told]
+    pair_levels = levels(
+        counts, after[pairs // vocab_size], settings.discount, log_probs(public, pairs)
+    )
+    return OwnerTable(token_levels, pairs, pair_levels)
+
+
+def count_tokens(
+    tokens: np.ndarray, offsets: np.ndarray, vocab_size: int, most_per_document: int
+) -> np.ndarray:
+    """Counts [V] of a stream's tokens as `fit_table` counts them, told of or not."""
+    keys, counts, _ = _count(*_read_stream(tokens, offsets, vocab_size), most_per_document)
+    found = np.zeros(vocab_size, dtype=np.int64)
+    found[keys] = counts
+    return found
+
+
+def log_probs(public: BigramModel, keys: np.ndarray) -> np.ndarray:
+    """log p(v | u) of pairs [n], float64."""
+    first, second = keys // len(public.unigram), keys % len(public.unigram)
+    found = public.backoff[first].astype(np.float64) + public.unigram[second]
+    if not len(public.keys):
+        return found
+    place = np.searchsorted(public.keys, keys).clip(max=len(public.keys) - 1)
+    return np.where(public.keys[place] == keys, public.log_probs[place], found)
+
+
+def weigh_evidence(table: OwnerTable, public: BigramModel, settings: EvidenceSettings) -> Evidence:
+    """Evidence from a table, such that after any token the owner's probabilities, which are
+    public's times exp(evidence), sum to at most 1, whatever a table without `table_problems`
+    claims. Source: ours.
+
+    A pair that is not listed has public's probability to the power of `public_order`, times what
+    its token's level says, times what makes the sum right.
+    """
+    size, power = len(public.unigram), settings.public_order
+    tokens = np.where(
+        table.is_told, table.token_levels * settings.level_nats, np.log(settings.smoothing)
+    )
+    unigram = np.exp(public.unigram.astype(np.float64))
+    own = unigram * np.exp(tokens)  # [V]
+    backoff = public.backoff.astype(np.float64)
+
+    def spread(keys: np.ndarray, logs: np.ndarray) -> np.ndarray:
+        """Weights [n] of unlisted pairs in public text's order, before the sum is made right."""
+        second = keys % size
+        return np.asarray(own[second] * np.exp(power * (logs - public.unigram[second])))
+
+    def after(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Sums [V] by first token."""
+        return np.bincount(keys // size, values, size)
+
+    total = np.exp(power * backoff) * (own.sum() - after(public.keys, own[public.keys % size]))
+    total += after(public.keys, spread(public.keys, public.log_probs.astype(np.float64)))
+    logs = log_probs(public, table.keys)
+    pairs = table.pair_levels * settings.level_nats
+    listed = after(table.keys, np.exp(logs + pairs))
+    too_much = np.minimum(0.0, np.log(MOST_LISTED) - np.log(np.maximum(listed, 1e-300)))  # [V]
+    pairs = pairs + too_much[table.keys // size]
+    listed = np.minimum(listed, MOST_LISTED)
+    total = np.maximum(total - after(table.keys, spread(table.keys, logs)), LEAST_LEFT)
+    contexts = np.log(1.0 - listed) - np.log(total)
+    return Evidence(*(x.astype(np.float32) for x in (tokens, contexts, pairs)))
+
+
+def evidence_of_pairs(
+    table: OwnerTable,
+    evidence: Evidence,
+    public: BigramModel,
+    settings: EvidenceSettings,
+    ids: np.ndarray,
+) -> np.ndarray:
+    """Evidence of each token but the first of ids [T], float64 [T-1], not clipped."""
+    size = len(public.unigram)
+    first, second = ids[:-1], ids[1:]
+    keys = first * size + second
+    preference = log_probs(public, keys) - public.unigram[second]
+    found = evidence.tokens[second].astype(np.float64) + evidence.contexts[first]
+    found -= (1.0 - settings.public_order) * preference
+    if not len(table.keys):
+        return found
+    place = np.searchsorted(table.keys, keys).clip(max=len(table.keys) - 1)
+    return np.where(table.keys[place] == keys, evidence.pairs[place], found)
+
+
 def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
     """True if `keys` [n] are pairs of token ids, ascending, as a `BigramModel` has them."""
     return not len(keys) or bool(
@@ -134,46 +289,69 @@ def are_bigram_keys(keys: np.ndarray, vocab_size: int) -> bool:
     )
 
 
-def table_problems(model: BigramModel) -> list[str]:
-    """A line for each way in which `model` is no table of log-probabilities.
+def table_problems(table: OwnerTable, public: BigramModel, settings: EvidenceSettings) -> list[str]:
+    """A line for each way in which `table` is none that `fit_table` gives.
 
-    Values lie between -1000 and 0, and the probabilities of all tokens, after any token, sum to 1
-    within 1e-3. Source: ours.
+    Its probabilities, of all tokens and of the pairs after any token, sum to 1 or less but for
+    what levels round up, one and a half at most. Source: ours.
     """
-    logs = (model.unigram, model.backoff, model.log_probs)
-    outside = [
-        float(values[~((values >= -1000) & (values <= 1e-3))][0])
-        for values in logs
-        if not bool(((values >= -1000) & (values <= 1e-3)).all())
-    ]
-    if outside:
-        return [f"found the log-probability {outside[0]:g}, expected -1000 to 0"]
-    unigram = np.exp(model.unigram.astype(np.float64))  # [V]
-    vocab_size = len(unigram)
-    first, second = model.keys // vocab_size, model.keys % vocab_size
-    listed = np.exp(model.log_probs.astype(np.float64))
-    sums = np.bincount(first, listed, vocab_size)  # [V] of listed bigrams
-    unlisted = unigram.sum() - np.bincount(first, unigram[second], vocab_size)  # [V]
-    sums += np.exp(model.backoff.astype(np.float64)) * unlisted
+    size = len(public.unigram)
+    if not are_bigram_keys(table.keys, size):
+        return ["pairs are not ascending pairs of token ids"]
     lines = []
-    if abs(unigram.sum() - 1) > 1e-3:
-        lines.append(f"token probabilities sum to {unigram.sum():g}, expected 1")
-    worst = int(np.abs(sums - 1).argmax())
-    if abs(sums[worst] - 1) > 1e-3:
-        lines.append(f"probabilities after token {worst} sum to {sums[worst]:g}, expected 1")
+    levels = np.concatenate([table.token_levels[table.is_told], table.pair_levels])
+    if len(levels) and (most := int(np.abs(levels.astype(np.int64)).max())) > MOST_LEVELS:
+        lines.append(f"found a level of {most} from 0, expected at most {MOST_LEVELS}")
+    untold = ~table.is_told[table.keys // size] | ~table.is_told[table.keys % size]
+    if untold.any():
+        key = int(table.keys[untold][0])
+        lines.append(
+            f"tells of token {key % size} after {key // size}, but not of both tokens alone"
+        )
+    most_sum = float(np.exp(1.5 * settings.level_nats)) + 1e-3
+    with np.errstate(over="ignore"):
+        own = np.exp(public.unigram + table.token_levels * settings.level_nats)
+        probs = np.exp(log_probs(public, table.keys) + table.pair_levels * settings.level_nats)
+    total = float(own[table.is_told].sum())
+    if total > most_sum:
+        lines.append(f"token probabilities sum to {total:g}, expected at most {most_sum:.2f}")
+    sums = np.bincount(table.keys // size, probs, size)
+    if sums.max(initial=0) > most_sum:
+        worst = int(sums.argmax())
+        lines.append(
+            f"probabilities after token {worst} sum to {sums[worst]:g}, expected at most "
+            f"{most_sum:.2f}"
+        )
     return lines
 
 
+def _read_stream(
+    tokens: np.ndarray, offsets: np.ndarray, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [N] and the number of each one's source document [N]; DataError for an id outside."""
+    ids = np.asarray(tokens, dtype=np.int64)
+    if len(ids) and int(ids.max()) >= vocab_size:
+        raise DataError(
+            f"Token id {int(ids.max())} found, but the anchor's vocabulary has "
+            f"{vocab_size}: prepare the set with the anchor's tokenizer."
+        )
+    return ids, np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+
+
 def _count(
-    keys: np.ndarray, document: np.ndarray, min_documents: int
+    keys: np.ndarray, document: np.ndarray, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct keys, how often each occurs, and whether in at least so many documents."""
+    """Distinct keys, how often each occurs, at most so often a document, and in how many."""
     if not len(keys):
-        return keys, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        return keys, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     order = np.lexsort((document, keys))
     keys, document = keys[order], document[order]
     is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
     is_new = is_first | np.concatenate([[True], document[1:] != document[:-1]])
-    starts = np.flatnonzero(is_first)
+    starts = np.flatnonzero(is_new)  # of a key in a document
     counts = np.diff(np.append(starts, len(keys)))
-    return keys[starts], counts, np.add.reduceat(is_new.astype(np.int64), starts) >= min_documents
+    if most is not None:
+        counts = np.minimum(counts, most)
+    keys = keys[starts]
+    starts = np.flatnonzero(is_first[starts])  # of a key
+    return keys[starts], np.add.reduceat(counts, starts), np.diff(np.append(starts, len(keys)))

@@ -13,7 +13,7 @@ from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
-from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
+from flexolmo.model.statistics import fit_bigrams
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
 from flexolmo.runtime import run_record, set_up
@@ -122,9 +122,7 @@ def describe_anchor(
 ) -> Anchor:
     """Build an anchor from a dense model and statistics of public text, which owners need."""
     split = public.splits["train"]
-    statistics = fit_bigrams(
-        split.tokens, split.source_offsets, model.config.vocab_size, EvidenceSettings()
-    )
+    statistics = fit_bigrams(split.tokens, split.source_offsets, model.config.vocab_size)
     row = mean_hidden_state(model.eval(), embedding_windows(public, model.config.max_seq_len))
     return build_anchor(
         model, tokenizer, statistics, row.repeat(model.config.num_layers, 1), copy.deepcopy(record)

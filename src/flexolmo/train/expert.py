@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import safetensors
@@ -36,13 +36,21 @@ from flexolmo.model.router import (
     RouterSettings,
     first_raw_bias,
 )
-from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, shape_of_tensors
-from flexolmo.model.statistics import EvidenceSettings, fit_bigrams
+from flexolmo.model.shape import (
+    BIGRAM_KEYS,
+    BIGRAM_LEVELS,
+    TOKEN_LEVELS,
+    ExpertShape,
+    architecture_of,
+    expert_shapes,
+    shape_of_tensors,
+)
+from flexolmo.model.statistics import UNTOLD, EvidenceSettings, fit_table
 from flexolmo.model.transformer import ModelConfig, language_model_loss
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.compress import prune_width
-from flexolmo.train.loop import Losses, TrainSettings, identity_of, in_parts, train
+from flexolmo.train.loop import TOKEN_ROWS, Losses, TrainSettings, identity_of, in_parts, train
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
@@ -166,7 +174,7 @@ def start_router(
 ) -> dict[str, Tensor]:
     """Router tensors of an expert before training, from the anchor and the owner's text alone.
 
-    evidence: the bigram model of that text, final. linear: in every layer the same row, the mean
+    evidence: the table of that text, final. linear: in every layer the same row, the mean
     hidden state over the text, and a bias of -0.13. discriminant: a row and offset per layer from
     the text's states and from those of `public`, the prepared public set, final. Source: §3.3.2
     for linear; the others ours.
@@ -176,18 +184,18 @@ def start_router(
     split = data.splits["train"]
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
-        own = fit_bigrams(
-            split.tokens, split.source_offsets, config.vocab_size, router, anchor.public
-        )
-        tensors |= {
-            "router.unigram": torch.from_numpy(own.unigram),
-            "router.backoff": torch.from_numpy(own.backoff),
-        }
-        if len(own.keys):
-            tensors |= {
-                "router.bigram_keys": torch.from_numpy(own.keys),
-                "router.bigram_log_probs": torch.from_numpy(own.log_probs),
-            }
+        table = fit_table(split.tokens, split.source_offsets, anchor.public, router)
+        if not table.is_told.any():
+            raise ConfigError(
+                f"No token is in at least {router.min_documents} of the "
+                f"{len(split.source_offsets) - 1:,} source documents of {data.directory}, so the "
+                "router has nothing to go by. Give more documents, or lower router.min_documents, "
+                "which all owners of a mixture must agree on."
+            )
+        tensors[TOKEN_LEVELS] = torch.from_numpy(table.token_levels)
+        if len(table.keys):
+            tensors[BIGRAM_KEYS] = torch.from_numpy(table.keys)
+            tensors[BIGRAM_LEVELS] = torch.from_numpy(table.pair_levels)
         return tensors
     if isinstance(router, DiscriminantSettings):
         if public is None:
@@ -268,6 +276,7 @@ def prepare_training(
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
+    hold_rows(pair, name, parameters)
 
     def loss_of(ids: Tensor) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
@@ -279,6 +288,39 @@ def prepare_training(
 
     pair.train()
     return pair, parameters, in_parts(_batches(data, public, recipe), loss_of, recipe.train)
+
+
+def hold_rows(pair: MixtureModel, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let no row of embedding and head learn whose token the router's table does not tell of, so
+    that which rows have moved shows no word of a few documents. Source: ours."""
+    if pair.router is None:
+        return
+    is_told = pair.router.table(name).token_levels != UNTOLD  # [V]
+
+    def keep(grad: Tensor) -> Tensor:
+        return grad.where(is_told[:, None], 0.0)
+
+    for key, p in parameters.items():
+        if key in TOKEN_ROWS:
+            p.register_hook(keep)
+
+
+def hide_rows(anchor: Anchor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Embedding and head of an expert, as the anchor's are at tokens that its table does not tell
+    of: another table may tell of fewer, and a cut leaves rounding."""
+    if TOKEN_LEVELS not in tensors:
+        return {}
+    is_told = (tensors[TOKEN_LEVELS] != UNTOLD)[:, None]
+    found = {}
+    for key in TOKEN_ROWS:
+        if key in tensors:
+            rows = tensors[key]
+            base = torch.zeros_like(rows)
+            if key.endswith(".weight"):
+                base = cast(Tensor, anchor_matrix(anchor, key.removesuffix(".weight")))
+                base = base.detach().to(rows.device, rows.dtype)
+            found[key] = rows.where(is_told, base)
+    return found
 
 
 def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[str, Tensor]:
@@ -307,6 +349,7 @@ def reroute_expert(
     """
     tensors = {n: t for n, t in expert.tensors.items() if "router." not in n}
     tensors |= start_router(anchor, data, router, public)
+    tensors |= hide_rows(anchor, tensors)
     shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
     if not (shape.is_ffn_only or isinstance(router, EvidenceSettings)):
         raise ConfigError(

@@ -114,10 +114,17 @@ def rate_fraction(step: int, settings: TrainSettings) -> float:
     return settings.final_rate + (1 - settings.final_rate) * cosine
 
 
+TOKEN_ROWS = ("embed_tokens.weight", "embed_tokens.lora_b", "lm_head.weight", "lm_head.lora_b")
+
+
 def build_optimizers(
     parameters: Mapping[str, nn.Parameter], settings: TrainSettings
 ) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Optimizers with their peak rates; every parameter is in exactly one."""
+    """Optimizers with their peak rates; every parameter is in exactly one.
+
+    Rows of embedding and head do not decay: those of rare tokens would vanish, and an owner's
+    would no longer be the anchor's where nothing may be learnt.
+    """
     inner = {
         n: p
         for n, p in parameters.items()
@@ -126,7 +133,8 @@ def build_optimizers(
         and min(p.shape) > 1
         and p.dim() == 2
     }
-    outer = [p for n, p in parameters.items() if n not in inner]
+    rows = [p for n, p in parameters.items() if n in TOKEN_ROWS]
+    outer = [p for n, p in parameters.items() if n not in inner and n not in TOKEN_ROWS]
     built: list[tuple[torch.optim.Optimizer, float]] = []
     if inner:
         built.append(
@@ -141,19 +149,11 @@ def build_optimizers(
                 settings.muon_learning_rate,
             )
         )
-    if outer:
-        built.append(
-            (
-                torch.optim.AdamW(
-                    outer,
-                    lr=settings.learning_rate,
-                    betas=(0.9, 0.95),
-                    weight_decay=settings.weight_decay,
-                    fused=True,
-                ),
-                settings.learning_rate,
-            )
-        )
+    groups = [{"params": rows, "weight_decay": 0.0}] if rows else []
+    groups += [{"params": outer, "weight_decay": settings.weight_decay}] if outer else []
+    if groups:
+        adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
+        built.append((adam, settings.learning_rate))
     return built
 
 

@@ -175,6 +175,8 @@ def test_every_owner_and_the_coordinator_do_their_part(finished):
         "merge-paper",
         "evaluate",
         "evaluate-paper",
+        "audit code",
+        "audit academic",
     ]
 
 
@@ -221,6 +223,10 @@ def test_the_results_have_what_the_report_and_machines_need(finished):
     }
     assert len(results["summary"]["bars"]) == 5
     assert results["routing"]["experts"] == ["public", "academic", "code"]
+    for name, found in results["statistics_attack"].items():
+        assert found["expert"] == name
+        assert found["token_presence"]["embed_tokens"]["auc"] == 0.5
+    assert list(results["statistics_attack"]) == ["code", "academic"]
 
 
 def test_the_results_tell_of_each_owner_only_what_is_true(finished):
@@ -343,7 +349,8 @@ def test_finished_steps_and_experts_are_not_done_again(interrupted):
     assert seen[1] == ["prepare public", "fetch code"]
     assert seen[2][0] == "fetch academic" and seen[2][-1] == "expert code"
     assert seen[3][:2] == [retried, "expert academic"] and seen[3][-1] == "merge"
-    assert seen[4] == [retried, "merge-paper", "evaluate", "evaluate-paper"]
+    measured = ["evaluate", "evaluate-paper", "audit code", "audit academic"]
+    assert seen[4] == [retried, "merge-paper", *measured]
 
 
 def test_another_recipe_does_again_only_what_depends_on_it(interrupted):

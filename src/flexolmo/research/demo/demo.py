@@ -266,8 +266,19 @@ class _Demo:
                     after=[merge],
                 )
             )
+        attacks = [
+            command_step(
+                f"audit {name}",
+                f"owners/{name}",
+                f"audit statistics outbox/{name}.bundle --anchor anchor --data prepared/{name} "
+                f"--seed {self.recipe.seed} --out audit.json",
+                makes=["audit.json"],
+                after=[packs[name, ""]],
+            )
+            for name in self.names
+        ]
         self.stage("sign and merge", [*packs.values(), *merges])
-        self.stage("measure", evaluations)
+        self.stage("measure", [*evaluations, *attacks])
 
     # --- what came of it ------------------------------------------------------------------------
 
@@ -288,6 +299,7 @@ class _Demo:
             "summary": ours["summary"],
             "routing": ours["routing"],
             "paper_router": {k: paper[k] for k in ("bits_per_byte", "summary", "routing")},
+            "statistics_attack": {n: read_json(self.house(n) / "audit.json") for n in self.names},
             "owners": [self._owner(n) for n in self.names],
             "anchor": {
                 "parameters": sum(

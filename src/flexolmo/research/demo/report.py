@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.audit.statistics import rows_of
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.numbers import format_change, format_megabytes, format_number, format_percent
 from flexolmo.report import drawing, plots
@@ -31,9 +32,10 @@ _WHAT_WORDS_ARE = (
 )
 _WHAT_IS_NOT_SHOWN = (
     "For data protection: weights are not text, but a model may have memorised some of what it was "
-    "trained on, and this page does not measure that. A signature says whose a bundle is and that "
-    "it is unaltered, not what it remembers. An owner that is switched off takes no part in any "
-    "answer; its weights stay on the coordinator's disk until somebody deletes them."
+    "trained on; of that this page attacks the tables, embedding and head alone. A signature says "
+    "whose a bundle is and that it is unaltered, not what it remembers. An owner that is switched "
+    "off takes no part in any answer; its weights stay on the coordinator's disk until somebody "
+    "deletes them."
 )
 _WHAT_BITS_ARE = (
     "Bits per byte: how many bits the model needs, on average, for one byte of held-out text, "
@@ -41,6 +43,13 @@ _WHAT_BITS_ARE = (
     "better. A model that knows nothing needs 8; one that is certain and right needs 0. From 2.0 "
     "to 1.9 means files 5 % smaller if the model were used to compress. Counted by byte, models "
     "with different vocabularies can be compared."
+)
+_WHAT_IS_ATTACKED = (
+    "A bundle holds a table: of tokens, and of pairs of tokens, that enough source documents hold, "
+    "by how much they are likelier there than in public text, in coarse steps. Whoever gets the "
+    "bundle may ask it how often a token occurs, whether a rare one occurs at all, how a word of "
+    "one document is spelled, or whether a document was trained on. AUC is the chance that the "
+    "attack ranks a right answer above a wrong one: 0.5 is guessing, 1 is certainty."
 )
 _WHY_OURS = (
     "The router decides how much each expert has a say. The one of the paper this project follows "
@@ -102,6 +111,8 @@ def _blocks(results: Results) -> Iterator[Block]:
         )
     if plots.bits_table(results, paper=True):
         yield from _routers_section(results)
+    if results.get("statistics_attack"):
+        yield from _attack_section(results["statistics_attack"])
     if results.get("samples"):
         yield from _samples_section(results)
     yield from _origin_section(results)
@@ -151,6 +162,25 @@ def _routers_section(results: Results) -> Iterator[Block]:
             "Heat map of the paper's router: mean weight of each expert in each layer, by set.",
             "The same text, answered through the paper's router.",
         )
+
+
+def _attack_section(attacks: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("What a bundle tells besides what it learnt", "h2")
+    yield Text(_WHAT_IS_ATTACKED, "note")
+    rows = {name: rows_of(found) for name, found in attacks.items()}
+    first = next(iter(rows.values()))
+    yield Table(
+        "Attacks on each owner's bundle, with 95 % intervals",
+        ["Attack", *rows, "By chance"],
+        [
+            [
+                label,
+                *(f"{r[i][1]} ({r[i][2]})" if r[i][2] else r[i][1] for r in rows.values()),
+                "; ".join(dict.fromkeys(r[i][3] for r in rows.values() if r[i][3])) or "–",
+            ]
+            for i, (label, *_) in enumerate(first)
+        ],
+    )
 
 
 def _samples_section(results: Results) -> Iterator[Block]:

@@ -1,0 +1,1 @@
+"""Attacks on what leaves an owner's house, run by the owner before anyone else can."""

@@ -1,0 +1,422 @@
+"""Four attacks on what an expert tells of its owner's text besides what it learnt, with intervals.
+
+The attacker has the expert, the anchor and its public statistics, knows this code, and is given
+what it could have: the number of tokens, other documents of the same kind, or all documents but
+one. A low figure shows that this attack fails, not that none can succeed. Source: ours.
+
+V vocabulary, N tokens, n units of an attack.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from flexolmo.bundle.bundle import MANIFEST_FILE, open_bundle
+from flexolmo.data.batches import TokenSet
+from flexolmo.data.tokenizer import Tokenizer
+from flexolmo.errors import ConfigError
+from flexolmo.merge.mixture import tensors_of
+from flexolmo.model.assemble import anchor_matrix, assemble_mixture
+from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.router import EvidenceRouter, RouterSettings
+from flexolmo.model.shape import BIGRAM_KEYS, BIGRAM_LEVELS, TOKEN_LEVELS
+from flexolmo.model.statistics import (
+    BigramModel,
+    EvidenceSettings,
+    OwnerTable,
+    count_tokens,
+    evidence_of_pairs,
+    fit_table,
+    weigh_evidence,
+)
+from flexolmo.train.expert import Expert, load_expert
+
+RESAMPLES = 400  # of an interval
+LEAST_DOCUMENTS = 10  # of each kind, below which membership is not measured
+LEAST_TOKENS = 50  # of a document whose membership is asked
+STRATA = 10  # of tokens that public text holds about equally often
+FOLDS = 5  # of the training documents, of which tables leave out one in turn
+BEFORE_A_WORD = (" ", "", "\n", "(", "_")
+WRITTEN_TEXTS, WRITTEN_TOKENS = 16, 128  # on which an expert's opinions are asked
+
+
+def audit_statistics(
+    anchor: Anchor, expert: Expert, data: TokenSet, seed: int = 0
+) -> dict[str, Any]:
+    """Results of all four attacks; `data` is the prepared set that the expert was trained on.
+
+    Raises ConfigError if the expert was trained on another set or beside another anchor, or has no
+    table to attack.
+    """
+    if expert.anchor_digest != anchor.digest:
+        raise ConfigError(
+            f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; this anchor "
+            f"is {anchor.digest}. Give the anchor of its training."
+        )
+    if expert.data_card_digest != data.digest:
+        raise ConfigError(
+            f"Expert {expert.name} was trained on a set with digest {expert.data_card_digest}; "
+            f"{data.directory} has {data.digest}. Attack it with the text of its training."
+        )
+    if not isinstance(expert.router, EvidenceSettings):
+        raise ConfigError(
+            f"Expert {expert.name} has a router of kind {expert.router.kind}, which holds no "
+            "table of token statistics."
+        )
+    table = table_of(expert)
+    return {
+        "expert": expert.name,
+        "min_documents": expert.router.min_documents,
+        "documents": len(data.splits["train"].source_offsets) - 1,
+        "tokens": {"told": int(table.is_told.sum()), "pairs": len(table.keys)},
+        "count_recovery": recover_counts(anchor, table, expert.router, data),
+        "token_presence": find_tokens(anchor, expert, data, seed),
+        "rare_words": spell_rare_words(anchor.tokenizer, table, anchor.public, data),
+        "membership": find_members(anchor, expert, data, seed),
+    }
+
+
+def table_of(expert: Expert) -> OwnerTable:
+    """The table of an expert with an evidence router."""
+    nothing = {
+        BIGRAM_KEYS: torch.zeros(0, dtype=torch.long),
+        BIGRAM_LEVELS: torch.zeros(0, dtype=torch.int8),
+    }
+    held = nothing | expert.tensors
+    if TOKEN_LEVELS not in held:
+        raise ConfigError(f"Expert {expert.name} holds no {TOKEN_LEVELS}: it is no whole expert.")
+    return OwnerTable(*(held[k].numpy() for k in (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS)))
+
+
+def recover_counts(
+    anchor: Anchor, table: OwnerTable, settings: EvidenceSettings, data: TokenSet
+) -> dict[str, Any]:
+    """Counts of the tokens that the table tells of, as it counts them, guessed from their levels
+    and the true total.
+
+    `determined` are tokens whose level leaves one whole number alone, and that the right one;
+    `guessed` those whose likeliest number is right; `by_public` those guessed from public text's
+    frequencies, without the table.
+    """
+    split = data.splits["train"]
+    counts = count_tokens(
+        split.tokens, split.source_offsets, len(table.token_levels), settings.most_per_document
+    )
+    told = np.flatnonzero(table.is_told)
+    total, counts = int(counts.sum()), counts[told]
+    public = anchor.public.unigram[told].astype(np.float64)
+    middle = public + table.token_levels[told] * settings.level_nats + math.log(max(total, 1))
+    # the lowest level that the threshold leaves also holds the counts below its own
+    below = np.exp(middle - settings.level_nats * 1.5) < settings.min_documents
+    least = np.ceil(np.exp(middle - settings.level_nats / 2))
+    least = np.where(below, settings.min_documents, least)
+    most = np.floor(np.exp(middle + settings.level_nats / 2))
+    found = {
+        "determined": (least == most) & (least == counts),
+        "guessed": np.rint(np.sqrt(least * most)) == counts,
+        "by_public": np.rint(np.exp(public) * total) == counts,
+    }
+    return {name: share(hits) for name, hits in found.items()}
+
+
+def find_tokens(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> dict[str, Any]:
+    """Presence in the text of tokens that the table does not tell of, guessed from the weights.
+
+    By how far a token's row of embedding or head has moved, and by how much likelier the expert
+    finds the token than the anchor does, in text that public statistics write. Tokens are compared
+    with those that public text holds about equally often, for rare tokens are rarer everywhere.
+    """
+    untold = np.flatnonzero(~table_of(expert).is_told)
+    size = len(anchor.public.unigram)
+    ids = np.asarray(data.splits["train"].tokens, dtype=np.int64)
+    is_held = np.bincount(ids, minlength=size)[untold] > 0
+    rank = anchor.public.unigram[untold].argsort().argsort()
+    strata = rank * STRATA // max(len(untold), 1)
+    scores = {"opinion": opinions(anchor, expert, seed)[untold]}
+    for part in ("embed_tokens", "lm_head"):
+        if (whole := expert.tensors.get(f"{part}.weight")) is not None:
+            moved = whole.double() - cast(torch.Tensor, anchor_matrix(anchor, part)).cpu().double()
+        elif (low := expert.tensors.get(f"{part}.lora_b")) is not None:
+            moved = low.double()
+        else:
+            continue
+        scores[part] = moved.norm(dim=1).numpy()[untold]
+    return {
+        "untold": len(untold),
+        "of_these_in_the_text": int(is_held.sum()),
+        **{
+            name: area(x[is_held], x[~is_held], seed, strata[is_held], strata[~is_held])
+            for name, x in scores.items()
+        },
+    }
+
+
+def opinions(anchor: Anchor, expert: Expert, seed: int) -> np.ndarray:
+    """Mean log-probability of every token by the expert alone, less the anchor's, [V], in texts
+    drawn from public bigram statistics."""
+    name = expert.name
+    alone = cast(EvidenceSettings, expert.router).model_copy(update={"min_weight": 0.0})
+    model = assemble_mixture(anchor, {name: expert.tensors}, alone)
+    router = cast(EvidenceRouter, model.router)
+    table = router.table(name)
+    for part in (table.tokens, table.contexts, table.pairs):
+        part.fill_(alone.clip_nats)  # every token speaks for the owner
+    generator = torch.Generator().manual_seed(seed)
+    size = len(anchor.public.unigram)
+    ids = torch.full((WRITTEN_TEXTS, 1), anchor.config.eos_token_id)
+    while ids.shape[1] < min(WRITTEN_TOKENS, anchor.config.max_seq_len):
+        before = ids[:, -1:].expand(-1, size).flatten()
+        here = torch.arange(size).repeat(WRITTEN_TEXTS)
+        logs = router.public(before, here, before * size + here).view(-1, size)
+        ids = torch.cat([ids, torch.multinomial(logs.double().exp(), 1, generator=generator)], 1)
+    with torch.inference_mode():
+        found = model(ids).double().log_softmax(-1) - anchor.model(ids).double().log_softmax(-1)
+    return cast(np.ndarray, found.flatten(0, 1).mean(0).numpy())
+
+
+def spell_rare_words(
+    tokenizer: Tokenizer, table: OwnerTable, public: BigramModel, data: TokenSet
+) -> dict[str, Any]:
+    """Words of one source document alone, whose tokens' every pair the table lists, so that they
+    could be spelled from it; `by_public`: from the pairs that public text's model lists."""
+    split = data.splits["train"]
+    size = len(table.token_levels)
+    holders: Counter[str] = Counter()
+    for start, end in pairwise(split.source_offsets.tolist()):
+        text = tokenizer.decode([i for i in split.tokens[start:end].tolist() if i != data.eos_id])
+        holders.update(set(re.findall(r"[^\W\d_]{4,}", text)))
+    words = sorted(w for w, n in holders.items() if n == 1)
+    forms = [tokenizer.encode_batch([before + w for w in words]) for before in BEFORE_A_WORD]
+    pairs = [
+        [[u * size + v for u, v in pairwise(ids)] for ids in ways]
+        for ways in zip(*forms, strict=True)
+        if all(len(ids) > 1 for ids in ways)
+    ]
+
+    def spelled(keys: np.ndarray) -> dict[str, Any]:
+        listed = set(keys.tolist())
+        return share(np.array([any(map(listed.issuperset, ways)) for ways in pairs], dtype=bool))
+
+    found = {"spelled": spelled(table.keys), "by_public": spelled(public.keys)}
+    return {"words": len(pairs)} | found
+
+
+def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> dict[str, Any]:
+    """Membership of source documents, guessed from their mean evidence under a table.
+
+    `held_out`: the expert's own table, training documents against those held out, which may also
+    differ in kind. `calibrated`: by somebody who has other documents of the kind: tables of three
+    fifths of the training documents, one fifth that is not in them, and what a table of the last
+    fifth says taken off. `knows_the_rest`: by somebody who has all documents but one: the share
+    that tables with them find likelier than a table without.
+    """
+    settings = cast(EvidenceSettings, expert.router)
+
+    def documents(*names: str) -> list[np.ndarray]:
+        found = [
+            split.tokens[start:end].astype(np.int64)
+            for split in (data.splits[n] for n in names if n in data.splits)
+            for start, end in pairwise(split.source_offsets.tolist())
+        ]
+        return [ids for ids in found if len(ids) >= LEAST_TOKENS]
+
+    def scores(table: OwnerTable, texts: Sequence[np.ndarray]) -> np.ndarray:
+        evidence = weigh_evidence(table, anchor.public, settings)
+        found = (evidence_of_pairs(table, evidence, anchor.public, settings, x) for x in texts)
+        return np.array([x.clip(-settings.clip_nats, settings.clip_nats).mean() for x in found])
+
+    def fit(chosen: np.ndarray, part: float) -> OwnerTable:
+        """The table of some documents, with as many of them asked for as are left."""
+        texts = [members[i] for i in chosen]
+        least = max(1, round(settings.min_documents * part))
+        asked = settings.model_copy(update={"min_documents": least})
+        return fit_table(
+            np.concatenate(texts), np.cumsum([0, *map(len, texts)]), anchor.public, asked
+        )
+
+    members = documents("train")
+    others = documents("validation", "heldout")
+    found: dict[str, Any] = {"members": len(members), "others": len(others)}
+    if len(members) < FOLDS * LEAST_DOCUMENTS or len(others) < LEAST_DOCUMENTS:
+        return found | {"too_few": LEAST_DOCUMENTS}
+    own = table_of(expert)
+    found["held_out"] = area(scores(own, members), scores(own, others), seed)
+    folds = np.array_split(np.random.default_rng(seed).permutation(len(members)), FOLDS)
+    fold_of = np.empty(len(members), int)
+    for i, fold in enumerate(folds):
+        fold_of[fold] = i
+    with_it = np.zeros(len(members))
+    without = np.zeros(len(members))
+    calibrated = np.empty((FOLDS, len(members)))
+    for i, fold in enumerate(folds):
+        left = scores(fit(np.flatnonzero(fold_of != i), 1.0), members)
+        without[fold] = left[fold]
+        with_it += np.where(fold_of != i, left, 0.0) / (FOLDS - 1)
+        shadow = fold_of == (i + 1) % FOLDS
+        target = fit(np.flatnonzero((fold_of != i) & ~shadow), 1.0)
+        calibrated[i] = scores(target, members) - scores(
+            fit(np.flatnonzero(shadow), 1 / 3), members
+        )
+    found["knows_the_rest"] = share(with_it > without)
+    found["calibrated"] = _area_over_folds(calibrated, fold_of, seed)
+    return found
+
+
+def _area_over_folds(values: np.ndarray, fold_of: np.ndarray, seed: int) -> dict[str, Any]:
+    """`area` of scores [FOLDS,n] of n documents: in row i those of fold i are outside, those of the
+    next are neither. The bootstrap draws documents, each with all its scores."""
+
+    def of(drawn: np.ndarray) -> float:
+        strata = []
+        for i, row in enumerate(values):
+            outside = fold_of[drawn] == i
+            inside = ~outside & (fold_of[drawn] != (i + 1) % FOLDS)
+            strata.append((row[drawn[inside]], row[drawn[outside]]))
+        return _area_of(strata)
+
+    everyone = np.arange(values.shape[1])
+    rng = np.random.default_rng(seed)
+    drawn = [of(rng.choice(everyone, len(everyone))) for _ in range(RESAMPLES)]
+    bounds = [float(x) for x in np.quantile(drawn, [0.025, 0.975])]
+    return {"auc": of(everyone), "interval": bounds}
+
+
+# --- figures with intervals ---------------------------------------------------------------------
+
+
+def share(hits: np.ndarray) -> dict[str, Any]:
+    """Share of hits [n] and its 95 % interval by Wilson's score; none of nothing."""
+    n = len(hits)
+    if not n:
+        return {"share": None, "interval": None}
+    z, p = 1.96, float(hits.mean())
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    bounds = [
+        max(0.0, (middle - half) / (1 + z * z / n)),
+        min(1.0, (middle + half) / (1 + z * z / n)),
+    ]
+    return {"share": p, "interval": bounds}
+
+
+def area(
+    yes: np.ndarray,
+    no: np.ndarray,
+    seed: int,
+    yes_strata: np.ndarray | None = None,
+    no_strata: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Area under the ROC curve, the chance that a score of `yes` is above one of `no` (ties count
+    half), and its 95 % bootstrap interval; with strata, pairs of one stratum alone count."""
+    if yes_strata is None or no_strata is None:
+        yes_strata = np.zeros(len(yes), int)
+        no_strata = np.zeros(len(no), int)
+    both = [
+        (yes[yes_strata == stratum], no[no_strata == stratum])
+        for stratum in np.intersect1d(yes_strata, no_strata)
+    ]
+    if not both:
+        return {"auc": None, "interval": None}
+    rng = np.random.default_rng(seed)
+    found = [
+        _area_of(
+            [
+                (rng.choice(ours, len(ours)), rng.choice(theirs, len(theirs)))
+                for ours, theirs in both
+            ]
+        )
+        for _ in range(RESAMPLES)
+    ]
+    bounds = [float(x) for x in np.quantile(found, [0.025, 0.975])]
+    return {"auc": _area_of(both), "interval": bounds}
+
+
+def _area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    won = pairs = 0.0
+    for yes, no in strata:
+        no = np.sort(no)
+        won += (
+            float((np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")).sum()) / 2
+        )
+        pairs += len(yes) * len(no)
+    return won / pairs
+
+
+# --- reading and showing ------------------------------------------------------------------------
+
+
+def open_expert(path: Path) -> Expert:
+    """The expert in a bundle, whoever signed it, or in the run of a finished training."""
+    if not (path / MANIFEST_FILE).is_file():
+        return load_expert(path)
+    bundle = open_bundle(path, None, allow_unknown_signer=True, keep_tensors=True)
+    m = bundle.manifest
+    try:
+        router: RouterSettings = TypeAdapter(RouterSettings).validate_python(m.router.settings)
+    except ValidationError as e:
+        raise ConfigError(
+            f"{path} has router settings that this release does not know "
+            f"({e.errors()[0]['msg']}): {m.router.settings}. Train the expert again."
+        ) from None
+    return Expert(
+        m.name,
+        m.anchor_digest,
+        router,
+        tensors_of(bundle),
+        {},
+        m.data_card_digest,
+        m.architecture.model_dump(),
+    )
+
+
+def rows_of(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """A line for each figure of `audit_statistics`: attack, result, interval, and chance's."""
+    rows = []
+
+    def add(label: str, figure: Mapping[str, Any], chance: str) -> None:
+        kind = "share" if "share" in figure else "auc"
+        value, interval = figure[kind], figure["interval"]
+        if value is None:
+            rows.append((label, "nothing to attack", "", ""))
+        elif kind == "share":
+            low, high = interval
+            rows.append((label, f"{value:.1%}", f"{low:.1%} to {high:.1%}", chance))
+        else:
+            low, high = interval
+            rows.append((label, f"AUC {value:.3f}", f"{low:.3f} to {high:.3f}", chance))
+
+    counts, tokens = found["count_recovery"], found["token_presence"]
+    by_public = counts["by_public"]["share"]
+    guess = "" if by_public is None else f"{by_public:.1%} without the table"
+    add("a token's count worked out", counts["determined"], "0.0%")
+    add("a token's count guessed", counts["guessed"], guess)
+    for key, label in (
+        ("embed_tokens", "a rare token's presence, from the embedding"),
+        ("lm_head", "a rare token's presence, from the head"),
+        ("opinion", "a rare token's presence, from what the expert predicts"),
+    ):
+        if key in tokens:
+            add(label, tokens[key], "AUC 0.5")
+    words = found["rare_words"]
+    by_public = words["by_public"]["share"]
+    guess = "" if by_public is None else f"{by_public:.1%} from public pairs"
+    add("a word of one document spelled from pairs", words["spelled"], guess)
+    members = found["membership"]
+    if "too_few" in members:
+        rows.append(("a document's membership, from the table", "too few documents", "", ""))
+    else:
+        add(
+            "a document's membership, against others",
+            members["held_out"],
+            "AUC 0.5, were all alike",
+        )
+        add("the same, by who has others of its kind", members["calibrated"], "AUC 0.5")
+        add("the same, by who has all the others", members["knows_the_rest"], "50.0%")
+    return rows
