@@ -122,7 +122,9 @@ def test_a_bundle_is_attacked_like_its_run(tmp_path, pico_anchor, pico_sets, exp
     assert audit_statistics(pico_anchor, open_expert(bundle), pico_sets["maths"]) == found
 
 
-def test_what_does_not_go_together_is_refused(pico_anchor, pico_sets, expert):
+def test_what_does_not_go_together_is_refused(tmp_path, pico_anchor, pico_sets, expert):
+    with pytest.raises(ConfigError, match="neither a bundle nor the run"):
+        open_expert(tmp_path)
     with pytest.raises(ConfigError, match=r"trained on a set with digest .*Attack it with"):
         audit_statistics(pico_anchor, expert, pico_sets["public"])
     with pytest.raises(ConfigError, match="Give the anchor of its training"):

@@ -355,6 +355,11 @@ def _area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 def open_expert(path: Path) -> Expert:
     """The expert in a bundle, whoever signed it, or in the run of a finished training."""
     if not (path / MANIFEST_FILE).is_file():
+        if not (path / "expert.json").is_file():
+            raise ConfigError(
+                f"{path} is neither a bundle nor the run of a finished training: it holds no "
+                f"{MANIFEST_FILE} and no expert.json."
+            )
         return load_expert(path)
     bundle = open_bundle(path, None, allow_unknown_signer=True, keep_tensors=True)
     m = bundle.manifest

@@ -219,7 +219,8 @@ def read_manifest(data: bytes) -> Manifest:
     if type(found) is not int or found != FORMAT_VERSION:
         raise BundleError(
             f"manifest.json: found format_version {ascii(found)[:80]}, expected {FORMAT_VERSION}. "
-            "Use the FlexOlmo release that wrote this bundle, or ask the owner to pack it again."
+            "Use the FlexOlmo release that wrote this bundle, or ask the owner to train and pack "
+            "it again."
         )
     opening = "manifest.json is not a valid manifest:"
     raise_listed(BundleError, opening, _find_hidden_characters(value), advice)
