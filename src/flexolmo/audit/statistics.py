@@ -234,7 +234,7 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
         return np.array([x.clip(-settings.clip_nats, settings.clip_nats).mean() for x in found])
 
     def fit(chosen: np.ndarray, part: float) -> OwnerTable:
-        """The table of some documents, with as many of them asked for as are left."""
+        """The table of some documents, with that `part` of the settings' threshold."""
         texts = [members[i] for i in chosen]
         least = max(1, round(settings.min_documents * part))
         asked = settings.model_copy(update={"min_documents": least})

@@ -124,7 +124,7 @@ class Mixture(nn.Module):
         sizes = [n for _, n in read]
         rows = h.index_select(0, groups.reads).split(sizes)
         wide = [panel_product(x, panels[e]) for (e, _), x in zip(read, rows, strict=True)]
-        gate, up = public.beside(torch.cat(wide, dim=1))  # [R,F]
+        gate, up = public.from_panels(torch.cat(wide, dim=1))  # [R,F]
         inner = [*(silu(gate) * up).split(sizes)]
         own = len(groups.reads) - groups.sizes[-1]
         if groups.sizes[-1]:

@@ -335,11 +335,11 @@ class FeedForward(nn.Module):
     def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Both products of rows x [n,D], [n,F] each."""
         if ctx.panels and self in ctx.panels:
-            return self.beside(panel_product(x, ctx.panels[self]))
+            return self.from_panels(panel_product(x, ctx.panels[self]))
         return self.gate_proj(x, ctx), self.up_proj(x, ctx)
 
-    def beside(self, found: Tensor) -> tuple[Tensor, Tensor]:
-        """The same from products with their panels."""
+    def from_panels(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Both products [n,F] from those with their panels, [P,n,WIDTH]."""
         gate, up = (beside(half)[:, : self.down_proj.in_features] for half in found.chunk(2))
         return gate, up
 
