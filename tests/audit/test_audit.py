@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flexolmo.audit.statistics import (
     area,
     audit_statistics,
+    count_bounds,
     find_members,
     open_expert,
     recover_counts,
@@ -23,7 +24,7 @@ from flexolmo.audit.statistics import (
 from flexolmo.bundle.signing import create_key
 from flexolmo.errors import ConfigError
 from flexolmo.model.router import LinearSettings
-from flexolmo.model.statistics import EvidenceSettings, OwnerTable, fit_table
+from flexolmo.model.statistics import EvidenceSettings, OwnerTable, count_tokens, fit_table
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
 from flexolmo.train.loop import TrainSettings
 
@@ -80,6 +81,21 @@ def test_counts_come_out_of_a_table_with_fine_steps(pico_anchor, pico_sets):
         found[kind] = recover_counts(pico_anchor, table, settings, data)
     assert found["fine"]["guessed"]["share"] > 4 * found["ours"]["guessed"]["share"] + 0.05
     assert found["fine"]["determined"]["share"] > 0 == found["ours"]["determined"]["share"]
+
+
+def test_every_count_is_within_the_bounds_that_the_attack_sees(pico_anchor, pico_sets):
+    """Also where a token is in just enough documents, and those bounds leave many counts."""
+    split = pico_sets["maths"].splits["train"]
+    stream = split.tokens, split.source_offsets
+    counts = count_tokens(*stream, 300, 1)  # of documents that hold it
+    for k in np.unique(counts[counts > 0]).tolist():
+        settings = EvidenceSettings(min_documents=k, most_per_document=1)
+        table = fit_table(*stream, pico_anchor.public, settings)
+        least, most = count_bounds(pico_anchor.public, table, settings, int(counts.sum()))
+        told = counts[table.is_told]
+        assert told.min() == k
+        assert (least <= told).all() and (told <= most).all()
+        assert (most[least == k] >= np.floor(k * np.exp(0.5))).all()
 
 
 def test_documents_in_the_table_are_found_out(pico_anchor, pico_sets, expert, monkeypatch):

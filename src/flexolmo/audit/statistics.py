@@ -111,20 +111,31 @@ def recover_counts(
         split.tokens, split.source_offsets, len(table.token_levels), settings.most_per_document
     )
     told = np.flatnonzero(table.is_told)
-    total, counts = int(counts.sum()), counts[told]
+    total = int(counts.sum())
+    counts = counts[told]
     public = anchor.public.unigram[told].astype(np.float64)
-    middle = public + table.token_levels[told] * settings.level_nats + math.log(max(total, 1))
-    # the lowest level that the threshold leaves also holds the counts below its own
-    below = np.exp(middle - settings.level_nats * 1.5) < settings.min_documents
-    least = np.ceil(np.exp(middle - settings.level_nats / 2))
-    least = np.where(below, settings.min_documents, least)
-    most = np.floor(np.exp(middle + settings.level_nats / 2))
+    least, most = count_bounds(anchor.public, table, settings, total)
     found = {
         "determined": (least == most) & (least == counts),
         "guessed": np.rint(np.sqrt(least * most)) == counts,
         "by_public": np.rint(np.exp(public) * total) == counts,
     }
     return {name: share(hits) for name, hits in found.items()}
+
+
+def count_bounds(
+    public: BigramModel, table: OwnerTable, settings: EvidenceSettings, total: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest count of each told token that its level leaves, among `total` tokens."""
+    told, step = np.flatnonzero(table.is_told), settings.level_nats
+    middle = public.unigram[told] + table.token_levels[told] * step + math.log(max(total, 1))
+    # the lowest level that the threshold leaves also holds the counts below its own
+    is_lowest = np.exp(middle - 1.5 * step) < settings.min_documents
+    least = np.ceil(np.exp(middle - step / 2) - 1e-6)
+    return (
+        np.where(is_lowest, settings.min_documents, least),
+        np.floor(np.exp(middle + step / 2) + 1e-6),
+    )
 
 
 def find_tokens(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> dict[str, Any]:
