@@ -6,13 +6,17 @@ from collections import Counter
 from hashlib import sha256
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo.data import prepare
 from flexolmo.data.batches import open_set
+from flexolmo.data.corpus import open_corpus
 from flexolmo.data.documents import read_documents
+from flexolmo.data.formats import ReadSettings
 from flexolmo.data.prepare import SPLITS, PrepareSettings, card_digest, prepare_set
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
@@ -239,6 +243,32 @@ def test_documents_know_their_source_document(tmp_path, public_set):
         starts = opened.source_offsets
         assert starts[0] == 0 and starts[-1] == len(opened.tokens)
         assert len(starts) == len(set(bare)) + 1 and {*starts} <= {*opened.offsets}
+
+
+def test_texts_of_a_unit_share_a_split_and_count_as_one_document(tmp_path, public_set):
+    rows = [{"text": made_text(i), "id": f"d{i}", "patient": i % 17} for i in range(80)]
+    (tmp_path / "in").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:40]), tmp_path / "in/a.parquet")
+    (tmp_path / "in/b.jsonl").write_text("\n".join(map(json.dumps, rows[40:])))
+    corpus = open_corpus(tmp_path / "in", "owner", settings=ReadSettings(unit_field="patient"))
+    card = prepare_set(corpus, tmp_path / "p", load_tokenizer(public_set), settings=SMALL)
+    opened = open_set(tmp_path / "p").splits
+    where: dict[int, set[str]] = {}
+    for identity, split in _split_of(tmp_path / "p").items():
+        where.setdefault(int(identity.split("#")[0][1:]) % 17, set()).add(split)
+    assert len(where) == 17 and all(len(found) == 1 for found in where.values())
+    for split, counts in card["splits"].items():
+        held = sum(found == {split} for found in where.values())
+        assert counts["units"] == held == len(opened[split].source_offsets) - 1
+
+
+@pytest.mark.parametrize("value", [None, "", "missing", "plain"])
+def test_a_text_that_is_of_no_unit_is_refused_by_its_place(tmp_path, value):
+    record = {"text": "x"} | ({} if value == "missing" else {"patient": value})
+    name, text = ("a.txt", "x") if value == "plain" else ("a.jsonl", json.dumps(record))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{name}.*field 'patient' is missing or empty"):
+        list(read_documents(tmp_path, settings=ReadSettings(unit_field="patient")))
 
 
 def test_a_set_of_an_older_format_is_refused_and_made_anew(tmp_path, public_set):

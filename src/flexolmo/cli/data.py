@@ -177,6 +177,14 @@ def prepare(
     text_field: Annotated[
         str, typer.Option(help="Field or column that holds the text, in your own files.")
     ] = "text",
+    unit_field: Annotated[
+        str | None,
+        typer.Option(
+            help="Field or column that says whom or what a text is about, such as the patient, in "
+            "your own files. All texts of one are trained on, or held out, together, and what a "
+            "bundle tells must hold for enough of them. By default every document stands alone."
+        ),
+    ] = None,
     encoding: Annotated[
         str | None,
         typer.Option(
@@ -243,7 +251,7 @@ def prepare(
         raise ConfigError(
             f"--name {name} names one set, and {len(sources)} were given: prepare them one by one."
         )
-    reading = ReadSettings(text_field, encoding, zstd_window, max_record_bytes)
+    reading = ReadSettings(text_field, encoding, zstd_window, max_record_bytes, unit_field)
     corpora = {path: open_corpus(path, name, licence, reading) for path in dict.fromkeys(sources)}
     by_name: dict[str, Path] = {}
     for path, corpus in corpora.items():

@@ -28,6 +28,7 @@ class Document:
     text: str
     source: str  # name of the source it came from, for the corpus card
     id: str | None = None  # its name there, where it has one
+    unit: str | None = None  # whom or what it is about, where a field was named that says so
 
 
 def find_files(path: Path) -> tuple[list[Path], dict[str, list[str]]]:
@@ -161,7 +162,13 @@ def _to_document(
             "expected."
         )
     names = {}
-    for key in ("id", "source"):
+    unit = settings.unit_field
+    if unit is not None and record.get(unit) in (None, ""):
+        raise DataError(
+            f"{where}: field {unit!r} is missing or empty; it must say of every text what it is "
+            "about (--unit-field). Plain files have no fields."
+        )
+    for key in ("id", "source", *([unit] if unit else [])):
         value = record.get(key)
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(
@@ -170,7 +177,10 @@ def _to_document(
             )
         names[key] = None if value is None else _mend(str(value), noted)
     return Document(
-        text=_mend(text, noted), source=source or names["source"] or file_source, id=names["id"]
+        text=_mend(text, noted),
+        source=source or names["source"] or file_source,
+        id=names["id"],
+        unit=names[unit] if unit else None,
     )
 
 

@@ -53,10 +53,12 @@ class ReadSettings:
     encoding: str | None = None  # of what is not Unicode; None refuses it
     zstd_window: int = 27  # largest window of a .zst file, as a power of 2 (bytes); at most 31
     max_record_bytes: int = 1 << 25  # of one line, row, element or plain file
+    unit_field: str | None = None  # field or column that says whom or what a text is about
 
     def __post_init__(self) -> None:
-        if show(self.text_field) != self.text_field:
-            raise DataError(f"{self.text_field!r} cannot name a field: it is not Unicode.")
+        for field in (self.text_field, self.unit_field or ""):
+            if show(field) != field:
+                raise DataError(f"{field!r} cannot name a field: it is not Unicode.")
         if not 10 <= self.zstd_window <= 31:
             raise DataError(f"A Zstandard window of {self.zstd_window}: expected 10 to 31.")
         try:
@@ -423,7 +425,8 @@ def _read_parquet(
         names = table.schema_arrow.names
         if settings.text_field not in names:
             yield where, dict.fromkeys(names)  # is refused, with its columns
-        wanted = [n for n in dict.fromkeys((settings.text_field, "id", "source")) if n in names]
+        fields = (settings.text_field, settings.unit_field, "id", "source")
+        wanted = [n for n in dict.fromkeys(fields) if n in names]
         for name in wanted:
             if names.count(name) > 1:
                 raise DataError(

@@ -5,7 +5,8 @@ other owners nothing. The same input gives the same bytes; a run killed midway l
 
 Words: a *source document* is what was fetched; a *document* is a source document, or a piece of
 one that was too long. All pieces of a source document lie in one split, and so do texts that
-differ in case, spacing and punctuation alone.
+differ in case, spacing and punctuation alone. Where a field says whom or what each text is about (a
+*unit*, such as a patient), all texts of a unit lie in one split, and count as one source document.
 """
 
 import hashlib
@@ -105,7 +106,7 @@ class _Piece:
     Nothing of the text or its signature, so that a set may be larger than memory.
     """
 
-    parent: bytes  # 32 bytes, the hash of the words, which decides the split
+    parent: bytes  # 32 bytes, the hash of the words, or of the unit, which decides the split
     parent_text: bytes  # 32 bytes, tells apart parents of the same words
     index: int
     source: str
@@ -174,7 +175,8 @@ def prepare_set(
     Per split `out` holds `<split>_tokens.npy` (uint16 or uint32, each document followed by the
     eos), `<split>_offsets.npy` (int64 [n + 1], where documents start), `<split>_bytes.npy`
     (int64 [n], UTF-8 bytes of each document), `<split>_sources.npy` (int64 [n], number of the
-    source document it is a piece of, ascending; texts of the same words share one) and
+    source document it is a piece of, ascending; texts of the same words, or of one unit, share
+    one) and
     `<split>.jsonl.zst` (the text), all in the same order; besides these fingerprints,
     `tokenizer.json` and `card.json`.
 
@@ -519,7 +521,8 @@ def _clean(settings: PrepareSettings, documents: Sequence[Document]) -> _Cleaned
             removed.count("too short" if text.strip() else "empty", len(whole))
             continue
         words = split_words(text)
-        parent = hash_words(words)
+        unit = document.unit
+        parent = hash_words(words) if unit is None else hashlib.sha256(unit.encode()).digest()
         parent_text = hashlib.sha256(whole).digest()
         name = document.id or parent_text.hex()[:16]
         parts = split_text(text, settings.max_document_bytes)
@@ -701,6 +704,7 @@ def _write_split(
         np.save(aside / f"{split}_{part}.npy", array, allow_pickle=False)
     return {
         "source_documents": len({piece.parent_text for piece in pieces}),
+        "units": len(numbers),
         "documents": len(pieces),
         "bytes": sum(sizes),
         "tokens": num_tokens,

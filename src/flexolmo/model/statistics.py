@@ -57,8 +57,8 @@ class EvidenceSettings(Settings):
         20,
         ge=1,
         description="Source documents that a token or bigram must be in for an owner's bundle to "
-        "tell of it: whole ones as their owner gave them, of which texts of the same words count "
-        "once.",
+        "tell of it: whole ones as their owner gave them, of which texts of the same words, or of "
+        "one unit (data prepare --unit-field), count once.",
     )
     most_per_document: int = Field(
         10, ge=1, description="Times that a token or bigram counts in one source document, at most."
