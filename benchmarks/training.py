@@ -38,8 +38,9 @@ from flexolmo.merge.export import export_stock
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.transformer import ForwardContext, Transformer, language_model_loss
+from flexolmo.model.transformer import ForwardContext, Transformer
 from flexolmo.runtime import keep_memory
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, prepare_training

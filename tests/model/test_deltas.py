@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.deltas import DeltaLinear, Share
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import PUBLIC
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import ForwardContext, language_model_loss
+from flexolmo.model.transformer import ForwardContext
 
 OWNERS = ("amber", "basalt", "cobalt")
 ROUTER = EvidenceSettings()

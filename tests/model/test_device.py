@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from flexolmo.errors import ConfigError
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.shape import ExpertShape
-from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
+from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.runtime import choose_device
 
 CONFIG = ModelConfig(vocab_size=60, d_model=16, num_layers=2, num_heads=2, d_ff=24)

@@ -10,9 +10,9 @@ from flexolmo.errors import PolicyError
 from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader
 from flexolmo.model.checkpoint import load_anchor, save_anchor
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import language_model_loss
 
 ROUTERS = {
     "evidence": EvidenceSettings(),

@@ -17,6 +17,7 @@ from flexolmo.model.hidden_statistics import (
     gather,
     mean_hidden_state,
 )
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import (
     PUBLIC,
     DiscriminantRouter,
@@ -25,7 +26,6 @@ from flexolmo.model.router import (
     find_texts,
 )
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import language_model_loss
 
 D, EOS, NAMES = 6, 4, [PUBLIC, "a", "b"]
 OWNERS = ("amber", "basalt", "cobalt")

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from flexolmo.errors import PolicyError
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import language_model_loss
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
@@ -185,7 +185,7 @@ def test_a_disabled_experts_head_is_never_used_in_the_loss(mixtures):
     for tensor in expert_tensors(merged, "basalt").values():
         tensor.detach().fill_(float("nan") if tensor.is_floating_point() else -1)
     ids = mixtures.wilds["float32"].ids(2, 20)
-    x, ctx = merged._stream(ids, active=merged.expert_mask([("amber",), ("basalt",)]))
+    x, ctx = merged.stream(ids, active=merged.expert_mask([("amber",), ("basalt",)]))
     spoilt = [rows for _, w, rows in merged.lm_head.parts(x, ctx) if not w.isfinite().all()]
     assert all(rows is not None and rows.min() >= 20 for rows in spoilt), "the second's alone"
 

@@ -13,15 +13,10 @@ from pydantic import ValidationError
 
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
+from flexolmo.model.loss import _ChunkedLoss, language_model_loss
 from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import (
-    ModelConfig,
-    RMSNorm,
-    Transformer,
-    _ChunkedLoss,
-    language_model_loss,
-)
+from flexolmo.model.transformer import ModelConfig, RMSNorm, Transformer
 
 SHAPES = {
     "as many key-value heads": {"num_kv_heads": None},

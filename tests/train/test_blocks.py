@@ -6,9 +6,10 @@ import torch
 from packaging.version import Version
 
 from flexolmo.errors import ConfigError
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import Transformer, language_model_loss
+from flexolmo.model.transformer import Transformer
 from flexolmo.train import blocks
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, prepare_training, start_expert, train_expert

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexolmo.data.batches import training_batches
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.model.transformer import language_model_loss
+from flexolmo.model.loss import language_model_loss
 from flexolmo.train import expert as room
 from flexolmo.train.expert import ExpertRecipe, train_expert
 from flexolmo.train.loop import TrainSettings

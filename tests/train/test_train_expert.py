@@ -18,10 +18,10 @@ from flexolmo.evaluation.curve import measure_curve
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.shape import architecture_of, expert_shapes
 from flexolmo.model.statistics import UNTOLD, EvidenceSettings, fit_table
-from flexolmo.model.transformer import language_model_loss
 from flexolmo.train import expert as room
 from flexolmo.train import loop
 from flexolmo.train.expert import (

@@ -425,7 +425,7 @@ def _read_parquet(
         names = table.schema_arrow.names
         if settings.text_field not in names:
             yield where, dict.fromkeys(names)  # is refused, with its columns
-        fields = (settings.text_field, settings.unit_field, "id", "source")
+        fields = (settings.text_field, settings.unit_field or "id", "id", "source")
         wanted = [n for n in dict.fromkeys(fields) if n in names]
         for name in wanted:
             if names.count(name) > 1:

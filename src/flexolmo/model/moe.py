@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import PolicyError
 from flexolmo.model.blend import Blend, blend_of
+from flexolmo.model.cache import Cache
 from flexolmo.model.deltas import (
     DeltaEmbedding,
     DeltaLinear,
@@ -45,7 +46,7 @@ from flexolmo.model.router import (
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.tiles import silu
-from flexolmo.model.transformer import Cache, FeedForward, ForwardContext, ModelConfig, Transformer
+from flexolmo.model.transformer import FeedForward, ForwardContext, ModelConfig, Transformer
 
 
 class Mixture(nn.Module):

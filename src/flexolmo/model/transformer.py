@@ -19,7 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from flexolmo.config import Settings
-from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.errors import ConfigError
+from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.panels import (
     FEWEST_ROWS,
     MOST_ROWS,
@@ -33,7 +34,6 @@ from flexolmo.model.panels import (
 from flexolmo.model.tiles import product, silu, spaced
 
 CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
-CHUNK_NUMBERS = 2**21  # logits held at a time
 
 
 class ModelConfig(Settings):
@@ -92,57 +92,6 @@ class ModelConfig(Settings):
 
 
 @dataclass
-class LayerCache:
-    """Keys, values and router context that one layer keeps of earlier positions."""
-
-    keys: Tensor | None = None  # [B,G,room,C], of which the cache's first positions are written
-    values: Tensor | None = None  # [B,G,room,C]
-    context: Tensor | None = None  # [B,D+1] what a discriminant router goes on from
-    is_shared: bool = False  # whether keys and values are read by another cache too
-
-    def append(self, k: Tensor, v: Tensor, start: int, room: int) -> tuple[Tensor, Tensor]:
-        """Write keys and values [B,G,T,C] from position `start` on, in memory for at least `room`
-        positions; return all so far, [B,G,start+T,C]."""
-        end = start + k.shape[2]
-        held = 0 if self.keys is None else self.keys.shape[2]
-        if held < end or self.is_shared:
-            size = max(end, room, 2 * held if held < end and start else 0)
-            self.keys, self.values = (
-                _with_room(old, new, start, size) for old, new in ((self.keys, k), (self.values, v))
-            )
-            self.is_shared = False
-        assert self.keys is not None and self.values is not None
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def select(self, rows: Tensor, length: int) -> "LayerCache":
-        """The layer of the sequences `rows` [n], of which `length` positions are written."""
-        keys, values = (
-            None if x is None else _rows_of(x[:, :, :length], rows)
-            for x in (self.keys, self.values)
-        )
-        context = None if self.context is None else _rows_of(self.context, rows)
-        return LayerCache(keys, values, context, is_shared=keys is not None and self._is_one())
-
-    def _is_one(self) -> bool:
-        return self.keys is not None and len(self.keys) == 1
-
-
-def _with_room(old: Tensor | None, new: Tensor, start: int, size: int) -> Tensor:
-    """Memory for `size` positions of keys or values, the first `start` those of `old`."""
-    found = new.new_empty(*new.shape[:2], size, new.shape[3])
-    if old is not None:
-        found[:, :, :start] = old[:, :, :start]
-    return found
-
-
-def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
-    """Sequences `rows` [n] of x; the same memory if there is one to choose from."""
-    return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows.to(x.device)]
-
-
-@dataclass
 class ForwardContext:
     """Inputs of every layer beside the residual stream."""
 
@@ -165,58 +114,6 @@ class ForwardContext:
     room: int = 0  # positions that the cache should hold in the end
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
-
-
-@dataclass
-class Cache:
-    """Everything needed to go on decoding a batch; keyed by nothing, so never shared."""
-
-    layers: list[LayerCache]
-    num_positions: int = 0
-    room: int = 0  # positions for which memory is taken at once
-    evidence: tuple[Tensor, Tensor] | None = None  # see router.EvidenceState
-    is_token: Tensor | None = None  # [B,S] False on left padding; None: all are tokens
-    document: Tensor | None = None  # [B,S] number of the document, under a document mask
-    active: Tensor | None = None  # [B,E] expert mask of all positions; None: all loaded experts
-
-    def reserve(self, num_positions: int) -> None:
-        """Take memory for so many positions in all, when the next ones are read."""
-        self.room = max(self.room, num_positions)
-
-    def select(self, rows: Tensor) -> "Cache":
-        """A cache of the sequences `rows` [n] of this one, in that order; any may come several
-        times. What either reads on is not seen by the other."""
-
-        def of(x: Tensor | None) -> Tensor | None:
-            return None if x is None else _rows_of(x, rows)
-
-        evidence = self.evidence
-        if evidence is not None:
-            evidence = (evidence[0][rows.to(evidence[0].device)], evidence[1][:, rows])
-        return Cache(
-            [layer.select(rows, self.num_positions) for layer in self.layers],
-            self.num_positions,
-            self.room,
-            evidence,
-            of(self.is_token),
-            of(self.document),
-            of(self.active),
-        )
-
-    def keep_mask(self, active: Tensor | None) -> Tensor | None:
-        """The expert mask for the positions to come: that of the first ones, or `active` [B,E] if
-        there are none. PolicyError if `active` is another, for a switched-off expert's keys and
-        values would stay."""
-        if self.num_positions == 0 and self.active is None:
-            self.active = active
-        elif active is not None and active is not self.active:
-            first = torch.ones_like(active) if self.active is None else self.active
-            if not torch.equal(active, first):
-                raise PolicyError(
-                    "The experts that are on changed after a cache's first positions, which other "
-                    "experts have computed: begin again with a new cache."
-                )
-        return self.active
 
 
 class Linear(nn.Linear):
@@ -479,7 +376,7 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, **options: Any) -> Tensor:
         """The residual stream after the last norm, [B,T,D]; options as for `forward`."""
-        return self._stream(ids, **options)[0]
+        return self.stream(ids, **options)[0]
 
     def forward(self, ids: Tensor, *, last: int | None = None, **options: Any) -> Tensor:
         """Logits [B,T,V]; with `last`, only those of that many last positions, [B,last,V].
@@ -490,7 +387,7 @@ class Transformer(nn.Module):
         lists routing and router_logits, when given, receive each layer's mixture weights and
         router logits, both [B,T,E].
         """
-        x, ctx = self._stream(ids, **options)
+        x, ctx = self.stream(ids, **options)
         if last is not None and last < x.shape[1]:
             x, ctx = x[:, -last:], self._at_last(ctx, len(x), last)
         return self.lm_head(x, ctx)
@@ -499,7 +396,7 @@ class Transformer(nn.Module):
         """The context of the last `count` positions alone."""
         return replace(ctx, batch_rows=ctx.batch_rows and batch_size * count)
 
-    def _stream(
+    def stream(
         self,
         ids: Tensor,
         *,
@@ -510,6 +407,9 @@ class Transformer(nn.Module):
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, ForwardContext]:
+        """The residual stream [B,T,D] after the last norm, and what the layers were given; options
+        as in `forward`."""
+
         def here(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(self.device)
 
@@ -606,101 +506,3 @@ class Transformer(nn.Module):
         inverse = 1.0 / (self.config.rope_theta**exponents)  # [C/2]
         angle = positions[:, None, :, None].float() * inverse  # [B or 1,1,T,C/2]
         return angle.cos(), angle.sin()
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Summed cross-entropy of logits sum_j u_j w_j^T, in pieces, so that [N,V] never exists.
-
-    Each u_j [n,.] stands for all N positions or for `rows` of them, and its products are made for
-    those alone. Gradients are found on the way forward. Source: ours.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, targets: Tensor, chunk: int, rows: list[Tensor | None], *factors: Tensor
-    ) -> Tensor:
-        ctx.grads = [
-            torch.zeros_like(f) if needed else None
-            for f, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
-        ]
-        dtype, device = factors[0].dtype, targets.device.type
-        if not torch.amp.is_autocast_available(device):  # such as torch's meta device
-            device = "cpu"
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            inputs = [u.to(dtype) for u in factors[::2]]
-            matrices = [w.to(dtype) for w in factors[1::2]]
-            total = targets.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(targets), chunk):
-                total += _chunk_loss(targets, start, chunk, rows, inputs, matrices, ctx.grads)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
-        grads, ctx.grads = ctx.grads, None  # so that autograd takes them without a copy
-        return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in grads))
-
-
-def _chunk_loss(
-    targets: Tensor,
-    start: int,
-    chunk: int,
-    rows: list[Tensor | None],
-    inputs: list[Tensor],
-    matrices: list[Tensor],
-    grads: list[Tensor | None],
-) -> Tensor:
-    """Loss of the positions from `start` on, whose gradients are added to `grads`."""
-    wanted = targets[start : start + chunk, None]  # [c,1]
-    logits: Tensor | None = None  # [c,V]
-    read = []
-    for u, w, at in zip(inputs, matrices, rows, strict=True):
-        part, here = slice(start, start + chunk), None
-        if at is not None:
-            first, last = torch.searchsorted(at, at.new_tensor([start, start + chunk])).tolist()
-            part, here = slice(first, last), at[first:last] - start
-        read.append((part, here))
-        if here is None:
-            logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
-        else:
-            if logits is None:
-                logits = u.new_zeros(len(wanted), len(w))
-            logits.index_add_(0, here, u[part] @ w.T)
-    assert logits is not None
-    log_probs = logits.log_softmax(-1, dtype=torch.float32)
-    loss = -log_probs.gather(1, wanted).sum()
-    if any(g is not None for g in grads):
-        grad = log_probs.exp_()  # softmax, [c,V]
-        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
-        grad = grad.to(logits.dtype)
-        for j, (part, here) in enumerate(read):
-            own = grad if here is None else grad.index_select(0, here)  # [.,V]
-            grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
-            if grad_u is not None:
-                grad_u[part] = own @ matrices[j]
-            if grad_w is not None and grad_w.dtype == own.dtype:
-                grad_w.addmm_(own.T, inputs[j][part])
-            elif grad_w is not None:
-                grad_w += own.T @ inputs[j][part]
-    return loss
-
-
-def language_model_loss(
-    model: Transformer, ids: Tensor, *, chunk: int | None = None, **options: Any
-) -> Tensor:
-    """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1].
-
-    `chunk` positions at a time are held against the vocabulary; none: as many as a processor's
-    cache holds.
-    """
-    ids = ids.to(model.device)
-    targets = ids[:, 1:].flatten()  # [N]
-    x, ctx = model._stream(ids[:, :-1], **options)
-    parts = model.lm_head.parts(x, ctx)
-    if chunk is None:
-        chunk = max(128, CHUNK_NUMBERS // model.config.vocab_size)
-    factors = [f for u, w, _ in parts for f in (u, w)]
-    rows = [at for _, _, at in parts]
-    total = _ChunkedLoss.apply(targets, chunk, rows, *factors)  # type: ignore[no-untyped-call]
-    return cast(Tensor, total) / len(targets)

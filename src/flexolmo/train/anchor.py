@@ -13,9 +13,10 @@ from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.statistics import fit_bigrams
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
-from flexolmo.model.transformer import ModelConfig, Transformer, language_model_loss
+from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.loop import TrainSettings, identity_of, in_parts, train

@@ -29,6 +29,7 @@ from flexolmo.files import read_json, save_tensors, write_json
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import (
     DiscriminantSettings,
@@ -46,7 +47,7 @@ from flexolmo.model.shape import (
     shape_of_tensors,
 )
 from flexolmo.model.statistics import UNTOLD, EvidenceSettings, fit_table
-from flexolmo.model.transformer import ModelConfig, language_model_loss
+from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.compress import prune_width

@@ -19,9 +19,9 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.errors import MergeError
 from flexolmo.model.hidden_statistics import HiddenSums
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearRouter
-from flexolmo.model.transformer import language_model_loss
 from flexolmo.research.rivals.proxy import Proxy
 from flexolmo.train.loop import TrainSettings, train
 

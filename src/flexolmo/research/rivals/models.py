@@ -17,10 +17,11 @@ from torch import Tensor
 from flexolmo.data.batches import TokenSet, training_batches
 from flexolmo.files import save_arrays, save_tensors
 from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.shape import ExpertShape
-from flexolmo.model.transformer import Transformer, language_model_loss
+from flexolmo.model.transformer import Transformer
 from flexolmo.research.rivals.baselines import average_shared
 from flexolmo.train.loop import TrainSettings, train
 

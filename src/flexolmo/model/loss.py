@@ -1,0 +1,111 @@
+"""The loss of a language model, without all logits at once.
+
+B batch, T positions, N = B*T, V vocabulary.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from flexolmo.model.transformer import Transformer
+
+CHUNK_NUMBERS = 2**21  # logits held at a time
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Summed cross-entropy of logits sum_j u_j w_j^T, in pieces, so that [N,V] never exists.
+
+    Each u_j [n,.] stands for all N positions or for `rows` of them, and its products are made for
+    those alone. Gradients are found on the way forward. Source: ours.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, targets: Tensor, chunk: int, rows: list[Tensor | None], *factors: Tensor
+    ) -> Tensor:
+        ctx.grads = [
+            torch.zeros_like(f) if needed else None
+            for f, needed in zip(factors, ctx.needs_input_grad[3:], strict=True)
+        ]
+        dtype, device = factors[0].dtype, targets.device.type
+        if not torch.amp.is_autocast_available(device):  # such as torch's meta device
+            device = "cpu"
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            inputs = [u.to(dtype) for u in factors[::2]]
+            matrices = [w.to(dtype) for w in factors[1::2]]
+            total = targets.new_zeros((), dtype=torch.float32)
+            for start in range(0, len(targets), chunk):
+                total += _chunk_loss(targets, start, chunk, rows, inputs, matrices, ctx.grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None  # so that autograd takes them without a copy
+        return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in grads))
+
+
+def _chunk_loss(
+    targets: Tensor,
+    start: int,
+    chunk: int,
+    rows: list[Tensor | None],
+    inputs: list[Tensor],
+    matrices: list[Tensor],
+    grads: list[Tensor | None],
+) -> Tensor:
+    """Loss of the positions from `start` on, whose gradients are added to `grads`."""
+    wanted = targets[start : start + chunk, None]  # [c,1]
+    logits: Tensor | None = None  # [c,V]
+    read = []
+    for u, w, at in zip(inputs, matrices, rows, strict=True):
+        part, here = slice(start, start + chunk), None
+        if at is not None:
+            first, last = torch.searchsorted(at, at.new_tensor([start, start + chunk])).tolist()
+            part, here = slice(first, last), at[first:last] - start
+        read.append((part, here))
+        if here is None:
+            logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
+        else:
+            if logits is None:
+                logits = u.new_zeros(len(wanted), len(w))
+            logits.index_add_(0, here, u[part] @ w.T)
+    assert logits is not None
+    log_probs = logits.log_softmax(-1, dtype=torch.float32)
+    loss = -log_probs.gather(1, wanted).sum()
+    if any(g is not None for g in grads):
+        grad = log_probs.exp_()  # softmax, [c,V]
+        grad.scatter_add_(1, wanted, grad.new_full(wanted.shape, -1.0))
+        grad = grad.to(logits.dtype)
+        for j, (part, here) in enumerate(read):
+            own = grad if here is None else grad.index_select(0, here)  # [.,V]
+            grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
+            if grad_u is not None:
+                grad_u[part] = own @ matrices[j]
+            if grad_w is not None and grad_w.dtype == own.dtype:
+                grad_w.addmm_(own.T, inputs[j][part])
+            elif grad_w is not None:
+                grad_w += own.T @ inputs[j][part]
+    return loss
+
+
+def language_model_loss(
+    model: Transformer, ids: Tensor, *, chunk: int | None = None, **options: Any
+) -> Tensor:
+    """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1].
+
+    `chunk` positions at a time are held against the vocabulary; none: as many as a processor's
+    cache holds.
+    """
+    ids = ids.to(model.device)
+    targets = ids[:, 1:].flatten()  # [N]
+    x, ctx = model.stream(ids[:, :-1], **options)
+    parts = model.lm_head.parts(x, ctx)
+    if chunk is None:
+        chunk = max(128, CHUNK_NUMBERS // model.config.vocab_size)
+    factors = [f for u, w, _ in parts for f in (u, w)]
+    rows = [at for _, _, at in parts]
+    total = _ChunkedLoss.apply(targets, chunk, rows, *factors)  # type: ignore[no-untyped-call]
+    return cast(Tensor, total) / len(targets)
