@@ -49,6 +49,7 @@ def test_there_is_one_verb_for_each_stage():
         "doctor",
     }
     assert {path[1] for path in VERBS if path[:1] == ("mix",) and path[1:]} == {
+        "check",
         "build",
         "add",
         "remove",
@@ -322,6 +323,42 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     assert "no owner" in said
     works("mix", "add", model, bundles[0], "--trust-any-signer")
     assert load_mixture(model, ANY_SIGNER).expert_names == ["amber"]
+
+
+def test_a_coordinator_checks_what_bundles_do_and_keeps_limits(
+    run, works, house, pico_set_dirs, trust_dir, tmp_path, monkeypatch
+):
+    from flexolmo.evaluation import influence
+
+    for name, value in (("PUBLIC_BYTES", 1500), ("FORM_BYTES", 200), ("OWN_TOKENS", 12)):
+        monkeypatch.setattr(influence, name, value)
+    public, model = ("--public", pico_set_dirs["public"]), tmp_path / "m"
+    door = (house.bundle("amber"), "--anchor", house.anchor_dir, *public, "--trust", trust_dir)
+    said = works("mix", "check", *door, "--out", tmp_path / "check.json")
+    found = json.loads((tmp_path / "check.json").read_text())
+    weight = found["experts"]["amber"]["public"]["weight"]
+    assert f"{weight:.1%}" in said and found["newcomers"] == ["amber"] and "others:" in said
+    code, said, err = run("mix", "check", *door, "--require", "claims<=0.01%")
+    assert code == 2 and "amber: claims is" in err and "the limit is 0.01%" in err
+    assert f"{weight:.1%}" in said
+    code, _, err = run("mix", "check", house.bundle("amber"), *public, "--trust", trust_dir)
+    assert code == 2 and "--anchor" in err and "--model" in err
+    build = ("mix", "build", house.anchor_dir, house.bundle("amber"), "--trust", trust_dir)
+    code, _, err = run(*build, "-o", model, "--require", "claims<=99%")
+    assert code == 2 and "give --public" in err
+    code, _, err = run(*build, "-o", model, *public, "--require", "claims<=0.01%")
+    assert code == 2 and "amber: claims is" in err and not model.exists()
+    works(*build, "-o", model, *public, "--require", "claims<=99.5%")
+    assert read_about(model)["influence"]["limits"] == {"claims": 0.995}
+    add = ("mix", "add", model, house.bundle("zinc"), "--trust", trust_dir)
+    assert run(*add)[0] == 2
+    works(*add, *public)
+    about = read_about(model)["influence"]
+    assert about["limits"] == {"claims": 0.995} and set(about["experts"]) == {"amber", "zinc"}
+    last = (house.bundle("basalt"), "--model", model, *public, "--trust", trust_dir)
+    works("mix", "check", *last, "--out", tmp_path / "check.json")
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert found["newcomers"] == ["basalt"] and len(found["experts"]) == 3
 
 
 def test_a_bundle_larger_than_allowed_is_not_added(run, house, trust_dir, tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key
 from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.merge import mixture as room
+from flexolmo.merge.checks import ROUTER
 from flexolmo.merge.mixture import (
     add_experts,
     build_mixture,
@@ -272,9 +273,9 @@ def test_experts_with_different_routers_are_refused(house, tmp_path):
         "zinc",
         house.tensors("zinc", "evidence"),
         "evidence",
-        router_settings=room._ROUTER.validate_python(
-            {"kind": "evidence", "clip_nats": 9.0}
-        ).model_dump(mode="json"),
+        router_settings=ROUTER.validate_python({"kind": "evidence", "clip_nats": 9.0}).model_dump(
+            mode="json"
+        ),
     )
     said = refused(house, tmp_path, [house.bundle("amber"), sharper], MergeError)
     assert "9.0" in said and "5.0" in said

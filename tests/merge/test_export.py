@@ -179,7 +179,8 @@ def test_what_stock_does_without_a_document_mask_is_said_and_measured(make_wild,
     wild = make_wild(document_mask=True)
     model = wild.mixture(ROUTERS["linear"], NAMES)
     mixture = LoadedMixture(model, wild.anchor.tokenizer, {}, {})
-    rewritten = with_stock_router(model, refit_router(model, own_windows(mixture, 2, 16)))
+    written = own_windows(mixture, 2, 16)["public"]
+    rewritten = with_stock_router(model, refit_router(model, written))
     export_stock(mixture, rewritten, tmp_path / "hf", {})
     assert json.loads((tmp_path / "hf" / "flexolmo.json").read_text())["document_mask"] is True
     masked = with_stock_router(model, router_rows(rewritten))
@@ -338,8 +339,8 @@ def test_every_expert_speaks_from_its_own_ffn_whatever_its_shape(house):
         "evidence",
         {"amber": {"rank": 2}, "basalt": {"d_ff": 20}, "zinc": {"rank": 2, "head_rank": 3}},
     )
-    windows = own_windows(mixture, sequences=2, tokens=12)
-    assert len(windows) == 8 and all(ids.shape == (13,) for ids, _ in windows)
+    for windows in own_windows(mixture, sequences=2, tokens=12).values():
+        assert len(windows) == 2 and all(ids.shape == (13,) for ids, _ in windows)
 
 
 # --- refitting ----------------------------------------------------------------------------------
@@ -418,15 +419,21 @@ def test_a_refit_mixture_exports_exactly_what_it_became(house, tmp_path):
 def test_the_mixture_writes_its_own_text_to_refit_on(house):
     """One text a sequence and expert, public included; the same for the same seed."""
     mixture = house.mixture(NAMES, "evidence")
-    windows = own_windows(mixture, sequences=2, tokens=20, seed=3)
+
+    def written(seed: int) -> list[tuple[np.ndarray, int]]:
+        found = own_windows(mixture, sequences=2, tokens=20, seed=seed)
+        assert list(found) == mixture.model.expert_names
+        return [w for own in found.values() for w in own]
+
+    windows = written(3)
     assert len(windows) == 2 * 4
     eos = mixture.tokenizer.eos_id
     for ids, size in windows:
         assert ids.shape == (21,) and ids[0] == eos and (ids[1:] != eos).all()
         assert size == len(mixture.tokenizer.decode(ids[1:].tolist()).encode())
-    again = own_windows(mixture, sequences=2, tokens=20, seed=3)
+    again = written(3)
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(windows, again, strict=True))
-    other = own_windows(mixture, sequences=2, tokens=20, seed=4)
+    other = written(4)
     assert not all(np.array_equal(a, b) for (a, _), (b, _) in zip(windows, other, strict=True))
 
 

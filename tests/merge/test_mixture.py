@@ -312,7 +312,7 @@ def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
     model = house.build(["amber"], tmp_path / "m")
     about = json.loads((model / "mixture.json").read_text())
     (model / "mixture.json").write_text(json.dumps(about | change))
-    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 2"):
+    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 3"):
         load_mixture(model, house.trusted)
 
 

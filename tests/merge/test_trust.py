@@ -23,6 +23,7 @@ from flexolmo.evaluation.scorer import Scorer
 from flexolmo.inference import policy
 from flexolmo.inference.generate import Sampling, generate
 from flexolmo.inference.reader import open_reader
+from flexolmo.merge import checks
 from flexolmo.merge import mixture as room
 from flexolmo.merge.mixture import (
     add_experts,
@@ -290,7 +291,7 @@ def test_weights_out_of_range_are_refused_by_name(house, tmp_path, router, key):
 
 
 def test_an_expert_that_gives_no_finite_number_is_refused(house, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "MAX_WEIGHT", float("inf"))
+    monkeypatch.setattr(checks, "MAX_WEIGHT", float("inf"))
     tensors = house.tensors("amber", "evidence")
     tensors["layers.1.down_proj.weight"] = torch.full_like(
         tensors["layers.1.down_proj.weight"], 3e38

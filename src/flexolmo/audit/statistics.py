@@ -23,7 +23,7 @@ from flexolmo.bundle.bundle import MANIFEST_FILE, open_bundle
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError
-from flexolmo.merge.mixture import tensors_of
+from flexolmo.merge.checks import tensors_of
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.router import EvidenceRouter, RouterSettings

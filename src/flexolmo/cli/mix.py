@@ -1,7 +1,7 @@
 """`flexolmo mix`: the coordinator's verbs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,11 +10,107 @@ from flexolmo.cli.expert import MaxBytes
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import echo
 
+if TYPE_CHECKING:
+    from flexolmo.merge.mixture import Admission
+
 app = typer.Typer(
     no_args_is_help=True,
-    help="Merge bundles into one mixture; add, remove, inspect, export, import.",
+    help="Check bundles, merge them into one mixture; add, remove, inspect, export, import.",
 )
 Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
+Public = Annotated[
+    Path | None,
+    typer.Option(
+        help="The prepared public set: measure on it, on its text in other forms, and on text that "
+        "the experts write, what each expert does to text that is not its owner's, and keep it in "
+        "the mixture."
+    ),
+]
+Require = Annotated[
+    str | None,
+    typer.Option(
+        help="Refuse experts above these limits: public (loss on public text), forms (on public "
+        "text in other forms), others (on text of other experts), claims (share of public text "
+        "taken). For example public<=1%,claims<=5%,others<=3%."
+    ),
+]
+
+
+def _admission(
+    public: Path | None, require: str | None, kept: dict[str, Any] | None = None
+) -> "Admission | None":
+    """The judge that these options, and the limits that a mixture keeps, ask for."""
+    from flexolmo.data.batches import open_set
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.influence import admission, parse_limits
+
+    limits = (kept or {}).get("limits", {}) if require is None else parse_limits(require)
+    if public is None:
+        if require is not None:
+            raise ConfigError("Limits are measured on public text: give --public.")
+        return None
+    return admission(open_set(public), limits)
+
+
+@app.command("check")
+def check(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles, as they came from their owners.")],
+    public: Annotated[Path, typer.Option(help="The prepared public set.")],
+    anchor: Annotated[
+        Path | None, typer.Option(help="Directory of the anchor. Default: the mixture's.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A mixture whose experts they would join.")
+    ] = None,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+    require: Require = None,
+    out: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the text that experts write.")] = 0,
+) -> None:
+    """Measure what bundles do to text that is not their owners', before they are merged.
+
+    Every expert is switched on beside the anchor on public text, and on public text in other forms
+    (questions, lists, mail, tables and more), and beside all others on text that each expert
+    writes. Fails if one that is not in the mixture yet is above a limit.
+
+    Example: flexolmo mix check code.bundle --model model --public public --require "others<=3%"
+    """
+    from flexolmo.data.batches import open_set
+    from flexolmo.errors import ConfigError
+    from flexolmo.evaluation.influence import check_bundles, parse_limits, refuse_excess
+    from flexolmo.files import write_json
+
+    limits = parse_limits(require) if require else {}
+    if anchor is None and model is None:
+        raise ConfigError("Give the anchor (--anchor), or a mixture (--model).")
+    found = check_bundles(
+        anchor or Path(str(model)) / "anchor",
+        bundles,
+        open_set(public),
+        trusted_owners(trust, trust_any_signer),
+        model_dir=model,
+        seed=seed,
+    )
+    if out is not None:
+        write_json(out, {"limits": limits} | found)
+    print_influence(found)
+    refuse_excess(found, limits, found["newcomers"])
+
+
+def print_influence(found: dict[str, Any]) -> None:
+    """Print the findings of `measure_influence` as a table."""
+    from rich.table import Table
+
+    from flexolmo.evaluation.influence import MEASURES, values_of
+    from flexolmo.terminal import PlainConsole
+
+    table = Table("expert", *MEASURES)
+    for name, influence in found["experts"].items():
+        table.add_row(name, *values_of(influence).values())
+    PlainConsole().print(table)
+    for measure, meaning in MEASURES.items():
+        echo(f"{measure}: {meaning}")
 
 
 @app.command("build")
@@ -31,6 +127,8 @@ def build(
         ),
     ] = None,
     max_bytes: MaxBytes = None,
+    public: Public = None,
+    require: Require = None,
 ) -> None:
     """Check bundles and merge them. Nothing is trained.
 
@@ -39,7 +137,15 @@ def build(
     from flexolmo.merge.mixture import build_mixture
 
     trusted = trusted_owners(trust, trust_any_signer)
-    about = build_mixture(anchor, bundles, out, trusted, top_k=top_k, max_bytes=max_bytes)
+    about = build_mixture(
+        anchor,
+        bundles,
+        out,
+        trusted,
+        top_k=top_k,
+        max_bytes=max_bytes,
+        admission=_admission(public, require),
+    )
     echo(f"{out}: public + {', '.join(about['experts'])}")
 
 
@@ -50,12 +156,15 @@ def add(
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     max_bytes: MaxBytes = None,
+    public: Public = None,
+    require: Require = None,
 ) -> None:
-    """Add owners' bundles to a mixture."""
-    from flexolmo.merge.mixture import add_experts
+    """Add owners' bundles to a mixture, within the limits that it keeps."""
+    from flexolmo.merge.mixture import add_experts, read_about
 
     trusted = trusted_owners(trust, trust_any_signer)
-    about = add_experts(model, bundles, trusted, max_bytes=max_bytes)
+    judge = _admission(public, require, read_about(model)["influence"])
+    about = add_experts(model, bundles, trusted, max_bytes=max_bytes, admission=judge)
     echo(f"{model}: public + {', '.join(about['experts'])}")
 
 
@@ -137,8 +246,9 @@ def export(
         fit = [w for s in sets for w in evaluation_windows(s, "validation", seq_len, 60_000)]
         held = {s.name: list(evaluation_windows(s, "heldout", seq_len, 60_000)) for s in sets}
     else:
-        fit = own_windows(mixture, seed=0)
-        held = {"text of its own": own_windows(mixture, sequences=4, seed=1)}
+        fit = [w for own in own_windows(mixture, seed=0).values() for w in own]
+        written = own_windows(mixture, sequences=4, seed=1)
+        held = {"text of its own": [w for own in written.values() for w in own]}
     stock = with_stock_router(mixture.model, refit_router(mixture.model, fit))
     cost = {}
     echo("bits per byte    ours   stock")

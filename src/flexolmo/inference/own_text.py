@@ -4,57 +4,80 @@ A coordinator holds no owner's text; what an expert writes stands in for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader
-from flexolmo.merge.export import whole_ffn
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.transformer import Transformer
+from flexolmo.model.router import EvidenceRouter
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.progress import progress
 
 
 def own_windows(
     mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
-) -> list[tuple[np.ndarray, int]]:
+) -> dict[str, list[tuple[np.ndarray, int]]]:
     """Windows of text by each expert, public included, (ids, bytes) as `evaluation_windows` gives.
 
-    An expert writes from its own FFN alone, whatever the router would say, and so samples its
-    owner's domain. Each window holds one text of `tokens` tokens with no end. Source: ours.
+    An expert writes alone, whatever the router would say, and so samples its owner's domain. Each
+    window holds one text of `tokens` tokens with no end. Source: ours.
     """
     eos = mixture.tokenizer.eos_id
     generator = torch.Generator().manual_seed(seed)
+    names = mixture.model.expert_names
+    windows: dict[str, list[tuple[np.ndarray, int]]] = {}
+    with progress("write", len(names) * sequences * tokens, "tok") as meter:
 
-    def draw(logits: Tensor, _: Sequence[int]) -> list[int]:
-        logits[:, eos] = -math.inf
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
+        def draw(logits: Tensor, _: Sequence[int]) -> list[int]:
+            meter.advance(len(logits))
+            logits[:, eos] = -math.inf
+            return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
 
-    windows = []
-    for name in mixture.model.expert_names:
-        reader = OwnReader(dense_expert(mixture.model, name), mixture.tokenizer)
-        sampling = Sampling(max_new_tokens=tokens)
-        for written in continue_ids(reader, [[]] * sequences, sampling, choose=draw):
-            size = len(mixture.tokenizer.decode(written).encode())
-            windows.append((np.array([eos, *written], dtype=np.int64), size))
+        for name in names:
+            meter.note = name
+            with _alone(mixture.model, name):
+                reader = OwnReader(mixture.model, mixture.tokenizer)
+                sampling = Sampling(max_new_tokens=tokens)
+                texts = continue_ids(reader, [[]] * sequences, sampling, choose=draw)
+            windows[name] = [
+                (np.array([eos, *ids], dtype=np.int64), len(mixture.tokenizer.decode(ids).encode()))
+                for ids in texts
+            ]
     return windows
 
 
-def dense_expert(model: MixtureModel, name: str) -> Transformer:
-    """The dense decoder whose FFNs are those of one expert."""
-    ffns = [whole_ffn(model, name, i) for i in range(model.config.num_layers)]
-    width = len(ffns[0]["gate_proj"])
-    dense = Transformer(model.config.model_copy(update={"d_ff": width}))
-    dense.to(model.embed_tokens.weight.dtype)
-    state = {
-        k: v
-        for k, v in model.state_dict().items()
-        if not (".mlp." in k or ".deltas." in k or k.startswith("router."))
-    }
-    for i, ffn in enumerate(ffns):
-        state |= {f"layers.{i}.mlp.{part}.weight": w for part, w in ffn.items()}
-    dense.load_state_dict(state)
-    return dense.requires_grad_(False).eval()
+class _Alone(nn.Module):
+    """Stands for a router: one expert has all the weight."""
+
+    settings = EvidenceSettings()
+
+    def __init__(self, place: int, count: int):
+        super().__init__()
+        self.log_weights = torch.full((count,), -math.inf)
+        self.log_weights[place] = 0.0
+
+    def forward(self, ids: Tensor, _: Any, __: Any, past: Any) -> tuple[Tensor, Any]:
+        return self.log_weights.to(ids.device).expand(*ids.shape, -1), past
+
+
+@contextmanager
+def _alone(model: MixtureModel, name: str) -> Iterator[None]:
+    """Let one expert speak at every token, public included, while the context lasts."""
+    held = model.router, [m.router for m in model.mixtures()]
+    place = model.expert_names.index(name)
+    model.router = cast(EvidenceRouter, _Alone(place, len(model.expert_names)))
+    for mixture in model.mixtures():
+        mixture.router = None
+    try:
+        yield
+    finally:
+        model.router = held[0]
+        for mixture, router in zip(model.mixtures(), held[1], strict=True):
+            mixture.router = router

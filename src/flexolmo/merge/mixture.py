@@ -12,61 +12,37 @@ import datetime
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter, ValidationError
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
-from flexolmo.bundle.tensors import Digest, compare_tensors
+from flexolmo.bundle.tensors import Digest
 from flexolmo.config import Settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
 from flexolmo.files import (
-    digest_bytes,
     lock_directory,
     read_json,
     recover_missing,
     write_directory_aside,
     write_json,
 )
-from flexolmo.model.assemble import anchor_matrix, assemble_mixture
+from flexolmo.merge.checks import ROUTER, find_differences, find_misfits, find_unstable, tensors_of
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
-from flexolmo.model.shape import (
-    BIGRAM_KEYS,
-    BIGRAM_LEVELS,
-    TOKEN_LEVELS,
-    architecture_of,
-    expert_shapes,
-    shape_of_tensors,
-)
-from flexolmo.model.statistics import EvidenceSettings, OwnerTable, table_problems
+from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.terminal import echo
 
 ABOUT = "mixture.json"
-TABLE = {TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS}
-_ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int8: "I8",
-    torch.int64: "I64",
-}
-
-
-MAX_WEIGHT = 10_000.0  # largest number an expert may hold; trained ones stay below 100
 
 
 class _Removed(Settings):
@@ -86,16 +62,26 @@ class _Expert(BaseModel):
     ]
 
 
+class _Influence(BaseModel):
+    """Findings of `flexolmo.evaluation.influence`, and the limits that they were held to."""
+
+    model_config = ConfigDict(extra="allow")
+
+    limits: dict[str, float]
+    experts: dict[Name, dict[str, dict[str, Any]]]
+
+
 class _Index(Settings):
     """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
 
     format: Literal["flexolmo-mixture"]
-    format_version: Literal[2]
+    format_version: Literal[3]
     anchor_digest: Digest
     router: RouterSettings
     top_k: Annotated[StrictInt, Field(ge=1)] | None
     experts: dict[Name, _Expert]
     removed: dict[Name, _Removed]
+    influence: _Influence | None
 
 
 @dataclass(frozen=True)
@@ -113,6 +99,11 @@ class LoadedMixture:
         return self.model.expert_names[1:]
 
 
+# judges a mixture, and its newcomers by name, before it takes its place: raises MergeError, or
+# gives what is kept of it as `influence`; see evaluation.influence.admission
+Admission = Callable[[LoadedMixture, Sequence[str]], dict[str, Any]]
+
+
 def build_mixture(
     anchor_dir: Path,
     bundles: Sequence[Path],
@@ -121,12 +112,14 @@ def build_mixture(
     *,
     top_k: int | None = None,
     max_bytes: int | None = None,
+    admission: Admission | None = None,
 ) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
 
     Args:
         top_k: Experts (public included) active per token; None: all enabled ones.
         max_bytes: A bundle with larger weights is refused before anything of them is read.
+        admission: Asked last, of the whole mixture.
 
     Raises:
         BundleError, SignatureError: a bundle that does not hold up by itself.
@@ -135,10 +128,10 @@ def build_mixture(
     if top_k is not None and top_k < 1:
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     trusted = _require(trusted)
-    about: dict[str, Any] = {"top_k": top_k, "experts": {}, "removed": {}}
+    about: dict[str, Any] = {"top_k": top_k, "experts": {}, "removed": {}, "influence": None}
     with _hold(out):
         sources = [Path(b) for b in bundles]
-        return _write(Path(out), Path(anchor_dir), sources, about, trusted, max_bytes)
+        return _write(Path(out), Path(anchor_dir), sources, about, trusted, max_bytes, admission)
 
 
 def add_experts(
@@ -147,17 +140,24 @@ def add_experts(
     trusted: TrustedOwners | None,
     *,
     max_bytes: int | None = None,
+    admission: Admission | None = None,
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
 
     Those already in it must be trusted and within their terms. A bundle older than one that was
-    removed from this mixture is refused.
+    removed from this mixture is refused. A mixture that was built with `admission` needs it here.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
     with _hold(model_dir):
         about, sources = read_about(model_dir), [Path(b) for b in bundles]
-        return _write(model_dir, model_dir / "anchor", sources, about, trusted, max_bytes)
+        if admission is None and about["influence"]:
+            raise MergeError(
+                f"{model_dir} keeps what its experts do to text that is not their owners', which "
+                "must be measured again: give the prepared public set (--public)."
+            )
+        anchor = model_dir / "anchor"
+        return _write(model_dir, anchor, sources, about, trusted, max_bytes, admission)
 
 
 def remove_experts(
@@ -183,6 +183,12 @@ def remove_experts(
             for n in gone
         }
         about["experts"] = {n: e for n, e in experts.items() if n not in gone}
+        if found := about["influence"]:
+            found["experts"] = {
+                n: x | {"others": {o: y for o, y in x["others"].items() if o not in gone}}
+                for n, x in found["experts"].items()
+                if n not in gone
+            }
         return _write(model_dir, model_dir / "anchor", [], about, trusted)
 
 
@@ -208,12 +214,12 @@ def load_mixture(
         for n in sorted(chosen)
     ]
     _refuse_late(model_dir, [b.manifest for b in opened])
-    lines = [line for bundle in opened for line in _find_misfits(anchor, bundle)]
-    _refuse(lines + _find_differences(anchor, [b.manifest for b in opened], about["router"]))
+    lines = [line for bundle in opened for line in find_misfits(anchor, bundle)]
+    _refuse(lines + find_differences(anchor, [b.manifest for b in opened], about["router"]))
     tensors = {b.manifest.name: tensors_of(b) for b in opened}
     for bundle in opened:
         bundle.tensors.clear()
-    router = _ROUTER.validate_python(about["router"])
+    router = ROUTER.validate_python(about["router"])
     model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"], takes_over=True)
     last_days = {b.manifest.name: b.manifest.terms.expires for b in opened}
     return LoadedMixture(model, anchor.tokenizer, about, last_days)
@@ -235,10 +241,10 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     about = read_json(path, MergeError)
     if not isinstance(about, dict):
         raise MergeError(f"{path} does not describe a mixture.")
-    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 2:
+    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 3:
         raise MergeError(
             f"{path} is format {about.get('format')!r} version {about.get('format_version')!r}; "
-            "expected 'flexolmo-mixture' version 2. Build it again from its bundles, which are in "
+            "expected 'flexolmo-mixture' version 3. Build it again from its bundles, which are in "
             f"{model_dir}/experts."
         )
     try:
@@ -307,9 +313,6 @@ def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     }
 
 
-# --- checks -------------------------------------------------------------------------------------
-
-
 def _refuse(lines: Sequence[str]) -> None:
     if lines:
         raise MergeError(
@@ -317,160 +320,6 @@ def _refuse(lines: Sequence[str]) -> None:
             + "\n  ".join(lines)
             + "\nAsk their owners to train again on this anchor with one router."
         )
-
-
-def _find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
-    """A line for each way in which a bundle opened with `keep_tensors` does not fit the anchor."""
-    m = bundle.manifest
-    if m.anchor_digest != anchor.digest:
-        return [f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is {anchor.digest}"]
-    try:
-        router = _ROUTER.validate_python(m.router.settings)
-    except ValueError as e:
-        return [f"{m.name}: router settings are not understood: {e}"]
-    shape = shape_of_tensors({k: e.shape for k, e in m.tensors.items()}, anchor.config)
-    claimed = m.architecture.model_dump()
-    found = architecture_of(anchor.config, shape)
-    lines = [
-        f"architecture claims {key} {claimed[key]}, found {found[key]}"
-        for key in found
-        if claimed[key] != found[key]
-    ]
-    lines += compare_tensors(m.tensors, expert_shapes(anchor.config, shape, router))
-    dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
-    lines += [
-        f"dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
-        for key, entry in m.tensors.items()
-        if entry.dtype not in (wanted := _dtypes_of(key, dtype))
-    ]
-    if not lines:
-        lines = _find_bad_numbers(anchor, tensors_of(bundle), router)
-    return [f"{m.name}: {line}" for line in lines]
-
-
-def _find_bad_numbers(
-    anchor: Anchor, tensors: Mapping[str, Tensor], router: RouterSettings
-) -> list[str]:
-    """A line for each tensor of the right shape and dtype that no training gives."""
-    lines = [
-        f"{key} holds numbers of {largest:g}, expected at most {MAX_WEIGHT:g}"
-        for key, tensor in tensors.items()
-        if tensor.is_floating_point() and (largest := _largest(tensor)) > MAX_WEIGHT
-    ]
-    if not isinstance(router, EvidenceSettings):
-        return lines
-    nothing = {
-        BIGRAM_KEYS: torch.zeros(0, dtype=torch.long),
-        BIGRAM_LEVELS: torch.zeros(0, dtype=torch.int8),
-    }
-    table = OwnerTable(
-        *((nothing | dict(tensors))[k].numpy() for k in (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS))
-    )
-    lines += [f"router table: {line}" for line in table_problems(table, anchor.public, router)]
-    if not (table.token_levels.any() or table.pair_levels.any()):
-        lines.append("router table says what public's does, which tells no text from another")
-    return lines + _find_told(anchor, tensors, torch.from_numpy(table.is_told))
-
-
-def _find_told(anchor: Anchor, tensors: Mapping[str, Tensor], is_told: Tensor) -> list[str]:
-    """A line for each matrix whose rows tell of tokens that the table, [V], does not tell of."""
-    lines = []
-    for part in ("embed_tokens", "lm_head"):
-        rows = tensors.get(f"{part}.lora_b")  # zero at the start, [V,r]
-        if (whole := tensors.get(f"{part}.weight")) is not None:
-            base = anchor_matrix(anchor, part)
-            rows = whole - cast(Tensor, base).detach().cpu()
-        if rows is not None and (moved := int((rows[~is_told] != 0).any(1).sum())):
-            lines.append(
-                f"{part} differs from the anchor's at {moved} tokens that the router table does "
-                "not tell of: they would show what the owner's documents hold. Train it again"
-            )
-    return lines
-
-
-def _largest(tensor: Tensor) -> float:
-    """Largest absolute value, found without a copy."""
-    least, most = tensor.aminmax()
-    return max(-float(least), float(most))
-
-
-def _find_unstable(anchor: Anchor, bundle: Bundle) -> list[str]:
-    """A line if the expert, beside the anchor, gives no finite number for a fixed text.
-
-    Empties the bundle's tensors.
-    """
-    router = _ROUTER.validate_python(bundle.manifest.router.settings)
-    if isinstance(router, EvidenceSettings):  # so that it is run at every token
-        router = router.model_copy(update={"min_weight": 0.0})
-    name = bundle.manifest.name
-    tensors = tensors_of(bundle)
-    bundle.tensors.clear()
-    model = assemble_mixture(anchor, {name: tensors}, router, takes_over=True)
-    length = min(64, anchor.config.max_seq_len)
-    ids = torch.arange(length)[None] * 7919 % anchor.config.vocab_size  # [1,T]
-    with torch.inference_mode():
-        is_finite = bool(torch.isfinite(model(ids)).all())
-    return [] if is_finite else [f"{name}: gives NaN or infinity for a plain text"]
-
-
-def _find_differences(
-    anchor: Anchor, manifests: Sequence[Manifest], router: Any = None
-) -> list[str]:
-    """A line for each way in which experts do not go together: names, routers, equal tensors."""
-    lines, seen = [], set()
-    for m in manifests:
-        if m.name in seen:
-            lines.append(f"{m.name}: two experts have this name")
-        seen.add(m.name)
-        settings, first = m.router.settings, manifests[0]
-        if m.router != first.router:
-            lines.append(
-                f"{m.name}: router is {settings}, that of {first.name} is {first.router.settings}"
-            )
-        elif router is not None and _ROUTER.validate_python(settings) != _ROUTER.validate_python(
-            router
-        ):
-            lines.append(f"{m.name}: router is {settings}, that of the mixture is {router}")
-    holders: dict[str, dict[str, str]] = {}  # digest to the tensor's key, by expert
-    for m in manifests:
-        for key, entry in m.tensors.items():
-            if prod(entry.shape) >= 8 and key not in TABLE:
-                holders.setdefault(entry.digest, {})[m.name] = key
-        if set(m.tensors) >= TABLE:  # small tables may have a part in common, but not all of it
-            whole = " ".join(m.tensors[key].digest for key in sorted(TABLE))
-            holders.setdefault(whole, {})[m.name] = TOKEN_LEVELS
-    shared: dict[tuple[str, ...], set[str]] = {}  # tensors by the experts that hold them
-    for digest, keys in holders.items():
-        if len(keys) > 1 and digest not in _untrained(anchor, *next(iter(keys.items())), manifests):
-            shared.setdefault(tuple(sorted(keys)), set()).update(keys.values())
-    lines += [
-        f"{', '.join(names)}: equal tensors ({', '.join(sorted(keys))}); with one of these experts "
-        "off, another would still speak for it"
-        for names, keys in shared.items()
-    ]
-    return lines
-
-
-def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest]) -> set[str]:
-    """Digests that a tensor of several experts may well share: zeros, and the anchor's own."""
-    entry = next(m.tensors[key] for m in manifests if m.name == name)
-    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "I64": 8}[entry.dtype]
-    own = anchor_matrix(anchor, key.removesuffix(".weight")) if key.endswith(".weight") else None
-    found = {digest_bytes(bytes(width * prod(entry.shape)))}
-    if own is not None:
-        data = own.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        found.add(digest_bytes(data))
-    return found
-
-
-def _dtypes_of(key: str, weights: str) -> list[str]:
-    if key in (TOKEN_LEVELS, BIGRAM_LEVELS):
-        return ["I8"]
-    if key == BIGRAM_KEYS:
-        return ["I64"]
-    if "router." in key:
-        return ["F32"]
-    return list(dict.fromkeys([weights, "BF16"] if ".lora_" in key else [weights]))
 
 
 def _refuse_unknown(names: set[str], about: Mapping[str, Any]) -> None:
@@ -491,18 +340,6 @@ def _require(trusted: TrustedOwners | None) -> TrustedOwners:
             "ANY_SIGNER."
         )
     return trusted
-
-
-def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
-    """The tensors of a bundle opened with `keep_tensors`; they share its memory.
-
-    Once `bundle.tensors` is cleared they alone hold it.
-    """
-    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
-    return {
-        name: torch.frombuffer(bundle.tensors[name], dtype=dtypes[entry.dtype]).reshape(entry.shape)
-        for name, entry in bundle.manifest.tensors.items()
-    }
 
 
 def _reopen(
@@ -543,6 +380,7 @@ def _write(
     about: Mapping[str, Any],
     trusted: TrustedOwners,
     max_bytes: int | None = None,
+    admission: Admission | None = None,
 ) -> dict[str, Any]:
     """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up.
 
@@ -575,7 +413,7 @@ def _write(
                     place, trusted, trusted.allows_unknown, keep_tensors=True, **options
                 )
             m = bundle.manifest
-            misfits = _find_misfits(anchor, bundle) or _find_unstable(anchor, bundle)
+            misfits = find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
             removed = about["removed"].get(m.name)
             if removed is not None and m.created < removed["created"]:
                 misfits.append(
@@ -590,19 +428,24 @@ def _write(
                 experts[m.name] = _describe_expert(bundle)
                 manifests.append(m)
             lines += misfits
-        _refuse(lines + _find_differences(anchor, manifests, about.get("router")))
+        _refuse(lines + find_differences(anchor, manifests, about.get("router")))
         default = about.get("router") or EvidenceSettings()
         router = manifests[0].router.settings if manifests else default
         new = {
             "format": "flexolmo-mixture",
-            "format_version": 2,
+            "format_version": 3,
             "anchor_digest": anchor.digest,
-            "router": _ROUTER.validate_python(router).model_dump(mode="json"),
+            "router": ROUTER.validate_python(router).model_dump(mode="json"),
             "top_k": about["top_k"],
             "experts": {n: experts[n] for n in sorted(experts)},
             "removed": {n: about["removed"][n] for n in sorted(about["removed"].keys() - experts)},
+            "influence": about["influence"],
         }
         write_json(aside / ABOUT, new)
+        if admission is not None:
+            newcomers = sorted(experts.keys() - about["experts"].keys())
+            new["influence"] = admission(load_mixture(aside, trusted), newcomers)
+            write_json(aside / ABOUT, new)
     return new
 
 

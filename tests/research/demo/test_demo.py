@@ -175,6 +175,7 @@ def test_every_owner_and_the_coordinator_do_their_part(finished):
         "merge-paper",
         "evaluate",
         "evaluate-paper",
+        "check bundles",
         "audit code",
         "audit academic",
     ]
@@ -223,6 +224,8 @@ def test_the_results_have_what_the_report_and_machines_need(finished):
     }
     assert len(results["summary"]["bars"]) == 5
     assert results["routing"]["experts"] == ["public", "academic", "code"]
+    assert list(results["influence"]["experts"]) == ["academic", "code"]
+    assert 0 < results["influence"]["experts"]["code"]["public"]["weight"] < 1
     for name, found in results["statistics_attack"].items():
         assert found["expert"] == name
         assert found["token_presence"]["embed_tokens"]["auc"] == 0.5
@@ -349,7 +352,7 @@ def test_finished_steps_and_experts_are_not_done_again(interrupted):
     assert seen[1] == ["prepare public", "fetch code"]
     assert seen[2][0] == "fetch academic" and seen[2][-1] == "expert code"
     assert seen[3][:2] == [retried, "expert academic"] and seen[3][-1] == "merge"
-    measured = ["evaluate", "evaluate-paper", "audit code", "audit academic"]
+    measured = ["evaluate", "evaluate-paper", "check bundles", "audit code", "audit academic"]
     assert seen[4] == [retried, "merge-paper", *measured]
 
 

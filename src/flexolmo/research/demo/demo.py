@@ -266,6 +266,15 @@ class _Demo:
                     after=[merge],
                 )
             )
+        bundles = [f"../owners/{n}/outbox/{n}.bundle" for n in self.names]
+        check = command_step(
+            "check bundles",
+            "coordinator",
+            f"mix check {' '.join(bundles)} --anchor anchor --public prepared/public "
+            f"--trust trusted --seed {self.recipe.seed} --out influence.json",
+            makes=["influence.json"],
+            after=[packs[name, ""] for name in self.names],
+        )
         attacks = [
             command_step(
                 f"audit {name}",
@@ -278,7 +287,7 @@ class _Demo:
             for name in self.names
         ]
         self.stage("sign and merge", [*packs.values(), *merges])
-        self.stage("measure", [*evaluations, *attacks])
+        self.stage("measure", [*evaluations, check, *attacks])
 
     # --- what came of it ------------------------------------------------------------------------
 
@@ -299,6 +308,7 @@ class _Demo:
             "summary": ours["summary"],
             "routing": ours["routing"],
             "paper_router": {k: paper[k] for k in ("bits_per_byte", "summary", "routing")},
+            "influence": read_json(self.coordinator / "influence.json"),
             "statistics_attack": {n: read_json(self.house(n) / "audit.json") for n in self.names},
             "owners": [self._owner(n) for n in self.names],
             "anchor": {

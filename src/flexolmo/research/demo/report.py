@@ -14,6 +14,7 @@ from typing import Any
 
 from flexolmo.audit.statistics import rows_of
 from flexolmo.bundle.manifest import PUBLIC
+from flexolmo.evaluation.influence import values_of
 from flexolmo.numbers import format_change, format_megabytes, format_number, format_percent
 from flexolmo.report import drawing, plots
 from flexolmo.report.page import Block, Cell, Fold, Picture, Row, Sample, Table, Text, save_page
@@ -50,6 +51,13 @@ _WHAT_IS_ATTACKED = (
     "bundle may ask it how often a token occurs, whether a rare one occurs at all, how a word of "
     "one document is spelled, or whether a document was trained on. AUC is the chance that the "
     "attack ranks a right answer above a wrong one: 0.5 is guessing, 1 is certainty."
+)
+_WHAT_INFLUENCE_IS = (
+    "Before it merges bundles, a coordinator can measure what each does to text that is not its "
+    "owner's, and refuse those above a limit: on public text, on public text in other forms "
+    "(questions and answers, lists, mail, tables and more), and on text that the other experts "
+    "write. A loss is of bits per byte, with the expert on against off; the worst form and the "
+    "worst other expert are shown. Below 0 the expert helps."
 )
 _WHY_OURS = (
     "The router decides how much each expert has a say. The one of the paper this project follows "
@@ -111,6 +119,8 @@ def _blocks(results: Results) -> Iterator[Block]:
         )
     if plots.bits_table(results, paper=True):
         yield from _routers_section(results)
+    if results.get("influence"):
+        yield from _influence_section(results["influence"])
     if results.get("statistics_attack"):
         yield from _attack_section(results["statistics_attack"])
     if results.get("samples"):
@@ -162,6 +172,16 @@ def _routers_section(results: Results) -> Iterator[Block]:
             "Heat map of the paper's router: mean weight of each expert in each layer, by set.",
             "The same text, answered through the paper's router.",
         )
+
+
+def _influence_section(influence: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("What each expert does to other people's text", "h2")
+    yield Text(_WHAT_INFLUENCE_IS, "note")
+    yield Table(
+        "Each expert alone beside the anchor on public text, and beside all others on theirs",
+        ["Expert", "Loss on public text", "Share of it taken", "In other forms", "Others' text"],
+        [[n, *values_of(found).values()] for n, found in influence["experts"].items()],
+    )
 
 
 def _attack_section(attacks: Mapping[str, Any]) -> Iterator[Block]:
