@@ -16,6 +16,7 @@ from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.cli import app, main
 from flexolmo.errors import SourceUnavailable
 from flexolmo.merge.mixture import load_mixture, read_about
+from flexolmo.numbers import format_percent
 from flexolmo.research.tasks.items import Item
 from made_items import choice_items, task_of, written_items
 
@@ -337,10 +338,12 @@ def test_a_coordinator_checks_what_bundles_do_and_keeps_limits(
     said = works("mix", "check", *door, "--out", tmp_path / "check.json")
     found = json.loads((tmp_path / "check.json").read_text())
     weight = found["experts"]["amber"]["public"]["weight"]
-    assert f"{weight:.1%}" in said and found["newcomers"] == ["amber"] and "others:" in said
-    code, said, err = run("mix", "check", *door, "--require", "claims<=0.01%")
-    assert code == 2 and "amber: claims is" in err and "the limit is 0.01%" in err
-    assert f"{weight:.1%}" in said
+    assert format_percent(weight) in said and found["newcomers"] == ["amber"] and "others:" in said
+    claim = ("--require", "claims<=0.01%", "--seed", found["seed"])
+    code, said, err = run("mix", "check", *door, *claim)
+    assert code == 2 and "amber: claims is" in err and "the limit is 0.01\u00a0%" in err
+    assert format_percent(weight) in said
+    assert run("mix", "check", *door, "--require", "")[0] == 2
     code, _, err = run("mix", "check", house.bundle("amber"), *public, "--trust", trust_dir)
     assert code == 2 and "--anchor" in err and "--model" in err
     build = ("mix", "build", house.anchor_dir, house.bundle("amber"), "--trust", trust_dir)
@@ -355,10 +358,16 @@ def test_a_coordinator_checks_what_bundles_do_and_keeps_limits(
     works(*add, *public)
     about = read_about(model)["influence"]
     assert about["limits"] == {"claims": 0.995} and set(about["experts"]) == {"amber", "zinc"}
+    other = ("--public", pico_set_dirs["maths"])
+    code, _, err = run("mix", "add", model, house.bundle("basalt"), "--trust", trust_dir, *other)
+    assert code == 2 and "measured on the public set" in err
     last = (house.bundle("basalt"), "--model", model, *public, "--trust", trust_dir)
     works("mix", "check", *last, "--out", tmp_path / "check.json")
     found = json.loads((tmp_path / "check.json").read_text())
     assert found["newcomers"] == ["basalt"] and len(found["experts"]) == 3
+    assert found["limits"] == {"claims": 0.995}
+    works("mix", "add", model, *last[:1], *public, "--trust", trust_dir, "--require", "others<=9")
+    assert read_about(model)["influence"]["limits"] == {"claims": 0.995, "others": 9.0}
 
 
 def test_a_bundle_larger_than_allowed_is_not_added(run, house, trust_dir, tmp_path):

@@ -257,17 +257,53 @@ def test_texts_of_a_unit_share_a_split_and_count_as_one_document(tmp_path, publi
     for identity, split in _split_of(tmp_path / "p").items():
         where.setdefault(int(identity.split("#")[0][1:]) % 17, set()).add(split)
     assert len(where) == 17 and all(len(found) == 1 for found in where.values())
-    for split, counts in card["splits"].items():
+    for split in SPLITS:
         held = sum(found == {split} for found in where.values())
-        assert counts["units"] == held == len(opened[split].source_offsets) - 1
+        assert held == len(opened[split].source_offsets) - 1
+    assert card["removed"]["documents"] == {}
 
 
-@pytest.mark.parametrize("value", [None, "", "missing", "plain"])
+def test_texts_of_the_same_words_in_two_units_are_in_no_two_splits(tmp_path, public_set):
+    rows = [{"text": made_text(i), "id": f"d{i}", "patient": i} for i in range(40)]
+    rows += [{"text": r["text"].upper(), "id": f"{r['id']}#", "patient": 99} for r in rows[:9]]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = open_corpus(
+        tmp_path / "in.jsonl", "owner", settings=ReadSettings(unit_field="patient")
+    )
+    card = prepare_set(corpus, tmp_path / "p", load_tokenizer(public_set), settings=SMALL)
+    assert card["removed"]["documents"] == {"same words in another unit": 9}
+    assert sum(s["documents"] for s in card["splits"].values()) == 40
+
+
+def test_units_are_strings_or_whole_numbers(tmp_path):
+    values = [7, "7", " 7 ", 7.0, "P7"]
+    lines = [json.dumps({"text": "x", "patient": v}) for v in values]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = read_documents(tmp_path, settings=ReadSettings(unit_field="patient"))
+    assert [d.unit for d in found] == ["7", "7", "7", "7", "P7"]
+
+
+def test_too_few_units_are_called_so(tmp_path, public_set):
+    rows = [{"text": made_text(i), "patient": i % 2} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    corpus = open_corpus(
+        tmp_path / "in.jsonl", "owner", settings=ReadSettings(unit_field="patient")
+    )
+    with pytest.raises(DataError, match=r"found 2 units \(--unit-field\)"):
+        prepare_set(corpus, tmp_path / "p", load_tokenizer(public_set), settings=SMALL)
+
+
+def test_a_fetched_set_has_no_units(public_set):
+    with pytest.raises(DataError, match="omit --unit-field"):
+        open_corpus(public_set, settings=ReadSettings(unit_field="patient"))
+
+
+@pytest.mark.parametrize("value", [None, " ", True, 7.5, [1], {"a": 1}, "missing", "plain"])
 def test_a_text_that_is_of_no_unit_is_refused_by_its_place(tmp_path, value):
     record = {"text": "x"} | ({} if value == "missing" else {"patient": value})
     name, text = ("a.txt", "x") if value == "plain" else ("a.jsonl", json.dumps(record))
     (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=rf"{name}.*field 'patient' is missing or empty"):
+    with pytest.raises(DataError, match=rf"{name}.*field 'patient' is "):
         list(read_documents(tmp_path, settings=ReadSettings(unit_field="patient")))
 
 

@@ -11,6 +11,7 @@ from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import echo
 
 if TYPE_CHECKING:
+    from flexolmo.data.batches import TokenSet
     from flexolmo.merge.mixture import Admission
 
 app = typer.Typer(
@@ -18,12 +19,18 @@ app = typer.Typer(
     help="Check bundles, merge them into one mixture; add, remove, inspect, export, import.",
 )
 Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Experts active per token, public included. Default: all enabled ones."
+    ),
+]
 Public = Annotated[
     Path | None,
     typer.Option(
         help="The prepared public set: measure on it, on its text in other forms, and on text that "
-        "the experts write, what each expert does to text that is not its owner's, and keep it in "
-        "the mixture."
+        "the experts write, what each expert does to text that is not its owner's, and keep that "
+        "in the mixture."
     ),
 ]
 Require = Annotated[
@@ -31,25 +38,56 @@ Require = Annotated[
     typer.Option(
         help="Refuse experts above these limits: public (loss on public text), forms (on public "
         "text in other forms), others (on text of other experts), claims (share of public text "
-        "taken). For example public<=1%,claims<=5%,others<=3%."
+        "taken). For example public<=1%,forms<=3%,others<=3%,claims<=10%. Limits that the mixture "
+        "keeps hold too, unless named here."
     ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Random seed of the text that is written to measure on. Default: drawn."),
 ]
 
 
+def _limits(require: str | None, kept: dict[str, Any] | None) -> dict[str, float]:
+    """Limits that a mixture keeps, and those asked for in their place."""
+    from flexolmo.evaluation.influence import parse_limits
+
+    asked = {} if require is None else parse_limits(require)
+    return (kept["limits"] if kept else {}) | asked
+
+
+def _open_public(public: Path, anchor: Path, kept: dict[str, Any] | None) -> "TokenSet":
+    """The public set; ConfigError if `kept` was measured on another."""
+    from flexolmo.data.batches import open_set
+    from flexolmo.data.tokenizer import load_tokenizer
+    from flexolmo.errors import ConfigError
+
+    opened = open_set(public, load_tokenizer(anchor).digest)
+    if kept and kept["public_digest"] != opened.digest:
+        raise ConfigError(
+            f"{public} has digest {opened.digest}, but the mixture's experts were measured on the "
+            f"public set {kept['public_digest']}. Give that one, or build the mixture anew."
+        )
+    return opened
+
+
 def _admission(
-    public: Path | None, require: str | None, kept: dict[str, Any] | None = None
+    anchor: Path,
+    public: Path | None,
+    require: str | None,
+    seed: int | None,
+    kept: dict[str, Any] | None = None,
 ) -> "Admission | None":
     """The judge that these options, and the limits that a mixture keeps, ask for."""
-    from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.influence import admission, parse_limits
+    from flexolmo.evaluation.influence import admission
 
-    limits = (kept or {}).get("limits", {}) if require is None else parse_limits(require)
+    limits = _limits(require, kept)
     if public is None:
         if require is not None:
             raise ConfigError("Limits are measured on public text: give --public.")
         return None
-    return admission(open_set(public), limits)
+    return admission(_open_public(public, anchor, kept), limits, seed)
 
 
 @app.command("check")
@@ -60,40 +98,49 @@ def check(
         Path | None, typer.Option(help="Directory of the anchor. Default: the mixture's.")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="A mixture whose experts they would join.")
+        Path | None, typer.Option(help="The mixture that they would join; its limits hold.")
     ] = None,
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     require: Require = None,
+    top_k: TopK = None,
+    max_bytes: MaxBytes = None,
     out: Annotated[Path | None, typer.Option(help="File for all figures, as JSON.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed of the text that experts write.")] = 0,
+    seed: Seed = None,
 ) -> None:
     """Measure what bundles do to text that is not their owners', before they are merged.
 
     Every expert is switched on beside the anchor on public text, and on public text in other forms
-    (questions, lists, mail, tables and more), and beside all others on text that each expert
-    writes. Fails if one that is not in the mixture yet is above a limit.
+    (questions, lists, mail, tables and more), and beside other experts on text that each of them
+    writes. Fails if one is above a limit. Every check of `mix build` or `mix add` is made too, and
+    nothing is changed.
 
     Example: flexolmo mix check code.bundle --model model --public public --require "others<=3%"
     """
-    from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
-    from flexolmo.evaluation.influence import check_bundles, parse_limits, refuse_excess
+    from flexolmo.evaluation.influence import check_bundles, refuse_excess
     from flexolmo.files import write_json
+    from flexolmo.merge.mixture import read_about
 
-    limits = parse_limits(require) if require else {}
-    if anchor is None and model is None:
+    kept = None
+    if model is not None:
+        kept = read_about(model)["influence"]
+        anchor = model / "anchor"
+    if anchor is None:
         raise ConfigError("Give the anchor (--anchor), or a mixture (--model).")
+    limits = _limits(require, kept)
     found = check_bundles(
-        anchor or Path(str(model)) / "anchor",
         bundles,
-        open_set(public),
+        _open_public(public, anchor, kept),
         trusted_owners(trust, trust_any_signer),
+        anchor_dir=anchor,
         model_dir=model,
+        top_k=top_k,
+        max_bytes=max_bytes,
         seed=seed,
     )
     if out is not None:
-        write_json(out, {"limits": limits} | found)
+        write_json(out, found | {"limits": limits})
     print_influence(found)
     refuse_excess(found, limits, found["newcomers"])
 
@@ -106,7 +153,7 @@ def print_influence(found: dict[str, Any]) -> None:
     from flexolmo.terminal import PlainConsole
 
     table = Table("expert", *MEASURES)
-    for name, influence in found["experts"].items():
+    for name, influence in (found["experts"] | {"(all at once)": found["together"]}).items():
         table.add_row(name, *values_of(influence).values())
     PlainConsole().print(table)
     for measure, meaning in MEASURES.items():
@@ -120,15 +167,11 @@ def build(
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
-    top_k: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Experts active per token, public included. Default: all enabled ones."
-        ),
-    ] = None,
+    top_k: TopK = None,
     max_bytes: MaxBytes = None,
     public: Public = None,
     require: Require = None,
+    seed: Seed = None,
 ) -> None:
     """Check bundles and merge them. Nothing is trained.
 
@@ -144,8 +187,10 @@ def build(
         trusted,
         top_k=top_k,
         max_bytes=max_bytes,
-        admission=_admission(public, require),
+        admission=_admission(anchor, public, require, seed),
     )
+    if about["influence"]:
+        print_influence(about["influence"])
     echo(f"{out}: public + {', '.join(about['experts'])}")
 
 
@@ -158,13 +203,17 @@ def add(
     max_bytes: MaxBytes = None,
     public: Public = None,
     require: Require = None,
+    seed: Seed = None,
 ) -> None:
     """Add owners' bundles to a mixture, within the limits that it keeps."""
     from flexolmo.merge.mixture import add_experts, read_about
 
     trusted = trusted_owners(trust, trust_any_signer)
-    judge = _admission(public, require, read_about(model)["influence"])
+    kept = read_about(model)["influence"]
+    judge = _admission(model / "anchor", public, require, seed, kept)
     about = add_experts(model, bundles, trusted, max_bytes=max_bytes, admission=judge)
+    if about["influence"]:
+        print_influence(about["influence"])
     echo(f"{model}: public + {', '.join(about['experts'])}")
 
 

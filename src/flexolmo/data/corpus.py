@@ -111,6 +111,11 @@ def open_corpus(
             raise DataError(
                 f"{show(path)} was made by `flexolmo data` and has a name: omit --name."
             )
+        if settings.unit_field is not None:
+            raise DataError(
+                f"{show(path)} was made by `flexolmo data` and says of no text whom it is about: "
+                "omit --unit-field."
+            )
         card = _read_card(path)
         files = [(path / file, found["digest"]) for file, found in card["files"].items()]
         return Corpus(card, files, READ_AS_USUAL, None, {})
@@ -123,7 +128,7 @@ def open_corpus(
     card = {
         "format": FORMAT,
         "name": name,
-        "settings": asdict(settings),
+        "settings": {k: v for k, v in asdict(settings).items() if k != "unit_field" or v},
         "sources": [
             {
                 "source": name,

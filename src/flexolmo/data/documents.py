@@ -162,13 +162,7 @@ def _to_document(
             "expected."
         )
     names = {}
-    unit = settings.unit_field
-    if unit is not None and record.get(unit) in (None, ""):
-        raise DataError(
-            f"{where}: field {unit!r} is missing or empty; it must say of every text what it is "
-            "about (--unit-field). Plain files have no fields."
-        )
-    for key in ("id", "source", *([unit] if unit else [])):
+    for key in ("id", "source"):
         value = record.get(key)
         if value is not None and not isinstance(value, str | int | float):
             raise DataError(
@@ -180,8 +174,23 @@ def _to_document(
         text=_mend(text, noted),
         source=source or names["source"] or file_source,
         id=names["id"],
-        unit=names[unit] if unit else None,
+        unit=None if settings.unit_field is None else _unit(record, settings.unit_field, where),
     )
+
+
+def _unit(record: dict[str, Any], field: str, where: str) -> str:
+    """The unit that a record names: a whole number, or a string without the space around it."""
+    value = record.get(field)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column with gaps is read as floats
+    is_named = isinstance(value, str | int) and not isinstance(value, bool)
+    unit = str(value).strip() if is_named else ""
+    if not unit:
+        raise DataError(
+            f"{where}: field {field!r} is {value!r}; a string or a whole number was expected "
+            "that says whom or what the text is about (--unit-field). Plain files have no fields."
+        )
+    return unit
 
 
 def _mend(text: str, noted: Counter[str]) -> str:

@@ -5,8 +5,9 @@ other owners nothing. The same input gives the same bytes; a run killed midway l
 
 Words: a *source document* is what was fetched; a *document* is a source document, or a piece of
 one that was too long. All pieces of a source document lie in one split, and so do texts that
-differ in case, spacing and punctuation alone. Where a field says whom or what each text is about (a
-*unit*, such as a patient), all texts of a unit lie in one split, and count as one source document.
+differ in case, spacing and punctuation alone. Where a field says whom or what each text is about
+(a *unit*, such as a patient), all texts of a unit lie in one split and count as one source
+document; of texts of the same words in several units one is kept.
 """
 
 import hashlib
@@ -108,6 +109,7 @@ class _Piece:
 
     parent: bytes  # 32 bytes, the hash of the words, or of the unit, which decides the split
     parent_text: bytes  # 32 bytes, tells apart parents of the same words
+    words: bytes  # 32 bytes, the hash of the words of the source document
     index: int
     source: str
     id: str
@@ -236,7 +238,9 @@ def prepare_set(
             name, pieces, signatures, public, disjoint_from, settings.near_duplicate, removed
         )
         try:
-            splits = split_by_hash(pieces, settings, name)
+            by_unit = corpus.settings.unit_field is not None
+            whole = "units (--unit-field)" if by_unit else "documents"
+            splits = split_by_hash(pieces, settings, name, whole)
         except DataError as e:
             raise DataError(f"{e} Removed: {removed.describe()}.") from None
         changed = _Changed()
@@ -376,13 +380,14 @@ def _files_of_set() -> Iterator[str]:
 
 
 def split_by_hash(
-    pieces: Sequence[_Piece], settings: PrepareSettings, name: str
+    pieces: Sequence[_Piece], settings: PrepareSettings, name: str, whole: str = "documents"
 ) -> dict[str, list[_Piece]]:
     """`pieces` of each split, whole source documents together.
 
     A source document's hash, read as a fraction of its range, decides: the lowest are held out,
     the highest validate. When the share gives less text than the minimum, the next in hash order
-    join. So documents added later leave train documents where they are.
+    join. So documents added later leave train documents where they are. `whole` is what source
+    documents are called in errors.
     """
     by_parent: dict[bytes, list[_Piece]] = {}
     for piece in sorted(pieces, key=lambda p: (p.parent, p.parent_text, p.index)):
@@ -407,17 +412,17 @@ def split_by_hash(
     train = rising[len(heldout) : len(rising) - len(validation)]
     if not (train and validation and heldout):
         sizes = [sum(piece.size for piece in parts) for parts in by_parent.values()]
-        needed = f"at least {len(SPLITS)} documents are needed"
+        needed = f"at least {len(SPLITS)} {whole} are needed"
         if len(sizes) >= len(SPLITS):
             needed = (
                 f"with {least_bytes:,} bytes to choose settings on and as many held out, none are "
                 "left to train on"
             )
         raise DataError(
-            f"{name}: found {len(sizes)} documents of {total_bytes:,} bytes after cleaning, the "
-            f"largest of {max(sizes, default=0):,}; {needed}. A document, however long, is either "
-            "trained on, or used to choose settings, or held out. Cut long ones where a part "
-            "stands by itself, such as chapters, into a file or a record each; or give more."
+            f"{name}: found {len(sizes)} {whole} of {total_bytes:,} bytes after cleaning, the "
+            f"largest of {max(sizes, default=0):,}; {needed}. Each, however long, is "
+            "either trained on, or used to choose settings, or held out. Give more; or cut where "
+            "a part stands by itself, such as chapters, into a file or a record each."
         )
     chosen = {"train": train, "validation": validation, "heldout": heldout}
     return {
@@ -521,8 +526,8 @@ def _clean(settings: PrepareSettings, documents: Sequence[Document]) -> _Cleaned
             removed.count("too short" if text.strip() else "empty", len(whole))
             continue
         words = split_words(text)
-        unit = document.unit
-        parent = hash_words(words) if unit is None else hashlib.sha256(unit.encode()).digest()
+        unit, same_words = document.unit, hash_words(words)
+        parent = same_words if unit is None else hashlib.sha256(unit.encode()).digest()
         parent_text = hashlib.sha256(whole).digest()
         name = document.id or parent_text.hex()[:16]
         parts = split_text(text, settings.max_document_bytes)
@@ -536,6 +541,7 @@ def _clean(settings: PrepareSettings, documents: Sequence[Document]) -> _Cleaned
                 _Piece(
                     parent=parent,
                     parent_text=parent_text,
+                    words=same_words,
                     index=index,
                     source=document.source,
                     id=name if len(parts) == 1 else f"{name}#{index + 1}",
@@ -573,6 +579,7 @@ def _deduplicate(
     others += [(other, "in other sets") for other in disjoint_from]
     held_by: dict[int, str] = {}  # reason, by number
     seen = Seen(signatures, near)
+    first_of_words: dict[bytes, _Piece] = {}
     kept: list[_Piece] = []
     total = len(pieces) * (1 + len(others))
     with progress(f"Removing duplicates from {name}", total, "documents") as meter:
@@ -594,6 +601,8 @@ def _deduplicate(
                 reason = "exact duplicate"
             elif (same := seen.find_near(piece.number)) is not None:
                 reason = "near duplicate"
+            elif (first := first_of_words.setdefault(piece.words, piece)).parent != piece.parent:
+                reason, same = "same words in another unit", first.number
             else:
                 seen.add(piece.exact, piece.number)
                 kept.append(piece)
@@ -704,7 +713,6 @@ def _write_split(
         np.save(aside / f"{split}_{part}.npy", array, allow_pickle=False)
     return {
         "source_documents": len({piece.parent_text for piece in pieces}),
-        "units": len(numbers),
         "documents": len(pieces),
         "bytes": sum(sizes),
         "tokens": num_tokens,

@@ -73,7 +73,9 @@ class Tokenizer:
         self._inner.add_special_tokens([eos])  # where it is an ordinary entry of the vocabulary
         names = {token["content"] for token in readable["added_tokens"] if token.get("special")}
         controls = names - {_unknown(definition["model"])} | {eos}
-        self._controls = {self._inner.token_to_id(name) for name in controls}
+        # ids of special tokens, which no text spells
+        found = map(self._inner.token_to_id, controls)
+        self.controls = {control for control in found if control is not None}
         unspellable = _without_names(readable, controls)
         self._encoder = tokenizers.Tokenizer.from_str(json.dumps(unspellable))
         self._encoder.encode_special_tokens = True
@@ -133,7 +135,7 @@ class Tokenizer:
         encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         found = [encoding.ids for encoding in encodings]
         for text, ids in zip(texts, found, strict=True):
-            control = next(iter(self._controls.intersection(ids)), None)
+            control = next(iter(self.controls.intersection(ids)), None)
             if control is not None:
                 raise DataError(
                     f"The tokenizer gives its special token {self._inner.id_to_token(control)!r} "

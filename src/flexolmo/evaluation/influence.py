@@ -4,7 +4,10 @@ A coordinator has no owner's text, but has public text, can write it again in ot
 let each expert write text of its own. Source: ours.
 """
 
+import math
+import os
 import re
+import secrets
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +24,8 @@ from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError, DataError, MergeError
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.inference.own_text import own_windows
-from flexolmo.merge.mixture import Admission, LoadedMixture, build_mixture, load_mixture, read_about
+from flexolmo.merge.mixture import Admission, LoadedMixture, add_experts, build_mixture
+from flexolmo.numbers import format_change, format_percent
 from flexolmo.progress import progress
 
 Windows = list[tuple[np.ndarray, int]]
@@ -30,107 +34,141 @@ PUBLIC_BYTES = 40_000  # of public text that is read
 FORM_BYTES = 4_000  # of it in each form
 OWN_SEQUENCES = 16  # that each expert writes
 OWN_TOKENS = 192  # of each of these, at most
+LEAST_BITS = 0.01  # per byte, that a loss is a share of: an expert may be sure of what it writes
 MEASURES = {
-    "public": "bits per byte of public text with the expert on, over without, less 1",
+    "public": "loss on public text, in bits per byte, when the expert is switched on",
     "claims": "the expert's weight on public text, mean over tokens",
-    "forms": "as public, in the form of public text that loses most",
-    "others": "as public, on the text that another expert writes that loses most",
+    "forms": "loss on public text in other forms; the worst form",
+    "others": "loss on text that another expert writes; the worst other",
 }
+EXAMPLE = "public<=1%,forms<=3%,others<=3%,claims<=10%"
+
+
+# --- limits -------------------------------------------------------------------------------------
 
 
 def parse_limits(text: str) -> dict[str, float]:
-    """Limits by measure from "public<=1%,claims<=0.05"; ConfigError for what is none."""
+    """Limits by measure, written as in EXAMPLE; ConfigError if malformed."""
     limits: dict[str, float] = {}
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\w+)\s*<=\s*(\d+\.?\d*)\s*(%?)\s*", part)
         if not found or found[1] not in MEASURES or found[1] in limits:
             raise ConfigError(
-                f"{part.strip()!r} is no limit. Expected one each, separated by commas, of "
-                f'{", ".join(MEASURES)}: "public<=1%,claims<=5%".'
+                f"{part.strip()!r} is not a limit. Expected one each of {', '.join(MEASURES)}, or "
+                f'of some of them, separated by commas: "{EXAMPLE}".'
             )
         limits[found[1]] = float(found[2]) / (100 if found[3] else 1)
     return limits
 
 
-def find_excess(
-    influence: Mapping[str, Any], limits: Mapping[str, float], names: Iterable[str]
-) -> list[str]:
-    """A line for each limit that one of the experts `names` does not keep."""
-    lines = []
-    for name in sorted(names):
-        for measure, limit in limits.items():
-            value, where = worst(influence["experts"][name], measure)
-            if not value <= limit:  # NaN is within no limit
-                lines.append(f"{name}: {measure}{where} is {value:.2%}, the limit is {limit:.2%}")
-    return lines
-
-
 def refuse_excess(
-    influence: Mapping[str, Any], limits: Mapping[str, float], names: Iterable[str]
+    influence: Mapping[str, Any], limits: Mapping[str, float], newcomers: Iterable[str]
 ) -> None:
-    """Raise MergeError if one of the experts `names` does not keep a limit."""
-    if lines := find_excess(influence, limits, names):
+    """Raise MergeError if one of `newcomers` is above a limit, or if an expert that is no newcomer
+    is, on the text of one."""
+    new = set(newcomers)
+    lines = []
+    for name, found in influence["experts"].items():
+        for measure, limit in limits.items():
+            if name not in new:
+                theirs = {n: x for n, x in found["others"].items() if n in new}
+                if measure != "others" or not theirs:
+                    continue
+                found = {"others": theirs}
+            value, where = worst(found, measure)
+            if value is None and measure == "forms":
+                lines.append(f"{name}: forms could not be measured: no public text has sentences")
+            elif value is not None and value > limit:
+                shown = f"{format_percent(value, 2)}, the limit is {format_percent(limit, 2)}"
+                lines.append(f"{name}: {measure}{where} is {shown}")
+    if lines:
         raise MergeError(
-            "These experts are above the limits:\n  "
+            "Above the limits of influence:\n  "
             + "\n  ".join(lines)
-            + "\nLeave them out, or ask their owners for others. A good one may lose on what a "
-            "bad one writes: to see whose fault it is, check one bundle at a time, with --model."
+            + "\nNothing was changed. A good expert may lose on what a bad one writes: where two "
+            "accuse each other, look at their other figures (flexolmo mix check), leave out one, "
+            "then the other, or ask their owners."
         )
 
 
-def admission(public: TokenSet, limits: Mapping[str, float], seed: int = 0) -> Admission:
-    """A judge for `build_mixture` that keeps what it measured, and refuses newcomers that are above
-    `limits`."""
+def admission(public: TokenSet, limits: Mapping[str, float], seed: int | None = None) -> Admission:
+    """A judge for `build_mixture` that keeps what it measured, and refuses what is above `limits`.
+
+    Without a `seed` one is drawn, so that no bundle can be made for the very texts it is read on.
+    """
 
     def judge(mixture: LoadedMixture, newcomers: Sequence[str]) -> dict[str, Any]:
-        found = {"limits": dict(limits)} | measure_influence(mixture, public, seed=seed)
+        chosen = secrets.randbelow(2**31) if seed is None else seed
+        found = {"limits": dict(limits)} | measure_influence(mixture, public, seed=chosen)
         refuse_excess(found, limits, newcomers)
         return found
 
     return judge
 
 
+class _Measured(Exception):
+    """Ends a change of a mixture once its influence is known."""
+
+    def __init__(self, influence: dict[str, Any]):
+        self.influence = influence
+
+
 def check_bundles(
-    anchor_dir: Path,
     bundles: Sequence[Path],
     public: TokenSet,
     trusted: TrustedOwners | None,
     *,
+    anchor_dir: Path | None = None,
     model_dir: Path | None = None,
-    seed: int = 0,
+    top_k: int | None = None,
+    max_bytes: int | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
-    """`measure_influence` of bundles merged by themselves, or with those of a mixture; `newcomers`
-    are the names of those that are not in it yet.
+    """`measure_influence` of bundles as if they were added to a mixture, or, without one, as if one
+    were built of them; and `newcomers`, their names.
 
-    Asks all that `build_mixture` asks of them; nothing that was built is kept.
+    Every check of `add_experts` or `build_mixture` is made. Nothing is changed.
     """
-    held = [] if model_dir is None else list(read_about(model_dir)["experts"])
-    kept = [Path(str(model_dir)) / "experts" / f"{name}.bundle" for name in held]
-    with tempfile.TemporaryDirectory(prefix="flexolmo-") as around:
-        built = Path(around) / "mixture"
-        build_mixture(anchor_dir, [*kept, *bundles], built, trusted)
-        found = measure_influence(load_mixture(built, trusted), public, seed=seed)
-    return {"newcomers": sorted(found["experts"].keys() - held)} | found
+
+    def stop(mixture: LoadedMixture, newcomers: Sequence[str]) -> dict[str, Any]:
+        found = admission(public, {}, seed)(mixture, [])
+        raise _Measured({"newcomers": list(newcomers)} | found)
+
+    options: dict[str, Any] = {"max_bytes": max_bytes, "admission": stop}
+    try:
+        if model_dir is not None:
+            add_experts(model_dir, bundles, trusted, **options)
+        elif anchor_dir is not None:
+            beside = Path(anchor_dir).resolve().parent  # where links will do instead of copies
+            place = beside if os.access(beside, os.W_OK) else None
+            with tempfile.TemporaryDirectory(prefix=".flexolmo-", dir=place) as around:
+                out = Path(around) / "mixture"
+                build_mixture(anchor_dir, bundles, out, trusted, top_k=top_k, **options)
+    except _Measured as measured:
+        return measured.influence
+    raise ConfigError("Give the anchor (--anchor), or a mixture (--model).")
 
 
-def worst(found: Mapping[str, Any], measure: str) -> tuple[float, str]:
-    """The value of one of MEASURES for an expert of `measure_influence`, and where it was found."""
+def worst(found: Mapping[str, Any], measure: str) -> tuple[float | None, str]:
+    """The value of one of MEASURES for an expert of `measure_influence`, None if it could not be
+    measured, and where it was found."""
     if measure in ("public", "claims"):
         return found[PUBLIC]["change" if measure == "public" else "weight"], ""
     values = {name: x["change"] for name, x in found[measure].items()}
-    if not values:
-        return 0.0, ""
-    at = max(values, key=lambda name: (values[name] != values[name], values[name]))
-    return values[at], f" ({at})"
+    at = max(values, key=values.__getitem__, default="")
+    return values.get(at), f" ({at})" if at else ""
 
 
 def values_of(found: Mapping[str, Any]) -> dict[str, str]:
     """The value of each of MEASURES for an expert of `measure_influence`, written for people."""
     values = {measure: worst(found, measure) for measure in MEASURES}
     return {
-        measure: f"{value:.1%}" if measure == "claims" else f"{value:+.2%}{where}"
+        measure: format_percent(value) if measure == "claims" else format_change(value, 2) + where
         for measure, (value, where) in values.items()
     }
+
+
+# --- measuring ----------------------------------------------------------------------------------
 
 
 def measure_influence(
@@ -138,10 +176,13 @@ def measure_influence(
 ) -> dict[str, Any]:
     """The influence of each expert on public text, on its forms, and on what others write.
 
-    By expert, `public`, `forms` by form, and `others` by expert, each with `change` of bits per
-    byte (with the expert on, over without, less 1) and the expert's `weight`, mean over tokens and
-    layers. On public text, of the validation split, an expert is alone with the anchor; on what
-    another writes, all others are on.
+    `experts`: by expert, `public`, `forms` by form, and `others` by expert, each with `change` of
+    bits per byte (with the expert on, over without, less 1) and the expert's `weight`, mean over
+    tokens and layers. On public text, of the validation split, an expert is alone with the anchor.
+    What another writes is read twice, by the two of them against that other alone, and by all
+    against all but this one; the worse counts, for of several alike each hides the others.
+
+    `together`: the same of all experts at once, on what one writes against that one alone.
     """
     public.check_tokenizer(mixture.tokenizer.digest, "the mixture")
     names = mixture.expert_names
@@ -152,57 +193,75 @@ def measure_influence(
             f"{public.directory} has no text in its validation split, on which experts' "
             "influence is measured. Prepare a larger set."
         )
-    forms = form_windows(public, mixture.tokenizer, seq_len, seed)
+    texts = {PUBLIC: plain} | form_windows(public, mixture.tokenizer, seq_len, seed)
     own = own_windows(mixture, OWN_SEQUENCES, min(OWN_TOKENS, seq_len), seed)
-    texts = {PUBLIC: plain} | forms
-    total = sum(len(ids) for w in texts.values() for ids, _ in w) * (1 + len(names))
-    total += sum(len(ids) for n in names for ids, _ in own[n]) * len(names)
+    total = sum(map(_tokens, texts.values())) * (2 + len(names))
+    total += sum(_tokens(own[n]) for n in names) * 2 * len(names)
     with progress("influence", total, "tok") as meter:
 
         def read(windows: Windows, on: Sequence[str]) -> tuple[float, dict[str, float]]:
             """Bits per byte, and each expert's weight."""
             found = read_windows(mixture.model, windows, enabled=on, meter=meter)
+            if not math.isfinite(found.bits):
+                raise MergeError(f"With {', '.join(on)} on, a text has NaN or infinity for bits.")
             weights = np.mean(found.routing or [], axis=0).tolist()
             return found.bits_per_byte, dict(zip(mixture.model.expert_names, weights, strict=True))
 
+        def effect(
+            windows: Windows, on: Sequence[str], without: float, of: Sequence[str]
+        ) -> tuple[float, dict[str, float]]:
+            """Bits per byte with the experts `on`, and the effect of those that are new."""
+            bits, weights = read(windows, on)
+            change = (bits - without) / max(without, LEAST_BITS)
+            return bits, {"change": change, "weight": sum(weights[n] for n in of)}
+
         experts: dict[str, Any] = {n: {"forms": {}, "others": {}} for n in names}
+        together: dict[str, Any] = {"forms": {}, "others": {}}
         for text, windows in texts.items():
             anchor, _ = read(windows, [])
-            for name in names:
-                bits, weights = read(windows, [name])
-                found = {"change": bits / anchor - 1, "weight": weights[name]}
-                if text == PUBLIC:
-                    experts[name][PUBLIC] = found
-                else:
-                    experts[name]["forms"][text] = found
+            for found, on in [*((experts[n], [n]) for n in names), (together, names)]:
+                place = found if text == PUBLIC else found["forms"]
+                _, place[text] = effect(windows, on, anchor, on)
         for other in names:
-            bits, weights = read(own[other], names)
-            for name in names:
-                if name != other:
-                    without, _ = read(own[other], [n for n in names if n != name])
-                    found = {"change": bits / without - 1, "weight": weights[name]}
-                    experts[name]["others"][other] = found
-    return {"public_digest": public.digest, "seed": seed, "seq_len": seq_len, "experts": experts}
+            windows = own[other]
+            alone, _ = read(windows, [other])
+            rest = [n for n in names if n != other]
+            everyone, together["others"][other] = effect(windows, names, alone, rest)
+            for name in rest:
+                _, found = effect(windows, [other, name], alone, [name])
+                without, _ = read(windows, [n for n in names if n != name])
+                left_out = (everyone - without) / max(without, LEAST_BITS)
+                found["change"] = max(found["change"], left_out)
+                experts[name]["others"][other] = found
+    return {
+        "public_digest": public.digest,
+        "seed": seed,
+        "seq_len": seq_len,
+        "experts": experts,
+        "together": together,
+    }
 
 
 def form_windows(
     public: TokenSet, tokenizer: Tokenizer, seq_len: int, seed: int
 ) -> dict[str, Windows]:
-    """Windows of the validation split's text in each form it can be written in, about FORM_BYTES of
-    each; one window a document."""
+    """Windows of the validation split's text in each form, about FORM_BYTES of each, one window a
+    document; no form, if no document has enough sentences."""
     split = public.splits["validation"]
     draw = Random(seed)
-    found: dict[str, Windows] = {form: [] for form in FORMS}
-    for form, windows in found.items():
+    texts = [tokenizer.decode(split.document(i).tolist()) for i in range(split.num_documents)]
+    found: dict[str, Windows] = {}
+    for form in FORMS:
         size = 0
-        for i in draw.sample(range(split.num_documents), split.num_documents):
-            text = write_form(form, tokenizer.decode(split.document(i).tolist()), draw)
-            if text is not None:
-                ids = tokenizer.encode_batch([text])[0][:seq_len]
-                windows.append(
-                    (np.array([public.eos_id, *ids]), len(tokenizer.decode(ids).encode()))
-                )
-                size += windows[-1][1]
-            if size >= FORM_BYTES:
-                break
-    return {form: windows for form, windows in found.items() if windows}
+        for text in draw.sample(texts, len(texts)):
+            written = write_form(form, text, draw)
+            if written is not None and size < FORM_BYTES:
+                ids = tokenizer.encode_batch([written])[0][:seq_len]
+                window = np.array([public.eos_id, *ids]), len(tokenizer.decode(ids).encode())
+                found.setdefault(form, []).append(window)
+                size += window[1]
+    return found
+
+
+def _tokens(windows: Windows) -> int:
+    return sum(len(ids) - 1 for ids, _ in windows)

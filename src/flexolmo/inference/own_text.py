@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flexolmo.errors import MergeError
 from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader
 from flexolmo.merge.mixture import LoadedMixture
@@ -27,9 +28,11 @@ def own_windows(
     """Windows of text by each expert, public included, (ids, bytes) as `evaluation_windows` gives.
 
     An expert writes alone, whatever the router would say, and so samples its owner's domain. Each
-    window holds one text of `tokens` tokens with no end. Source: ours.
+    window holds one text of `tokens` tokens with no end. MergeError for an expert whose numbers are
+    not finite. Source: ours.
     """
     eos = mixture.tokenizer.eos_id
+    speechless = [*mixture.tokenizer.controls]  # special tokens, which stand for no text
     generator = torch.Generator().manual_seed(seed)
     names = mixture.model.expert_names
     windows: dict[str, list[tuple[np.ndarray, int]]] = {}
@@ -37,7 +40,10 @@ def own_windows(
 
         def draw(logits: Tensor, _: Sequence[int]) -> list[int]:
             meter.advance(len(logits))
-            logits[:, eos] = -math.inf
+            logits[:, mixture.tokenizer.vocab_size :] = -math.inf
+            logits[:, speechless] = -math.inf
+            if not torch.isfinite(logits.amax(-1)).all():
+                raise MergeError(f"{meter.note}: gives NaN or infinity for text that it writes.")
             return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].tolist()
 
         for name in names:

@@ -62,26 +62,39 @@ class _Expert(BaseModel):
     ]
 
 
-class _Influence(BaseModel):
+class _Effect(Settings):
+    change: float
+    weight: float
+
+
+class _Effects(Settings):
+    public: _Effect
+    forms: dict[str, _Effect]
+    others: dict[Name, _Effect]
+
+
+class _Influence(Settings):
     """Findings of `flexolmo.evaluation.influence`, and the limits that they were held to."""
 
-    model_config = ConfigDict(extra="allow")
-
-    limits: dict[str, float]
-    experts: dict[Name, dict[str, dict[str, Any]]]
+    limits: dict[Literal["public", "claims", "forms", "others"], float]
+    public_digest: Digest
+    seed: int
+    seq_len: int
+    experts: dict[Name, _Effects]
+    together: _Effects | None
 
 
 class _Index(Settings):
     """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
 
     format: Literal["flexolmo-mixture"]
-    format_version: Literal[3]
+    format_version: Literal[2, 3]
     anchor_digest: Digest
     router: RouterSettings
     top_k: Annotated[StrictInt, Field(ge=1)] | None
     experts: dict[Name, _Expert]
     removed: dict[Name, _Removed]
-    influence: _Influence | None
+    influence: _Influence | None = None  # in version 3
 
 
 @dataclass(frozen=True)
@@ -184,6 +197,7 @@ def remove_experts(
         }
         about["experts"] = {n: e for n, e in experts.items() if n not in gone}
         if found := about["influence"]:
+            found["together"] = None
             found["experts"] = {
                 n: x | {"others": {o: y for o, y in x["others"].items() if o not in gone}}
                 for n, x in found["experts"].items()
@@ -241,7 +255,7 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     about = read_json(path, MergeError)
     if not isinstance(about, dict):
         raise MergeError(f"{path} does not describe a mixture.")
-    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 3:
+    if about.get("format") != "flexolmo-mixture" or about.get("format_version") not in (2, 3):
         raise MergeError(
             f"{path} is format {about.get('format')!r} version {about.get('format_version')!r}; "
             "expected 'flexolmo-mixture' version 3. Build it again from its bundles, which are in "
@@ -255,7 +269,7 @@ def read_about(model_dir: Path) -> dict[str, Any]:
             for x in e.errors()
         ]
         raise MergeError(f"{path} does not describe a mixture:\n  " + "\n  ".join(lines)) from None
-    return about
+    return {"influence": None} | about
 
 
 @contextmanager
@@ -384,7 +398,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up.
 
-    One expert's tensors at a time are in memory.
+    One expert's tensors at a time are in memory, but for `admission`, which is given all.
     """
     with write_directory_aside(out, ABOUT) as aside:
         with _naming(aside / "anchor", anchor_dir):
