@@ -25,7 +25,7 @@ ORDER = [
     ["bundle.bundle"],
     ["data."],
     ["model.statistics", "model.blend", "model.tiles", "model.panels", "model.cache"],
-    ["model.router", "model.transformer"],
+    ["model.private_statistics", "model.router", "model.transformer"],
     ["model.loss"],
     ["model.shape", "model.groups"],
     ["model.deltas"],

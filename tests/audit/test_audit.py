@@ -110,6 +110,25 @@ def test_documents_in_the_table_are_found_out(pico_anchor, pico_sets, expert, mo
     assert theirs["calibrated"]["auc"] > max(0.6, ours["calibrated"]["auc"])
 
 
+def test_noise_hides_which_documents_are_in_the_table(pico_anchor, pico_sets, monkeypatch):
+    """The attack's own tables have a seed. That the expert's is refused, as noise hides all, has a
+    chance of 1 in 10^9."""
+    data = pico_sets["maths"]
+    loose, noised = (
+        train_expert(pico_anchor, data, "maths", recipe_of(min_documents=1, epsilon=epsilon))
+        for epsilon in (None, 4.0)
+    )
+    monkeypatch.setattr("flexolmo.audit.statistics.LEAST_DOCUMENTS", 2)
+    theirs, ours = (find_members(pico_anchor, x, data, 0) for x in (loose, noised))
+    assert abs(ours["calibrated"]["auc"] - 0.5) < 0.15 < theirs["calibrated"]["auc"] - 0.5
+    assert ours["knows_the_rest"]["share"] < theirs["knows_the_rest"]["share"]
+    found = audit_statistics(pico_anchor, noised, data)
+    assert (found["epsilon"], found["delta"]) == (4.0, 1e-6)
+    for part in ("embed_tokens", "lm_head"):  # all rows may be told of, none to attack has moved
+        assert found["token_presence"].get(part, {"auc": 0.5})["auc"] in (0.5, None)
+    assert json.loads(json.dumps(found)) == found
+
+
 def test_words_are_spelled_where_every_pair_is_listed(pico_anchor):
     tokenizer, size = pico_anchor.tokenizer, 300
     texts = ["the zebrafish swims", "the sparrow flies", "the sparrow sings"]

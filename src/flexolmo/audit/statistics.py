@@ -26,6 +26,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.merge.checks import tensors_of
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture
 from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.private_statistics import tabulate
 from flexolmo.model.router import EvidenceRouter, RouterSettings
 from flexolmo.model.shape import BIGRAM_KEYS, BIGRAM_LEVELS, TOKEN_LEVELS
 from flexolmo.model.statistics import (
@@ -34,7 +35,6 @@ from flexolmo.model.statistics import (
     OwnerTable,
     count_tokens,
     evidence_of_pairs,
-    fit_table,
     weigh_evidence,
 )
 from flexolmo.train.expert import Expert, load_expert
@@ -43,6 +43,7 @@ RESAMPLES = 400  # of an interval
 LEAST_DOCUMENTS = 10  # of each kind, below which membership is not measured
 LEAST_TOKENS = 50  # of a document whose membership is asked
 STRATA = 10  # of tokens that public text holds about equally often
+LARGE_EPSILON = 50.0  # whose noise hides next to nothing
 FOLDS = 5  # of the training documents, of which tables leave out one in turn
 BEFORE_A_WORD = (" ", "", "\n", "(", "_")
 WRITTEN_TEXTS, WRITTEN_TOKENS = 16, 128  # on which an expert's opinions are asked
@@ -75,10 +76,12 @@ def audit_statistics(
     return {
         "expert": expert.name,
         "min_documents": expert.router.min_documents,
+        "epsilon": expert.router.epsilon,
+        "delta": expert.router.delta,
         "documents": len(data.splits["train"].source_offsets) - 1,
         "tokens": {"told": int(table.is_told.sum()), "pairs": len(table.keys)},
         "count_recovery": recover_counts(anchor, table, expert.router, data),
-        "token_presence": find_tokens(anchor, expert, data, seed),
+        "token_presence": find_tokens(anchor, expert, data, expert.router.min_documents, seed),
         "rare_words": spell_rare_words(anchor.tokenizer, table, anchor.public, data),
         "membership": find_members(anchor, expert, data, seed),
     }
@@ -128,30 +131,31 @@ def count_bounds(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Least and largest count of each told token that its level leaves, among `total` tokens."""
     told, step = np.flatnonzero(table.is_told), settings.level_nats
+    fewest = settings.min_documents if settings.epsilon is None else 0
     middle = public.unigram[told] + table.token_levels[told] * step + math.log(max(total, 1))
     # the lowest level that the threshold leaves also holds the counts below its own
-    is_lowest = np.exp(middle - 1.5 * step) < settings.min_documents
+    is_lowest = np.exp(middle - 1.5 * step) < fewest
     least = np.ceil(np.exp(middle - step / 2) - 1e-6)
-    return (
-        np.where(is_lowest, settings.min_documents, least),
-        np.floor(np.exp(middle + step / 2) + 1e-6),
-    )
+    return (np.where(is_lowest, fewest, least), np.floor(np.exp(middle + step / 2) + 1e-6))
 
 
-def find_tokens(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> dict[str, Any]:
-    """Presence in the text of tokens that the table does not tell of, guessed from the weights.
+def find_tokens(
+    anchor: Anchor, expert: Expert, data: TokenSet, min_documents: int, seed: int
+) -> dict[str, Any]:
+    """Presence in the text of tokens that fewer than `min_documents` hold, told by the weights.
 
     By how far a token's row of embedding or head has moved, and by how much likelier the expert
     finds the token than the anchor does, in text that public statistics write. Tokens are compared
     with those that public text holds about equally often, for rare tokens are rarer everywhere.
     """
-    untold = np.flatnonzero(~table_of(expert).is_told)
+    split = data.splits["train"]
     size = len(anchor.public.unigram)
-    ids = np.asarray(data.splits["train"].tokens, dtype=np.int64)
-    is_held = np.bincount(ids, minlength=size)[untold] > 0
-    rank = anchor.public.unigram[untold].argsort().argsort()
-    strata = rank * STRATA // max(len(untold), 1)
-    scores = {"opinion": opinions(anchor, expert, seed)[untold]}
+    holders = count_tokens(split.tokens, split.source_offsets, size, 1)
+    rare = np.flatnonzero(holders < min_documents)
+    is_held = holders[rare] > 0
+    rank = anchor.public.unigram[rare].argsort().argsort()
+    strata = rank * STRATA // max(len(rare), 1)
+    scores = {"opinion": opinions(anchor, expert, seed)[rare]}
     for part in ("embed_tokens", "lm_head"):
         if (whole := expert.tensors.get(f"{part}.weight")) is not None:
             moved = whole.double() - cast(torch.Tensor, anchor_matrix(anchor, part)).cpu().double()
@@ -159,9 +163,9 @@ def find_tokens(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> di
             moved = low.double()
         else:
             continue
-        scores[part] = moved.norm(dim=1).numpy()[untold]
+        scores[part] = moved.norm(dim=1).numpy()[rare]
     return {
-        "untold": len(untold),
+        "rare": len(rare),
         "of_these_in_the_text": int(is_held.sum()),
         **{
             name: area(x[is_held], x[~is_held], seed, strata[is_held], strata[~is_held])
@@ -227,9 +231,11 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     differ in kind. `calibrated`: by somebody who has other documents of the kind: tables of three
     fifths of the training documents, one fifth that is not in them, and what a table of the last
     fifth says taken off. `knows_the_rest`: by somebody who has all documents but one: the share
-    that tables with them find likelier than a table without.
+    that tables with them find likelier than a table without. Tables stood in for the expert's get
+    its noise; what the attacker has of its own gets hardly any.
     """
     settings = cast(EvidenceSettings, expert.router)
+    rng = np.random.default_rng(seed)  # of noise that protects nobody here
 
     def documents(*names: str) -> list[np.ndarray]:
         found = [
@@ -244,14 +250,18 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
         found = (evidence_of_pairs(table, evidence, anchor.public, settings, x) for x in texts)
         return np.array([x.clip(-settings.clip_nats, settings.clip_nats).mean() for x in found])
 
-    def fit(chosen: np.ndarray, part: float) -> OwnerTable:
-        """The table of some documents, with that `part` of the settings' threshold."""
+    def fit(chosen: np.ndarray, asked: EvidenceSettings = settings) -> OwnerTable:
+        """The table of some documents."""
         texts = [members[i] for i in chosen]
-        least = max(1, round(settings.min_documents * part))
-        asked = settings.model_copy(update={"min_documents": least})
-        return fit_table(
-            np.concatenate(texts), np.cumsum([0, *map(len, texts)]), anchor.public, asked
-        )
+        offsets = np.cumsum([0, *map(len, texts)])
+        return tabulate(np.concatenate(texts), offsets, anchor.public, asked, rng.standard_normal)
+
+    attackers = settings.model_copy(
+        update={
+            "min_documents": max(1, round(settings.min_documents / 3)),
+            "epsilon": None if settings.epsilon is None else LARGE_EPSILON,
+        }
+    )
 
     members = documents("train")
     others = documents("validation", "heldout")
@@ -268,14 +278,13 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     without = np.zeros(len(members))
     calibrated = np.empty((FOLDS, len(members)))
     for i, fold in enumerate(folds):
-        left = scores(fit(np.flatnonzero(fold_of != i), 1.0), members)
+        left = scores(fit(np.flatnonzero(fold_of != i)), members)
         without[fold] = left[fold]
         with_it += np.where(fold_of != i, left, 0.0) / (FOLDS - 1)
         shadow = fold_of == (i + 1) % FOLDS
-        target = fit(np.flatnonzero((fold_of != i) & ~shadow), 1.0)
-        calibrated[i] = scores(target, members) - scores(
-            fit(np.flatnonzero(shadow), 1 / 3), members
-        )
+        target = fit(np.flatnonzero((fold_of != i) & ~shadow))
+        others_say = scores(fit(np.flatnonzero(shadow), attackers), members)
+        calibrated[i] = scores(target, members) - others_say
     found["knows_the_rest"] = share(with_it > without)
     found["calibrated"] = _area_over_folds(calibrated, fold_of, seed)
     return found

@@ -46,17 +46,110 @@ def statistics(
         echo(str(out))
 
 
+@app.command("curve")
+def curve(
+    experts: Annotated[
+        list[Path], typer.Argument(help="Bundles, NAME.bundle, or runs of `expert train`.")
+    ],
+    anchor: Annotated[Path, typer.Option(help="Directory of the anchor they were trained beside.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A prepared set; give --data for each expert's and for public text."),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for curve.json and curve.png.")],
+    k: Annotated[
+        str, typer.Option("--k", help="Values of router.min_documents to try, with no noise.")
+    ] = "1,5,20,80",
+    epsilon: Annotated[str, typer.Option(help="Values of router.epsilon to try.")] = "1,2,4,8",
+    split: Annotated[
+        str, typer.Option(help="Split that is read: heldout, or validation to choose by.")
+    ] = "heldout",
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of text to read at most of each set.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of noise, which protects nobody here.")
+    ] = 0,
+) -> None:
+    """Measure what hiding more of the owners' texts costs the mixture.
+
+    For a researcher who has the sets of all owners, as after the demo; no owner could measure it.
+    The tables are made again with each value of router.min_documents and router.epsilon, the
+    experts stay as they are. Bits per byte: mean over the owners' sets, of each other set, and of
+    text that turns from set to set.
+
+    Example: flexolmo audit curve a.bundle b.bundle --anchor anchor --data public --data a --data b
+    --out curve
+    """
+    from flexolmo.audit.curve import quality_curve
+    from flexolmo.audit.statistics import open_expert
+    from flexolmo.config import parse_settings
+    from flexolmo.data.batches import open_set
+    from flexolmo.errors import ConfigError
+    from flexolmo.files import write_json
+    from flexolmo.model.checkpoint import load_anchor
+    from flexolmo.model.statistics import EvidenceSettings
+    from flexolmo.report.drawing import save_figure
+    from flexolmo.report.plots import plot_quality_curve
+    from flexolmo.runtime import set_up
+
+    if split not in ("heldout", "validation"):
+        raise ConfigError(f"Split {split!r} is not known; heldout and validation are.")
+    set_up(seed, None)
+    base = load_anchor(anchor)
+    opened = [open_expert(path) for path in experts]
+    routers = [e.router.model_dump(exclude={"min_documents", "epsilon", "delta"}) for e in opened]
+    if routers[0]["kind"] != "evidence" or any(r != routers[0] for r in routers):
+        raise ConfigError(
+            f"These experts' routers are {routers}; a curve needs one router of kind evidence."
+        )
+    tried = [("min_documents", "--k", k), ("epsilon", "--epsilon", epsilon)]
+    choices = [
+        parse_settings({**routers[0], name: value}, EvidenceSettings, option)
+        for name, option, values in tried
+        for value in values.split(",")
+    ]
+    sets = [open_set(path, base.tokenizer.digest) for path in data]
+    found = quality_curve(
+        base,
+        opened,
+        {s.name: s for s in sets},
+        choices,
+        split=split,
+        max_bytes=max_bytes,
+        seed=seed,
+    )
+    write_json(out / "curve.json", found, is_private=True)
+    save_figure(plot_quality_curve(found), out / "curve.png", is_private=True)
+    print_quality(found)
+    echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
+
+
+def print_quality(found: dict[str, Any]) -> None:
+    """The points of `quality_curve` as a table, for a terminal."""
+    from rich.table import Table
+
+    others = [s for s in found["anchor"]["sets"] if s not in found["experts"].values()]
+    table = Table("tables", "owners' sets, mean", *others)
+    for point in [found["anchor"], *found["points"]]:
+        values = [point["own"], *(point["sets"][s] for s in others)]
+        table.add_row(point["name"], *(f"{x:.4f}" for x in values))
+    PlainConsole().print(table)
+
+
 def print_audit(found: dict[str, Any]) -> None:
     """The results of `audit_statistics` as a table, for a terminal."""
     from rich.table import Table
 
     from flexolmo.audit.statistics import rows_of
 
-    tokens = found["tokens"]
+    tokens, documents = found["tokens"], f"{found['documents']:,} documents"
+    how = f"each in at least {found['min_documents']} of {documents}"
+    if found["epsilon"] is not None:
+        how = f"of {documents}, noised to epsilon {found['epsilon']:g}, delta {found['delta']:g}"
     echo(
         f"Expert {found['expert']}: its table tells of {tokens['told']:,} tokens and "
-        f"{tokens['pairs']:,} pairs, each in at least {found['min_documents']} of "
-        f"{found['documents']:,} documents."
+        f"{tokens['pairs']:,} pairs, {how}."
     )
     table = Table("attack", "found", "95 % interval", "by chance")
     for row in rows_of(found):

@@ -27,7 +27,7 @@ from flexolmo.model.shape import (
     expert_shapes,
     shape_of_tensors,
 )
-from flexolmo.model.statistics import EvidenceSettings, OwnerTable, table_problems
+from flexolmo.model.statistics import OWNERS_CHOICE, EvidenceSettings, OwnerTable, table_problems
 
 ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
 TABLE = {TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS}
@@ -148,6 +148,11 @@ def find_unstable(anchor: Anchor, bundle: Bundle) -> list[str]:
     return [] if is_finite else [f"{name}: gives NaN or infinity for a plain text"]
 
 
+def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Router settings that all experts of a mixture must have in common."""
+    return {k: v for k, v in settings.items() if k not in OWNERS_CHOICE}
+
+
 def find_differences(
     anchor: Anchor, manifests: Sequence[Manifest], router: Any = None
 ) -> list[str]:
@@ -157,11 +162,11 @@ def find_differences(
         if m.name in seen:
             lines.append(f"{m.name}: two experts have this name")
         seen.add(m.name)
-        settings, first = m.router.settings, manifests[0]
-        if m.router != first.router:
-            lines.append(
-                f"{m.name}: router is {settings}, that of {first.name} is {first.router.settings}"
-            )
+        settings = shared_settings(m.router.settings)
+        first = manifests[0].router
+        others = shared_settings(first.settings)
+        if m.router.kind != first.kind or settings != others:
+            lines.append(f"{m.name}: router is {settings}, that of {manifests[0].name} is {others}")
         elif router is not None and ROUTER.validate_python(settings) != ROUTER.validate_python(
             router
         ):

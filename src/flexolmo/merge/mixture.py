@@ -34,7 +34,14 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.merge.checks import ROUTER, find_differences, find_misfits, find_unstable, tensors_of
+from flexolmo.merge.checks import (
+    ROUTER,
+    find_differences,
+    find_misfits,
+    find_unstable,
+    shared_settings,
+    tensors_of,
+)
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
 from flexolmo.model.moe import MixtureModel
@@ -444,7 +451,7 @@ def _write(
             lines += misfits
         _refuse(lines + find_differences(anchor, manifests, about.get("router")))
         default = about.get("router") or EvidenceSettings()
-        router = manifests[0].router.settings if manifests else default
+        router = shared_settings(manifests[0].router.settings) if manifests else default
         new = {
             "format": "flexolmo-mixture",
             "format_version": 3,

@@ -21,12 +21,13 @@ MOST_LEVELS = 100  # that a level may be from 0
 MOST_LISTED = 0.98  # of the probability after a token, that the pairs told of may have
 LEAST_LEFT = 1e-4  # of it, over which the rest is spread
 PUBLIC_DOCUMENTS = 3  # in which public text must hold a token or bigram to count as present
+OWNERS_CHOICE = ("epsilon", "delta")  # settings in which owners of one mixture may differ
 
 
 class EvidenceSettings(Settings):
     """Settings of the evidence router: how text is summarised and evidence added up.
 
-    Everyone who trains for one mixture must use the same. Source: ours.
+    Everyone who trains for one mixture must use the same, but for OWNERS_CHOICE. Source: ours.
     """
 
     is_strict: ClassVar[bool] = True  # taking an owner out takes out all of its influence
@@ -58,10 +59,14 @@ class EvidenceSettings(Settings):
         ge=1,
         description="Source documents that a token or bigram must be in for an owner's bundle to "
         "tell of it: whole ones as their owner gave them, of which texts of the same words, or of "
-        "one unit (data prepare --unit-field), count once.",
+        "one unit (data prepare --unit-field), count once. With epsilon this rules embedding and "
+        "head alone, whose rows stay the anchor's for tokens of fewer documents.",
     )
     most_per_document: int = Field(
-        10, ge=1, description="Times that a token or bigram counts in one source document, at most."
+        10,
+        ge=1,
+        description="Times that a token or bigram counts in one source document, at most. With "
+        "epsilon all count, for what a document weighs in all is bounded then.",
     )
     level_nats: float = Field(
         0.5,
@@ -90,6 +95,23 @@ class EvidenceSettings(Settings):
         description="Power of public text's preference for a pair, where the bundle tells of none: "
         "0 takes an owner's words as following one another by chance, 1 as in public text.",
     )
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        le=50,
+        description="Differential privacy of the router's table: whether one source document is "
+        "there changes the chance of any table by a factor of e^epsilon at most. None: no noise; "
+        "what few documents hold is left out. It covers what the table tells, not the trained "
+        "weights, nor which rows of embedding and head have moved, where min_documents rules. Each "
+        "owner chooses its own. Another training or another router spends as much again.",
+    )
+    delta: float = Field(
+        1e-6,
+        ge=1e-12,
+        le=1e-3,
+        description="Chance with which that factor may be exceeded: well below one over the number "
+        "of source documents. Each owner chooses its own.",
+    )
 
 
 @dataclass(frozen=True)
@@ -110,7 +132,7 @@ class OwnerTable:
     """Statistics that an owner's bundle tells of its text: log-probabilities over public text's, in
     steps of `level_nats`."""
 
-    token_levels: np.ndarray  # int8 [V] of p(v); UNTOLD: fewer than `min_documents` hold it
+    token_levels: np.ndarray  # int8 [V] of p(v); UNTOLD: too few documents hold it
     keys: np.ndarray  # int64 [n] u * V + v, ascending
     pair_levels: np.ndarray  # int8 [n] of p(v | u)
 
@@ -141,7 +163,7 @@ def fit_bigrams(tokens: np.ndarray, offsets: np.ndarray, vocab_size: int) -> Big
     pseudo-count each. Source: Ney, Essen and Kneser 1994; its use for routing is ours.
     """
     discount = EvidenceSettings().discount
-    ids, document = _read_stream(tokens, offsets, vocab_size)
+    ids, document = read_stream(tokens, offsets, vocab_size)
     keys, counts, holders = _count(ids, document)
     common = holders >= PUBLIC_DOCUMENTS
     frequencies = np.ones(vocab_size)
@@ -174,7 +196,7 @@ def fit_table(
     that its second token is of. Source: ours.
     """
     vocab_size = len(public.unigram)
-    ids, document = _read_stream(tokens, offsets, vocab_size)
+    ids, document = read_stream(tokens, offsets, vocab_size)
 
     def told(keys: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, ...]:
         keys, counts, holders = _count(keys, where, settings.most_per_document)
@@ -208,7 +230,7 @@ def count_tokens(
     tokens: np.ndarray, offsets: np.ndarray, vocab_size: int, most_per_document: int
 ) -> np.ndarray:
     """Counts [V] of a stream's tokens as `fit_table` counts them, told of or not."""
-    keys, counts, _ = _count(*_read_stream(tokens, offsets, vocab_size), most_per_document)
+    keys, counts, _ = _count(*read_stream(tokens, offsets, vocab_size), most_per_document)
     found = np.zeros(vocab_size, dtype=np.int64)
     found[keys] = counts
     return found
@@ -325,7 +347,7 @@ def table_problems(table: OwnerTable, public: BigramModel, settings: EvidenceSet
     return lines
 
 
-def _read_stream(
+def read_stream(
     tokens: np.ndarray, offsets: np.ndarray, vocab_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids [N] and the number of each one's source document [N]; DataError for an id outside."""

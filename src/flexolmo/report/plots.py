@@ -364,3 +364,28 @@ def plot_compression(curve: Results) -> Figure:
     if points:
         draw_legend(fig, 3, fontsize=9)
     return fig
+
+
+@styled
+def plot_quality_curve(curve: Results) -> Figure:
+    """One line per choice of what the router's tables hide: bits per byte on each kind of text.
+
+    `curve` is what `audit.curve.quality_curve` returns. Dotted: the anchor alone.
+    """
+    anchor, points = curve["anchor"], curve["points"]
+    others = [s for s in anchor["sets"] if s not in curve["experts"].values()]
+    columns = ["owners' sets, mean", *others]
+    fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.35 * max(1, len(points))))
+    panels = fig.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for ax, name, colour in zip(panels, columns, _OWNER_COLOURS, strict=False):
+        values = [p["sets"].get(name, p["own"]) for p in (anchor, *points)]
+        ax.axvline(values[0], color=MUTED, lw=1, ls=":")
+        for y, value in enumerate(values[1:]):
+            ax.scatter([value], [y], s=50, color=colour, zorder=3)
+            note(ax, f"{value:.3f}", (value, y), (7, 0), va="center")
+        list_rows(ax, [p["name"] for p in points], 1, "bits per byte")
+        ax.set_ylim(len(points) - 0.4, -0.6)
+        ax.margins(x=0.25)
+        ax.set_title(wrap_name(name, 22, 1))
+    note_below(fig, "Further left is better. Dotted: the anchor alone. k: router.min_documents.")
+    return fig

@@ -25,12 +25,13 @@ from flexolmo.bundle.manifest import PUBLIC, Name, build_manifest
 from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import read_json, save_tensors, write_json
+from flexolmo.files import canonical_json, digest_bytes, read_json, save_tensors, write_json
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.private_statistics import tabulate
 from flexolmo.model.router import (
     DiscriminantSettings,
     LinearSettings,
@@ -46,7 +47,7 @@ from flexolmo.model.shape import (
     expert_shapes,
     shape_of_tensors,
 )
-from flexolmo.model.statistics import UNTOLD, EvidenceSettings, fit_table
+from flexolmo.model.statistics import UNTOLD, EvidenceSettings, OwnerTable, count_tokens
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
@@ -55,6 +56,7 @@ from flexolmo.train.loop import TOKEN_ROWS, Losses, TrainSettings, identity_of, 
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
+NOISED_TABLE = "noised_table.safetensors"  # in a run's directory, if router.epsilon is given
 
 
 class ExpertRecipe(Settings):
@@ -142,7 +144,11 @@ class Expert:
 
 
 def start_expert(
-    anchor: Anchor, data: TokenSet, recipe: ExpertRecipe, public: TokenSet | None = None
+    anchor: Anchor,
+    data: TokenSet,
+    recipe: ExpertRecipe,
+    public: TokenSet | None = None,
+    run_dir: Path | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of the expert before training: the anchor's, deltas that add nothing, a router's.
 
@@ -167,37 +173,28 @@ def start_expert(
                 tensors[name] = base.detach().cpu().clone()
     if shape.d_ff != config.d_ff:
         tensors = prune_width(anchor, tensors, data, shape.d_ff)
-    return tensors | start_router(anchor, data, router, public)
+    return tensors | start_router(anchor, data, router, public, run_dir)
 
 
 def start_router(
-    anchor: Anchor, data: TokenSet, router: RouterSettings, public: TokenSet | None = None
+    anchor: Anchor,
+    data: TokenSet,
+    router: RouterSettings,
+    public: TokenSet | None = None,
+    run_dir: Path | None = None,
 ) -> dict[str, Tensor]:
     """Router tensors of an expert before training, from the anchor and the owner's text alone.
 
-    evidence: the table of that text, final. linear: in every layer the same row, the mean
-    hidden state over the text, and a bias of -0.13. discriminant: a row and offset per layer from
-    the text's states and from those of `public`, the prepared public set, final. Source: §3.3.2
-    for linear; the others ours.
+    evidence: the table of that text, final; `run_dir` as in `start_table`. linear: in every layer
+    the same row, the mean hidden state over the text, and a bias of -0.13. discriminant: a row and
+    offset per layer from the text's states and from those of `public`, the prepared public set,
+    final. Source: §3.3.2 for linear; the others ours.
     """
     _refuse_other_tokenizers(anchor, data, public)
     config = anchor.config
-    split = data.splits["train"]
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
-        table = fit_table(split.tokens, split.source_offsets, anchor.public, router)
-        if not table.is_told.any():
-            raise ConfigError(
-                f"No token is in at least {router.min_documents} of the "
-                f"{len(split.source_offsets) - 1:,} source documents of {data.directory}, so the "
-                "router has nothing to go by. Give more documents, or lower router.min_documents, "
-                "which all owners of a mixture must agree on."
-            )
-        tensors[TOKEN_LEVELS] = torch.from_numpy(table.token_levels)
-        if len(table.keys):
-            tensors[BIGRAM_KEYS] = torch.from_numpy(table.keys)
-            tensors[BIGRAM_LEVELS] = torch.from_numpy(table.pair_levels)
-        return tensors
+        return start_table(anchor, data, router, run_dir)
     if isinstance(router, DiscriminantSettings):
         if public is None:
             raise ConfigError(
@@ -214,6 +211,69 @@ def start_router(
         tensors[f"layers.{i}.router.weight"] = row[None].clone()
         if router.has_bias:
             tensors[f"layers.{i}.router.raw_bias"] = first_raw_bias(router)
+    return tensors
+
+
+def start_table(
+    anchor: Anchor, data: TokenSet, router: EvidenceSettings, run_dir: Path | None = None
+) -> dict[str, Tensor]:
+    """Tensors of the table of the owner's text.
+
+    A noised table is drawn once for a run and kept in `run_dir`, for a second one of the same text
+    would spend its epsilon again. Raises CheckpointError if the one there is of something else.
+    """
+    kept = None if run_dir is None or router.epsilon is None else Path(run_dir) / NOISED_TABLE
+    origin = {
+        "anchor": anchor.digest,
+        "data": data.digest,
+        "router": router.model_dump(mode="json"),
+    }
+    metadata = {"origin": digest_bytes(canonical_json(origin))}
+    if kept is not None and kept.exists():
+        return _read_kept(kept, metadata)
+    split = data.splits["train"]
+    table = tabulate(split.tokens, split.source_offsets, anchor.public, router)
+    count = len(split.source_offsets) - 1
+    if not table.is_told.any():
+        raise ConfigError(
+            f"No token is in at least {router.min_documents} of the {count:,} source documents of "
+            f"{data.directory}, so the router has nothing to go by. Give more documents, or lower "
+            "router.min_documents, which all owners of a mixture must agree on."
+        )
+    if router.epsilon is not None and not (table.token_levels.any() or len(table.keys)):
+        raise ConfigError(
+            f"Noise of router.epsilon {router.epsilon:g} hides all that the {count:,} source "
+            f"documents of {data.directory} tell from public text. Give more documents, or raise "
+            "router.epsilon."
+        )
+    tensors = table_tensors(table)
+    if kept is not None:
+        save_tensors(kept, tensors, metadata, is_private=True)
+    return tensors
+
+
+def table_tensors(table: OwnerTable) -> dict[str, Tensor]:
+    """Tensors of a table, as an expert holds them."""
+    tensors = {TOKEN_LEVELS: torch.from_numpy(table.token_levels)}
+    if len(table.keys):
+        tensors[BIGRAM_KEYS] = torch.from_numpy(table.keys)
+        tensors[BIGRAM_LEVELS] = torch.from_numpy(table.pair_levels)
+    return tensors
+
+
+def _read_kept(path: Path, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a noised table that an earlier start of the same run drew."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as f:
+            found = f.metadata() or {}
+            tensors = {n: f.get_tensor(n) for n in f.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as e:
+        raise CheckpointError(f"{path} holds no table: {e}. Use another directory.") from None
+    if found != metadata:
+        raise CheckpointError(
+            f"{path} is the noised table of other text, of another anchor or of other router "
+            "settings. Give this run a directory of its own."
+        )
     return tensors
 
 
@@ -235,7 +295,9 @@ def train_expert(
     Source: §3.3.1.
     """
     set_up(recipe.seed, num_threads)
-    pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public, start)
+    pair, parameters, loss_of_step = prepare_training(
+        anchor, data, name, recipe, public, start, run_dir
+    )
     is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
     replayed = {PUBLIC: public.digest} if is_read and public is not None else {}
     digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
@@ -267,17 +329,19 @@ def prepare_training(
     recipe: ExpertRecipe,
     public: TokenSet | None,
     start: Mapping[str, Tensor] | None = None,
+    run_dir: Path | None = None,
 ) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Losses]]:
     """The pair of anchor and new expert, the parameters that learn, and the loss of a step."""
     _refuse_bad_name(name)
     _refuse_other_tokenizers(anchor, data, public)
     anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
-    first = start_expert(anchor, data, recipe, public) if start is None else start
+    first = start_expert(anchor, data, recipe, public, run_dir) if start is None else start
     pair = assemble_mixture(anchor, {name: first}, recipe.router)
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
-    hold_rows(pair, name, parameters)
+    if isinstance(recipe.router, EvidenceSettings):
+        hold_rows(parameters, find_open_rows(first, data, recipe.router))
 
     def loss_of(ids: Tensor) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
@@ -291,27 +355,39 @@ def prepare_training(
     return pair, parameters, in_parts(_batches(data, public, recipe), loss_of, recipe.train)
 
 
-def hold_rows(pair: MixtureModel, name: str, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Let no row of embedding and head learn whose token the router's table does not tell of, so
-    that which rows have moved shows no word of a few documents. Source: ours."""
-    if pair.router is None:
-        return
-    is_told = pair.router.table(name).token_levels != UNTOLD  # [V]
+def find_open_rows(
+    tensors: Mapping[str, Tensor], data: TokenSet, router: EvidenceSettings
+) -> Tensor:
+    """Tokens whose rows of embedding and head may be other than the anchor's, bool [V].
 
-    def keep(grad: Tensor) -> Tensor:
-        return grad.where(is_told[:, None], 0.0)
+    The router's table must tell of them, and at least `min_documents` source documents hold them:
+    a noised table tells of every token, and where a row has moved its token is in the text.
+    """
+    levels = tensors[TOKEN_LEVELS]
+    split = data.splits["train"]
+    holders = count_tokens(split.tokens, split.source_offsets, len(levels), 1)
+    return (levels != UNTOLD) & torch.from_numpy(holders >= router.min_documents)
+
+
+def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:
+    """Let no row of embedding and head learn but those in `is_open` [V], so that which rows have
+    moved shows no word of a few documents. Source: ours."""
 
     for key, p in parameters.items():
         if key in TOKEN_ROWS:
-            p.register_hook(keep)
+            mask = is_open[:, None].to(p.device)
+            p.register_hook(lambda grad, mask=mask: grad.where(mask, 0.0))
 
 
-def hide_rows(anchor: Anchor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Embedding and head of an expert, as the anchor's are at tokens that its table does not tell
-    of: another table may tell of fewer, and a cut leaves rounding."""
+def hide_rows(
+    anchor: Anchor, tensors: Mapping[str, Tensor], is_open: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Embedding and head of an expert, as the anchor's are at tokens that are not `is_open` [V], by
+    default those that its table does not tell of: another table may tell of fewer, and a cut leaves
+    rounding."""
     if TOKEN_LEVELS not in tensors:
         return {}
-    is_told = (tensors[TOKEN_LEVELS] != UNTOLD)[:, None]
+    is_open = tensors[TOKEN_LEVELS] != UNTOLD if is_open is None else is_open
     found = {}
     for key in TOKEN_ROWS:
         if key in tensors:
@@ -320,7 +396,7 @@ def hide_rows(anchor: Anchor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
             if key.endswith(".weight"):
                 base = cast(Tensor, anchor_matrix(anchor, key.removesuffix(".weight")))
                 base = base.detach().to(rows.device, rows.dtype)
-            found[key] = rows.where(is_told, base)
+            found[key] = rows.where(is_open[:, None], base)
     return found
 
 
@@ -346,11 +422,13 @@ def reroute_expert(
     """A trained expert with another router in place of its own, made as before training.
 
     Its owner alone can do this, with `data` and, for the discriminant router, `public`. What the
-    expert learnt it learnt under the old one.
+    expert learnt it learnt under the old one. With an epsilon every call draws another table, and
+    epsilons of tables that are given away add up.
     """
     tensors = {n: t for n, t in expert.tensors.items() if "router." not in n}
     tensors |= start_router(anchor, data, router, public)
-    tensors |= hide_rows(anchor, tensors)
+    if isinstance(router, EvidenceSettings):
+        tensors |= hide_rows(anchor, tensors, find_open_rows(tensors, data, router))
     shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
     if not (shape.is_ffn_only or isinstance(router, EvidenceSettings)):
         raise ConfigError(
