@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexolmo.data.forms import FAMILIES
 from flexolmo.data.tokenizer import train_tokenizer
 from flexolmo.merge.export import export_stock
 from flexolmo.merge.mixture import LoadedMixture
@@ -142,7 +143,9 @@ def make_anchor(size: str) -> Anchor:
     rows = torch.randn(
         config.num_layers, config.d_model, generator=torch.Generator().manual_seed(9)
     )
-    return build_anchor(model, tokenizer, public_table(config.vocab_size), 0.02 * rows, {})
+    forms = [owner_table(config.vocab_size, NUM_EXPERTS + i) for i in range(len(FAMILIES))]
+    public = public_table(config.vocab_size)
+    return build_anchor(model, tokenizer, public, 0.02 * rows, {}, forms=forms)
 
 
 def expert_shape(config: ModelConfig, scope: str, rank: int = 0) -> ExpertShape:

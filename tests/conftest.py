@@ -259,7 +259,12 @@ def make_wild(pico_anchor):
         )
         return Wild(
             build_anchor(
-                model.to(device, dtype), pico_anchor.tokenizer, pico_anchor.public, rows, {}
+                model.to(device, dtype),
+                pico_anchor.tokenizer,
+                pico_anchor.public,
+                rows,
+                {},
+                forms=pico_anchor.forms,
             )
         )
 

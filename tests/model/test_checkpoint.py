@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def test_saving_twice_writes_the_same_bytes(pico_anchor, pico_anchor_dir, tmp_pa
 def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
     a = pico_anchor
 
-    def digest(model=a.model, public=a.public, rows=a.router_rows, tokenizer=a.tokenizer):
-        return build_anchor(model, tokenizer, public, rows, {}).digest
+    def digest(model=a.model, public=a.public, rows=a.router_rows, forms=a.forms):
+        return build_anchor(model, a.tokenizer, public, rows, {}, forms=forms).digest
 
     assert digest() == a.digest
     changed = type(a.model)(a.config)
@@ -84,6 +85,11 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
         other = array.copy()
         other[7] += 1
         publics.append(BigramModel(**(vars(a.public) | {part: other})))
+    formed = [a.forms[1:], a.forms[::-1]]
+    for part, array in vars(a.forms[0]).items():
+        other = array.copy()
+        other[7] += 1
+        formed.append([replace(a.forms[0], **{part: other}), *a.forms[1:]])
     shifted = a.router_rows.clone()
     shifted[0, 0] += 1e-3
     digests = {
@@ -91,8 +97,9 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
         digest(model=changed),
         digest(rows=shifted),
         *(digest(public=p) for p in publics),
+        *(digest(forms=f) for f in formed),
     }
-    assert len(digests) == 7
+    assert len(digests) == 12
 
 
 def test_a_tensors_digest_tells_dtype_shape_and_bytes_apart():

@@ -29,13 +29,17 @@ FREQUENT = settings(
 TEXTS = st.lists(st.lists(st.integers(0, V - 1), min_size=40, max_size=40), min_size=1, max_size=3)
 
 
-def make_evidence_router(names=NAMES, **changes):
-    """With random tables, each drawn from its expert's name alone."""
-    router = EvidenceRouter(EvidenceSettings(**changes), names, V, BIGRAMS, EOS)
-    for name in names:
+FORMS = st.sampled_from([(), (40,), (0, 60)])  # bigrams of tables of public text in other forms
+
+
+def make_evidence_router(names=NAMES, forms=(), **changes):
+    """With random tables, each drawn from its expert's name, or form's number, alone."""
+    router = EvidenceRouter(EvidenceSettings(**changes), names, V, BIGRAMS, EOS, forms)
+    sizes = {n: BIGRAMS[n] for n in names} | {str(i): n for i, n in enumerate(forms)}
+    for name, size in sizes.items():
         generator = torch.Generator().manual_seed(ord(name[0]))
-        table = router.public if name == PUBLIC else router.table(name)
-        keys = torch.randperm(V * V, generator=generator)[: BIGRAMS[name]].msort()
+        table = table_of(router, name)
+        keys = torch.randperm(V * V, generator=generator)[:size].msort()
         table.bigram_keys.copy_(keys)
         if name == PUBLIC:
             table.unigram.copy_(torch.randn(V, generator=generator).log_softmax(0))
@@ -45,6 +49,13 @@ def make_evidence_router(names=NAMES, **changes):
         for part in (table.tokens, table.contexts, table.pairs):
             part.copy_(2 * torch.randn(part.shape, generator=generator))
     return router
+
+
+def table_of(router, name):
+    """The table of an expert, or of a form by its number."""
+    if name == PUBLIC:
+        return router.public
+    return router.forms[int(name)] if name.isdigit() else router.table(name)
 
 
 def log_prob(table, before, token):
@@ -58,7 +69,7 @@ def evidence(router, name, before, token):
     """What a token says for an owner, in nats over public text, in Python floats."""
     if name == PUBLIC:
         return 0.0
-    table = router.table(name)
+    table = table_of(router, name)
     listed = dict(zip(table.bigram_keys.tolist(), table.pairs.tolist(), strict=True))
     preference = log_prob(router.public, before, token) - router.public.unigram[token].item()
     order = (1 - router.settings.public_order) * preference
@@ -66,10 +77,21 @@ def evidence(router, name, before, token):
     return listed.get(before * V + token, free)
 
 
+def domains(router):
+    """Public, its forms by number, the owners."""
+    return [PUBLIC, *map(str, range(len(router.forms))), *router.names[1:]]
+
+
+def add_up(router, weights):
+    """Weights of experts from those of domains: public's is that of its family."""
+    family = 1 + len(router.forms)
+    return [sum(weights[:family]), *weights[family:]]
+
+
 def likelihoods(router, before, token):
     """What a token says for each domain, over public's."""
     s, found = router.settings, []
-    for name in router.names:
+    for name in domains(router):
         gap = evidence(router, name, before, token)
         found.append(math.exp(s.tempering * min(max(gap, -s.clip_nats), s.clip_nats)))
     return found
@@ -77,8 +99,9 @@ def likelihoods(router, before, token):
 
 def loop_over_tokens(router, ids, on=None):
     """The filter's definition: weights [T][E] of one text, in Python floats."""
-    E, rate = len(router.names), router.settings.switch_rate
-    on = [True] * E if on is None else on
+    rate = router.settings.switch_rate
+    on = [True] * len(router.names) if on is None else on
+    on = [True] * len(router.forms) + list(on)
     prior = [x / sum(on) for x in on]
     weights, before, found = prior, EOS, []
     for token in ids:
@@ -89,7 +112,7 @@ def loop_over_tokens(router, ids, on=None):
             else [(1 - rate) * x / sum(seen) + rate * p for x, p in zip(seen, prior, strict=True)]
         )
         before = token
-        found.append(weights)
+        found.append(add_up(router, weights))
     return found
 
 
@@ -105,10 +128,13 @@ def weights_of(router, ids, active=None, is_token=None):
     tempering=st.sampled_from([0.35, 1.0]),
     clip_nats=st.sampled_from([0.5, 5.0]),
     on=st.tuples(st.booleans(), st.booleans()),
+    forms=FORMS,
 )
 @FREQUENT
-def test_evidence_is_a_filter_over_domains(texts, switch_rate, tempering, clip_nats, on):
-    router = make_evidence_router(switch_rate=switch_rate, tempering=tempering, clip_nats=clip_nats)
+def test_evidence_is_a_filter_over_domains(texts, switch_rate, tempering, clip_nats, on, forms):
+    router = make_evidence_router(
+        forms=forms, switch_rate=switch_rate, tempering=tempering, clip_nats=clip_nats
+    )
     active = torch.tensor([[True, *on]] * len(texts))
     found = weights_of(router, texts, active)
     for b, text in enumerate(texts):
@@ -123,11 +149,13 @@ def test_evidence_is_a_filter_over_domains(texts, switch_rate, tempering, clip_n
     ids=st.lists(st.sampled_from([v for v in range(V) if v != EOS]), min_size=1, max_size=4),
     rate=st.sampled_from([0.003, 0.2, 0.9]),
     names=st.sampled_from([NAMES, [PUBLIC, "a"]]),
+    forms=st.sampled_from([(), (40,)]),
 )
 @settings(FREQUENT, max_examples=15)
-def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
+def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names, forms):
     """P(domain of the token to come | tokens), from every sequence of domains there could be."""
-    router, E = make_evidence_router(names, switch_rate=rate), len(names)
+    router = make_evidence_router(names, forms, switch_rate=rate)
+    E = len(domains(router))
     odds = [0.0] * E
     for path in product(range(E), repeat=len(ids) + 1):
         chance, before = 1 / E, EOS
@@ -136,7 +164,7 @@ def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
             chance *= (1 - rate) * (here == after) + rate / E
             before = token
         odds[path[-1]] += chance
-    expected = torch.tensor(odds, dtype=torch.float64) / sum(odds)
+    expected = torch.tensor(add_up(router, odds), dtype=torch.float64) / sum(odds)
     torch.testing.assert_close(weights_of(router, [ids])[0, -1], expected, rtol=1e-5, atol=1e-9)
 
 
@@ -144,10 +172,11 @@ def test_evidence_is_the_sum_over_all_ways_to_switch(ids, rate, names):
     ids=st.lists(st.integers(0, V - 1), min_size=60, max_size=60),
     cuts=st.sets(st.integers(1, 59), max_size=12),
     active=st.sampled_from([None, [[True, True, False], [True, False, True]]]),
+    forms=FORMS,
 )
 @settings(FREQUENT, max_examples=25)
-def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active):
-    router, active = make_evidence_router(), active and torch.tensor(active)
+def test_evidence_read_in_any_pieces_is_evidence_read_at_once(ids, cuts, active, forms):
+    router, active = make_evidence_router(forms=forms), active and torch.tensor(active)
     whole = torch.tensor([ids, ids[::-1]])
     expected, last = router(whole, None, active, None)
     state, pieces, edges = None, [], [0, *sorted(cuts), 60]
@@ -203,18 +232,18 @@ def test_after_the_end_of_a_text_evidence_starts_afresh(before, text):
     torch.testing.assert_close(found[1:], weights_of(router, [text])[0])
 
 
-@given(texts=TEXTS, data=st.data())
+@given(texts=TEXTS, data=st.data(), forms=FORMS)
 @FREQUENT
-def test_a_disabled_domain_gives_the_bits_of_one_never_merged(texts, data):
+def test_a_disabled_domain_gives_the_bits_of_one_never_merged(texts, data, forms):
     names = [PUBLIC, "a", "b", "c"]
-    merged, ids = make_evidence_router(names), torch.tensor(texts)
+    merged, ids = make_evidence_router(names, forms), torch.tensor(texts)
     subsets = [list(s) for n in range(4) for s in combinations("abc", n)]
     masks = data.draw(st.lists(st.sampled_from(subsets), min_size=len(texts), max_size=len(texts)))
     active = torch.tensor([[n == PUBLIC or n in m for n in names] for m in masks])
     found, _ = merged(ids, None, active, None)
     weights = mixture_weights(found, active, None, min_weight=0.05)
     for b, mask in enumerate(masks):
-        never = make_evidence_router([PUBLIC, *mask])
+        never = make_evidence_router([PUBLIC, *mask], forms)
         expected, _ = never(ids, None, None, None)
         own = mixture_weights(expected, None, None, min_weight=0.05)
         for i, name in enumerate([PUBLIC, *mask]):
@@ -222,6 +251,19 @@ def test_a_disabled_domain_gives_the_bits_of_one_never_merged(texts, data):
             assert torch.equal(weights[b, :, names.index(name)], own[b, :, i])
         off = [names.index(n) for n in names if n not in (PUBLIC, *mask)]
         assert (weights[b][:, off] == 0).all()
+
+
+def test_a_form_of_public_text_counts_as_public_and_only_there():
+    """A form's table that says what an owner's does takes from it, not from public."""
+    plain, formed = make_evidence_router(), make_evidence_router(forms=(BIGRAMS["a"],))
+    for part in ("tokens", "contexts", "pairs", "bigram_keys"):
+        getattr(formed.forms[0], part).copy_(getattr(formed.table("a"), part))
+    ids = torch.randint(0, V, (1, 300), generator=torch.Generator().manual_seed(0))
+    ids[ids == EOS] = 0
+    before, after = weights_of(plain, ids)[0], weights_of(formed, ids)[0]
+    torch.testing.assert_close(after.sum(-1), torch.ones(300).double(), rtol=0, atol=1e-6)
+    assert (after[:, 0] >= after[:, 1]).all()  # the form has the very weight of the owner
+    assert after[:, 1].mean() < 0.8 * before[:, 1].mean()
 
 
 def test_the_order_in_which_owners_came_changes_no_weight(wild):

@@ -133,6 +133,12 @@ FORMS: dict[str, Callable[[Sequence[str], Random], str]] = {
     "lines": _lines,
 }
 
+FAMILIES = {
+    "asking": ["questions", "choices", "passage", "dialogue"],
+    "layout": ["list", "headings", "lines", "spoken", "bare", "mail"],
+    "data": ["fence", "table", "record"],
+}
+
 
 def write_form(form: str, text: str, draw: Random, most_sentences: int = 16) -> str | None:
     """The beginning of `text` in a form of FORMS; None if it has too few sentences for that."""

@@ -17,7 +17,7 @@ from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import EvidenceRouter, LinearRouter, RouterSettings
+from flexolmo.model.router import EvidenceRouter, LevelTable, LinearRouter, RouterSettings
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
     BIGRAM_KEYS,
@@ -28,7 +28,7 @@ from flexolmo.model.shape import (
     expert_shapes,
     shape_of_tensors,
 )
-from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys
+from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys, in_public_steps
 from flexolmo.model.transformer import Block, Linear
 
 
@@ -78,7 +78,12 @@ def assemble_mixture(
     if lines:
         raise MergeError("Experts that do not fit the anchor:\n  " + "\n  ".join(lines))
     model = MixtureModel(
-        config, shapes, router, top_k=top_k, public_bigrams=len(anchor.public.keys)
+        config,
+        shapes,
+        router,
+        top_k=top_k,
+        public_bigrams=len(anchor.public.keys),
+        form_bigrams=[len(table.keys) for table in anchor.forms],
     )
     model.to(anchor.model.device, anchor.model.embed_tokens.weight.dtype)
     with torch.no_grad():
@@ -168,6 +173,10 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:
             (table.bigram_log_probs, public.log_probs),
         ):
             target.copy_(torch.from_numpy(values))
+        settings = in_public_steps(model.router.settings)
+        for module, form in zip(model.router.forms, anchor.forms, strict=True):
+            cast(LevelTable, module).fill(form)
+            cast(LevelTable, module).weigh(public, settings)
 
 
 def _copy_expert(

@@ -9,7 +9,7 @@ D d_model, L layers.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.model.statistics import BigramModel
+from flexolmo.model.statistics import BigramModel, OwnerTable
 from flexolmo.model.stock import (
     INDEX,
     StockConfig,
@@ -94,6 +94,7 @@ class Anchor:
     digest: str
     record: dict[str, Any]
     format_version: int = ANCHOR_VERSION
+    forms: tuple[OwnerTable, ...] = ()  # of public text in other forms, fitted as an owner's
 
     @property
     def config(self) -> ModelConfig:
@@ -107,6 +108,7 @@ def build_anchor(
     router_rows: Tensor,
     record: dict[str, Any],
     format_version: int = ANCHOR_VERSION,
+    forms: Sequence[OwnerTable] = (),
 ) -> Anchor:
     """An anchor in memory; its digest covers configuration, weights, tokenizer and statistics.
 
@@ -128,7 +130,7 @@ def build_anchor(
     if format_version == 1:
         unsaid.add("max_seq_len")
     digest = digest_tensors(
-        [*state.items(), *_public_tensors(public, router_rows).items()],
+        [*state.items(), *_public_tensors(public, router_rows, forms).items()],
         tokenizer=tokenizer.digest,
         config=digest_bytes(
             canonical_json(
@@ -137,7 +139,9 @@ def build_anchor(
         ),
     )
     model.requires_grad_(False)
-    return Anchor(model.eval(), tokenizer, public, router_rows, digest, record, format_version)
+    return Anchor(
+        model.eval(), tokenizer, public, router_rows, digest, record, format_version, tuple(forms)
+    )
 
 
 def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
@@ -155,8 +159,11 @@ def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _public_tensors(public: BigramModel, router_rows: Tensor) -> dict[str, Tensor]:
-    parts = {f"public.{k}": torch.from_numpy(v.copy()) for k, v in vars(public).items()}
+def _public_tensors(
+    public: BigramModel, router_rows: Tensor, forms: Sequence[OwnerTable]
+) -> dict[str, Tensor]:
+    named = [("public", public), *((f"forms.{i}", table) for i, table in enumerate(forms))]
+    parts = {f"{n}.{k}": torch.from_numpy(v.copy()) for n, t in named for k, v in vars(t).items()}
     return parts | {"public.router_rows": router_rows.float()}
 
 
@@ -167,7 +174,8 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
     with write_directory_aside(directory, "anchor.json") as aside:
         write_stock(aside, stock_config(anchor.config, dtype), tensors, anchor.tokenizer)
         save_tensors(
-            aside / "public.safetensors", _public_tensors(anchor.public, anchor.router_rows)
+            aside / "public.safetensors",
+            _public_tensors(anchor.public, anchor.router_rows, anchor.forms),
         )
         write_json(
             aside / "anchor.json",
@@ -207,11 +215,18 @@ def load_anchor(directory: Path) -> Anchor:
         public = BigramModel(
             **{f.name: found[f"public.{f.name}"].numpy().copy() for f in fields(BigramModel)}
         )
+        numbers = {key.split(".")[1] for key in found if key.startswith("forms.")}
+        forms = [
+            OwnerTable(
+                **{f.name: found[f"forms.{i}.{f.name}"].numpy().copy() for f in fields(OwnerTable)}
+            )
+            for i in range(len(numbers))
+        ]
         rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
     tokenizer, version = load_tokenizer(directory), about["format_version"]
-    anchor = build_anchor(model, tokenizer, public, rows, about["record"], version)
+    anchor = build_anchor(model, tokenizer, public, rows, about["record"], version, forms)
     if anchor.digest != about.get("digest"):
         raise CheckpointError(
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "

@@ -167,8 +167,10 @@ class MixtureModel(Transformer):
         *,
         top_k: int | None = None,
         public_bigrams: int = 0,
+        form_bigrams: Sequence[int] = (),
     ):
-        """`experts` maps each owner's expert to its shape; `public_bigrams` are the anchor's."""
+        """`experts` maps each owner's expert to its shape; `public_bigrams` and `form_bigrams` are
+        the anchor's."""
         super().__init__(config)
         self.expert_names = [PUBLIC, *sorted(experts)]
         self.shapes = {n: experts[n] for n in self.expert_names[1:]}
@@ -178,7 +180,12 @@ class MixtureModel(Transformer):
         if isinstance(router, EvidenceSettings):
             sizes = {PUBLIC: public_bigrams} | {n: s.num_bigrams for n, s in self.shapes.items()}
             self.router = EvidenceRouter(
-                router, self.expert_names, config.vocab_size, sizes, config.eos_token_id
+                router,
+                self.expert_names,
+                config.vocab_size,
+                sizes,
+                config.eos_token_id,
+                form_bigrams,
             )
         for i, block in enumerate(self.layers):
             ffns: dict[str, nn.Module] = {PUBLIC: cast(nn.Module, block.mlp)}

@@ -15,7 +15,7 @@ K top_k.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, cast
 
@@ -147,6 +147,12 @@ class LevelTable(nn.Module):
         parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
         return OwnerTable(*(t.cpu().numpy() for t in parts))
 
+    def fill(self, table: OwnerTable) -> None:
+        """Take the numbers of a table of this size."""
+        parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
+        for target, values in zip(parts, vars(table).values(), strict=True):
+            target.copy_(torch.from_numpy(values))
+
     def weigh(self, public: BigramModel, settings: EvidenceSettings) -> None:
         """Find the evidence that follows from the levels."""
         for name, values in vars(weigh_evidence(self.table, public, settings)).items():
@@ -174,6 +180,12 @@ class EvidenceRouter(nn.Module):
     come. The end-of-text token starts afresh. Only the enabled experts take part, and each one's
     evidence depends on its owner and the anchor alone. Source: ours; the filter is the fixed share
     of Herbster and Warmuth 1998.
+
+    Public is several domains where the anchor has tables of public text in other forms, fitted as
+    an owner's. Their chances are added up: an owner must beat the best of them, so that a form
+    which its text has does not stand for its subject.
+
+    S domains: public, its forms, then the other experts.
     """
 
     def __init__(
@@ -183,14 +195,16 @@ class EvidenceRouter(nn.Module):
         vocab_size: int,
         num_bigrams: Mapping[str, int],
         eos_token_id: int,
+        form_bigrams: Sequence[int] = (),
     ):
-        """`num_bigrams` by expert, "public" included."""
+        """`num_bigrams` by expert, "public" included; `form_bigrams` of each table of forms."""
         super().__init__()
         self.settings = settings
         self.names = names
         self.vocab_size = vocab_size
         self.eos_token_id = eos_token_id
         self.public = BigramTable(vocab_size, num_bigrams[PUBLIC])
+        self.forms = nn.ModuleList(LevelTable(vocab_size, n) for n in form_bigrams)
         self.tables = nn.ModuleDict(
             {slot(n): LevelTable(vocab_size, num_bigrams[n]) for n in names if n != PUBLIC}
         )
@@ -200,14 +214,14 @@ class EvidenceRouter(nn.Module):
         return cast(LevelTable, self.tables[slot(name)])
 
     def evidence(self, before: Tensor, ids: Tensor) -> Tensor:
-        """Every expert's evidence at tokens `ids` [n] that stand after `before` [n], float32 [E,n];
+        """Every domain's evidence at tokens `ids` [n] that stand after `before` [n], float32 [S,n];
         not yet clipped."""
         pairs = before * self.vocab_size + ids
         preference = self.public(before, ids, pairs) - self.public.unigram.index_select(0, ids)
         order = (1.0 - self.settings.public_order) * preference
-        found = [torch.zeros_like(order)]
-        found += [self.table(n)(before, ids, pairs, order) for n in self.names[1:]]
-        return torch.stack(found)
+        tables = [*self.forms, *(self.table(n) for n in self.names[1:])]
+        found = [table(before, ids, pairs, order) for table in tables]
+        return torch.stack([torch.zeros_like(order), *found])
 
     def forward(
         self,
@@ -220,21 +234,23 @@ class EvidenceRouter(nn.Module):
         call.
 
         `past` is None, or the second result of the call that read the positions before: the last
-        ids [B] and the experts' weights at the next token, [E,B] float64 on the CPU.
+        ids [B] and the domains' weights at the next token, [S,B] float64 on the CPU.
         """
         B, T = ids.shape
         first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
         before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
         if is_token is not None:  # what stands before the first token is not the padding's id
             before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], first)
-        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [E,T*B]
+        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [S,T*B]
         limit = self.settings.clip_nats
         gap = self.settings.tempering * evidence.clamp_(-limit, limit)
-        likelihood = gap.double().exp_().cpu().numpy().reshape(-1, T, B).swapaxes(0, 1)  # [T,E,B]
+        likelihood = gap.double().exp_().cpu().numpy().reshape(-1, T, B).swapaxes(0, 1)  # [T,S,B]
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
+        num_public = 1 + len(self.forms)
+        on = np.concatenate([on[:1]] * num_public + [on[1:]])  # [S,B]
         # dropped, not multiplied by 0: a table that is off may hold NaN
         likelihood = np.where(on > 0, likelihood, 0.0)
-        prior = on / _sum_of(on, 0)  # [E,B]
+        prior = on / _sum_of(on, 0)  # [S,B]
         is_fresh = ids == self.eos_token_id
         found = self._filter(
             likelihood,
@@ -243,8 +259,10 @@ class EvidenceRouter(nn.Module):
             (is_fresh if is_token is None else is_token & is_fresh).T.cpu().numpy(),
             None if is_token is None else ~is_token.T.cpu().numpy(),
         )
+        public = _sum_of(found[:, :num_public], 1)
+        weights = np.concatenate([public, found[:, num_public:]], axis=1)  # [T,E,B]
         with np.errstate(divide="ignore"):
-            logs = torch.from_numpy(np.log(found)).float().permute(2, 0, 1).to(ids.device)
+            logs = torch.from_numpy(np.log(weights)).float().permute(2, 0, 1).to(ids.device)
         end = ids[:, -1]
         if is_token is not None:
             end = torch.where(is_token[:, -1], end, first[:, 0])
@@ -258,14 +276,14 @@ class EvidenceRouter(nn.Module):
         fresh: np.ndarray,
         padding: np.ndarray | None,
     ) -> np.ndarray:
-        """Weights at the token after each, [T,E,B] float64, from likelihoods [T,E,B], prior and
-        first weights [E,B]; `fresh` and `padding` [T,B] say where the prior, or nothing, follows.
+        """Weights at the token after each, [T,S,B] float64, from likelihoods [T,S,B], prior and
+        first weights [S,B]; `fresh` and `padding` [T,B] say where the prior, or nothing, follows.
 
         Long texts are read in blocks at once. A block's weights are linear in those before it, but
-        for scale: each is read from every expert alone, which gives the weights before all blocks,
+        for scale: each is read from every domain alone, which gives the weights before all blocks,
         and then from these. Blocks depend on B and T alone, as a sum's order must.
         """
-        T, E, B = likelihood.shape
+        T, S, B = likelihood.shape
         most = self.settings.tempering * self.settings.clip_nats  # nats by which one token scales
         period = max(1, int(MAX_NATS / most))
         size = min(math.isqrt(T), period) if T >= LONG_TEXT and B <= FEW_TEXTS else T
@@ -277,7 +295,7 @@ class EvidenceRouter(nn.Module):
             fresh = np.pad(fresh, rest)
             padding = np.pad(padding, rest, constant_values=True)
         # of all blocks, [size,count,...]
-        likelihood = likelihood.reshape(count, size, E, B).swapaxes(0, 1)
+        likelihood = likelihood.reshape(count, size, S, B).swapaxes(0, 1)
         fresh = fresh.reshape(count, size, 1, B).swapaxes(0, 1)
         has_fresh = np.asarray(fresh.any((1, 2, 3)))
         if padding is not None:
@@ -285,7 +303,7 @@ class EvidenceRouter(nn.Module):
         pull = self.settings.switch_rate * prior
 
         def read(t: int, weights: np.ndarray) -> np.ndarray:
-            """Weights [count,...,E,B] after token t of all blocks, from those before."""
+            """Weights [count,...,S,B] after token t of all blocks, from those before."""
 
             def here(x: np.ndarray) -> np.ndarray:
                 return x[t][:, None] if weights.ndim == 4 else x[t]
@@ -298,7 +316,7 @@ class EvidenceRouter(nn.Module):
 
         weights = first[None]
         if count > 1:
-            alone = np.eye(E)[None, :, :, None]  # an expert alone before each block, [count,E,E,B]
+            alone = np.eye(S)[None, :, :, None]  # a domain alone before each block, [count,S,S,B]
             for t in range(size):
                 alone = read(t, alone)
             forgets = np.asarray(fresh.any(0))  # [count,1,B] what stood before the block
@@ -308,13 +326,13 @@ class EvidenceRouter(nn.Module):
                 after = np.where(forgot, block[0], after)
                 starts.append(after / _sum_of(after, 0))
             weights = np.stack(starts)
-        found = np.empty((count, size, E, B))
+        found = np.empty((count, size, S, B))
         for t in range(size):
             weights = read(t, weights)
             if t % period == period - 1:
                 weights = weights / _sum_of(weights, -2)
             found[:, t] = weights
-        every = found.reshape(count * size, E, B)[:T]
+        every = found.reshape(count * size, S, B)[:T]
         return every / _sum_of(every, 1)
 
 

@@ -114,6 +114,15 @@ class EvidenceSettings(Settings):
     )
 
 
+def in_public_steps(settings: EvidenceSettings) -> EvidenceSettings:
+    """`settings`, but with the default steps, in which an anchor's tables of public text are
+    whatever a mixture's owners agreed on."""
+    usual = EvidenceSettings()
+    return settings.model_copy(
+        update={"level_nats": usual.level_nats, "smoothing": usual.smoothing}
+    )
+
+
 @dataclass(frozen=True)
 class BigramModel:
     """A back-off bigram model, as in an ARPA file; natural logarithms.

@@ -2,24 +2,37 @@
 
 import copy
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from flexolmo.config import Settings
 from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
+from flexolmo.data.forms import FAMILIES, write_form
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.loss import language_model_loss
-from flexolmo.model.statistics import fit_bigrams
+from flexolmo.model.statistics import (
+    BigramModel,
+    EvidenceSettings,
+    OwnerTable,
+    fit_bigrams,
+    fit_table,
+)
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.progress import progress
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.loop import TrainSettings, identity_of, in_parts, train
+
+FORM_DOCUMENTS = 20_000  # of public text, that are written in other forms
+FORM_SENTENCES = 40  # of each
 
 
 class AnchorShape(Settings):
@@ -126,5 +139,37 @@ def describe_anchor(
     statistics = fit_bigrams(split.tokens, split.source_offsets, model.config.vocab_size)
     row = mean_hidden_state(model.eval(), embedding_windows(public, model.config.max_seq_len))
     return build_anchor(
-        model, tokenizer, statistics, row.repeat(model.config.num_layers, 1), copy.deepcopy(record)
+        model,
+        tokenizer,
+        statistics,
+        row.repeat(model.config.num_layers, 1),
+        copy.deepcopy(record),
+        forms=fit_forms(public, tokenizer, statistics),
     )
+
+
+def fit_forms(public: TokenSet, tokenizer: Tokenizer, statistics: BigramModel) -> list[OwnerTable]:
+    """A table of public training text in each family of forms, fitted as an owner's; none of those
+    that too few documents can be written in.
+
+    Up to FORM_DOCUMENTS documents, evenly spread, are each written in up to two forms of a family,
+    drawn by a fixed seed. Source: ours.
+    """
+    split = public.splits["train"]
+    draw = Random(0)
+    spread = np.linspace(0, split.num_documents - 1, min(FORM_DOCUMENTS, split.num_documents))
+    rows: dict[str, list[list[int]]] = {family: [] for family in FAMILIES}
+    with progress("forms of public text", len(spread), "documents") as meter:
+        for index in dict.fromkeys(spread.astype(int).tolist()):
+            text = tokenizer.decode(split.document(index).tolist())
+            for family, forms in FAMILIES.items():
+                chosen = draw.sample(forms, min(2, len(forms)))
+                written = [write_form(form, text, draw, FORM_SENTENCES) for form in chosen]
+                rows[family] += tokenizer.encode_batch([t for t in written if t is not None])
+            meter.advance()
+    tables = []
+    for texts in rows.values():
+        ids = np.array([i for row in texts for i in (*row, public.eos_id)], dtype=np.int64)
+        offsets = np.cumsum([0, *(len(row) + 1 for row in texts)])
+        tables.append(fit_table(ids, offsets, statistics, EvidenceSettings()))
+    return [table for table in tables if table.is_told.any()]
