@@ -353,7 +353,7 @@ def time_default_writing(size: str, kind: str, batch: int, rounds: int) -> Recor
 
 
 def filter_in_a_loop(likelihood: np.ndarray, ends: np.ndarray, rate: float) -> np.ndarray:
-    """Experts' weights [T,E,B] after each token, in float64, from likelihoods [T,E,B] and the ends
+    """Domains' weights [T,S,B] after each token, in float64, from likelihoods [T,S,B] and the ends
     of texts [T,B]: the evidence router's filter, position by position."""
     prior = np.full(likelihood.shape[1:], 1.0 / likelihood.shape[1])
     weights = prior
@@ -378,10 +378,13 @@ def time_router(size: str, kind: str, shape: tuple[int, int], rounds: int) -> Re
     def tables() -> np.ndarray:
         evidence = router.evidence(before.flatten(), ids.flatten())
         gaps = s.tempering * evidence.clamp(-s.clip_nats, s.clip_nats)
-        return gaps.double().exp().view(-1, *ids.shape).permute(2, 0, 1).numpy()  # [T,E,B]
+        return gaps.double().exp().view(-1, *ids.shape).permute(2, 0, 1).numpy()  # [T,S,B]
 
     def loop() -> np.ndarray:
-        return filter_in_a_loop(tables(), ends, s.switch_rate)
+        found = filter_in_a_loop(tables(), ends, s.switch_rate)
+        family = 1 + len(router.forms)  # of public, whose weights are added up
+        public = found[:, :family].sum(1, keepdims=True)
+        return np.concatenate([public, found[:, family:]], axis=1)  # [T,E,B]
 
     ours = mixture_weights(router(ids, None, None, None)[0], None, None)  # [B,T,E]
     apart = float((ours - torch.from_numpy(loop()).permute(2, 0, 1)).abs().max())

@@ -347,7 +347,7 @@ def test_whoever_asks_is_told_that_positions_ran_out(house):
 def test_generating_warns_of_a_text_that_ends_because_positions_do(house):
     prompt = "a " * 250
     with pytest.warns(UserWarning, match="Text 2 of 2.*512 positions"):
-        generate(house.mixture(NAMES), ["a", prompt], sampling=Sampling(max_new_tokens=400, seed=1))
+        generate(house.mixture(NAMES), ["a", prompt], sampling=Sampling(max_new_tokens=400, seed=4))
 
 
 # --- choosing one token -------------------------------------------------------------------------

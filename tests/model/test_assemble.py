@@ -48,6 +48,15 @@ def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):
         ):
             t = found.pop(f"router.public.{part}")
             assert torch.equal(t, torch.from_numpy(expected)), part
+        assert len(wild.anchor.forms) == 3
+        for i, form in enumerate(wild.anchor.forms):
+            for part, expected in (
+                ("token_levels", form.token_levels),
+                ("bigram_keys", form.keys),
+                ("bigram_levels", form.pair_levels),
+            ):
+                t = found.pop(f"router.forms.{i}.{part}")
+                assert torch.equal(t, torch.from_numpy(expected)), part
     for i, shape in enumerate(shapes.values()):
         own = [n for n in found if f"expert_e{i}." in n or n.endswith(f"expert_e{i}")]
         assert sum(found.pop(n).numel() for n in own) == count_parameters(

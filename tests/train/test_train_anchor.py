@@ -1,16 +1,31 @@
 """Training and importing an anchor."""
 
 import json
+from dataclasses import replace
+from random import Random
 
+import numpy as np
 import pytest
 import torch
 
 from flexolmo.data.batches import TrainingBatches, embedding_windows
+from flexolmo.data.forms import FAMILIES, write_form
 from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError, DataError
+from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor
+from flexolmo.model.shape import BIGRAM_KEYS, BIGRAM_LEVELS, TOKEN_LEVELS
+from flexolmo.model.statistics import (
+    EvidenceSettings,
+    evidence_of_pairs,
+    fit_table,
+    in_public_steps,
+    table_problems,
+    weigh_evidence,
+)
 from flexolmo.train import loop
 from flexolmo.train.anchor import import_anchor, train_anchor
+from flexolmo.train.expert import ExpertRecipe, start_expert
 from flexolmo.train.loop import TrainSettings
 
 
@@ -43,6 +58,62 @@ def test_an_anchor_learns(pico_anchor, pico_sets, pico_recipe, tmp_path):
     rows = pico_anchor.router_rows
     assert rows.shape == (2, 32)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(2))
+
+
+def test_an_anchor_knows_public_training_text_in_other_forms(pico_anchor, pico_sets):
+    """Each table finds its own forms, of text it was not made from, likelier than public's does."""
+    tokenizer, public = pico_anchor.tokenizer, pico_anchor.public
+    settings = in_public_steps(EvidenceSettings(level_nats=1.0))
+    held = pico_sets["public"].splits["heldout"]
+    texts = [tokenizer.decode(held.document(i).tolist()) for i in range(held.num_documents)]
+    assert len(pico_anchor.forms) == len(FAMILIES)
+    for forms, table in zip(FAMILIES.values(), pico_anchor.forms, strict=True):
+        assert not table_problems(table, public, settings)
+        evidence = weigh_evidence(table, public, settings)
+        gains = []
+        for text in texts:
+            written = write_form(forms[0], text, Random(0))
+            if written is not None:
+                ids = np.array(tokenizer.encode_batch([written])[0])
+                gains.append(evidence_of_pairs(table, evidence, public, settings, ids).mean())
+        assert len(gains) >= 3 and np.mean(gains) > 0.05
+
+
+def test_a_form_that_an_owner_has_does_not_stand_for_its_subject(pico_anchor, pico_sets):
+    """An owner whose text is all questions gets no public question."""
+    tokenizer, draw = pico_anchor.tokenizer, Random(0)
+
+    def questions(name: str, split: str) -> list[list[int]]:
+        held = pico_sets[name].splits[split]
+        texts = [tokenizer.decode(held.document(i).tolist()) for i in range(held.num_documents)]
+        written = [write_form("questions", text, draw) for text in texts]
+        return tokenizer.encode_batch([text for text in written if text is not None])
+
+    rows = [[*row, tokenizer.eos_id] for row in questions("maths", "train")]
+    settings = EvidenceSettings(min_documents=3)
+    offsets = np.cumsum([0, *map(len, rows)])
+    table = fit_table(np.concatenate(rows), offsets, pico_anchor.public, settings)
+
+    recipe = ExpertRecipe(router=settings, scope="ffn")
+    tensors = start_expert(pico_anchor, pico_sets["maths"], recipe) | {
+        key: torch.from_numpy(values)
+        for key, values in zip(
+            (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS), vars(table).values(), strict=True
+        )
+    }
+
+    def weight(anchor, name: str) -> float:
+        """The owner's mean weight on held-out questions of a set."""
+        router = assemble_mixture(anchor, {"maths": tensors}, settings).router
+        found = [
+            router(torch.tensor([ids]), None, None, None)[0].exp()[0, :, 1].mean().item()
+            for ids in questions(name, "heldout")
+        ]
+        return float(np.mean(found))
+
+    without = replace(pico_anchor, forms=())
+    assert weight(without, "public") > 2 * weight(pico_anchor, "public")
+    assert weight(pico_anchor, "maths") > 0.6 > 0.4 > weight(pico_anchor, "public")
 
 
 def test_the_same_recipe_gives_the_same_anchor(train_briefly):

@@ -131,7 +131,12 @@ def test_all_that_is_inherited_stays_bit_for_bit(
     ]
     assert sorted(with_state) == sorted(in_groups) == sorted(learns)
     rebuilt = build_anchor(
-        pico_anchor.model, pico_anchor.tokenizer, pico_anchor.public, pico_anchor.router_rows, {}
+        pico_anchor.model,
+        pico_anchor.tokenizer,
+        pico_anchor.public,
+        pico_anchor.router_rows,
+        {},
+        forms=pico_anchor.forms,
     )
     assert rebuilt.digest == pico_anchor.digest, "the anchor in memory is untouched"
 

@@ -18,6 +18,7 @@ from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.statistics import (
+    PUBLIC_DOCUMENTS,
     BigramModel,
     EvidenceSettings,
     OwnerTable,
@@ -32,7 +33,7 @@ from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.loop import TrainSettings, identity_of, in_parts, train
 
 FORM_DOCUMENTS = 20_000  # of public text, that are written in other forms
-FORM_SENTENCES = 40  # of each
+FORM_SENTENCES = 20  # of each
 
 
 class AnchorShape(Settings):
@@ -149,10 +150,10 @@ def describe_anchor(
 
 
 def fit_forms(public: TokenSet, tokenizer: Tokenizer, statistics: BigramModel) -> list[OwnerTable]:
-    """A table of public training text in each family of forms, fitted as an owner's; none of those
-    that too few documents can be written in.
+    """A table of public training text in each family of forms, fitted as an owner's, but of all
+    that PUBLIC_DOCUMENTS documents hold; none of those that too few can be written in.
 
-    Up to FORM_DOCUMENTS documents, evenly spread, are each written in up to two forms of a family,
+    Up to FORM_DOCUMENTS documents, evenly spread, are each written in one form of each family,
     drawn by a fixed seed. Source: ours.
     """
     split = public.splits["train"]
@@ -163,13 +164,14 @@ def fit_forms(public: TokenSet, tokenizer: Tokenizer, statistics: BigramModel) -
         for index in dict.fromkeys(spread.astype(int).tolist()):
             text = tokenizer.decode(split.document(index).tolist())
             for family, forms in FAMILIES.items():
-                chosen = draw.sample(forms, min(2, len(forms)))
-                written = [write_form(form, text, draw, FORM_SENTENCES) for form in chosen]
-                rows[family] += tokenizer.encode_batch([t for t in written if t is not None])
+                written = write_form(draw.choice(forms), text, draw, FORM_SENTENCES)
+                if written is not None:
+                    rows[family] += tokenizer.encode_batch([written])
             meter.advance()
+    settings = EvidenceSettings(min_documents=PUBLIC_DOCUMENTS)
     tables = []
     for texts in rows.values():
         ids = np.array([i for row in texts for i in (*row, public.eos_id)], dtype=np.int64)
         offsets = np.cumsum([0, *(len(row) + 1 for row in texts)])
-        tables.append(fit_table(ids, offsets, statistics, EvidenceSettings()))
+        tables.append(fit_table(ids, offsets, statistics, settings))
     return [table for table in tables if table.is_told.any()]

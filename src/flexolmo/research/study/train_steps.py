@@ -52,7 +52,7 @@ from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import compress_expert, count_bytes, heal_expert
 
 
-@step_kind("anchor", version=1)
+@step_kind("anchor", version=2)
 def anchor(step: StepContext) -> dict[str, Any]:
     """Train the anchor on public text. Input: corpus. Leaves anchor/."""
     public = step.inputs["corpus"] / "prepared" / PUBLIC
