@@ -85,11 +85,13 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
         other = array.copy()
         other[7] += 1
         publics.append(BigramModel(**(vars(a.public) | {part: other})))
-    formed = [a.forms[1:], a.forms[::-1]]
-    for part, array in vars(a.forms[0]).items():
-        other = array.copy()
-        other[7] += 1
-        formed.append([replace(a.forms[0], **{part: other}), *a.forms[1:]])
+    first, *others = a.forms
+    fewer = replace(first, keys=first.keys[:-1], pair_levels=first.pair_levels[:-1])
+    formed = [others, a.forms[::-1], [fewer, *others]]
+    for part in ("token_levels", "pair_levels"):
+        lower = vars(first)[part].copy()
+        lower[lower > -100] -= 1
+        formed.append([replace(first, **{part: lower}), *others])
     shifted = a.router_rows.clone()
     shifted[0, 0] += 1e-3
     digests = {
@@ -100,6 +102,30 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
         *(digest(forms=f) for f in formed),
     }
     assert len(digests) == 12
+
+
+def test_a_table_of_forms_that_is_none_is_refused(pico_anchor):
+    a = pico_anchor
+    first, *others = a.forms
+    for part, values in (
+        ("token_levels", first.token_levels[:-1]),
+        ("token_levels", first.token_levels.astype(np.int64)),
+        ("token_levels", np.full_like(first.token_levels, 40)),
+        ("keys", first.keys[::-1]),
+        ("keys", first.keys[:-1]),
+        ("pair_levels", np.full_like(first.pair_levels, 100)),
+    ):
+        forms = [replace(first, **{part: values}), *others]
+        with pytest.raises(CheckpointError, match="table 0 of public text in other forms is none"):
+            build_anchor(a.model, a.tokenizer, a.public, a.router_rows, {}, forms=forms)
+
+
+def test_an_anchor_without_forms_is_read_as_before(pico_anchor, tmp_path):
+    a = pico_anchor
+    old = build_anchor(a.model, a.tokenizer, a.public, a.router_rows, {})
+    save_anchor(old, tmp_path / "old")
+    back = load_anchor(tmp_path / "old")
+    assert back.forms == () and back.digest == old.digest != a.digest
 
 
 def test_a_tensors_digest_tells_dtype_shape_and_bytes_apart():
@@ -135,7 +161,7 @@ def test_one_flipped_byte_anywhere_in_the_numbers_is_refused(copied, file):
         spoilt = bytearray(data)
         spoilt[place] ^= 1 << rng.randrange(8)
         path.write_bytes(spoilt)
-        with pytest.raises(CheckpointError, match=r"was changed.*Fetch the anchor again"):
+        with pytest.raises(CheckpointError, match=r"(was changed|is none).*Fetch the anchor again"):
             load_anchor(copied)
     path.write_bytes(data)
     load_anchor(copied)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -33,7 +34,7 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.model.statistics import BigramModel, OwnerTable
+from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, table_problems
 from flexolmo.model.stock import (
     INDEX,
     StockConfig,
@@ -126,6 +127,7 @@ def build_anchor(
         )
     state = model.state_dict()
     _refuse_numbers(state | {"router_rows": router_rows})
+    _refuse_forms(forms, public)
     unsaid = set() if model.config.document_mask else {"document_mask"}
     if format_version == 1:
         unsaid.add("max_seq_len")
@@ -157,6 +159,27 @@ def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
             f"The anchor holds NaN or infinity in {', '.join(bad)}: neither reading nor training "
             "can use it. Get whole weights."
         )
+
+
+def _refuse_forms(forms: Sequence[OwnerTable], public: BigramModel) -> None:
+    """Raises CheckpointError for tables of public text that are none."""
+    size = len(public.unigram)
+    for i, table in enumerate(forms):
+        shapes = [values.shape for values in vars(table).values()]
+        dtypes = [values.dtype for values in vars(table).values()]
+        if shapes != [(size,), table.keys.shape, table.keys.shape] or dtypes != [
+            np.int8,
+            np.int64,
+            np.int8,
+        ]:
+            lines = [f"shapes {shapes} and dtypes {dtypes}"]
+        else:
+            lines = table_problems(table, public, EvidenceSettings())
+        if lines:
+            raise CheckpointError(
+                f"The anchor's table {i} of public text in other forms is none: {'; '.join(lines)}. "
+                "Fetch the anchor again."
+            )
 
 
 def _public_tensors(
