@@ -104,7 +104,8 @@ def test_the_digest_covers_weights_statistics_and_rows(pico_anchor):
     assert len(digests) == 12
 
 
-def test_a_table_of_forms_that_is_none_is_refused(pico_anchor):
+def test_a_table_of_forms_that_is_none_is_refused(pico_anchor, tmp_path):
+    """Also with a digest that is of the whole."""
     a = pico_anchor
     first, *others = a.forms
     for part, values in (
@@ -116,8 +117,10 @@ def test_a_table_of_forms_that_is_none_is_refused(pico_anchor):
         ("pair_levels", np.full_like(first.pair_levels, 100)),
     ):
         forms = [replace(first, **{part: values}), *others]
+        made = build_anchor(a.model, a.tokenizer, a.public, a.router_rows, {}, forms=forms)
+        save_anchor(made, tmp_path / "anchor")
         with pytest.raises(CheckpointError, match="table 0 of public text in other forms is none"):
-            build_anchor(a.model, a.tokenizer, a.public, a.router_rows, {}, forms=forms)
+            load_anchor(tmp_path / "anchor")
 
 
 def test_an_anchor_without_forms_is_read_as_before(pico_anchor, tmp_path):
@@ -161,7 +164,7 @@ def test_one_flipped_byte_anywhere_in_the_numbers_is_refused(copied, file):
         spoilt = bytearray(data)
         spoilt[place] ^= 1 << rng.randrange(8)
         path.write_bytes(spoilt)
-        with pytest.raises(CheckpointError, match=r"(was changed|is none).*Fetch the anchor again"):
+        with pytest.raises(CheckpointError, match=r"was changed.*Fetch the anchor again"):
             load_anchor(copied)
     path.write_bytes(data)
     load_anchor(copied)

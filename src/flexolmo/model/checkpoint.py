@@ -127,7 +127,6 @@ def build_anchor(
         )
     state = model.state_dict()
     _refuse_numbers(state | {"router_rows": router_rows})
-    _refuse_forms(forms, public)
     unsaid = set() if model.config.document_mask else {"document_mask"}
     if format_version == 1:
         unsaid.add("max_seq_len")
@@ -161,10 +160,10 @@ def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _refuse_forms(forms: Sequence[OwnerTable], public: BigramModel) -> None:
-    """Raises CheckpointError for tables of public text that are none."""
-    size = len(public.unigram)
-    for i, table in enumerate(forms):
+def _refuse_forms(directory: Path, anchor: Anchor) -> None:
+    """Raises CheckpointError for tables of public text in other forms that are none."""
+    size = len(anchor.public.unigram)
+    for i, table in enumerate(anchor.forms):
         shapes = [values.shape for values in vars(table).values()]
         dtypes = [values.dtype for values in vars(table).values()]
         if shapes != [(size,), table.keys.shape, table.keys.shape] or dtypes != [
@@ -174,11 +173,10 @@ def _refuse_forms(forms: Sequence[OwnerTable], public: BigramModel) -> None:
         ]:
             lines = [f"shapes {shapes} and dtypes {dtypes}"]
         else:
-            lines = table_problems(table, public, EvidenceSettings())
+            lines = table_problems(table, anchor.public, EvidenceSettings())
         if lines:
             raise CheckpointError(
-                f"The anchor's table {i} of public text in other forms is none: {'; '.join(lines)}. "
-                "Fetch the anchor again."
+                f"{directory}: table {i} of public text in other forms is none: {'; '.join(lines)}."
             )
 
 
@@ -255,6 +253,7 @@ def load_anchor(directory: Path) -> Anchor:
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "
             f"{about.get('digest')}. Fetch the anchor again."
         )
+    _refuse_forms(directory, anchor)
     return anchor
 
 
