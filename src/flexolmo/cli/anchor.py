@@ -134,6 +134,7 @@ def inspect(anchor: Annotated[Path, typer.Argument(help="Directory of an anchor.
                 "config": found.config.model_dump(),
                 "parameters": sum(p.numel() for p in found.model.parameters()),
                 "public_bigrams": len(found.public.keys),
+                "form_bigrams": [len(table.keys) for table in found.forms],
                 "record": found.record,
             },
             indent=2,
