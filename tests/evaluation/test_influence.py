@@ -314,6 +314,20 @@ def test_who_is_within_may_not_take_a_newcomers_text(town, tmp_path):
         add_experts(out, [town.bundles["news"]], town.trusted, admission=judge)
 
 
+def test_who_is_within_is_judged_on_newcomers_text_alone():
+    def effects(public, **others):
+        effect = {name: {"change": x, "weight": 0.0} for name, x in others.items()}
+        return {"public": {"change": public, "weight": 0.0}, "forms": {}, "others": effect}
+
+    limits = {"public": 0.1, "others": 0.1}
+    within = {"experts": {"old": effects(0.9, older=0.9, new=0.05), "new": effects(0.0, old=0.0)}}
+    refuse_excess(within, limits, ["new"])
+    within["experts"]["old"]["others"]["new"]["change"] = 0.2
+    with pytest.raises(MergeError, match=r"  old: others \(new\) is 20") as refused:
+        refuse_excess(within, limits, ["new"])
+    assert "older" not in str(refused.value) and "public" not in str(refused.value)
+
+
 def test_a_check_is_what_adding_would_measure(town, village, tmp_path):
     """With the mixture's own number of experts, and all that a mixture keeps."""
     before = tree(village)
