@@ -105,6 +105,26 @@ def test_noise_that_hides_everything_is_refused(pico_anchor, pico_sets):
         start_router(pico_anchor, pico_sets["maths"], coarse)
 
 
+def test_a_start_that_is_refused_draws_no_second_table(pico_anchor, pico_sets, tmp_path):
+    """Or the table that is let through would be the luckiest of many."""
+    coarse = EvidenceSettings(epsilon=0.01, level_nats=5.0)
+    drawn = []
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="hides all"):
+            start_router(pico_anchor, pico_sets["maths"], coarse, run_dir=tmp_path)
+        drawn.append((tmp_path / NOISED_TABLE).read_bytes())
+    assert drawn[0] == drawn[1]
+
+
+def test_a_run_whose_table_was_lost_does_not_go_on_with_another(
+    pico_anchor, pico_sets, recipe, tmp_path
+):
+    train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path)
+    (tmp_path / NOISED_TABLE).unlink()
+    with pytest.raises(CheckpointError, match="belongs to a run with another recipe"):
+        train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path)
+
+
 def held_by(data, size, least):
     split = data.splits["train"]
     return torch.from_numpy(count_tokens(split.tokens, split.source_offsets, size, 1) >= least)

@@ -229,26 +229,28 @@ def start_table(
         "router": router.model_dump(mode="json"),
     }
     metadata = {"origin": digest_bytes(canonical_json(origin))}
-    if kept is not None and kept.exists():
-        return _read_kept(kept, metadata)
     split = data.splits["train"]
-    table = tabulate(split.tokens, split.source_offsets, anchor.public, router)
     count = len(split.source_offsets) - 1
-    if not table.is_told.any():
+    if kept is not None and kept.exists():
+        tensors = _read_kept(kept, metadata)
+    else:
+        table = tabulate(split.tokens, split.source_offsets, anchor.public, router)
+        tensors = table_tensors(table)
+        if kept is not None:  # also one that is refused below: another draw would be counted
+            save_tensors(kept, tensors, metadata, is_private=True)
+    if not (tensors[TOKEN_LEVELS] != UNTOLD).any():
         raise ConfigError(
             f"No token is in at least {router.min_documents} of the {count:,} source documents of "
             f"{data.directory}, so the router has nothing to go by. Give more documents, or lower "
             "router.min_documents, which all owners of a mixture must agree on."
         )
-    if router.epsilon is not None and not (table.token_levels.any() or len(table.keys)):
+    is_noise = not tensors[TOKEN_LEVELS].any() and BIGRAM_KEYS not in tensors
+    if router.epsilon is not None and is_noise:
         raise ConfigError(
             f"Noise of router.epsilon {router.epsilon:g} hides all that the {count:,} source "
             f"documents of {data.directory} tell from public text. Give more documents, or raise "
-            "router.epsilon."
+            "router.epsilon, in a run of its own: what was drawn for this one counts too."
         )
-    tensors = table_tensors(table)
-    if kept is not None:
-        save_tensors(kept, tensors, metadata, is_private=True)
     return tensors
 
 
@@ -307,6 +309,9 @@ def train_expert(
     identity |= {"is_compiled": True} if record["is_compiled"] else {}
     if start is not None:
         identity["start"] = digest_tensors(start.items())
+    if isinstance(recipe.router, EvidenceSettings) and recipe.router.epsilon is not None:
+        table = {k: t for k, t in expert_tensors(pair, name).items() if k.startswith("router.")}
+        identity["table"] = digest_tensors(table.items())
     result = train(
         parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
     )
