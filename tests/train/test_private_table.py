@@ -17,6 +17,7 @@ from flexolmo.train.expert import (
     NOISED_TABLE,
     ExpertRecipe,
     load_expert,
+    moved_rows,
     pack_expert,
     reroute_expert,
     save_expert,
@@ -24,6 +25,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.shrink import compress_expert
 
 LEVELS = "router.token_levels"
 
@@ -123,6 +125,14 @@ def test_a_run_whose_table_was_lost_does_not_go_on_with_another(
     (tmp_path / NOISED_TABLE).unlink()
     with pytest.raises(CheckpointError, match="belongs to a run with another recipe"):
         train_expert(pico_anchor, pico_sets["maths"], "maths", recipe, tmp_path)
+
+
+def test_a_cut_moves_no_row_that_was_not_moved(pico_anchor, pico_sets, expert):
+    cut = compress_expert(pico_anchor, expert, rank=3, delta_rank=3)
+    closed = ~moved_rows(pico_anchor, expert.tensors)
+    assert closed.any()
+    for part in ("embed_tokens.lora_b", "lm_head.lora_b"):
+        assert not cut.tensors[part][closed].any() and cut.tensors[part][~closed].any()
 
 
 def held_by(data, size, least):

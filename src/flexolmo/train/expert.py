@@ -405,6 +405,18 @@ def hide_rows(
     return found
 
 
+def moved_rows(anchor: Anchor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Tokens, bool [V], whose row of embedding or head an expert has moved from the anchor's."""
+    found = torch.zeros(anchor.config.vocab_size, dtype=torch.bool)
+    for key in tensors.keys() & set(TOKEN_ROWS):
+        rows = tensors[key].cpu()
+        if key.endswith(".weight"):
+            base = cast(Tensor, anchor_matrix(anchor, key.removesuffix(".weight")))
+            rows = rows - base.detach().to(rows.device, rows.dtype)
+        found |= (rows != 0).any(1)
+    return found
+
+
 def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[str, Tensor]:
     """The expert's tensors as a bundle will hold them, on the CPU."""
     in_rows = torch.contiguous_format

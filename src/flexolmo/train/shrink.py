@@ -17,7 +17,7 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.train.compress import Curvature, compress_rank, measure_curvature, prune_width
-from flexolmo.train.expert import Expert, ExpertRecipe, Scope, hide_rows, train_expert
+from flexolmo.train.expert import Expert, ExpertRecipe, Scope, hide_rows, moved_rows, train_expert
 from flexolmo.train.loop import TrainSettings
 
 HEALING = TrainSettings(steps=40, optimizer="adamw", learning_rate=4e-4, warmup_steps=4)
@@ -52,7 +52,7 @@ def compress_expert(
         if curvature is None and data is not None and is_cut:
             curvature = curvature_of(anchor, expert, data)
         tensors = compress_rank(anchor, expert.tensors, rank, delta_rank, curvature)
-        tensors |= hide_rows(anchor, tensors)
+        tensors |= hide_rows(anchor, tensors, moved_rows(anchor, expert.tensors))
         how = {
             "rank": rank,
             "delta_rank": dict(delta_rank) if isinstance(delta_rank, Mapping) else delta_rank,
