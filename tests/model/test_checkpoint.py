@@ -114,6 +114,8 @@ def test_a_table_of_forms_that_is_none_is_refused(pico_anchor, tmp_path):
         ("token_levels", np.full_like(first.token_levels, 40)),
         ("keys", first.keys[::-1]),
         ("keys", first.keys[:-1]),
+        ("keys", first.keys[:, None]),
+        ("keys", np.array(first.keys[0])),
         ("pair_levels", np.full_like(first.pair_levels, 100)),
     ):
         forms = [replace(first, **{part: values}), *others]

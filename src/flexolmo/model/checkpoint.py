@@ -34,7 +34,13 @@ from flexolmo.files import (
     write_directory_aside,
     write_json,
 )
-from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, table_problems
+from flexolmo.model.statistics import (
+    BigramModel,
+    EvidenceSettings,
+    OwnerTable,
+    in_public_steps,
+    table_problems,
+)
 from flexolmo.model.stock import (
     INDEX,
     StockConfig,
@@ -166,14 +172,11 @@ def _refuse_forms(directory: Path, anchor: Anchor) -> None:
     for i, table in enumerate(anchor.forms):
         shapes = [values.shape for values in vars(table).values()]
         dtypes = [values.dtype for values in vars(table).values()]
-        if shapes != [(size,), table.keys.shape, table.keys.shape] or dtypes != [
-            np.int8,
-            np.int64,
-            np.int8,
-        ]:
+        pairs = (table.keys.size,)
+        if shapes != [(size,), pairs, pairs] or dtypes != [np.int8, np.int64, np.int8]:
             lines = [f"shapes {shapes} and dtypes {dtypes}"]
         else:
-            lines = table_problems(table, anchor.public, EvidenceSettings())
+            lines = table_problems(table, anchor.public, in_public_steps(EvidenceSettings()))
         if lines:
             raise CheckpointError(
                 f"{directory}: table {i} of public text in other forms is none: {'; '.join(lines)}."

@@ -182,7 +182,7 @@ class EvidenceRouter(nn.Module):
     of Herbster and Warmuth 1998.
 
     Public is several domains where the anchor has tables of public text in other forms, fitted as
-    an owner's. Their chances are added up: an owner must beat the best of them, so that a form
+    an owner's. Their chances are added up: an owner must beat them together, so that a form
     which its text has does not stand for its subject.
 
     S domains: public, its forms, then the other experts.

@@ -21,6 +21,7 @@ MOST_LEVELS = 100  # that a level may be from 0
 MOST_LISTED = 0.98  # of the probability after a token, that the pairs told of may have
 LEAST_LEFT = 1e-4  # of it, over which the rest is spread
 PUBLIC_DOCUMENTS = 3  # in which public text must hold a token or bigram to count as present
+PUBLIC_STEPS = {"level_nats": 0.5, "smoothing": 0.001}  # of anchors' tables, in whatever release
 OWNERS_CHOICE = ("epsilon", "delta")  # settings in which owners of one mixture may differ
 
 
@@ -115,12 +116,9 @@ class EvidenceSettings(Settings):
 
 
 def in_public_steps(settings: EvidenceSettings) -> EvidenceSettings:
-    """`settings`, but with the default steps, in which an anchor's tables of public text are
-    whatever a mixture's owners agreed on."""
-    usual = EvidenceSettings()
-    return settings.model_copy(
-        update={"level_nats": usual.level_nats, "smoothing": usual.smoothing}
-    )
+    """`settings`, but with the steps in which an anchor's tables of public text are, whatever a
+    mixture's owners agreed on."""
+    return settings.model_copy(update=PUBLIC_STEPS)
 
 
 @dataclass(frozen=True)

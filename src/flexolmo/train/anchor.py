@@ -24,6 +24,7 @@ from flexolmo.model.statistics import (
     OwnerTable,
     fit_bigrams,
     fit_table,
+    in_public_steps,
 )
 from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
 from flexolmo.model.transformer import ModelConfig, Transformer
@@ -168,7 +169,7 @@ def fit_forms(public: TokenSet, tokenizer: Tokenizer, statistics: BigramModel) -
                 if written is not None:
                     rows[family] += tokenizer.encode_batch([written])
             meter.advance()
-    settings = EvidenceSettings(min_documents=PUBLIC_DOCUMENTS)
+    settings = in_public_steps(EvidenceSettings(min_documents=PUBLIC_DOCUMENTS))
     tables = []
     for texts in rows.values():
         ids = np.array([i for row in texts for i in (*row, public.eos_id)], dtype=np.int64)
