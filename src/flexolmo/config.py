@@ -27,19 +27,26 @@ def read_recipe(path: Path | None, schema: type[Schema], overrides: Sequence[str
 
     Raises ConfigError that lists every unknown key and bad value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"Recipe {path} does not exist.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-            raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
+    values = {} if path is None else _read(path)
     for text in overrides:
         _override(values, text)
     return parse_settings(
         _merge(_defaults(schema), values), schema, str(path or "the command line")
     )
+
+
+def has_key(path: Path, key: str) -> bool:
+    """True if the recipe in `path` has this section or value; ConfigError as `read_recipe`."""
+    return key in _read(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"Recipe {path} does not exist.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
 
 
 def parse_settings(values: dict[str, Any], schema: type[Schema], where: str) -> Schema:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from itertools import pairwise
+from statistics import NormalDist
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from flexolmo.audit.statistics import (
 )
 from flexolmo.bundle.signing import create_key
 from flexolmo.errors import ConfigError
+from flexolmo.model.private_statistics import find_sigma
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.statistics import EvidenceSettings, OwnerTable, count_tokens, fit_table
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
@@ -122,6 +124,9 @@ def test_noise_hides_which_documents_are_in_the_table(pico_anchor, pico_sets, mo
     theirs, ours = (find_members(pico_anchor, x, data, 0) for x in (loose, noised))
     assert abs(ours["calibrated"]["auc"] - 0.5) < 0.15 < theirs["calibrated"]["auc"] - 0.5
     assert ours["knows_the_rest"]["share"] < theirs["knows_the_rest"]["share"]
+    assert ours["knows_the_rest"]["at_most"] == pytest.approx(
+        NormalDist(0, 2**0.5 * find_sigma(4.0, 1e-6)).cdf(1)
+    )
     found = audit_statistics(pico_anchor, noised, data)
     assert (found["epsilon"], found["delta"]) == (4.0, 1e-6)
     for part in ("embed_tokens", "lm_head"):  # all rows may be told of, none to attack has moved
@@ -160,7 +165,7 @@ def test_a_bundle_is_attacked_like_its_run(tmp_path, pico_anchor, pico_sets, exp
 def test_what_does_not_go_together_is_refused(tmp_path, pico_anchor, pico_sets, expert):
     with pytest.raises(ConfigError, match="neither a bundle nor the run"):
         open_expert(tmp_path)
-    with pytest.raises(ConfigError, match=r"trained on a set with digest .*Attack it with"):
+    with pytest.raises(ConfigError, match=r"trained on the set of commitment .*Attack it with"):
         audit_statistics(pico_anchor, expert, pico_sets["public"])
     with pytest.raises(ConfigError, match="Give the anchor of its training"):
         audit_statistics(

@@ -51,5 +51,5 @@ def test_mixed_text_turns_from_set_to_set():
 
 
 def test_an_expert_without_its_set_is_refused(pico_anchor, pico_sets, experts):
-    with pytest.raises(ConfigError, match=r"news was trained on a set .* Give its prepared set"):
+    with pytest.raises(ConfigError, match=r"news was trained on the set .* Give that set"):
         quality_curve(pico_anchor, experts, {"maths": pico_sets["maths"]}, [EvidenceSettings()])

@@ -1,3 +1,4 @@
+import hmac
 import json
 import random
 import re
@@ -17,7 +18,7 @@ from flexolmo.data.batches import open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.documents import read_documents
 from flexolmo.data.formats import ReadSettings
-from flexolmo.data.prepare import SPLITS, PrepareSettings, card_digest, prepare_set
+from flexolmo.data.prepare import SPLITS, PrepareSettings, card_digest, prepare_set, read_salt
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import digest_file, write_json
@@ -86,7 +87,9 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, public_set, monkeypat
         cards.append(
             prepare_set(raw, out, None, public_set, (), settings, say=said.append, workers=workers)
         )
-        assert _files(out) == _files(tmp_path / "p0") and cards[-1] == cards[0] and said
+        found, first = _files(out), _files(tmp_path / "p0")
+        assert found.pop("salt") != first.pop("salt") or workers == 1
+        assert found == first and cards[-1] == cards[0] and said
     reasons = {"empty", "too short", "in public set", "exact duplicate", "near duplicate"}
     assert reasons >= {*cards[0]["removed"]["documents"]} >= reasons - {"too short"}
 
@@ -112,6 +115,25 @@ def test_preparing_again_does_nothing_and_a_damaged_file_is_made_anew(tmp_path, 
     (out / "train_tokens.npy").write_bytes(b"damaged")
     prepare_set(raw, out, public=public_set, settings=SMALL)
     assert _files(out) == before
+
+
+def test_a_commitment_names_card_and_salt_and_tells_neither(tmp_path, public_set):
+    texts = [made_text(i) for i in range(100, 130)]
+    raw = write_raw(tmp_path, "owner", texts)
+    for name in ("a", "b"):
+        prepare_set(raw, tmp_path / name, public=public_set, settings=SMALL)
+    a, b = (open_set(tmp_path / name) for name in ("a", "b"))
+    assert a.digest == b.digest and a.commitment != b.commitment
+    salt = (tmp_path / "a" / "salt").read_bytes()
+    expected = hmac.new(salt, a.digest.encode(), sha256).hexdigest()
+    assert a.commitment == f"sha256:{expected}" and len(salt) == 32
+    assert (tmp_path / "a" / "salt").stat().st_mode & 0o077 == 0
+    (tmp_path / "a" / "salt").write_bytes(b"short")
+    with pytest.raises(DataError, match="holds 5 bytes, expected 32"):
+        _ = open_set(tmp_path / "a").commitment
+    (tmp_path / "a" / "salt").unlink()
+    prepare_set(raw, tmp_path / "a", public=public_set, settings=SMALL)
+    assert len(read_salt(tmp_path / "a")) == 32
 
 
 def test_text_of_the_public_set_and_of_other_sets_is_removed(tmp_path, public_set):

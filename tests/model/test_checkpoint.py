@@ -18,7 +18,7 @@ from flexolmo.model.checkpoint import (
     load_anchor,
     save_anchor,
 )
-from flexolmo.model.statistics import BigramModel
+from flexolmo.model.statistics import BigramModel, OwnerTable
 from flexolmo.model.stock import StockConfig, read_stock_config, read_tensors
 
 
@@ -234,11 +234,26 @@ def test_an_anchor_of_the_first_format_is_still_read(pico_anchor, tmp_path):
         load_anchor(tmp_path / "a")
 
 
+@pytest.mark.parametrize(("version", "count"), [(2, 1), (3, 17)])
+def test_an_anchor_with_more_tables_of_forms_than_its_format_has_is_refused(
+    pico_anchor, tmp_path, version, count
+):
+    a, size = pico_anchor, pico_anchor.config.vocab_size
+    nothing = np.zeros(0, dtype=np.int64)
+    table = OwnerTable(np.zeros(size, dtype=np.int8), nothing, nothing.astype(np.int8))
+    made = build_anchor(
+        a.model, a.tokenizer, a.public, a.router_rows, a.record, version, [table] * count
+    )
+    save_anchor(made, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=f"has {count} tables"):
+        load_anchor(tmp_path / "a")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "x"}, "expected 'flexolmo-anchor' version 2"),
-        ({"format_version": 3}, "expected 'flexolmo-anchor' version 2"),
+        ({"format": "x"}, "expected 'flexolmo-anchor' version 3"),
+        ({"format_version": 4}, "expected 'flexolmo-anchor' version 3"),
         ({"digest": "sha256:0"}, "was changed"),
         ({"digest": None}, "not an anchor's description"),
         ({"record": None}, "not an anchor's description"),

@@ -22,7 +22,7 @@ from flexolmo.train.expert import Expert, table_tensors
 
 Windows = list[tuple[np.ndarray, int]]
 
-TURN_TOKENS = 64  # after which mixed text turns to the next set
+TURN_TOKENS = 64  # after which mixed text turns to the next set, or sooner: all are in a window
 MIXED = "all in turn"
 
 
@@ -50,8 +50,9 @@ def quality_curve(
         name: list(evaluation_windows(data, split, seq_len, max_bytes))
         for name, data in sets.items()
     }
+    turn = min(TURN_TOKENS, (anchor.config.max_seq_len - 1) // len(sets))
     texts[MIXED] = mix_windows(
-        [list(evaluation_windows(data, split, TURN_TOKENS, max_bytes)) for data in sets.values()]
+        [list(evaluation_windows(data, split, turn, max_bytes)) for data in sets.values()]
     )
     tokens = sum(len(ids) - 1 for windows in texts.values() for ids, _ in windows)
     rng = np.random.default_rng(seed)
@@ -118,9 +119,10 @@ def mix_windows(sets: Sequence[Windows]) -> Windows:
 def _set_of(expert: Expert, sets: Mapping[str, TokenSet]) -> str:
     """Name of the set that an expert was trained on."""
     for name, data in sets.items():
-        if data.digest == expert.data_card_digest:
+        if data.commitment == expert.data_card_digest:
             return name
     raise ConfigError(
-        f"Expert {expert.name} was trained on a set with digest {expert.data_card_digest}, which "
-        f"is none of {', '.join(str(d.directory) for d in sets.values())}. Give its prepared set."
+        f"Expert {expert.name} was trained on the set of commitment {expert.data_card_digest}, "
+        f"which is none of {', '.join(str(d.directory) for d in sets.values())}. Give that set as "
+        "it was prepared then."
     )

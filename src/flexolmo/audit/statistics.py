@@ -26,7 +26,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.merge.checks import tensors_of
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture
 from flexolmo.model.checkpoint import Anchor
-from flexolmo.model.private_statistics import tabulate
+from flexolmo.model.private_statistics import find_sigma, tabulate
 from flexolmo.model.router import EvidenceRouter, RouterSettings
 from flexolmo.model.shape import BIGRAM_KEYS, BIGRAM_LEVELS, TOKEN_LEVELS
 from flexolmo.model.statistics import (
@@ -62,10 +62,11 @@ def audit_statistics(
             f"Expert {expert.name} was trained beside anchor {expert.anchor_digest}; this anchor "
             f"is {anchor.digest}. Give the anchor of its training."
         )
-    if expert.data_card_digest != data.digest:
+    if expert.data_card_digest != data.commitment:
         raise ConfigError(
-            f"Expert {expert.name} was trained on a set with digest {expert.data_card_digest}; "
-            f"{data.directory} has {data.digest}. Attack it with the text of its training."
+            f"Expert {expert.name} was trained on the set of commitment "
+            f"{expert.data_card_digest}; {data.directory} has {data.commitment}. Attack it with "
+            "the text of its training, as it was prepared then."
         )
     if not isinstance(expert.router, EvidenceSettings):
         raise ConfigError(
@@ -231,8 +232,9 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     differ in kind. `calibrated`: by somebody who has other documents of the kind: tables of three
     fifths of the training documents, one fifth that is not in them, and what a table of the last
     fifth says taken off. `knows_the_rest`: by somebody who has all documents but one: the share
-    that tables with them find likelier than a table without. Tables stood in for the expert's get
-    its noise; what the attacker has of its own gets hardly any.
+    that a table with them finds likelier than a table without; with noise it is `at_most` so large,
+    whatever is asked of the two. Tables stood in for the expert's get its noise; what the attacker
+    has of its own gets hardly any.
     """
     settings = cast(EvidenceSettings, expert.router)
     rng = np.random.default_rng(seed)  # of noise that protects nobody here
@@ -280,12 +282,15 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     for i, fold in enumerate(folds):
         left = scores(fit(np.flatnonzero(fold_of != i)), members)
         without[fold] = left[fold]
-        with_it += np.where(fold_of != i, left, 0.0) / (FOLDS - 1)
         shadow = fold_of == (i + 1) % FOLDS
+        with_it[shadow] = left[shadow]
         target = fit(np.flatnonzero((fold_of != i) & ~shadow))
         others_say = scores(fit(np.flatnonzero(shadow), attackers), members)
         calibrated[i] = scores(target, members) - others_say
     found["knows_the_rest"] = share(with_it > without)
+    if settings.epsilon is not None:
+        sigma = find_sigma(settings.epsilon, settings.delta)
+        found["knows_the_rest"]["at_most"] = 0.5 * math.erfc(-0.5 / sigma)
     found["calibrated"] = _area_over_folds(calibrated, fold_of, seed)
     return found
 
@@ -443,5 +448,7 @@ def rows_of(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
             "AUC 0.5, were all alike",
         )
         add("the same, by who has others of its kind", members["calibrated"], "AUC 0.5")
-        add("the same, by who has all the others", members["knows_the_rest"], "50.0%")
+        rest = members["knows_the_rest"]
+        bound = f"; noise: at most {rest['at_most']:.1%}" if "at_most" in rest else ""
+        add("the same, by who has all the others", rest, f"50.0%{bound}")
     return rows

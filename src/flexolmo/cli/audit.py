@@ -109,16 +109,12 @@ def curve(
         for name, option, values in tried
         for value in values.split(",")
     ]
-    sets = [open_set(path, base.tokenizer.digest) for path in data]
-    found = quality_curve(
-        base,
-        opened,
-        {s.name: s for s in sets},
-        choices,
-        split=split,
-        max_bytes=max_bytes,
-        seed=seed,
-    )
+    sets = {s.name: s for s in (open_set(path, base.tokenizer.digest) for path in data)}
+    if len(sets) < len(data):
+        raise ConfigError(
+            f"Two of {', '.join(map(str, data))} hold sets of one name; give each set once."
+        )
+    found = quality_curve(base, opened, sets, choices, split=split, max_bytes=max_bytes, seed=seed)
     write_json(out / "curve.json", found, is_private=True)
     save_figure(plot_quality_curve(found), out / "curve.png", is_private=True)
     print_quality(found)

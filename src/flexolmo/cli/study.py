@@ -11,7 +11,11 @@ from flexolmo.terminal import echo
 
 def study(
     recipe: Annotated[
-        str, typer.Option(help="mini (two cores), small (one GPU), or a TOML recipe of your own.")
+        str,
+        typer.Option(
+            help="mini (two cores), small (one GPU), scaling (anchors of several sizes, two "
+            "cores), or a TOML recipe of your own."
+        ),
     ] = "mini",
     out: Annotated[
         Path | None,
@@ -31,6 +35,8 @@ def study(
 ) -> None:
     """Every method of the paper against ours, from one recipe: tables, figures, a page.
 
+    A recipe with sizes asks how gain and cost grow: see --recipe scaling.
+
     The study is a graph of steps; each is kept by what it was made from and never done twice.
     Stop it as you like and run it again: it goes on where it was, inside a step too. Whenever it
     ends, results and page are written of the seeds that are finished.
@@ -42,32 +48,28 @@ def study(
         flexolmo study --set seeds=[0] --set has_ablations=false
 
         flexolmo study --recipe small --device cuda --set from_directory=corpora
+
+        flexolmo study --recipe scaling --set 'expert_steps=[20, 80]'
     """
-    from flexolmo.config import read_recipe
-    from flexolmo.files import read_json
     from flexolmo.research.steps.graph import order_steps, run_graph
-    from flexolmo.research.study.recipe import StudyRecipe, build_graph
-    from flexolmo.research.study.results import write_results
-    from flexolmo.research.study.study_page import write_page
+    from flexolmo.research.study.studies import open_study
     from flexolmo.runtime import choose_device
 
     shipped = Path(__file__).parents[1] / "recipes" / f"study_{recipe}.toml"
     path = shipped if shipped.is_file() else Path(recipe)
-    settings = read_recipe(path, StudyRecipe, overrides or ())
     root = out or Path("runs") / f"study-{path.stem.removeprefix('study_')}"
-    graph = build_graph(settings)
+    targets, report = open_study(path, overrides or ())
     if dry_run:
-        steps = order_steps(graph.targets, root)
+        steps = order_steps(targets, root)
         for step, is_done in steps:
             echo(f"{'done' if is_done else '    '}  {step.label}")
         echo(f"{sum(done for _, done in steps)} of {len(steps)} steps are done")
         return
     choose_device(device)
     try:
-        run_graph(graph.targets, root, processes, verify, device)
+        run_graph(targets, root, processes, verify, device)
     finally:
-        written = write_results(graph, root)
-        page = write_page(read_json(written), root)
+        written, page = report(root)
     echo(
         f"Open {page.with_suffix('.html')} (beside it: {page.name} for a code host, "
         f"{written.name} for machines)."

@@ -16,7 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo.data.prepare import PARTS, SPLITS, card_digest, check_file, read_card
+from flexolmo.data.prepare import (
+    PARTS,
+    SPLITS,
+    card_digest,
+    check_file,
+    commit_card,
+    read_card,
+    read_salt,
+)
 from flexolmo.errors import DataError
 
 EMBEDDING_WINDOWS = 64  # windows of text whose mean hidden state stands for a domain
@@ -66,6 +74,12 @@ class TokenSet:
     def digest(self) -> str:
         """`sha256:` digest of the card, and through it of every file."""
         return card_digest(self.card)
+
+    @property
+    def commitment(self) -> str:
+        """What a bundle says of the set; see `prepare.commit_card`. DataError if its salt is
+        lost."""
+        return commit_card(self.card, read_salt(self.directory))
 
     @property
     def eos_id(self) -> int:

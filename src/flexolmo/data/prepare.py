@@ -11,6 +11,8 @@ document; of texts of the same words in several units one is kept.
 """
 
 import hashlib
+import hmac
+import secrets
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +49,7 @@ from flexolmo.files import (
     digest_file,
     read_json,
     recover,
+    write_bytes,
     write_directory_aside,
     write_json,
 )
@@ -55,6 +58,7 @@ from flexolmo.progress import progress
 FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
 PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
+SALT_FILE, SALT_BYTES = "salt", 32
 _DOCUMENTS_AT_ONCE = 1024
 _BYTES_AT_ONCE = 1 << 20
 Item = TypeVar("Item")
@@ -224,6 +228,7 @@ def prepare_set(
         return done
     if not may_replace:
         _refuse_another(out, corpus, recipe)
+    salt = _salt_for(out, recipe)
 
     with (
         write_directory_aside(out, "train_tokens.npy", is_private=corpus.is_private) as aside,
@@ -289,12 +294,32 @@ def prepare_set(
             },
         }
         write_json(aside / "card.json", card)
+        write_bytes(aside / SALT_FILE, salt, is_private=True)
     return card
 
 
 def card_digest(card: dict[str, Any]) -> str:
     """`sha256:` digest that names a prepared set: its card lists the digests of all its files."""
     return digest_bytes(canonical_json(card))
+
+
+def commit_card(card: dict[str, Any], salt: bytes) -> str:
+    """What names a prepared set before others: `sha256:` and the HMAC-SHA256 of its card's digest,
+    with the set's salt as key. Whoever shows card and salt proves which set it was; without the
+    salt nobody can try a guess at the text. Source: ours."""
+    return f"sha256:{hmac.new(salt, card_digest(card).encode(), 'sha256').hexdigest()}"
+
+
+def read_salt(prepared: Path) -> bytes:
+    """The salt of a prepared set, drawn when it was made; DataError if there is none."""
+    path = Path(prepared) / SALT_FILE
+    salt = path.read_bytes() if path.is_file() else b""
+    if len(salt) != SALT_BYTES:
+        raise DataError(
+            f"{path} holds {len(salt)} bytes, expected {SALT_BYTES} drawn at random, without which "
+            "an expert's bundle would tell of its text. Prepare the set again."
+        )
+    return salt
 
 
 class _Counts(BaseModel):
@@ -438,12 +463,26 @@ def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
     except DataError:
         return None
     files = card["files"]
-    if card["recipe"] != recipe or not all(
-        (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
-        for file in files
+    if (
+        card["recipe"] != recipe
+        or not (out / SALT_FILE).is_file()
+        or not all(
+            (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
+            for file in files
+        )
     ):
         return None
     return card
+
+
+def _salt_for(out: Path, recipe: str) -> bytes:
+    """The salt of a set of this recipe: that of the damaged one in `out`, if any, else a new one."""
+    try:
+        if read_card(out)["recipe"] == recipe:
+            return read_salt(out)
+    except DataError:
+        pass
+    return secrets.token_bytes(SALT_BYTES)
 
 
 def _refuse_another(out: Path, corpus: Corpus, recipe: str) -> None:

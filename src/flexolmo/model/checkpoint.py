@@ -53,7 +53,9 @@ from flexolmo.model.stock import (
 )
 from flexolmo.model.transformer import ModelConfig, Transformer
 
-ANCHOR_VERSION = 2
+ANCHOR_VERSION = 3
+FORMLESS_VERSIONS = (1, 2)  # are read too
+MAX_FORMS = 16  # tables of public text in other forms
 SIGNATURE_FILE = "anchor.sig"
 _FILES = (
     "anchor.json",
@@ -167,7 +169,13 @@ def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
 
 
 def _refuse_forms(directory: Path, anchor: Anchor) -> None:
-    """Raises CheckpointError for tables of public text in other forms that are none."""
+    """Raises CheckpointError for too many tables of public text in other forms, or bad ones."""
+    if len(anchor.forms) > (MAX_FORMS if anchor.format_version == ANCHOR_VERSION else 0):
+        raise CheckpointError(
+            f"{directory}, format version {anchor.format_version}, has {len(anchor.forms)} tables "
+            f"of public text in other forms; version {ANCHOR_VERSION} has at most {MAX_FORMS}, "
+            "those before none. Make the anchor again."
+        )
     size = len(anchor.public.unigram)
     for i, table in enumerate(anchor.forms):
         shapes = [values.shape for values in vars(table).values()]
@@ -224,7 +232,7 @@ def load_anchor(directory: Path) -> Anchor:
     if not isinstance(about, dict) or "record" not in about or "digest" not in about:
         raise CheckpointError(f"{directory}/anchor.json is not an anchor's description.")
     if about.get("format") != "flexolmo-anchor" or about.get("format_version") not in (
-        1,
+        *FORMLESS_VERSIONS,
         ANCHOR_VERSION,
     ):
         raise CheckpointError(

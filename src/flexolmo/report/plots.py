@@ -377,7 +377,8 @@ def plot_quality_curve(curve: Results) -> Figure:
     columns = ["owners' sets, mean", *others]
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 1.5 + 0.35 * max(1, len(points))))
     panels = fig.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    for ax, name, colour in zip(panels, columns, _OWNER_COLOURS, strict=False):
+    for i, (ax, name) in enumerate(zip(panels, columns, strict=True)):
+        colour = _OWNER_COLOURS[i % len(_OWNER_COLOURS)]
         values = [p["sets"].get(name, p["own"]) for p in (anchor, *points)]
         ax.axvline(values[0], color=MUTED, lw=1, ls=":")
         for y, value in enumerate(values[1:]):

@@ -160,19 +160,20 @@ def fit_forms(public: TokenSet, tokenizer: Tokenizer, statistics: BigramModel) -
     split = public.splits["train"]
     draw = Random(0)
     spread = np.linspace(0, split.num_documents - 1, min(FORM_DOCUMENTS, split.num_documents))
-    rows: dict[str, list[list[int]]] = {family: [] for family in FAMILIES}
+    rows: dict[str, list[np.ndarray]] = {family: [] for family in FAMILIES}
     with progress("forms of public text", len(spread), "documents") as meter:
         for index in dict.fromkeys(spread.astype(int).tolist()):
             text = tokenizer.decode(split.document(index).tolist())
             for family, forms in FAMILIES.items():
                 written = write_form(draw.choice(forms), text, draw, FORM_SENTENCES)
                 if written is not None:
-                    rows[family] += tokenizer.encode_batch([written])
+                    (ids,) = tokenizer.encode_batch([written])
+                    rows[family].append(np.array([*ids, public.eos_id], dtype=np.int32))
             meter.advance()
     settings = in_public_steps(EvidenceSettings(min_documents=PUBLIC_DOCUMENTS))
     tables = []
     for texts in rows.values():
-        ids = np.array([i for row in texts for i in (*row, public.eos_id)], dtype=np.int64)
-        offsets = np.cumsum([0, *(len(row) + 1 for row in texts)])
-        tables.append(fit_table(ids, offsets, statistics, settings))
+        stream = np.concatenate([np.zeros(0, np.int32), *texts])
+        offsets = np.cumsum([0, *map(len, texts)])
+        tables.append(fit_table(stream, offsets, statistics, settings))
     return [table for table in tables if table.is_told.any()]

@@ -139,7 +139,7 @@ class Expert:
     router: RouterSettings
     tensors: dict[str, Tensor]  # see shape.expert_shapes
     record: dict[str, Any]
-    data_card_digest: str
+    data_card_digest: str  # see prepare.commit_card
     architecture: dict[str, int]  # see shape.architecture_of
 
 
@@ -231,6 +231,11 @@ def start_table(
     metadata = {"origin": digest_bytes(canonical_json(origin))}
     split = data.splits["train"]
     count = len(split.source_offsets) - 1
+    if router.epsilon is not None and router.delta * count >= 1:
+        raise ConfigError(
+            f"router.delta {router.delta:g} allows that one of the {count:,} source documents of "
+            f"{data.directory} is told of outright; give less than {1 / count:.1g}."
+        )
     if kept is not None and kept.exists():
         tensors = _read_kept(kept, metadata)
     else:
@@ -322,7 +327,7 @@ def train_expert(
         recipe.router,
         packed_tensors(pair, name, recipe),
         record,
-        data.digest,
+        data.commitment,
         architecture_of(anchor.config, pair.shapes[name]),
     )
 

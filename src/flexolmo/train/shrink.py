@@ -117,10 +117,10 @@ def heal_expert(
     trained on, or if it has no low-rank delta to keep.
     """
     _refuse_other_anchor(anchor, expert)
-    if data.digest != expert.data_card_digest:
+    if data.commitment != expert.data_card_digest:
         raise ConfigError(
-            f"Expert {expert.name} was trained on a set with digest "
-            f"{expert.data_card_digest}; {data.directory} has {data.digest}. Heal it "
+            f"Expert {expert.name} was trained on a set with commitment "
+            f"{expert.data_card_digest}; {data.directory} has {data.commitment}. Heal it "
             "on the text of its training."
         )
     sizes = dict(expert.architecture)

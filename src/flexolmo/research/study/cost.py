@@ -13,6 +13,21 @@ from flexolmo.model.shape import ExpertShape
 from flexolmo.model.transformer import ModelConfig
 
 
+def count_anchor(config: ModelConfig) -> int:
+    """Numbers in the anchor, or in any dense model of its size."""
+    D, L, c = config.d_model, config.num_layers, config.d_head
+    heads, kv = config.num_heads * c, config.kv_heads * c
+    block = 2 * D * (heads + kv) + heads + kv + 3 * D * config.d_ff + 2 * D
+    return 2 * config.vocab_size * D + D + L * block
+
+
+def training_flops(config: ModelConfig, shape: ExpertShape) -> float:
+    """FLOPs a token of training such an expert beside the anchor: forward, the gradients of all
+    that is read, and those of the expert's own matrices."""
+    whole = mixture_flops(config, [shape], [1.0])
+    return 2 * whole + expert_flops(config, shape)
+
+
 def frame_flops(config: ModelConfig) -> int:
     """Forward FLOPs a token of all but the FFNs: attention's matrices and the head."""
     return _attention_flops(config) + _head_flops(config)

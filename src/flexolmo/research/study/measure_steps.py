@@ -383,3 +383,52 @@ def ablation_score(step: StepContext) -> dict[str, Any]:
 
 def _plain(by_set: Mapping[str, float]) -> dict[str, Any]:
     return {"mean": mean(by_set), "sets": dict(by_set)}
+
+
+@step_kind("scaling_score", version=1)
+def scaling_score(step: StepContext) -> dict[str, Any]:
+    """The rows of one size of anchor and length of training. Leaves scores.json.
+
+    Inputs: anchor, windows, dense.SET, row.NAME, pair.SET, cost.FAMILY.SET.
+    """
+    study = _Study(step)
+    owners, heldout = study.owners, study.dense["heldout"]
+    config = load_anchor(step.inputs["anchor"] / "anchor").config
+    rows = {
+        role.removeprefix("row."): study.read(role)
+        for role in step.inputs
+        if role.startswith("row.")
+    }
+    rows["own_pair"] = {n: study.read(f"pair.{n}")[n] for n in owners}
+    rows["btm"], _, chosen = study.pick(
+        ["temperature"],
+        product(TEMPERATURES),
+        lambda o, split: (btm(study.dense[split], o[0]), 0.0),
+    )
+    costs = [role for role in step.inputs if role.startswith("cost.")]
+    families = dict.fromkeys(role.split(".")[1] for role in costs)
+    anchor_bits = bits_per_byte(heldout[PUBLIC], study.sizes)
+    dense_bits = {n: bits_per_byte(heldout[n], study.sizes)[n] for n in owners}
+    result: dict[str, Any] = {
+        "gap_closed": {n: _plain(study.closed(r)) for n, r in rows.items()},
+        "mixed": {n: _plain(study.closed_mixed(r)) for n, r in rows.items() if MIXED in r},
+        "bits_per_byte": {"anchor": anchor_bits, "dense": dense_bits}
+        | {n: bits_per_byte(r, study.sizes) for n, r in rows.items()},
+        "flops": {
+            family: _measured_flops(
+                step,
+                f"row.{family}",
+                config,
+                [_shape(step.metrics(f"cost.{family}.{n}")) for n in owners],
+            )
+            / dense_flops(config)
+            for family in families
+        },
+        "bytes": {
+            family: float(np.mean([step.metrics(f"cost.{family}.{n}")["bytes"] for n in owners]))
+            for family in families
+        },
+        "chosen_on_validation": chosen,
+    }
+    write_json(step.out / "scores.json", result)
+    return {n: round(e["mean"], 4) for n, e in result["gap_closed"].items()}

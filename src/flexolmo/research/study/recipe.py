@@ -94,26 +94,40 @@ class Graph:
 def build_graph(recipe: StudyRecipe) -> Graph:
     """All steps of a study. Text in a directory is read once, to know it from other text."""
     graph = Graph(recipe)
-    source = dict[str, Any](from_directory=None)
-    if recipe.from_directory:
-        directory = Path(recipe.from_directory).resolve()
-        source = {
-            "from_directory": str(directory),
-            "files": {n: digest_files(directory / n) for n in (PUBLIC, *recipe.owners)},
-        }
+    source = describe_source(recipe)
     for seed in recipe.seeds:
-        one = _Seed(recipe, seed, source)
+        one = SeedSteps(recipe, seed, source)
         graph.scores[seed] = one.score()
         if recipe.has_ablations and seed == recipe.seeds[0]:
             graph.ablations = one.ablations()
     return graph
 
 
-class _Seed:
+def describe_source(recipe: StudyRecipe) -> dict[str, Any]:
+    """Where the text comes from, as a setting of the corpus step."""
+    if not recipe.from_directory:
+        return {"from_directory": None}
+    directory = Path(recipe.from_directory).resolve()
+    return {
+        "from_directory": str(directory),
+        "files": {n: digest_files(directory / n) for n in (PUBLIC, *recipe.owners)},
+    }
+
+
+class SeedSteps:
     """The steps of one seed."""
 
-    def __init__(self, recipe: StudyRecipe, seed: int, source: Mapping[str, Any]):
+    def __init__(
+        self,
+        recipe: StudyRecipe,
+        seed: int,
+        source: Mapping[str, Any],
+        anchor_name: str = "anchor",
+        prefix: str = "",
+    ):
+        """`anchor_name` is the anchor's label; `prefix`, if given, begins the others'."""
         self.recipe, self.seed, self.owners = recipe, seed, list(recipe.owners)
+        self.prefix = f"seed {seed}"
         sets = [PUBLIC, *self.owners]
         self.corpus = Step(
             "corpus", "corpus", {"sets": sets, **source, "vocab_size": recipe.vocab_size}
@@ -132,9 +146,12 @@ class _Seed:
         )
         self.base: dict[str, Step] = {"corpus": self.corpus}
         self.anchor = self.step(
-            "anchor", "anchor", {"recipe": recipe.anchor.model_dump(mode="json", exclude={"seed"})}
+            anchor_name,
+            "anchor",
+            {"recipe": recipe.anchor.model_dump(mode="json", exclude={"seed"})},
         )
         self.base["anchor"] = self.anchor
+        self.prefix = prefix or self.prefix
         self.dense = {
             n: self.step(
                 f"dense {n}", "dense", {"set": n, "train": recipe.train.model_dump(mode="json")}
@@ -150,7 +167,7 @@ class _Seed:
         inputs: Mapping[str, Step] | None = None,
     ) -> Step:
         return Step(
-            f"seed {self.seed}: {label}",
+            f"{self.prefix}: {label}",
             kind,
             {**settings, "seed": self.seed},
             {**self.base, **(inputs or {})},
@@ -172,13 +189,15 @@ class _Seed:
             for n in self.owners
         }
 
-    def compressed(self, experts: Mapping[str, Step]) -> dict[str, Step]:
+    def compressed(
+        self, label: str, experts: Mapping[str, Step], recipe: LowRankRecipe
+    ) -> dict[str, Step]:
         """Full experts made small."""
-        low = self.recipe.low_rank.model_dump(mode="json")
+        low = recipe.model_dump(mode="json")
         settings = {key: low.pop(key) for key in ("rank", "has_half_deltas", "train")}
         return {
             n: self.step(
-                f"low-rank expert {n}",
+                f"{label} {n}",
                 "compressed",
                 {"set": n, **settings, "delta_rank": low},
                 {"expert": e},
@@ -202,7 +221,7 @@ class _Seed:
 
     def read(self, label: str, what: str, inputs: Mapping[str, Step], **settings: Any) -> Step:
         return Step(
-            f"seed {self.seed}: read {label}",
+            f"{self.prefix}: read {label}",
             "read",
             {"what": what, **settings},
             {"windows": self.windows, **self.base, **inputs},
@@ -230,7 +249,7 @@ class _Seed:
         r, k = self.recipe, self.recipe.top_k
         default = self.experts("expert", r.default)
         paper = self.experts("paper expert", PAPER)
-        low = self.compressed(default)
+        low = self.compressed("low-rank expert", default, r.low_rank)
         dense = {f"dense.{n}": d for n, d in self.dense.items()}
         reads = {"dense.public": self.read("anchor", "anchor", {})}
         reads |= {
@@ -240,7 +259,7 @@ class _Seed:
         reads["soup_mean"] = self.read("mean soup", "soup", dense, sets=self.owners)
         for prompt, warmth in product(SOUP_PROMPTS, SOUP_TEMPERATURES):
             reads[f"soup_weighted.{prompt}.{warmth}"] = Step(
-                f"seed {self.seed}: read weighted soup, {prompt} tokens, temperature {warmth}",
+                f"{self.prefix}: read weighted soup, {prompt} tokens, temperature {warmth}",
                 "read_weighted_soup",
                 {"prompt_tokens": prompt, "temperature": warmth, "sets": self.owners},
                 {
@@ -291,7 +310,7 @@ class _Seed:
         costs = {f"cost.default.{n}": e for n, e in default.items()}
         costs |= {f"cost.low.{n}": e for n, e in low.items()}
         return Step(
-            f"seed {self.seed}: score",
+            f"{self.prefix}: score",
             "score",
             {
                 "owners": self.owners,
@@ -463,7 +482,7 @@ class _Seed:
             for n, d in self.dense.items()
         }
         return Step(
-            f"seed {self.seed}: ablations",
+            f"{self.prefix}: ablations",
             "ablation_score",
             {"owners": self.owners},
             {

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.model.transformer import ModelConfig
 from flexolmo.numbers import format_change, format_number, format_percent
 from flexolmo.report.page import Block, Cell, Fold, Items, Picture, Row, Table, Text, save_page
 from flexolmo.research.study import figures
+from flexolmo.research.study.cost import count_anchor
 from flexolmo.research.study.findings import (
     DEFAULT,
     PAPER_AVERAGES,
@@ -203,15 +205,12 @@ def _listed(words: Iterable[Any]) -> str:
 
 
 def _parameters(recipe: Mapping[str, Any]) -> int:
-    """Parameters of the anchor, as model/transformer.py lays them out; 0 if not in the recipe."""
+    """Numbers in the anchor; 0 if its shape is not in the recipe."""
     shape = (recipe.get("anchor") or {}).get("model") or {}
     try:
-        D, L, F = shape["d_model"], shape["num_layers"], shape["d_ff"]
-        V, heads = recipe["vocab_size"], shape["num_heads"]
-    except KeyError:
+        return count_anchor(ModelConfig(vocab_size=recipe["vocab_size"], **shape))
+    except (KeyError, TypeError, ValueError):
         return 0
-    kv = D // heads * (shape.get("num_kv_heads") or heads)
-    return 2 * V * D + D + L * (2 * D * D + 2 * D * kv + D + kv + 3 * D * F + 2 * D)
 
 
 def _tokens(train: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ SPLITS = ("validation", "heldout")
 MIXED = "mixed"  # the name that mixed documents go by among the sets
 
 
-@step_kind("corpus", version=2)
+@step_kind("corpus", version=3)
 def corpus(step: StepContext) -> dict[str, Any]:
     """Fetch and prepare the sets. Leaves prepared/SET. No inputs.
 

@@ -173,7 +173,7 @@ def uncoordinated(step: StepContext) -> dict[str, Any]:
         recipe.router,
         start,
         record | {"tokens": step.settings["tokens"]},
-        data.digest,
+        data.commitment,
         architecture_of(base.config, recipe.shape(base.config)),
     )
     return _leave(step, made, step.settings["tokens"])
