@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.data import say_what_is_not_read
-from flexolmo.cli.run import Only, Without, print_table, switches
+from flexolmo.cli.run import Only, What, Without, parse_mix, print_table, switches
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.inference.policy import parse_names
 from flexolmo.numbers import format_number
@@ -27,6 +27,7 @@ def evaluate(
     ] = None,
     without: Without = None,
     only: Only = None,
+    mix: What = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     study: Annotated[
@@ -134,6 +135,8 @@ def evaluate(
         raise ConfigError("--method and --study-seed are of a --study.")
     if study is not None and device != "cpu":
         raise ConfigError("A study's methods are read on the CPU; leave --device out.")
+    if study is not None and parse_mix(mix) != "states":
+        raise ConfigError("A study's methods say themselves what they mix; leave --mix out.")
     set_up(seed, threads)
     settings = parse_settings(
         {
@@ -161,6 +164,7 @@ def evaluate(
             model,
             trusted_owners(trust, trust_any_signer),
             **switches(without, only),
+            mix=parse_mix(mix),
             device=choose_device(device),
         )
     stand_ins = {role: path for role, path in (("news", news), ("poems", poems)) if path}
@@ -179,6 +183,7 @@ def sets(
             help="A prepared set; may be repeated. One named as an expert is that owner's own."
         ),
     ],
+    mix: What = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
@@ -213,7 +218,9 @@ def sets(
     sets = {s.name: s for s in opened}
     if len(sets) < len(opened):
         raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
-    results = evaluate_mixture(mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes)
+    results = evaluate_mixture(
+        mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes, mix=parse_mix(mix)
+    )
     digests = {name: s.digest for name, s in sets.items()}
     config = {
         "split": split,
@@ -221,6 +228,7 @@ def sets(
         "max_bytes": max_bytes,
         "router": mixture.about["router"],
         "top_k": mixture.about["top_k"],
+        "mix": mix,
     }
     results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
     write_json(out / "results.json", results)
@@ -421,6 +429,7 @@ def harness(
     ] = None,
     without: Without = None,
     only: Only = None,
+    mix: What = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     shots: Annotated[
@@ -448,6 +457,7 @@ def harness(
         model,
         trusted_owners(trust, trust_any_signer),
         **switches(without, only),
+        mix=parse_mix(mix),
         device=choose_device(device),
     )
     names = parse_names(tasks, "--tasks")

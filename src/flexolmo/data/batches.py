@@ -77,8 +77,7 @@ class TokenSet:
 
     @property
     def commitment(self) -> str:
-        """What a bundle says of the set; see `prepare.commit_card`. DataError if its salt is
-        lost."""
+        """Name of the set in a bundle, see `prepare.commit_card`; DataError if its salt is lost."""
         return commit_card(self.card, read_salt(self.directory))
 
     @property

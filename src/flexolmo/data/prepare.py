@@ -294,7 +294,7 @@ def prepare_set(
             },
         }
         write_json(aside / "card.json", card)
-        write_bytes(aside / SALT_FILE, salt, is_private=True)
+        write_bytes(aside / SALT_FILE, salt, is_private=corpus.is_private)
     return card
 
 
@@ -304,7 +304,7 @@ def card_digest(card: dict[str, Any]) -> str:
 
 
 def commit_card(card: dict[str, Any], salt: bytes) -> str:
-    """What names a prepared set before others: `sha256:` and the HMAC-SHA256 of its card's digest,
+    """Name of a prepared set before others: `sha256:` and the HMAC-SHA256 of its card's digest,
     with the set's salt as key. Whoever shows card and salt proves which set it was; without the
     salt nobody can try a guess at the text. Source: ours."""
     return f"sha256:{hmac.new(salt, card_digest(card).encode(), 'sha256').hexdigest()}"
@@ -476,7 +476,7 @@ def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
 
 
 def _salt_for(out: Path, recipe: str) -> bytes:
-    """The salt of a set of this recipe: that of the damaged one in `out`, if any, else a new one."""
+    """The salt of a set of this recipe: that of a damaged one in `out`, if any, else a new one."""
     try:
         if read_card(out)["recipe"] == recipe:
             return read_salt(out)

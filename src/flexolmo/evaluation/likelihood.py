@@ -21,7 +21,7 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, evaluation_windows
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import LoadedMixture
-from flexolmo.model.moe import MixtureModel
+from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, arrange
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import Meter, progress
 
@@ -60,7 +60,7 @@ def measure_likelihood(
 
 
 def read_windows(
-    model: Transformer,
+    model: Transformer | ProbabilityMixture,
     windows: Sequence[tuple[np.ndarray, int]],
     *,
     enabled: Iterable[str] | None = None,
@@ -83,7 +83,7 @@ def read_windows(
             start += len(batch)
             ids, real = (x.to(model.device) for x in _pad(batch))
             active = None
-            if isinstance(model, MixtureModel) and enabled is not None:
+            if isinstance(model, AnyMixture) and enabled is not None:
                 active = model.expert_mask([list(enabled)] * len(batch))
             routing: list[Tensor] = []
             logits = model(ids[:, :-1], active=active, routing=routing)  # [B,T,V]
@@ -124,13 +124,16 @@ def evaluate_mixture(
     *,
     seq_len: int = 256,
     max_bytes: int | None = None,
+    mix: Mix = "states",
     label: str = "evaluate",
 ) -> dict[str, Any]:
     """Bits per byte of every arrangement on every set, the routing, and a summary.
 
     Arrangements: `anchor`, `expert NAME` (with the anchor alone), `mixture`, `mixture without
-    NAME`. Routing is the whole mixture's mean weight, by set, layer and expert.
+    NAME`. Routing is the whole mixture's mean weight, by set, layer and expert; where `mix` is
+    probabilities, of its predictions. `models_per_token` is how many experts read a token, by set.
     """
+    model = arrange(mixture.model, mix)
     for token_set in sets.values():
         token_set.check_tokenizer(mixture.tokenizer.digest, "the mixture")
     names = mixture.expert_names
@@ -142,19 +145,22 @@ def evaluate_mixture(
     total = sum(len(ids) - 1 for w in windows.values() for ids, _ in w) * len(arrangements)
     table: dict[str, dict[str, float]] = {}
     routing: dict[str, Any] = {}
+    read_by: dict[str, float] = {}
     with progress(label, total, "tok") as meter:
         for arrangement, enabled in arrangements.items():
             table[arrangement] = {}
             for set_name, parts in windows.items():
                 meter.note = f"{arrangement} on {set_name}"
                 choose_experts(mixture.last_days, only=enabled)  # terms may expire meanwhile
-                found = read_windows(mixture.model, parts, enabled=enabled, meter=meter)
+                found = read_windows(model, parts, enabled=enabled, meter=meter)
                 table[arrangement][set_name] = found.bits_per_byte
                 if arrangement == "mixture":
                     routing[set_name] = found.routing
+                    read_by[set_name] = float(np.mean(np.sum(found.active or [[]], axis=1)))
     return {
         "bits_per_byte": table,
         "routing": {"sets": list(sets), "experts": mixture.model.expert_names, "weights": routing},
+        "models_per_token": read_by,
         "summary": summarise(table, names),
         "split": split,
         "seq_len": seq_len,

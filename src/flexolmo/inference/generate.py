@@ -12,6 +12,7 @@ from flexolmo.inference.decode import Sampling, decode, out_of_positions, reques
 from flexolmo.inference.policy import choose_experts, refuse_bare_text
 from flexolmo.inference.reader import OwnReader, Reader
 from flexolmo.merge.mixture import LoadedMixture
+from flexolmo.model.probabilities import Mix, arrange
 
 
 def generate(
@@ -21,12 +22,15 @@ def generate(
     without: Iterable[str] | Sequence[Iterable[str]] = (),
     only: Iterable[str] | Sequence[Iterable[str]] | None = None,
     sampling: Sampling | None = None,
+    mix: Mix = "states",
 ) -> list[str]:
     """Continuations of `prompts`, as one batch, for which a model on a processor is held twice.
 
     `without` and `only` name experts, for all prompts (`["news"]`) or for each prompt its own
-    (`[["news"], []]`). Raises PolicyError for an unknown name, ConfigError for a prompt that the
-    model has no room for; warns of texts that end because its positions do.
+    (`[["news"], []]`). What is mixed of experts are their states inside the model, or their
+    `probabilities` of the next token (see `model.probabilities`). Raises PolicyError for an
+    unknown name, ConfigError for a prompt that the model has no room for; warns of texts that end
+    because its positions do.
     """
     sampling = sampling or Sampling()
     left_out = _for_each(without, len(prompts))
@@ -37,7 +41,8 @@ def generate(
     ]
     if not prompts:
         return []
-    reader = OwnReader(mixture.model, mixture.tokenizer, has_panels=len(prompts) > 1)
+    model = arrange(mixture.model, mix)
+    reader = OwnReader(model, mixture.tokenizer, has_panels=len(prompts) > 1)
     requests = requests_for(reader, reader.tokenizer.encode_batch(prompts), sampling)
     written: list[list[int]] = [[] for _ in prompts]
     for step in decode(reader, requests, state=reader.new_state(enabled)):
@@ -56,13 +61,14 @@ def stream(
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
     sampling: Sampling | None = None,
+    mix: Mix = "states",
 ) -> Iterator[str]:
     """The continuation of `prompt` in pieces of whole characters, as they are written.
 
-    Errors and warnings are those of `generate`.
+    `mix`, errors and warnings are those of `generate`.
     """
     enabled = choose_experts(mixture.last_days, without=without, only=only)
-    reader = OwnReader(mixture.model, mixture.tokenizer, sorted(enabled))
+    reader = OwnReader(arrange(mixture.model, mix), mixture.tokenizer, sorted(enabled))
     return stream_text(reader, prompt, sampling or Sampling())
 
 

@@ -28,7 +28,7 @@ from flexolmo.files import digest_bytes, digest_file, recover_missing
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import ABOUT, load_mixture
 from flexolmo.model.checkpoint import load_anchor
-from flexolmo.model.moe import MixtureModel
+from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, arrange
 from flexolmo.model.transformer import Transformer
 
 
@@ -66,7 +66,7 @@ class OwnReader:
     """An anchor, a dense expert, or a mixture with some experts on. Every text starts with the
     end-of-text token, as in training."""
 
-    model: Transformer
+    model: Transformer | ProbabilityMixture
     tokenizer: Tokenizer
     enabled: Sequence[str] | None = None  # experts of a mixture that are on; None: all
     shares_prefixes: bool = True
@@ -79,7 +79,7 @@ class OwnReader:
         self.start = [self.model.config.eos_token_id]
         self.model.space_weights()
         self.panels = self.model.cut_panels() if self.has_panels else None
-        if isinstance(self.model, MixtureModel):
+        if isinstance(self.model, AnyMixture):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
         elif self.enabled:
             raise ConfigError(
@@ -93,7 +93,7 @@ class OwnReader:
         if self.last_days is not None:
             choose_experts(self.last_days, only=self.enabled)
         state = self.model.new_cache()
-        if isinstance(self.model, MixtureModel):
+        if isinstance(self.model, AnyMixture):
             state.active = self.model.expert_mask([self.enabled] if enabled is None else enabled)
         return state
 
@@ -254,13 +254,15 @@ def open_reader(
     *,
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
+    mix: Mix = "states",
     device: torch.device | None = None,
 ) -> tuple[Reader, dict[str, Any]]:
     """The model in a directory, with its kind, digest, and the experts that are on.
 
     A mixture, an anchor, or a stock Hugging Face model; `without` and `only` choose a mixture's
-    experts, and `trusted` must hold their signers. Raises CheckpointError if the directory holds
-    none of the three, PolicyError for an expert it does not hold.
+    experts, `trusted` must hold their signers, and `mix` says what of them is mixed. Raises
+    CheckpointError if the directory holds none of the three, PolicyError for an expert it does not
+    hold, ConfigError if it has no probabilities to mix.
     """
     directory, device = Path(directory), device or torch.device("cpu")
     recover_missing(directory)
@@ -269,7 +271,7 @@ def open_reader(
         enabled = choose_experts(mixture.last_days, without=without, only=only)
         return (
             OwnReader(
-                mixture.model.to(device),
+                arrange(mixture.model.to(device), mix),
                 mixture.tokenizer,
                 sorted(enabled),
                 last_days=mixture.last_days,
@@ -279,9 +281,12 @@ def open_reader(
                 "digest": digest_file(directory / ABOUT),
                 "enabled": sorted(enabled),
                 "experts": mixture.expert_names,
+                **({} if mix == "states" else {"mix": mix}),
             },
         )
     choose_experts([], without=without, only=only)  # a dense model has nothing to switch
+    if mix != "states":
+        raise ConfigError(f"{directory} holds no mixture, so there are no {mix} to mix.")
     if (directory / "anchor.json").is_file():
         anchor = load_anchor(directory)
         return (

@@ -31,6 +31,7 @@ from flexolmo.model.deltas import (
     shares_of,
 )
 from flexolmo.model.groups import Groups, groups_of
+from flexolmo.model.lanes import Lanes
 from flexolmo.model.panels import Panels, panel_product
 from flexolmo.model.router import (
     DiscriminantRouter,
@@ -240,10 +241,15 @@ class MixtureModel(Transformer):
         is_token: Tensor | None,
         active: Tensor | None,
         panels: Panels | None = None,
+        lanes: Lanes | None = None,
     ) -> ForwardContext:
-        ctx = super()._context(ids, cache, is_token, active, panels)
+        ctx = super()._context(ids, cache, is_token, active, panels, lanes)
         active = ctx.active  # the cache may hold it
-        if self.router is not None:
+        if lanes is not None:
+            assert self.router is not None, "lanes need a router that decides once for all layers"
+            ctx.weights = lanes.weights(len(self.expert_names), active)
+            ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
+        elif self.router is not None:
             logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
             if cache is not None:
                 cache.evidence = evidence

@@ -236,15 +236,9 @@ class EvidenceRouter(nn.Module):
         `past` is None, or the second result of the call that read the positions before: the last
         ids [B] and the domains' weights at the next token, [S,B] float64 on the CPU.
         """
-        B, T = ids.shape
-        first = torch.full_like(ids[:, :1], self.eos_token_id) if past is None else past[0][:, None]
-        before = torch.cat([first, ids[:, :-1]], dim=1)  # [B,T]
-        if is_token is not None:  # what stands before the first token is not the padding's id
-            before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], first)
-        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [S,T*B]
-        limit = self.settings.clip_nats
-        gap = self.settings.tempering * evidence.clamp_(-limit, limit)
-        likelihood = gap.double().exp_().cpu().numpy().reshape(-1, T, B).swapaxes(0, 1)  # [T,S,B]
+        B = len(ids)
+        gap = self.settings.tempering * self.read(ids, is_token, past)  # [S,T,B]
+        likelihood = gap.double().exp_().cpu().numpy().swapaxes(0, 1)  # [T,S,B]
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         num_public = 1 + len(self.forms)
         on = np.concatenate([on[:1]] * num_public + [on[1:]])  # [S,B]
@@ -265,8 +259,24 @@ class EvidenceRouter(nn.Module):
             logs = torch.from_numpy(np.log(weights)).float().permute(2, 0, 1).to(ids.device)
         end = ids[:, -1]
         if is_token is not None:
-            end = torch.where(is_token[:, -1], end, first[:, 0])
+            end = torch.where(is_token[:, -1], end, self._first(ids, past)[:, 0])
         return logs, (end, torch.from_numpy(found[-1]))
+
+    def read(self, ids: Tensor, is_token: Tensor | None, past: EvidenceState | None) -> Tensor:
+        """Every domain's evidence at each token of ids [B,T], clipped, float32 [S,T,B]."""
+        B, T = ids.shape
+        before = torch.cat([self._first(ids, past), ids[:, :-1]], dim=1)  # [B,T]
+        if is_token is not None:  # what stands before the first token is not the padding's id
+            before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], before[:, :1])
+        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [S,T*B]
+        limit = self.settings.clip_nats
+        return evidence.clamp_(-limit, limit).view(-1, T, B)
+
+    def _first(self, ids: Tensor, past: EvidenceState | None) -> Tensor:
+        """The id before each text's first, [B,1]."""
+        if past is None:
+            return torch.full_like(ids[:, :1], self.eos_token_id)
+        return past[0][:, None]
 
     def _filter(
         self,

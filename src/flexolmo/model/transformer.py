@@ -109,6 +109,7 @@ class ForwardContext:
     panels: Panels | None = None  # of a small batch in evaluation
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
+    lanes: Any = None  # when several models read each text, see lanes.Lanes
     cache: list[LayerCache] | None = None
     start: int = 0  # positions in the cache before these
     room: int = 0  # positions that the cache should hold in the end
@@ -264,6 +265,9 @@ class Attention(nn.Module):
         )
         q = _rotate(q, ctx)
         k = _rotate(k, ctx)
+        if ctx.lanes is not None:
+            k = ctx.lanes.fill(k)
+            v = ctx.lanes.fill(v)
         if ctx.cache is not None:
             k, v = ctx.cache[layer].append(k, v, ctx.start, ctx.room)  # [B,G,S,C]
         y = F.scaled_dot_product_attention(
@@ -383,9 +387,9 @@ class Transformer(nn.Module):
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
         mixture's experts per sequence. With `panels`, of `cut_panels`, small batches are read
-        faster. With a cache, ids continue the positions it holds. The
-        lists routing and router_logits, when given, receive each layer's mixture weights and
-        router logits, both [B,T,E].
+        faster. With `lanes.Lanes`, these say which expert reads. With a cache, ids continue the
+        positions it holds. The lists routing and router_logits, when given, receive each layer's
+        mixture weights and router logits, both [B,T,E].
         """
         x, ctx = self.stream(ids, **options)
         if last is not None and last < x.shape[1]:
@@ -404,6 +408,7 @@ class Transformer(nn.Module):
         is_token: Tensor | None = None,
         active: Tensor | None = None,
         panels: Panels | None = None,
+        lanes: Any = None,
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, ForwardContext]:
@@ -414,7 +419,7 @@ class Transformer(nn.Module):
             return None if x is None else x.to(self.device)
 
         ids = ids.to(self.device)
-        ctx = self._context(ids, cache, here(is_token), here(active), panels)
+        ctx = self._context(ids, cache, here(is_token), here(active), panels, lanes)
         ctx.routing, ctx.router_logits = routing, router_logits
         x = self.embed_tokens(ids, ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
@@ -430,6 +435,7 @@ class Transformer(nn.Module):
         is_token: Tensor | None,
         active: Tensor | None,
         panels: Panels | None = None,
+        lanes: Any = None,
     ) -> ForwardContext:
         T = ids.shape[1]
         dtype = self.embed_tokens.weight.dtype
@@ -483,6 +489,7 @@ class Transformer(nn.Module):
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,
+            lanes=lanes,
         )
 
     def _documents(

@@ -139,6 +139,7 @@ def test_every_method_has_its_figures(study):
     methods = {
         "flexolmo_paper",
         "flexolmo_default",
+        "flexolmo_probabilities",
         "flexolmo_joint_tuned",
         "own_pair",
         "low_rank",

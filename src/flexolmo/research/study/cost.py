@@ -75,6 +75,17 @@ def expert_flops(config: ModelConfig, shape: ExpertShape) -> int:
     return delta_flops(config, shape) + (low if shape.rank else ffn_flops(config, shape.d_ff))
 
 
+def models_flops(
+    config: ModelConfig, shapes: Iterable[ExpertShape], active: Iterable[float], public: float
+) -> float:
+    """Forward FLOPs a token where experts run as whole models, each on these fractions of tokens,
+    and the anchor on the fraction `public`."""
+    each = zip(shapes, active, strict=True)
+    return public * dense_flops(config) + sum(
+        a * mixture_flops(config, [s], [1.0], 0.0) for s, a in each
+    )
+
+
 def mixture_flops(
     config: ModelConfig, shapes: Iterable[ExpertShape], active: Iterable[float], public: float = 1.0
 ) -> float:

@@ -19,7 +19,7 @@ Table = Mapping[str, Any]  # one of `TABLES`: by method, its mean and what else 
 MIXED, ANCHOR = "mixed", "dense public"  # a set; the anchor's row of bits
 DEFAULT = "flexolmo_default"
 TABLES = {"gap_closed": "held-out documents", "mixed": "mixed documents"}
-OURS = (DEFAULT, "flexolmo_all_active", "low_rank")
+OURS = (DEFAULT, "flexolmo_probabilities", "flexolmo_all_active", "low_rank")
 PAPERS = ("flexolmo_paper", "flexolmo_joint_tuned")
 UNSEPARATED = ("unrestricted_1x", "unrestricted_2x")  # trained on all sets together
 RIVALS = (
@@ -33,6 +33,7 @@ RIVALS = (
 )
 WORDS = {
     DEFAULT: "our default",
+    "flexolmo_probabilities": "our default, probabilities mixed",
     "flexolmo_all_active": "our default, all experts active",
     "low_rank": "our default, low rank",
     "own_pair": "own pair",

@@ -18,7 +18,13 @@ from flexolmo.model.shape import ExpertShape
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.research.rivals.models import load_reading
 from flexolmo.research.steps.step import StepContext, step_kind
-from flexolmo.research.study.cost import dense_flops, ffn_flops, frame_flops, mixture_flops
+from flexolmo.research.study.cost import (
+    dense_flops,
+    ffn_flops,
+    frame_flops,
+    mixture_flops,
+    models_flops,
+)
 from flexolmo.research.study.gains import (
     MIXED,
     PROMPTS,
@@ -38,6 +44,7 @@ from flexolmo.research.study.text_steps import SPLITS, load_sources, load_window
 STRICT = {  # does taking an owner out take out all of its influence?
     "flexolmo_paper": True,
     "flexolmo_default": True,
+    "flexolmo_probabilities": True,
     "flexolmo_all_active": True,
     "flexolmo_joint_tuned": False,
     "own_pair": True,
@@ -117,7 +124,7 @@ def mean(by_set: Mapping[str, float]) -> float:
     return float(np.mean(list(by_set.values())))
 
 
-@step_kind("score", version=7)
+@step_kind("score", version=8)
 def score(step: StepContext) -> dict[str, Any]:
     """Every method of one seed. Leaves scores.json."""
     study = _Study(step)
@@ -135,6 +142,7 @@ def score(step: StepContext) -> dict[str, Any]:
     # ours
     for name in (
         "flexolmo_default",
+        "flexolmo_probabilities",
         "flexolmo_all_active",
         "flexolmo_paper",
         "low_rank",
@@ -156,6 +164,9 @@ def score(step: StepContext) -> dict[str, Any]:
         ("low_rank", "low"),
     ):
         flops[name] = _measured_flops(step, name, config, shapes[family])
+    flops["flexolmo_probabilities"] = _measured_flops(
+        step, "flexolmo_probabilities", config, shapes["default"], count=models_flops
+    )
     flops["own_pair"] = float(
         np.mean(
             [
@@ -290,12 +301,13 @@ def _measured_flops(
     config: ModelConfig,
     shapes: Sequence[ExpertShape],
     sets: Sequence[str] | None = None,
+    count: Callable[..., float] = mixture_flops,
 ) -> float:
     """Forward FLOPs a token, from how often each expert ran; mean over sets."""
     found, active = [], step.metrics(role)["active"]
     for by_layer in (active[n] for n in sets or active):
         public, *owners = np.mean(by_layer, axis=0).tolist()
-        found.append(mixture_flops(config, shapes, owners, public))
+        found.append(count(config, shapes, owners, public))
     return float(np.mean(found))
 
 
@@ -385,7 +397,7 @@ def _plain(by_set: Mapping[str, float]) -> dict[str, Any]:
     return {"mean": mean(by_set), "sets": dict(by_set)}
 
 
-@step_kind("scaling_score", version=1)
+@step_kind("scaling_score", version=2)
 def scaling_score(step: StepContext) -> dict[str, Any]:
     """The rows of one size of anchor and length of training. Leaves scores.json.
 
@@ -423,6 +435,16 @@ def scaling_score(step: StepContext) -> dict[str, Any]:
             )
             / dense_flops(config)
             for family in families
+        }
+        | {
+            "probabilities": _measured_flops(
+                step,
+                "row.probabilities",
+                config,
+                [_shape(step.metrics(f"cost.default.{n}")) for n in owners],
+                count=models_flops,
+            )
+            / dense_flops(config)
         },
         "bytes": {
             family: float(np.mean([step.metrics(f"cost.{family}.{n}")["bytes"] for n in owners]))

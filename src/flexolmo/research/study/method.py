@@ -14,7 +14,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.files import digest_bytes, read_json
 from flexolmo.inference.policy import choose_experts
 from flexolmo.inference.reader import OwnReader, Reader
-from flexolmo.model.moe import MixtureModel
+from flexolmo.model.probabilities import AnyMixture
 from flexolmo.model.transformer import Transformer
 from flexolmo.research.rivals.baselines import likelihood_weights, prefix_for_budget, soup
 from flexolmo.research.rivals.readers import BtmReader, PromptReader, log_likelihood
@@ -111,7 +111,7 @@ def open_method(
         )
     step = reads[f"dume.{about['scale']}" if method == _CHOSEN_SCALE else method]
     reader = _open(step, root)
-    available = reader.model.expert_names[1:] if isinstance(reader.model, MixtureModel) else []
+    available = reader.model.expert_names[1:] if isinstance(reader.model, AnyMixture) else []
     enabled = sorted(choose_experts(available, without=without, only=only))
     if available:
         reader = replace(reader, enabled=enabled)

@@ -12,7 +12,7 @@ from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.files import save_arrays
 from flexolmo.inference.decode import Sampling, continue_ids
 from flexolmo.inference.reader import OwnReader
-from flexolmo.model.moe import MixtureModel
+from flexolmo.model.probabilities import AnyMixture, ProbabilityMixture
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress
 from flexolmo.research.rivals.baselines import TextClassifier, likelihood_weights, soup
@@ -22,10 +22,11 @@ from flexolmo.research.study.inputs import anchor_of, dense_states, mixture_of
 from flexolmo.research.study.text_steps import SPLITS, load_windows
 
 
-def model_of(step: StepContext) -> Transformer:
+def model_of(step: StepContext) -> Transformer | ProbabilityMixture:
     """The model that settings.what names.
 
-    It is anchor, dense, mixture, rival (unrestricted, BTX, DUME), tuned, or soup.
+    It is anchor, dense, mixture, probabilities (of a mixture), rival (unrestricted, BTX, DUME),
+    tuned, or soup.
     """
     what, top_k = step.settings["what"], step.settings.get("top_k")
     if what == "anchor":
@@ -45,6 +46,8 @@ def model_of(step: StepContext) -> Transformer:
         base.model.load_state_dict(soup(models))
         return base.model
     model = mixture_of(step, top_k)
+    if what == "probabilities":
+        return ProbabilityMixture(model)
     if what == "tuned":
         from safetensors.torch import load_file
 
@@ -77,7 +80,7 @@ def read(step: StepContext) -> dict[str, Any]:
         if split == "heldout":
             routing = {n: f.routing for n, f in found.items() if f.routing is not None}
             active = {n: f.active for n, f in found.items() if f.active is not None}
-    names = model.expert_names if isinstance(model, MixtureModel) else None
+    names = model.expert_names if isinstance(model, AnyMixture) else None
     return {"routing": routing, "active": active, "experts": names}
 
 

@@ -104,7 +104,7 @@ def build_graph(recipe: StudyRecipe) -> Graph:
 
 
 def describe_source(recipe: StudyRecipe) -> dict[str, Any]:
-    """Where the text comes from, as a setting of the corpus step."""
+    """The source of the text, as settings of the corpus step."""
     if not recipe.from_directory:
         return {"from_directory": None}
     directory = Path(recipe.from_directory).resolve()
@@ -271,6 +271,12 @@ class SeedSteps:
                 },
             )
         reads["flexolmo_default"] = self.read_mixture("default", default, top_k=k)
+        reads["flexolmo_probabilities"] = self.read(
+            "default, probabilities",
+            "probabilities",
+            {f"expert.{n}": e for n, e in default.items()},
+            splits=["heldout"],
+        )
         reads["flexolmo_all_active"] = self.read_mixture(
             "default, all active", default, splits=["heldout"]
         )

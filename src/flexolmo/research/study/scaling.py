@@ -1,4 +1,4 @@
-"""How it grows: anchors of several sizes and experts of several lengths of training, as steps.
+"""Scaling studies: anchors of several sizes and experts of several lengths of training, as steps.
 
 A cell is one size of anchor and one number of an expert's steps. Each holds the rows that answer
 what changes with size: the owner's own pair, our default and its cuts to a rank, an FFN alone, the
@@ -87,7 +87,8 @@ class ScalingGraph:
 
 def build_scaling_graph(recipe: ScalingRecipe) -> ScalingGraph:
     """All steps of a scaling study. Text, and each anchor, are made once."""
-    graph, source = ScalingGraph(recipe), describe_source(recipe.study)
+    graph = ScalingGraph(recipe)
+    source = describe_source(recipe.study)
     for seed in recipe.study.seeds:
         for size in recipe.sizes:
             for steps in recipe.expert_steps:
@@ -137,6 +138,12 @@ def _score(recipe: ScalingRecipe, cell: Cell, source: Mapping[str, Any]) -> Step
         {"model": together},
         sets=made.owners,
         top_k=study.top_k,
+        splits=["heldout"],
+    )
+    reads["row.probabilities"] = made.read(
+        "default, probabilities",
+        "probabilities",
+        {f"expert.{n}": e for n, e in default.items()},
         splits=["heldout"],
     )
     for name, experts in families.items():

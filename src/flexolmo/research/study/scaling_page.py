@@ -27,6 +27,7 @@ GPU_FLOPS = 0.4 * 989e12  # a second of one H100 in bfloat16, at 40 % of its pea
 _WORDS = {
     "own_pair": "own pair",
     "default": "our default",
+    "probabilities": "our default, probabilities mixed",
     "ffn": "FFN alone",
     "paper": "the paper's FlexOlmo",
     "btm": "BTM, all models",
@@ -35,12 +36,13 @@ _WORDS = {
 }
 _COLOURS = {
     "default": "#0072B2",
+    "probabilities": "#332288",
     "ffn": "#56B4E9",
     "paper": "#D55E00",
     "btm": "#009E73",
     "unrestricted_2x": "#767676",
 }
-_RANK_COLOURS = ("#CC79A7", "#332288", "#E69F00")
+_RANK_COLOURS = ("#CC79A7", "#E69F00")
 
 
 def write_scaling_page(results: Results, out: Path) -> Path:

@@ -126,7 +126,7 @@ def fit_lines(cells: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
 
 
 def predict(line: Mapping[str, Any], parameters: float, tokens: float) -> dict[str, float]:
-    """What a line says of one more cell, and the 95 % interval of it by Student's t."""
+    """Value of a line at one more cell, and that cell's 95 % interval by Student's t."""
     x = np.array([1.0, *_place(parameters, tokens)])
     value = float(x @ [line["at"], line["per_tenfold_parameters"], line["per_tenfold_tokens"]])
     spread = line["residual"] * np.sqrt(1 + x @ np.array(line["covariance"]) @ x)

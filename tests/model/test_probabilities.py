@@ -1,0 +1,250 @@
+"""Mixing by probabilities: against a posterior worked out by hand, and the law of opting out."""
+
+import math
+from itertools import chain, combinations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from flexolmo.errors import ConfigError, PolicyError
+from flexolmo.model import probabilities
+from flexolmo.model.lanes import Lanes
+from flexolmo.model.probabilities import ProbabilityMixture, ProbabilitySettings, _Seats
+from flexolmo.model.router import LinearSettings
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.transformer import Transformer
+
+OWNERS = ("amber", "basalt", "cobalt")
+SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
+WHOLE = {"attention_rank": 32, "embedding_rank": 32, "head_rank": 32}
+LOW = {"rank": 3, "attention_rank": 2, "embedding_rank": 3, "head_rank": 4}
+PARTS = {
+    "whole": dict.fromkeys(OWNERS, WHOLE),
+    "low": dict.fromkeys(OWNERS, LOW),
+    "uneven": {"amber": {"d_ff": 20}, "basalt": {"rank": 2, "head_rank": 32}, "cobalt": WHOLE},
+}
+IN_SESSION = settings(
+    derandomize=True,
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@pytest.fixture(scope="module")
+def wild(make_wild):
+    return make_wild()
+
+
+@pytest.fixture(scope="module")
+def mixture(wild):
+    """`mixture(names, parts)`, each assembled once."""
+    made = {}
+
+    def get(names=OWNERS, parts="whole"):
+        if (names, parts) not in made:
+            shapes = {n: wild.shape(**PARTS[parts][n]) for n in names}
+            made[names, parts] = wild.mixture(EvidenceSettings(), list(names), None, shapes)
+        return made[names, parts]
+
+    return get
+
+
+def alone(wild, name):
+    """An expert of whole matrices as a dense model."""
+    tensors = wild.expert(
+        EvidenceSettings(), sum(name.encode()), **wild.shape(**WHOLE).model_dump()
+    )
+    state = dict(wild.anchor.model.state_dict())
+    for key, values in tensors.items():
+        if "router" not in key:
+            for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                key = key.replace(f".{part}", f".self_attn.{part}")
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                key = key.replace(f".{part}", f".mlp.{part}")
+            assert key in state
+            state[key] = values
+    model = Transformer(wild.anchor.config)
+    model.load_state_dict(state)
+    return model.requires_grad_(False).eval()
+
+
+def posterior_by_hand(said, ids, eos, choice):
+    """Mixed log-probabilities [T,V] where all models read every token; said [E,T,V]."""
+    E, T, _ = said.shape
+    chance, mixed = [1 / E] * E, []
+    for t in range(T):
+        if t:
+            scores = [
+                p * math.exp(said[e, t - 1, ids[t]] / choice.temperature)
+                for e, p in enumerate(chance)
+            ]
+            chance = [
+                (1 - choice.switch_rate) * s / sum(scores) + choice.switch_rate / E for s in scores
+            ]
+        if ids[t] == eos:
+            chance = [1 / E] * E
+        powers = [p**choice.sharpness for p in chance]
+        mixed.append(
+            np.log(sum(w / sum(powers) * np.exp(said[e, t]) for e, w in enumerate(powers)))
+        )
+    return np.array(mixed)
+
+
+def test_where_everybody_reads_it_is_the_posterior_over_whole_models(wild, mixture):
+    choice = ProbabilitySettings(lanes=4, min_weight=1e-30)
+    ids = wild.ids(2, 40, seed=3)
+    found = ProbabilityMixture(mixture(), choice)(ids)
+    models = [wild.anchor.model, *(alone(wild, n) for n in OWNERS)]
+    for row, text in enumerate(ids):
+        said = torch.stack([m(text[None])[0].double().log_softmax(-1) for m in models]).numpy()
+        by_hand = posterior_by_hand(said, text.tolist(), wild.anchor.config.eos_token_id, choice)
+        np.testing.assert_allclose(found[row].numpy(), by_hand, atol=2e-4)
+
+
+@pytest.mark.parametrize("parts", sorted(PARTS))
+def test_what_it_says_are_probabilities(wild, mixture, parts):
+    said = ProbabilityMixture(mixture(parts=parts))(wild.ids(2, 30))
+    assert torch.allclose(said.exp().sum(-1), torch.ones(2, 30), atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", sorted(PARTS))
+def test_all_owners_off_is_the_anchor(wild, mixture, parts):
+    ids = wild.ids(2, 30)
+    model = ProbabilityMixture(mixture(parts=parts))
+    said = model(ids, active=model.expert_mask([[], []]))
+    expected = wild.anchor.model(ids).log_softmax(-1)
+    assert torch.allclose(said, expected, atol=1e-5)
+
+
+CASES = st.fixed_dictionaries(
+    {
+        "parts": st.sampled_from(sorted(PARTS)),
+        "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=3),
+        "lanes": st.integers(1, 4),
+        "length": st.integers(1, 40),
+        "columns": st.integers(0, 3),
+        "padded": st.booleans(),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@given(case=CASES)
+@IN_SESSION
+def test_an_expert_that_is_off_leaves_the_bits_of_one_never_merged(wild, mixture, case):
+    masks, size = case["masks"], len(case["masks"])
+    ids = wild.ids(size, case["length"] + case["columns"], case["seed"])
+    prompt, rest = ids[:, : case["length"]], ids[:, case["length"] :]
+    is_token = None
+    if case["padded"]:
+        is_token = torch.arange(case["length"]) >= torch.arange(size)[:, None] % case["length"]
+    choice = ProbabilitySettings(lanes=case["lanes"], min_weight=0.2)
+
+    def read(names, active):
+        model = ProbabilityMixture(mixture(names, case["parts"]), choice)
+        cache = model.new_cache()
+        mask = model.expert_mask(active)
+        found = [model(prompt, cache=cache, is_token=is_token, active=mask)]
+        found += [model(column, cache=cache) for column in rest.split(1, dim=1) if column.numel()]
+        return torch.cat(found, dim=1)
+
+    together = read(OWNERS, masks)
+    for row, mask in enumerate(masks):
+        never = read(mask, [[n for n in m if n in mask] for m in masks])
+        a, b = together[row], never[row]
+        if is_token is not None:
+            real = torch.cat([is_token[row], torch.ones(case["columns"], dtype=torch.bool)])
+            a, b = a[real], b[real]
+        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+@pytest.mark.parametrize("parts", sorted(PARTS))
+def test_reading_on_is_reading_at_once(wild, mixture, parts, monkeypatch):
+    model, ids = ProbabilityMixture(mixture(parts=parts)), wild.ids(2, 30, seed=5)
+    whole = model(ids)
+    cache = model.new_cache()
+    parts = [model(x, cache=cache) for x in ids.split([11, 1, 1, 17], dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+    monkeypatch.setattr(probabilities, "NUMBERS_AT_ONCE", 7 * 2 * 4 * 300)
+    assert torch.allclose(model(ids), whole, atol=1e-4)
+    assert torch.allclose(model(ids, last=9), whole[:, -9:], atol=1e-4)
+
+
+def test_padding_and_selection_change_nothing(wild, mixture):
+    model, ids = ProbabilityMixture(mixture()), wild.ids(1, 20, seed=7)
+    whole = model(ids)
+    padded = torch.cat([torch.full((1, 6), 3), ids[:, :14]], dim=1)
+    both = torch.cat([ids[:, :20], padded])
+    is_token = torch.ones(2, 20, dtype=torch.bool)
+    is_token[1, :6] = False
+    cache = model.new_cache()
+    found = model(both, cache=cache, is_token=is_token)
+    assert torch.allclose(found[0], whole[0], atol=1e-4)
+    assert torch.allclose(found[1, 6:], whole[0, :14], atol=1e-4)
+    chosen = cache.select(torch.tensor([1, 1]))
+    on = model(ids[:, 14:].expand(2, 6), cache=chosen)
+    assert torch.allclose(on, whole[:, 14:].expand(2, 6, -1), atol=1e-4)
+
+
+def test_a_choice_of_experts_stays(wild, mixture):
+    model, cache = ProbabilityMixture(mixture()), None
+    cache = model.new_cache()
+    model(wild.ids(1, 5), cache=cache, active=model.expert_mask([["amber"]]))
+    with pytest.raises(PolicyError, match="cannot change"):
+        model(wild.ids(1, 5), cache=cache, active=model.expert_mask([["basalt"]]))
+
+
+def test_a_router_in_every_layer_is_refused(wild):
+    with pytest.raises(ConfigError, match="kind linear"):
+        ProbabilityMixture(wild.mixture(LinearSettings(), ["amber"]))
+
+
+# --- lanes ----------------------------------------------------------------------------------------
+
+
+@given(
+    wanted=st.lists(st.sets(st.integers(0, 5), min_size=1, max_size=3), min_size=1, max_size=30),
+    cut=st.integers(0, 30),
+)
+def test_everybody_who_reads_has_one_lane_and_keeps_it(wanted, cut):
+    routed = np.zeros((1, len(wanted), 6))
+    for t, experts in enumerate(wanted):
+        routed[0, t, list(experts)] = 1 / len(experts)
+    seats = _Seats(1, 3)
+    chosen = [seats.follow(part) for part in np.split(routed, [cut], axis=1) if part.shape[1]]
+    chosen = np.concatenate(chosen, axis=2)[0]  # [K,T]
+    for t, experts in enumerate(wanted):
+        assert sorted(e for e in chosen[:, t] if e >= 0) == sorted(experts)
+        if t:
+            for e in experts & wanted[t - 1]:
+                assert (chosen[:, t] == e).argmax() == (chosen[:, t - 1] == e).argmax()
+
+
+def test_a_lane_comes_back_to_who_read_in_it():
+    seats = _Seats(1, 2)
+    routed = np.zeros((1, 4, 3))
+    for t, experts in enumerate(([0, 1], [0], [0, 1], [0, 2])):
+        routed[0, t, experts] = 0.5
+    chosen = seats.follow(routed)[0]
+    assert chosen.tolist() == [[0, 0, 0, 0], [1, -1, 1, 2]]
+
+
+def test_a_lane_that_nobody_reads_holds_what_its_leader_does():
+    x = torch.arange(24.0).view(4, 1, 3, 2)  # two texts of two lanes
+    chosen = torch.tensor([[0, 0, -1], [-1, 1, 1], [2, 2, 2], [-1, -1, 0]])
+    found = Lanes(chosen, torch.tensor([[0, 0, 1], [0, 0, 0]])).fill(x)
+    expected = x.clone()
+    expected[0, 0, 2] = x[1, 0, 2]
+    expected[1, 0, 0] = x[0, 0, 0]
+    expected[3, 0, :2] = x[2, 0, :2]
+    assert torch.equal(found, expected)
+
+
+def test_an_expert_that_is_off_cannot_be_put_into_a_lane():
+    lanes = Lanes(torch.tensor([[1]]), torch.tensor([[0]]))
+    with pytest.raises(AssertionError, match="off would read"):
+        lanes.weights(2, torch.tensor([[True, False]]))
