@@ -37,7 +37,7 @@ class ProbabilitySettings(Settings):
 
     lanes: int = Field(4, ge=1, description="Experts that read a token at most, K.")
     min_weight: float = Field(
-        0.03, gt=0, lt=1, description="Weight of the router from which on an expert reads."
+        0.05, gt=0, lt=1, description="Weight of the router from which on an expert reads."
     )
     temperature: float = Field(2.0, gt=0, description="Divisor of each token's log-likelihood.")
     switch_rate: float = Field(

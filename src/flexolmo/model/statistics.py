@@ -40,7 +40,7 @@ class EvidenceSettings(Settings):
         "trained under another version do not fit.",
     )
     switch_rate: float = Field(
-        0.01, gt=0, lt=1, description="Chance, per token, that the text turns to another domain."
+        0.02, gt=0, lt=1, description="Chance, per token, that the text turns to another domain."
     )
     tempering: float = Field(
         0.35,
@@ -50,7 +50,7 @@ class EvidenceSettings(Settings):
     )
     clip_nats: float = Field(5.0, gt=0, description="Largest evidence one token may give, in nats.")
     min_weight: float = Field(
-        0.05,
+        0.1,
         ge=0,
         lt=1,
         description="Least weight at a token with which an expert is run there; one always is.",

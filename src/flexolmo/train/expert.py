@@ -383,10 +383,14 @@ def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:
     """Let no row of embedding and head learn but those in `is_open` [V], so that which rows have
     moved shows no word of a few documents. Source: ours."""
 
+    closed = (~is_open).nonzero()[:, 0]
+
+    def clear(p: Tensor) -> None:
+        cast(Tensor, p.grad).index_fill_(0, closed.to(p.device), 0.0)
+
     for key, p in parameters.items():
         if key in TOKEN_ROWS:
-            mask = is_open[:, None].to(p.device)
-            p.register_hook(lambda grad, mask=mask: grad.where(mask, 0.0))
+            p.register_post_accumulate_grad_hook(clear)
 
 
 def hide_rows(
