@@ -267,6 +267,15 @@ class MixtureModel(Transformer):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx
 
+    def predict_at(self, x: Tensor, ctx: ForwardContext, rows: Tensor) -> Tensor:
+        """Logits [n,V] after positions `rows` [n] of all N, from what `stream` gives; somebody must
+        read there."""
+        assert ctx.weights is not None
+        weights = ctx.weights.flatten(0, 1)[rows][None]  # [1,n,E]
+        shares = shares_of(weights, None, ctx.batch_rows, ctx.dtype)
+        here = replace(ctx, weights=weights, shares=shares, rests={}, lanes=None, panels=None)
+        return self.lm_head(x.flatten(0, 1)[rows][None], here)[0]
+
     def _at_last(self, ctx: ForwardContext, batch_size: int, count: int) -> ForwardContext:
         ctx = super()._at_last(ctx, batch_size, count)
         if ctx.weights is None:

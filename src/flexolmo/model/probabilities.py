@@ -54,17 +54,18 @@ class _Reading:
 
     evidence: EvidenceState
     posterior: np.ndarray  # [E,B] float64, chance of each expert at the next token
-    predicted: Tensor  # [B,K,V] log-probabilities of the next token, by lane
+    predicted: Tensor  # [B*K,V] log-probabilities of the next token, by lane
     readers: np.ndarray  # [B,K] who reads the last token in each lane; -1: nobody
     seats: "_Seats"
 
     def select(self, rows: Tensor) -> "_Reading":
         """The state of the texts `rows` [n]."""
         at = rows.numpy()
+        lanes = self.predicted.view(len(self.readers), -1, self.predicted.shape[1])
         return _Reading(
             (self.evidence[0][rows], self.evidence[1][:, rows]),
             self.posterior[:, at],
-            self.predicted[rows],
+            lanes[rows].flatten(0, 1),
             self.readers[at],
             self.seats.select(at),
         )
@@ -162,30 +163,33 @@ class ProbabilityMixture(nn.Module):
         found, weights = [], []
         for start in range(0, T, piece):
             here = None if is_token is None else is_token[:, start : start + piece]
-            said, weighed = self._read(ids[:, start : start + piece], here, cache)
-            found.append(said[:, max(0, first - start) :])
+            part = ids[:, start : start + piece]
+            skipped = min(max(0, first - start), part.shape[1])
+            said, weighed = self._read(part, here, cache, skipped)
+            found.append(said)
             weights.append(weighed)
         if routing is not None:
             routing.append(torch.cat(weights, dim=1))
         return torch.cat(found, dim=1)
 
     def _read(
-        self, ids: Tensor, is_token: Tensor | None, cache: LaneCache
+        self, ids: Tensor, is_token: Tensor | None, cache: LaneCache, skipped: int
     ) -> tuple[Tensor, Tensor]:
-        """Read a piece of the texts on: log-probabilities [B,T,V] after each token, and the weights
-        of predictions [B,T,E]."""
+        """Read a piece of the texts on: log-probabilities [B,.,V] after all tokens but the first
+        `skipped`, and the weights of predictions after all, [B,T,E]."""
         (B, T), K, E = ids.shape, cache.lanes, len(self.expert_names)
         past, active = cache.reading, cache.active
-        real = np.ones((B, T), bool) if is_token is None else is_token.numpy()
+        ids = ids.cpu()
+        real = np.ones((B, T), bool) if is_token is None else is_token.cpu().numpy()
         state = None if past is None else past.evidence
-        evidence = self.router.read(ids, is_token, state)  # [S,T,B]
-        logs, state = self.router(ids, is_token, active, state)
+        evidence = self.router.read(ids.to(self.device), is_token, state)  # [S,T,B]
+        logs, state = self.router(ids.to(self.device), is_token, active, state)
         routed = mixture_weights(logs, active, K, self.settings.min_weight).cpu().numpy()
         routed = np.where(real[..., None], routed, np.eye(E)[0])  # padding is read by public alone
         seats = _Seats(B, K) if past is None else past.seats.copy()
         chosen = seats.follow(routed)  # [B,K,T]
         lead = (chosen == routed.argmax(-1)[:, None]).argmax(1)  # [B,T]
-        said = self.mixture(
+        x, ctx = self.mixture.stream(
             ids.repeat_interleave(K, 0),
             cache=cache.inner,
             is_token=None if is_token is None else is_token.repeat_interleave(K, 0),
@@ -195,39 +199,53 @@ class ProbabilityMixture(nn.Module):
                 torch.from_numpy(lead).to(self.device),
             ),
         )
-        said = said.float().log_softmax(-1).cpu().view(B, K, T, -1)
-        nobody = np.full((B, K), -1)
-        before = nobody if past is None else past.readers
+        live = torch.from_numpy(np.flatnonzero(chosen >= 0))  # [n] of B*K*T
+        logits = self.mixture.predict_at(x, ctx, live.to(self.device)).float()  # [n,V]
+        norms = logits.logsumexp(-1, keepdim=True)  # [n,1]
+        at = live % T
+        seen = torch.zeros(B * K, T)  # log-probability of each token in each lane
+        if past is not None:
+            seen[:, 0] = past.predicted.gather(1, ids[:, :1].repeat_interleave(K, 0))[:, 0]
+        goes_on = (at < T - 1).nonzero()[:, 0]
+        lane, place = live[goes_on] // T, at[goes_on] + 1
+        token = ids[lane // K, place].to(self.device)
+        goes_on = goes_on.to(self.device)
+        seen[lane, place] = (logits[goes_on, token] - norms[goes_on, 0]).cpu()
+        is_end = (at == T - 1).nonzero()[:, 0]
+        predicted = torch.zeros(B * K, logits.shape[1])
+        is_last = is_end.to(self.device)
+        predicted[live[is_end] // T] = (logits[is_last] - norms[is_last]).cpu()
+        before = np.full((B, K), -1) if past is None else past.readers
         readers = np.concatenate([before[:, :, None], chosen[:, :, :-1]], axis=2)
         readers[:, :, 1:] = np.where(real[:, None, :-1], readers[:, :, 1:], -1)  # not of padding
-        unknown = torch.zeros(B, K, said.shape[-1])
-        guesses = unknown if past is None else past.predicted
-        at = ids.cpu()[:, None, :, None].expand(B, K, T, 1)
-        seen = torch.cat([guesses[:, :, None], said[:, :, :-1]], dim=2).gather(-1, at)[..., 0]
+        of_experts = torch.cat([evidence[:1], evidence[1 + len(self.router.forms) :]])
         chances = self._follow(  # [T,E,B]
-            ids.cpu().numpy(),
+            ids.numpy(),
             real,
             None if active is None else active.cpu().numpy(),
-            torch.cat([evidence[:1], evidence[1 + len(self.router.forms) :]])
-            .double()
-            .cpu()
-            .numpy(),
-            seen.double().numpy(),
+            of_experts.double().cpu().numpy(),
+            seen.view(B, K, T).double().numpy(),
             readers,
             None if past is None else past.posterior,
         )
-        cache.reading = _Reading(
-            state, chances[-1], said[:, :, -1].clone(), chosen[:, :, -1].copy(), seats
-        )
+        cache.reading = _Reading(state, chances[-1], predicted, chosen[:, :, -1].copy(), seats)
         power = chances.transpose(2, 1, 0) ** self.settings.sharpness  # [B,E,T]
         weights = np.where(chosen >= 0, np.take_along_axis(power, chosen.clip(0), 1), 0.0)
         weights = weights / _sum_of(weights, 1)  # [B,K,T]
-        by_lane = torch.from_numpy(weights).float()
-        parts = (said + by_lane.log()[..., None]).masked_fill((by_lane == 0)[..., None], -torch.inf)
         by_expert = np.zeros((B, E + 1, T))
         np.put_along_axis(by_expert, chosen % (E + 1), weights, 1)
-        of_experts = torch.from_numpy(by_expert[:, :E]).float().transpose(1, 2)
-        return parts.logsumexp(1).to(self.device), of_experts.to(self.device)
+        weighed = torch.from_numpy(by_expert[:, :E]).float().transpose(1, 2)
+        shares = torch.from_numpy(weights).float().flatten().log()[live].to(self.device)[:, None]
+        asked = T - skipped
+        found = torch.full((B * asked, logits.shape[1]), -torch.inf, device=self.device)
+        for number in range(
+            K if asked else 0
+        ):  # one by one, so that a sum's order is that of lanes
+            mine = ((live // T % K == number) & (at >= skipped)).nonzero()[:, 0]
+            rows = (live[mine] // T // K * asked + at[mine] - skipped).to(self.device)
+            mine = mine.to(self.device)
+            found[rows] = found[rows].logaddexp(logits[mine] - norms[mine] + shares[mine])
+        return found.view(B, asked, logits.shape[1]), weighed.to(self.device)
 
     def _follow(
         self,
