@@ -446,6 +446,7 @@ def test_a_bundle_is_verified_and_inspected(works, house, trust_dir, monkeypatch
         (["--without", "zinc, amber"], {"without": ["amber", "zinc"]}),
         (["--only", "zinc"], {"only": ["zinc"]}),
         (["--only", "public"], {"only": []}),
+        (["--mix", "probabilities"], {"mix": "probabilities"}),
     ],
 )
 def test_generating_prints_the_prompt_and_what_python_would_give(works, house, flags, options):
@@ -471,6 +472,16 @@ def test_generating_prints_the_prompt_and_what_python_would_give(works, house, f
     sampling = Sampling(max_new_tokens=9, temperature=0.9, top_k=50, seed=4)
     text = generate(house.mixture(NAMES), ["the time"], sampling=sampling, **options)[0]
     assert said.replace("\r\n", "\n") == f"the time{text}\n"
+
+
+def test_what_cannot_be_mixed_is_refused(run, house, tmp_path):
+    tail = ("--prompt", "x", "--max-new-tokens", "1", "--mix")
+    for model, mix, said in (
+        (house.mixture_dir(NAMES), "logits", "states and probabilities are"),
+        (house.anchor_dir, "probabilities", "holds no mixture"),
+        (house.mixture_dir(NAMES, "linear"), "probabilities", "kind linear"),
+    ):
+        is_plain_refusal(run("generate", "--model", model, *tail, mix), said)
 
 
 def test_an_anchor_alone_generates_as_a_mixture_with_nothing_on(works, house):

@@ -96,6 +96,24 @@ def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperatur
     assert texts != generate(mixture, PROMPTS, sampling=sampling)
 
 
+@pytest.mark.parametrize("router", ["evidence", "rich"])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_where_probabilities_are_mixed_each_row_is_what_it_would_be_alone(
+    house, router, temperature
+):
+    sampling = Sampling(max_new_tokens=10, temperature=temperature, top_p=1.0, seed=5)
+    mixture, alone = house.mixture(NAMES, router), []
+    texts = generate(mixture, PROMPTS, without=CHOICES, sampling=sampling, mix="probabilities")
+    assert texts != generate(mixture, PROMPTS, without=CHOICES, sampling=sampling)
+    for i, (prompt, off) in enumerate(zip(PROMPTS, CHOICES, strict=True)):
+        never = house.mixture([n for n in NAMES if n not in off], router)
+        own = sampling.model_copy(update={"seed": 5 + i})
+        alone += generate(never, [prompt], sampling=own, mix="probabilities")
+        streamed = stream(never, prompt, sampling=own, mix="probabilities")
+        assert "".join(streamed) == alone[-1]
+    assert texts == alone
+
+
 @router
 def test_a_choice_for_all_prompts_is_that_choice_for_each(house, router):
     mixture = house.mixture(NAMES, router)
