@@ -129,11 +129,24 @@ def test_a_commitment_names_card_and_salt_and_tells_neither(tmp_path, public_set
     assert a.commitment == f"sha256:{expected}" and len(salt) == 32
     assert (tmp_path / "a" / "salt").stat().st_mode & 0o077 == 0
     (tmp_path / "a" / "salt").write_bytes(b"short")
-    with pytest.raises(DataError, match="holds 5 bytes, expected 32"):
+    with pytest.raises(DataError, match="holds 5 bytes; expected 32"):
         _ = open_set(tmp_path / "a").commitment
+    prepare_set(raw, tmp_path / "a", public=public_set, settings=SMALL)  # as the error says
+    mended = read_salt(tmp_path / "a")
     (tmp_path / "a" / "salt").unlink()
+    with pytest.raises(DataError, match="salt is missing"):
+        read_salt(tmp_path / "a")
     prepare_set(raw, tmp_path / "a", public=public_set, settings=SMALL)
-    assert len(read_salt(tmp_path / "a")) == 32
+    assert len({salt, mended, read_salt(tmp_path / "a")}) == 3
+
+
+def test_another_set_in_its_place_has_another_salt(tmp_path, public_set):
+    """Or who knows the salt of the first could try guesses at the second."""
+    for number in (100, 200):
+        raw = write_raw(tmp_path / str(number), "owner", [made_text(i + number) for i in range(30)])
+        prepare_set(raw, tmp_path / "a", public=public_set, settings=SMALL, may_replace=True)
+        (tmp_path / f"salt{number}").write_bytes(read_salt(tmp_path / "a"))
+    assert (tmp_path / "salt100").read_bytes() != (tmp_path / "salt200").read_bytes()
 
 
 def test_text_of_the_public_set_and_of_other_sets_is_removed(tmp_path, public_set):

@@ -1,6 +1,7 @@
 """Mixing by probabilities: against a posterior worked out by hand, and the law of opting out."""
 
 import math
+from functools import cache
 from itertools import chain, combinations
 
 import numpy as np
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.model import probabilities
 from flexolmo.model.lanes import Lanes
-from flexolmo.model.probabilities import ProbabilityMixture, ProbabilitySettings, _Seats
-from flexolmo.model.router import LinearSettings
+from flexolmo.model.probabilities import ProbabilityMixture, ProbabilitySettings, _Seats, arrange
+from flexolmo.model.router import LinearSettings, slot
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import Transformer
 
@@ -120,46 +121,81 @@ def test_all_owners_off_is_the_anchor(wild, mixture, parts):
     assert torch.allclose(said, expected, atol=1e-5)
 
 
+def poison(model, names):
+    """NaN in all that the experts `names` hold."""
+    for name, t in chain(model.named_parameters(), model.named_buffers()):
+        if set(name.split(".")) & {slot(n) for n in names} and t.is_floating_point():
+            t.data.fill_(math.nan)
+
+
 CASES = st.fixed_dictionaries(
     {
         "parts": st.sampled_from(sorted(PARTS)),
-        "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=3),
+        "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=4),
         "lanes": st.integers(1, 4),
+        "min_weight": st.sampled_from([1e-9, 0.05, 0.2]),
         "length": st.integers(1, 40),
         "columns": st.integers(0, 3),
-        "padded": st.booleans(),
+        "is_padded": st.booleans(),
+        "numbers": st.sampled_from([1, 1 << 24]),
         "seed": st.integers(0, 99),
     }
 )
 
 
-@given(case=CASES)
-@IN_SESSION
-def test_an_expert_that_is_off_leaves_the_bits_of_one_never_merged(wild, mixture, case):
-    masks, size = case["masks"], len(case["masks"])
-    ids = wild.ids(size, case["length"] + case["columns"], case["seed"])
-    prompt, rest = ids[:, : case["length"]], ids[:, case["length"] :]
-    is_token = None
-    if case["padded"]:
-        is_token = torch.arange(case["length"]) >= torch.arange(size)[:, None] % case["length"]
-    choice = ProbabilitySettings(lanes=case["lanes"], min_weight=0.2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_an_expert_that_is_off_leaves_the_bits_of_one_never_merged(
+    make_wild, dtype, document_mask, monkeypatch
+):
+    """Also with NaN in it, and whatever the texts beside it may read."""
+    wild = make_wild(dtype, document_mask=document_mask)
 
-    def read(names, active):
-        model = ProbabilityMixture(mixture(names, case["parts"]), choice)
-        cache = model.new_cache()
-        mask = model.expert_mask(active)
-        found = [model(prompt, cache=cache, is_token=is_token, active=mask)]
-        found += [model(column, cache=cache) for column in rest.split(1, dim=1) if column.numel()]
-        return torch.cat(found, dim=1)
+    @cache
+    def assemble(names, parts, off=()):
+        shapes = {n: wild.shape(**PARTS[parts][n]) for n in names}
+        found = wild.mixture(EvidenceSettings(), list(names), None, shapes)
+        poison(found, off)
+        return found
 
-    together = read(OWNERS, masks)
-    for row, mask in enumerate(masks):
-        never = read(mask, [[n for n in m if n in mask] for m in masks])
-        a, b = together[row], never[row]
-        if is_token is not None:
+    @given(case=CASES)
+    @IN_SESSION
+    def check(case):
+        masks, length = case["masks"], case["length"]
+        monkeypatch.setattr(probabilities, "NUMBERS_AT_ONCE", case["numbers"] * 300)
+        ids = wild.ids(len(masks), length + case["columns"], case["seed"])
+        starts = torch.arange(len(masks))[:, None] % length if case["is_padded"] else 0
+        is_token = torch.arange(length).expand(len(masks), -1) >= starts
+        choice = ProbabilitySettings(lanes=case["lanes"], min_weight=case["min_weight"])
+        again = torch.arange(len(masks)).flip(0).repeat(2)
+
+        def read(model, active):
+            """The texts, then each twice in another order."""
+            model = ProbabilityMixture(model, choice)
+            store = model.new_cache()
+            mask = model.expert_mask(active)
+            with torch.inference_mode():
+                said = [model(ids[:, :length], cache=store, is_token=is_token, active=mask)]
+                store = store.select(again)
+                said += [
+                    model(column, cache=store)[again.argsort(stable=True)[::2]]
+                    for column in ids[again, length:].split(1, dim=1)
+                    if column.numel()
+                ]
+            return torch.cat(said, dim=1)
+
+        off = tuple(n for n in OWNERS if not any(n in m for m in masks))
+        together = read(assemble(OWNERS, case["parts"], off), masks)
+        for row, mask in enumerate(masks):
+            never = read(
+                assemble(mask, case["parts"]), [[n for n in m if n in mask] for m in masks]
+            )
             real = torch.cat([is_token[row], torch.ones(case["columns"], dtype=torch.bool)])
-            a, b = a[real], b[real]
-        assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+            a, b = together[row][real], never[row][real]
+            assert not a.isnan().any()
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+    check()
 
 
 @pytest.mark.parametrize("parts", sorted(PARTS))
@@ -169,7 +205,7 @@ def test_reading_on_is_reading_at_once(wild, mixture, parts, monkeypatch):
     cache = model.new_cache()
     parts = [model(x, cache=cache) for x in ids.split([11, 1, 1, 17], dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
-    monkeypatch.setattr(probabilities, "NUMBERS_AT_ONCE", 7 * 2 * 4 * 300)
+    monkeypatch.setattr(probabilities, "NUMBERS_AT_ONCE", 7 * 300)
     assert torch.allclose(model(ids), whole, atol=1e-4)
     assert torch.allclose(model(ids, last=9), whole[:, -9:], atol=1e-4)
 
@@ -188,6 +224,22 @@ def test_padding_and_selection_change_nothing(wild, mixture):
     chosen = cache.select(torch.tensor([1, 1]))
     on = model(ids[:, 14:].expand(2, 6), cache=chosen)
     assert torch.allclose(on, whole[:, 14:].expand(2, 6, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 8])
+def test_padding_counts_nothing_however_the_text_is_cut(wild, mixture, count):
+    model, ids = ProbabilityMixture(mixture()), wild.ids(1, 20, seed=7)
+    ids[0, 0] = 17  # no end of text, after which all would begin anew
+    padded = torch.cat([torch.full((1, count), 3), ids], dim=1)
+    is_token = torch.arange(20 + count)[None] >= count
+    for cut in (count, 7, 15):
+        store = model.new_cache()
+        found = [
+            model(part, cache=store, is_token=real)
+            for part, real in zip(padded.split(cut, 1), is_token.split(cut, 1), strict=True)
+        ]
+        said = torch.cat(found, dim=1)[:, count:]
+        assert torch.allclose(said, model(ids), atol=1e-4)
 
 
 def test_a_choice_of_experts_stays(wild, mixture):
@@ -225,12 +277,15 @@ def test_everybody_who_reads_has_one_lane_and_keeps_it(wanted, cut):
 
 
 def test_a_lane_comes_back_to_who_read_in_it():
-    seats = _Seats(1, 2)
-    routed = np.zeros((1, 4, 3))
-    for t, experts in enumerate(([0, 1], [0], [0, 1], [0, 2])):
+    seats = _Seats(1, 3)
+    read = ([0, 1, 2], [0], [0, 2], [0, 3], [0, 2, 3], [0], [0, 4])
+    routed = np.zeros((1, len(read), 5))
+    for t, experts in enumerate(read):
         routed[0, t, experts] = 0.5
-    chosen = seats.follow(routed)[0]
-    assert chosen.tolist() == [[0, 0, 0, 0], [1, -1, 1, 2]]
+    first, second, third = seats.follow(routed)[0].tolist()
+    assert first == [0] * 7
+    assert second == [1, -1, -1, 3, 3, -1, 4]  # idle for longer than the third, then as long
+    assert third == [2, -1, 2, -1, 2, -1, -1]
 
 
 def test_a_lane_that_nobody_reads_holds_what_its_leader_does():
@@ -242,6 +297,71 @@ def test_a_lane_that_nobody_reads_holds_what_its_leader_does():
     expected[1, 0, 0] = x[0, 0, 0]
     expected[3, 0, :2] = x[2, 0, :2]
     assert torch.equal(found, expected)
+
+
+def test_who_comes_to_a_lane_has_before_it_all_that_the_leader_read(wild, mixture):
+    """Dense models one after the other, with one cache: that is what they share."""
+    eos, ids = wild.anchor.config.eos_token_id, torch.tensor([[5, 9, 40, 7, 21]])
+    assert eos not in ids
+    chosen = torch.tensor([[1, 1, 1, 1, 1], [-1, -1, 0, 2, -1]])
+    model = mixture()
+    x, ctx = model.stream(ids.repeat(2, 1), lanes=Lanes(chosen, torch.zeros(1, 5, dtype=int)))
+    said = model.predict_at(x, ctx, slice(0, 7))  # the first lane's five, then the second's two
+    amber, basalt = alone(wild, "amber"), alone(wild, "basalt")
+    assert torch.allclose(said[:5], amber(ids)[0], atol=1e-4)
+    led = amber.new_cache()
+    amber(ids[:, :2], cache=led)
+    third = wild.anchor.model(ids[:, 2:3], cache=led)
+    assert torch.allclose(said[5], third[0, 0], atol=1e-4)
+    fourth = basalt(ids[:, 3:4], cache=led)
+    assert torch.allclose(said[6], fourth[0, 0], atol=1e-4)
+
+
+@given(seed=st.integers(0, 10**6), owners_on=st.sampled_from(SUBSETS))
+@IN_SESSION
+def test_who_did_not_read_is_judged_by_the_table(mixture, seed, owners_on):
+    """The posterior, worked out expert by expert."""
+    model = ProbabilityMixture(mixture(), ProbabilitySettings(lanes=2))
+    rng, (E, T, K), choice = np.random.default_rng(seed), (4, 12, 2), model.settings
+    on = [True, *(n in owners_on for n in OWNERS)]
+    who = np.array([rng.permutation([*np.flatnonzero(on), -1])[:K] for _ in range(T)])
+    who[0], who[5] = -1, -1
+    seen, tables = -rng.exponential(3, (K, T)), rng.normal(0, 2, (E, T))
+    tables[0], tables[~np.array(on)] = 0.0, math.nan
+    ids = rng.integers(1, 300, T)
+    ids[8] = model.config.eos_token_id
+    found = model._follow(
+        ids[None],
+        np.ones((1, T), bool),
+        np.array(on)[None],
+        tables[:, :, None],
+        seen[None],
+        who.T[None],
+        None,
+    )
+    tempering, even = model.router.settings.tempering, 1 / sum(on)
+    chance = [even if is_on else 0.0 for is_on in on]
+    for t in range(T):
+        heard = {e: seen[k, t] / choice.temperature for k, e in enumerate(who[t]) if e >= 0}
+        if heard:
+            best = max(heard, key=lambda e: (chance[e], -e))
+            logs = [
+                heard.get(e, heard[best] + tempering * (tables[e, t] - tables[best, t]))
+                for e in range(E)
+            ]
+            scores = [p * math.exp(x) if p else 0.0 for p, x in zip(chance, logs, strict=True)]
+            chance = [
+                (1 - choice.switch_rate) * s / sum(scores) + choice.switch_rate * even * is_on
+                for s, is_on in zip(scores, on, strict=True)
+            ]
+        if ids[t] == model.config.eos_token_id:
+            chance = [even * is_on for is_on in on]
+        np.testing.assert_allclose(found[t, :, 0], chance, atol=1e-12)
+
+
+def test_what_is_no_mix_is_refused(mixture):
+    with pytest.raises(ConfigError, match="'logits' is not known; states and probabilities are"):
+        arrange(mixture(), "logits")
 
 
 def test_an_expert_that_is_off_cannot_be_put_into_a_lane():

@@ -32,7 +32,9 @@ def prepare(pico_anchor, pico_sets):
     """The pair, its parameters, and their gradients and loss at a step, under some settings."""
 
     def run(scope, step=0, **changes):
-        recipe = ExpertRecipe(train=BRIEF.model_copy(update=changes), **SCOPES[scope])
+        recipe = ExpertRecipe(
+            beside_anchor=True, train=BRIEF.model_copy(update=changes), **SCOPES[scope]
+        )
         data = pico_sets["maths"]
         first = start_expert(pico_anchor, data, recipe)
         g = torch.Generator().manual_seed(7)

@@ -1,5 +1,7 @@
 """An owner's training: what may learn, what may not, and what leaves the house."""
 
+import copy
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.signing import TrustedOwners, create_key
 from flexolmo.data.batches import TrainingBatches, open_set, training_batches
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import PrepareSettings, prepare_set
@@ -26,14 +28,17 @@ from flexolmo.train import expert as room
 from flexolmo.train import loop
 from flexolmo.train.expert import (
     ExpertRecipe,
+    find_open_rows,
     load_expert,
     pack_expert,
+    prepare_training,
     save_expert,
     start_expert,
+    start_table,
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
-from flexolmo.train.shrink import compress_expert
+from flexolmo.train.shrink import compress_expert, heal_expert
 from made_documents import write_documents
 
 BRIEF = TrainSettings(
@@ -286,11 +291,47 @@ def test_a_recipe_says_what_the_owner_may_change(pico_anchor):
         ({"replay": -0.1}, "replay"),
         ({"head_rank": 0}, "head_rank"),
         ({"width": 0}, "width"),
+        (
+            {"router": {"kind": "linear"}, "scope": "ffn", "beside_anchor": False},
+            "kind linear .* leave beside_anchor=false out",
+        ),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(wrong, said):
     with pytest.raises(ValidationError, match=said):
         ExpertRecipe.model_validate(wrong)
+
+
+def test_an_expert_alone_learns_as_the_anchor_would(pico_anchor, pico_sets):
+    """Loss and gradients are a dense model's, but in rows that stay closed."""
+    data, anchor = pico_sets["maths"], pico_anchor
+    found = {}
+    for beside in (None, True):
+        recipe = recipe_of(EvidenceSettings(), batch_size=4).model_copy(
+            update={**WHOLE, "beside_anchor": beside}
+        )
+        _, parameters, losses = prepare_training(anchor, data, "maths", recipe, None)
+        (loss,) = losses(0)
+        loss.backward()
+        found[beside] = float(loss), {n: p.grad for n, p in parameters.items()}
+    dense = copy.deepcopy(anchor.model).train().requires_grad_(True)
+    batch = training_batches(data, "train", 4, 16, 0).batch(0)
+    expected = language_model_loss(dense, torch.from_numpy(batch))
+    expected.backward()
+    loss, grads = found[None]
+    assert loss == pytest.approx(float(expected), rel=1e-6)
+    table = start_table(anchor, data, EvidenceSettings())
+    is_open = find_open_rows(table, data, EvidenceSettings())
+    assert 0 < int(is_open.sum()) < len(is_open)
+    for part in ("embed_tokens", "lm_head"):
+        theirs = getattr(dense, part).weight.grad
+        ours = next(g for n, g in grads.items() if n == f"{part}.weight")
+        assert torch.allclose(ours[is_open], theirs[is_open], atol=1e-6)
+        assert not ours[~is_open].any()
+    assert dense.lm_head.weight.grad[~is_open].any()
+    own = grads["layers.1.down_proj.weight"]
+    assert torch.allclose(own, dense.layers[1].mlp.down_proj.weight.grad, atol=1e-6)
+    assert not torch.allclose(own, found[True][1]["layers.1.down_proj.weight"], atol=1e-6)
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -326,6 +367,36 @@ def test_a_deltas_first_values_depend_on_the_seed_alone(pico_anchor, pico_sets):
     assert not torch.equal(starts[0][name], starts[2][name])
     assert 0.5 < starts[0][name].std() * 32**0.5 < 1.5
     assert len({t.flatten()[0].item() for n, t in starts[0].items() if "lora_a" in n}) == 16
+
+
+def test_no_bundle_names_its_set_but_by_its_commitment(pico_anchor, pico_sets, tmp_path):
+    """Nor a cut or healed one: a digest of the set itself would let a guess at it be tried."""
+    data, key = pico_sets["maths"], tmp_path / "k"
+    create_key(key)
+    whole = train_expert(
+        pico_anchor, data, "maths", recipe_of(EvidenceSettings()).model_copy(update=WHOLE)
+    )
+    cut = compress_expert(pico_anchor, whole, rank=4, delta_rank=4, data=data)
+    healed = heal_expert(pico_anchor, cut, data, 1, settings=BRIEF)
+    for name, expert in (("whole", whole), ("cut", cut), ("healed", healed)):
+        where = tmp_path / name / "maths.bundle"
+        pack_expert(expert, where, key, owner="Ann", licence="MIT", terms="For tests.")
+        told = (where / "manifest.json").read_text()
+        assert data.commitment in told and data.digest not in told
+        assert not any(f["digest"] in told for f in data.card["files"].values())
+
+
+def test_a_set_without_its_salt_is_refused_before_anything_is_trained(
+    pico_anchor, pico_sets, tmp_path
+):
+    directory = tmp_path / "set"
+    shutil.copytree(pico_sets["maths"].directory, directory)
+    (directory / "salt").unlink()
+    with pytest.raises(DataError, match="salt is missing"):
+        train_expert(
+            pico_anchor, open_set(directory), "maths", recipe_of(EvidenceSettings()), tmp_path / "r"
+        )
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_narrow_expert_starts_with_columns_of_the_anchors(pico_anchor, pico_sets):

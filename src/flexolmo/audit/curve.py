@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo.data.batches import TokenSet, evaluation_windows
-from flexolmo.errors import ConfigError
+from flexolmo.errors import ConfigError, DataError
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor
@@ -119,8 +119,11 @@ def mix_windows(sets: Sequence[Windows]) -> Windows:
 def _set_of(expert: Expert, sets: Mapping[str, TokenSet]) -> str:
     """Name of the set that an expert was trained on."""
     for name, data in sets.items():
-        if data.commitment == expert.data_card_digest:
-            return name
+        try:
+            if data.commitment == expert.data_card_digest:
+                return name
+        except DataError:  # a set without a salt, on which nobody was trained
+            continue
     raise ConfigError(
         f"Expert {expert.name} was trained on the set of commitment {expert.data_card_digest}, "
         f"which is none of {', '.join(str(d.directory) for d in sets.values())}. Give that set as "

@@ -232,8 +232,9 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     differ in kind. `calibrated`: by somebody who has other documents of the kind: tables of three
     fifths of the training documents, one fifth that is not in them, and what a table of the last
     fifth says taken off. `knows_the_rest`: by somebody who has all documents but one: the share
-    that a table with them finds likelier than a table without; with noise it is `at_most` so large,
-    whatever is asked of the two. Tables stood in for the expert's get its noise; what the attacker
+    that a table with them finds likelier than a table without, which also differ in a fold of
+    others; of two that differ in that document alone it is, with noise, `at_most` so large,
+    whatever is asked of them. Tables stood in for the expert's get its noise; what the attacker
     has of its own gets hardly any.
     """
     settings = cast(EvidenceSettings, expert.router)

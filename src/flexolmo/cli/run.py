@@ -3,7 +3,7 @@
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -24,16 +24,18 @@ What = Annotated[
     typer.Option(
         "--mix",
         help="Outputs of the experts to mix: states, inside the model; or probabilities: up to "
-        "four experts read side by side, which predicts better and takes one and a half times the "
-        "work.",
+        "four experts read side by side, which predicts better and takes two to four times as "
+        "long.",
     ),
 ]
 
 
 def parse_mix(given: str) -> Any:
     """The value of --mix, if there is one of that name; else ConfigError."""
-    if given not in ("states", "probabilities"):
-        raise ConfigError(f"--mix {given!r} is not known; states and probabilities are.")
+    from flexolmo.model.probabilities import Mix
+
+    if given not in get_args(Mix):
+        raise ConfigError(f"--mix {given!r} is not known; {' and '.join(get_args(Mix))} are.")
     return given
 
 

@@ -58,7 +58,8 @@ from flexolmo.progress import progress
 FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
 PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
-SALT_FILE, SALT_BYTES = "salt", 32
+SALT_FILE = "salt"
+SALT_BYTES = 32
 _DOCUMENTS_AT_ONCE = 1024
 _BYTES_AT_ONCE = 1 << 20
 Item = TypeVar("Item")
@@ -313,11 +314,12 @@ def commit_card(card: dict[str, Any], salt: bytes) -> str:
 def read_salt(prepared: Path) -> bytes:
     """The salt of a prepared set, drawn when it was made; DataError if there is none."""
     path = Path(prepared) / SALT_FILE
-    salt = path.read_bytes() if path.is_file() else b""
-    if len(salt) != SALT_BYTES:
+    salt = path.read_bytes() if path.is_file() else None
+    if salt is None or len(salt) != SALT_BYTES:
+        found = "is missing" if salt is None else f"holds {len(salt)} bytes"
         raise DataError(
-            f"{path} holds {len(salt)} bytes, expected {SALT_BYTES} drawn at random, without which "
-            "an expert's bundle would tell of its text. Prepare the set again."
+            f"{path} {found}; expected {SALT_BYTES} bytes drawn at random, without which an "
+            "expert's bundle would tell of its text. Prepare the set again."
         )
     return salt
 
@@ -460,16 +462,13 @@ def _finished(out: Path, recipe: str) -> dict[str, Any] | None:
     """The card in `out` if it is of this recipe and every file is as it says."""
     try:
         card = read_card(out)
+        read_salt(out)
     except DataError:
         return None
     files = card["files"]
-    if (
-        card["recipe"] != recipe
-        or not (out / SALT_FILE).is_file()
-        or not all(
-            (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
-            for file in files
-        )
+    if card["recipe"] != recipe or not all(
+        (out / file).is_file() and digest_file(out / file) == files[file]["digest"]
+        for file in files
     ):
         return None
     return card

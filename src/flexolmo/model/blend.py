@@ -1,8 +1,9 @@
 """Training of one owner's expert beside the anchor: which positions each of the two reads.
 
-The router gives most of an owner's text to the owner alone. So the expert reads all positions, and
-what both say is put together only at those where the anchor has weight too; gradients go the same
-way back, with nothing as long as the batch in between. Source: ours.
+The router gives most of an owner's text to the owner alone, and an expert may be trained without
+the anchor altogether. So the expert reads all positions, and what both say is put together only at
+those where the anchor has weight too; gradients go the same way back, with nothing as long as the
+batch in between. Source: ours.
 
 N positions of a batch, n positions at which the anchor's matrix is read.
 """
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST_IDLE = 1 / 16  # of positions that the expert may read in vain, as picking others costs as much
@@ -24,19 +26,26 @@ class Blend:
     own_rows: Tensor | None  # [.] that it reads; None: all
     public_weight: Tensor  # [n,1]
     public_rows: Tensor  # [n] that the anchor's matrices read
+    is_alone: bool = False  # True: the expert reads all, with a weight of 1, and the anchor nothing
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of x [N,.] that the expert reads, and those that the anchor does."""
+        if self.is_alone:
+            return x, x[:0]
         return cast(tuple[Tensor, Tensor], _Split.apply(x, self.own_rows, self.public_rows))  # type: ignore[no-untyped-call]
 
     def multiply(self, x: Tensor, own: Tensor, public: Tensor) -> Tensor:
         """`join` of the products of `split` with matrices [out,in], [N,out]; no gradient of the
         anchor's."""
+        if self.is_alone:
+            return F.linear(x, own)
         kept = (self.own_weight, self.own_rows, self.public_weight, self.public_rows)
         return cast(Tensor, _Multiply.apply(x, own, public, *kept))  # type: ignore[no-untyped-call]
 
     def join(self, own: Tensor, public: Tensor) -> Tensor:
         """Weighted sum [N,.] of what the two say at the rows of `split`."""
+        if self.is_alone:
+            return own
         kept = (self.own_weight, self.own_rows, self.public_weight, self.public_rows)
         return cast(Tensor, _Join.apply(own, public, *kept))  # type: ignore[no-untyped-call]
 
@@ -50,6 +59,13 @@ def blend_of(weights: Tensor, dtype: torch.dtype) -> Blend:
         own_rows = None
     public_weight = public.index_select(0, public_rows)[:, None].to(dtype)
     return Blend(own[:, None].to(dtype), own_rows, public_weight, public_rows)
+
+
+def alone(num_rows: int, dtype: torch.dtype, device: torch.device) -> Blend:
+    """The blend of an expert that reads all positions, and an anchor that reads none."""
+    own = torch.ones(num_rows, 1, dtype=dtype, device=device)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    return Blend(own, None, own[:0], nothing, is_alone=True)
 
 
 class _Split(torch.autograd.Function):

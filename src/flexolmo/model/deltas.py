@@ -142,8 +142,6 @@ class _Deltas(nn.Module):
             assert ctx.weights is not None
             weights = ctx.weights.flatten(0, 1)  # [N,E]
             rest = torch.ones_like(weights[:, 0])
-            if ctx.lanes is not None:
-                rest = rest * ctx.lanes.is_live.flatten()
             for place in places:
                 rest = rest - weights[:, place]
             # less is the rounding of weights that sum to 1

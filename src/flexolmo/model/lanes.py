@@ -1,13 +1,15 @@
 """Several models that read one text side by side, each in a lane of its own.
 
 In every lane one whole expert reads a token, or none. Where none does, the lane takes the keys and
-values of the lane that leads there, so that whoever reads on in it has the whole text before it,
-at no cost. Source: ours.
+values of the lane that leads there, so that whoever reads on in it has the whole text before it;
+nothing but attention is computed there. Source: ours.
 
-B texts, K lanes of each, N = B*K rows of a batch, T positions, E experts.
+B texts, K lanes of each, N = B*K rows of a batch, T positions, n of all N*T that somebody reads,
+E experts.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,19 +25,27 @@ class Lanes:
     chosen: Tensor  # [N,T] int64, number of the expert; -1: none
     lead: Tensor  # [B,T] int64, lane of each text that leads; somebody reads there
 
-    @property
-    def is_live(self) -> Tensor:
-        """True where somebody reads, bool [N,T]."""
-        return self.chosen >= 0
+    @cached_property
+    def places(self) -> Tensor:
+        """Positions [n] of all N*T that somebody reads, ascending."""
+        return (self.chosen.flatten() >= 0).nonzero()[:, 0]
 
     def weights(self, num_experts: int, active: Tensor | None) -> Tensor:
-        """Mixture weights [N,T,E] of 0 and 1, float32. `active` [N,E] must hold whoever reads."""
-        found = torch.zeros(*self.chosen.shape, num_experts + 1, device=self.chosen.device)
-        found.scatter_(-1, self.chosen[..., None] % (num_experts + 1), 1.0)  # -1 to the last
-        found = found[..., :num_experts].contiguous()
+        """Mixture weights [1,n,E] of 0 and 1, float32. `active` [N,E] must hold whoever reads."""
+        readers = self.chosen.flatten()[self.places]  # [n]
         if active is not None:
-            assert not bool((found * ~active[:, None]).any()), "an expert that is off would read"
-        return found
+            rows = self.places // self.chosen.shape[1]
+            assert bool(active[rows, readers].all()), "an expert that is off would read"
+        return torch.nn.functional.one_hot(readers, num_experts).float()[None]
+
+    def pick(self, x: Tensor) -> Tensor:
+        """The rows of x [N,T,...] that somebody reads, [1,n,...]."""
+        return x.flatten(0, 1)[self.places][None]
+
+    def put(self, x: Tensor) -> Tensor:
+        """Rows x [1,n,F] at their positions, [N,T,F], zeros elsewhere."""
+        N, T = self.chosen.shape
+        return x.new_zeros(N * T, x.shape[-1]).index_copy(0, self.places, x[0]).view(N, T, -1)
 
     def fill(self, x: Tensor) -> Tensor:
         """Keys or values x [N,G,T,C], with the leader's where nobody reads."""
@@ -43,5 +53,5 @@ class Lanes:
         B = len(self.lead)
         lanes = x.view(B, -1, G, T, C)
         at = self.lead.view(B, 1, 1, T, 1).expand(B, 1, G, T, C)
-        live = self.is_live.view(B, -1, 1, T, 1)
-        return torch.where(live, lanes, lanes.gather(1, at)).view(N, G, T, C)
+        is_read = (self.chosen >= 0).view(B, -1, 1, T, 1)
+        return torch.where(is_read, lanes, lanes.gather(1, at)).view(N, G, T, C)

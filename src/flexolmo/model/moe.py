@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.errors import PolicyError
-from flexolmo.model.blend import Blend, blend_of
+from flexolmo.model.blend import Blend, alone, blend_of
 from flexolmo.model.cache import Cache
 from flexolmo.model.deltas import (
     DeltaEmbedding,
@@ -173,6 +173,7 @@ class MixtureModel(Transformer):
         """`experts` maps each owner's expert to its shape; `public_bigrams` and `form_bigrams` are
         the anchor's."""
         super().__init__(config)
+        self.trains_alone = False  # True: in training the last expert reads every token, alone
         self.expert_names = [PUBLIC, *sorted(experts)]
         self.shapes = {n: experts[n] for n in self.expert_names[1:]}
         self.settings = router
@@ -250,31 +251,37 @@ class MixtureModel(Transformer):
             ctx.weights = lanes.weights(len(self.expert_names), active)
             ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
         elif self.router is not None:
-            logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
-            if cache is not None:
-                cache.evidence = evidence
-            ctx.weights = mixture_weights(
-                logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
-            )
+            if self.training and self.trains_alone:
+                last = torch.eye(len(self.expert_names), device=self.device)[-1]
+                ctx.weights = last.expand(*ids.shape, -1)
+            else:
+                logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
+                if cache is not None:
+                    cache.evidence = evidence
+                ctx.weights = mixture_weights(
+                    logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
+                )
             ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
             ctx.groups = self.mixtures()[0].group(ctx.weights, ctx)
             is_pair = len(self.expert_names) == 2 and active is None and ctx.is_token is None
             if self.training and is_pair:
-                ctx.blend = blend_of(ctx.weights, ctx.dtype)
+                ctx.blend = (
+                    alone(ids.numel(), ctx.dtype, self.device)
+                    if self.trains_alone
+                    else blend_of(ctx.weights, ctx.dtype)
+                )
                 if ctx.blend.own_rows is None:
                     ctx.shares[1] = Share(ctx.blend.own_weight, ids.numel())
         if isinstance(self.settings, DiscriminantSettings):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx
 
-    def predict_at(self, x: Tensor, ctx: ForwardContext, rows: Tensor) -> Tensor:
-        """Logits [n,V] after positions `rows` [n] of all N, from what `stream` gives; somebody must
-        read there."""
+    def predict_at(self, x: Tensor, ctx: ForwardContext, rows: slice) -> Tensor:
+        """Logits [.,V] after `rows` of those that lanes read, x [1,n,D], as `stream` gives them."""
         assert ctx.weights is not None
-        weights = ctx.weights.flatten(0, 1)[rows][None]  # [1,n,E]
+        weights = ctx.weights[:, rows]
         shares = shares_of(weights, None, ctx.batch_rows, ctx.dtype)
-        here = replace(ctx, weights=weights, shares=shares, rests={}, lanes=None, panels=None)
-        return self.lm_head(x.flatten(0, 1)[rows][None], here)[0]
+        return self.lm_head(x[:, rows], replace(ctx, weights=weights, shares=shares, rests={}))[0]
 
     def _at_last(self, ctx: ForwardContext, batch_size: int, count: int) -> ForwardContext:
         ctx = super()._at_last(ctx, batch_size, count)

@@ -11,7 +11,7 @@ B texts, T positions, E experts, K lanes, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from flexolmo.model.lanes import Lanes
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.panels import Panels
 from flexolmo.model.router import EvidenceState, mixture_weights
+from flexolmo.model.transformer import ForwardContext
 
-NUMBERS_AT_ONCE = 1 << 25  # probabilities in memory, of all lanes together
+NUMBERS_AT_ONCE = 1 << 24  # logits in memory that nobody asked for
 
 
 Mix = Literal["states", "probabilities"]
@@ -55,7 +56,7 @@ class _Reading:
     evidence: EvidenceState
     posterior: np.ndarray  # [E,B] float64, chance of each expert at the next token
     predicted: Tensor  # [B*K,V] log-probabilities of the next token, by lane
-    readers: np.ndarray  # [B,K] who reads the last token in each lane; -1: nobody
+    readers: np.ndarray  # [B,K] who gave them; -1: nobody
     seats: "_Seats"
 
     def select(self, rows: Tensor) -> "_Reading":
@@ -69,6 +70,37 @@ class _Reading:
             self.readers[at],
             self.seats.select(at),
         )
+
+
+@dataclass
+class _Predictions:
+    """Predictions in N lanes, after the tokens that somebody reads there."""
+
+    seen: Tensor  # [N,T+1] log-probability of each token from the second on; 0 where nobody read
+    end: Tensor  # [N,V] log-probabilities after the last token; 0 where nobody read
+    asked: Tensor  # [m,V] log-probabilities, of the tokens asked for
+    row: Tensor  # [m] lane of each
+    at: Tensor  # [m] its number among the tokens asked for
+    num_asked: int
+
+    def mix(self, weights: Tensor) -> Tensor:
+        """Log-probabilities [B,.,V], by the lanes' weights [B,K,.].
+
+        Sums run lane by lane, and nothing here rounds otherwise for another number of rows.
+        """
+        B, K, T = weights.shape
+        device = self.asked.device
+        shares = weights.flatten(0, 1)[self.row, self.at].log().to(device)[:, None]
+        best = self.asked.new_full((B * T, self.asked.shape[1]), -torch.inf)
+        total = torch.zeros_like(best)
+        mine = [(self.row % K == lane).nonzero()[:, 0] for lane in range(K)]
+        rows = [(self.row[i] // K * T + self.at[i]).to(device) for i in mine]
+        parts = [self.asked[i.to(device)] + shares[i.to(device)] for i in mine]
+        for here, part in zip(rows, parts, strict=True):
+            best[here] = best[here].maximum(part)
+        for here, part in zip(rows, parts, strict=True):
+            total[here] += (part - best[here]).exp()
+        return (best + total.log()).view(B, T, -1)
 
 
 @dataclass
@@ -148,104 +180,107 @@ class ProbabilityMixture(nn.Module):
         """Log-probabilities [B,T,V], float32, or of the `last` positions; arguments as for the
         mixture. `routing` receives the weights of predictions, [B,T,E]."""
         cache = self.new_cache() if cache is None else cache
-        if active is not None:
-            if cache.reading is not None:
-                raise PolicyError(
-                    "The experts that are on cannot change after a text's first tokens: begin "
-                    "again with a new cache."
-                )
-            cache.active = active
-        if cache.active is not None and len(cache.active) == 1 < len(ids):
-            cache.active = cache.active.expand(len(ids), -1)
-        B, T = ids.shape
-        first = T - (T if last is None else min(last, T))
-        piece = max(1, NUMBERS_AT_ONCE // (B * cache.lanes * self.config.vocab_size))
-        found, weights = [], []
-        for start in range(0, T, piece):
-            here = None if is_token is None else is_token[:, start : start + piece]
-            part = ids[:, start : start + piece]
-            skipped = min(max(0, first - start), part.shape[1])
-            said, weighed = self._read(part, here, cache, skipped)
-            found.append(said)
-            weights.append(weighed)
-        if routing is not None:
-            routing.append(torch.cat(weights, dim=1))
-        return torch.cat(found, dim=1)
-
-    def _read(
-        self, ids: Tensor, is_token: Tensor | None, cache: LaneCache, skipped: int
-    ) -> tuple[Tensor, Tensor]:
-        """Read a piece of the texts on: log-probabilities [B,.,V] after all tokens but the first
-        `skipped`, and the weights of predictions after all, [B,T,E]."""
-        (B, T), K, E = ids.shape, cache.lanes, len(self.expert_names)
-        past, active = cache.reading, cache.active
+        (B, T), K = ids.shape, cache.lanes
         ids = ids.cpu()
-        real = np.ones((B, T), bool) if is_token is None else is_token.cpu().numpy()
+        real = torch.ones(B, T, dtype=torch.bool) if is_token is None else is_token.cpu()
+        active, past = self._active(cache, active, B), cache.reading
+
+        # who reads where, from the tables alone
         state = None if past is None else past.evidence
-        evidence = self.router.read(ids.to(self.device), is_token, state)  # [S,T,B]
-        logs, state = self.router(ids.to(self.device), is_token, active, state)
+        here = ids.to(self.device), None if is_token is None else is_token.to(self.device)
+        evidence = self.router.read(*here, state)  # [S,T,B]
+        logs, state = self.router(*here, active, state)
         routed = mixture_weights(logs, active, K, self.settings.min_weight).cpu().numpy()
-        routed = np.where(real[..., None], routed, np.eye(E)[0])  # padding is read by public alone
+        on_padding = np.eye(routed.shape[-1])[0]  # public alone
+        routed = np.where(real[..., None].numpy(), routed, on_padding)
         seats = _Seats(B, K) if past is None else past.seats.copy()
         chosen = seats.follow(routed)  # [B,K,T]
         lead = (chosen == routed.argmax(-1)[:, None]).argmax(1)  # [B,T]
+        lanes = Lanes(*(torch.from_numpy(x).to(self.device) for x in (chosen.reshape(-1, T), lead)))
+
+        # what they predict
         x, ctx = self.mixture.stream(
             ids.repeat_interleave(K, 0),
             cache=cache.inner,
             is_token=None if is_token is None else is_token.repeat_interleave(K, 0),
             active=None if active is None else active.repeat_interleave(K, 0),
-            lanes=Lanes(
-                torch.from_numpy(chosen.reshape(B * K, T)).to(self.device),
-                torch.from_numpy(lead).to(self.device),
-            ),
+            lanes=lanes,
         )
-        live = torch.from_numpy(np.flatnonzero(chosen >= 0))  # [n] of B*K*T
-        logits = self.mixture.predict_at(x, ctx, live.to(self.device)).float()  # [n,V]
-        norms = logits.logsumexp(-1, keepdim=True)  # [n,1]
-        at = live % T
-        seen = torch.zeros(B * K, T)  # log-probability of each token in each lane
+        asked = T if last is None else min(last, T)
+        said = self._predict(x, ctx, lanes, ids, T - asked)
+
+        # whom to believe
+        seen = said.seen  # [B*K,T+1], of the token after each
+        before = np.full((B, K), -1)
         if past is not None:
-            seen[:, 0] = past.predicted.gather(1, ids[:, :1].repeat_interleave(K, 0))[:, 0]
-        goes_on = (at < T - 1).nonzero()[:, 0]
-        lane, place = live[goes_on] // T, at[goes_on] + 1
-        token = ids[lane // K, place].to(self.device)
-        goes_on = goes_on.to(self.device)
-        seen[lane, place] = (logits[goes_on, token] - norms[goes_on, 0]).cpu()
-        is_end = (at == T - 1).nonzero()[:, 0]
-        predicted = torch.zeros(B * K, logits.shape[1])
-        is_last = is_end.to(self.device)
-        predicted[live[is_end] // T] = (logits[is_last] - norms[is_last]).cpu()
-        before = np.full((B, K), -1) if past is None else past.readers
-        readers = np.concatenate([before[:, :, None], chosen[:, :, :-1]], axis=2)
-        readers[:, :, 1:] = np.where(real[:, None, :-1], readers[:, :, 1:], -1)  # not of padding
-        of_experts = torch.cat([evidence[:1], evidence[1 + len(self.router.forms) :]])
+            at = ids[:, :1].repeat_interleave(K, 0)
+            seen[:, 0] = past.predicted.gather(1, at)[:, 0]
+            before = past.readers
+        readers = np.concatenate([before[:, :, None], chosen], axis=2)
+        readers[:, :, 1:] = np.where(real[:, None].numpy(), chosen, -1)  # not of padding
         chances = self._follow(  # [T,E,B]
             ids.numpy(),
-            real,
+            real.numpy(),
             None if active is None else active.cpu().numpy(),
-            of_experts.double().cpu().numpy(),
-            seen.view(B, K, T).double().numpy(),
-            readers,
+            torch.cat([evidence[:1], evidence[1 + len(self.router.forms) :]])
+            .double()
+            .cpu()
+            .numpy(),
+            seen[:, :-1].view(B, K, T).double().numpy(),
+            readers[:, :, :-1],
             None if past is None else past.posterior,
         )
-        cache.reading = _Reading(state, chances[-1], predicted, chosen[:, :, -1].copy(), seats)
+        cache.reading = _Reading(state, chances[-1], said.end, readers[:, :, -1], seats)
         power = chances.transpose(2, 1, 0) ** self.settings.sharpness  # [B,E,T]
         weights = np.where(chosen >= 0, np.take_along_axis(power, chosen.clip(0), 1), 0.0)
         weights = weights / _sum_of(weights, 1)  # [B,K,T]
-        by_expert = np.zeros((B, E + 1, T))
-        np.put_along_axis(by_expert, chosen % (E + 1), weights, 1)
-        weighed = torch.from_numpy(by_expert[:, :E]).float().transpose(1, 2)
-        shares = torch.from_numpy(weights).float().flatten().log()[live].to(self.device)[:, None]
-        asked = T - skipped
-        found = torch.full((B * asked, logits.shape[1]), -torch.inf, device=self.device)
-        for number in range(
-            K if asked else 0
-        ):  # one by one, so that a sum's order is that of lanes
-            mine = ((live // T % K == number) & (at >= skipped)).nonzero()[:, 0]
-            rows = (live[mine] // T // K * asked + at[mine] - skipped).to(self.device)
-            mine = mine.to(self.device)
-            found[rows] = found[rows].logaddexp(logits[mine] - norms[mine] + shares[mine])
-        return found.view(B, asked, logits.shape[1]), weighed.to(self.device)
+        if routing is not None:
+            found = np.zeros((B, power.shape[1] + 1, T))
+            np.put_along_axis(found, chosen % found.shape[1], weights, 1)  # nobody's to the last
+            routing.append(torch.from_numpy(found[:, :-1]).float().transpose(1, 2).to(self.device))
+        return said.mix(torch.from_numpy(weights)[:, :, T - asked :].float())
+
+    def _active(self, cache: LaneCache, active: Tensor | None, count: int) -> Tensor | None:
+        """The expert mask of `count` texts, [B,E]; PolicyError if it is not that of their start."""
+        if active is not None:
+            before = cache.active
+            if cache.reading is not None and not (before is not None and before.equal(active)):
+                raise PolicyError(
+                    "The experts that are on cannot change after a text's first tokens: begin "
+                    "again with a new cache."
+                )
+            cache.active = active
+        if cache.active is not None and len(cache.active) == 1 < count:
+            cache.active = cache.active.expand(count, -1)
+        return cache.active
+
+    def _predict(
+        self, x: Tensor, ctx: ForwardContext, lanes: Lanes, ids: Tensor, skipped: int
+    ) -> "_Predictions":
+        """Predictions after the tokens x [1,n,D] that lanes read, of ids [B,T]; whole after all but
+        the first `skipped` tokens."""
+        N, T = lanes.chosen.shape
+        places = lanes.places.cpu()  # [n]
+        row, at = places // T, places % T
+        after = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], dim=1)  # [B,T]
+        token = after[row // (N // len(ids)), at].to(self.device)[:, None]
+        size = max(1, NUMBERS_AT_ONCE // self.config.vocab_size)
+        seen = torch.zeros(N, T + 1)
+        end = torch.zeros(N, self.config.vocab_size)
+        kept = []
+        for start in range(0, len(places), size):
+            rows = slice(start, start + size)
+            logits = self.mixture.predict_at(x, ctx, rows).float()  # [.,V]
+            norms = logits.logsumexp(-1, keepdim=True)
+            seen[row[rows], at[rows] + 1] = (logits.gather(1, token[rows]) - norms)[:, 0].cpu()
+            is_end = at[rows] == T - 1
+            end[row[rows][is_end]] = (logits[is_end] - norms[is_end]).cpu()
+            is_asked = at[rows] >= skipped
+            kept.append(logits[is_asked] - norms[is_asked])
+        is_asked = at >= skipped
+        return _Predictions(
+            seen, end, torch.cat(kept), row[is_asked], at[is_asked] - skipped, T - skipped
+        )
 
     def _follow(
         self,
@@ -302,6 +337,8 @@ AnyMixture = MixtureModel | ProbabilityMixture
 
 def arrange(model: MixtureModel, mix: Mix) -> AnyMixture:
     """The mixture as it is read where `mix` is what is mixed; ConfigError if it cannot be."""
+    if mix not in get_args(Mix):
+        raise ConfigError(f"mix {mix!r} is not known; {' and '.join(get_args(Mix))} are.")
     return ProbabilityMixture(model) if mix == "probabilities" else model
 
 

@@ -259,9 +259,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self._project(x, ctx)
+        parts = (self.q_norm(q), self.k_norm(k), v)
+        if ctx.lanes is not None:
+            B, T = ctx.lanes.chosen.shape
+            parts = tuple(ctx.lanes.put(y) for y in parts)
         q, k, v = (
             y.view(B, T, -1, self.d_head).transpose(1, 2)  # [B,H,T,C], [B,G,T,C] twice
-            for y in (self.q_norm(q), self.k_norm(k), v)
+            for y in parts
         )
         q = _rotate(q, ctx)
         k = _rotate(k, ctx)
@@ -278,7 +282,8 @@ class Attention(nn.Module):
             is_causal=ctx.attention_bias is None and T > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )  # [B,H,T,C]
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1), ctx)  # [B,T,D]
+        y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y if ctx.lanes is None else ctx.lanes.pick(y), ctx)  # [B,T,D]
 
     def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
         matrices = (self.q_proj, self.k_proj, self.v_proj)
@@ -387,9 +392,9 @@ class Transformer(nn.Module):
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
         mixture's experts per sequence. With `panels`, of `cut_panels`, small batches are read
-        faster. With `lanes.Lanes`, these say which expert reads. With a cache, ids continue the
-        positions it holds. The lists routing and router_logits, when given, receive each layer's
-        mixture weights and router logits, both [B,T,E].
+        faster. With a cache, ids continue the positions it holds. The lists routing and
+        router_logits, when given, receive each layer's mixture weights and router logits, both
+        [B,T,E].
         """
         x, ctx = self.stream(ids, **options)
         if last is not None and last < x.shape[1]:
@@ -413,7 +418,7 @@ class Transformer(nn.Module):
         router_logits: list[Tensor] | None = None,
     ) -> tuple[Tensor, ForwardContext]:
         """The residual stream [B,T,D] after the last norm, and what the layers were given; options
-        as in `forward`."""
+        as in `forward`. With `lanes.Lanes`, of the n tokens that somebody reads, [1,n,D]."""
 
         def here(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.to(self.device)
@@ -421,7 +426,7 @@ class Transformer(nn.Module):
         ids = ids.to(self.device)
         ctx = self._context(ids, cache, here(is_token), here(active), panels, lanes)
         ctx.routing, ctx.router_logits = routing, router_logits
-        x = self.embed_tokens(ids, ctx)  # [B,T,D]
+        x = self.embed_tokens(ids if lanes is None else lanes.pick(ids), ctx)  # [B,T,D]
         for i, block in enumerate(self.layers):
             x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
         if cache is not None:

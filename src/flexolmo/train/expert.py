@@ -94,11 +94,24 @@ class ExpertRecipe(Settings):
         description="Fraction of the sequences that are public text, which shows the expert what "
         "is not its owner's domain (ours).",
     )
+    beside_anchor: bool | None = Field(
+        None,
+        description="True to train the expert beside the anchor, both weighed by the router at "
+        "every token (paper); false: alone, as a whole model (ours). By default alone with scope "
+        "all and the evidence router, else beside it.",
+    )
     train: TrainSettings = TrainSettings(steps=240)
     router: RouterSettings = Field(
         EvidenceSettings(),
         description="Router that weighs the expert against public text; one for all of a mixture.",
     )
+
+    @property
+    def is_alone(self) -> bool:
+        """True if the anchor takes no part in the training."""
+        if self.beside_anchor is not None:
+            return not self.beside_anchor
+        return self.scope == "all" and isinstance(self.router, EvidenceSettings)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "ExpertRecipe":
@@ -106,6 +119,11 @@ class ExpertRecipe(Settings):
             raise ValueError(
                 "an FFN is of a width of its own or a low-rank delta to the "
                 "anchor's: give width or rank, not both"
+            )
+        if self.beside_anchor is False and not isinstance(self.router, EvidenceSettings):
+            raise ValueError(
+                f"a router of kind {self.router.kind} weighs experts in each layer, and an expert "
+                "must be trained under it: leave beside_anchor=false out"
             )
         if self.scope != "ffn" and not isinstance(self.router, EvidenceSettings):
             raise ValueError(
@@ -295,13 +313,14 @@ def train_expert(
     public: TokenSet | None = None,
     start: Mapping[str, Tensor] | None = None,
 ) -> Expert:
-    """Train one expert on the owner's text, in a mixture of it and the public expert.
+    """Train one expert on the owner's text, beside the anchor or alone.
 
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
     replay and for the discriminant router. `start` are first values in place of `start_expert`'s.
     Source: §3.3.1.
     """
     set_up(recipe.seed, num_threads)
+    commitment = data.commitment  # refused before anything is trained
     pair, parameters, loss_of_step = prepare_training(
         anchor, data, name, recipe, public, start, run_dir
     )
@@ -327,7 +346,7 @@ def train_expert(
         recipe.router,
         packed_tensors(pair, name, recipe),
         record,
-        data.commitment,
+        commitment,
         architecture_of(anchor.config, pair.shapes[name]),
     )
 
@@ -352,6 +371,8 @@ def prepare_training(
         p.requires_grad_(True)
     if isinstance(recipe.router, EvidenceSettings):
         hold_rows(parameters, find_open_rows(first, data, recipe.router))
+
+    pair.trains_alone = recipe.is_alone
 
     def loss_of(ids: Tensor) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer

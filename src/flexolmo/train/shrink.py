@@ -58,7 +58,7 @@ def compress_expert(
             "delta_rank": dict(delta_rank) if isinstance(delta_rank, Mapping) else delta_rank,
         }
         if curvature is not None and data is not None:
-            how["data"] = data.digest
+            how["data"] = data.commitment
     else:
         if delta_rank is not None:
             raise ConfigError(f"Found delta_rank {delta_rank} with a width; it goes with a rank.")
@@ -67,7 +67,7 @@ def compress_expert(
                 "Columns are chosen by reading text: with a width, give the owner's prepared set."
             )
         tensors = prune_width(anchor, expert.tensors, data, width)
-        how = {"width": width, "data": data.digest}
+        how = {"width": width, "data": data.commitment}
     shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
     step = {
         "from": {
@@ -162,7 +162,7 @@ def heal_expert(
         "tokens": expert.record["tokens"] + healed.record["tokens"],
         "healed": [
             *expert.record.get("healed", []),
-            {k: healed.record[k] for k in ("config", "data", "tokens", "seconds")},
+            {k: healed.record[k] for k in ("config", "tokens", "seconds")},
         ],
     }
     return replace(expert, tensors=healed.tensors, record=record)

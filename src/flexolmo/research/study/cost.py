@@ -22,8 +22,9 @@ def count_anchor(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig, shape: ExpertShape) -> float:
-    """FLOPs a token of training such an expert beside the anchor: forward, the gradients of all
-    that is read, and those of the expert's own matrices."""
+    """FLOPs a token of training such an expert beside the anchor, at most: forward, the gradients
+    of all that is read, and those of the expert's own matrices, were the anchor read on every
+    token; it is on those where the router gives it weight."""
     whole = mixture_flops(config, [shape], [1.0])
     return 2 * whole + expert_flops(config, shape)
 

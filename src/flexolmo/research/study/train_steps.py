@@ -84,7 +84,7 @@ def dense(step: StepContext) -> dict[str, Any]:
     return {"tokens": settings.tokens}
 
 
-@step_kind("expert", version=1)
+@step_kind("expert", version=2)
 def expert(step: StepContext) -> dict[str, Any]:
     """Train one owner's expert. Inputs: corpus, anchor. Leaves expert/.
 
