@@ -405,7 +405,7 @@ def test_each_bundle_is_read_once_whether_linked_or_copied(house, tmp_path, monk
 
 def test_a_mixture_in_memory_holds_each_tensor_once(house, tmp_path, monkeypatch):
     """Of what the bundles and the anchor brought, nothing is left besides the mixture."""
-    handed = []
+    handed, directory = [], house.mixture_dir(NAMES, "rich")
 
     def assemble(anchor, experts, *args, **options):
         model = assemble_mixture(anchor, experts, *args, **options)
@@ -413,7 +413,7 @@ def test_a_mixture_in_memory_holds_each_tensor_once(house, tmp_path, monkeypatch
         return model
 
     monkeypatch.setattr(room, "assemble_mixture", assemble)
-    found = load_mixture(house.mixture_dir(NAMES, "rich"), house.trusted)
+    found = load_mixture(directory, house.trusted)
     ((anchor, experts),) = handed
     assert experts == {name: {} for name in NAMES}
     own = {p.data_ptr() for p in found.model.parameters()}

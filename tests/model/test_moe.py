@@ -97,7 +97,8 @@ def test_the_evidence_router_decides_once_for_all_layers(wild):
     assert len(routing) == len(model.layers)
     assert all(torch.equal(routing[0], r) for r in routing)
     assert all(m.router is None for m in model.mixtures())
-    assert ((routing[0] > 0).sum(-1) == 2).all()
+    count = (routing[0] > 0).sum(-1)
+    assert count.min() >= 1 and count.max() == 2
 
 
 def test_router_logits_are_reported_by_layer_and_only_by_the_linear_router(wild, router):
