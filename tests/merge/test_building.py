@@ -371,6 +371,7 @@ def test_no_link_is_followed_and_nothing_but_the_anchor_is_published(house, tmp_
 def test_each_bundle_is_read_once_whether_linked_or_copied(house, tmp_path, monkeypatch, mode):
     """Also when an expert is added, and when the mixture is loaded."""
     read = Counter[str]()
+    made = [house.bundle(name) for name in NAMES]
 
     class Counted(io.FileIO):
         def readinto(self, buffer):
@@ -380,7 +381,7 @@ def test_each_bundle_is_read_once_whether_linked_or_copied(house, tmp_path, monk
 
     monkeypatch.setattr("flexolmo.bundle.bundle.io.FileIO", Counted)
     monkeypatch.setattr(shutil, "copyfileobj", lambda *_: pytest.fail("copied without a check"))
-    bundles = [shutil.copytree(house.bundle(name), tmp_path / f"{name}.bundle") for name in NAMES]
+    bundles = [shutil.copytree(bundle, tmp_path / bundle.name) for bundle in made]
     for bundle in bundles:
         bundle.chmod(mode)
     sizes = [(bundle / "expert.safetensors").stat().st_size for bundle in bundles]

@@ -206,6 +206,7 @@ def sets(
     from flexolmo.evaluation.likelihood import evaluate_mixture
     from flexolmo.files import write_json
     from flexolmo.merge.mixture import load_mixture
+    from flexolmo.model.probabilities import about_mix
     from flexolmo.report.drawing import save_figure
     from flexolmo.report.plots import plot_bits_per_byte, plot_optout_matrix, plot_routing
     from flexolmo.runtime import run_record, set_up
@@ -228,7 +229,7 @@ def sets(
         "max_bytes": max_bytes,
         "router": mixture.about["router"],
         "top_k": mixture.about["top_k"],
-        "mix": mix,
+        "mix": about_mix(parse_mix(mix)),
     }
     results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
     write_json(out / "results.json", results)

@@ -28,7 +28,7 @@ from flexolmo.files import digest_bytes, digest_file, recover_missing
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import ABOUT, load_mixture
 from flexolmo.model.checkpoint import load_anchor
-from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, arrange
+from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, about_mix, arrange
 from flexolmo.model.transformer import Transformer
 
 
@@ -281,7 +281,7 @@ def open_reader(
                 "digest": digest_file(directory / ABOUT),
                 "enabled": sorted(enabled),
                 "experts": mixture.expert_names,
-                **({} if mix == "states" else {"mix": mix}),
+                "mix": about_mix(mix),
             },
         )
     choose_experts([], without=without, only=only)  # a dense model has nothing to switch

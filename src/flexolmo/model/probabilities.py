@@ -11,7 +11,7 @@ B texts, T positions, E experts, K lanes, V vocabulary.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -340,6 +340,11 @@ def arrange(model: MixtureModel, mix: Mix) -> AnyMixture:
     if mix not in get_args(Mix):
         raise ConfigError(f"mix {mix!r} is not known; {' and '.join(get_args(Mix))} are.")
     return ProbabilityMixture(model) if mix == "probabilities" else model
+
+
+def about_mix(mix: Mix) -> dict[str, Any]:
+    """Record of what is mixed, and how."""
+    return {"of": mix} | (ProbabilitySettings().model_dump() if mix == "probabilities" else {})
 
 
 def _sum_of(parts: np.ndarray, axis: int) -> np.ndarray:

@@ -155,8 +155,9 @@ def test_an_experts_cost_at_the_papers_size():
     assert count_anchor(PAPER_ANCHOR) == pytest.approx(7.3e9, rel=0.01)
 
 
-def test_training_an_expert_that_is_all_new_costs_twice_forward_and_its_own_gradients():
+def test_training_an_expert_that_is_all_new_costs_what_a_dense_model_does():
     config = ModelConfig(vocab_size=300, **SHAPE)
     D, dense = config.d_model, dense_flops(config)
     whole = ExpertShape(d_ff=config.d_ff, attention_rank=D, embedding_rank=D, head_rank=D)
-    assert training_flops(config, whole) == 2 * 2 * dense + dense
+    assert training_flops(config, whole) == 3 * dense
+    assert training_flops(config, whole, public=1.0) == 2 * 2 * dense + dense

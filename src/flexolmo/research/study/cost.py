@@ -21,12 +21,10 @@ def count_anchor(config: ModelConfig) -> int:
     return 2 * config.vocab_size * D + D + L * block
 
 
-def training_flops(config: ModelConfig, shape: ExpertShape) -> float:
-    """FLOPs a token of training such an expert beside the anchor, at most: forward, the gradients
-    of all that is read, and those of the expert's own matrices, were the anchor read on every
-    token; it is on those where the router gives it weight."""
-    whole = mixture_flops(config, [shape], [1.0])
-    return 2 * whole + expert_flops(config, shape)
+def training_flops(config: ModelConfig, shape: ExpertShape, public: float = 0.0) -> float:
+    """FLOPs a token of training such an expert, where the anchor reads the fraction `public` of
+    tokens beside it: forward, gradients of all that is read, and those of the expert's matrices."""
+    return 2 * mixture_flops(config, [shape], [1.0], public) + expert_flops(config, shape)
 
 
 def frame_flops(config: ModelConfig) -> int:

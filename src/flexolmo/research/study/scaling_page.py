@@ -270,6 +270,7 @@ def _planned_costs(results: Results) -> Table:
         )
     caption = (
         "An owner's cost at larger sizes, from shapes alone: weights in bfloat16; an H100 at 40 % "
-        "of its peak. An expert cut to a rank was first trained whole"
+        "of its peak. A rank is trained so; a cut one was first trained whole. Beside FFN alone "
+        "the anchor reads a quarter of tokens"
     )
     return Table.of(caption, rows, "llr")

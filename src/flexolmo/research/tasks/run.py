@@ -86,7 +86,8 @@ def _run_jobs(
     }
     what["tasks"] = _refuse_another_run(out, what) | what["tasks"]
     write_json(out / "run.json", what | {"missing": dict(missing), **record})
-    stamp = {"model": about["digest"], "enabled": about.get("enabled"), "seed": settings.seed}
+    stamp = {"model": about["digest"], "seed": settings.seed}
+    stamp |= {key: about.get(key) for key in ("enabled", "mix")}
     found: dict[str, list[Row]] = {}
     done = {j.task.name: _read_rows(out / "items" / f"{j.task.name}.jsonl") for j in chosen_tasks}
     total = sum(len(j.items) for j in chosen_tasks)
