@@ -10,11 +10,18 @@ from flexolmo.errors import ConfigError
 from flexolmo.inference.decode import Sampling
 from flexolmo.research.demo.demo import DemoRecipe
 from flexolmo.research.study.recipe import StudyRecipe
+from flexolmo.research.study.scaling import ScalingRecipe
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 
 RECIPES = Path(flexolmo.__file__).parent / "recipes"
-SCHEMA = {"demo": DemoRecipe, "anchor": AnchorRecipe, "expert": ExpertRecipe, "study": StudyRecipe}
+SCHEMA = {
+    "demo": DemoRecipe,
+    "anchor": AnchorRecipe,
+    "expert": ExpertRecipe,
+    "study": StudyRecipe,
+    "study_scaling": ScalingRecipe,
+}
 
 
 def write(tmp_path, text):
@@ -31,7 +38,7 @@ def refusal(schema, path=None, *overrides):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_one(path):
-    recipe = read_recipe(path, SCHEMA[path.stem.split("_")[0]])
+    recipe = read_recipe(path, SCHEMA.get(path.stem) or SCHEMA[path.stem.split("_")[0]])
     assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
 
 

@@ -323,7 +323,8 @@ def test_by_width_it_has_the_columns_the_owners_text_uses(
     small, found = weights_of(tmp_path / "small")
     assert all(torch.equal(t, expected[n]) for n, t in found.items())
     assert small.architecture["d_ff"] == 10
-    assert small.record["compressed"][0]["how"] == {"width": 10, "data": pico_sets["maths"].digest}
+    how = {"width": 10, "data": pico_sets["maths"].commitment}
+    assert small.record["compressed"][0]["how"] == how
 
 
 def test_a_compressed_expert_is_compressed_further_packed_and_merged(
