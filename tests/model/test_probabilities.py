@@ -278,14 +278,14 @@ def test_everybody_who_reads_has_one_lane_and_keeps_it(wanted, cut):
 
 def test_a_lane_comes_back_to_who_read_in_it():
     seats = _Seats(1, 3)
-    read = ([0, 1, 2], [0], [0, 2], [0, 3], [0, 2, 3], [0], [0, 4])
-    routed = np.zeros((1, len(read), 5))
+    read = ([0, 1, 2], [0, 1], [0], [0, 3], [0, 1, 3], [0], [0, 2])
+    routed = np.zeros((1, len(read), 4))
     for t, experts in enumerate(read):
         routed[0, t, experts] = 0.5
     first, second, third = seats.follow(routed)[0].tolist()
     assert first == [0] * 7
-    assert second == [1, -1, -1, 3, 3, -1, 4]  # idle for longer than the third, then as long
-    assert third == [2, -1, 2, -1, 2, -1, -1]
+    assert second == [1, 1, -1, -1, 1, -1, 2]
+    assert third == [2, -1, -1, 3, 3, -1, -1]  # idle for longer than the second, then as long
 
 
 def test_a_lane_that_nobody_reads_holds_what_its_leader_does():
