@@ -81,7 +81,6 @@ class _Predictions:
     asked: Tensor  # [m,V] log-probabilities, of the tokens asked for
     row: Tensor  # [m] lane of each
     at: Tensor  # [m] its number among the tokens asked for
-    num_asked: int
 
     def mix(self, weights: Tensor) -> Tensor:
         """Log-probabilities [B,.,V], by the lanes' weights [B,K,.].
@@ -278,9 +277,7 @@ class ProbabilityMixture(nn.Module):
             is_asked = at[rows] >= skipped
             kept.append(logits[is_asked] - norms[is_asked])
         is_asked = at >= skipped
-        return _Predictions(
-            seen, end, torch.cat(kept), row[is_asked], at[is_asked] - skipped, T - skipped
-        )
+        return _Predictions(seen, end, torch.cat(kept), row[is_asked], at[is_asked] - skipped)
 
     def _follow(
         self,
