@@ -313,13 +313,13 @@ def test_an_expert_alone_learns_as_the_anchor_would(pico_anchor, pico_sets):
         _, parameters, losses = prepare_training(anchor, data, "maths", recipe, None)
         (loss,) = losses(0)
         loss.backward()
-        found[beside] = float(loss), {n: p.grad for n, p in parameters.items()}
+        found[beside] = loss.item(), {n: p.grad for n, p in parameters.items()}
     dense = copy.deepcopy(anchor.model).train().requires_grad_(True)
     batch = training_batches(data, "train", 4, 16, 0).batch(0)
     expected = language_model_loss(dense, torch.from_numpy(batch))
     expected.backward()
     loss, grads = found[None]
-    assert loss == pytest.approx(float(expected), rel=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
     table = start_table(anchor, data, EvidenceSettings())
     is_open = find_open_rows(table, data, EvidenceSettings())
     assert 0 < int(is_open.sum()) < len(is_open)
