@@ -48,15 +48,20 @@ def write_results(graph: Graph, root: Path) -> Path:
     }
     if graph.ablations is not None and graph.ablations.is_done(root):
         results["ablations"] = read_json(graph.ablations.directory(root) / "ablations.json")
-    runs = [
-        step.result(root)["run"] for step, is_done in order_steps(graph.targets, root) if is_done
-    ]
-    results["commits"] = sorted({str(r["commit"]) for r in runs})
-    results["software"] = runs[-1]["software"] if runs else None
-    results["machine"] = runs[-1]["machine"] if runs else None
+    results |= describe_runs(graph.targets, root)
     path = Path(root) / "results.json"
     write_json(path, results)
     return path
+
+
+def describe_runs(targets: Sequence[Step], root: Path) -> dict[str, Any]:
+    """Commits, and the last software and machine, of the steps that are done."""
+    runs = [step.result(root)["run"] for step, is_done in order_steps(targets, root) if is_done]
+    return {
+        "commits": sorted({str(r["commit"]) for r in runs}),
+        "software": runs[-1]["software"] if runs else None,
+        "machine": runs[-1]["machine"] if runs else None,
+    }
 
 
 def _over_seeds(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from flexolmo.files import read_json, write_json
 from flexolmo.model.shape import ExpertShape, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
-from flexolmo.research.steps.graph import order_steps
 from flexolmo.research.study.cost import count_anchor, dense_flops, training_flops
+from flexolmo.research.study.results import describe_runs
 from flexolmo.research.study.scaling import Cell, ScalingGraph, ScalingRecipe
 
 KINDS = ("gap_closed", "mixed")
@@ -77,11 +77,8 @@ def write_scaling_results(graph: ScalingGraph, root: Path) -> Path:
             },
         },
         "costs": owner_costs(),
+        **describe_runs(graph.targets, root),
     }
-    runs = [s.result(root)["run"] for s, is_done in order_steps(graph.targets, root) if is_done]
-    results["commits"] = sorted({str(r["commit"]) for r in runs})
-    results["software"] = runs[-1]["software"] if runs else None
-    results["machine"] = runs[-1]["machine"] if runs else None
     path = Path(root) / "results.json"
     write_json(path, results)
     return path
