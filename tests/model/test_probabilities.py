@@ -366,5 +366,5 @@ def test_what_is_no_mix_is_refused(mixture):
 
 def test_an_expert_that_is_off_cannot_be_put_into_a_lane():
     lanes = Lanes(torch.tensor([[1]]), torch.tensor([[0]]))
-    with pytest.raises(AssertionError, match="off would read"):
+    with pytest.raises(PolicyError, match="off would read"):
         lanes.weights(2, torch.tensor([[True, False]]))

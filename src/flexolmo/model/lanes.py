@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from flexolmo.errors import PolicyError
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Lanes:
         return (self.chosen.flatten() >= 0).nonzero()[:, 0]
 
     def weights(self, num_experts: int, active: Tensor | None) -> Tensor:
-        """Mixture weights [1,n,E] of 0 and 1, float32. `active` [N,E] must hold whoever reads."""
+        """Mixture weights [1,n,E] of 0 and 1, float32; PolicyError if an expert reads that is off
+        by `active` [N,E]."""
         readers = self.chosen.flatten()[self.places]  # [n]
         if active is not None:
             rows = self.places // self.chosen.shape[1]
-            assert bool(active[rows, readers].all()), "an expert that is off would read"
-        return torch.nn.functional.one_hot(readers, num_experts).float()[None]
+            if not bool(active[rows, readers].all()):
+                raise PolicyError("An expert that is off would read: this is a defect, report it.")
+        return F.one_hot(readers, num_experts).float()[None]
 
     def pick(self, x: Tensor) -> Tensor:
         """The rows of x [N,T,...] that somebody reads, [1,n,...]."""
