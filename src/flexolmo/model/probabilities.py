@@ -24,17 +24,16 @@ from flexolmo.model.cache import Cache
 from flexolmo.model.lanes import Lanes
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.panels import Panels
-from flexolmo.model.router import EvidenceState, mixture_weights
+from flexolmo.model.router import EvidenceState, mixture_weights, sum_of
 from flexolmo.model.transformer import ForwardContext
 
 NUMBERS_AT_ONCE = 1 << 24  # logits in memory that nobody asked for
-
 
 Mix = Literal["states", "probabilities"]
 
 
 class ProbabilitySettings(Settings):
-    """Choices of mixing by probabilities; chosen on validation text, see LOG.md."""
+    """Choices of mixing by probabilities, made on validation text."""
 
     lanes: int = Field(4, ge=1, description="Experts that read a token at most, K.")
     min_weight: float = Field(
@@ -179,10 +178,12 @@ class ProbabilityMixture(nn.Module):
         """Log-probabilities [B,T,V], float32, or of the `last` positions; arguments as for the
         mixture. `routing` receives the weights of predictions, [B,T,E]."""
         cache = self.new_cache() if cache is None else cache
-        (B, T), K = ids.shape, cache.lanes
+        B, T = ids.shape
+        K = cache.lanes
         ids = ids.cpu()
         real = torch.ones(B, T, dtype=torch.bool) if is_token is None else is_token.cpu()
-        active, past = self._active(cache, active, B), cache.reading
+        active = self._active(cache, active, B)
+        past = cache.reading
 
         # who reads where, from the tables alone
         state = None if past is None else past.evidence
@@ -232,7 +233,7 @@ class ProbabilityMixture(nn.Module):
         cache.reading = _Reading(state, chances[-1], said.end, readers[:, :, -1], seats)
         power = chances.transpose(2, 1, 0) ** self.settings.sharpness  # [B,E,T]
         weights = np.where(chosen >= 0, np.take_along_axis(power, chosen.clip(0), 1), 0.0)
-        weights = weights / _sum_of(weights, 1)  # [B,K,T]
+        weights = weights / sum_of(weights, 1)  # [B,K,T]
         if routing is not None:
             found = np.zeros((B, power.shape[1] + 1, T))
             np.put_along_axis(found, chosen % found.shape[1], weights, 1)  # nobody's to the last
@@ -260,7 +261,8 @@ class ProbabilityMixture(nn.Module):
         the first `skipped` tokens."""
         N, T = lanes.chosen.shape
         places = lanes.places.cpu()  # [n]
-        row, at = places // T, places % T
+        row = places // T
+        at = places % T
         after = torch.cat([ids[:, 1:], torch.zeros_like(ids[:, :1])], dim=1)  # [B,T]
         token = after[row // (N // len(ids)), at].to(self.device)[:, None]
         size = max(1, NUMBERS_AT_ONCE // self.config.vocab_size)
@@ -303,16 +305,18 @@ class ProbabilityMixture(nn.Module):
         Of an expert that did not read, all that is known is its table: its likelihood is taken to
         be to that of the likeliest reader as its table's is to that reader's.
         """
-        (B, K, T), E, choice = readers.shape, len(self.expert_names), self.settings
+        B, K, T = readers.shape
+        E, choice = len(self.expert_names), self.settings
         on = np.ones((E, B), bool) if active is None else active.T
-        prior = on / _sum_of(on, 0)  # [E,B]
+        prior = on / sum_of(on, 0)  # [E,B]
         read = np.full((B, E + 1, T), -np.inf)
         for lane in range(K):  # nobody's to the last place, which is cut off
             np.put_along_axis(read, readers[:, lane, None] % (E + 1), seen[:, lane, None], 1)
         read = read[:, :E].transpose(2, 1, 0) / choice.temperature  # [T,E,B]
         table = self.router.settings.tempering * evidence.swapaxes(0, 1)  # [T,E,B]
         is_fresh = (ids == self.config.eos_token_id).T
-        now, found = prior if posterior is None else posterior, np.empty((T, E, B))
+        now = prior if posterior is None else posterior
+        found = np.empty((T, E, B))
         for t in range(T):
             has_read = np.isfinite(read[t]) & on
             best = np.where(has_read, now, -1.0).argmax(0)[None]  # [1,B]
@@ -321,7 +325,7 @@ class ProbabilityMixture(nn.Module):
             is_known = real[:, t] & has_read.any(0)  # not the first of a text
             logs = np.where(is_known, np.where(on, logs, -np.inf), 0.0)
             chance = now * np.exp(logs - logs.max(0))
-            moved = (1 - choice.switch_rate) * chance / _sum_of(chance, 0)
+            moved = (1 - choice.switch_rate) * chance / sum_of(chance, 0)
             moved = moved + choice.switch_rate * prior
             now = np.where(is_known, moved, now)
             now = np.where(real[:, t] & is_fresh[t], prior, now)
@@ -344,11 +348,6 @@ def about_mix(mix: Mix) -> dict[str, Any]:
     return {"of": mix} | (ProbabilitySettings().model_dump() if mix == "probabilities" else {})
 
 
-def _sum_of(parts: np.ndarray, axis: int) -> np.ndarray:
-    """Sum over experts one by one, so that one of weight 0 and none at all give one sum."""
-    return parts.cumsum(axis, dtype=np.float64).take([-1], axis)
-
-
 class _Seats:
     """Lanes by expert: whoever reads on stays in its lane, and comes back to it."""
 
@@ -359,8 +358,9 @@ class _Seats:
 
     def select(self, rows: np.ndarray) -> "_Seats":
         """The seats of the texts `rows` [n]."""
-        found = _Seats(0, 0)
-        found.readers, found.before = self.readers[rows], self.before[rows]
+        found = _Seats(*self.readers.shape)
+        found.readers = self.readers[rows]
+        found.before = self.before[rows]
         found.idle = self.idle[rows]
         return found
 
@@ -392,6 +392,6 @@ class _Seats:
                 continue
             free = readers == -1
             own = free & (self.before[text] == expert)
-            readers[own.argmax() if own.any() else np.where(free, self.idle[text], -1).argmax()] = (
-                expert
-            )
+            longest = np.where(free, self.idle[text], -1).argmax()
+            lane = own.argmax() if own.any() else longest
+            readers[lane] = expert

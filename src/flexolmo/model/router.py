@@ -244,7 +244,7 @@ class EvidenceRouter(nn.Module):
         on = np.concatenate([on[:1]] * num_public + [on[1:]])  # [S,B]
         # dropped, not multiplied by 0: a table that is off may hold NaN
         likelihood = np.where(on > 0, likelihood, 0.0)
-        prior = on / _sum_of(on, 0)  # [S,B]
+        prior = on / sum_of(on, 0)  # [S,B]
         is_fresh = ids == self.eos_token_id
         found = self._filter(
             likelihood,
@@ -253,7 +253,7 @@ class EvidenceRouter(nn.Module):
             (is_fresh if is_token is None else is_token & is_fresh).T.cpu().numpy(),
             None if is_token is None else ~is_token.T.cpu().numpy(),
         )
-        public = _sum_of(found[:, :num_public], 1)
+        public = sum_of(found[:, :num_public], 1)
         weights = np.concatenate([public, found[:, num_public:]], axis=1)  # [T,E,B]
         with np.errstate(divide="ignore"):
             logs = torch.from_numpy(np.log(weights)).float().permute(2, 0, 1).to(ids.device)
@@ -319,7 +319,7 @@ class EvidenceRouter(nn.Module):
                 return x[t][:, None] if weights.ndim == 4 else x[t]
 
             seen = weights * here(likelihood)
-            moved = (1.0 - self.settings.switch_rate) * seen + pull * _sum_of(seen, -2)
+            moved = (1.0 - self.settings.switch_rate) * seen + pull * sum_of(seen, -2)
             if padding is not None:
                 moved = np.where(here(padding), weights, moved)
             return np.where(here(fresh), prior, moved) if has_fresh[t] else moved
@@ -332,22 +332,22 @@ class EvidenceRouter(nn.Module):
             forgets = np.asarray(fresh.any(0))  # [count,1,B] what stood before the block
             starts = [first]
             for block, forgot in zip(alone[:-1], forgets[:-1], strict=True):
-                after = _sum_of(block * starts[-1][:, None], 0)[0]
+                after = sum_of(block * starts[-1][:, None], 0)[0]
                 after = np.where(forgot, block[0], after)
-                starts.append(after / _sum_of(after, 0))
+                starts.append(after / sum_of(after, 0))
             weights = np.stack(starts)
         found = np.empty((count, size, S, B))
         for t in range(size):
             weights = read(t, weights)
             if t % period == period - 1:
-                weights = weights / _sum_of(weights, -2)
+                weights = weights / sum_of(weights, -2)
             found[:, t] = weights
         every = found.reshape(count * size, S, B)[:T]
-        return every / _sum_of(every, 1)
+        return every / sum_of(every, 1)
 
 
-def _sum_of(parts: np.ndarray, axis: int) -> np.ndarray:
-    """`_sum` of an array."""
+def sum_of(parts: np.ndarray, axis: int) -> np.ndarray:
+    """`_sum` of an array: one by one, so that experts of weight 0 and none at all give one sum."""
     return parts.cumsum(axis).take([-1], axis)
 
 
