@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from flexolmo.cli.data import say_what_is_not_read
-from flexolmo.cli.run import Only, What, Without, parse_mix, print_table, switches
+from flexolmo.cli.run import MixOption, Only, Without, parse_mix, print_table, switches
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.inference.policy import parse_names
 from flexolmo.numbers import format_number
@@ -27,7 +27,7 @@ def evaluate(
     ] = None,
     without: Without = None,
     only: Only = None,
-    mix: What = "states",
+    mix: MixOption = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     study: Annotated[
@@ -183,7 +183,7 @@ def sets(
             help="A prepared set; may be repeated. One named as an expert is that owner's own."
         ),
     ],
-    mix: What = "states",
+    mix: MixOption = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     out: Annotated[Path, typer.Option(help="Directory for JSON and figures.")] = Path("eval"),
@@ -430,7 +430,7 @@ def harness(
     ] = None,
     without: Without = None,
     only: Only = None,
-    mix: What = "states",
+    mix: MixOption = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     shots: Annotated[

@@ -19,7 +19,7 @@ Only = Annotated[
 ]
 
 
-What = Annotated[
+MixOption = Annotated[
     str,
     typer.Option(
         "--mix",
@@ -59,7 +59,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads it from standard input.")],
     without: Without = None,
     only: Only = None,
-    mix: What = "states",
+    mix: MixOption = "states",
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to write at most.")] = 200,
