@@ -30,8 +30,9 @@ from shapes import (
 from timing import Run, Turns, fastest
 from torch import Tensor
 
-from flexolmo.inference.decode import Request, Sampling, decode
+from flexolmo.inference.decode import Request, decode
 from flexolmo.inference.reader import OwnReader, spread
+from flexolmo.inference.sampling import Sampling
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import mixture_weights
 from flexolmo.model.statistics import EvidenceSettings

@@ -7,7 +7,7 @@ import pytest
 import flexolmo
 from flexolmo.config import parse_settings, read_recipe
 from flexolmo.errors import ConfigError
-from flexolmo.inference.decode import Sampling
+from flexolmo.inference.sampling import Sampling
 from flexolmo.research.demo.demo import DemoRecipe
 from flexolmo.research.study.recipe import StudyRecipe
 from flexolmo.research.study.scaling import ScalingRecipe

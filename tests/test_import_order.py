@@ -20,6 +20,7 @@ ORDER = [
     ["runtime"],
     ["bundle.strict"],
     ["bundle.tensors"],
+    ["bundle.terms"],
     ["bundle.manifest"],
     ["bundle.signing"],
     ["bundle.bundle"],
@@ -43,6 +44,7 @@ ORDER = [
     ["train.shrink", "train.plan"],
     ["merge."],
     ["inference."],
+    ["serving."],
     ["evaluation."],
     ["audit."],
     ["report."],
@@ -181,7 +183,8 @@ def test_nothing_is_ever_unpickled(name):
 def test_bundles_data_and_policy_come_without_torch():
     """Asked of Python itself, so that nothing they import brings it along either."""
     names = [n for n in FILES if n.split(".")[0] in ("bundle", "data")]
-    names += [n for n in ("inference.policy",) if n in FILES]
+    names += [n for n in FILES if n.split(".")[0] == "serving"]
+    names += ["inference.policy", "inference.sampling", "inference.engine"]
     code = (
         "import sys\n"
         + "".join(f"import flexolmo.{n}\n" for n in names)

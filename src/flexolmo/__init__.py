@@ -30,7 +30,7 @@ _HOME = {
     "add_experts": "merge.mixture",
     "remove_experts": "merge.mixture",
     "load_mixture": "merge.mixture",
-    "Sampling": "inference.decode",
+    "Sampling": "inference.sampling",
     "generate": "inference.generate",
     "stream": "inference.generate",
     "evaluate_mixture": "evaluation.likelihood",

@@ -47,3 +47,7 @@ class MergeError(FlexOlmoError):
 
 class PolicyError(FlexOlmoError):
     """Error for whoever runs the model: unknown expert, contradictory switches."""
+
+
+class BusyError(FlexOlmoError):
+    """Error for whoever asks: the server has as many requests as it takes; ask again later."""

@@ -450,8 +450,8 @@ def test_a_bundle_is_verified_and_inspected(works, house, trust_dir, monkeypatch
     ],
 )
 def test_generating_prints_the_prompt_and_what_python_would_give(works, house, flags, options):
-    from flexolmo.inference.decode import Sampling
     from flexolmo.inference.generate import generate
+    from flexolmo.inference.sampling import Sampling
 
     said = works(
         "generate",

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import CheckpointError, ConfigError, PolicyError
 from flexolmo.evaluation.scorer import Scorer, _share
-from flexolmo.inference.decode import Sampling, continue_ids
+from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader, StockReader, open_reader
+from flexolmo.inference.sampling import Sampling
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.transformer import Transformer
 from flexolmo.research.rivals.baselines import btm_weights, mix_log_probs

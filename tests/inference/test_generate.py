@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from scipy.stats import chisquare
 
 from flexolmo.errors import ConfigError, DataError, PolicyError
-from flexolmo.inference.decode import Request, Sampling, choose_tokens, decode, requests_for
+from flexolmo.inference.decode import Request, choose_tokens, decode, requests_for
 from flexolmo.inference.generate import generate, stream, stream_text
 from flexolmo.inference.reader import OwnReader
+from flexolmo.inference.sampling import Sampling
 
 NAMES = ("amber", "basalt", "zinc")
 PROMPTS = ["the time", "a proof of the lemma by the sum", "", "minister"]

@@ -7,8 +7,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from flexolmo.errors import PolicyError
-from flexolmo.inference.decode import Sampling, continue_ids
+from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader
+from flexolmo.inference.sampling import Sampling
 from flexolmo.model.checkpoint import load_anchor, save_anchor
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings

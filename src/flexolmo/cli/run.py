@@ -84,9 +84,9 @@ def generate(
     Example: flexolmo generate --model model --without news --prompt "The minister said"
     """
     from flexolmo.config import parse_settings
-    from flexolmo.inference.decode import Sampling
     from flexolmo.inference.generate import stream_text
     from flexolmo.inference.reader import open_reader
+    from flexolmo.inference.sampling import Sampling
     from flexolmo.runtime import keep_memory
 
     sampling = parse_settings(

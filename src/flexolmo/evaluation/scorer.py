@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from flexolmo.errors import ConfigError
-from flexolmo.inference.decode import Request, Sampling, decode, text_before
+from flexolmo.inference.decode import Request, decode, text_before
 from flexolmo.inference.reader import Reader, pad_left, spread
+from flexolmo.inference.sampling import Sampling
 from flexolmo.progress import Meter
 
 MIN_SHARED_TOKENS = 16  # of a beginning that is read apart

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from flexolmo.errors import ConfigError
-from flexolmo.inference.decode import Sampling, decode, out_of_positions, requests_for
+from flexolmo.inference.decode import decode, out_of_positions, requests_for
 from flexolmo.inference.policy import choose_experts, refuse_bare_text
 from flexolmo.inference.reader import OwnReader, Reader
+from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.probabilities import Mix, arrange
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from flexolmo.errors import MergeError
-from flexolmo.inference.decode import Sampling, continue_ids
+from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader
+from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import EvidenceRouter

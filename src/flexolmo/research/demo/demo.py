@@ -28,8 +28,8 @@ from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
 from flexolmo.errors import ConfigError, FlexOlmoError
 from flexolmo.files import read_json, write_directory_aside, write_json
-from flexolmo.inference.decode import Sampling
 from flexolmo.inference.generate import generate
+from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.router import slot
 from flexolmo.numbers import format_seconds

@@ -10,8 +10,9 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.files import save_arrays
-from flexolmo.inference.decode import Sampling, continue_ids
+from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader
+from flexolmo.inference.sampling import Sampling
 from flexolmo.model.probabilities import AnyMixture, ProbabilityMixture
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress

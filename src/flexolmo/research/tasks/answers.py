@@ -12,7 +12,7 @@ import numpy as np
 
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.files import digest_bytes
-from flexolmo.inference.decode import Sampling
+from flexolmo.inference.sampling import Sampling
 from flexolmo.research.tasks.items import Item
 from flexolmo.research.tasks.judge import EndpointJudge
 from flexolmo.research.tasks.metrics import pass_at_k, rouge_l

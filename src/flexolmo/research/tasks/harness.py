@@ -24,8 +24,8 @@ except ImportError as e:
     ) from None
 
 from flexolmo.evaluation.scorer import Scorer
-from flexolmo.inference.decode import Sampling
 from flexolmo.inference.reader import Reader, open_reader
+from flexolmo.inference.sampling import Sampling
 
 DEFAULT_NEW_TOKENS = 256  # the harness's own
 

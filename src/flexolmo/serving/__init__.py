@@ -1,0 +1,1 @@
+"""Gateway: who may use which source, for what, until when, with proof. No torch."""
