@@ -89,7 +89,10 @@ ROOMS = [
     [("model", "decoder, router, mixture, checkpoint", "public")],
     [("train", "one loop; anchor, expert, compression", "private")],
     [("merge", "mixture on disk, stock export", "public")],
-    [("inference", "policy, decoding", "public")],
+    [
+        ("inference", "policy, decoding, engine", "public"),
+        ("serving", "who may use what, with proof; no torch", "public"),
+    ],
     [
         ("evaluation", "bits per byte, scorer", "public"),
         ("audit", "attacks on an expert", "private"),

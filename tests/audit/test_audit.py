@@ -12,14 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexolmo.audit.intervals import area, share
 from flexolmo.audit.statistics import (
-    area,
     audit_statistics,
     count_bounds,
     find_members,
     open_expert,
     recover_counts,
-    share,
     spell_rare_words,
 )
 from flexolmo.bundle.signing import create_key

@@ -58,3 +58,27 @@ def test_a_curve_is_measured_printed_and_drawn(
     assert code == 2 and "a curve needs one router" in err
     code, _, err = run("audit", "curve", *given, "--split", "train")
     assert code == 2 and "Split 'train' is not known" in err
+
+
+def test_access_is_measured_printed_and_reported(
+    works, run, owner, pico_anchor_dir, pico_set_dirs, owner_keys, trust_dir, tmp_path
+):
+    bundles = []
+    for name, who in (("maths", "Ann"), ("news", "Bob")):
+        expert = owner(name)
+        words = ("--key", owner_keys[who], "--owner", who, "--licence", "MIT", "--terms", "Any.")
+        bundles.append(tmp_path / f"{name}.bundle")
+        works("expert", "pack", expert, *words, "--out", bundles[-1])
+    model = tmp_path / "model"
+    works("mix", "build", pico_anchor_dir, *bundles, "--trust", trust_dir, "--out", model)
+    given = ["--model", model, "--trust", trust_dir, "--out", tmp_path / "out"]
+    data = ["--data", pico_set_dirs["maths"]]
+    said = works("audit", "access", *given, *data)
+    file = tmp_path / "out" / "access.json"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert list(json.loads(file.read_text())["experts"]) == ["maths"] and "maths" in said
+    assert "bits per byte" in (tmp_path / "out" / "page.html").read_text()
+    code, _, err = run("audit", "access", *given, *data, *data)
+    assert code == 2 and "give each set once" in err
+    code, _, err = run("audit", "access", *given, "--data", pico_set_dirs["public"])
+    assert code == 2 and "Give the prepared set of one of them" in err

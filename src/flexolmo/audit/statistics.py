@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from flexolmo.audit.intervals import RESAMPLES, area, area_of, share
 from flexolmo.bundle.bundle import MANIFEST_FILE, open_bundle
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.tokenizer import Tokenizer
@@ -39,7 +40,6 @@ from flexolmo.model.statistics import (
 )
 from flexolmo.train.expert import Expert, load_expert
 
-RESAMPLES = 400  # of an interval
 LEAST_DOCUMENTS = 10  # of each kind, below which membership is not measured
 LEAST_TOKENS = 50  # of a document whose membership is asked
 STRATA = 10  # of tokens that public text holds about equally often
@@ -306,73 +306,13 @@ def _area_over_folds(values: np.ndarray, fold_of: np.ndarray, seed: int) -> dict
             outside = fold_of[drawn] == i
             inside = ~outside & (fold_of[drawn] != (i + 1) % FOLDS)
             strata.append((row[drawn[inside]], row[drawn[outside]]))
-        return _area_of(strata)
+        return area_of(strata)
 
     everyone = np.arange(values.shape[1])
     rng = np.random.default_rng(seed)
     drawn = [of(rng.choice(everyone, len(everyone))) for _ in range(RESAMPLES)]
     bounds = [float(x) for x in np.quantile(drawn, [0.025, 0.975])]
     return {"auc": of(everyone), "interval": bounds}
-
-
-# --- figures with intervals ---------------------------------------------------------------------
-
-
-def share(hits: np.ndarray) -> dict[str, Any]:
-    """Share of hits [n] and its 95 % interval by Wilson's score; none of nothing."""
-    n = len(hits)
-    if not n:
-        return {"share": None, "interval": None}
-    z, p = 1.96, float(hits.mean())
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    bounds = [
-        max(0.0, (middle - half) / (1 + z * z / n)),
-        min(1.0, (middle + half) / (1 + z * z / n)),
-    ]
-    return {"share": p, "interval": bounds}
-
-
-def area(
-    yes: np.ndarray,
-    no: np.ndarray,
-    seed: int,
-    yes_strata: np.ndarray | None = None,
-    no_strata: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Area under the ROC curve, the chance that a score of `yes` is above one of `no` (ties count
-    half), and its 95 % bootstrap interval; with strata, pairs of one stratum alone count."""
-    if yes_strata is None or no_strata is None:
-        yes_strata = np.zeros(len(yes), int)
-        no_strata = np.zeros(len(no), int)
-    both = [
-        (yes[yes_strata == stratum], no[no_strata == stratum])
-        for stratum in np.intersect1d(yes_strata, no_strata)
-    ]
-    if not both:
-        return {"auc": None, "interval": None}
-    rng = np.random.default_rng(seed)
-    found = [
-        _area_of(
-            [
-                (rng.choice(ours, len(ours)), rng.choice(theirs, len(theirs)))
-                for ours, theirs in both
-            ]
-        )
-        for _ in range(RESAMPLES)
-    ]
-    bounds = [float(x) for x in np.quantile(found, [0.025, 0.975])]
-    return {"auc": _area_of(both), "interval": bounds}
-
-
-def _area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    won = pairs = 0.0
-    for yes, no in strata:
-        no = np.sort(no)
-        won += (
-            float((np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")).sum()) / 2
-        )
-        pairs += len(yes) * len(no)
-    return won / pairs
 
 
 # --- reading and showing ------------------------------------------------------------------------

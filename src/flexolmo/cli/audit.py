@@ -1,11 +1,16 @@
 """`flexolmo audit`: attacks on what leaves an owner's house."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
+
+if TYPE_CHECKING:
+    from flexolmo.data.batches import TokenSet
 
 app = typer.Typer(no_args_is_help=True, help="Attack what leaves your house, before others can.")
 
@@ -109,16 +114,80 @@ def curve(
         for name, option, values in tried
         for value in values.split(",")
     ]
-    sets = {s.name: s for s in (open_set(path, base.tokenizer.digest) for path in data)}
-    if len(sets) < len(data):
-        raise ConfigError(
-            f"Two of {', '.join(map(str, data))} hold sets of one name; give each set once."
-        )
+    sets = _by_name([open_set(path, base.tokenizer.digest) for path in data])
     found = quality_curve(base, opened, sets, choices, split=split, max_bytes=max_bytes, seed=seed)
     write_json(out / "curve.json", found, is_private=True)
     save_figure(plot_quality_curve(found), out / "curve.png", is_private=True)
     print_quality(found)
     echo(f"{out / 'curve.json'} and {out / 'curve.png'}")
+
+
+@app.command("access")
+def access(
+    model: Annotated[Path, typer.Option(help="Directory of a mixture.")],
+    data: Annotated[
+        list[Path],
+        typer.Option(help="The prepared set of an expert's owner; give --data once for each."),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Directory for access.json, page.html and its picture.")
+    ],
+    max_documents: Annotated[
+        int, typer.Option(min=10, help="Documents to read at most, trained and unseen each.")
+    ] = 500,
+    seed: Annotated[int, typer.Option(help="Random seed of drawn documents and intervals.")] = 0,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+) -> None:
+    """Measure what the switch of a source does, as somebody sees who asks the model.
+
+    Two measures, after PermLLM: can an observer tell from the answers whether the source was on
+    (and which documents it was trained on, with the source on and off), and what does somebody
+    lose who may not use it.
+
+    Example: flexolmo audit access --model model --data prepared/code --out access
+    """
+    from flexolmo.audit.access import audit_access
+    from flexolmo.data.batches import open_set
+    from flexolmo.files import write_json
+    from flexolmo.merge.mixture import load_mixture
+    from flexolmo.report.access_page import write_access_page
+    from flexolmo.runtime import set_up
+
+    set_up(seed, None)
+    mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
+    sets = _by_name([open_set(path, mixture.tokenizer.digest) for path in data])
+    found = audit_access(mixture, sets, max_documents=max_documents, seed=seed)
+    write_json(out / "access.json", found, is_private=True)
+    page = write_access_page(found, out)
+    print_access(found)
+    echo(f"{page}, with access.json beside it")
+
+
+def _by_name(sets: "Sequence[TokenSet]") -> "dict[str, TokenSet]":
+    """The sets by name; ConfigError if two have one name."""
+    from flexolmo.errors import ConfigError
+
+    found = {s.name: s for s in sets}
+    if len(found) < len(sets):
+        where = ", ".join(str(s.directory) for s in sets)
+        raise ConfigError(f"Two of {where} hold sets of one name; give each set once.")
+    return found
+
+
+def print_access(found: dict[str, Any]) -> None:
+    """The measures of `audit_access` as a table, for a terminal."""
+    from rich.table import Table
+
+    table = Table("source", "on or off told, AUC", "membership on", "off", "utility gap")
+    for name, x in found["experts"].items():
+        if "too_few" in x:
+            table.add_row(name, "too few documents")
+            continue
+        figures = [x["distinguishability"]["calibrated"], *x["membership"].values()]
+        told, on, off = (f"{f['auc']:.3f}" for f in figures)
+        table.add_row(name, told, on, off, f"{x['utility_gap']['gap']:.1%}")
+    PlainConsole().print(table)
 
 
 def print_quality(found: dict[str, Any]) -> None:

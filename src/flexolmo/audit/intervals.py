@@ -1,0 +1,70 @@
+"""Figures of attacks with their 95 % intervals. Knows nothing of experts or texts.
+
+n units of an attack.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 400  # of an interval
+
+
+def share(hits: np.ndarray) -> dict[str, Any]:
+    """Share of hits [n] and its 95 % interval by Wilson's score; none of nothing."""
+    n = len(hits)
+    if not n:
+        return {"share": None, "interval": None}
+    z, p = 1.96, float(hits.mean())
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    bounds = [
+        max(0.0, (middle - half) / (1 + z * z / n)),
+        min(1.0, (middle + half) / (1 + z * z / n)),
+    ]
+    return {"share": p, "interval": bounds}
+
+
+def area(
+    yes: np.ndarray,
+    no: np.ndarray,
+    seed: int,
+    yes_strata: np.ndarray | None = None,
+    no_strata: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Area under the ROC curve, the chance that a score of `yes` is above one of `no` (ties count
+    half), and its 95 % bootstrap interval; with strata, pairs of one stratum alone count."""
+    if yes_strata is None or no_strata is None:
+        yes_strata = np.zeros(len(yes), int)
+        no_strata = np.zeros(len(no), int)
+    both = [
+        (yes[yes_strata == stratum], no[no_strata == stratum])
+        for stratum in np.intersect1d(yes_strata, no_strata)
+    ]
+    if not both:
+        return {"auc": None, "interval": None}
+    rng = np.random.default_rng(seed)
+    found = [
+        area_of(
+            [
+                (rng.choice(ours, len(ours)), rng.choice(theirs, len(theirs)))
+                for ours, theirs in both
+            ]
+        )
+        for _ in range(RESAMPLES)
+    ]
+    bounds = [float(x) for x in np.quantile(found, [0.025, 0.975])]
+    return {"auc": area_of(both), "interval": bounds}
+
+
+def area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """The same of pairs of one stratum each, without an interval."""
+    won = pairs = 0.0
+    for yes, no in strata:
+        no = np.sort(no)
+        won += (
+            float((np.searchsorted(no, yes, "left") + np.searchsorted(no, yes, "right")).sum()) / 2
+        )
+        pairs += len(yes) * len(no)
+    return won / pairs
