@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from flexolmo import files
-from flexolmo.errors import BundleError
+from flexolmo.errors import FlexOlmoError
 
 
 class Claim(BaseModel):
@@ -38,7 +38,7 @@ def parse_json(data: bytes) -> Any:
     )
 
 
-def raise_listed(error: type[BundleError], opening: str, lines: Sequence[str], advice: str) -> None:
+def raise_listed(error: type[FlexOlmoError], opening: str, lines: Sequence[str], advice: str) -> None:
     """Raise `error` naming each difference, or return if there is none."""
     if lines:
         shown = [f"  - {line}" for line in lines[:50]]
