@@ -297,6 +297,17 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     raise too_deep
 
 
+def read_bytes(path: Path, max_bytes: int) -> bytes:
+    """The bytes of the file `path`; ValueError if it is something else, or longer."""
+    if not Path(path).is_file():  # a pipe would wait for a writer
+        raise ValueError("expected a file")
+    with open(path, "rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"expected at most {max_bytes:,} bytes")
+    return data
+
+
 def recover_missing(directory: Path) -> None:
     """Put `directory` back if it is gone because a run was killed while it replaced it."""
     directory = Path(directory)

@@ -38,7 +38,9 @@ def parse_json(data: bytes) -> Any:
     )
 
 
-def raise_listed(error: type[FlexOlmoError], opening: str, lines: Sequence[str], advice: str) -> None:
+def raise_listed(
+    error: type[FlexOlmoError], opening: str, lines: Sequence[str], advice: str
+) -> None:
     """Raise `error` naming each difference, or return if there is none."""
     if lines:
         shown = [f"  - {line}" for line in lines[:50]]

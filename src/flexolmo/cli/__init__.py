@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli import anchor, audit, data, eval, expert, mix, run
+from flexolmo.cli import anchor, audit, data, eval, expert, mix, policy, run
 from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, SourceUnavailable
@@ -35,6 +35,7 @@ app.add_typer(expert.app, name="expert")
 app.add_typer(mix.app, name="mix")
 app.add_typer(eval.app, name="eval")
 app.add_typer(audit.app, name="audit")
+app.add_typer(policy.app, name="policy")
 app.command()(run.generate)
 app.command()(run.demo)
 app.command()(study)

@@ -4,21 +4,17 @@ Each policy must have an @id, by which decisions and the audit log name it. Know
 say (`flexolmo.cedarschema`), not who asks.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cedarpy
+
 from flexolmo.bundle.strict import raise_listed
 from flexolmo.bundle.terms import PURPOSES
-from flexolmo.errors import ConfigError, PolicyError
-from flexolmo.files import canonical_json, digest_bytes
-
-try:
-    import cedarpy
-except ImportError as e:
-    raise ConfigError(f"cedarpy is needed and is not here ({e}); pip install -e '.[serve]'.") from e
+from flexolmo.errors import PolicyError
+from flexolmo.files import canonical_json, digest_bytes, parse_json, read_bytes
 
 SCHEMA_FILE = Path(__file__).with_name("flexolmo.cedarschema")
 SCHEMA = cedarpy.Schema.from_str(SCHEMA_FILE.read_text(encoding="utf-8"))
@@ -30,13 +26,13 @@ MAX_DEPTH = 100
 _MAX_NAME = 200
 
 
-def read_rules(directory: Path) -> tuple[dict[str, Any], str]:
+def read_rules(directory: Path) -> tuple[dict[str, str], str]:
     """The policies in the `*.cedar` files of `directory`, and a digest of these files.
 
     Returns:
-        Each policy in Cedar's JSON form, by a name of file and @id such as
-        "clinic.cedar: ward-notes"; and a digest that any change of a byte, of a file's name or of
-        the schema changes. Files whose name starts with a dot are left out.
+        The text of each policy, by a name of file and @id such as "clinic.cedar: ward-notes"; and a
+        digest that any change of a byte, of a file's name or of the schema changes. Files whose
+        name starts with a dot are left out.
 
     Raises:
         PolicyError: no such directory, a file that cannot be read, or policies that are malformed,
@@ -46,12 +42,12 @@ def read_rules(directory: Path) -> tuple[dict[str, Any], str]:
     directory = Path(directory)
     if not directory.is_dir():
         raise PolicyError(f"{directory} is not a directory. Name one with policies as *.cedar.")
-    rules: dict[str, Any] = {}
+    rules: dict[str, str] = {}
     digests = {"": digest_bytes(SCHEMA_FILE.read_bytes())}
     problems = []
     for path in sorted(directory.glob("[!.]*.cedar")):
         try:
-            data = _read(path)
+            data = read_bytes(path, MAX_FILE_BYTES)
             text = data.decode("utf-8")
             _refuse_hidden_characters(text)
         except (OSError, ValueError) as e:
@@ -60,11 +56,10 @@ def read_rules(directory: Path) -> tuple[dict[str, Any], str]:
         digests[path.name] = digest_bytes(data)
         for line, policy, depth in split_policies(text):
             try:
-                name, rule = _read_policy(policy, depth)
-                name = f"{path.name}: {name}"
+                name = f"{path.name}: {check_policy(policy, depth)}"
                 if name in rules:
                     raise ValueError("expected an @id of its own, found that of a policy above")
-                rules[name] = rule
+                rules[name] = policy
             except ValueError as e:
                 problems.append(f"{path.name}, policy at line {line}: {e}")
     raise_listed(
@@ -74,16 +69,6 @@ def read_rules(directory: Path) -> tuple[dict[str, Any], str]:
         "Correct these, then try again: flexolmo policy check.",
     )
     return rules, digest_bytes(canonical_json(digests))
-
-
-def _read(path: Path) -> bytes:
-    if not path.is_file():  # a pipe would wait for a writer
-        raise ValueError("expected a file")
-    with open(path, "rb") as file:
-        data = file.read(MAX_FILE_BYTES + 1)
-    if len(data) > MAX_FILE_BYTES:
-        raise ValueError(f"expected at most {MAX_FILE_BYTES} bytes")
-    return data
 
 
 def _refuse_hidden_characters(text: str) -> None:
@@ -104,34 +89,35 @@ _BLANK = re.compile(r"(?:\s|//[^\r\n]*)*")
 def split_policies(text: str) -> Iterator[tuple[int, str, int]]:
     """Line where it begins, text, and depth of brackets of each policy in `text`.
 
-    Cedar's own errors name no line, hence this. Every policy is parsed alone afterwards, so one
-    that were cut in a wrong place would be refused. What follows the last semicolon is given too,
-    unless it is blank.
+    Cedar's own errors name no line, hence this. Each policy is parsed alone afterwards, so that one
+    cut in a wrong place would be refused. What follows the last semicolon is given too, unless it
+    is blank.
     """
     start = depth = deepest = 0
-    ends = [(found.end(), found.lastgroup) for found in _TOKEN.finditer(text)]
-    for end, kind in [*ends, (len(text), "ends")]:
+    tokens = [(found.end(), found.lastgroup) for found in _TOKEN.finditer(text)]
+    for end, kind in [*tokens, (len(text), "ends")]:
         depth += (kind == "opens") - (kind == "closes")
         deepest = max(deepest, depth)
         if kind == "ends":
-            begin = _BLANK.match(text, start, end).end()  # type: ignore[union-attr]  # may be empty
+            blank = _BLANK.match(text, start, end)
+            begin = blank.end() if blank else start
             if begin < end:
                 yield text.count("\n", 0, begin) + 1, text[begin:end], deepest
             start, depth, deepest = end, 0, 0
 
 
-def _read_policy(text: str, depth: int) -> tuple[str, dict[str, Any]]:
-    """The @id and the JSON form of the one policy in `text`; ValueError if it cannot be used."""
+def check_policy(text: str, depth: int) -> str:
+    """The @id of the one policy in `text`; ValueError if it cannot be used."""
     if len(text) > MAX_POLICY_CHARACTERS or depth > MAX_DEPTH:
         raise ValueError(
             f"expected at most {MAX_POLICY_CHARACTERS} characters and {MAX_DEPTH} brackets within "
             f"each other, found {len(text)} and {depth}"
         )
-    parsed = json.loads(cedarpy.policies_to_json_str(text))
+    parsed = parse_json(cedarpy.policies_to_json_str(text))
     if parsed["templates"]:
         raise ValueError("a template, with ?principal or ?resource, would never permit or forbid")
-    (rule,) = parsed["staticPolicies"].values()
-    name = rule.get("annotations", {}).get("id") or ""
+    (policy,) = parsed["staticPolicies"].values()
+    name = policy.get("annotations", {}).get("id") or ""
     if not 1 <= len(name) <= _MAX_NAME or not name.isprintable():
         raise ValueError(
             f'expected a name for people, @id("..."), before the policy, of 1 to {_MAX_NAME} '
@@ -140,14 +126,14 @@ def _read_policy(text: str, depth: int) -> tuple[str, dict[str, Any]]:
     errors = cedarpy.validate_policies(text, SCHEMA).errors
     if errors:
         raise ValueError("; ".join(e.error.removeprefix("for policy `policy0`, ") for e in errors))
-    unknown = sorted(set(_purposes_in(rule)) - set(PURPOSES))
+    unknown = sorted(set(_purposes_in(policy)) - set(PURPOSES))
     if unknown:
         raise ValueError(f"no purpose {', '.join(unknown)}; there are {', '.join(PURPOSES)}")
-    return name, rule
+    return name
 
 
 def _purposes_in(value: Any) -> Iterator[str]:
-    """Every purpose named in a policy's JSON form; the schema allows any name."""
+    """Every purpose named in a policy's JSON form; the schema itself allows any name."""
     if isinstance(value, dict):
         if value.get("type") == "FlexOlmo::Purpose" and "id" in value:
             yield value["id"]
