@@ -61,7 +61,8 @@ def check(
     experts = read_facts(model)
     principal = Principal(subject, _names(groups, "--groups"), _names(roles, "--roles"))
     chosen = switches(without, only)
-    wish = Wish(chosen["only"] and tuple(chosen["only"]), tuple(chosen["without"]))
+    asked = None if chosen["only"] is None else tuple(chosen["only"])
+    wish = Wish(asked, tuple(chosen["without"]))
     purposes: Any = _names(purpose, "--purpose")  # `decide` refuses those that there are not
     decision = policies.decide(principal, purposes, wish, experts, _moment(at))
     if as_json:
