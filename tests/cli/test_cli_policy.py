@@ -5,17 +5,20 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from flexolmo.bundle.terms import PURPOSES
 from flexolmo.cli import policy
+from flexolmo.serving.expectations import try_expectations
 from flexolmo.serving.facts import encode_facts, read_facts
 from flexolmo.serving.policy import Policies
 from flexolmo.serving.rules import SCHEMA_FILE
-from made_policies import PERMIT_ALL, facts, write_policies
+from made_policies import PERMIT_ALL, facts, load_policies, write_policies
+from made_shell import ROOT, blocks_of
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "policies"
+EXAMPLES = ROOT / "examples" / "policies"
+GUIDE = ROOT / "docs" / "guides" / "policies.md"
 CHECK = ("policy", "check", "--policy", EXAMPLES, "--experts", EXAMPLES / "experts.json")
 ALICE = ("--as", "alice", "--groups", "clinic", "--at", "2026-11-30T09:00:00Z")
 
@@ -42,7 +45,7 @@ CASE = '[[cases]]\nname = "one"\nas = "alice"\nat = 2026-11-30T09:00:00Z\non = [
 
 def test_the_examples_hold_and_have_the_schema_that_counts(works):
     said = works("policy", "test", EXAMPLES / "expectations.toml")
-    assert said.endswith("10 of 10 cases hold.\n") and said.count("ok  ") == 10
+    assert said.endswith("11 of 11 cases hold.\n") and said.count("ok  ") == 11
     assert (EXAMPLES / SCHEMA_FILE.name).read_bytes() == SCHEMA_FILE.read_bytes()
 
 
@@ -58,13 +61,33 @@ def test_each_example_policy_is_needed(works, run, tmp_path):
         assert run("policy", "test", copy / "expectations.toml")[0] == 1, name
 
 
+def test_the_guide_is_true(tmp_path, capsys, monkeypatch):
+    """Its policies load, its table and its Python run, and it has every purpose and attribute."""
+    guide = GUIDE.read_text(encoding="utf-8")
+    names = load_policies(tmp_path / "guide", *blocks_of(GUIDE, "cedar")).names
+    assert len(names) == guide.count("@id(") > 5
+    (expectations,) = blocks_of(GUIDE, "toml")
+    copy = shutil.copytree(EXAMPLES, tmp_path / "policies")
+    (copy / "expectations.toml").write_text(expectations, encoding="utf-8")
+    assert set(map(tuple, try_expectations(copy / "expectations.toml").values())) == {()}
+    shutil.copy(EXAMPLES / "experts.json", tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    exec("".join(blocks_of(GUIDE, "python")), {})
+    assert Policies.load(EXAMPLES).digest in capsys.readouterr().out
+    for name, purpose in PURPOSES.items():
+        within = f"`{purpose.within}`" if purpose.within else ""
+        assert f"| `{name}` | {within} | {purpose.meaning} | {purpose.source} |" in guide
+    for attribute in re.findall(r"^ +(\w+)\??:", SCHEMA_FILE.read_text(encoding="utf-8"), re.M):
+        assert re.search(rf"[`.]{attribute}\b", guide), attribute
+
+
 # --- check ---------------------------------------------------------------------------------------
 
 
 def test_each_yes_and_no_is_explained(works, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     said = works(*CHECK, *ALICE, "--purpose", "clinical-care")
-    assert "6 policies in" in said and Policies.load(EXAMPLES).digest in said
+    assert "7 policies in" in said and Policies.load(EXAMPLES).digest in said
     rows = [line.split("│")[1:-1] for line in said.splitlines() if line.startswith("│")]
     switched = {row[0].strip(): row[1].strip() for row in rows if row[0].strip()}
     assert switched == {"journals": "off", "library": "on", "wards": "on"}
@@ -84,7 +107,7 @@ def test_machines_read_the_same(works):
     assert {n: e["is_asked"] for n, e in found["experts"].items()} == {
         "journals": False, "library": True, "wards": True,
     }  # fmt: skip
-    asked = ("--only", "public,library", "--json")
+    asked = ("--purpose", "education", "--only", "public,library", "--json")
     assert json.loads(works(*CHECK, *ALICE, *asked))["enabled"] == ["library"]
     asked = ("--only", "public", "--json")
     assert json.loads(works(*CHECK, *ALICE, *asked))["enabled"] == []
@@ -111,7 +134,7 @@ def test_without_a_time_it_is_now(works, tmp_path):
         (("--at", "noon"), "no time with a zone"),
         (("--as", ""), "1 to 256 printable characters"),
         (("--experts", "nothing.json"), "nothing.json cannot be read"),
-        (("--policy", "nothing"), "nothing is not a directory"),
+        (("--policy", "nothing"), "The policies in nothing cannot be read"),
     ],
 )
 def test_a_typing_error_is_said_in_a_sentence(run, words, said):

@@ -95,12 +95,14 @@ def test_what_is_no_file_of_text_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.cedar")
     (tmp_path / "dangling.cedar").symlink_to(tmp_path / "nothing")
     (tmp_path / "latin.cedar").write_bytes(b"// \xe4")
+    (tmp_path / "two\nlines.cedar").write_text("")
+    (tmp_path / os.fsdecode(b"\xe4.cedar")).write_text("")
     with pytest.raises(PolicyError) as caught:
         Policies.load(tmp_path)
-    for name in ("directory", "pipe", "dangling", "latin"):
+    for name in ("directory", "pipe", "dangling", "latin", "two\nlines", os.fsdecode(b"\xe4")):
         assert f"  - {name}.cedar: " in str(caught.value)
     for wrong in (tmp_path / "nothing", tmp_path / "latin.cedar"):
-        with pytest.raises(PolicyError, match="is not a directory"):
+        with pytest.raises(PolicyError, match="Name a directory"):
             Policies.load(wrong)
 
 

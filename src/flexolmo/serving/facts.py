@@ -28,7 +28,7 @@ class _Expert(BaseModel):
 
 
 class _Index(BaseModel):
-    """What is needed here of `mixture.json`."""
+    """Parts of `mixture.json` that are needed here."""
 
     experts: dict[Name, _Expert]
 
@@ -73,7 +73,7 @@ def _facts_of(model: Path, name: str, entry: _Expert) -> ExpertFacts:
         if digest != entry.files.get(MANIFEST_FILE):
             raise ValueError(f"its digest is not the one in {INDEX_FILE}")
     except (OSError, ValueError, BundleError) as e:
-        raise PolicyError(f"{file} cannot be used: {e}. Build the mixture again.") from None
+        raise PolicyError(f"{file} cannot be used, build the mixture again: {e}") from None
     return ExpertFacts(
         owner=manifest.owner,
         key_id=entry.key_id,

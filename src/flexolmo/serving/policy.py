@@ -27,7 +27,7 @@ MAX_NAME_CHARACTERS = 256
 
 @dataclass(frozen=True)
 class Principal:
-    """Whoever asks, as the gateway has proven.
+    """Person or program that asks, as the gateway has proven.
 
     Raises:
         PolicyError: an empty name, one of over 256 or of unprintable characters, or over 500 names.
@@ -119,15 +119,12 @@ class Policies:
         now = now.astimezone(datetime.UTC)
         asked = choose_experts(list(experts), only=wish.only, without=wish.without)
         around = _PURPOSES.with_added_json_str(json.dumps([_user(principal)]), SCHEMA)
-        verdicts = {}
-        for name in sorted(experts):
-            if name in asked:
-                is_enabled, reasons = self._judge(
-                    name, experts[name], principal, purposes, now, around
-                )
-                verdicts[name] = Verdict(name, True, is_enabled, tuple(reasons))
-            else:
-                verdicts[name] = Verdict(name, False, False, ("the request does not ask for it",))
+        verdicts = {
+            name: self._judge(name, experts[name], principal, purposes, now, around)
+            if name in asked
+            else Verdict(name, False, False, ("the request does not ask for it",))
+            for name in sorted(experts)
+        }
         enabled = frozenset(name for name, verdict in verdicts.items() if verdict.is_enabled)
         return Decision(enabled, verdicts, self.digest, now)
 
@@ -139,8 +136,8 @@ class Policies:
         purposes: frozenset[PurposeName],
         now: datetime.datetime,
         around: cedarpy.Entities,
-    ) -> tuple[bool, list[str]]:
-        """Yes or no to one expert, and why; whatever fails on the way is a no."""
+    ) -> Verdict:
+        """Yes or no to an expert that is asked for; whatever fails on the way is a no."""
         permits = ["the owner's terms allow it"]
         refusals = []
         try:
@@ -154,7 +151,7 @@ class Policies:
                 found += [f"for {purpose}: {reason}" for reason in reasons]
         except Exception as e:
             refusals.append(f"it cannot be judged: {e}")
-        return not refusals, refusals or permits
+        return Verdict(name, True, not refusals, tuple(refusals or permits))
 
     def _explain(self, answer: cedarpy.AuthzResult) -> tuple[bool, list[str]]:
         """Yes or no of Cedar, and each policy that decided or failed; a no has a reason always.

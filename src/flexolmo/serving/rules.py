@@ -40,13 +40,22 @@ def read_rules(directory: Path) -> tuple[dict[str, str], str]:
             each with its file and line.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise PolicyError(f"{directory} is not a directory. Name one with policies as *.cedar.")
+    try:
+        found = sorted(path for path in directory.iterdir() if path.suffix == ".cedar")
+    except OSError as e:
+        raise PolicyError(
+            f"The policies in {directory} cannot be read ({e.strerror}). Name a directory of "
+            "*.cedar files."
+        ) from None
     rules: dict[str, str] = {}
     digests = {"": digest_bytes(SCHEMA_FILE.read_bytes())}
     problems = []
-    for path in sorted(directory.glob("[!.]*.cedar")):
+    for path in found:
+        if path.name.startswith("."):
+            continue
         try:
+            if not path.name.isprintable():  # it stands in reasons and in the audit log
+                raise ValueError("expected a name of printable characters")
             data = read_bytes(path, MAX_FILE_BYTES)
             text = data.decode("utf-8")
             _refuse_hidden_characters(text)
@@ -123,9 +132,10 @@ def check_policy(text: str, depth: int) -> str:
             f'expected a name for people, @id("..."), before the policy, of 1 to {_MAX_NAME} '
             "printable characters"
         )
-    errors = cedarpy.validate_policies(text, SCHEMA).errors
-    if errors:
-        raise ValueError("; ".join(e.error.removeprefix("for policy `policy0`, ") for e in errors))
+    checked = cedarpy.validate_policies(text, SCHEMA)
+    if not checked.validation_passed:
+        errors = [e.error.removeprefix("for policy `policy0`, ") for e in checked.errors]
+        raise ValueError("; ".join(errors))
     unknown = sorted(set(_purposes_in(policy)) - set(PURPOSES))
     if unknown:
         raise ValueError(f"no purpose {', '.join(unknown)}; there are {', '.join(PURPOSES)}")
