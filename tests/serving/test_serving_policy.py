@@ -277,7 +277,11 @@ def test_every_rule_and_term_that_decides_is_named(tmp_path):
         "unasked": facts(),
     }
     decision = policies.decide(
-        Principal("alice"), frozenset({"training"}), Wish(without=("unasked",)), experts, NOON
+        Principal("alice", roles=frozenset({"school"})),  # a role, and so no member of a group
+        frozenset({"training"}),
+        Wish(without=("unasked",)),
+        experts,
+        NOON,
     )
     assert decision.policy_digest == policies.digest and decision.decided == NOON
     assert {name: verdict.reasons for name, verdict in decision.verdicts.items()} == {
@@ -294,6 +298,16 @@ def test_every_rule_and_term_that_decides_is_named(tmp_path):
         ),
         "unasked": ("the request does not ask for it",),
     }
+
+
+def test_a_policy_that_fails_is_named_beside_one_that_forbids(tmp_path):
+    text = '@id("no") forbid (principal, action, resource); @id("odd") permit (principal, action, '
+    text += "resource) when { resource.serial + 9223372036854775807 > 0 };"
+    policies = load_policies(tmp_path, text)
+    decision = policies.decide(Principal("alice"), frozenset(), Wish(), {"amber": facts()}, NOON)
+    failure, forbid = decision.verdicts["amber"].reasons
+    assert failure.startswith("for any: p0.cedar: odd fails: integer overflow")
+    assert forbid == "for any: forbidden by p0.cedar: no"
 
 
 def test_every_attribute_of_the_schema_can_be_asked(tmp_path):
