@@ -209,11 +209,11 @@ def test_every_part_of_a_case_counts(works, run, table, tmp_path):
     [
         ("", "cases"),
         (CASE + CASE, "two cases have the name 'one'"),
-        (CASE.replace('["a"]', '["c"]'), "'one' expects c"),
+        (CASE.replace('["a"]', '["c"]'), "Case 'one': Unknown expert c"),
         (CASE.replace("on =", "onn ="), "cases.0.onn: unknown key"),
         (CASE + 'purposes = ["reserch"]', "cases.0.purposes.0"),
         (CASE + 'groups = "clinic"', "cases.0.groups"),
-        (CASE + 'only = ["c"]', "Unknown expert c"),
+        (CASE + 'only = ["c"]', "Case 'one': Unknown expert c"),
         (CASE.replace("00Z", "00"), "cases.0.at"),
         (CASE.replace("at = 2026-11-30T09:00:00Z\n", ""), "cases.0.at"),
         (CASE.replace("alice", ""), "printable characters"),

@@ -129,10 +129,12 @@ def test_the_digest_changes_with_every_byte_name_and_file(tmp_path, monkeypatch)
         found.add(load_policies(tmp_path / str(i), other).digest)
     found.add(load_policies(tmp_path / "more", text, "").digest)
     found.add(load_policies(tmp_path / "split", "", text).digest)
+    (tmp_path / "second" / "p0.cedar").rename(tmp_path / "second" / "q0.cedar")
+    found.add(Policies.load(tmp_path / "second").digest)
     monkeypatch.setattr(rules, "SCHEMA_FILE", tmp_path / "schema")
     (tmp_path / "schema").write_text("another")
     found.add(load_policies(tmp_path / "last", text).digest)
-    assert len(found) == 1 + len(changed) + 3
+    assert len(found) == 1 + len(changed) + 4
 
 
 def _is_readable(tmp_path, text) -> bool:

@@ -15,6 +15,7 @@ from flexolmo.config import Settings, parse_settings
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.files import read_bytes
 from flexolmo.inference.engine import ExpertFacts
+from flexolmo.inference.policy import choose_experts
 from flexolmo.serving.facts import read_facts
 from flexolmo.serving.policy import Policies, Principal, Wish
 
@@ -74,18 +75,17 @@ def _read(file: Path) -> Expectations:
 
 
 def _differences(case: Case, policies: Policies, experts: Mapping[str, ExpertFacts]) -> list[str]:
-    unknown = sorted(case.on - set(experts))
-    if unknown:
-        raise PolicyError(
-            f"Case {case.name!r} expects {', '.join(unknown)}: there are {', '.join(experts)}."
+    try:
+        choose_experts(list(experts), only=case.on)  # refuses names that there are not
+        decision = policies.decide(
+            Principal(case.subject, case.groups, case.roles),
+            case.purposes,
+            Wish(case.only, case.without),
+            experts,
+            case.at,
         )
-    decision = policies.decide(
-        Principal(case.subject, case.groups, case.roles),
-        case.purposes,
-        Wish(case.only, case.without),
-        experts,
-        case.at,
-    )
+    except PolicyError as e:
+        raise PolicyError(f"Case {case.name!r}: {e}") from None
     return [
         f"{name}: expected {'on' if name in case.on else 'off'}, "
         f"found {'on' if verdict.is_enabled else 'off'}: {'; '.join(verdict.reasons)}"
