@@ -107,6 +107,9 @@ def test_machines_read_the_same(works):
     assert {n: e["is_asked"] for n, e in found["experts"].items()} == {
         "journals": False, "library": True, "wards": True,
     }  # fmt: skip
+    night = ("--at", "2026-11-30T23:00:00Z", "--purpose", "clinical-care", "--json")
+    for roles, expected in ((), ["library"]), (("--roles", "on-call"), ["library", "wards"]):
+        assert json.loads(works(*CHECK, *ALICE, *night, *roles))["enabled"] == expected
     asked = ("--purpose", "education", "--only", "public,library", "--json")
     assert json.loads(works(*CHECK, *ALICE, *asked))["enabled"] == ["library"]
     asked = ("--only", "public", "--json")
@@ -143,11 +146,20 @@ def test_a_typing_error_is_said_in_a_sentence(run, words, said):
     assert "Traceback" not in err
 
 
-def test_a_control_character_of_an_owner_does_not_reach_the_terminal(works, run, tmp_path):
-    hostile = {"amber": facts(audience=()), "b\x1b[2J": facts()}
-    (tmp_path / "experts.json").write_bytes(encode_facts(hostile))
-    code, _, err = run(*CHECK[:4], "--experts", tmp_path / "experts.json", *ALICE)
-    assert code == 2 and "does not describe experts" in err
+def test_a_file_of_other_facts_is_refused(run, tmp_path):
+    good = encode_facts({"amber": facts()})
+    file = tmp_path / "experts.json"
+    for bad in (
+        good.replace(b"amber", b"a\\u001b[2J"),
+        good.replace(b'"serial"', b'"seriall": 1, "serial"'),
+        good.replace(b'"any"', b'"reserch"'),
+        good.replace(b'"audience"', b'"audiences"'),
+    ):
+        file.write_bytes(bad)
+        code, _, err = run(*CHECK[:4], "--experts", file, *ALICE)
+        assert code == 2 and "does not describe experts" in err
+    file.write_bytes(good)
+    assert run(*CHECK[:4], "--experts", file, *ALICE)[0] == 0
 
 
 def test_explaining_needs_no_torch_and_cedar_is_asked_for_by_name(monkeypatch, run):
