@@ -60,6 +60,7 @@ def write_bundles(root: Path, size: str) -> None:
     from flexolmo.bundle.bundle import write_bundle
     from flexolmo.bundle.manifest import build_manifest
     from flexolmo.bundle.signing import create_key
+    from flexolmo.bundle.terms import make_terms
     from flexolmo.model.checkpoint import save_anchor
     from flexolmo.model.shape import architecture_of, shape_of_tensors
     from flexolmo.model.statistics import EvidenceSettings
@@ -84,7 +85,8 @@ def write_bundles(root: Path, size: str) -> None:
             tokens_seen=1,
             data_card_digest="sha256:" + "0" * 64,
             licence="MIT",
-            terms_text="For a benchmark.",
+            serial=1,
+            terms=make_terms("For a benchmark.", ["any"]),
         )
         create_key(root / "keys" / name)
         write_bundle(root / f"{name}.bundle", weights, manifest, root / "keys" / name)

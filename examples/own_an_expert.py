@@ -26,7 +26,7 @@ def main(anchor_directory: str, prepared: str, name: str, steps: str = "40") -> 
         key,
         owner=f"{name} house",
         licence="LicenseRef-Private",
-        terms="For this example.",
+        terms=fo.make_terms("For this example.", ["education", "methods-research"]),
     )
     claims = fo.inspect_bundle(bundle)["claims"]
     print(f"{bundle}: {claims['tokens_seen']:,} tokens seen, {len(claims['tensors'])} tensors")

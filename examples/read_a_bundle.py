@@ -15,8 +15,9 @@ def main(bundle: str, trusted: str | None = None) -> None:
     manifest = found.manifest
     print(f"expert   {manifest.name}, of {manifest.owner}")
     print(f"signer   {found.signer or 'unknown'}, key {found.key_id}")
+    print(f"serial   {manifest.serial}")
     print(f"licence  {manifest.licence}; {manifest.terms.text}")
-    print(f"expires  {manifest.terms.expires or 'never'}")
+    print(f"terms    {manifest.terms.summary()}")
     print(f"anchor   {manifest.anchor_digest}")
     for name, entry in sorted(manifest.tensors.items()):
         print(f"  {name:<44} {entry.dtype:<5} {list(entry.shape)}")

@@ -8,11 +8,17 @@ import safetensors.numpy
 from flexolmo.bundle.bundle import MAX_FILE_BYTES
 from flexolmo.bundle.manifest import build_manifest
 from flexolmo.bundle.signing import encode_public, read_private_key, sign_files
+from flexolmo.bundle.terms import make_terms
 from flexolmo.files import digest_bytes
 
 DIGEST = "sha256:" + "ab" * 32
 FILES = sorted(MAX_FILE_BYTES)
 TODAY = datetime.date(2026, 11, 22)
+TERMS = make_terms("For tests.", ["any"])
+
+
+def terms_until(day):
+    return TERMS.model_copy(update={"valid_until": day})
 
 
 def make_weights(seed=0, **changes):
@@ -41,8 +47,9 @@ def make_manifest(weights, **changes):
         "recipe": {"lr": 1e-3},
         "tokens_seen": 1000,
         "data_card_digest": DIGEST,
+        "serial": 1,
         "licence": "Apache-2.0",
-        "terms_text": "Research only.",
+        "terms": TERMS,
         "created": "2026-11-22T04:30:00Z",
         "software": {"flexolmo": "0.1.0"},
     }

@@ -23,6 +23,7 @@ from flexolmo.model.checkpoint import Anchor, save_anchor
 from flexolmo.model.router import LinearSettings, RouterSettings
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
+from made_bundles import TERMS
 
 NAMES = ("amber", "basalt", "zinc")
 IN_SESSION = settings(
@@ -117,8 +118,9 @@ class House:
             "recipe": {},
             "tokens_seen": 7,
             "data_card_digest": "sha256:" + "0" * 64,
+            "serial": 1,
             "licence": "MIT",
-            "terms_text": "For tests.",
+            "terms": TERMS,
         } | changes
         manifest = build_manifest(weights, name=name, **claims)
         return write_bundle(where / f"{name}.bundle", weights, manifest, key, today=today)

@@ -32,6 +32,7 @@ from flexolmo.research.study.text_steps import windows
 from flexolmo.research.tasks.run import run_suite
 from flexolmo.research.tasks.selection import RunSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
+from made_bundles import TERMS
 from made_documents import write_documents
 from made_items import choice_items, task_of
 
@@ -121,7 +122,7 @@ def write_bundle_of(out, f):
         f("owner_keys")["Ann"],
         owner="Ann",
         licence="MIT",
-        terms="For tests.",
+        terms=TERMS,
     )
 
 

@@ -20,7 +20,7 @@ ORDER = [
     ["runtime"],
     ["bundle.strict"],
     ["bundle.tensors"],
-    ["bundle.terms"],
+    ["bundle.terms", "bundle.licence", "bundle.serials"],
     ["bundle.manifest"],
     ["bundle.signing"],
     ["bundle.bundle"],

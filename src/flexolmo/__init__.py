@@ -11,6 +11,7 @@ _HOME = {
     "create_key": "bundle.signing",
     "TrustedOwners": "bundle.signing",
     "ANY_SIGNER": "bundle.signing",
+    "make_terms": "bundle.terms",
     "open_bundle": "bundle.bundle",
     "inspect_bundle": "bundle.bundle",
     "open_set": "data.batches",

@@ -28,6 +28,7 @@ from flexolmo.model.router import LinearSettings
 from flexolmo.model.statistics import EvidenceSettings, OwnerTable, count_tokens, fit_table
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
 from flexolmo.train.loop import TrainSettings
+from made_bundles import TERMS
 
 BRIEF = TrainSettings(steps=3, batch_size=2, seq_len=32, warmup_steps=1)
 
@@ -156,7 +157,7 @@ def test_a_bundle_is_attacked_like_its_run(tmp_path, pico_anchor, pico_sets, exp
     key = tmp_path / "key"
     create_key(key)
     bundle = pack_expert(
-        expert, tmp_path / "maths.bundle", key, owner="Ann", licence="MIT", terms="None."
+        expert, tmp_path / "maths.bundle", key, owner="Ann", licence="MIT", terms=TERMS
     )
     assert audit_statistics(pico_anchor, open_expert(bundle), pico_sets["maths"]) == found
 

@@ -18,7 +18,7 @@ from flexolmo.bundle.bundle import MAX_FILE_BYTES, open_bundle, write_bundle
 from flexolmo.bundle.manifest import encode_manifest
 from flexolmo.bundle.signing import TrustedOwners, key_id
 from flexolmo.errors import BundleError, SignatureError
-from made_bundles import FILES, TODAY, make_manifest, make_weights, sign_as
+from made_bundles import FILES, TODAY, make_manifest, make_weights, sign_as, terms_until
 
 
 def tensor_bytes(weights):
@@ -284,7 +284,9 @@ def test_signed_tensors_that_differ_from_the_manifest_are_all_listed(keys, trust
     sent = make_weights(
         a=np.ones(3, "f4"), c=np.ones(4, "f4"), d=np.ones(1, "f4"), e=np.array([np.nan], "f4")
     )
-    manifest = encode_manifest(make_manifest(claimed, terms_expire=datetime.date(2026, 11, 21)))
+    manifest = encode_manifest(
+        make_manifest(claimed, terms=terms_until(datetime.date(2026, 11, 21)))
+    )
     path = sign_as(tmp_path / "b", manifest, sent, keys / "Ann", subject="poems.bundle")
     with pytest.raises(BundleError) as e:
         open_bundle(path, trusted, today=TODAY)
@@ -298,7 +300,7 @@ def test_signed_tensors_that_differ_from_the_manifest_are_all_listed(keys, trust
         "data of a: found sha256:",
         "data of c: found sha256:",
         "not finite: e",
-        "terms: expired on 2026-11-21",
+        "the owner's terms expired on 2026-11-21, today is 2026-11-22",
         "signature.sig: found the name 'poems.bundle', expected maths.bundle",
     ):
         assert line in str(e.value)
@@ -317,7 +319,7 @@ def test_signed_weights_that_are_no_safetensors_are_refused(keys, trusted, tmp_p
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda m: m.replace(b'"format_version":3', b'"format_version":1'), "expected 3"),
+        (lambda m: m.replace(b'"format_version":4', b'"format_version":1'), "expected 4"),
         (lambda m: m.replace(b'"tokens_seen":1000,', b""), "missing field: tokens_seen"),
         (lambda m: m + b"\n", "canonical"),
     ],
@@ -332,9 +334,9 @@ def test_a_signed_manifest_is_held_to_the_format(keys, trusted, tmp_path, change
 
 def test_terms_hold_through_their_last_day(keys, trusted, tmp_path):
     weights = make_weights()
-    manifest = make_manifest(weights, terms_expire=TODAY)
+    manifest = make_manifest(weights, terms=terms_until(TODAY))
     path = write_bundle(tmp_path / "maths.bundle", weights, manifest, keys / "Ann", today=TODAY)
-    assert open_bundle(path, trusted, today=TODAY).manifest.terms.expires == TODAY
+    assert open_bundle(path, trusted, today=TODAY).manifest.terms.valid_until == TODAY
     with pytest.raises(BundleError, match="expired"):
         open_bundle(path, trusted, today=TODAY + datetime.timedelta(days=1))
 

@@ -15,6 +15,7 @@ from flexolmo.bundle.manifest import (
     encode_manifest,
     read_manifest,
 )
+from flexolmo.bundle.terms import PURPOSES, make_terms
 from flexolmo.errors import BundleError
 from flexolmo.files import canonical_json
 
@@ -24,20 +25,28 @@ WEIGHTS = (  # a safetensors file of one tensor, as the library writes it
     + b'{"layers.0.up":{"dtype":"BF16","shape":[2,2],"data_offsets":[0,8]}}'.ljust(72)
     + bytes(8)
 )
-GOLDEN = (
+_BYTES = (
     b'{"anchor_digest":"sha256:abababababababababababababababababababababababababababababababab",'
     b'"architecture":{"attention_rank":4,"d_ff":3,"d_model":2,"embedding_rank":0,"head_rank":0,'
     b'"num_bigrams":7,"num_layers":1,"rank":0},"created":"2026-11-22T04:30:00Z",'
     b'"data_card_digest":"sha256:ababababababababababababababababababababababababababababababab'
-    b'ab","format_version":3,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
+    b'ab","format_version":%d,"licence":"Apache-2.0 OR LicenseRef-Hospital","name":"maths",'
     b'"owner":"Universit\xc3\xa4tsklinik Jena","recipe":{"lr":0.0009,"steps":2000},'
-    b'"router":{"kind":"linear","settings":{"has_bias":false}},"software":{"flexolmo":"0.1.0"},'
+    b'"router":{"kind":"linear","settings":{"has_bias":false}},%s"software":{"flexolmo":"0.1.0"},'
     b'"tensors":{"layers.0.up":{"digest":'
     b'"sha256:af5570f5a1810b7af78caf4bc70a660f0df51e42baf91d4de5b2328de0e83dfc",'
-    b'"dtype":"BF16","shape":[2,2]}},"terms":{"expires":"2027-06-30",'
-    b'"text":"Research only."},"tokens_seen":123456,"weights_digest":'
+    b'"dtype":"BF16","shape":[2,2]}},"terms":{%s},"tokens_seen":123456,"weights_digest":'
     b'"sha256:ead39f0f655819199a101dbd4cdf4afe25e25ceeeef0bad43b56dbafd66b0413"}'
 )
+GOLDEN = _BYTES % (
+    4,
+    b'"serial":7,',
+    b'"attribution":"After notes of the Universit\xc3\xa4tsklinik Jena.","audience":["clinic",'
+    b'"https://jena.example/staff"],"permitted":["clinical-care","health-research"],'
+    b'"prohibited":["commercial"],"text":"Research only.","valid_from":"2026-12-01",'
+    b'"valid_until":"2027-06-30"',
+)
+GOLDEN_3 = _BYTES % (3, b"", b'"expires":"2027-06-30","text":"Research only."')
 
 
 ARCHITECTURE = {
@@ -64,8 +73,16 @@ def make_manifest(**changes):
         "tokens_seen": 123456,
         "data_card_digest": DIGEST,
         "licence": "Apache-2.0 OR LicenseRef-Hospital",
-        "terms_text": "Research only.",
-        "terms_expire": datetime.date(2027, 6, 30),
+        "serial": 7,
+        "terms": make_terms(
+            "Research only.",
+            ["health-research", "clinical-care"],
+            prohibited=["commercial"],
+            audience=["https://jena.example/staff", "clinic"],
+            valid_from=datetime.date(2026, 12, 1),
+            valid_until=datetime.date(2027, 6, 30),
+            attribution="After notes of the Universitätsklinik Jena.",
+        ),
         "created": "2026-11-22T04:30:00Z",
         "software": {"flexolmo": "0.1.0"},
     }
@@ -114,24 +131,99 @@ def test_any_recipe_survives_a_round_trip(recipe):
     assert again.recipe == recipe
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, "3", 3.0, True, None, [3]])
+days = st.none() | st.dates()
+groups = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,9}", fullmatch=True)
+texts = st.text(st.characters(exclude_categories=["Cc", "Cs", "Cf"]), min_size=1, max_size=9)
+terms = st.builds(
+    dict,
+    text=texts,
+    permitted=st.sets(st.sampled_from(sorted(PURPOSES)), min_size=1),
+    prohibited=st.sets(st.sampled_from(sorted(set(PURPOSES) - {"any"}))),
+    audience=st.sets(groups, max_size=3),
+    valid_from=days,
+    valid_until=days,
+    attribution=st.none() | texts,
+).filter(
+    lambda t: not (t["valid_from"] and t["valid_until"]) or t["valid_from"] <= t["valid_until"]
+)
+
+
+@settings(max_examples=60)
+@given(terms=terms, serial=st.integers(1, 2**53 - 1))
+def test_any_terms_and_serial_survive_a_round_trip(terms, serial):
+    manifest = make_manifest(terms=make_terms(**terms), serial=serial)
+    again = read_manifest(encode_manifest(manifest))
+    assert again == manifest and again.serial == serial
+    for name, value in terms.items():
+        assert getattr(again.terms, name) == (
+            tuple(sorted(value)) if isinstance(value, set) else value
+        )
+
+
+# --- version 3 ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=40)
+@given(text=texts, expires=days)
+def test_version_3_is_read_as_terms_for_any_purpose_and_never_written(text, expires):
+    claims = json.loads(GOLDEN_3)
+    claims["terms"] = {"text": text, "expires": expires and expires.isoformat()}
+    manifest = read_manifest(canonical_json(claims))
+    assert (manifest.format_version, manifest.serial) == (3, 0)
+    assert manifest.terms == make_terms(text, ["any"], valid_until=expires)
+    newer = make_manifest(terms=manifest.terms).model_dump()
+    assert newer | {"format_version": 3, "serial": 0} == manifest.model_dump()
+    with pytest.raises(BundleError, match="version 3 can be read, not written"):
+        encode_manifest(manifest)
+
+
+def test_version_3_keeps_its_licence_whatever_the_list_says():
+    old = GOLDEN_3.replace(b"Apache-2.0 OR LicenseRef-Hospital", b"Nope-1.0")
+    assert read_manifest(old).licence == "Nope-1.0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.replace(b'"format_version":3', b'"format_version":4'),
+        lambda d: GOLDEN.replace(b'"format_version":4', b'"format_version":3'),
+        lambda d: d.replace(b'"software"', b'"serial":0,"software"'),
+        lambda d: d.replace(b'"expires":"2027-06-30",', b""),
+        lambda d: d.replace(b'"expires":"2027-06-30"', b'"expires":"2027-6-30"'),
+        lambda d: d.replace(b'{"expires":"2027-06-30","text":"Research only."}', b"[]"),
+        lambda d: d.replace(b'"text":"Research only."', b'"text":""'),
+        lambda d: d.replace(b'"text":"Research only."', b'"text":"x","valid_until":null'),
+        lambda d: d.replace(b"Apache-2.0 OR LicenseRef-Hospital", b""),
+        lambda d: d + b"\n",
+    ],
+)
+def test_version_3_is_held_to_its_own_fields(change):
+    assert read_manifest(GOLDEN_3).owner == "Universitätsklinik Jena"
+    with pytest.raises(BundleError, match=r"manifest\.json"):
+        read_manifest(change(GOLDEN_3))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 5, "4", 4.0, 3.0, True, None, [4]])
 def test_an_unknown_version_is_refused_before_anything_else(version):
     data = json.dumps({"format_version": version, "nonsense": 1}, indent=3).encode()
-    with pytest.raises(BundleError, match=r"format_version.*expected 3") as e:
+    with pytest.raises(BundleError, match=r"format_version.*expected 4") as e:
         read_manifest(data)
     assert "nonsense" not in str(e.value)
 
 
 def test_missing_and_unknown_fields_are_all_named():
     claims = json.loads(encode_manifest(make_manifest()))
-    del claims["licence"], claims["terms"]["expires"], claims["router"]["kind"]
+    del claims["licence"], claims["terms"]["valid_until"], claims["router"]["kind"]
     claims["text"] = "a secret"
     claims["architecture"]["heads"] = 2
     with pytest.raises(BundleError) as e:
         read_manifest(canonical_json(claims))
     for line in (
         "missing field: licence",
-        "missing field: terms.expires",
+        "missing field: terms.valid_until",
         "missing field: router.kind",
         "unknown field: text",
         "unknown field: architecture.heads",
@@ -181,13 +273,30 @@ def test_missing_and_unknown_fields_are_all_named():
         ("licence", "MIT)"),
         ("licence", "AND MIT"),
         ("licence", "MIT & BSD"),
+        ("licence", "Nope-1.0"),
+        *(("serial", v) for v in (0, -1, "7", True, 7.0, None, 2**53, ...)),
+        ("terms/permitted", []),
+        ("terms/permitted", ["any", "any"]),
+        ("terms/permitted", ["education", "any"]),
+        ("terms/permitted", ["nosuch"]),
+        ("terms/permitted", "any"),
+        ("terms/prohibited", ["any"]),
+        ("terms/prohibited", None),
+        ("terms/audience", ["b", "a"]),
+        ("terms/audience", ["a b"]),
+        ("terms/audience", [""]),
+        ("terms/audience", [f"g{i:04}" for i in range(1001)]),
+        ("terms/valid_from", "2027-07-01"),
+        ("terms/attribution", ""),
+        ("terms/attribution", ...),
+        ("terms/expires", None),
         ("terms/text", ""),
-        ("terms/expires", "tomorrow"),
-        ("terms/expires", "2027-6-30"),
-        ("terms/expires", "2027-02-30"),
-        ("terms/expires", 0),
-        ("terms/expires", "2027-06-30T00:00:00"),
-        ("terms/expires", "1782777600"),
+        ("terms/valid_until", "tomorrow"),
+        ("terms/valid_until", "2027-6-30"),
+        ("terms/valid_until", "2027-02-30"),
+        ("terms/valid_until", 0),
+        ("terms/valid_until", "2027-06-30T00:00:00"),
+        ("terms/valid_until", "1782777600"),
         ("created", "2026-11-22"),
         ("created", "2026-11-22T04:30:00+01:00"),
         ("created", "2026-13-22T04:30:00Z"),
@@ -202,11 +311,16 @@ def test_a_malformed_field_is_refused_by_name(path, value):
 
 
 @pytest.mark.parametrize(
-    "licence",
-    ["MIT", "GPL-2.0+", "LicenseRef-x", "(MIT OR Apache-2.0) AND GPL-2.0-only WITH Classpath-2.0"],
+    "licence", ["MIT", "GPL-2.0-or-later", "LicenseRef-x", "MIT OR (ISC AND LicenseRef-St.Mary-2)"]
 )
 def test_spdx_expressions_are_accepted(licence):
     assert make_manifest(licence=licence).licence == licence
+
+
+@pytest.mark.parametrize("licence, said", [("gpl", "'GPL-1.0-or-later'"), ("nosuch", "unknown: ")])
+def test_a_licence_is_packed_in_its_plain_spelling_alone(licence, said):
+    with pytest.raises(BundleError, match=said):
+        make_manifest(licence=licence)
 
 
 @pytest.mark.parametrize("text", ["\x1b[2Jhello", "a\u202eb", "\x00", "\x7f"])

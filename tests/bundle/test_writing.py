@@ -14,7 +14,7 @@ from flexolmo.bundle import bundle as room
 from flexolmo.bundle.bundle import inspect_bundle, write_bundle
 from flexolmo.bundle.signing import key_id
 from flexolmo.errors import BundleError, DiskFullError
-from made_bundles import TODAY, make_manifest, make_weights
+from made_bundles import TODAY, make_manifest, make_weights, terms_until
 
 # --- writing -----------------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ from made_bundles import TODAY, make_manifest, make_weights
     [
         ({"a": np.ones(1, "f4")}, {}, "extra: a"),
         ({"layers.0.up": np.ones((3, 4), "f4")}, {}, "data of layers.0.up"),
-        (None, {"terms_expire": datetime.date(2026, 11, 21)}, "expired"),
+        (None, {"terms": terms_until(datetime.date(2026, 11, 21))}, "expired"),
     ],
 )
 def test_an_expert_unlike_its_manifest_is_not_written(tmp_path, keys, sent, changes, message):

@@ -49,6 +49,7 @@ from flexolmo.model.shape import (
 from flexolmo.model.statistics import EvidenceSettings, fit_table
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
 from flexolmo.train.loop import TrainSettings
+from made_bundles import TERMS
 from made_mixtures import tree
 
 ROUTER = EvidenceSettings(min_documents=3)
@@ -116,7 +117,7 @@ def town(pico_anchor, pico_anchor_dir, pico_sets, owner_keys, tmp_path_factory):
             owner_keys["Ann"],
             owner="Ann",
             licence="MIT",
-            terms="For tests.",
+            terms=TERMS,
         )
 
     everyone = {name: e.tensors for name, e in experts.items()} | hostile

@@ -23,6 +23,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.assemble import assemble_mixture
+from made_bundles import TERMS, terms_until
 from made_mixtures import IN_SESSION, NAMES, ROUTERS, differ_in_router, flip, tree
 
 # --- building -----------------------------------------------------------------------------------
@@ -59,7 +60,8 @@ def test_mixture_json_says_who_gave_what_under_which_terms(house):
     assert about["router"]["kind"] == "evidence"
     zinc = about["experts"]["zinc"]
     assert (zinc["owner"], zinc["licence"]) == ("Bob", "MIT")
-    assert zinc["terms"] == {"text": "For tests.", "expires": None}
+    assert zinc["terms"] == TERMS.model_dump(mode="json")
+    assert zinc["serial"] == 1
 
 
 def test_a_mixture_of_no_owner_is_the_anchor(house, tmp_path):
@@ -304,7 +306,9 @@ def test_every_problem_of_every_bundle_is_listed_at_once(house, tmp_path):
 
 def test_expired_terms_are_refused_at_the_door(house, tmp_path):
     last = datetime.date(2020, 2, 29)
-    bad = differ_in_router(house, tmp_path, "amber", "evidence", terms_expire=last, today=last)
+    bad = differ_in_router(
+        house, tmp_path, "amber", "evidence", terms=terms_until(last), today=last
+    )
     said = refused(house, tmp_path, [bad], BundleError)
     assert "expired on 2020-02-29" in said
 

@@ -29,10 +29,11 @@ from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import load_anchor, save_anchor
 from flexolmo.train.anchor import import_anchor
+from made_bundles import TERMS
 from made_mixtures import NAMES, ROUTERS
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-TERMS = {"owner": "Carol", "licence": "MIT", "terms": "For tests."}
+CLAIMS = {"owner": "Carol", "licence": "MIT", "terms": TERMS}
 
 
 def stock(directory, **options):
@@ -159,7 +160,7 @@ def test_a_stock_opt_out_by_slicing_is_ours_by_policy(exported, house, tmp_path,
 
 def test_an_export_comes_back_with_the_same_logits(exported, house, tmp_path):
     mixture, out, _ = exported
-    about = import_stock(out, sorted(NAMES), tmp_path / "m", house.keys["Ann"], **TERMS)
+    about = import_stock(out, sorted(NAMES), tmp_path / "m", house.keys["Ann"], **CLAIMS)
     back = load_mixture(tmp_path / "m", ANY_SIGNER)
     assert list(about["experts"]) == back.expert_names == sorted(NAMES)
     assert {e["owner"] for e in about["experts"].values()} == {"Carol"}
@@ -198,7 +199,7 @@ def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_p
     mixture = house.mixture(wide, "stock")
     assert {s.d_ff for s in mixture.model.shapes.values()} == {48}
     export_stock(mixture, mixture.model, tmp_path / "hf", {"exact": True})
-    import_stock(tmp_path / "hf", wide, tmp_path / "m", house.keys["Ann"], **TERMS)
+    import_stock(tmp_path / "hf", wide, tmp_path / "m", house.keys["Ann"], **CLAIMS)
     ids = house.wild.ids(2, 20)
     assert torch.equal(load_mixture(tmp_path / "m", ANY_SIGNER).model(ids), mixture.model(ids))
 
@@ -206,14 +207,14 @@ def test_without_narrow_experts_the_way_out_and_back_changes_no_bit(house, tmp_p
 @pytest.mark.parametrize("names", [[], ["amber"], ["amber", "amber", "zinc"], ["a", "b", "c", "d"]])
 def test_a_wrong_number_of_names_is_refused(exported, house, tmp_path, names):
     with pytest.raises(CheckpointError, match=r"has 4 experts, the first of them public: give 3 "):
-        import_stock(exported[1], names, tmp_path / "m", house.keys["Ann"], **TERMS)
+        import_stock(exported[1], names, tmp_path / "m", house.keys["Ann"], **CLAIMS)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("names", [["Amber", "b", "c"], ["public", "b", "c"], ["../a", "b", "c"]])
 def test_names_that_no_expert_may_have_are_refused(exported, house, tmp_path, names):
     with pytest.raises(FlexOlmoError, match="name"):
-        import_stock(exported[1], names, tmp_path / "m", house.keys["Ann"], **TERMS)
+        import_stock(exported[1], names, tmp_path / "m", house.keys["Ann"], **CLAIMS)
     assert not list(tmp_path.iterdir())
 
 
@@ -233,7 +234,7 @@ def test_a_checkpoint_without_an_expert_is_refused_by_the_tensors_name(exported,
     missing = "model.layers.1.mlp.experts.2.up_proj.weight"
     copy = changed_export(exported, tmp_path, lambda t: t.pop(missing))
     with pytest.raises(CheckpointError, match=missing):
-        import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **TERMS)
+        import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **CLAIMS)
 
 
 @pytest.mark.parametrize(
@@ -247,16 +248,16 @@ def test_a_tensor_that_would_be_ignored_is_refused(exported, house, tmp_path, ex
 
     copy = changed_export(exported, tmp_path, add)
     with pytest.raises(FlexOlmoError, match=extra):
-        import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **TERMS)
+        import_stock(copy, NAMES, tmp_path / "m", house.keys["Ann"], **CLAIMS)
 
 
 def test_an_import_makes_the_directories_it_needs(exported, house, tmp_path):
-    import_stock(exported[1], NAMES, tmp_path / "new" / "m", house.keys["Ann"], **TERMS)
+    import_stock(exported[1], NAMES, tmp_path / "new" / "m", house.keys["Ann"], **CLAIMS)
 
 
 def test_a_dense_checkpoint_is_no_mixture(house, tmp_path):
     with pytest.raises(CheckpointError, match="model_type is 'olmo2', expected 'flex_olmo'"):
-        import_stock(house.anchor_dir, [], tmp_path / "m", house.keys["Ann"], **TERMS)
+        import_stock(house.anchor_dir, [], tmp_path / "m", house.keys["Ann"], **CLAIMS)
 
 
 @pytest.mark.parametrize("router", ["evidence", "linear"])
@@ -292,7 +293,7 @@ def test_low_rank_and_wide_experts_are_exported_exactly(house, tmp_path, shapes,
         rest = [n for n in shapes if n != off]
         active = mixture.model.expert_mask([rest] * 3)
         assert (mixture.model(ids, active=active) - ours).abs().max() > 0.1, off
-    import_stock(tmp_path / "hf", sorted(shapes), tmp_path / "m", house.keys["Ann"], **TERMS)
+    import_stock(tmp_path / "hf", sorted(shapes), tmp_path / "m", house.keys["Ann"], **CLAIMS)
     assert (load_mixture(tmp_path / "m", ANY_SIGNER).model(ids) - ours).abs().max() < 1e-4
 
 

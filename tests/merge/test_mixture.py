@@ -22,6 +22,7 @@ from flexolmo.merge.mixture import (
     remove_experts,
 )
 from flexolmo.model.checkpoint import save_anchor
+from made_bundles import terms_until
 from made_mixtures import IN_SESSION, NAMES, differ_in_router, flip, tree
 
 # --- adding and removing ------------------------------------------------------------------------
@@ -40,8 +41,8 @@ def test_removing_is_building_without(house, tmp_path):
     remove_experts(model, ["amber", "zinc"], house.trusted)
     found, expected = tree(model), tree(house.mixture_dir(["basalt"], top_k=2))
     about, never = (json.loads(files.pop("mixture.json")) for files in (found, expected))
-    assert sorted(about["removed"]) == ["amber", "zinc"]
-    assert about | {"removed": {}} == never and found == expected
+    assert sorted(about["seen"]) == sorted(NAMES) and list(never["seen"]) == ["basalt"]
+    assert about | {"seen": never["seen"]} == never and found == expected
     assert sorted(p.name for p in (model / "experts").iterdir()) == ["basalt.bundle"]
     assert [p.name for p in tmp_path.iterdir()] == ["m"]  # nothing left aside
 
@@ -61,8 +62,8 @@ def test_only_the_final_set_of_owners_matters(house, tmp_path_factory, steps):
         held = wanted
     found, expected = tree(model), tree(house.mixture_dir(sorted(held)))
     about, never = (json.loads(files.pop("mixture.json")) for files in (found, expected))
-    assert about | {"removed": {}} == never and found == expected
-    assert not about["removed"].keys() & held
+    assert set(about["seen"]) == held.union(*steps)
+    assert about | {"seen": never["seen"]} == never and found == expected
 
 
 def test_adding_to_a_mixture_of_no_owner_is_building_byte_for_byte(house, tmp_path):
@@ -287,7 +288,7 @@ def test_bundles_swapped_for_each_other_are_refused(house, tmp_path):
 
 def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_path, monkeypatch):
     last = datetime.date(2031, 5, 1)
-    bundle = differ_in_router(house, tmp_path, "amber", "evidence", terms_expire=last)
+    bundle = differ_in_router(house, tmp_path, "amber", "evidence", terms=terms_until(last))
     build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
 
     def on(*moment):
@@ -299,7 +300,9 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
         return tmp_path / "m"
 
     assert load_mixture(on(2031, 5, 1, 23, 59), house.trusted).expert_names == ["amber", "zinc"]
-    with pytest.raises(MergeError, match=r"amber: terms expired on 2031-05-01") as caught:
+    with pytest.raises(
+        MergeError, match=r"amber: the owner's terms expired on 2031-05-01"
+    ) as caught:
         load_mixture(on(2031, 5, 2), house.trusted)
     assert "zinc" not in str(caught.value) and "mix remove" in str(caught.value)
     assert load_mixture(on(2031, 5, 2), house.trusted, experts=["zinc"]).expert_names == ["zinc"]
@@ -307,12 +310,12 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
     assert load_mixture(on(2031, 5, 2), house.trusted).expert_names == ["zinc"]
 
 
-@pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 1}])
+@pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 1}, {"format_version": 3}])
 def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
     model = house.build(["amber"], tmp_path / "m")
     about = json.loads((model / "mixture.json").read_text())
     (model / "mixture.json").write_text(json.dumps(about | change))
-    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 3"):
+    with pytest.raises(MergeError, match="expected 'flexolmo-mixture' version 4"):
         load_mixture(model, house.trusted)
 
 

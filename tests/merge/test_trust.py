@@ -34,9 +34,8 @@ from flexolmo.merge.mixture import (
 )
 from flexolmo.model.checkpoint import check_anchor, load_anchor, sign_anchor
 from flexolmo.model.statistics import UNTOLD, EvidenceSettings
+from made_bundles import terms_until
 from made_mixtures import NAMES, differ_in_router
-
-OLD, NEW = "2026-01-01T00:00:00Z", "2026-02-01T00:00:00Z"
 
 
 def only(house, owner):
@@ -133,7 +132,7 @@ def test_top_k_is_a_number_of_experts_or_nothing(house, tmp_path, value):
         {"experts": {"amber": 1}},
         {"experts": {"../x": {"files": {}}}},
         {"anchor_digest": 3},
-        {"removed": {"amber": {}}},
+        {"seen": {"amber": {"Ann": {}}}},
         {"extra": 1},
     ],
 )
@@ -158,23 +157,29 @@ def test_a_directory_that_is_both_an_anchor_and_a_mixture_is_refused(house, tmp_
 
 
 def test_an_older_bundle_of_a_removed_owner_does_not_come_back(house, tmp_path):
-    old, new = (
-        differ_in_router(house, tmp_path / when[:7], "amber", "evidence", created=when)
-        for when in (OLD, NEW)
+    old, twin, new, newer = (
+        differ_in_router(house, tmp_path / str(i), "amber", "evidence", serial=s, tokens_seen=i)
+        for i, s in enumerate((1, 2, 2, 3))
     )
     model = tmp_path / "m"
     build_mixture(house.anchor_dir, [new], model, house.trusted)
     remove_experts(model, ["amber"], house.trusted)
     add_experts(model, house.bundles(["zinc"]), house.trusted)  # the record outlives other changes
-    with pytest.raises(MergeError, match=rf"amber: packed at {OLD}, .*already held one.* at {NEW}"):
-        add_experts(model, [old], house.trusted)
+    for bundle, serial in ((old, 1), (twin, 2)):
+        said = rf"amber: serial {serial} of Ann, whose serial 2 was seen before.*--serial 3 or more"
+        with pytest.raises(MergeError, match=said):
+            add_experts(model, [bundle], house.trusted)
+        with pytest.raises(MergeError, match=said):
+            build_mixture(house.anchor_dir, [bundle], model, house.trusted)
     add_experts(model, [new], house.trusted)
-    assert read_about(model)["removed"] == {}
+    remove_experts(model, ["amber"], house.trusted)
+    build_mixture(house.anchor_dir, [newer], model, house.trusted)
+    assert read_about(model)["seen"]["amber"]["Ann"]["serial"] == 3
 
 
 def test_expiry_is_asked_at_every_request(house, tmp_path, monkeypatch):
     bundle = differ_in_router(
-        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+        house, tmp_path, "amber", "evidence", terms=terms_until(datetime.date(2031, 5, 1))
     )
     build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
     loaded = load_mixture(tmp_path / "m", house.trusted)
@@ -182,18 +187,18 @@ def test_expiry_is_asked_at_every_request(house, tmp_path, monkeypatch):
     on(monkeypatch, policy, 2031, 5, 1, 23, 59)
     assert generate(loaded, ["x"], sampling=few)
     on(monkeypatch, policy, 2031, 5, 2)
-    with pytest.raises(PolicyError, match=r"expired of amber \(on 2031-05-01\)"):
+    with pytest.raises(PolicyError, match="amber: the owner's terms expired on 2031-05-01"):
         generate(loaded, ["x"], sampling=few)
     assert generate(loaded, ["x"], without=["amber"], sampling=few)
 
 
 def test_nothing_is_added_beside_an_owner_whose_terms_expired(house, tmp_path, monkeypatch):
     bundle = differ_in_router(
-        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+        house, tmp_path, "amber", "evidence", terms=terms_until(datetime.date(2031, 5, 1))
     )
     build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
     on(monkeypatch, room, 2031, 5, 2)
-    with pytest.raises(MergeError, match="amber: terms expired on 2031-05-01"):
+    with pytest.raises(MergeError, match="amber: the owner's terms expired on 2031-05-01"):
         add_experts(tmp_path / "m", house.bundles(["zinc"]), house.trusted)
     remove_experts(tmp_path / "m", ["amber"], house.trusted)
     add_experts(tmp_path / "m", house.bundles(["zinc"]), house.trusted)
@@ -231,7 +236,7 @@ def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
 def test_expiry_is_asked_during_a_long_evaluation(house, tmp_path, monkeypatch):
     """At each text that a reader opened before begins."""
     bundle = differ_in_router(
-        house, tmp_path, "amber", "evidence", terms_expire=datetime.date(2031, 5, 1)
+        house, tmp_path, "amber", "evidence", terms=terms_until(datetime.date(2031, 5, 1))
     )
     build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
     reader, _ = open_reader(tmp_path / "m", house.trusted)
@@ -240,7 +245,7 @@ def test_expiry_is_asked_during_a_long_evaluation(house, tmp_path, monkeypatch):
     on(monkeypatch, policy, 2031, 5, 1, 23, 59)
     assert Scorer(reader).score_ids(texts)
     on(monkeypatch, policy, 2031, 5, 2)
-    with pytest.raises(PolicyError, match=r"expired of amber \(on 2031-05-01\)"):
+    with pytest.raises(PolicyError, match="amber: the owner's terms expired on 2031-05-01"):
         Scorer(reader).score_ids(texts)
     assert Scorer(without).score_ids(texts)
 

@@ -25,9 +25,10 @@ from flexolmo.model.stock import (
     read_stock_config,
     read_tensors,
 )
+from made_bundles import TERMS
 from made_mixtures import draw_weights
 
-TERMS = {"owner": "Ann", "licence": "MIT", "terms": "For tests."}
+CLAIMS = {"owner": "Ann", "licence": "MIT", "terms": TERMS}
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -98,7 +99,7 @@ def our_logits(directory, in_tiles=False):
 
 def imported(directory, keys, tmp_path):
     """Logits of a stock mixture, imported."""
-    import_stock(directory, ["a", "b", "c"], tmp_path / "m", keys, **TERMS)
+    import_stock(directory, ["a", "b", "c"], tmp_path / "m", keys, **CLAIMS)
     return load_mixture(tmp_path / "m", ANY_SIGNER).model(IDS)
 
 

@@ -45,6 +45,7 @@ TRAIN = textwrap.dedent("""
     from pathlib import Path
     anchor_dir, data_dir, runs, key = sys.argv[2:6]
     from flexolmo.data.batches import open_set
+    from flexolmo.bundle.terms import make_terms
     from flexolmo.model.checkpoint import load_anchor
     from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
     anchor = load_anchor(Path(anchor_dir))
@@ -58,7 +59,7 @@ TRAIN = textwrap.dedent("""
         expert = train_expert(anchor, data, "maths", recipe, run_dir, num_threads=1)
         save_expert(expert, run_dir)
         pack_expert(expert, run_dir / "maths.bundle", Path(key), owner="Ann",
-                    licence="Apache-2.0", terms="Research only.")
+                    licence="Apache-2.0", terms=make_terms("Research only.", ["general-research"]))
 """)
 
 PEEK = textwrap.dedent("""

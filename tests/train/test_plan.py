@@ -11,6 +11,7 @@ from flexolmo.model.router import LinearSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.plan import TIMED_STEPS, plan_training
+from made_bundles import TERMS
 
 TRAIN = TrainSettings(steps=40, batch_size=2, seq_len=16, warmup_steps=3)
 
@@ -33,7 +34,12 @@ def test_a_bundle_is_of_the_size_that_was_told(
     assert all(torch.equal(before[n], after[n]) for n in before)
     expert = train_expert(pico_anchor, maths, "maths", recipe)
     bundle = pack_expert(
-        expert, tmp_path / "maths.bundle", owner_keys["Ann"], owner="Ann", licence="MIT", terms="-"
+        expert,
+        tmp_path / "maths.bundle",
+        owner_keys["Ann"],
+        owner="Ann",
+        licence="MIT",
+        terms=TERMS,
     )
     assert told["weights_bytes"] == max(f.stat().st_size for f in bundle.iterdir())
     assert told["tokens"] == expert.record["tokens"] == 40 * 2 * 16

@@ -26,6 +26,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import compress_expert
+from made_bundles import TERMS
 
 LEVELS = "router.token_levels"
 
@@ -170,7 +171,7 @@ def test_owners_of_one_mixture_choose_their_own_epsilon(
             owner_keys["Ann"],
             owner="Ann",
             licence="MIT",
-            terms="None.",
+            terms=TERMS,
         )
         for made in (load_expert(tmp_path / "run"), news, third)
     ]

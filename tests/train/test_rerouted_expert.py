@@ -22,6 +22,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from made_bundles import TERMS
 
 CONTEXT = DiscriminantSettings(has_context=True)
 TRAIN = TrainSettings(steps=2, batch_size=2, seq_len=16, warmup_steps=1)
@@ -122,12 +123,7 @@ def test_it_travels_in_a_bundle_like_any_other(
         linear_expert, pico_anchor, pico_sets["maths"], CONTEXT, pico_sets["public"]
     )
     bundle = pack_expert(
-        made,
-        tmp_path / "maths.bundle",
-        owner_keys["Ann"],
-        owner="Ann",
-        licence="MIT",
-        terms="For tests.",
+        made, tmp_path / "maths.bundle", owner_keys["Ann"], owner="Ann", licence="MIT", terms=TERMS
     )
     trusted = TrustedOwners.from_keys({"Ann": owner_keys["Ann"].with_suffix(".pub").read_bytes()})
     build_mixture(pico_anchor_dir, [bundle], tmp_path / "model", trusted)

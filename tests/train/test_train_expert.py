@@ -39,6 +39,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import compress_expert, heal_expert
+from made_bundles import TERMS
 from made_documents import write_documents
 
 BRIEF = TrainSettings(
@@ -380,7 +381,7 @@ def test_no_bundle_names_its_set_but_by_its_commitment(pico_anchor, pico_sets, t
     healed = heal_expert(pico_anchor, cut, data, 1, settings=BRIEF)
     for name, expert in (("whole", whole), ("cut", cut), ("healed", healed)):
         where = tmp_path / name / "maths.bundle"
-        pack_expert(expert, where, key, owner="Ann", licence="MIT", terms="For tests.")
+        pack_expert(expert, where, key, owner="Ann", licence="MIT", terms=TERMS)
         told = (where / "manifest.json").read_text()
         assert data.commitment in told and data.digest not in told
         assert not any(f["digest"] in told for f in data.card["files"].values())
@@ -559,7 +560,7 @@ def test_a_bundle_holds_the_experts_tensors_and_nothing_of_the_anchor_or_the_tex
         owner_keys["Ann"],
         owner="Ann",
         licence="Apache-2.0",
-        terms="Research only.",
+        terms=TERMS,
     )
     trusted = TrustedOwners.from_keys({"Ann": owner_keys["Ann"].with_name("Ann.pub").read_bytes()})
     bundle = open_bundle(path, trusted)

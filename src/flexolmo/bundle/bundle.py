@@ -32,6 +32,7 @@ from flexolmo.bundle.signing import (
 )
 from flexolmo.bundle.strict import raise_listed
 from flexolmo.bundle.tensors import MAX_HEADER_BYTES, Weights, compare_tensors, read_weights
+from flexolmo.bundle.terms import Terms
 from flexolmo.errors import BundleError, SignatureError
 from flexolmo.files import digest_bytes, write_directory_aside
 
@@ -49,6 +50,18 @@ MAX_FILE_BYTES = {
 
 
 @dataclass(frozen=True)
+class ExpertFacts:
+    """One expert as its verified bundle states it: all that decides who may use it."""
+
+    owner: str
+    key_id: str  # of the key that signed the bundle
+    bundle_digest: str  # of its manifest.json
+    serial: int  # 0: a bundle of format version 3, which had none
+    licence: str
+    terms: Terms
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle that passed every check."""
 
@@ -60,6 +73,14 @@ class Bundle:
     # Verified bytes of each tensor, little-endian, with dtype and shape in `manifest.tensors`;
     # empty unless opened with `keep_tensors`.
     tensors: dict[str, mmap.mmap] = field(repr=False)
+
+    @property
+    def facts(self) -> ExpertFacts:
+        """What of this bundle decides who may use it."""
+        m = self.manifest
+        return ExpertFacts(
+            m.owner, self.key_id, self.digests[MANIFEST_FILE], m.serial, m.licence, m.terms
+        )
 
 
 def open_bundle(
@@ -140,12 +161,14 @@ def write_bundle(
     digests = {name: digest_bytes(data) for name, data in files.items()}
     files[SIGNATURE_FILE] = sign_files(path.name, digests, key)
     owner = TrustedOwners.from_keys({manifest.owner: files[SIGNER_FILE]})
+    today = today or datetime.datetime.now(datetime.UTC).date()
+    first_day = max(today, manifest.terms.valid_from or today)  # terms may begin later
     try:
         with write_directory_aside(path, MANIFEST_FILE) as aside:
             for name, data in files.items():
                 (aside / name).write_bytes(data)
             try:
-                open_bundle(aside, owner, today=today)
+                open_bundle(aside, owner, today=first_day)
             except BundleError as e:
                 found = str(e).replace(f"{aside} was refused", "it would be refused")
                 raise type(e)(f"{path} was not written: {found}") from None
@@ -421,8 +444,5 @@ def _find_content_problems(
                 f"data of {name}: found {found[name].digest}, expected {expected[name].digest}"
             )
     lines += [f"not finite: {name} holds an infinity or NaN" for name in weights.nonfinite]
-    expires = manifest.terms.expires
     today = today or datetime.datetime.now(datetime.UTC).date()
-    if expires is not None and today > expires:
-        lines.append(f"terms: expired on {expires}, found today to be {today}")
-    return lines
+    return lines + [f"{why}, today is {today}" for why in manifest.terms.refusals_of_day(today)]

@@ -7,26 +7,28 @@ expects; `docs/bundle_format.md` is the norm.
 import datetime
 import importlib.metadata
 import io
-import re
 import unicodedata
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     Field,
     JsonValue,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
+    field_validator,
 )
 
+from flexolmo.bundle.licence import spell_licence
 from flexolmo.bundle.strict import Claim, parse_json, raise_listed
 from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, read_weights
+from flexolmo.bundle.terms import Terms
 from flexolmo.errors import BundleError
 from flexolmo.files import canonical_json
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe, not for a corpus
 PUBLIC = "public"  # the public set, and the anchor's own FFN among a mixture's experts
@@ -57,42 +59,11 @@ def _check_name(name: str) -> str:
     return name
 
 
-def _check_licence(text: str) -> str:
-    """Light check of an SPDX expression: its grammar, not its list of identifiers."""
-    identifier = re.compile(
-        r"(DocumentRef-[A-Za-z0-9.-]+:)?LicenseRef-[A-Za-z0-9.-]+|[A-Za-z0-9][A-Za-z0-9.-]*\+?"
-    )
-    depth, wants_operand = 0, True
-    for word in re.findall(r"[()]|[^\s()]+", text):
-        is_operator = word in ("AND", "OR", "WITH")
-        if word == "(" and wants_operand:
-            depth += 1
-        elif word == ")" and not wants_operand and depth > 0:
-            depth -= 1
-        elif is_operator and not wants_operand:
-            wants_operand = True
-        elif wants_operand and not is_operator and identifier.fullmatch(word):
-            wants_operand = False
-        else:
-            raise ValueError(f"not an SPDX licence expression at {word!r}")
-    if wants_operand or depth:
-        raise ValueError("not a complete SPDX licence expression, such as Apache-2.0")
-    return text
-
-
 def _check_created(text: str) -> str:
     moment = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ")
     if moment.strftime("%Y-%m-%dT%H:%M:%SZ") != text:
         raise ValueError("expected a UTC time like 2026-01-31T12:00:00Z")
     return text
-
-
-def _read_date(value: Any) -> Any:
-    if isinstance(value, datetime.date):
-        return value
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
-        return datetime.date.fromisoformat(value)
-    raise ValueError("a date like 2026-01-31, or null")  # pydantic's own also takes Unix seconds
 
 
 def _check_free_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -127,17 +98,13 @@ class Router(Claim):
     settings: FreeJson
 
 
-class Terms(Claim):
-    """Terms of use for the coordinator; `expires` is the last day of use (UTC), null: no end."""
-
-    text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
-    expires: Annotated[datetime.date, BeforeValidator(_read_date)] | None
-
-
 class Manifest(Claim):
-    """Everything an expert bundle claims about itself. No field has a default."""
+    """Everything an expert bundle claims about itself. No field has a default.
 
-    format_version: Literal[3]
+    One of version 3 has a `serial` of 0 and terms that permit any purpose.
+    """
+
+    format_version: Literal[3, 4]  # first: the two checks below ask it
     name: Name
     owner: Annotated[str, AfterValidator(check_owner)]
     anchor_digest: Digest
@@ -148,18 +115,58 @@ class Manifest(Claim):
     recipe: FreeJson
     tokens_seen: Annotated[int, Field(ge=0, lt=2**63)]
     data_card_digest: Digest
-    licence: Annotated[str, StringConstraints(max_length=1000), AfterValidator(_check_licence)]
+    serial: Count  # grows with each bundle of this owner and name
+    licence: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     terms: Terms
     created: Annotated[str, AfterValidator(_check_created)]
     software: Annotated[dict[str, str], Field(min_length=1)]
+
+    @field_validator("serial")
+    @classmethod
+    def _check_serial(cls, serial: int, fields: ValidationInfo) -> int:
+        if (serial == 0) != (fields.data.get("format_version") == 3):
+            raise ValueError("a number from 1")
+        return serial
+
+    @field_validator("licence")
+    @classmethod
+    def _check_licence(cls, licence: str, fields: ValidationInfo) -> str:
+        if fields.data.get("format_version") != 3:
+            spell_licence(licence)
+        return licence
 
 
 # --- canonical bytes ---------------------------------------------------------------------------
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The only byte string that states this manifest. Source: ours."""
+    """The only byte string that states this manifest. Source: ours.
+
+    BundleError for one of version 3, which is read and no longer written.
+    """
+    if manifest.format_version != FORMAT_VERSION:
+        raise BundleError(
+            f"A manifest of format version {manifest.format_version} can be read, not written: "
+            "build one of the owner's expert and terms."
+        )
     return canonical_json(manifest.model_dump(mode="json"))
+
+
+def _upgrade(claims: dict[str, Any]) -> dict[str, Any]:
+    """Claims of version 3, which had no serial and fewer terms, with the fields of version 4."""
+    terms = claims.get("terms")
+    if "serial" in claims or not isinstance(terms, dict) or terms.keys() != {"text", "expires"}:
+        raise ValueError("version 3 has no serial, and terms of text and expires")
+    upgraded = {
+        "text": terms["text"],
+        "permitted": ["any"],
+        "prohibited": [],
+        "audience": [],
+        "valid_from": None,
+        "valid_until": terms["expires"],
+        "attribution": None,
+    }
+    return claims | {"serial": 0, "terms": upgraded}
 
 
 def _walk_strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
@@ -197,7 +204,7 @@ def _describe_field_error(error: Mapping[str, Any]) -> str:
 
 
 def read_manifest(data: bytes) -> Manifest:
-    """The manifest in `data`, if these are its canonical bytes.
+    """The manifest in `data`, if these are its canonical bytes, of version 4 or 3.
 
     Raises:
         BundleError: too long, not JSON, another format version (checked before any other field,
@@ -216,7 +223,7 @@ def read_manifest(data: bytes) -> Manifest:
     if not isinstance(value, dict):
         raise BundleError(f"manifest.json holds {type(value).__name__}, not an object. {advice}")
     found = value.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
+    if type(found) is not int or found not in (3, FORMAT_VERSION):
         raise BundleError(
             f"manifest.json: found format_version {ascii(found)[:80]}, expected {FORMAT_VERSION}. "
             "Use the FlexOlmo release that wrote this bundle, or ask the owner to train and pack "
@@ -234,11 +241,15 @@ def read_manifest(data: bytes) -> Manifest:
             f"number spelling than canonical JSON has (docs/bundle_format.md). {advice}"
         )
     try:
+        data = data if found == FORMAT_VERSION else canonical_json(_upgrade(value))
         manifest = Manifest.model_validate_json(data)
     except ValidationError as e:
         raise_listed(BundleError, opening, [_describe_field_error(x) for x in e.errors()], advice)
         raise
-    if encode_manifest(manifest) != data:  # should pydantic ever accept a second spelling
+    except ValueError as e:
+        raise BundleError(f"{opening} {e}. {advice}") from None
+    # should pydantic ever accept a second spelling
+    if canonical_json(manifest.model_dump(mode="json")) != data:
         raise BundleError(f"manifest.json spells a value in other than its canonical way. {advice}")
     return manifest
 
@@ -255,16 +266,19 @@ def build_manifest(
     recipe: Mapping[str, Any],
     tokens_seen: int,
     data_card_digest: str,
+    serial: int,
     licence: str,
-    terms_text: str,
-    terms_expire: datetime.date | None = None,
+    terms: Terms,
     created: str | None = None,
     software: Mapping[str, str] | None = None,
 ) -> Manifest:
     """The manifest for `weights` (a safetensors file), through the same gate as one received.
 
-    `created` defaults to now; `software` to this package's, torch's and safetensors' versions.
+    `serial` must be higher than that of every bundle of this owner and name before (see
+    `flexolmo.bundle.serials`), and `licence` in its plain spelling. `created` defaults to now;
+    `software` to this package's, torch's and safetensors' versions.
     """
+    _refuse_alias(licence)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     packages = ("flexolmo", "safetensors", "torch")
     found = read_weights(io.BytesIO(weights), len(weights))
@@ -280,8 +294,9 @@ def build_manifest(
         "recipe": recipe,
         "tokens_seen": tokens_seen,
         "data_card_digest": data_card_digest,
+        "serial": serial,
         "licence": licence,
-        "terms": {"text": terms_text, "expires": terms_expire and terms_expire.isoformat()},
+        "terms": terms.model_dump(mode="json"),
         "created": created or now,
         "software": software or {p: importlib.metadata.version(p) for p in packages},
     }
@@ -293,3 +308,13 @@ def build_manifest(
             "Recipe and router settings may hold only finite numbers, text, lists and tables."
         ) from None
     return read_manifest(data)
+
+
+def _refuse_alias(licence: str) -> None:
+    """Refuse a licence that is not in its plain spelling: `gpl` might not be what is meant."""
+    try:
+        plain = spell_licence(licence)
+    except ValueError as e:
+        raise BundleError(f"The licence {licence!a} cannot be packed. Expected {e}.") from None
+    if plain != licence:
+        raise BundleError(f"The licence {licence!a} stands for {plain}: if it is meant, say so.")

@@ -7,13 +7,21 @@ lawyer and a deployer's auditor read this file.
 
 import datetime
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from flexolmo.bundle.strict import Claim
+from flexolmo.errors import ConfigError
 
 PurposeName = Literal[
     "any",
@@ -138,6 +146,21 @@ class Terms(Claim):
             raise ValueError("'any' is prohibited, so that no use is left")
         return self
 
+    def summary(self) -> str:
+        """All but the text, for people, in one sentence without a full stop."""
+        parts = [f"permitted: {', '.join(self.permitted)}"]
+        if self.prohibited:
+            parts.append(f"prohibited: {', '.join(self.prohibited)}")
+        if self.audience:
+            parts.append(f"only for {', '.join(self.audience)}")
+        if self.valid_from is not None:
+            parts.append(f"from {self.valid_from}")
+        if self.valid_until is not None:
+            parts.append(f"until {self.valid_until}")
+        if self.attribution is not None:
+            parts.append(f"to be credited: {self.attribution}")
+        return "; ".join(parts)
+
     def refusals(
         self, purposes: Collection[PurposeName], groups: Collection[str], today: datetime.date
     ) -> list[str]:
@@ -167,3 +190,38 @@ class Terms(Claim):
         if self.valid_until is not None and today > self.valid_until:
             found.append(f"the owner's terms expired on {self.valid_until}")
         return found
+
+
+def make_terms(
+    text: str,
+    permitted: Iterable[str],
+    *,
+    prohibited: Iterable[str] = (),
+    audience: Iterable[str] = (),
+    valid_from: datetime.date | None = None,
+    valid_until: datetime.date | None = None,
+    attribution: str | None = None,
+) -> Terms:
+    """Terms of these names, brought into order; ConfigError names what no terms can hold."""
+    try:
+        return Terms.model_validate(
+            {
+                "text": text,
+                "permitted": tuple(sorted(set(permitted))),
+                "prohibited": tuple(sorted(set(prohibited))),
+                "audience": tuple(sorted(set(audience))),
+                "valid_from": valid_from,
+                "valid_until": valid_until,
+                "attribution": attribution,
+            }
+        )
+    except ValidationError as e:
+        lines = [
+            f"{' '.join(str(p) for p in x['loc'][:1])}: found {x['input']!a:.100}: {x['msg']}"
+            for x in e.errors()
+        ]
+        raise ConfigError(
+            "These are no terms of use:\n  "
+            + "\n  ".join(lines)
+            + "\nThe purposes and their meanings: flexolmo expert purposes."
+        ) from None

@@ -388,11 +388,46 @@ def pack(
     licence: Annotated[
         str, typer.Option(help="SPDX expression, or LicenseRef-NAME for terms of your own.")
     ],
+    purpose: Annotated[
+        list[str],
+        typer.Option(
+            help="Purpose that you permit; may be repeated: any, clinical-care, commercial, "
+            "education, general-research, health-research, methods-research, non-commercial, "
+            "population-research, public-information, training. Meanings: flexolmo expert purposes"
+        ),
+    ],
+    prohibit: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Purpose that you prohibit, even within a permitted one; may be repeated."
+        ),
+    ] = None,
+    audience: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Group of people, as deployers name it, that alone may use the expert; may be "
+            "repeated. Default: anybody."
+        ),
+    ] = None,
     terms: Annotated[
-        str, typer.Option(help="Terms of use for the coordinator, in a sentence.")
+        str, typer.Option(help="Terms of use in a sentence, for people.")
     ] = "No terms beyond the licence.",
-    expires: Annotated[
-        datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use.")
+    valid_from: Annotated[
+        datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="First day of use, UTC.")
+    ] = None,
+    valid_until: Annotated[
+        datetime.datetime | None, typer.Option(formats=["%Y-%m-%d"], help="Last day of use, UTC.")
+    ] = None,
+    attribution: Annotated[
+        str | None, typer.Option(help="Credit that every answer made with the expert must show.")
+    ] = None,
+    serial: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of this bundle, above all before of your name and the expert's. Default: "
+            "the next, by the record beside the key (KEY.serials.json).",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Path of the bundle. Default: NAME.bundle")
@@ -402,8 +437,20 @@ def pack(
     """Sign a trained expert into a bundle, the only thing that leaves the owner's premises.
 
     Example: flexolmo expert pack math.run --key math.pem --owner "Math Institute" --licence MIT
+    --purpose general-research --prohibit commercial --valid-until 2030-12-31
     """
+    from flexolmo.bundle.terms import make_terms
     from flexolmo.train.expert import load_expert, pack_expert
+
+    stated = make_terms(
+        terms,
+        purpose,
+        prohibited=prohibit or (),
+        audience=audience or (),
+        valid_from=valid_from and valid_from.date(),
+        valid_until=valid_until and valid_until.date(),
+        attribution=attribution,
+    )
 
     expert = load_expert(run)
     path = pack_expert(
@@ -412,12 +459,28 @@ def pack(
         key,
         owner=owner,
         licence=licence,
-        terms=terms,
-        expires=expires and expires.date(),
+        terms=stated,
+        serial=serial,
         passphrase=_read_passphrase(passphrase_file),
     )
     size = sum(f.stat().st_size for f in path.iterdir())
     echo(f"{path}: {format_megabytes(size)} MB. Read what it says: flexolmo expert inspect {path}")
+
+
+@app.command("purposes")
+def purposes() -> None:
+    """List the purposes that terms permit or prohibit, and what each means.
+
+    A permitted purpose permits those within it; a prohibited one prohibits those within it.
+    """
+    from rich.table import Table
+
+    from flexolmo.bundle.terms import PURPOSES
+
+    table = Table("purpose", "meaning", "within", "taken from")
+    for name, purpose in PURPOSES.items():
+        table.add_row(name, purpose.meaning, purpose.within or "", purpose.source)
+    PlainConsole().print(table)
 
 
 @app.command("inspect")

@@ -334,6 +334,7 @@ def import_(
 
     Example: flexolmo mix import FlexOlmo-7x7B/ --names math,code --key me.pem -o model
     """
+    from flexolmo.bundle.terms import make_terms
     from flexolmo.merge.export import import_stock
 
     import_stock(
@@ -343,7 +344,7 @@ def import_(
         key,
         owner=owner,
         licence=licence,
-        terms=f"As licensed by the checkpoint: {licence}.",
+        terms=make_terms(f"As licensed by the checkpoint: {licence}.", ["any"]),
         dtype=dtype,
     )
     echo(f"{out}: imported; with its linear router, without bias")

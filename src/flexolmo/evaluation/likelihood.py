@@ -151,7 +151,7 @@ def evaluate_mixture(
             table[arrangement] = {}
             for set_name, parts in windows.items():
                 meter.note = f"{arrangement} on {set_name}"
-                choose_experts(mixture.last_days, only=enabled)  # terms may expire meanwhile
+                choose_experts(mixture.terms, only=enabled)  # terms may expire meanwhile
                 found = read_windows(model, parts, enabled=enabled, meter=meter)
                 table[arrangement][set_name] = found.bits_per_byte
                 if arrangement == "mixture":

@@ -8,24 +8,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from flexolmo.bundle.terms import Terms
+from flexolmo.bundle.bundle import ExpertFacts as ExpertFacts
 from flexolmo.inference.sampling import Ending, Sampling
 
 # Reasons for which an answer ends before it is whole: the request was cancelled, an expert it
 # enabled was withdrawn, its time ran out, the engine closed, or the engine failed.
 Interruption = Literal["cancelled", "withdrawn", "time", "closed", "failed"]
-
-
-@dataclass(frozen=True)
-class ExpertFacts:
-    """One expert of the model that an engine runs, as its verified bundle states it."""
-
-    owner: str
-    key_id: str  # of the key that signed the bundle
-    bundle_digest: str  # of its manifest.json
-    serial: int
-    licence: str
-    terms: Terms
 
 
 @dataclass(frozen=True)

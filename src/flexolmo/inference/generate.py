@@ -37,7 +37,7 @@ def generate(
     left_out = _for_each(without, len(prompts))
     alone = [None] * len(prompts) if only is None else _for_each(only, len(prompts))
     enabled = [
-        choose_experts(mixture.last_days, without=w or (), only=o)
+        choose_experts(mixture.terms, without=w or (), only=o)
         for w, o in zip(left_out, alone, strict=True)
     ]
     if not prompts:
@@ -68,7 +68,7 @@ def stream(
 
     `mix`, errors and warnings are those of `generate`.
     """
-    enabled = choose_experts(mixture.last_days, without=without, only=only)
+    enabled = choose_experts(mixture.terms, without=without, only=only)
     reader = OwnReader(arrange(mixture.model, mix), mixture.tokenizer, sorted(enabled))
     return stream_text(reader, prompt, sampling or Sampling())
 

@@ -2,25 +2,29 @@
 
 import datetime
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from flexolmo.errors import PolicyError
 
+if TYPE_CHECKING:
+    from flexolmo.bundle.terms import Terms
+
 
 def choose_experts(
-    available: Collection[str] | Mapping[str, datetime.date | None],
+    available: "Collection[str] | Mapping[str, Terms]",
     *,
     without: Iterable[str] = (),
     only: Iterable[str] | None = None,
 ) -> frozenset[str]:
     """The experts to enable: all `available` but `without`, or exactly `only`.
 
-    With a mapping, each expert's value is its last day of use (UTC), asked about now; None: no end.
+    With a mapping, each expert's value is its terms, whose days (UTC) are asked about now.
     Public text always takes part; `only=[]` is the anchor alone.
 
     Raises:
         PolicyError: a name that is not available (a typing error must not switch a source on),
             a text in place of a list of names, both `without` and `only` given, or an expert
-            whose terms have expired.
+            whose terms have not begun or have expired.
     """
     refuse_bare_text(without)
     refuse_bare_text(only)
@@ -39,11 +43,14 @@ def choose_experts(
     chosen = frozenset(available) - without if only is None else frozenset(named)
     if isinstance(available, Mapping):
         today = datetime.datetime.now(datetime.UTC).date()
-        ends = {name: available[name] for name in sorted(chosen)}
-        late = [f"{n} (on {end})" for n, end in ends.items() if end is not None and end < today]
-        if late:
+        lines = [
+            f"{name}: {why}"
+            for name in sorted(chosen)
+            for why in available[name].refusals_of_day(today)
+        ]
+        if lines:
             raise PolicyError(
-                f"Terms have expired of {', '.join(late)}: switch them off, or ask their owners."
+                f"Not to be used today: {'; '.join(lines)}. Switch them off, or ask their owners."
             )
     return chosen
 

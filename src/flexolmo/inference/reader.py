@@ -8,7 +8,6 @@ B batch, T positions, V vocabulary.
 """
 
 import copy
-import datetime
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.terms import Terms
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import digest_bytes, digest_file, recover_missing
@@ -71,7 +71,7 @@ class OwnReader:
     enabled: Sequence[str] | None = None  # experts of a mixture that are on; None: all
     shares_prefixes: bool = True
     kept_tokens: int = 0
-    last_days: Mapping[str, datetime.date | None] | None = None  # of use; asked at each new state
+    terms: Mapping[str, Terms] | None = None  # of its experts; asked at each new state
     has_panels: bool = False  # a second copy of the matrices, from which batches are written faster
 
     def __post_init__(self) -> None:
@@ -89,9 +89,9 @@ class OwnReader:
 
     def new_state(self, enabled: Sequence[Iterable[str]] | None = None) -> Any:
         """The state of one text; given the experts that are on for each of several texts, of
-        those. Raises PolicyError if the terms of an expert that is on have expired."""
-        if self.last_days is not None:
-            choose_experts(self.last_days, only=self.enabled)
+        those. Raises PolicyError if the terms of an expert that is on refuse today."""
+        if self.terms is not None:
+            choose_experts(self.terms, only=self.enabled)
         state = self.model.new_cache()
         if isinstance(self.model, AnyMixture):
             state.active = self.model.expert_mask([self.enabled] if enabled is None else enabled)
@@ -268,13 +268,13 @@ def open_reader(
     recover_missing(directory)
     if (directory / ABOUT).is_file():
         mixture = load_mixture(directory, trusted)
-        enabled = choose_experts(mixture.last_days, without=without, only=only)
+        enabled = choose_experts(mixture.terms, without=without, only=only)
         return (
             OwnReader(
                 arrange(mixture.model.to(device), mix),
                 mixture.tokenizer,
                 sorted(enabled),
-                last_days=mixture.last_days,
+                terms=mixture.terms,
             ),
             {
                 "kind": "mixture",

@@ -22,7 +22,9 @@ from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import PUBLIC, build_manifest
+from flexolmo.bundle.serials import take_serial
 from flexolmo.bundle.signing import ANY_SIGNER
+from flexolmo.bundle.terms import Terms
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
 from flexolmo.files import digest_file, write_directory_aside, write_json
@@ -202,7 +204,7 @@ def import_stock(
     *,
     owner: str,
     licence: str,
-    terms: str,
+    terms: Terms,
     dtype: DtypeName | None = None,
 ) -> dict[str, Any]:
     """A mixture of ours from a stock FlexOlmo checkpoint; expert 0 becomes the public anchor.
@@ -275,8 +277,9 @@ def import_stock(
                 recipe={"imported_from": Path(directory).name},
                 tokens_seen=0,
                 data_card_digest=source_digest,
+                serial=take_serial(private_key, owner, name),
                 licence=licence,
-                terms_text=terms,
+                terms=terms,
             )
             bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
         about = build_mixture(

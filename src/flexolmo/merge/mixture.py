@@ -20,10 +20,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, ExpertFacts, check_signer, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import Digest
+from flexolmo.bundle.terms import Terms
 from flexolmo.config import Settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
@@ -42,6 +43,7 @@ from flexolmo.merge.checks import (
     shared_settings,
     tensors_of,
 )
+from flexolmo.merge.rollback import Seen, find_rollback, join_seen, seen_of
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
 from flexolmo.model.moe import MixtureModel
@@ -52,11 +54,11 @@ from flexolmo.terminal import echo
 ABOUT = "mixture.json"
 
 
-class _Removed(Settings):
-    """The newest bundle that this mixture ever held of an owner who is not in it."""
+class _Newest(Settings):
+    """The newest bundle of one owner and name that a mixture ever held."""
 
-    created: str
-    manifest_digest: Digest
+    serial: Annotated[StrictInt, Field(ge=0)]
+    bundle_digest: Digest
 
 
 class _Expert(BaseModel):
@@ -95,13 +97,13 @@ class _Index(Settings):
     """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
 
     format: Literal["flexolmo-mixture"]
-    format_version: Literal[2, 3]
+    format_version: Literal[4]
     anchor_digest: Digest
     router: RouterSettings
     top_k: Annotated[StrictInt, Field(ge=1)] | None
     experts: dict[Name, _Expert]
-    removed: dict[Name, _Removed]
-    influence: _Influence | None = None  # in version 3
+    seen: dict[Name, dict[str, _Newest]]  # by name and owner, of those who were removed too
+    influence: _Influence | None
 
 
 @dataclass(frozen=True)
@@ -111,12 +113,18 @@ class LoadedMixture:
     model: MixtureModel
     tokenizer: Tokenizer
     about: dict[str, Any]  # mixture.json
-    last_days: Mapping[str, datetime.date | None]  # of use, by expert; None: no end
+    facts: Mapping[str, ExpertFacts]  # by expert
+    seen: Seen  # give it to `load_mixture` when the model is loaded again
 
     @property
     def expert_names(self) -> list[str]:
         """Owners' experts, alphabetically; `public` is not among them."""
         return self.model.expert_names[1:]
+
+    @property
+    def terms(self) -> dict[str, Terms]:
+        """Terms of use by expert."""
+        return {name: facts.terms for name, facts in self.facts.items()}
 
 
 # judges a mixture, and its newcomers by name, before it takes its place: raises MergeError, or
@@ -148,8 +156,10 @@ def build_mixture(
     if top_k is not None and top_k < 1:
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     trusted = _require(trusted)
-    about: dict[str, Any] = {"top_k": top_k, "experts": {}, "removed": {}, "influence": None}
+    about: dict[str, Any] = {"top_k": top_k, "experts": {}, "influence": None}
     with _hold(out):
+        recover_missing(out)
+        about["seen"] = read_about(out)["seen"] if (Path(out) / ABOUT).is_file() else {}
         sources = [Path(b) for b in bundles]
         return _write(Path(out), Path(anchor_dir), sources, about, trusted, max_bytes, admission)
 
@@ -164,8 +174,9 @@ def add_experts(
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
 
-    Those already in it must be trusted and within their terms. A bundle older than one that was
-    removed from this mixture is refused. A mixture that was built with `admission` needs it here.
+    Those already in it must be trusted and within their terms. A bundle older than one that this
+    mixture ever held of its owner and name is refused. A mixture that was built with `admission`
+    needs it here.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -185,8 +196,8 @@ def remove_experts(
 ) -> dict[str, Any]:
     """Remove owners' experts, files and all, from the mixture in `model_dir`.
 
-    Signers of those who stay must be trusted; nothing is asked of those who go. Their names, and
-    date and digest of what they signed, stay in mixture.json, so that nothing older comes back.
+    Signers of those who stay must be trusted; nothing is asked of those who go. Serial and
+    digest of what they signed stay in mixture.json, so that nothing older comes back.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -195,13 +206,6 @@ def remove_experts(
         about = read_about(model_dir)
         _refuse_unknown(gone, about)
         experts = about["experts"]
-        about["removed"] |= {
-            n: {
-                "created": str(experts[n].get("created")),
-                "manifest_digest": experts[n]["files"]["manifest.json"],
-            }
-            for n in gone
-        }
         about["experts"] = {n: e for n, e in experts.items() if n not in gone}
         if found := about["influence"]:
             found["together"] = None
@@ -214,13 +218,17 @@ def remove_experts(
 
 
 def load_mixture(
-    model_dir: Path, trusted: TrustedOwners | None, experts: Iterable[str] | None = None
+    model_dir: Path,
+    trusted: TrustedOwners | None,
+    experts: Iterable[str] | None = None,
+    seen: Seen | None = None,
 ) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
 
     Their signers must be among `trusted`; ANY_SIGNER lets everybody in. Every bundle is checked
     again as when it was added, and that mixture.json says of it what its manifest says; an expert
-    whose terms have expired is refused by name. The choice of bundles and `top_k` are not signed:
+    whose terms refuse today, or that is older than one in `seen` (of an earlier load), is refused
+    by name. The choice of bundles and `top_k` are not signed:
     keep mixture.json as safe as the program.
     """
     trusted = _require(trusted)
@@ -235,15 +243,18 @@ def load_mixture(
         for n in sorted(chosen)
     ]
     _refuse_late(model_dir, [b.manifest for b in opened])
-    lines = [line for bundle in opened for line in find_misfits(anchor, bundle)]
+    lines = [line for b in opened for line in find_rollback(seen or {}, b.manifest.name, b.facts)]
+    lines += [line for bundle in opened for line in find_misfits(anchor, bundle)]
     _refuse(lines + find_differences(anchor, [b.manifest for b in opened], about["router"]))
     tensors = {b.manifest.name: tensors_of(b) for b in opened}
     for bundle in opened:
         bundle.tensors.clear()
     router = ROUTER.validate_python(about["router"])
     model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"], takes_over=True)
-    last_days = {b.manifest.name: b.manifest.terms.expires for b in opened}
-    return LoadedMixture(model, anchor.tokenizer, about, last_days)
+    facts = {b.manifest.name: b.facts for b in opened}
+    return LoadedMixture(
+        model, anchor.tokenizer, about, facts, join_seen(seen or {}, about["seen"])
+    )
 
 
 def read_about(model_dir: Path) -> dict[str, Any]:
@@ -262,11 +273,11 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     about = read_json(path, MergeError)
     if not isinstance(about, dict):
         raise MergeError(f"{path} does not describe a mixture.")
-    if about.get("format") != "flexolmo-mixture" or about.get("format_version") not in (2, 3):
+    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 4:
         raise MergeError(
             f"{path} is format {about.get('format')!r} version {about.get('format_version')!r}; "
-            "expected 'flexolmo-mixture' version 3. Build it again from its bundles, which are in "
-            f"{model_dir}/experts."
+            "expected 'flexolmo-mixture' version 4. Build it again, in another place, from "
+            f"{model_dir}/anchor and the bundles in {model_dir}/experts."
         )
     try:
         _Index.model_validate(about)
@@ -276,7 +287,7 @@ def read_about(model_dir: Path) -> dict[str, Any]:
             for x in e.errors()
         ]
         raise MergeError(f"{path} does not describe a mixture:\n  " + "\n  ".join(lines)) from None
-    return {"influence": None} | about
+    return about
 
 
 @contextmanager
@@ -302,14 +313,9 @@ def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, An
 
 
 def _refuse_late(model_dir: Path, manifests: Sequence[Manifest]) -> None:
-    """Refuse experts whose terms have expired."""
+    """Refuse experts whose terms have not begun or have expired."""
     today = datetime.datetime.now(datetime.UTC).date()
-    ends = {m.name: m.terms.expires for m in manifests}
-    late = [
-        f"{name}: terms expired on {end}"
-        for name, end in ends.items()
-        if end is not None and end < today
-    ]
+    late = [f"{m.name}: {why}" for m in manifests for why in m.terms.refusals_of_day(today)]
     if late:
         raise MergeError(
             f"{model_dir} may not be used as it is:\n  "
@@ -323,6 +329,7 @@ def _describe_expert(bundle: Bundle) -> dict[str, Any]:
     return {
         "owner": m.owner,
         "key_id": bundle.key_id,
+        "serial": m.serial,
         "licence": m.licence,
         "terms": m.terms.model_dump(mode="json"),
         "created": m.created,
@@ -339,7 +346,7 @@ def _refuse(lines: Sequence[str]) -> None:
         raise MergeError(
             "These experts cannot be merged:\n  "
             + "\n  ".join(lines)
-            + "\nAsk their owners to train again on this anchor with one router."
+            + "\nAsk their owners for experts trained on this anchor with one router."
         )
 
 
@@ -382,6 +389,7 @@ def _reopen(
         for key, said in {**dict.fromkeys(claims), "name": name, **entry}.items()
         if claims.get(key) != said
     ]
+    wrong += find_rollback(about["seen"], name, found.facts)
     if wrong:
         raise MergeError(
             f"{path} is not the bundle that was verified:\n  "
@@ -417,6 +425,7 @@ def _write(
         experts: dict[str, Any] = {}
         manifests: list[Manifest] = []
         lines: list[str] = []
+        seen = about["seen"]
         for name in about["experts"]:
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
@@ -435,18 +444,13 @@ def _write(
                 )
             m = bundle.manifest
             misfits = find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
-            removed = about["removed"].get(m.name)
-            if removed is not None and m.created < removed["created"]:
-                misfits.append(
-                    f"{m.name}: packed at {m.created}, but this mixture has already held one "
-                    f"packed at {removed['created']}; ask the owner for the newest, or, if the "
-                    "owner wants the old one back, build the mixture anew"
-                )
+            misfits += find_rollback(seen, m.name, bundle.facts)
             if m.name in experts:
                 misfits.append(f"{m.name}: two experts have this name")
             else:
                 target.rename(aside / "experts" / f"{m.name}.bundle")
                 experts[m.name] = _describe_expert(bundle)
+                seen = join_seen(seen, seen_of(m.name, bundle.facts))
                 manifests.append(m)
             lines += misfits
         _refuse(lines + find_differences(anchor, manifests, about.get("router")))
@@ -454,12 +458,12 @@ def _write(
         router = shared_settings(manifests[0].router.settings) if manifests else default
         new = {
             "format": "flexolmo-mixture",
-            "format_version": 3,
+            "format_version": 4,
             "anchor_digest": anchor.digest,
             "router": ROUTER.validate_python(router).model_dump(mode="json"),
             "top_k": about["top_k"],
             "experts": {n: experts[n] for n in sorted(experts)},
-            "removed": {n: about["removed"][n] for n in sorted(about["removed"].keys() - experts)},
+            "seen": seen,
             "influence": about["influence"],
         }
         write_json(aside / ABOUT, new)

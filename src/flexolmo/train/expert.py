@@ -6,7 +6,6 @@ router, its rows and biases have gradients and optimizer state.
 """
 
 import copy
-import datetime
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import PUBLIC, Name, build_manifest
+from flexolmo.bundle.serials import take_serial
+from flexolmo.bundle.terms import Terms
 from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.errors import CheckpointError, ConfigError
@@ -591,11 +592,14 @@ def pack_expert(
     *,
     owner: str,
     licence: str,
-    terms: str,
-    expires: datetime.date | None = None,
+    terms: Terms,
+    serial: int | None = None,
     passphrase: str | None = None,
 ) -> Path:
     """Sign the expert into a bundle at `path` (NAME.bundle) and return that path.
+
+    Without a `serial` it gets the next one after those that this key has signed for `owner` and
+    this name (see `flexolmo.bundle.serials`).
 
     The bundle holds the expert's tensors, its claims and the signature: no optimizer state, no
     anchor weights, no text, no file names of the owner's. For `passphrase` see
@@ -616,9 +620,9 @@ def pack_expert(
         ),
         tokens_seen=expert.record["tokens"],
         data_card_digest=expert.data_card_digest,
+        serial=take_serial(private_key, owner, expert.name, serial),
         licence=licence,
-        terms_text=terms,
-        terms_expire=expires,
+        terms=terms,
         software=_versions(expert.record),
     )
     return write_bundle(Path(path), weights, manifest, Path(private_key), passphrase=passphrase)
