@@ -147,7 +147,7 @@ def encode_text(root: str, text: str, tokenizer: str) -> dict[str, Any]:
 
 def build(root: str) -> dict[str, Any]:
     """Build a mixture of all bundles."""
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.merge.mixture import build_mixture
 
     bundles = sorted(Path(root).glob("*.bundle"))
@@ -159,7 +159,7 @@ def build(root: str) -> dict[str, Any]:
 
 def load(root: str) -> dict[str, Any]:
     """Load the mixture."""
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.merge.mixture import load_mixture
 
     trusted = TrustedOwners.load(Path(root) / "keys")
@@ -298,7 +298,7 @@ def measure_mixture(rounds: int, size: str) -> dict[str, Any]:
 
 
 def _build(root: Path, bundles: list[Path]) -> None:
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.merge.mixture import build_mixture
 
     build_mixture(root / "anchor", bundles, root / "mixture", TrustedOwners.load(root / "keys"))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import build_manifest
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.merge.mixture import LoadedMixture, build_mixture, load_mixture
 from flexolmo.model.checkpoint import Anchor, save_anchor
 from flexolmo.model.router import LinearSettings, RouterSettings

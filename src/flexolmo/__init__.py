@@ -9,8 +9,8 @@ from typing import Any
 
 _HOME = {
     "create_key": "bundle.signing",
-    "TrustedOwners": "bundle.signing",
-    "ANY_SIGNER": "bundle.signing",
+    "TrustedOwners": "bundle.trust",
+    "ANY_SIGNER": "bundle.trust",
     "make_terms": "bundle.terms",
     "open_bundle": "bundle.bundle",
     "inspect_bundle": "bundle.bundle",

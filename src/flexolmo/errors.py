@@ -41,6 +41,10 @@ class SignatureError(BundleError):
     """Error for the owner or the coordinator: signature wrong, or signer not trusted."""
 
 
+class RevokedError(SignatureError):
+    """Error for whoever uses an expert: its owner has revoked it."""
+
+
 class MergeError(FlexOlmoError):
     """Error for the coordinator: bundles that do not fit this anchor or each other."""
 

@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -313,6 +314,20 @@ def recover_missing(directory: Path) -> None:
     directory = Path(directory)
     if directory.parent.is_dir() and not directory.exists():
         recover(directory)
+
+
+def read_bounded(path: Path, max_bytes: int, *, follows_links: bool = True) -> bytes:
+    """The content of the plain file `path`; ValueError if it is none, is longer, or is a link that
+    may not be followed; OSError if it cannot be read."""
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW))
+    with os.fdopen(fd, "rb") as f:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("found something other than a plain file")
+        data = f.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"found more than {max_bytes} bytes")
+    return data
 
 
 def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:

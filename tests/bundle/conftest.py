@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.signing import TrustedOwners, create_key
+from flexolmo.bundle.signing import create_key
+from flexolmo.bundle.trust import TrustedOwners
 from made_bundles import make_manifest, make_weights
 
 

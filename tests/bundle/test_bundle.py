@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from flexolmo.bundle import bundle as room
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, open_bundle, write_bundle
 from flexolmo.bundle.manifest import encode_manifest
-from flexolmo.bundle.signing import TrustedOwners, key_id
+from flexolmo.bundle.signing import key_id
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, SignatureError
 from made_bundles import FILES, TODAY, make_manifest, make_weights, sign_as, terms_until
 

@@ -1,4 +1,4 @@
-"""Keys, trusted owners, and signatures that hold for exactly the bytes they were made for."""
+"""Keys, and signatures that hold for exactly the bytes they were made for."""
 
 import base64
 import json
@@ -10,7 +10,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from flexolmo.bundle import signing
 from flexolmo.bundle.signing import (
-    TrustedOwners,
     create_key,
     encode_public,
     key_id,
@@ -132,42 +131,6 @@ def test_a_key_with_a_passphrase_opens_with_it_alone(tmp_path, monkeypatch):
     with pytest.raises(SignatureError, match="passphrase is empty"):
         create_key(tmp_path / "other", "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["k", "k.pub"]
-
-
-# --- trusted owners ----------------------------------------------------------------------------
-
-
-def test_trusted_owners_are_the_pub_files_of_a_directory(keys, tmp_path):
-    (tmp_path / "Ann & Co.pub").write_bytes((keys / "ann.pub").read_bytes())
-    (tmp_path / ".hidden").write_text("ignored")
-    trusted = TrustedOwners.load(tmp_path)
-    ann, bob = (key_id((keys / f"{n}.pub").read_bytes()) for n in ("ann", "bob"))
-    assert trusted.owner_of(ann) == "Ann & Co"
-    assert trusted.key_of("Ann & Co") == ann
-    assert trusted.owner_of(bob) is None
-    assert trusted.key_of("bob") is None
-
-
-def test_a_trust_directory_with_anything_else_is_refused_by_name(keys, tmp_path):
-    (tmp_path / "ann.pub").write_bytes((keys / "ann.pub").read_bytes())
-    (tmp_path / "bob.pem").write_bytes((keys / "bob.pub").read_bytes())
-    (tmp_path / "dir.pub").mkdir()
-    (tmp_path / "long.pub").write_bytes(bytes(1 << 20))
-    with pytest.raises(SignatureError, match=r"(?s)bob\.pem.*dir\.pub.*long\.pub"):
-        TrustedOwners.load(tmp_path)
-    with pytest.raises(SignatureError, match="cannot be read"):
-        TrustedOwners.load(tmp_path / "none")
-
-
-def test_bad_trusted_keys_are_all_named(keys):
-    ann = (keys / "ann.pub").read_bytes()
-    with pytest.raises(SignatureError) as e:
-        TrustedOwners.from_keys(
-            {"ann": ann, "eve": ann, "bob": (keys / "bob").read_bytes(), "a/b": ann, "nil": b""}
-        )
-    for line in ("'eve': same key as 'ann'", "'bob': ", "a private key", "'a/b': ", "'nil': "):
-        assert line in str(e.value)
-    assert "BEGIN" not in str(e.value)
 
 
 # --- signatures --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 import flexolmo.cli
-from flexolmo.bundle.signing import ANY_SIGNER
+from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.cli import app, main
 from flexolmo.errors import SourceUnavailable
 from flexolmo.merge.mixture import load_mixture, read_about

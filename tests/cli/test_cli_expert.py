@@ -370,7 +370,7 @@ def test_a_compressed_expert_is_compressed_further_packed_and_merged(
         "-o",
         tmp_path / "m",
     )
-    from flexolmo.bundle.signing import ANY_SIGNER
+    from flexolmo.bundle.trust import ANY_SIGNER
     from flexolmo.merge.mixture import load_mixture
 
     pair = assemble_mixture(pico_anchor, {"maths": small.tensors}, small.router)

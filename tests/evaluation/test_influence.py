@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import evaluation_windows
 from flexolmo.data.forms import FORMS
 from flexolmo.errors import ConfigError, DataError, MergeError

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners, create_key
+from flexolmo.bundle.signing import create_key
+from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.merge import mixture as room
 from flexolmo.merge.checks import ROUTER

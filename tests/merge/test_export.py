@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexolmo.bundle.signing import ANY_SIGNER
+from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.data.batches import TokenSplit, open_set
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, FlexOlmoError, MergeError

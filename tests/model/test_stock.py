@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FlexOlmoConfig, Olmo2Config
 
-from flexolmo.bundle.signing import ANY_SIGNER
+from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.errors import CheckpointError
 from flexolmo.inference.reader import StockReader
 from flexolmo.merge.export import import_stock

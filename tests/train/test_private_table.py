@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, read_about
 from flexolmo.model.statistics import EvidenceSettings, count_tokens

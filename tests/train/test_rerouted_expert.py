@@ -4,7 +4,7 @@ router is changed after training."""
 import pytest
 import torch
 
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import embedding_windows
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture

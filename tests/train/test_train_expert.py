@@ -11,7 +11,8 @@ import torch
 from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.signing import TrustedOwners, create_key
+from flexolmo.bundle.signing import create_key
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import TrainingBatches, open_set, training_batches
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import PrepareSettings, prepare_set

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, encode_manifest, read_manifest
 from flexolmo.bundle.signing import (
     ADVICE_ALTERED,
     Signed,
-    TrustedOwners,
     encode_public,
     read_private_key,
     read_signature,
@@ -32,9 +32,9 @@ from flexolmo.bundle.signing import (
 )
 from flexolmo.bundle.strict import raise_listed
 from flexolmo.bundle.tensors import MAX_HEADER_BYTES, Weights, compare_tensors, read_weights
-from flexolmo.bundle.terms import Terms
-from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import digest_bytes, write_directory_aside
+from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.errors import BundleError, RevokedError, SignatureError
+from flexolmo.files import digest_bytes, read_bounded, write_directory_aside
 
 WEIGHTS_FILE = "expert.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -47,18 +47,6 @@ MAX_FILE_BYTES = {
     SIGNER_FILE: 4 << 10,
     SIGNATURE_FILE: 64 << 10,
 }
-
-
-@dataclass(frozen=True)
-class ExpertFacts:
-    """One expert as its verified bundle states it: all that decides who may use it."""
-
-    owner: str
-    key_id: str  # of the key that signed the bundle
-    bundle_digest: str  # of its manifest.json
-    serial: int  # 0: a bundle of format version 3, which had none
-    licence: str
-    terms: Terms
 
 
 @dataclass(frozen=True)
@@ -76,11 +64,8 @@ class Bundle:
 
     @property
     def facts(self) -> ExpertFacts:
-        """What of this bundle decides who may use it."""
-        m = self.manifest
-        return ExpertFacts(
-            m.owner, self.key_id, self.digests[MANIFEST_FILE], m.serial, m.licence, m.terms
-        )
+        """The facts that decide who may use it."""
+        return _facts(self.manifest, self.key_id, self.digests[MANIFEST_FILE])
 
 
 def open_bundle(
@@ -109,8 +94,9 @@ def open_bundle(
             is written before all checks but those of the weights have passed.
 
     Raises:
-        SignatureError: wrong signature, unknown signer, a trusted signer under another name, or a
-            file that is not as `expected`.
+        SignatureError: wrong signature, unknown signer, a trusted signer under another name or on
+            a day on which its key did not count, or a file that is not as `expected`.
+        RevokedError: the owner has revoked the key, the bundle, or the expert up to its serial.
         BundleError: any other refusal.
     """
     with _open_files(Path(path), max_bytes) as files:
@@ -175,6 +161,18 @@ def write_bundle(
     except OSError as e:
         raise BundleError(f"{path} cannot be written: {e}.") from None
     return path
+
+
+def digest_of(bundle: str) -> str:
+    """Digest by which a bundle is known, of its manifest.json, for one named by its directory; a
+    text that is no directory comes back as it is."""
+    path = Path(bundle)
+    if not path.is_dir():
+        return bundle
+    try:
+        return digest_bytes(read_bounded(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
+    except (OSError, ValueError) as e:
+        raise BundleError(f"{path} is no bundle: {e}.") from None
 
 
 def inspect_bundle(
@@ -355,12 +353,8 @@ def _check_signer(
             f"{path} was refused: manifest.json names the owner {manifest.owner!r}, but the "
             f"signing key is trusted as {signer!r}. Ask {signer!r} which is right."
         )
-    claimed_key_id = trusted.key_of(manifest.owner) if trusted else None
-    if signer is None and claimed_key_id is not None:
-        raise SignatureError(
-            f"{path} was refused: it claims to be by {manifest.owner!r}, whose trusted key is "
-            f"{claimed_key_id}, but found a signature by {signed.key_id}. Ask that owner."
-        )
+    if trusted is not None:
+        _check_standing(path, trusted, manifest, signed)
     size = files.sizes[WEIGHTS_FILE]
     room = 8 + MAX_HEADER_BYTES + sum(entry.num_bytes for entry in manifest.tensors.values())
     if size > room:  # altered for certain, and perhaps too large to read in vain
@@ -369,6 +363,38 @@ def _check_signer(
             f"{MANIFEST_FILE} take at most {room}. {ADVICE_ALTERED}"
         )
     return signed, signer, manifest
+
+
+def _check_standing(path: Path, trusted: TrustedOwners, manifest: Manifest, signed: Signed) -> None:
+    """Check that the key is the owner's, if one is known, that it counted on the day of packing,
+    and that the owner has not revoked the bundle."""
+    keys = trusted.keys_of(manifest.owner)
+    if not keys:
+        return
+    if signed.key_id not in keys:
+        raise SignatureError(
+            f"{path} was refused: it claims to be by {manifest.owner!r}, whose trusted key is "
+            f"{' or '.join(keys)}, but found a signature by {signed.key_id}. Ask that owner."
+        )
+    key = keys[signed.key_id]
+    if not key.counts_on(datetime.date.fromisoformat(manifest.created[:10])):
+        raise SignatureError(
+            f"{path} was refused: it was packed at {manifest.created} and signed by "
+            f"{signed.key_id}, which counts for {manifest.owner!r} {key.days()}. Ask that owner to "
+            "pack it again with a key that counts."
+        )
+    facts = _facts(manifest, signed.key_id, signed.digests[MANIFEST_FILE])
+    revoked = trusted.find_revocation(manifest.name, facts)
+    if revoked is not None:
+        raise RevokedError(
+            f"{path} was refused: {manifest.name} of {manifest.owner!r}, serial {manifest.serial}, "
+            f"was {revoked}. Ask the owner for a newer one."
+        )
+
+
+def _facts(manifest: Manifest, key_id: str, bundle_digest: str) -> ExpertFacts:
+    m = manifest
+    return ExpertFacts(m.owner, key_id, bundle_digest, m.serial, m.licence, m.terms)
 
 
 def _check(

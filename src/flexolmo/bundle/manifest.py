@@ -8,7 +8,7 @@ import datetime
 import importlib.metadata
 import io
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -16,13 +16,12 @@ from pydantic import (
     Field,
     JsonValue,
     StringConstraints,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
 
 from flexolmo.bundle.licence import spell_licence
-from flexolmo.bundle.strict import Claim, parse_json, raise_listed
+from flexolmo.bundle.strict import Claim, check_canonical, parse_object, read_claims
 from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, read_weights
 from flexolmo.bundle.terms import Terms
 from flexolmo.errors import BundleError
@@ -34,7 +33,6 @@ MAX_FREE_JSON_BYTES = 64 << 10  # recipe and router settings: room for a recipe,
 PUBLIC = "public"  # the public set, and the anchor's own FFN among a mixture's experts
 RESERVED_NAMES = ("anchor", PUBLIC)  # no owner's expert may be called so
 NAME_PATTERN = r"[a-z0-9][a-z0-9_-]{0,63}"  # of sets and experts, and so of their directories
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u200e\u200f\u061c")
 
 
 # --- the manifest's fields ---------------------------------------------------------------------
@@ -76,6 +74,7 @@ FreeJson = Annotated[dict[str, JsonValue], AfterValidator(_check_free_json)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Word = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Name = Annotated[Word, AfterValidator(_check_name)]
+Owner = Annotated[str, AfterValidator(check_owner)]
 
 
 class Architecture(Claim):
@@ -106,7 +105,7 @@ class Manifest(Claim):
 
     format_version: Literal[3, 4]  # first: the two checks below ask it
     name: Name
-    owner: Annotated[str, AfterValidator(check_owner)]
+    owner: Owner
     anchor_digest: Digest
     architecture: Architecture
     router: Router
@@ -152,11 +151,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
     return canonical_json(manifest.model_dump(mode="json"))
 
 
-def _upgrade(claims: dict[str, Any]) -> dict[str, Any]:
+def _upgrade(claims: dict[str, Any], advice: str) -> dict[str, Any]:
     """Claims of version 3, which had no serial and fewer terms, with the fields of version 4."""
     terms = claims.get("terms")
     if "serial" in claims or not isinstance(terms, dict) or terms.keys() != {"text", "expires"}:
-        raise ValueError("version 3 has no serial, and terms of text and expires")
+        raise BundleError(
+            "manifest.json is not a valid manifest: format version 3 has no serial, and terms of "
+            f"text and expires alone. {advice}"
+        )
     upgraded = {
         "text": terms["text"],
         "permitted": ["any"],
@@ -167,40 +169,6 @@ def _upgrade(claims: dict[str, Any]) -> dict[str, Any]:
         "attribution": None,
     }
     return claims | {"serial": 0, "terms": upgraded}
-
-
-def _walk_strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield where, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield f"a key of {where or 'the manifest'}", key
-            yield from _walk_strings(item, f"{where}.{key}" if where else key)
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _walk_strings(item, f"{where}.{i}")
-
-
-def _find_hidden_characters(value: Any) -> list[str]:
-    """Characters that could fool a terminal, so that what a person reads is what was signed."""
-    lines = []
-    for where, text in _walk_strings(value, ""):
-        bad = {c for c in text if c in _BIDI or unicodedata.category(c) in ("Cc", "Cs")}
-        if bad := bad - {"\n", "\t"}:
-            codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(bad))
-            lines.append(f"{where[:100]!a}: control characters {codes}")
-    return lines
-
-
-def _describe_field_error(error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "missing":
-        return f"missing field: {where}"
-    if error["type"] == "extra_forbidden":
-        return f"unknown field: {where}"
-    found = ascii(error["input"])
-    found = found if len(found) <= 80 else found[:77] + "..."
-    return f"{where}: found {found}, expected: {error['msg'].removeprefix('Value error, ')}"
 
 
 def read_manifest(data: bytes) -> Manifest:
@@ -216,12 +184,7 @@ def read_manifest(data: bytes) -> Manifest:
         raise BundleError(
             f"manifest.json has {len(data)} bytes; at most {MAX_MANIFEST_BYTES} are read. {advice}"
         )
-    try:
-        value = parse_json(data)
-    except ValueError as e:
-        raise BundleError(f"manifest.json is not JSON as expected: {e}. {advice}") from None
-    if not isinstance(value, dict):
-        raise BundleError(f"manifest.json holds {type(value).__name__}, not an object. {advice}")
+    value = parse_object(data, "manifest.json", advice)
     found = value.get("format_version")
     if type(found) is not int or found not in (3, FORMAT_VERSION):
         raise BundleError(
@@ -229,29 +192,10 @@ def read_manifest(data: bytes) -> Manifest:
             "Use the FlexOlmo release that wrote this bundle, or ask the owner to train and pack "
             "it again."
         )
-    opening = "manifest.json is not a valid manifest:"
-    raise_listed(BundleError, opening, _find_hidden_characters(value), advice)
-    try:
-        is_canonical = canonical_json(value) == data
-    except ValueError:  # a number too large for a float
-        is_canonical = False
-    if not is_canonical:
-        raise BundleError(
-            "manifest.json is not in canonical form: found other spacing, key order, escapes or "
-            f"number spelling than canonical JSON has (docs/bundle_format.md). {advice}"
-        )
-    try:
-        data = data if found == FORMAT_VERSION else canonical_json(_upgrade(value))
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as e:
-        raise_listed(BundleError, opening, [_describe_field_error(x) for x in e.errors()], advice)
-        raise
-    except ValueError as e:
-        raise BundleError(f"{opening} {e}. {advice}") from None
-    # should pydantic ever accept a second spelling
-    if canonical_json(manifest.model_dump(mode="json")) != data:
-        raise BundleError(f"manifest.json spells a value in other than its canonical way. {advice}")
-    return manifest
+    check_canonical(value, data, "manifest.json", advice)
+    if found == 3:
+        data = canonical_json(_upgrade(value, advice))
+    return read_claims(data, Manifest, "manifest.json", advice)
 
 
 def build_manifest(

@@ -1,9 +1,9 @@
-"""Keys, signatures over a bundle's files, and the owners a coordinator trusts.
+"""Keys, signatures over a bundle's files, and signed statements.
 
-Signatures are those of the `model-signing` package with an elliptic-curve key; a test holds that
-each accepts the other's. That package reads the signed files itself, from a directory; here the
-signature is checked alone, so that nothing large is read before, and digests of bytes already read
-are compared with it. Knows nothing of manifests.
+Signatures over files are those of the `model-signing` package with an elliptic-curve key; a test
+holds that each accepts the other's. That package reads the signed files itself, from a directory;
+here the signature is checked alone, so that nothing large is read before, and digests of bytes
+already read are compared with it. Knows nothing of manifests.
 """
 
 import base64
@@ -15,7 +15,7 @@ import shlex
 import stat
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,20 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.hashes import SHA256
 
-from flexolmo.bundle.manifest import check_owner
-from flexolmo.bundle.strict import parse_json, raise_listed
+from flexolmo.bundle.strict import (
+    Claim,
+    Claims,
+    check_canonical,
+    parse_json,
+    parse_object,
+    read_claims,
+)
 from flexolmo.errors import SignatureError
 from flexolmo.files import canonical_json, explain_full_disk
 
 ADVICE_ALTERED = "Ask the owner to send the bundle again, or to sign it again."
 PASSPHRASE_VARIABLE = "FLEXOLMO_KEY_PASSPHRASE"
-_MAX_KEY_BYTES = 16 << 10
+MAX_KEY_BYTES = 16 << 10
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
 
 
@@ -129,7 +135,7 @@ def read_private_key(path: Path, passphrase: str | None = None) -> ec.EllipticCu
     try:
         with open(path, "rb") as f:
             mode = stat.S_IMODE(os.fstat(f.fileno()).st_mode)
-            pem = f.read(_MAX_KEY_BYTES)
+            pem = f.read(MAX_KEY_BYTES)
     except OSError as e:
         raise SignatureError(f"The private key {path} cannot be read: {e}.") from None
     if mode & 0o077:
@@ -165,83 +171,6 @@ def _decrypt(path: Path, pem: bytes, passphrase: str | None) -> Any:
         return serialization.load_pem_private_key(pem, passphrase.encode())
     except ValueError:
         raise SignatureError(f"The passphrase given does not open the key {path}.") from None
-
-
-# --- trusted owners ----------------------------------------------------------------------------
-
-
-class TrustedOwners:
-    """The owners a coordinator trusts: one public key each. An empty set trusts nobody.
-
-    With `allows_unknown`, keys that it does not hold are let in too, under no owner's name.
-    """
-
-    def __init__(self, owner_by_key_id: Mapping[str, str], allows_unknown: bool = False):
-        self._owner_by_key_id = dict(owner_by_key_id)
-        self.allows_unknown = allows_unknown
-
-    @classmethod
-    def from_keys(cls, keys: Mapping[str, bytes]) -> "TrustedOwners":
-        """Trust `keys`, owner's name to PEM public key; refuses a key that two owners share."""
-        owner_by_key_id: dict[str, str] = {}
-        lines = []
-        for owner, pem in keys.items():
-            try:
-                check_owner(owner)
-                found = key_id(pem)
-            except (ValueError, SignatureError) as e:
-                lines.append(f"{owner!r}: {e}")
-                continue
-            if found in owner_by_key_id:
-                lines.append(f"{owner!r}: same key as {owner_by_key_id[found]!r}, expected its own")
-            owner_by_key_id[found] = owner
-        raise_listed(
-            SignatureError,
-            "The trusted owners cannot be loaded:",
-            lines,
-            "Each trusted owner needs one file <owner>.pub with that owner's public key.",
-        )
-        return cls(owner_by_key_id)
-
-    @classmethod
-    def load(cls, directory: Path) -> "TrustedOwners":
-        """Trust every `<owner>.pub` in `directory`; anything else there is refused by name."""
-        directory = Path(directory)
-        keys: dict[str, bytes] = {}
-        lines = []
-        try:
-            for path in sorted(directory.iterdir()):
-                if path.name.startswith("."):
-                    continue
-                if path.suffix != ".pub" or not path.is_file():
-                    lines.append(f"{path.name!r}: expected a file named <owner>.pub")
-                elif path.stat().st_size > _MAX_KEY_BYTES:
-                    lines.append(f"{path.name!r}: too long for a public key")
-                else:
-                    keys[path.name.removesuffix(".pub")] = path.read_bytes()
-        except OSError as e:
-            raise SignatureError(
-                f"The trusted owners in {directory} cannot be read: {e}. "
-                "Name a directory of <owner>.pub files."
-            ) from None
-        raise_listed(
-            SignatureError,
-            f"{directory} holds more than trusted owners:",
-            lines,
-            "Move the rest elsewhere, or rename it to <owner>.pub.",
-        )
-        return cls.from_keys(keys)
-
-    def owner_of(self, key_id: str) -> str | None:
-        """The name under which the key is trusted, or None."""
-        return self._owner_by_key_id.get(key_id)
-
-    def key_of(self, owner: str) -> str | None:
-        """The key id trusted for `owner`, or None."""
-        return next((k for k, o in self._owner_by_key_id.items() if o == owner), None)
-
-
-ANY_SIGNER = TrustedOwners({}, allows_unknown=True)
 
 
 # --- signatures --------------------------------------------------------------------------------
@@ -280,20 +209,20 @@ def _signature_file(public_pem: bytes, payload: str, signature: str) -> bytes:
     return json.dumps(whole, separators=(",", ":")).encode()
 
 
-def _signed_bytes(payload: bytes) -> bytes:
+def _sign(payload: bytes, payload_type: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.sign(_signed_bytes(payload, payload_type), ec.ECDSA(SHA256()))
+
+
+def _signed_bytes(payload: bytes, payload_type: str) -> bytes:
     """The bytes that are signed for `payload`. Source: DSSE v1, pre-authentication encoding."""
-    return b"DSSEv1 %d %s %d %s" % (
-        len(_PAYLOAD_TYPE),
-        _PAYLOAD_TYPE.encode(),
-        len(payload),
-        payload,
-    )
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
 
 
 def sign_files(name: str, digests: Mapping[str, str], key: ec.EllipticCurvePrivateKey) -> bytes:
     """A signature file over `digests` (file name to `sha256:...`), with `name` as its subject."""
     payload = json.dumps(_statement(name, digests)).encode()
-    signature = key.sign(_signed_bytes(payload), ec.ECDSA(SHA256()))
+    signature = _sign(payload, _PAYLOAD_TYPE, key)
     return _signature_file(
         encode_public(key), base64.b64encode(payload).decode(), base64.b64encode(signature).decode()
     )
@@ -324,7 +253,7 @@ def read_signature(signature: bytes, public_pem: bytes) -> Signed:
         raise SignatureError(f"signer.pub is not in plain PEM form. {ADVICE_ALTERED}")
     payload, proof = _decode_signature(signature, public_pem)
     try:
-        key.verify(proof, _signed_bytes(payload), ec.ECDSA(SHA256()))
+        key.verify(proof, _signed_bytes(payload, _PAYLOAD_TYPE), ec.ECDSA(SHA256()))
     except InvalidSignature:
         raise SignatureError(
             "signature.sig is not a signature by the key in signer.pub: one of the two was "
@@ -367,3 +296,73 @@ def _decode_signature(signature: bytes, public_pem: bytes) -> tuple[bytes, bytes
             f"of the two was altered, or they belong to different bundles. {ADVICE_ALTERED}"
         )
     return payload, raw
+
+
+# --- statements --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A signed statement as it was read; nobody's word before `verify` has returned."""
+
+    payload: bytes
+    payload_type: str
+    signatures: Mapping[str, bytes]  # by key id
+
+    def verify(self, public_pem: bytes) -> None:
+        """SignatureError unless this key has signed the payload, as one of its type."""
+        name = key_id(public_pem)
+        try:
+            _load_public(public_pem).verify(
+                self.signatures[name],
+                _signed_bytes(self.payload, self.payload_type),
+                ec.ECDSA(SHA256()),
+            )
+        except (KeyError, InvalidSignature):
+            raise SignatureError(f"It is not signed by the key {name}.") from None
+
+
+def sign_statement(
+    claims: Claim, payload_type: str, keys: Sequence[ec.EllipticCurvePrivateKey]
+) -> bytes:
+    """One file that states `claims`, signed by each key. Source: DSSE v1, envelope."""
+    payload = canonical_json(claims.model_dump(mode="json"))
+    signatures = {key_id(encode_public(key)): _sign(payload, payload_type, key) for key in keys}
+    return _envelope(payload, payload_type, signatures)
+
+
+def _envelope(payload: bytes, payload_type: str, signatures: Mapping[str, bytes]) -> bytes:
+    """The only spelling of a statement's file."""
+    return canonical_json(
+        {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": payload_type,
+            "signatures": [
+                {"keyid": name, "sig": base64.b64encode(sig).decode()}
+                for name, sig in sorted(signatures.items())
+            ],
+        }
+    )
+
+
+def read_statement(
+    data: bytes, payload_type: str, kind: type[Claims], where: str
+) -> tuple[Claims, Envelope]:
+    """The claims in a statement's file, and the envelope to verify before they are believed.
+
+    BundleError if the bytes of `where` are none of this type in its only spelling.
+    """
+    advice = "Ask the owner for it again."
+    try:
+        whole = parse_json(data)
+        payload = base64.b64decode(whole["payload"], validate=True)
+        signatures = {
+            str(s["keyid"]): base64.b64decode(s["sig"], validate=True) for s in whole["signatures"]
+        }
+        is_exact = _envelope(payload, payload_type, signatures) == data
+    except (ValueError, KeyError, TypeError):
+        is_exact = False
+    if not is_exact:
+        raise SignatureError(f"{where} is no signed statement of type {payload_type}. {advice}")
+    check_canonical(parse_object(payload, where, advice), payload, where, advice)
+    return read_claims(payload, kind, where, advice), Envelope(payload, payload_type, signatures)

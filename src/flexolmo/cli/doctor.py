@@ -152,7 +152,7 @@ def _sandbox() -> Check:
 
 def _keys() -> Iterator[Check]:
     """Private keys here, and the directory of trusted owners."""
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.errors import FlexOlmoError
 
     for path in sorted(Path(".").glob("*.pem")):
@@ -169,8 +169,7 @@ def _keys() -> Iterator[Check]:
         yield Check("trusted owners", "optional", "FLEXOLMO_TRUST is not set", advice)
         return
     try:
-        TrustedOwners.load(Path(named))
-        owners = sorted(path.stem for path in Path(named).glob("*.pub"))
+        owners = TrustedOwners.load(Path(named)).owners
         yield Check("trusted owners", "ok", f"{named}: {', '.join(owners) or 'nobody'}")
     except (FlexOlmoError, OSError) as e:
         advice = "Name a directory of OWNER.pub files, or unset FLEXOLMO_TRUST."

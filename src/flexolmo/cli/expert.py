@@ -2,13 +2,13 @@
 
 import datetime
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from flexolmo.cli.anchor import Device, Overrides, Threads
+from flexolmo.cli.keys import PassphraseFile, key, read_passphrase, revoke, rotate_key
 from flexolmo.cli.trust import TrustDirectory
 from flexolmo.numbers import format_megabytes, format_seconds
 from flexolmo.terminal import PlainConsole, echo
@@ -328,12 +328,6 @@ def print_curve(curve: dict[str, Any]) -> None:
     PlainConsole().print(table)
 
 
-PassphraseFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="File whose first line is the key's passphrase; FLEXOLMO_KEY_PASSPHRASE too."
-    ),
-]
 MaxBytes = Annotated[
     int | None,
     typer.Option(
@@ -344,40 +338,9 @@ MaxBytes = Annotated[
 ]
 
 
-def _read_passphrase(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    from flexolmo.errors import ConfigError
-
-    try:
-        return path.read_text(encoding="utf-8").partition("\n")[0].rstrip("\r")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"The passphrase file {path} cannot be read: {e}.") from None
-
-
-@app.command("key")
-def key(
-    path: Annotated[Path, typer.Argument(help="File for the private key.")],
-    passphrase: Annotated[
-        bool, typer.Option("--passphrase", help="Encrypt the key; asks for a passphrase.")
-    ] = False,
-    passphrase_file: PassphraseFile = None,
-) -> None:
-    """Make a signing key. Keep the private file; give PATH.pub to the coordinator.
-
-    Example: flexolmo expert key hospital.pem
-
-    Encrypted: flexolmo expert key hospital.pem --passphrase
-    """
-    from flexolmo.bundle.signing import PASSPHRASE_VARIABLE, create_key
-
-    words = _read_passphrase(passphrase_file)
-    if passphrase and words is None:
-        words = os.environ.get(PASSPHRASE_VARIABLE)
-    if passphrase and words is None:
-        words = typer.prompt("Passphrase", hide_input=True, confirmation_prompt=True)
-    public = create_key(path, words)
-    echo(f"{path} (keep it secret) and {public} (give it to the coordinator)")
+app.command("key")(key)
+app.command("rotate-key")(rotate_key)
+app.command("revoke")(revoke)
 
 
 @app.command("pack")
@@ -399,7 +362,7 @@ def pack(
     prohibit: Annotated[
         list[str] | None,
         typer.Option(
-            help="Purpose that you prohibit, even within a permitted one; may be repeated."
+            help="Purpose that you prohibit, also within a permitted one; may be repeated."
         ),
     ] = None,
     audience: Annotated[
@@ -461,7 +424,7 @@ def pack(
         licence=licence,
         terms=stated,
         serial=serial,
-        passphrase=_read_passphrase(passphrase_file),
+        passphrase=read_passphrase(passphrase_file),
     )
     size = sum(f.stat().st_size for f in path.iterdir())
     echo(f"{path}: {format_megabytes(size)} MB. Read what it says: flexolmo expert inspect {path}")
@@ -491,7 +454,7 @@ def inspect(
 ) -> None:
     """Print everything a bundle claims, and whether it holds up, as JSON."""
     from flexolmo.bundle.bundle import inspect_bundle
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
 
     trusted = TrustedOwners.load(trust) if trust else None
     echo(json.dumps(inspect_bundle(bundle, trusted, max_bytes=max_bytes), indent=2, default=str))
@@ -511,7 +474,7 @@ def verify(
     Example: flexolmo expert verify math.bundle --trust trusted/
     """
     from flexolmo.bundle.bundle import open_bundle
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
 
     trusted = TrustedOwners.load(trust) if trust else None
     found = open_bundle(bundle, trusted, allow_unknown_signer=trust_any_signer, max_bytes=max_bytes)

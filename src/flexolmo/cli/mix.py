@@ -231,6 +231,39 @@ def remove(
     echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
 
 
+@app.command("refresh")
+def refresh(
+    model: Model,
+    revocations: Annotated[
+        Path, typer.Option(help="Directory of revocation lists, OWNER.revoked.json.")
+    ],
+    trust: TrustDirectory = None,
+) -> None:
+    """Take in owners' newer revocation lists, and remove the experts that they revoke.
+
+    Lists need no trusted way: each counts by its owner's signature. An older one never takes the
+    place of a newer. Exits 2 if a list was refused, after all others have been taken in.
+
+    Example: flexolmo mix refresh model --revocations inbox --trust trusted/
+    """
+    from flexolmo.bundle.refresh import take_lists
+    from flexolmo.bundle.trust import TrustedOwners
+    from flexolmo.errors import ConfigError, SignatureError
+    from flexolmo.merge.mixture import remove_revoked
+
+    if trust is None:
+        raise ConfigError("Lists are kept among the trusted owners: give --trust DIR.")
+    found = take_lists(trust, revocations)
+    for line in found.done:
+        echo(line)
+    gone = remove_revoked(model, TrustedOwners.load(trust))
+    for why in gone.values():
+        echo(why)
+    echo(f"{model}: {', '.join(gone) or 'no expert'} removed")
+    if found.refused:
+        raise SignatureError("Lists were refused:\n  " + "\n  ".join(found.refused))
+
+
 @app.command("inspect")
 def inspect(model: Model) -> None:
     """Print what a mixture is built from, as JSON."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
 
 TrustDirectory = Annotated[
     Path | None,
@@ -26,7 +26,7 @@ TrustAny = Annotated[
 
 def trusted_owners(trust: Path | None, trust_any_signer: bool) -> "TrustedOwners | None":
     """The owners these options trust; None if neither is given, which opens no mixture."""
-    from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners
+    from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 
     if trust is None:
         return ANY_SIGNER if trust_any_signer else None

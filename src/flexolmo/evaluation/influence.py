@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import TokenSet, evaluation_windows
 from flexolmo.data.forms import FORMS, write_form
 from flexolmo.data.tokenizer import Tokenizer

@@ -20,8 +20,8 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.terms import Terms
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import digest_bytes, digest_file, recover_missing

@@ -23,8 +23,8 @@ from torch import Tensor
 from flexolmo.bundle.bundle import write_bundle
 from flexolmo.bundle.manifest import PUBLIC, build_manifest
 from flexolmo.bundle.serials import take_serial
-from flexolmo.bundle.signing import ANY_SIGNER
 from flexolmo.bundle.terms import Terms
+from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
 from flexolmo.files import digest_file, write_directory_aside, write_json

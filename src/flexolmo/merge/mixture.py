@@ -22,12 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, ExpertFacts, check_signer, open_bundle
 from flexolmo.bundle.manifest import Manifest, Name
-from flexolmo.bundle.signing import TrustedOwners
 from flexolmo.bundle.tensors import Digest
 from flexolmo.bundle.terms import Terms
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.errors import BundleError, CheckpointError, MergeError, SignatureError
+from flexolmo.errors import BundleError, CheckpointError, MergeError, RevokedError, SignatureError
 from flexolmo.files import (
     lock_directory,
     read_json,
@@ -215,6 +215,23 @@ def remove_experts(
                 if n not in gone
             }
         return _write(model_dir, model_dir / "anchor", [], about, trusted)
+
+
+def remove_revoked(model_dir: Path, trusted: TrustedOwners) -> dict[str, str]:
+    """Remove the experts that their owners have revoked, as `remove_experts` does.
+
+    Returns why, by name; `trusted` holds the revocation lists.
+    """
+    model_dir = Path(model_dir)
+    gone: dict[str, str] = {}
+    for name in read_about(model_dir)["experts"]:
+        try:
+            check_signer(model_dir / "experts" / f"{name}.bundle", trusted)
+        except RevokedError as e:
+            gone[name] = str(e)
+    if gone:
+        remove_experts(model_dir, gone, trusted)
+    return gone
 
 
 def load_mixture(

@@ -7,7 +7,7 @@ with none.
 from collections.abc import Mapping
 from typing import Any
 
-from flexolmo.bundle.bundle import ExpertFacts
+from flexolmo.bundle.facts import ExpertFacts
 
 Seen = Mapping[str, Mapping[str, Mapping[str, Any]]]  # by name and owner: serial, bundle_digest
 

@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.signing import ANY_SIGNER, TrustedOwners
+from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.cli import app
 from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
 from flexolmo.merge.mixture import load_mixture

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from flexolmo.bundle.bundle import inspect_bundle
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents

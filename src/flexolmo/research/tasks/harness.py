@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flexolmo.bundle.signing import TrustedOwners
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import ConfigError
 
 try:

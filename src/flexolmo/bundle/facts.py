@@ -1,0 +1,17 @@
+"""Facts of an expert that decide who may use it. No torch."""
+
+from dataclasses import dataclass
+
+from flexolmo.bundle.terms import Terms
+
+
+@dataclass(frozen=True)
+class ExpertFacts:
+    """One expert as its verified bundle states it."""
+
+    owner: str
+    key_id: str  # of the key that signed the bundle
+    bundle_digest: str  # of its manifest.json
+    serial: int  # 0: a bundle of format version 3, which had none
+    licence: str
+    terms: Terms
