@@ -72,7 +72,8 @@ for name in code academic; do
             --name $name --out $house/expert$suffix.run --set train.steps=4 \\
             --set train.warmup_steps=1 --set train.seq_len=24 --set train.batch_size=2 $more
         flexolmo expert pack $house/expert$suffix.run --key $house/key.pem --out \\
-            $house/outbox$suffix/$name.bundle --owner "$(owner $name)" --licence LicenseRef-Demo
+            $house/outbox$suffix/$name.bundle --owner "$(owner $name)" --licence LicenseRef-Demo \\
+            --purpose any
     done
     cp $house/key.pem.pub "coordinator/trusted/$(owner $name).pub"
 done

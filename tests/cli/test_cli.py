@@ -202,8 +202,18 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             ["SignatureError", "unknown key"],
         ),
         (
-            ("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
+            (
+                *("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
+                *("--purpose", "any"),
+            ),
             ["expert.json"],
+        ),
+        (
+            (
+                *("expert", "pack", tmp_path, "--key", "k", "--owner", "A", "--licence", "MIT"),
+                *("--purpose", "research"),
+            ),
+            ["'research'", "general-research", "flexolmo expert purposes"],
         ),
         (("eval", "sets", "--model", model, "--data", tmp_path), ["card.json"]),
         (
@@ -235,9 +245,14 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
             "A",
             "--licence",
             "M",
-            "--expires",
+            "--purpose",
+            "any",
+            "--valid-until",
             "soon",
         ],
+        ["expert", "pack", "r", "--key", "k", "--owner", "A", "--licence", "M"],  # no purpose
+        ["expert", "revoke", "--key", "k", "--owner", "A"],  # no reason
+        ["mix", "refresh", "m"],
     ],
 )
 def test_a_command_that_cannot_be_read_is_refused_with_usage(run, words):

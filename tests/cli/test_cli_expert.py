@@ -10,6 +10,7 @@ import torch
 
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import encode_public, read_private_key
+from flexolmo.bundle.terms import PURPOSES
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
@@ -170,6 +171,7 @@ def test_a_key_with_a_passphrase_is_made_and_signs(run, works, tmp_path, trained
     works("expert", "key", key, "--passphrase-file", words)
     assert b"ENCRYPTED" in key.read_bytes()
     said = ("expert", "pack", trained["low"], "--key", key, "--owner", "A", "--licence", "MIT")
+    said += ("--purpose", "any")
     out = ("--out", tmp_path / "maths.bundle")
     refuses(run(*said, *out), "has a passphrase", "--passphrase-file")
     refuses(
@@ -185,6 +187,44 @@ def test_a_key_with_a_passphrase_is_made_and_signs(run, works, tmp_path, trained
     assert encode_public(read_private_key(tmp_path / "other.pem"))
     key.chmod(0o644)
     refuses(run(*said, "--out", tmp_path / "b/maths.bundle"), "mode 0644", "chmod 600")
+
+
+def test_terms_serial_and_purposes_are_packed_and_shown(run, works, trained, owner_keys, tmp_path):
+    said = ("expert", "pack", trained["low"], "--key", owner_keys["Ann"], "--owner", "Ann")
+    said += ("--licence", "LicenseRef-Ann", "--out", tmp_path / "maths.bundle")
+    terms = {
+        "text": "For research.",
+        "permitted": ["clinical-care", "health-research"],
+        "prohibited": ["commercial"],
+        "audience": ["clinic"],
+        "valid_from": "2020-01-02",
+        "valid_until": "2099-12-31",
+        "attribution": "Ann's maths",
+    }
+    works(
+        *(*said, "--terms", "For research.", "--purpose", "health-research"),
+        *("--purpose", "clinical-care", "--prohibit", "commercial", "--audience", "clinic"),
+        *("--valid-from", "2020-01-02", "--valid-until", "2099-12-31"),
+        *("--attribution", "Ann's maths", "--serial", "70"),
+    )
+    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle"))
+    assert shown["verified"] and shown["claims"]["terms"] == terms
+    assert (shown["claims"]["serial"], shown["claims"]["format_version"]) == (70, 4)
+    shutil.rmtree(tmp_path / "maths.bundle")
+    works(*said, "--purpose", "any")
+    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle"))
+    assert shown["claims"]["serial"] == 71
+    code, _, err = run(*said, "--purpose", "any", "--serial", "71")
+    assert code == 2 and "Serial 71 is not higher than 71" in err
+
+
+def test_every_purpose_is_listed_with_its_meaning(works, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    listed = works("expert", "purposes")
+    offered = works("expert", "pack", "--help")
+    for name, purpose in PURPOSES.items():
+        assert name in listed and purpose.meaning in listed
+        assert name in offered
 
 
 # --- compress -----------------------------------------------------------------------------------
@@ -285,6 +325,8 @@ def test_healed_it_says_less_wrong_and_has_half_the_bytes(
         "Ann",
         "--licence",
         "MIT",
+        "--purpose",
+        "any",
         "--out",
         tmp_path / "maths.bundle",
     )
@@ -354,6 +396,8 @@ def test_a_compressed_expert_is_compressed_further_packed_and_merged(
         "Ann",
         "--licence",
         "MIT",
+        "--purpose",
+        "any",
         "--out",
         tmp_path / "maths.bundle",
     )

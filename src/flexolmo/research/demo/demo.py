@@ -19,7 +19,7 @@ from typing import Any
 import tomli_w
 from pydantic import Field
 
-from flexolmo.bundle.bundle import inspect_bundle
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
@@ -46,6 +46,9 @@ from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
 TERMS = "For this demonstration."
+# Purposes that owners permit and prohibit, as options of `expert pack`, to show that these differ.
+ANY_PURPOSE = "--purpose any"
+PURPOSES = {"academic": "--purpose education --purpose general-research --prohibit commercial"}
 # The demo's text is of packages: pages laid out with spaces, and many copies of one text.
 PREPARE = "data prepare --min-bytes=200 --near-duplicates=0.7 --normalise --out prepared"
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
@@ -231,7 +234,8 @@ class _Demo:
                 f"pack {name}{suffix}",
                 f"owners/{name}",
                 f"expert pack expert{suffix}.run --key key.pem --owner '{owner_of(name)}' "
-                f"--licence LicenseRef-Demo --terms '{TERMS}' --out outbox{suffix}/{name}.bundle",
+                f"--licence LicenseRef-Demo --terms '{TERMS}' {PURPOSES.get(name, ANY_PURPOSE)} "
+                f"--out outbox{suffix}/{name}.bundle",
                 makes=[f"outbox{suffix}"],
                 after=[self.keys[name], expert],
             )
@@ -310,7 +314,7 @@ class _Demo:
             "paper_router": {k: paper[k] for k in ("bits_per_byte", "summary", "routing")},
             "influence": read_json(self.coordinator / "influence.json"),
             "statistics_attack": {n: read_json(self.house(n) / "audit.json") for n in self.names},
-            "owners": [self._owner(n) for n in self.names],
+            "owners": [self._owner(n, mixture.facts[n]) for n in self.names],
             "anchor": {
                 "parameters": sum(
                     p.numel()
@@ -346,10 +350,9 @@ class _Demo:
             },
         }
 
-    def _owner(self, name: str) -> dict[str, Any]:
+    def _owner(self, name: str, facts: ExpertFacts) -> dict[str, Any]:
         card = read_card(self.house(name) / "prepared" / name)
         bundle = self.house(name) / "outbox" / f"{name}.bundle"
-        claims = inspect_bundle(bundle)
         expert = read_json(self.house(name) / "expert.run/expert.json")
         return {
             "name": name,
@@ -359,10 +362,10 @@ class _Demo:
             "tokens": card["splits"]["train"]["tokens"],
             "tokens_seen": expert["record"]["tokens"],
             "seconds": expert["record"]["seconds"],
-            "licence": claims["claims"]["licence"],
-            "terms": claims["claims"]["terms"]["text"],
+            "licence": facts.licence,
+            "terms": f"{facts.terms.text} ({facts.terms.summary()})",
             "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir()),
-            "key_id": claims["key_id"],
+            "key_id": facts.key_id,
             "sources": [s["source"] for s in card["sources"]],
         }
 
