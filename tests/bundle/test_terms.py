@@ -2,6 +2,8 @@
 
 import datetime
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -101,6 +103,14 @@ def test_purposes_form_a_tree_whose_root_is_any():
         around = purposes_around(name)
         assert around[0] == name and around[-1] == "any"
         assert PURPOSES[name].meaning.endswith(".") and PURPOSES[name].source
+
+
+def test_the_norm_lists_the_same_purposes():
+    page = (Path(__file__).parents[2] / "docs" / "bundle_format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([^|]*) \| (?:`([a-z-]+)`)? \| ([^|]*) \|$", page, re.M)
+    assert [(n, m, w or None, s) for n, m, w, s in rows] == [
+        (name, p.meaning, p.within, p.source) for name, p in PURPOSES.items()
+    ]
 
 
 def test_terms_are_summed_up_for_people():

@@ -54,6 +54,7 @@ def test_there_is_one_verb_for_each_stage():
         "build",
         "add",
         "remove",
+        "refresh",
         "inspect",
         "export",
         "import",

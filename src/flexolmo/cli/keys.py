@@ -75,7 +75,7 @@ def rotate_key(
     """State, signed by your old key and the new one, that the new one takes the old one's place.
 
     Send the file to the coordinator, who puts it among the trusted owners. What the old key signed
-    before stays good. Where the old key was stolen, revoke it too: flexolmo expert revoke --key-id
+    before stays good; where it was stolen, revoke it too, with the new one.
 
     Example: flexolmo expert rotate-key hospital.pem hospital-2.pem --owner "St Mary"
     """
@@ -127,8 +127,8 @@ def revoke(
 ) -> None:
     """Withdraw a bundle, an expert up to a serial, or a key. It cannot be taken back.
 
-    Makes your revocation list one longer. Send it to every coordinator and deployer, by any way:
-    flexolmo mix refresh takes it in. Keep the file, and make it longer with the next revocation.
+    Makes your revocation list longer. Send it to every coordinator and deployer, by any way; they
+    take it in with `mix refresh`. Keep the file: the next revocation makes it longer again.
 
     Example: flexolmo expert revoke --key hospital.pem --owner "St Mary" --expert hospital
     --up-to-serial 3 --reason "Consent was withdrawn."
@@ -157,5 +157,7 @@ def revoke(
         [entry | {"date": today, "reason": reason} for entry in entries],
         None if signed_by is None else signed_by.read_bytes(),
     )
-    echo(f"{out}: number {made.number}, {len(made.revoked)} revocations. Send it to whoever has a")
-    echo("bundle of yours; they take it in with flexolmo mix refresh.")
+    echo(
+        f"{out}: number {made.number}, {len(made.revoked)} revocations. Send it to whoever has a "
+        "bundle of yours, for flexolmo mix refresh."
+    )
