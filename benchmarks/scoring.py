@@ -48,7 +48,9 @@ def main() -> None:
     default, _ = open_method(asked.study, "flexolmo_default")
     model = with_stock_router(paper.model, router_rows(paper.model))
     with tempfile.TemporaryDirectory() as directory:
-        export_stock(LoadedMixture(model, paper.tokenizer, {}), model, Path(directory) / "hf", {})
+        export_stock(
+            LoadedMixture(model, paper.tokenizer, {}, {}), model, Path(directory) / "hf", {}
+        )
         stock = HFLM(
             pretrained=str(Path(directory) / "hf"),
             batch_size=BATCH_SIZE,

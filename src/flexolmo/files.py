@@ -113,6 +113,20 @@ def lock_directory(path: Path, wait: bool) -> Iterator[bool]:
         os.close(fd)
 
 
+@contextmanager
+def hold_directory(path: Path) -> Iterator[None]:
+    """Hold a lock on the directory `path`, made if absent, so that what is read there stays true
+    until it is written; FlexOlmoError if it cannot be locked."""
+    path.mkdir(parents=True, exist_ok=True)
+    with lock_directory(path, wait=True) as is_held:
+        if not is_held:
+            raise FlexOlmoError(
+                f"{path} cannot be locked, so two runs might write there at once. Put it on a file "
+                "system with locks."
+            )
+        yield
+
+
 def _discard(aside: Path, path: Path) -> bool:
     """Remove `aside`; if it holds the only copy of `path`, put that back first and return True."""
     is_only_copy = (aside / "old").exists() and not path.exists()

@@ -173,7 +173,7 @@ def test_only_ones_own_list_is_made_longer(keys, more, tmp_path):
     before = path.read_bytes()
     bob = read_private_key(keys / "Bob")
     more_of_it = [entry("key", key_id=OTHER)]
-    with pytest.raises(SignatureError, match="not signed by the key"):
+    with pytest.raises(SignatureError, match=r"is signed by .*, not by .*--signed-by KEY\.pub"):
         extend_list(path, bob, "Ann", more_of_it)
     with pytest.raises(BundleError, match="is the list of 'Ann', not of 'Bob'"):
         extend_list(path, read_private_key(keys / "Ann"), "Bob", more_of_it)
@@ -309,3 +309,6 @@ def test_one_bad_list_does_not_keep_out_the_others(trusted_dir, inbox, keys, mor
 def test_a_source_that_is_no_directory_is_refused(trusted_dir, tmp_path):
     with pytest.raises(SignatureError, match="cannot be read"):
         take_lists(trusted_dir, tmp_path / "none")
+    with pytest.raises(SignatureError, match="cannot be read"):
+        take_lists(tmp_path / "none", trusted_dir)
+    assert not (tmp_path / "none").exists()

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.bundle import serials
+from flexolmo import files
 from flexolmo.bundle.serials import carry_serials, record_of, take_serial
-from flexolmo.errors import BundleError, SignatureError
+from flexolmo.errors import BundleError, FlexOlmoError, SignatureError
 
 names = st.sampled_from(["maths", "news"])
 owners = st.sampled_from(["Ann", "Bob & Co"])
@@ -76,8 +76,8 @@ def test_nothing_is_recorded_for_a_key_that_is_not_there(tmp_path):
 
 
 def test_without_a_lock_no_serial_is_taken(key, monkeypatch):
-    monkeypatch.setattr(serials, "lock_directory", lambda path, wait: nullcontext(False))
-    with pytest.raises(BundleError, match="cannot be locked"):
+    monkeypatch.setattr(files, "lock_directory", lambda path, wait: nullcontext(False))
+    with pytest.raises(FlexOlmoError, match="cannot be locked"):
         take_serial(key, "Ann", "maths")
 
 

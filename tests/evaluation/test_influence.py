@@ -374,13 +374,3 @@ def test_an_influence_that_is_malformed_is_refused(village, tmp_path, path, valu
     write_json(tmp_path / "m" / "mixture.json", about)
     with pytest.raises(MergeError, match=rf"does not describe a mixture:\n  influence.{path[0]}"):
         read_about(tmp_path / "m")
-
-
-def test_a_mixture_of_the_format_before_is_read(village, town, tmp_path):
-    shutil.copytree(village, tmp_path / "m")
-    about = read_json(tmp_path / "m" / "mixture.json")
-    del about["influence"]
-    write_json(tmp_path / "m" / "mixture.json", about | {"format_version": 2})
-    assert read_about(tmp_path / "m")["influence"] is None
-    remove_experts(tmp_path / "m", ["news"], town.trusted)
-    assert read_about(tmp_path / "m")["format_version"] == 3

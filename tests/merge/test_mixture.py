@@ -319,6 +319,17 @@ def test_a_mixture_of_another_format_is_refused(house, tmp_path, change):
         load_mixture(model, house.trusted)
 
 
+def test_a_mixture_of_the_format_before_is_built_again_elsewhere(house, tmp_path):
+    old = house.build(["amber"], tmp_path / "old")
+    about = json.loads((old / "mixture.json").read_text())
+    (old / "mixture.json").write_text(json.dumps(about | {"format_version": 3}))
+    bundles = [old / "experts" / "amber.bundle"]
+    with pytest.raises(MergeError, match="Build it again, in another place"):
+        build_mixture(old / "anchor", bundles, old, house.trusted)
+    build_mixture(old / "anchor", bundles, tmp_path / "new", house.trusted)
+    assert tree(tmp_path / "new") == tree(house.mixture_dir(["amber"]))
+
+
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[]"])
 def test_a_mixture_json_that_is_none_is_refused(house, tmp_path, text):
     model = house.build(["amber"], tmp_path / "m")

@@ -24,7 +24,7 @@ from flexolmo.bundle.licence import spell_licence
 from flexolmo.bundle.strict import Claim, check_canonical, parse_object, read_claims
 from flexolmo.bundle.tensors import Digest, Positive, TensorEntry, TensorName, read_weights
 from flexolmo.bundle.terms import Terms
-from flexolmo.errors import BundleError
+from flexolmo.errors import BundleError, ConfigError
 from flexolmo.files import canonical_json
 
 FORMAT_VERSION = 4
@@ -49,6 +49,14 @@ def check_owner(owner: str) -> str:
     if owner != unicodedata.normalize("NFC", owner):
         raise ValueError("an owner's name must be in Unicode's NFC form")
     return owner
+
+
+def require_owner(owner: str) -> None:
+    """ConfigError unless `owner`, as somebody gave it, can be an owner's name."""
+    try:
+        check_owner(owner)
+    except ValueError as e:
+        raise ConfigError(f"The owner {owner!a} cannot be: {e}.") from None
 
 
 def _check_name(name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flexolmo.bundle.revocation import MAX_LIST_BYTES, SUFFIX, read_list
 from flexolmo.bundle.trust import TrustedOwners, signers
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import lock_directory, read_bounded, write_bytes
+from flexolmo.files import hold_directory, read_bounded, write_bytes
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,14 @@ def take_lists(directory: Path, source: Path, today: datetime.date | None = None
         SignatureError: `directory` does not hold up, or `source` is no directory.
     """
     directory = Path(directory)
+    TrustedOwners.load(directory)  # holds up, and is there
     today = today or datetime.datetime.now(datetime.UTC).date()
     try:
         paths = sorted(p for p in Path(source).iterdir() if p.name.endswith(SUFFIX))
     except OSError as e:
         raise SignatureError(f"The lists in {source} cannot be read: {e}.") from None
     found = Refreshed()
-    with lock_directory(directory, wait=True):
+    with hold_directory(directory):
         for path in paths:
             try:
                 found.done.append(f"{path}: {_take(directory, path, today)}")

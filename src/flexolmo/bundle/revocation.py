@@ -12,13 +12,13 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import Field, StringConstraints
 
 from flexolmo.bundle.facts import ExpertFacts
-from flexolmo.bundle.manifest import Count, Name, Owner
+from flexolmo.bundle.manifest import Count, Name, Owner, require_owner
 from flexolmo.bundle.signing import Envelope, encode_public, key_id, read_statement, sign_statement
 from flexolmo.bundle.strict import Claim, check_canonical, read_claims
 from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.bundle.terms import Day
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import canonical_json, read_bounded, write_bytes
+from flexolmo.files import canonical_json, hold_directory, read_bounded, write_bytes
 
 SUFFIX = ".revoked.json"
 MAX_LIST_BYTES = 1 << 20
@@ -114,45 +114,59 @@ def extend_list(
         signed_by: Public key, PEM, of the list as it stands. Default: that of `key`.
 
     Raises:
+        ConfigError: no owner can be called so.
         BundleError: malformed fields, or a list of another owner.
         SignatureError: a list signed by another key, or one that revokes `key`.
     """
-    own = encode_public(key)
-    number, before = 1, []
-    if path.exists():
-        old, envelope = read_list(_read(path), str(path))
-        envelope.verify(signed_by or own)
-        if old.has_key(key_id(own)):
-            raise SignatureError(
-                f"{path} revokes the key {key_id(own)}, which may sign no list after it. Sign with "
-                "the key that took its place."
+    require_owner(owner)
+    with hold_directory(path.parent):
+        number, before = 1, []
+        if path.exists():
+            old = _read_own(path, key, owner, signed_by)
+            number, before = old.number + 1, old.model_dump(mode="json")["revoked"]
+        claims = {
+            "format": "flexolmo-revocations",
+            "format_version": 1,
+            "owner": owner,
+            "number": number,
+            "revoked": [*before, *map(dict, revoked)],
+        }
+        payload = canonical_json(claims)
+        advice = "Nothing was written."
+        check_canonical(claims, payload, "This list", advice)
+        made = read_claims(payload, RevocationList, "This list", advice)
+        data = sign_statement(made, _PAYLOAD_TYPE, [key])
+        if len(data) > MAX_LIST_BYTES:
+            raise BundleError(
+                f"The list would have {len(data)} bytes, at most {MAX_LIST_BYTES} are read. Revoke "
+                "an expert up to a serial, or a key, in place of single bundles."
             )
-        if old.owner != owner:
-            raise BundleError(f"{path} is the list of {old.owner!r}, not of {owner!r}.")
-        number, before = old.number + 1, old.model_dump(mode="json")["revoked"]
-    claims = {
-        "format": "flexolmo-revocations",
-        "format_version": 1,
-        "owner": owner,
-        "number": number,
-        "revoked": [*before, *map(dict, revoked)],
-    }
-    payload = canonical_json(claims)
-    advice = "Nothing was written."
-    check_canonical(claims, payload, "This list", advice)
-    made = read_claims(payload, RevocationList, "This list", advice)
-    data = sign_statement(made, _PAYLOAD_TYPE, [key])
-    if len(data) > MAX_LIST_BYTES:
-        raise BundleError(
-            f"The list would have {len(data)} bytes, at most {MAX_LIST_BYTES} are read. Revoke an "
-            "expert up to a serial, or a key, in place of single bundles."
-        )
-    write_bytes(path, data)
+        write_bytes(path, data)
     return made
 
 
-def _read(path: Path) -> bytes:
+def _read_own(
+    path: Path, key: EllipticCurvePrivateKey, owner: str, signed_by: bytes | None
+) -> RevocationList:
+    """The owner's list in the file `path`, which `key` is to sign after `signed_by`, or itself."""
     try:
-        return read_bounded(path, MAX_LIST_BYTES)
+        data = read_bounded(path, MAX_LIST_BYTES)
     except (OSError, ValueError) as e:
         raise BundleError(f"The list {path} cannot be read: {e}.") from None
+    old, envelope = read_list(data, str(path))
+    own = encode_public(key)
+    signer = key_id(signed_by or own)
+    if signer not in envelope.signatures:
+        raise SignatureError(
+            f"{path} is signed by {', '.join(envelope.signatures) or 'nobody'}, not by {signer}. "
+            "Name the public key that signed it: --signed-by KEY.pub."
+        )
+    envelope.verify(signed_by or own)
+    if old.owner != owner:
+        raise BundleError(f"{path} is the list of {old.owner!r}, not of {owner!r}.")
+    if old.has_key(key_id(own)):
+        raise SignatureError(
+            f"{path} revokes the key {key_id(own)}, which may sign no list after it. Sign with the "
+            "key that took its place."
+        )
+    return old

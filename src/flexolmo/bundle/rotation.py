@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import StringConstraints
 
-from flexolmo.bundle.manifest import Owner, check_owner
+from flexolmo.bundle.manifest import Owner, require_owner
 from flexolmo.bundle.signing import Envelope, encode_public, key_id, read_statement, sign_statement
 from flexolmo.bundle.strict import Claim
 from flexolmo.bundle.tensors import Digest
@@ -38,10 +38,7 @@ def sign_rotation(
 
     The new key signs too: nobody can claim a key that they do not hold.
     """
-    try:
-        check_owner(owner)
-    except ValueError as e:
-        raise ConfigError(f"The owner {owner!a} cannot be: {e}.") from None
+    require_owner(owner)
     old_id = key_id(encode_public(old))
     new_pem = encode_public(new)
     if old_id == key_id(new_pem):

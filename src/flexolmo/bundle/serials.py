@@ -3,15 +3,13 @@
 It lies beside the private key, as KEY.serials.json, and holds the last serial by owner and name.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import lock_directory, read_json, write_json
+from flexolmo.files import hold_directory, read_json, write_json
 
 _Record = dict[str, dict[str, Annotated[int, Field(ge=1, strict=True)]]]
 _RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
@@ -27,15 +25,15 @@ def take_serial(private_key: Path, owner: str, name: str, serial: int | None = N
     """A serial to pack the expert `name` with: the next one, or `serial` if it is higher than all
     before. It is recorded before it is used, so that a stop in between wastes it.
 
-    BundleError for a lower one, or if the record cannot be read or locked; SignatureError if there
-    is no such key.
+    BundleError for a lower one, or if the record cannot be read; SignatureError if there is no such
+    key; FlexOlmoError if its directory cannot be locked.
     """
     if not Path(private_key).is_file():
         raise SignatureError(
             f"There is no private key {private_key}. Make one: flexolmo expert key."
         )
     record = record_of(private_key)
-    with _hold(record):
+    with hold_directory(record.parent):
         taken = _read(record)
         last = taken.get(owner, {}).get(name, 0)
         if serial is not None and serial <= last:
@@ -51,24 +49,13 @@ def take_serial(private_key: Path, owner: str, name: str, serial: int | None = N
 
 def carry_serials(old_key: Path, new_key: Path) -> None:
     """Let the new key's record begin where the old key's ends."""
-    with _hold(record_of(new_key)):
+    with hold_directory(record_of(new_key).parent):
         old = _read(record_of(old_key))
         new = _read(record_of(new_key))
         for owner, serials in old.items():
             held = new.setdefault(owner, {})
             held |= {name: max(last, held.get(name, 0)) for name, last in serials.items()}
         write_json(record_of(new_key), new, is_private=True)
-
-
-@contextmanager
-def _hold(record: Path) -> Iterator[None]:
-    with lock_directory(record.parent, wait=True) as is_held:
-        if not is_held:
-            raise BundleError(
-                f"{record.parent} cannot be locked, so two bundles might get one serial. Put the "
-                "key on a file system with locks."
-            )
-        yield
 
 
 def _read(record: Path) -> _Record:

@@ -11,6 +11,7 @@ import getpass
 import hashlib
 import json
 import os
+import re
 import shlex
 import stat
 import sys
@@ -359,7 +360,9 @@ def read_statement(
         signatures = {
             str(s["keyid"]): base64.b64decode(s["sig"], validate=True) for s in whole["signatures"]
         }
-        is_exact = _envelope(payload, payload_type, signatures) == data
+        is_exact = _envelope(payload, payload_type, signatures) == data and all(
+            re.fullmatch(r"sha256:[0-9a-f]{64}", name) for name in signatures
+        )
     except (ValueError, KeyError, TypeError):
         is_exact = False
     if not is_exact:

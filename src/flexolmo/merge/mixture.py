@@ -14,13 +14,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, ExpertFacts, check_signer, open_bundle
+from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.tensors import Digest
 from flexolmo.bundle.terms import Terms
@@ -114,7 +115,7 @@ class LoadedMixture:
     tokenizer: Tokenizer
     about: dict[str, Any]  # mixture.json
     facts: Mapping[str, ExpertFacts]  # by expert
-    seen: Seen  # give it to `load_mixture` when the model is loaded again
+    seen: Seen = field(default_factory=dict)  # for `load_mixture`, when the model is loaded again
 
     @property
     def expert_names(self) -> list[str]:
@@ -245,8 +246,8 @@ def load_mixture(
     Their signers must be among `trusted`; ANY_SIGNER lets everybody in. Every bundle is checked
     again as when it was added, and that mixture.json says of it what its manifest says; an expert
     whose terms refuse today, or that is older than one in `seen` (of an earlier load), is refused
-    by name. The choice of bundles and `top_k` are not signed:
-    keep mixture.json as safe as the program.
+    by name. The choice of bundles and `top_k` are not signed: keep mixture.json as safe as the
+    program.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -449,6 +450,7 @@ def _write(
                 place, options = _link_or_copy(source, target, trusted)
                 held = _reopen(place, name, about, trusted, **options)
             experts[name] = about["experts"][name]
+            seen = join_seen(seen, seen_of(name, held.facts))
             manifests.append(held.manifest)
         if bundles:
             _refuse_late(out, manifests)
@@ -460,8 +462,8 @@ def _write(
                     place, trusted, trusted.allows_unknown, keep_tensors=True, **options
                 )
             m = bundle.manifest
-            misfits = find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
-            misfits += find_rollback(seen, m.name, bundle.facts)
+            misfits = find_rollback(seen, m.name, bundle.facts)
+            misfits = misfits or find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
             if m.name in experts:
                 misfits.append(f"{m.name}: two experts have this name")
             else:
