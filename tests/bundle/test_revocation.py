@@ -1,5 +1,8 @@
 """What an owner has revoked is refused wherever a bundle is opened, and no list takes it back."""
 
+import base64
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +15,7 @@ from flexolmo.bundle.revocation import extend_list, read_list
 from flexolmo.bundle.signing import read_private_key, sign_statement
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, RevokedError, SignatureError
+from flexolmo.files import canonical_json
 from made_bundles import DIGEST, TERMS
 from made_owners import DAY, days, entry, id_of, make_keys, open_up, public, revoke, rotate
 
@@ -151,6 +155,7 @@ def test_a_list_says_what_was_asked_and_grows(keys, tmp_path):
         entry("key", key_id="sha256:AB"),
         entry("key", key_id=DIGEST, reason=""),
         entry("key", key_id=DIGEST, reason="a\x1b[2J"),
+        entry("key", key_id=DIGEST, reason="a\udcff"),
         entry("key", key_id=DIGEST, date="2026-2-30"),
         entry("expert", name="maths"),
         entry("expert", name="maths", up_to_serial=-1),
@@ -180,6 +185,15 @@ def test_only_ones_own_list_is_made_longer(keys, more, tmp_path):
     assert path.read_bytes() == before
     made = extend_list(path, bob, "Ann", more_of_it, signed_by=public(keys / "Ann"))
     assert made.number == 2
+
+
+def test_a_list_that_was_changed_is_not_made_longer(keys, tmp_path):
+    path = revoke(tmp_path, keys / "Ann", entry("key", key_id=DIGEST))
+    whole = json.loads(path.read_bytes())
+    payload = base64.b64decode(whole["payload"]).replace(b"ab", b"cd")
+    path.write_bytes(canonical_json(whole | {"payload": base64.b64encode(payload).decode()}))
+    with pytest.raises(SignatureError, match="not signed by the key"):
+        revoke(tmp_path, keys / "Ann", entry("key", key_id=OTHER))
 
 
 def test_a_revoked_key_signs_no_list_after(keys, tmp_path):
@@ -246,6 +260,16 @@ def refused(trusted_dir, inbox, said, today=None):
     found = take_lists(trusted_dir, inbox, today)
     assert not found.done and len(found.refused) == 1 and said in found.refused[0], found
     assert {p.name: p.read_bytes() for p in trusted_dir.iterdir()} == before
+
+
+def test_two_lists_of_one_number_do_not_follow_each_other(trusted_dir, inbox, keys):
+    """Though the second holds all of the first: an owner signs each number once."""
+    held = revoke(trusted_dir, keys / "Ann", entry("bundle", bundle_digest=DIGEST))
+    made, _ = read_list(held.read_bytes(), "held")
+    longer = made.model_copy(update={"revoked": made.revoked * 2})
+    data = sign_statement(longer, revocation._PAYLOAD_TYPE, [read_private_key(keys / "Ann")])
+    (inbox / "x.revoked.json").write_bytes(data)
+    refused(trusted_dir, inbox, "number 1 of Ann does not go on from number 1")
 
 
 @pytest.mark.parametrize("number", [1, 5])

@@ -1,6 +1,7 @@
 """A directory of trusted owners: keys with days, rotations, and what is refused by name."""
 
 import datetime
+import json
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from flexolmo.bundle.rotation import sign_rotation
 from flexolmo.bundle.signing import key_id, read_private_key, sign_statement
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import ConfigError, SignatureError
+from flexolmo.files import canonical_json
 from made_bundles import make_manifest, make_weights, sign_as
 from made_owners import DAY, days, id_of, make_keys, open_up, public, revoke, rotate
 
@@ -208,6 +210,31 @@ def test_a_changed_byte_of_a_statement_is_refused(owner, tmp_path_factory, data)
     with pytest.raises(SignatureError) as e:
         TrustedOwners.load(here)
     assert file.name in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w["signatures"].insert(0, {"keyid": "\x1b[2J", "sig": ""}),
+        lambda w: w["signatures"].append(dict(w["signatures"][0])),
+        lambda w: w["signatures"].reverse(),
+        lambda w: w["signatures"][0].update(note="text"),
+        lambda w: w["signatures"].clear(),
+        lambda w: w.update(note="text"),
+        lambda w: w.update(payload=w["payload"] + "\n"),
+        lambda w: w.update(payloadType="application/vnd.flexolmo.revocations+json"),
+        lambda w: w.update(signatures={}),
+    ],
+)
+def test_a_statement_has_one_spelling_only(owner, trusted_dir, change):
+    rotate(trusted_dir, owner / "0", owner / "1")
+    (file,) = trusted_dir.glob("*.rotation.json")
+    whole = json.loads(file.read_bytes())
+    change(whole)
+    file.write_bytes(canonical_json(whole))
+    with pytest.raises(SignatureError, match=r"Ann\.a\.rotation\.json'") as e:
+        TrustedOwners.load(trusted_dir)
+    assert "\x1b" not in str(e.value)
 
 
 def test_a_rotation_says_what_was_asked(owner):

@@ -14,7 +14,7 @@ from flexolmo.bundle import bundle as room
 from flexolmo.bundle.bundle import inspect_bundle, write_bundle
 from flexolmo.bundle.signing import key_id
 from flexolmo.errors import BundleError, DiskFullError
-from made_bundles import TODAY, make_manifest, make_weights, terms_until
+from made_bundles import TERMS, TODAY, make_manifest, make_weights, terms_until
 
 # --- writing -----------------------------------------------------------------------------------
 
@@ -34,6 +34,16 @@ def test_an_expert_unlike_its_manifest_is_not_written(tmp_path, keys, sent, chan
             tmp_path / "maths.bundle", make_weights(**sent or {}), manifest, keys / "Ann", TODAY
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_may_be_packed_before_its_terms_begin(tmp_path, keys, trusted):
+    first = TODAY + datetime.timedelta(days=9)
+    weights = make_weights()
+    manifest = make_manifest(weights, terms=TERMS.model_copy(update={"valid_from": first}))
+    path = write_bundle(tmp_path / "maths.bundle", weights, manifest, keys / "Ann", today=TODAY)
+    assert room.open_bundle(path, trusted, today=first).manifest.terms.valid_from == first
+    with pytest.raises(BundleError, match="terms begin on 2026-12-01, today is 2026-11-22"):
+        room.open_bundle(path, trusted, today=TODAY)
 
 
 def test_an_expert_that_is_not_finite_is_not_written(tmp_path, keys):

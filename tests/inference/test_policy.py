@@ -1,5 +1,6 @@
 """Which experts a request enables: laws over sets of names."""
 
+import datetime
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexolmo.bundle.terms import make_terms
 from flexolmo.errors import PolicyError
 from flexolmo.inference.policy import choose_experts
 
@@ -39,6 +41,29 @@ def test_saying_nothing_enables_all_and_only_nothing_none(available):
     assert choose_experts(available) == available
     assert choose_experts(available, only=None, without=[]) == available
     assert choose_experts(available, only=[]) == frozenset()
+
+
+@given(chosen=names, early=names, late=names)
+def test_an_expert_outside_its_days_is_refused_by_name_if_it_is_chosen(chosen, early, late):
+    now = datetime.datetime.now(datetime.UTC).date()
+    day = datetime.timedelta(days=400)
+    available = {
+        name: make_terms(
+            "x",
+            ["any"],
+            valid_from=now + day if name in early else now - day,
+            valid_until=now - day if name in late - early else now + 2 * day,
+        )
+        for name in chosen | early | late
+    }
+    outside = chosen & (early | late)
+    if not outside:
+        assert choose_experts(available, only=chosen) == chosen
+        return
+    with pytest.raises(PolicyError) as caught:
+        choose_experts(available, only=chosen)
+    assert all(f"{name}: the owner's terms " in str(caught.value) for name in outside)
+    assert not any(f"{name}: " in str(caught.value) for name in available.keys() - outside)
 
 
 @given(available=names, asked=names.filter(bool), word=st.sampled_from(["without", "only"]))

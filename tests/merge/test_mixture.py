@@ -286,9 +286,10 @@ def test_bundles_swapped_for_each_other_are_refused(house, tmp_path):
         load_mixture(model, house.trusted)
 
 
-def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_path, monkeypatch):
+def test_an_expert_is_loaded_on_the_days_of_its_terms_alone(house, tmp_path, monkeypatch):
     last = datetime.date(2031, 5, 1)
-    bundle = differ_in_router(house, tmp_path, "amber", "evidence", terms=terms_until(last))
+    terms = terms_until(last).model_copy(update={"valid_from": datetime.date(2026, 1, 1)})
+    bundle = differ_in_router(house, tmp_path, "amber", "evidence", terms=terms)
     build_mixture(house.anchor_dir, [bundle, house.bundle("zinc")], tmp_path / "m", house.trusted)
 
     def on(*moment):
@@ -299,6 +300,8 @@ def test_terms_that_expire_later_are_refused_from_the_day_after_on(house, tmp_pa
         monkeypatch.setattr(room, "datetime", fake)
         return tmp_path / "m"
 
+    with pytest.raises(MergeError, match="amber: the owner's terms begin on 2026-01-01"):
+        load_mixture(on(2025, 12, 31, 23, 59), house.trusted)
     assert load_mixture(on(2031, 5, 1, 23, 59), house.trusted).expert_names == ["amber", "zinc"]
     with pytest.raises(
         MergeError, match=r"amber: the owner's terms expired on 2031-05-01"

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.terms import make_terms
 from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.errors import MergeError, RevokedError, SignatureError
+from flexolmo.files import canonical_json
 from flexolmo.merge.mixture import (
     add_experts,
     build_mixture,
@@ -19,7 +21,7 @@ from flexolmo.merge.mixture import (
     remove_revoked,
 )
 from flexolmo.merge.rollback import find_rollback, join_seen, seen_of
-from made_bundles import TERMS
+from made_bundles import TERMS, sign_as
 from made_mixtures import differ_in_router, tree
 from made_owners import entry, revoke
 
@@ -105,10 +107,30 @@ def test_an_older_or_a_twin_bundle_of_a_removed_owner_does_not_come_back(
     assert put("3")["seen"]["amber"]["Ann"]["serial"] == 3
 
 
-def test_a_bundle_of_format_version_3_replaces_nothing(house, versions):
-    seen = seen_of("amber", ExpertFacts("Ann", "k", "sha256:a", 0, "MIT", TERMS))
-    other = ExpertFacts("Ann", "k", "sha256:b", 0, "MIT", TERMS)
-    assert find_rollback(seen, "amber", other)
+def in_version_3(bundle, path, key):
+    """The bundle as it would have been signed in format version 3."""
+    claims = json.loads((bundle / "manifest.json").read_bytes())
+    del claims["serial"]
+    claims |= {"format_version": 3, "terms": {"text": "Old terms.", "expires": None}}
+    weights = (bundle / "expert.safetensors").read_bytes()
+    return sign_as(path, canonical_json(claims), weights, key, subject="amber.bundle")
+
+
+def test_a_bundle_of_format_version_3_is_merged_and_replaces_nothing(house, versions, tmp_path):
+    old, other = (
+        in_version_3(versions[label], tmp_path / label, house.keys["Ann"]) for label in ("1", "2")
+    )
+    model = tmp_path / "m"
+    build_mixture(house.anchor_dir, [old], model, house.trusted)
+    found = load_mixture(model, house.trusted).facts["amber"]
+    assert (found.serial, found.terms) == (0, make_terms("Old terms.", ["any"]))
+    remove_experts(model, ["amber"], house.trusted)
+    with pytest.raises(MergeError, match="amber: serial 0 of Ann, whose serial 0 was seen before"):
+        add_experts(model, [other], house.trusted)
+    add_experts(model, [versions["1"]], house.trusted)
+    remove_experts(model, ["amber"], house.trusted)
+    with pytest.raises(MergeError, match="amber: serial 0 of Ann, whose serial 1 was seen before"):
+        add_experts(model, [old], house.trusted)
 
 
 def test_another_owner_may_take_a_name_and_the_first_is_remembered(house, versions, tmp_path):

@@ -131,8 +131,11 @@ def extend_list(
             "number": number,
             "revoked": [*before, *map(dict, revoked)],
         }
-        payload = canonical_json(claims)
         advice = "Nothing was written."
+        try:
+            payload = canonical_json(claims)
+        except ValueError as e:
+            raise BundleError(f"This list cannot be written as JSON: {e}. {advice}") from None
         check_canonical(claims, payload, "This list", advice)
         made = read_claims(payload, RevocationList, "This list", advice)
         data = sign_statement(made, _PAYLOAD_TYPE, [key])

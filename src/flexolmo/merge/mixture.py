@@ -394,12 +394,7 @@ def _reopen(
     """A bundle inside a mixture, byte for byte as once verified; the caller judges its terms."""
     entry = about["experts"][name]
     found = open_bundle(
-        path,
-        trusted,
-        trusted.allows_unknown,
-        today=datetime.date.min,
-        **options,
-        expected=entry["files"],
+        path, trusted, trusted.allows_unknown, judges_days=False, **options, expected=entry["files"]
     )
     claims = {"name": found.manifest.name, **_describe_expert(found)}
     wrong = [
