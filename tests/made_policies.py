@@ -4,8 +4,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.terms import Terms
-from flexolmo.inference.engine import ExpertFacts
 from flexolmo.serving.policy import Policies
 
 NOON = datetime.datetime(2026, 11, 30, 12, tzinfo=datetime.UTC)

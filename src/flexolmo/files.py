@@ -312,11 +312,14 @@ def parse_json(text: str | bytes, **hooks: Any) -> Any:
     raise too_deep
 
 
-def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """The bytes of the file `path`; ValueError if it is something else, or longer."""
-    if not Path(path).is_file():  # a pipe would wait for a writer
-        raise ValueError("expected a file")
-    with open(path, "rb") as file:
+def read_bytes(path: Path, max_bytes: int, *, follows_links: bool = True) -> bytes:
+    """The bytes of the file `path`; ValueError if it is something else, or longer; OSError if it
+    cannot be read, or is a link that is not to be followed."""
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW))
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError("expected a file")
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise ValueError(f"expected at most {max_bytes:,} bytes")
@@ -328,20 +331,6 @@ def recover_missing(directory: Path) -> None:
     directory = Path(directory)
     if directory.parent.is_dir() and not directory.exists():
         recover(directory)
-
-
-def read_bounded(path: Path, max_bytes: int, *, follows_links: bool = True) -> bytes:
-    """The content of the plain file `path`; ValueError if it is none, is longer, or is a link that
-    may not be followed; OSError if it cannot be read."""
-    # O_NONBLOCK: opening a pipe must not wait for a writer.
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follows_links else os.O_NOFOLLOW))
-    with os.fdopen(fd, "rb") as f:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise ValueError("found something other than a plain file")
-        data = f.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise ValueError(f"found more than {max_bytes} bytes")
-    return data
 
 
 def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:

@@ -69,7 +69,7 @@ def audit_access(
             readings = {}
             for kind in KINDS:
                 for switch, experts in enabled.items():
-                    choose_experts(mixture.last_days, only=experts)  # terms may expire meanwhile
+                    choose_experts(mixture.terms, only=experts)  # terms may expire meanwhile
                     meter.note = f"{name}, {kind}, {switch}"
                     readings[kind, switch] = read_windows(
                         mixture.model, texts[name, kind], enabled=experts, meter=meter

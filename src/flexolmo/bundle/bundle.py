@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.facts import ExpertFacts, facts_of
 from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, encode_manifest, read_manifest
 from flexolmo.bundle.signing import (
     ADVICE_ALTERED,
@@ -34,7 +34,7 @@ from flexolmo.bundle.strict import raise_listed
 from flexolmo.bundle.tensors import MAX_HEADER_BYTES, Weights, compare_tensors, read_weights
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, RevokedError, SignatureError
-from flexolmo.files import digest_bytes, read_bounded, write_directory_aside
+from flexolmo.files import digest_bytes, read_bytes, write_directory_aside
 
 WEIGHTS_FILE = "expert.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -65,7 +65,7 @@ class Bundle:
     @property
     def facts(self) -> ExpertFacts:
         """The facts that decide who may use it."""
-        return _facts(self.manifest, self.key_id, self.digests[MANIFEST_FILE])
+        return facts_of(self.manifest, self.key_id, self.digests[MANIFEST_FILE])
 
 
 def open_bundle(
@@ -173,7 +173,7 @@ def digest_of(bundle: str) -> str:
     if not path.is_dir():
         return bundle
     try:
-        return digest_bytes(read_bounded(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
+        return digest_bytes(read_bytes(path / MANIFEST_FILE, MAX_MANIFEST_BYTES))
     except (OSError, ValueError) as e:
         raise BundleError(f"{path} is no bundle: {e}.") from None
 
@@ -390,18 +390,13 @@ def _check_standing(path: Path, trusted: TrustedOwners, manifest: Manifest, sign
             f"{signed.key_id}, which counts for {manifest.owner!r} {key.days()}. Ask that owner to "
             "pack it again with a key that counts."
         )
-    facts = _facts(manifest, signed.key_id, signed.digests[MANIFEST_FILE])
+    facts = facts_of(manifest, signed.key_id, signed.digests[MANIFEST_FILE])
     revoked = trusted.find_revocation(manifest.name, facts)
     if revoked is not None:
         raise RevokedError(
             f"{path} was refused: {manifest.name} of {manifest.owner!r}, serial {manifest.serial}, "
             f"was {revoked}. Ask the owner for a newer one."
         )
-
-
-def _facts(manifest: Manifest, key_id: str, bundle_digest: str) -> ExpertFacts:
-    m = manifest
-    return ExpertFacts(m.owner, key_id, bundle_digest, m.serial, m.licence, m.terms)
 
 
 def _check(

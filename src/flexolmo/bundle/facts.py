@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+from flexolmo.bundle.manifest import Manifest
 from flexolmo.bundle.terms import Terms
 
 
 @dataclass(frozen=True)
 class ExpertFacts:
-    """One expert as its verified bundle states it."""
+    """One expert as its bundle states it."""
 
     owner: str
     key_id: str  # of the key that signed the bundle
@@ -15,3 +16,9 @@ class ExpertFacts:
     serial: int  # 0: a bundle of format version 3, which had none
     licence: str
     terms: Terms
+
+
+def facts_of(manifest: Manifest, key_id: str, bundle_digest: str) -> ExpertFacts:
+    """The facts of a bundle with this manifest, signed by this key."""
+    m = manifest
+    return ExpertFacts(m.owner, key_id, bundle_digest, m.serial, m.licence, m.terms)

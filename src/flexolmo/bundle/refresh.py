@@ -10,7 +10,7 @@ from pathlib import Path
 from flexolmo.bundle.revocation import MAX_LIST_BYTES, SUFFIX, read_list
 from flexolmo.bundle.trust import TrustedOwners, signers
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import hold_directory, read_bounded, write_bytes
+from flexolmo.files import hold_directory, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def take_lists(directory: Path, source: Path, today: datetime.date | None = None
 
 def _take(directory: Path, path: Path, today: datetime.date) -> str:
     """Take one list if it is newer; what was done, or an error."""
-    data = read_bounded(path, MAX_LIST_BYTES, follows_links=False)
+    data = read_bytes(path, MAX_LIST_BYTES, follows_links=False)
     new, envelope = read_list(data, path.name)
     trusted = TrustedOwners.load(directory)
     keys = trusted.keys_of(new.owner)

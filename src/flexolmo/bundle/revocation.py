@@ -18,7 +18,7 @@ from flexolmo.bundle.strict import Claim, check_canonical, read_claims
 from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.bundle.terms import Day
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import canonical_json, hold_directory, read_bounded, write_bytes
+from flexolmo.files import canonical_json, hold_directory, read_bytes, write_bytes
 
 SUFFIX = ".revoked.json"
 MAX_LIST_BYTES = 1 << 20
@@ -153,7 +153,7 @@ def _read_own(
 ) -> RevocationList:
     """The owner's list in the file `path`, which `key` is to sign after `signed_by`, or itself."""
     try:
-        data = read_bounded(path, MAX_LIST_BYTES)
+        data = read_bytes(path, MAX_LIST_BYTES)
     except (OSError, ValueError) as e:
         raise BundleError(f"The list {path} cannot be read: {e}.") from None
     old, envelope = read_list(data, str(path))

@@ -24,7 +24,7 @@ from flexolmo.bundle.signing import MAX_KEY_BYTES, Envelope, key_id
 from flexolmo.bundle.strict import raise_listed
 from flexolmo.bundle.terms import read_date
 from flexolmo.errors import BundleError, SignatureError
-from flexolmo.files import read_bounded
+from flexolmo.files import read_bytes
 
 _DATE = r"[0-9]{4}-[0-9]{2}-[0-9]{2}"
 _KEY_FILE = re.compile(rf"(.+?)(?:\.from-({_DATE}))?(?:\.until-({_DATE}))?\.pub")
@@ -97,9 +97,9 @@ class TrustedOwners:
             path = directory / name
             try:
                 if name.endswith(rotation.SUFFIX):
-                    rotations[name] = read_rotation(read_bounded(path, MAX_KEY_BYTES), name)
+                    rotations[name] = read_rotation(read_bytes(path, MAX_KEY_BYTES), name)
                 elif name.endswith(revocation.SUFFIX):
-                    lists[name] = read_list(read_bounded(path, MAX_LIST_BYTES), name)
+                    lists[name] = read_list(read_bytes(path, MAX_LIST_BYTES), name)
                 else:
                     keys[name] = _read_key(path)
             except (BundleError, OSError, ValueError) as e:
@@ -156,7 +156,7 @@ def _read_key(path: Path) -> TrustedKey:
         raise ValueError("found a file of another name")
     owner, first, last = named.groups()
     days = [None if day is None else read_date(day) for day in (first, last)]
-    return TrustedKey(owner, read_bounded(path, MAX_KEY_BYTES), *days)
+    return TrustedKey(owner, read_bytes(path, MAX_KEY_BYTES), *days)
 
 
 def _identify(keys: Mapping[str, TrustedKey], lines: list[str]) -> dict[str, TrustedKey]:

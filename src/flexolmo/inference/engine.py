@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from flexolmo.bundle.facts import ExpertFacts as ExpertFacts
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.inference.sampling import Ending, Sampling
 
 # Reasons for which an answer ends before it is whole: the request was cancelled, an expert it

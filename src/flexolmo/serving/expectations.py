@@ -10,11 +10,11 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, Field
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.terms import PurposeName
 from flexolmo.config import Settings, parse_settings
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.files import read_bytes
-from flexolmo.inference.engine import ExpertFacts
 from flexolmo.inference.policy import choose_experts
 from flexolmo.serving.facts import read_facts
 from flexolmo.serving.policy import Policies, Principal, Wish

@@ -10,12 +10,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from flexolmo.bundle.bundle import MANIFEST_FILE
-from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Manifest, Name, read_manifest
+from flexolmo.bundle.facts import ExpertFacts, facts_of
+from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES, Name, read_manifest
 from flexolmo.bundle.tensors import Digest
-from flexolmo.bundle.terms import Terms
 from flexolmo.errors import BundleError, PolicyError
 from flexolmo.files import digest_bytes, read_bytes
-from flexolmo.inference.engine import ExpertFacts
 
 INDEX_FILE = "mixture.json"
 MAX_FILE_BYTES = 64 << 20
@@ -74,23 +73,4 @@ def _facts_of(model: Path, name: str, entry: _Expert) -> ExpertFacts:
             raise ValueError(f"its digest is not the one in {INDEX_FILE}")
     except (OSError, ValueError, BundleError) as e:
         raise PolicyError(f"{file} cannot be used, build the mixture again: {e}") from None
-    return ExpertFacts(
-        owner=manifest.owner,
-        key_id=entry.key_id,
-        bundle_digest=digest,
-        serial=0,
-        licence=manifest.licence,
-        terms=_terms_of(manifest),
-    )
-
-
-def _terms_of(manifest: Manifest) -> Terms:
-    return Terms(
-        text=manifest.terms.text,
-        permitted=("any",),
-        prohibited=(),
-        audience=(),
-        valid_from=None,
-        valid_until=manifest.terms.expires,
-        attribution=None,
-    )
+    return facts_of(manifest, entry.key_id, digest)

@@ -15,9 +15,9 @@ from typing import Any
 
 import cedarpy
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.terms import PURPOSES, PurposeName
 from flexolmo.errors import PolicyError
-from flexolmo.inference.engine import ExpertFacts
 from flexolmo.inference.policy import choose_experts
 from flexolmo.serving.rules import SCHEMA, read_rules
 
