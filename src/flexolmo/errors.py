@@ -55,3 +55,7 @@ class PolicyError(FlexOlmoError):
 
 class BusyError(FlexOlmoError):
     """Error for whoever asks: the server has as many requests as it takes; ask again later."""
+
+
+class AuditError(FlexOlmoError):
+    """Error for whoever runs the server: its audit log cannot be written, or does not hold up."""

@@ -80,7 +80,8 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or a directory's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -191,9 +192,9 @@ def write_aside(path: Path, *, is_private: bool = False) -> Iterator[Path]:
         mode = new.stat().st_mode
         yield new
         os.chmod(new, mode)  # safetensors puts a file of its own in the place
-        _sync(new)
+        sync(new)
         os.replace(new, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -231,13 +232,13 @@ def write_directory_aside(path: Path, marker: str, *, is_private: bool = False) 
                 continue
             if is_private:
                 os.chmod(p, 0o700 if p.is_dir() else 0o600)
-            _sync(p)
+            sync(p)
         if not path.exists():
             os.replace(new, path)
         elif not _exchange(new, path):
             os.replace(path, aside / "old")
             os.replace(new, path)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
