@@ -3,9 +3,7 @@
 import errno
 import os
 import re
-import resource
 import zipfile
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
 
@@ -33,21 +31,11 @@ from flexolmo.research.tasks.run import run_suite
 from flexolmo.research.tasks.selection import RunSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, save_expert, train_expert
 from made_bundles import TERMS
+from made_disks import file_size_limit
 from made_documents import write_documents
 from made_items import choice_items, task_of
 
 NAMES = ["public", "maths", "news"]  # of the pico sets
-
-
-@contextmanager
-def file_size_limit(size):
-    """Stands for a full disk: no file can grow beyond `size` bytes meanwhile."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def save_array(path):

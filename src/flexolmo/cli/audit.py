@@ -1,4 +1,4 @@
-"""`flexolmo audit`: attacks on what leaves an owner's house."""
+"""`flexolmo audit`: attacks on what leaves an owner's house; and a server's log, see audit_log."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flexolmo.cli import audit_log
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
 if TYPE_CHECKING:
     from flexolmo.data.batches import TokenSet
 
-app = typer.Typer(no_args_is_help=True, help="Attack what leaves your house, before others can.")
+app = typer.Typer(
+    no_args_is_help=True, help="Attack what leaves your house; check what a server has logged."
+)
+app.add_typer(audit_log.app)
 
 
 @app.command("statistics")

@@ -21,7 +21,13 @@ from pydantic import JsonValue
 from flexolmo.bundle.signing import create_key, encode_public, read_private_key
 from flexolmo.errors import AuditError
 from flexolmo.files import lock_directory, write_bytes
-from flexolmo.serving.checkpoint import Checkpoint, decode_kept, encode_kept, sign_checkpoint
+from flexolmo.serving.checkpoint import (
+    MAX_KEPT_BYTES,
+    Checkpoint,
+    decode_kept,
+    encode_kept,
+    sign_checkpoint,
+)
 from flexolmo.serving.entries import (
     MAX_ENTRY_BYTES,
     NOTHING_BEFORE,
@@ -38,6 +44,7 @@ from flexolmo.serving.segments import (
     LineFile,
     list_segments,
     read_hashes,
+    read_last_line,
     read_lines,
     segment_path,
 )
@@ -60,6 +67,7 @@ class AuditLog:
         self,
         directory: Path,
         key: ec.EllipticCurvePrivateKey,
+        held: ExitStack,
         segment_bytes: int,
         checkpoint_entries: int,
         checkpoint_seconds: float,
@@ -70,13 +78,16 @@ class AuditLog:
         self._checkpoint_entries = checkpoint_entries
         self._checkpoint_seconds = checkpoint_seconds
         self._checkpoints = LineFile(directory / CHECKPOINTS)
-        self._origin, self._tree = _newest_checkpoint(directory, self._checkpoints, key)
+        held.callback(self._checkpoints.close)
+        self._origin, self._tree = _newest_checkpoint(directory, key)
         self._previous = _read_on(directory, self._tree)
         segments = [s for s in list_segments(directory) if not s.is_removed]
         self._segment = LineFile(
             segments[-1].path if segments else segment_path(directory, self._tree.size)
         )
-        self._lock = ExitStack()
+        held.callback(lambda: self._segment.close())
+        self._day = _day_of(self._segment)  # of the segment's last entry
+        self._held = held  # files and the directory's lock
         self._writing = threading.Lock()  # held to touch the tree and the files
         self._sign()
         self._entering = threading.Lock()  # held to add to the queue or to close it
@@ -102,26 +113,28 @@ class AuditLog:
         Args:
             key: Key that signs checkpoints; by default one that is kept in the directory, made on
                 first use.
-            segment_bytes: Bytes of a file of entries after which the next one begins.
+            segment_bytes: Bytes of a file of entries after which the next one begins; one also
+                begins with each day, so that retention can go by days.
             checkpoint_entries: Entries after which a checkpoint is signed.
             checkpoint_seconds: Seconds after which a checkpoint is signed, if there is a new entry.
 
         Raises:
-            AuditError: another server writes there; what is there does not hold up; or the disk is
-                full.
+            AuditError: another server writes there; what is there does not hold up; or it cannot be
+                written.
             SignatureError: the directory's key cannot be read, or others may read it.
+            DiskFullError: there is no room for a new log's key.
         """
         directory = Path(directory).resolve()
-        with ExitStack() as lock, _explain(directory):
+        with ExitStack() as held, _explain(directory):
             directory.mkdir(0o700, parents=True, exist_ok=True)
-            if not lock.enter_context(lock_directory(directory, wait=False)):
+            if not held.enter_context(lock_directory(directory, wait=False)):
                 raise AuditError(
                     f"{directory} cannot be locked: another server writes its audit log there, or "
                     "the file system has no locks. Give each server a directory of its own."
                 )
             found = _find_key(directory, key)
-            log = cls(directory, found, segment_bytes, checkpoint_entries, checkpoint_seconds)
-            log._lock = lock.pop_all()
+            log = cls(directory, found, held, segment_bytes, checkpoint_entries, checkpoint_seconds)
+            log._held = held.pop_all()
         return log
 
     def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
@@ -164,12 +177,8 @@ class AuditLog:
             self._is_closed = True
             self._queue.put(None)
         self._thread.join()
-        with self._lock, self._writing, _explain(self.directory):
-            try:
-                self._sign()
-            finally:
-                self._segment.close()
-                self._checkpoints.close()
+        with self._held, self._writing, _explain(self.directory):
+            self._sign()
 
     # --- the writing thread ---
 
@@ -209,7 +218,7 @@ class AuditLog:
                 leaf = hash_leaf(line)
                 tree.append(leaf)
                 previous = digest_leaf(leaf)
-            self._segment_with_room().append(b"".join(lines))
+            self._segment_for(now[:10]).append(b"".join(lines))
         except Exception as e:  # whatever it is, nobody may wait for ever
             for draft in drafts:
                 draft.number.set_exception(_cannot_write(self.directory, e))
@@ -219,12 +228,15 @@ class AuditLog:
         for number, draft in enumerate(drafts, first):
             draft.number.set_result(number)
 
-    def _segment_with_room(self) -> LineFile:
-        if self._segment.num_bytes >= self._segment_bytes:
-            self._segment.cut()
-            fresh = LineFile(segment_path(self.directory, self._tree.size))
-            self._segment.close()
-            self._segment = fresh
+    def _segment_for(self, day: str) -> LineFile:
+        """The file that takes entries of `day`: a new one for a new day, or if the last is full."""
+        segment = self._segment
+        is_done = day != self._day or segment.num_bytes >= self._segment_bytes
+        if segment.num_bytes and is_done:
+            segment.cut()
+            self._segment = LineFile(segment_path(self.directory, self._tree.size))
+            segment.close()
+        self._day = day
         return self._segment
 
     def _is_checkpoint_due(self) -> bool:
@@ -267,11 +279,9 @@ def _find_key(
     return key
 
 
-def _newest_checkpoint(
-    directory: Path, checkpoints: LineFile, key: ec.EllipticCurvePrivateKey
-) -> tuple[str, Frontier]:
+def _newest_checkpoint(directory: Path, key: ec.EllipticCurvePrivateKey) -> tuple[str, Frontier]:
     """The log's name and its tree at the newest checkpoint; of a new log, a new name."""
-    line = checkpoints.last_line()
+    line = read_last_line(directory / CHECKPOINTS, MAX_KEPT_BYTES)
     if not line and not list_segments(directory):
         return f"flexolmo-audit-log/1/{secrets.token_hex(16)}", Frontier()
     try:
@@ -319,6 +329,12 @@ def _read_on(directory: Path, tree: Frontier) -> str:
     return previous
 
 
+def _day_of(segment: LineFile) -> str:
+    """The day, like 2026-01-31, of its last entry; empty if there is none."""
+    line = read_last_line(segment.path, MAX_ENTRY_BYTES)
+    return Entry.decode(line).time[:10] if line else ""
+
+
 # --- words --------------------------------------------------------------------------------------
 
 
@@ -333,8 +349,8 @@ def _does_not_hold_up(directory: Path, found: str) -> AuditError:
 def _cannot_write(directory: Path, error: Exception) -> AuditError:
     reason = getattr(error, "strerror", None) or error
     return AuditError(
-        f"The audit log {directory} cannot be written: {reason}. Nothing is half-written, and "
-        "nothing is served meanwhile. Give its disk some room."
+        f"The audit log {directory} cannot be written: {reason}. Nothing is half-written. Once "
+        "that is put right, as by freeing some space, the next entry is written again."
     )
 
 

@@ -22,7 +22,8 @@ from flexolmo.files import canonical_json
 from flexolmo.serving.entries import digest_leaf
 from flexolmo.serving.tree import Frontier
 
-MAX_CHECKPOINT_BYTES = 4096
+MAX_NOTE_BYTES = 1024
+MAX_KEPT_BYTES = 8192  # a note and at most 64 hashes
 ORIGIN_PATTERN = r"flexolmo-audit-log/1/[0-9a-f]{32}"  # kind of log, version of its format, name
 _NOTE = re.compile(
     rf"(?P<text>(?P<origin>{ORIGIN_PATTERN})\n"

@@ -8,8 +8,9 @@ import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import BeforeValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
 
+from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.bundle.strict import Claim
 from flexolmo.bundle.tensors import Digest
 from flexolmo.errors import AuditError
@@ -30,7 +31,7 @@ def _shorten(text: Any) -> Any:
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Reason = Annotated[str, BeforeValidator(_shorten)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1.001, allow_inf_nan=False)]  # 1 and what rounding adds
 UtcTime = Annotated[
     str, StringConstraints(pattern=r"^[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}\.[0-9]{6}Z$")
 ]
@@ -79,6 +80,12 @@ class Finished(Claim):
     written_tokens: Count
     shares: dict[Name, Share]  # mean weight of each enabled expert and of "public"
     owners: dict[Name, Name]  # by expert, of all in `shares` but "public"
+
+    @model_validator(mode="after")
+    def _name_every_owner(self) -> "Finished":
+        if self.owners.keys() != self.shares.keys() - {PUBLIC}:
+            raise ValueError(f"owners must be given of the experts in shares, but of {PUBLIC!r}")
+        return self
 
 
 class Revoked(Claim):

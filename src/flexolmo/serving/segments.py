@@ -1,11 +1,10 @@
-"""Files of the audit log's directory: entries in segments, hashes of removed ones, checkpoints.
+"""Files of the audit log's directory.
 
-| file | holds |
-|---|---|
-| `FIRST.jsonl` | entries from number FIRST (20 digits) on, one a line |
-| `FIRST.hashes` | in the place of a segment that was removed: its entries' leaf hashes, 32 bytes each |
-| `checkpoints.jsonl` | checkpoints, one a line |
-| `log.pem`, `log.pem.pub` | the key that signs them, unless it is kept elsewhere; its public half |
+- `FIRST.jsonl`: entries from number FIRST (20 digits) on, one a line;
+- `FIRST.hashes`: in the place of such a file that was removed, its entries' leaf hashes, 32 bytes
+  each;
+- `checkpoints.jsonl`: checkpoints, one a line;
+- `log.pem`: the key that signs them, unless it is kept elsewhere; `log.pem.pub`: its public half.
 
 Knows nothing of what the lines say.
 """
@@ -89,6 +88,15 @@ def read_hashes(path: Path) -> Iterator[bytes]:
             yield leaf
 
 
+def read_last_line(path: Path, max_bytes: int) -> bytes:
+    """The last whole line, without its newline; empty if there is none, or none so short."""
+    with open_plain(path) as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 2 * max_bytes - 2))
+        tail = f.read()
+    lines = tail[: tail.rfind(b"\n") + 1].split(b"\n")
+    return lines[-2] if len(lines) > 1 else b""
+
+
 # --- writing ------------------------------------------------------------------------------------
 
 
@@ -102,7 +110,7 @@ class LineFile:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            self.num_bytes = self._length_of_whole_lines()
+            self.num_bytes = self._find_end()
             os.ftruncate(self._fd, self.num_bytes)
             os.fsync(self._fd)
             sync(path.parent)
@@ -110,19 +118,12 @@ class LineFile:
             os.close(self._fd)
             raise
 
-    def _length_of_whole_lines(self) -> int:
+    def _find_end(self) -> int:
+        """Bytes up to the end of the last whole line."""
         if os.fstat(self._fd).st_size == 0:
             return 0
         with mmap.mmap(self._fd, 0, prot=mmap.PROT_READ) as content:
             return content.rfind(b"\n") + 1
-
-    def last_line(self) -> bytes:
-        """The last line without its newline; empty if there is none."""
-        if self.num_bytes == 0:
-            return b""
-        with mmap.mmap(self._fd, self.num_bytes, prot=mmap.PROT_READ) as content:
-            end = self.num_bytes - 1
-            return content[content.rfind(b"\n", 0, end) + 1 : end]
 
     def append(self, lines: bytes) -> None:
         """Add `lines`; after an OSError the file ends where it did before."""
