@@ -199,7 +199,6 @@ class _Walk:
         self._previous: str | None = NOTHING_BEFORE  # digest that it must name; None: any
         self._place = ""  # of the entry before
         self._doubt = ""  # place of an entry whose hash the one after it does not name
-        self._meet_checkpoints()
 
     # --- files ---
 
@@ -250,12 +249,13 @@ class _Walk:
                 f"{place} is no entry, after entry {self._number - 1}: it was altered or put in."
             )
             return
-        place = f"Entry {entry.number} ({place})"
         follows = entry.previous == self._previous
         if entry.number != self._number and follows:
-            self._report.add(f"{place} was altered: it is number {self._number}.")
-            self._step(None, place)
+            altered = f"Entry {self._number} ({place})"
+            self._report.add(f"{altered} was altered: it says that it is number {entry.number}.")
+            self._step(None, altered)
             return
+        place = f"Entry {entry.number} ({place})"
         if entry.number < self._number:
             self._report.add(
                 f"{place} stands after entry {self._number - 1}: it was moved or put in."
@@ -275,7 +275,7 @@ class _Walk:
             self._report.add(f"{self._doubt} was altered: the entry after it names another hash.")
             self._doubt = ""
         elif not follows and self._doubt:
-            self._report.add(f"{self._place} was altered, and perhaps the entry before it.")
+            self._report.add(f"{self._place} was altered, and perhaps {self._doubt}.")
             self._doubt = ""
         elif not follows:
             self._doubt = self._place
@@ -283,12 +283,13 @@ class _Walk:
 
     def _settle_doubt(self) -> None:
         if self._doubt:
-            self._report.add(f"{self._doubt} was altered, or the entry after it.")
+            self._report.add(f"{self._doubt} was altered, or {self._place}.")
             self._doubt = ""
 
     def _miss(self, number: int, where: str) -> None:
         """Entries before `number` are not there."""
         self._settle_doubt()
+        self._meet_checkpoints()
         last = f" to {number - 1}" if number - 1 > self._number else ""
         self._report.add(f"Entry {self._number}{last} is missing {where}.")
         self._number, self._previous = number, None
@@ -296,6 +297,7 @@ class _Walk:
 
     def _step(self, leaf: bytes | None, place: str) -> None:
         """Go on to the next entry; `leaf` is None if this one's hash cannot be the true one."""
+        self._meet_checkpoints()  # now that the link to the entry before was judged
         if leaf is None:
             self._is_tree_whole = False
         elif self._is_tree_whole:
@@ -303,7 +305,6 @@ class _Walk:
         self._previous = None if leaf is None else digest_leaf(leaf)
         self._place = place
         self._number += 1
-        self._meet_checkpoints()
 
     def _meet_checkpoints(self) -> None:
         """Compare the tree so far with the checkpoints of just so many entries."""
@@ -323,6 +324,7 @@ class _Walk:
     def end(self) -> None:
         """Look for what must be there after the last entry."""
         self._settle_doubt()
+        self._meet_checkpoints()
         self._report.num_entries = self._number
         beyond = None
         while self._due is not None:

@@ -282,7 +282,7 @@ def _find_key(
 def _newest_checkpoint(directory: Path, key: ec.EllipticCurvePrivateKey) -> tuple[str, Frontier]:
     """The log's name and its tree at the newest checkpoint; of a new log, a new name."""
     line = read_last_line(directory / CHECKPOINTS, MAX_KEPT_BYTES)
-    if not line and not list_segments(directory):
+    if not line and not any(s.path.stat().st_size for s in list_segments(directory)):
         return f"flexolmo-audit-log/1/{secrets.token_hex(16)}", Frontier()
     try:
         newest, tree = decode_kept(line, key.public_key())
@@ -319,8 +319,8 @@ def _read_on(directory: Path, tree: Frontier) -> str:
                     if not is_whole or (entry.number, entry.previous) != (number, previous):
                         raise ValueError
                 except ValueError:
-                    where = f"entry {number} in {segment.path.name} is damaged"
-                    raise _does_not_hold_up(directory, where) from None
+                    found = f"entry {number} in {segment.path.name} is damaged, or does not follow"
+                    raise _does_not_hold_up(directory, found) from None
                 tree.append(leaf)
             previous = digest_leaf(leaf)
             number += 1
