@@ -113,7 +113,7 @@ def test_every_removed_run_is_found_and_named(audit, lines):
     for start, stop in itertools.combinations(range(COUNT + 1), 2):
         (audit / FILE).write_bytes(b"".join(lines[:start] + lines[stop:]))
         (found,) = findings(audit)
-        run = f"Entry {start} to {stop - 1} is" if stop - start > 1 else f"Entry {start} is"
+        run = f"Entries {start} to {stop - 1} are" if stop - start > 1 else f"Entry {start} is"
         assert found.startswith(f"{run} missing")
 
 
@@ -165,7 +165,9 @@ def test_a_history_that_was_written_anew_disagrees_with_the_signed_checkpoints(a
         (audit / FILE).write_bytes(b"".join(chain(entries)))
         (found,) = findings(audit)
         first, last = (0, 3) if number < 4 else (4, 5)
-        assert found.startswith(f"Entry {last} ({FILE}, line {last + 1}), or entries before it from")
+        assert found.startswith(
+            f"Entry {last} ({FILE}, line {last + 1}), or entries before it from"
+        )
         assert f"from {first} on" in found and "checkpoints.jsonl, line" in found
 
 
@@ -309,7 +311,7 @@ def test_a_checkpoint_of_more_entries_than_there_are_is_found(audit, lines, key)
     origin = newest_checkpoint(audit, public_key(audit)).origin
     later = sign_checkpoint(origin, 9, b"7" * 32, utc_now(), key)
     (found,) = findings(audit, [later])
-    assert found.startswith("Entry 6 to 8 is missing at the end")
+    assert found.startswith("Entries 6 to 8 are missing at the end")
     assert "kept elsewhere" in found
 
 
@@ -333,7 +335,7 @@ def test_a_history_cut_back_and_signed_anew_is_found_only_from_elsewhere(audit, 
     AuditLog.open(audit).close()
     assert findings(audit) == []
     (found,) = findings(audit, [kept])
-    assert found.startswith("Entry 2 to 5 is missing at the end")
+    assert found.startswith("Entries 2 to 5 are missing at the end")
 
 
 def test_moved_and_missing_checkpoints_are_found(audit):

@@ -1,5 +1,6 @@
 """The audit log's writer: durable, whole after kills and full disks, shared by threads."""
 
+import itertools
 import json
 import os
 import signal
@@ -251,7 +252,7 @@ def test_many_threads_share_an_fsync_and_each_has_its_own_number(tmp_path, monke
         t.join()
     log.close()
     assert all(n == sorted(n) for n in numbers.values())
-    assert sorted(sum(numbers.values(), [])) == list(range(320))
+    assert sorted(itertools.chain(*numbers.values())) == list(range(320))
     assert len(synced) < 160
     assert_holds(tmp_path / "audit", 320)
 

@@ -80,13 +80,14 @@ def test_no_changed_proof_of_growth_holds(made, tmp_path):
     ]
     for change in changes:
         changed = read_proof(json.dumps(proof | change).encode())
-        with pytest.raises(ValueError, match="older checkpoint is of another|were changed between"):
+        with pytest.raises(
+            ValueError, match=r"older checkpoint is of another|were changed between"
+        ):
             changed.claim(key)
 
 
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"[]", b'{"format":"flexolmo-audit-inclusion/2"}', b"\xff", b"[" * 100_000],
+    "data", [b"", b"[]", b'{"format":"flexolmo-audit-inclusion/2"}', b"\xff", b"[" * 100_000]
 )
 def test_a_file_that_is_no_proof_is_refused(data):
     with pytest.raises(AuditError, match="holds no proof"):

@@ -1,4 +1,4 @@
-"""The tree against the recursive definitions and the checking algorithms of RFC 9162, word by word."""
+"""The tree against the recursive definitions and the checking algorithms of RFC 9162."""
 
 import hashlib
 
@@ -210,7 +210,7 @@ def test_an_inclusion_proof_that_is_changed_anyhow_holds_only_where_the_rfc_says
 @given(st.data(), sizes, sizes, st.integers(0, MOST - 1))
 def test_no_proof_shows_that_a_tree_continues_another_one_that_differs(data, a, b, changed):
     old, new = sorted((a, b))
-    altered = LEAVES[:changed] + [sha256(b"other")] + LEAVES[changed + 1 :]
+    altered = [*LEAVES[:changed], sha256(b"other"), *LEAVES[changed + 1 :]]
     proof = hash_ranges(LEAVES, consistency_ranges(old, new))
     found = is_consistent(old, new, mth(altered[:old]), mth(LEAVES[:new]), proof)
     assert found == (changed >= old)

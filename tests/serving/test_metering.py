@@ -96,7 +96,7 @@ def test_usage_of_a_log_that_does_not_hold_up_is_refused(tmp_path):
     directory = write(tmp_path / "a", [finished(0)] * 2, ["2026-11-02"] * 2)
     file = directory / f"{0:020}.jsonl"
     file.write_bytes(file.read_bytes().replace(b'"written_tokens":70', b'"written_tokens":10', 1))
-    with pytest.raises(AuditError, match="Entry 0 .* was altered"):
+    with pytest.raises(AuditError, match=r"Entry 0 .* was altered"):
         usage(directory)
 
 
@@ -120,4 +120,4 @@ def test_csv_holds_every_field_and_no_formula():
         "written_tokens": "3",
         "tokens": "4.5",
     }
-    assert [row["name"] for row in found[1:]] == ["'=1+1,2", "'@\"a\"\n", ""]
+    assert [row["name"] for row in found[1:]] == ["'=1+1,2", '\'@"a"\n', ""]

@@ -50,7 +50,7 @@ def verify(
     for finding in report.findings:
         echo(finding)
     if report.num_findings:
-        echo(f"{log} does not hold up: {report.num_findings:,} findings.")
+        echo(f"{log} does not hold up. Found: {report.num_findings:,}.")
         raise typer.Exit(1)
     removed = f", {report.num_removed:,} of them removed and only their hashes left"
     echo(f"{report.num_entries:,} entries hold{removed if report.num_removed else ''}.")

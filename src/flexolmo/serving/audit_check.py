@@ -207,7 +207,7 @@ class _Walk:
         if segment.is_removed:
             self._take_hashes(segment, meter)
             return
-        name, first = segment.path.name, self._number
+        name, first, num_bytes = segment.path.name, self._number, 0
         for n, (line, is_whole) in enumerate(read_lines(segment.path, MAX_ENTRY_BYTES), 1):
             place = f"{name}, line {n}"
             if not is_whole:
@@ -216,11 +216,15 @@ class _Walk:
                         f"Entry {self._number} ({place}) is cut short: a server was killed while "
                         "it wrote it, and the next start removes it; or somebody cut it."
                     )
-                return
+                break
             self._take_line(line, place)
             if n == 1 and self._number == first + 1 and first != segment.first:
                 self._report.add(f"{name} begins with entry {first}: it was renamed.")
-            meter.advance(len(line) + 1)
+            num_bytes += len(line) + 1
+            if num_bytes > 1 << 20:
+                meter.advance(num_bytes)
+                num_bytes = 0
+        meter.advance(num_bytes)
 
     def _take_hashes(self, segment: Segment, meter: Meter) -> None:
         """Read the hashes of removed entries."""
@@ -237,7 +241,7 @@ class _Walk:
                 break
             self._step(leaf, f"The hash of entry {self._number} ({name})")
             self._report.num_removed += 1
-            meter.advance(HASH_BYTES)
+        meter.advance(segment.path.stat().st_size)
 
     # --- entries ---
 
@@ -290,8 +294,9 @@ class _Walk:
         """Entries before `number` are not there."""
         self._settle_doubt()
         self._meet_checkpoints()
-        last = f" to {number - 1}" if number - 1 > self._number else ""
-        self._report.add(f"Entry {self._number}{last} is missing {where}.")
+        is_one = number == self._number + 1
+        run = f"y {self._number} is" if is_one else f"ies {self._number} to {number - 1} are"
+        self._report.add(f"Entr{run} missing {where}.")
         self._number, self._previous = number, None
         self._is_tree_whole = False
 

@@ -87,12 +87,12 @@ class AuditLog:
         )
         held.callback(lambda: self._segment.close())
         self._day = _day_of(self._segment)  # of the segment's last entry
-        self._held = held  # files and the directory's lock
         self._writing = threading.Lock()  # held to touch the tree and the files
         self._sign()
         self._entering = threading.Lock()  # held to add to the queue or to close it
         self._is_closed = False
         self._queue: queue.SimpleQueue[_Draft | None] = queue.SimpleQueue()  # None: the end
+        self._held = held.pop_all()  # files and the directory's lock
         self._thread = threading.Thread(target=self._run, name="audit log", daemon=True)
         self._thread.start()
 
@@ -133,9 +133,9 @@ class AuditLog:
                     "the file system has no locks. Give each server a directory of its own."
                 )
             found = _find_key(directory, key)
-            log = cls(directory, found, held, segment_bytes, checkpoint_entries, checkpoint_seconds)
-            log._held = held.pop_all()
-        return log
+            return cls(
+                directory, found, held, segment_bytes, checkpoint_entries, checkpoint_seconds
+            )
 
     def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
         """Write an entry; returns its number once it is on the disk.

@@ -8,7 +8,14 @@ import datetime
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.bundle.strict import Claim
@@ -142,7 +149,7 @@ class Entry(Claim):
 
     def encode(self) -> bytes:
         """The line, without the newline that ends it."""
-        return canonical_json(self.model_dump())
+        return canonical_json(dict(self))
 
     @classmethod
     def decode(cls, line: bytes) -> "Entry":
