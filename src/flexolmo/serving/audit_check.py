@@ -72,7 +72,9 @@ def newest_checkpoint(directory: Path, key: ec.EllipticCurvePublicKey) -> Checkp
     except OSError as e:
         raise AuditError(f"{directory} holds no audit log: {path}: {e.strerror}.") from None
     except ValueError as e:
-        raise AuditError(f"The last line of {path} is no checkpoint of this log: {e}.") from None
+        raise AuditError(
+            f"The last line of {path} is no checkpoint of this log: {_in_short(e)}."
+        ) from None
 
 
 def check_log(
