@@ -129,7 +129,10 @@ def test_every_other_order_is_found_and_a_moved_entry_named(audit, lines):
 def test_every_doubled_entry_is_found_and_named(audit, lines):
     for number, at in itertools.product(range(COUNT), range(COUNT + 1)):
         (audit / FILE).write_bytes(b"".join([*lines[:at], lines[number], *lines[at:]]))
-        assert names(findings(audit), number), (number, at)
+        found = findings(audit)
+        assert names(found, number), (number, at)
+        if at > number:
+            assert len(found) == 1 and "stands after entry" in found[0]
 
 
 def test_an_entry_that_was_put_in_is_found_and_named(audit, lines):
@@ -234,10 +237,55 @@ def test_hashes_in_the_place_of_no_entries_or_of_others_are_found(audit_in_files
     (audit_in_files / f"{4:020}.hashes").rename(audit_in_files / f"{2:020}.hashes")
     assert findings(audit_in_files) == []  # the entries are there
     files[2].unlink()
-    assert findings(audit_in_files)
-    leaf = hash_leaf(b"")
-    (audit_in_files / f"{2:020}.hashes").write_bytes(leaf[:31])
+    (audit_in_files / f"{2:020}.hashes").write_bytes(b"7" * 31)
     assert any("is cut short" in s for s in findings(audit_in_files))
+    (audit_in_files / f"{2:020}.hashes").write_bytes(b"7" * 32)
+    files[1].unlink()
+    assert f"Entry 1 is missing before {2:020}.hashes." in findings(audit_in_files)
+
+
+def test_hashes_among_entries_of_one_file_are_found(audit, lines):
+    (audit / f"{3:020}.hashes").write_bytes(b"7" * 32)
+    (found,) = findings(audit)
+    assert found.startswith(f"{3:020}.hashes stands for entries that are there")
+
+
+def test_a_changed_entry_before_hashes_or_before_a_gap_is_named(audit, lines):
+    altered = [lines[0], lines[1].replace(b"reason", b"season"), lines[2]]
+    said = f"Entry 1 ({FILE}, line 2) was altered, or Entry 2 ({FILE}, line 3)."
+    (audit / FILE).write_bytes(b"".join([*altered, *lines[4:]]))
+    assert findings(audit) == [said, f"Entry 3 is missing before Entry 4 ({FILE}, line 4)."]
+    (audit / FILE).write_bytes(b"".join(altered))
+    (audit / f"{3:020}.hashes").write_bytes(b"7" * 96)
+    assert findings(audit) == [said]
+
+
+def test_a_history_that_was_written_anew_before_a_gap_is_found(audit, lines):
+    entries = [json.loads(line) | {"fields": {"why": "false"}} for line in lines[:4]]
+    (audit / FILE).write_bytes(b"".join([*chain(entries), lines[5]]))
+    found = findings(audit)
+    assert len(found) == 2
+    assert found[0].startswith(f"Entry 3 ({FILE}, line 4), or entries before it from 0 on")
+    assert found[1].startswith("Entry 4 is missing")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda line: line.replace(b'","', b'", "'),
+        lambda line: b" " + line,
+        lambda line: line.replace(b'{"fields', b'{"kind":"started","fields'),
+        lambda line: line.replace(b"reason", b"\\u0072eason"),
+        lambda line: line.replace(b'"number":0', b'"number":0.0'),
+        lambda line: line.replace(b'"number":0', b'"number":-0'),
+    ],
+)
+def test_an_entry_has_one_spelling(lines, spell):
+    line = lines[0].rstrip(b"\n")
+    assert Entry.decode(line).number == 0
+    assert spell(line) != line
+    with pytest.raises(ValueError):
+        Entry.decode(spell(line))
 
 
 @pytest.mark.parametrize("name", [FILE, "checkpoints.jsonl", "log.pem.pub"])
@@ -361,14 +409,13 @@ def test_subtrees_that_do_not_fold_to_the_root_are_refused(audit):
 # --- while a server writes ------------------------------------------------------------------------
 
 
-def test_a_line_that_a_server_is_still_writing_is_waited_for(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [FILE, "checkpoints.jsonl"])
+def test_a_line_that_a_server_is_still_writing_is_waited_for(made, tmp_path, monkeypatch, name):
     audit = shutil.copytree(made, tmp_path / "audit")
-    log = AuditLog.open(audit)
-    content = (audit / FILE).read_bytes()
-    (audit / FILE).write_bytes(content + b'{"fields"')
-    monkeypatch.setattr("time.sleep", lambda _: (audit / FILE).write_bytes(content + b"{}\n"))
+    content = (audit / name).read_bytes()
+    (audit / name).write_bytes(content + b'{"fields"')
+    monkeypatch.setattr("time.sleep", lambda _: (audit / name).write_bytes(content + b"{}\n"))
     assert findings(audit) == []
-    log.close()
 
 
 @pytest.mark.parametrize("file, words", [(FILE, "Entry 6"), ("checkpoints.jsonl", "line 4")])

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -257,6 +258,36 @@ def test_many_threads_share_an_fsync_and_each_has_its_own_number(tmp_path, monke
     assert_holds(tmp_path / "audit", 320)
 
 
+def test_what_waits_when_the_log_is_closed_is_written_and_signed(tmp_path, monkeypatch):
+    log = AuditLog.open(tmp_path / "audit")
+    fsync, result, written, waiting = os.fsync, Future.result, [], threading.Semaphore(0)
+
+    def slow_fsync(fd):
+        time.sleep(0.05)
+        fsync(fd)
+
+    def wait(future):
+        waiting.release()
+        return result(future)
+
+    monkeypatch.setattr(os, "fsync", slow_fsync)
+    monkeypatch.setattr(Future, "result", wait)
+    workers = [
+        threading.Thread(target=lambda: written.append(log.append("decision", decision())))
+        for _ in range(8)
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        waiting.acquire()
+    log.close()
+    for worker in workers:
+        worker.join()
+    assert sorted(written) == list(range(8))
+    report = report_of(tmp_path / "audit")
+    assert (report.findings, report.newest.size) == ([], 8)
+
+
 # --- kills and full disks -------------------------------------------------------------------------
 
 WRITER = """
@@ -312,6 +343,7 @@ def test_a_torn_last_line_is_removed_and_nothing_else(tmp_path, file, rest):
     whole = (tmp_path / "audit" / file).read_bytes()
     (tmp_path / "audit" / file).write_bytes(whole + rest)
     log = AuditLog.open(tmp_path / "audit")
+    assert rest not in (tmp_path / "audit" / file).read_bytes()
     assert log.append("decision", decision()) == 3
     log.close()
     assert (tmp_path / "audit" / file).read_bytes().startswith(whole + b"{")
@@ -388,7 +420,7 @@ def refuse_to_cut(fd, size):
     raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [1, 2, 3])  # of the new file, of the directory, of the entry
 def test_an_entry_whose_fsync_fails_is_not_there(tmp_path, monkeypatch, number):
     log = AuditLog.open(tmp_path / "audit", segment_bytes=1, checkpoint_entries=10**6)
     fill(log, 2)
@@ -418,6 +450,8 @@ def test_a_checkpoint_that_finds_no_room_is_an_error_and_the_log_goes_on(tmp_pat
         with pytest.raises(AuditError, match="cannot be written: File too large"):
             log.checkpoint()
         fill(log, 1)  # an entry is shorter than a checkpoint
+        with pytest.raises(AuditError, match="cannot be written"):
+            log.checkpoint()
         assert path.stat().st_size == size
     fill(log, 1)
     log.close()

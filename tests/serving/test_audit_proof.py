@@ -5,6 +5,7 @@ import json
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from flexolmo.bundle.signing import read_private_key
 from flexolmo.errors import AuditError
 from flexolmo.serving.audit_check import newest_checkpoint, public_key
 from flexolmo.serving.audit_log import AuditLog
@@ -60,7 +61,7 @@ def test_no_changed_proof_of_an_entry_holds(made):
     ]
     for change in changes:
         changed = read_proof(json.dumps(proof | change).encode())
-        with pytest.raises(ValueError, match=r"its entry|not signed"):
+        with pytest.raises(ValueError, match=r"its entry|its checkpoint|not signed"):
             changed.claim(key)
     with pytest.raises(ValueError, match="not signed"):
         read_proof(json.dumps(proof).encode()).claim(
@@ -84,6 +85,15 @@ def test_no_changed_proof_of_growth_holds(made, tmp_path):
             ValueError, match=r"older checkpoint is of another|were changed between"
         ):
             changed.claim(key)
+
+
+def test_no_log_is_proved_to_continue_another_not_even_its_empty_beginning(made, tmp_path):
+    directory, key, _ = made
+    log = AuditLog.open(tmp_path / "audit", read_private_key(directory / "log.pem"))
+    other = log.checkpoint()
+    log.close()
+    with pytest.raises(AuditError, match="is of another log"):
+        prove_continuation(directory, other, key)
 
 
 @pytest.mark.parametrize(

@@ -231,8 +231,7 @@ class AuditLog:
     def _segment_for(self, day: str) -> LineFile:
         """The file that takes entries of `day`: a new one for a new day, or if the last is full."""
         segment = self._segment
-        is_done = day != self._day or segment.num_bytes >= self._segment_bytes
-        if segment.num_bytes and is_done:
+        if day != self._day or segment.num_bytes >= self._segment_bytes:
             segment.cut()
             self._segment = LineFile(segment_path(self.directory, self._tree.size))
             segment.close()

@@ -111,7 +111,7 @@ class LineFile:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             self.num_bytes = self._find_end()
-            os.ftruncate(self._fd, self.num_bytes)
+            self.cut()
             os.fsync(self._fd)
             sync(path.parent)
         except BaseException:
