@@ -49,6 +49,10 @@ class MergeError(FlexOlmoError):
     """Error for the coordinator: bundles that do not fit this anchor or each other."""
 
 
+class ProofError(FlexOlmoError):
+    """Error for whoever asks for a certificate or checks one: what it states does not hold."""
+
+
 class PolicyError(FlexOlmoError):
     """Error for whoever runs the model: unknown expert, contradictory switches."""
 

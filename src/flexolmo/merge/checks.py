@@ -31,7 +31,7 @@ from flexolmo.model.statistics import OWNERS_CHOICE, EvidenceSettings, OwnerTabl
 
 ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
 TABLE = {TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS}
-_DTYPES = {
+DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -47,7 +47,7 @@ def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
 
     Once `bundle.tensors` is cleared they alone hold it.
     """
-    dtypes = {name: dtype for dtype, name in _DTYPES.items()}
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     return {
         name: torch.frombuffer(bundle.tensors[name], dtype=dtypes[entry.dtype]).reshape(entry.shape)
         for name, entry in bundle.manifest.tensors.items()
@@ -72,7 +72,7 @@ def find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
         if claimed[key] != found[key]
     ]
     lines += compare_tensors(m.tensors, expert_shapes(anchor.config, shape, router))
-    dtype = _DTYPES[anchor.model.embed_tokens.weight.dtype]
+    dtype = DTYPES[anchor.model.embed_tokens.weight.dtype]
     lines += [
         f"dtype of {key} is {entry.dtype}, expected {' or '.join(wanted)}"
         for key, entry in m.tensors.items()

@@ -235,6 +235,25 @@ def remove_revoked(model_dir: Path, trusted: TrustedOwners) -> dict[str, str]:
     return gone
 
 
+def rebuild_mixture(
+    model_dir: Path, names: Iterable[str], out: Path, trusted: TrustedOwners | None
+) -> dict[str, Any]:
+    """Write to `out` the mixture that `model_dir` would be had no others than `names` ever been in
+    it: its anchor, router and top_k, and their bundles, with every check of `build_mixture`.
+
+    No file of another bundle is opened.
+    """
+    trusted = _require(trusted)
+    model_dir = Path(model_dir)
+    about, names = read_about(model_dir), sorted(names)
+    _refuse_unknown(set(names), about)
+    bundles = [model_dir / "experts" / f"{n}.bundle" for n in names]
+    kept = {key: about[key] for key in ("anchor_digest", "router", "top_k")}
+    new = {**kept, "experts": {}, "seen": {}, "influence": None}
+    with _hold(out):
+        return _write(Path(out), model_dir / "anchor", bundles, new, trusted)
+
+
 def load_mixture(
     model_dir: Path,
     trusted: TrustedOwners | None,
