@@ -23,6 +23,7 @@ from flexolmo.model.checkpoint import Anchor, save_anchor
 from flexolmo.model.router import LinearSettings, RouterSettings
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.train.expert import ExpertRecipe
 from made_bundles import TERMS
 
 NAMES = ("amber", "basalt", "zinc")
@@ -107,6 +108,7 @@ class House:
         """Sign `tensors` into `where`/NAME.bundle; `changes` are of the manifest, or `key`."""
         weights = safetensors.torch.save({n: t.contiguous() for n, t in tensors.items()})
         settings = ROUTERS[router]
+        scope = "all" if router == "rich" else "ffn"
         key = changes.pop("key", self.keys[owner_of(name)])
         today = changes.pop("today", None)
         claims = {
@@ -115,7 +117,7 @@ class House:
             "architecture": self.architecture(tensors),
             "router_kind": settings.kind,
             "router_settings": settings.model_dump(mode="json"),
-            "recipe": {},
+            "recipe": ExpertRecipe(scope=scope, router=settings).model_dump(mode="json"),
             "tokens_seen": 7,
             "data_card_digest": "sha256:" + "0" * 64,
             "serial": 1,

@@ -11,7 +11,7 @@ import typer
 from flexolmo.cli import anchor, audit, data, eval, expert, mix, policy, run
 from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
-from flexolmo.errors import FlexOlmoError, SourceUnavailable
+from flexolmo.errors import FlexOlmoError, ProofError, SourceUnavailable
 from flexolmo.research.steps.jobs import UNAVAILABLE
 from flexolmo.terminal import accept_any_character, echo
 
@@ -63,14 +63,14 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; exit 2 with a message when someone must act, 3 when a
-    source cannot be had, 130 on Ctrl-C."""
+    """Run the command line; exit 2 with a message when someone must act, 1 when a proof does not
+    hold, 3 when a source cannot be had, 130 on Ctrl-C."""
     accept_any_character()
     try:
         app()
     except FlexOlmoError as e:
         echo(f"{type(e).__name__}: {e}", err=True)
-        sys.exit(UNAVAILABLE if isinstance(e, SourceUnavailable) else 2)
+        sys.exit({ProofError: 1, SourceUnavailable: UNAVAILABLE}.get(type(e), 2))
     except OSError as e:
         echo(f"{e.strerror or e}: {e.filename or 'no file named'}", err=True)
         sys.exit(2)

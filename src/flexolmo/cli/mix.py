@@ -7,16 +7,19 @@ import typer
 
 from flexolmo.cli.anchor import Precision
 from flexolmo.cli.expert import MaxBytes
+from flexolmo.cli.keys import PassphraseFile, read_passphrase
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import echo
 
 if TYPE_CHECKING:
     from flexolmo.data.batches import TokenSet
+    from flexolmo.merge.certificate import Words
     from flexolmo.merge.mixture import Admission
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Check bundles, merge them into one mixture; add, remove, inspect, export, import.",
+    help="Check bundles, merge them into one mixture; add, remove, inspect, export, import; prove "
+    "that an expert that is off leaves no trace.",
 )
 Model = Annotated[Path, typer.Argument(help="Directory of a mixture.")]
 TopK = Annotated[
@@ -381,3 +384,122 @@ def import_(
         dtype=dtype,
     )
     echo(f"{out}: imported; with its linear router, without bias")
+
+
+Mixture = Annotated[Path, typer.Option("--model", help="Directory of a mixture.")]
+
+
+@app.command("prove-optout")
+def prove_optout(
+    model: Mixture,
+    without: Annotated[str, typer.Option(help="The expert that is to have left no trace.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File for the certificate, JSON.")],
+    key: Annotated[Path, typer.Option(help="Your private key: you vouch for what is found.")],
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+    subsets: Annotated[
+        str, typer.Option(help="Choices of the other experts to compare: how many, or all.")
+    ] = "64",
+    num_random: Annotated[
+        int,
+        typer.Option(
+            "--random",
+            min=1,
+            max=100_000,
+            help="Sequences of random tokens to compare, and as many of the tokens that the expert "
+            "claims most.",
+        ),
+    ] = 8,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="File of texts to compare too, one a line. They stay where they are."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Random seed of what is compared. Default: drawn.")
+    ] = None,
+    passphrase_file: PassphraseFile = None,
+) -> None:
+    """Prove that an expert that is off leaves no trace, and sign a certificate of it.
+
+    The mixture is built anew from the other owners' bundles. It and the whole one with the expert
+    off must hold the same numbers and compute the same, bit for bit; and no other bundle may depend
+    on the expert. Exits 1, and signs nothing, if that is not so.
+
+    Example: flexolmo mix prove-optout --model model --without hospital --key me.pem -o cert.json
+    """
+    from flexolmo.errors import ConfigError
+    from flexolmo.merge.prove import prove_optout
+
+    if subsets != "all" and not (subsets.isascii() and subsets.isdigit() and int(subsets)):
+        raise ConfigError(f"--subsets {subsets!r} is neither a number from 1 nor all.")
+    certificate = prove_optout(
+        model,
+        without,
+        out,
+        trusted_owners(trust, trust_any_signer),
+        key,
+        most_subsets=None if subsets == "all" else int(subsets),
+        num_random=num_random,
+        seed=seed,
+        texts=texts,
+        passphrase=read_passphrase(passphrase_file),
+    )
+    print_words(certificate.words)
+    echo(f"{out}: signed. To check it: flexolmo mix verify-optout {out} --model {model}")
+
+
+@app.command("verify-optout")
+def verify_optout(
+    certificate: Annotated[Path, typer.Argument(help="The certificate.")],
+    model: Mixture,
+    trust: TrustDirectory = None,
+    trust_any_signer: TrustAny = False,
+    signer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public key that must have signed the certificate. Default: any in --trust."
+        ),
+    ] = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="The file of texts that were compared, to compare them again."),
+    ] = None,
+) -> None:
+    """Check a certificate that an expert leaves no trace, and repeat its comparison here.
+
+    The mixture may hold the expert, or not any more; all other files must be those of the
+    certificate. Exits 1, and says why, if anything does not hold.
+
+    Example: flexolmo mix verify-optout cert.json --model model --signer coordinator.pub
+    """
+    from flexolmo.merge.prove import verify_optout
+
+    trusted = trusted_owners(trust, trust_any_signer)
+    found = verify_optout(certificate, model, trusted, signer=signer, texts=texts)
+    name = found.certificate.findings.expert
+    print_words(found.certificate.words)
+    echo(f"{certificate}: holds, signed by {found.signer or 'the key'} ({found.key_id})")
+    state = "no longer holds" if found.is_removed else "still holds"
+    echo(f"{model}: {state} {name}; all else is what the certificate was made of")
+    echo(f"Compared again here, bit for bit: after {found.compared.positions:,} positions")
+    for kind in found.not_repeated:
+        why = f"{model} has no table of {name}" if kind == "claimed" else "--texts was not given"
+        echo(f"Not compared again: the {kind} sequences, as {why}")
+    same = "the very numbers" if found.has_same_logits else "other numbers than those"
+    echo(f"Both mixtures compute here {same} that they did where the certificate was made.")
+
+
+def print_words(words: "Words") -> None:
+    """Print the words of a certificate."""
+    from textwrap import fill
+
+    parts = {
+        "Proven by this comparison": words.proven,
+        "Declared by the other owners": words.declared,
+        "Not covered": words.not_covered,
+    }
+    for title, sentences in parts.items():
+        echo(f"{title}:")
+        for sentence in sentences or ["nothing"]:
+            echo(fill(sentence, 96, initial_indent="- ", subsequent_indent="  "))
+        echo()

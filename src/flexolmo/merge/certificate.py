@@ -18,7 +18,7 @@ from flexolmo.bundle.strict import Claim, parse_json
 from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.errors import ProofError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes, write_json
-from flexolmo.merge.compare import Compared
+from flexolmo.merge.compare import Compared, Kind
 from flexolmo.merge.lineage import AnchorFacts, BundleFacts, Lineage
 from flexolmo.numbers import format_percent
 
@@ -87,19 +87,24 @@ def write_words(found: Findings) -> Words:
 def _proven(found: Findings) -> list[str]:
     name, compared = found.expert, found.compared
     anchor, others = found.mixture.anchor, found.mixture.experts
-    kinds = {
+    kinds: dict[Kind, str] = {
         "random": "of random tokens",
         "claimed": f"of the tokens that {name} claims most",
         "given": "of given texts",
     }
-    inputs = [f"{x.sequences:,} sequences {kinds[kind]}" for kind, x in compared.inputs.items()]
+    inputs = [
+        f"{compared.inputs[kind].sequences:,} sequences {of}"
+        for kind, of in kinds.items()
+        if kind in compared.inputs
+    ]
     lines = [
         f"The expert {name} is the one that {found.bundle.owner} signed with the key "
         f"{found.bundle.key_id}; the digest of its manifest is "
         f"{found.bundle.files['manifest.json']}.",
         "A mixture was built anew from the public anchor and the signed bundles of the other "
-        f"experts ({', '.join(others) or 'none'}). No file of {name} was opened for it. The digest "
-        "of every file that it was built from is in this certificate, with the router's settings.",
+        f"experts ({', '.join(sorted(others)) or 'none'}). No file of {name} was opened for it. "
+        "The digest of every file that it was built from is in this certificate, with the router's "
+        "settings.",
         f"With {name} switched off, the whole mixture computed what the one built without it did: "
         f"after each of {compared.positions:,} positions, all {anchor.vocab_size:,} numbers that "
         "say what comes next had the same bits. So they had once more in batches beside texts for "
@@ -128,7 +133,7 @@ def _declared(found: Findings) -> list[str]:
         f"{x.owner}, by signature: the expert {name} was trained {x.training}, from the public "
         f"anchor and {x.owner}'s own text{' and public text' if x.has_read_public_text else ''}. "
         "The training was not repeated."
-        for name, x in found.mixture.experts.items()
+        for name, x in sorted(found.mixture.experts.items())
     ]
 
 

@@ -108,7 +108,7 @@ def prove_optout(
         seed=secrets.randbelow(2**31) if seed is None else seed,
         most_subsets=most_subsets,
         num_random=num_random,
-        texts_digest=given and given.digest,
+        texts_digest=None if given is None else given.digest,
     )
     findings = Findings(
         expert=name,
