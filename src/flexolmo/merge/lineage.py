@@ -28,6 +28,9 @@ from flexolmo.model.router import DiscriminantSettings, slot
 from flexolmo.train.expert import ExpertRecipe
 
 
+STATED = {"beside_anchor", "replay", "router", "scope"}  # that say what an expert was made of
+
+
 class AnchorFacts(Claim):
     """The public anchor, and how many of the mixture's numbers are its own."""
 
@@ -179,10 +182,13 @@ def _find_unexplained(recipe: Mapping[str, Any]) -> Iterator[str]:
             "all its experts together"
         )
         return
+    unsaid = STATED - recipe.keys()
     try:
         _parse_recipe(recipe)
     except ValidationError:
-        yield "its bundle's recipe is none that flexolmo expert train writes"
+        unsaid = STATED
+    if unsaid:
+        yield "its bundle does not say how it was trained, as flexolmo expert train does"
 
 
 def _parse_recipe(recipe: Mapping[str, Any]) -> ExpertRecipe:
