@@ -19,7 +19,7 @@ from flexolmo.bundle.signing import (
     read_private_key,
     sign_files,
 )
-from flexolmo.errors import ConfigError, ProofError
+from flexolmo.errors import ConfigError, ProofError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes
 from flexolmo.merge import certificate, compare, prove
 from flexolmo.merge.certificate import Findings, read_certificate, write_words
@@ -413,7 +413,7 @@ def test_a_number_in_memory_that_changes_with_the_expert_is_found(
 
     with (
         loading(monkeypatch, if_there),
-        pytest.raises(ProofError, match=f"other numbers than its own(.|\n)*{line}"),
+        pytest.raises(ProofError, match=f"Beside zinc, memory does not hold(.|\n)*{line}"),
     ):
         try_to_prove(house.mixture_dir(NAMES))
 
@@ -640,6 +640,8 @@ def test_only_the_signers_that_are_trusted_count(house, proven, owner_keys, tmp_
     bob, ann = (owner_keys[n].with_suffix(".pub") for n in ("Bob", "Ann"))
     with pytest.raises(ProofError, match=r"signed by the key sha256.*Bob\.pub is the key"):
         verify_optout(path, model, house.trusted, signer=bob)
+    with pytest.raises(SignatureError, match=r"^Nobody was said to be trusted"):
+        verify_optout(path, model, None, signer=ann)
     assert verify_optout(path, model, ANY_SIGNER, signer=ann).signer is None
     assert verify_optout(path, model, ANY_SIGNER).signer is None
 

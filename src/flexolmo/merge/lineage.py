@@ -27,7 +27,6 @@ from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings, slot
 from flexolmo.train.expert import ExpertRecipe
 
-
 STATED = {"beside_anchor", "replay", "router", "scope"}  # that say what an expert was made of
 
 

@@ -245,11 +245,11 @@ def rebuild_mixture(
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
-    about, names = read_about(model_dir), sorted(names)
-    _refuse_unknown(set(names), about)
-    bundles = [model_dir / "experts" / f"{n}.bundle" for n in names]
-    kept = {key: about[key] for key in ("anchor_digest", "router", "top_k")}
-    new = {**kept, "experts": {}, "seen": {}, "influence": None}
+    about = read_about(model_dir)
+    kept = sorted(names)
+    _refuse_unknown(set(kept), about)
+    bundles = [model_dir / "experts" / f"{n}.bundle" for n in kept]
+    new = about | {"experts": {}, "seen": {}, "influence": None}
     with _hold(out):
         return _write(Path(out), model_dir / "anchor", bundles, new, trusted)
 

@@ -158,6 +158,8 @@ def verify_optout(
     try:
         pair = _open_pair(Path(model_dir), said.expert, trusted)
     except (BundleError, CheckpointError, MergeError) as e:
+        if trusted is None:  # nothing was asked of the mixture
+            raise
         raise ProofError(f"{other}. {e}") from None
     lines = [*_differences(pair.facts, said.mixture)]
     if pair.bundle is not None:
@@ -227,7 +229,7 @@ def _open_pair(model_dir: Path, name: str, trusted: TrustedOwners | None) -> _Pa
     if mixture.about != about or never.about["experts"] != entries:
         raise ProofError(f"{model_dir} was changed meanwhile. Begin again once it is at rest.")
     lines = find_unequal(mixture, never, beside=[name])
-    _refuse(f"With {name} in memory, other numbers than its own are not what they were:", lines)
+    _refuse(f"Beside {name}, memory does not hold what it does without it:", lines)
     bundle = bundle_facts(model_dir, about, name) if name in about["experts"] else None
     return _Pair(mixture, never, facts, bundle)
 
@@ -289,8 +291,8 @@ def _without_results(compared: Compared) -> dict[str, Any]:
 def _differences(found: Any, said: Any, where: str = "") -> Iterator[str]:
     """A line for each value in which JSON values, or claims, differ."""
     if isinstance(found, BaseModel):
-        found, said = found.model_dump(mode="json"), said.model_dump(mode="json")
-    if isinstance(found, dict) and isinstance(said, dict):
+        yield from _differences(found.model_dump(), said.model_dump(), where)
+    elif isinstance(found, dict) and isinstance(said, dict):
         for key in sorted(found.keys() | said.keys()):
             inner = f"{where}, {key}" if where else key
             yield from _differences(found.get(key, "none"), said.get(key, "none"), inner)
