@@ -31,6 +31,8 @@ _HOME = {
     "add_experts": "merge.mixture",
     "remove_experts": "merge.mixture",
     "load_mixture": "merge.mixture",
+    "prove_optout": "merge.prove",
+    "verify_optout": "merge.prove",
     "Sampling": "inference.sampling",
     "generate": "inference.generate",
     "stream": "inference.generate",

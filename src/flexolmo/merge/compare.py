@@ -102,7 +102,7 @@ def draw_subsets(names: Sequence[str], most: int | None, seed: int) -> list[list
         chosen = dict.fromkeys(range(possible))
     drawn = 0
     while len(chosen) < count:
-        data = hashlib.shake_256(f"{seed} subset {drawn}".encode()).digest(16)
+        data = hashlib.shake_256(f"{seed} subset {drawn}".encode()).digest(16 + len(names) // 8)
         chosen[int.from_bytes(data, "little") % possible] = None
         drawn += 1
     return [[n for i, n in enumerate(names) if number >> i & 1] for number in chosen]

@@ -238,8 +238,9 @@ def _compare(pair: _Pair, name: str, plan: Plan, given: _Texts | None) -> Compar
     """Everything of `plan` that can be compared here."""
     model = pair.mixture.model
     inputs: dict[Kind, Sequences] = {"random": random_sequences(model, plan.num_random, plan.seed)}
-    if pair.bundle is not None and model.router is not None:
-        inputs["claimed"] = claimed_sequences(model, name, plan.num_random, plan.seed)
+    if pair.bundle is not None:
+        claimed = claimed_sequences(model, name, plan.num_random, plan.seed)
+        inputs |= {"claimed": claimed} if claimed else {}
     if given is not None:
         inputs["given"] = text_sequences(model, pair.mixture.tokenizer, given.lines)
     subsets = draw_subsets(sorted(pair.facts.experts), plan.most_subsets, plan.seed)
