@@ -1,6 +1,7 @@
 """A certificate is given only where an expert leaves no trace, and holds only for what it says."""
 
 import copy
+import hashlib
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from flexolmo.bundle.signing import (
 )
 from flexolmo.errors import ConfigError, ProofError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes
+from flexolmo.inference.reader import OwnReader, pad_left
 from flexolmo.merge import certificate, compare, prove
 from flexolmo.merge.certificate import Findings, read_certificate, write_words
 from flexolmo.merge.mixture import (
@@ -141,6 +143,26 @@ def test_texts_are_compared_to_their_last_token(house):
     assert max(map(len, found)) == 10 and {s[0] for s in found} == {mixture.tokenizer.eos_id}
     expected = [i for ids in mixture.tokenizer.encode_batch(texts) for i in ids]
     assert [i for s in found for i in s[1:]] == expected
+
+
+def test_the_digest_is_of_all_logits_as_a_reader_computes_them(house, monkeypatch):
+    monkeypatch.setattr(compare, "WAYS", {"states": ("states", False)})
+    whole, never = house.mixture(NAMES), house.mixture(OTHERS)
+    texts = [[0, 5, 7, 9, 11], [0, 3, 4], [0, 8]]
+    found = compare.compare_mixtures(whole, never, "zinc", [["amber"]], {"given": texts})
+    reader, expected = OwnReader(never.model, never.tokenizer), hashlib.sha256()
+    with torch.inference_mode():
+        for batch in (texts[:2], texts[2:]):
+            for rows in (batch, batch * 2):
+                ids, is_token = pad_left(rows)
+                padding = None if is_token is None else is_token[:, :-1]
+                state = reader.new_state([["amber"]] * len(rows))
+                first = reader.read(ids[:, :-1], state, is_token=padding, last=99)
+                second = reader.read(ids[:, -1:], state, last=1)
+                logits = torch.cat([first, second], 1)[: len(batch)]
+                expected.update(logits.numpy().tobytes())
+    assert found.inputs["given"].logits == f"sha256:{expected.hexdigest()}"
+    assert (found.tokens, found.positions) == (10, 10)
 
 
 # --- building anew ------------------------------------------------------------------------------
@@ -333,6 +355,17 @@ def leak_between_texts(patch):
     patch.setattr(EvidenceRouter, "forward", wrong)
 
 
+def leak_where_nobody_has_it_on(patch):
+    right = EvidenceRouter.forward
+
+    def wrong(self, ids, is_token, active, past):
+        if self.names[-1] == "zinc" and not active[:, -1].any():
+            active = torch.ones_like(active)
+        return right(self, ids, is_token, active, past)
+
+    patch.setattr(EvidenceRouter, "forward", wrong)
+
+
 def leak_from_panels(patch):
     right = Mixture.forward
 
@@ -361,6 +394,7 @@ def leak_from_probabilities(patch):
         (leak_in_the_sign_of_zero, "trace.*read as states, with"),
         (leak_while_writing, "after 1 of 10 positions.*read as states, with amber, basalt on"),
         (leak_between_texts, "trace.*read as states, .*beside texts with it on"),
+        (leak_where_nobody_has_it_on, r"trace.*read as states, with amber, basalt on\.$"),
         (leak_from_panels, "trace.*read as states, from panels"),
         (leak_from_probabilities, "trace.*read as probabilities"),
     ],
