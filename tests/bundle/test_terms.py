@@ -44,7 +44,7 @@ def is_allowed(terms, purposes, groups, today):
     asked = set(purposes) or {"any"}
     return (
         all(any(includes(p, a) for p in terms.permitted) for a in asked)
-        and not any(includes(p, a) for p in terms.prohibited for a in asked)
+        and not any(includes(p, a) or includes(a, p) for p in terms.prohibited for a in asked)
         and (not terms.audience or any(g in terms.audience for g in groups))
         and (terms.valid_from is None or terms.valid_from <= today)
         and (terms.valid_until is None or today <= terms.valid_until)
@@ -96,6 +96,9 @@ def test_each_reason_is_named():
         "the owner's terms permit general-research, not any, which stands for no purpose stated"
     ]
     assert not terms.refusals(["health-research"], ["clinic"], TODAY)
+    assert terms.refusals(["general-research"], ["clinic"], TODAY) == [
+        "the owner's terms prohibit methods-research, which general-research includes"
+    ]
 
 
 def test_purposes_form_a_tree_whose_root_is_any():

@@ -43,6 +43,7 @@ def test_there_is_one_verb_for_each_stage():
         "expert",
         "mix",
         "generate",
+        "policy",
         "audit",
         "eval",
         "demo",

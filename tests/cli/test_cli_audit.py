@@ -68,7 +68,7 @@ def test_access_is_measured_printed_and_reported(
         expert = owner(name)
         words = ("--key", owner_keys[who], "--owner", who, "--licence", "MIT", "--terms", "Any.")
         bundles.append(tmp_path / f"{name}.bundle")
-        works("expert", "pack", expert, *words, "--out", bundles[-1])
+        works("expert", "pack", expert, *words, "--purpose", "any", "--out", bundles[-1])
     model = tmp_path / "model"
     works("mix", "build", pico_anchor_dir, *bundles, "--trust", trust_dir, "--out", model)
     given = ["--model", model, "--trust", trust_dir, "--out", tmp_path / "out"]

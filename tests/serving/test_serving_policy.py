@@ -68,6 +68,7 @@ def terms_allow(terms, groups, purposes, day) -> bool:
     return (
         all(wider(p) & set(terms.permitted) for p in purposes)
         and not any(wider(p) & set(terms.prohibited) for p in purposes)
+        and not any(wider(barred) & set(purposes) for barred in terms.prohibited)
         and (not terms.audience or any(group in terms.audience for group in groups))
         and (terms.valid_from is None or terms.valid_from <= day)
         and (terms.valid_until is None or day <= terms.valid_until)
@@ -337,11 +338,12 @@ def test_every_attribute_of_the_schema_can_be_asked(tmp_path):
     there = datetime.timezone(datetime.timedelta(hours=14))  # where it is the next day already
     alice = Principal("alice", frozenset({"clinic"}), frozenset({"doctor"}))
     for moment in (now, now.astimezone(there)):
-        found = policies.decide(alice, frozenset(), Wish(), {"amber": amber}, moment)
+        found = policies.decide(alice, frozenset({"education"}), Wish(), {"amber": amber}, moment)
         assert found.enabled == {"amber"}, found.verdicts
         assert found.decided == now and found.decided.tzinfo is datetime.UTC
     for other in (replace(alice, roles=frozenset()), replace(alice, subject="Alice")):
-        assert not policies.decide(other, frozenset(), Wish(), {"amber": amber}, now).enabled
+        found = policies.decide(other, frozenset({"education"}), Wish(), {"amber": amber}, now)
+        assert not found.enabled
 
 
 # --- refusals ------------------------------------------------------------------------------------

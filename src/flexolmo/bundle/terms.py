@@ -126,8 +126,9 @@ class Terms(Claim):
     """Terms of use of one expert. The text is the contract; the fields are what a server enforces.
 
     Days are in UTC. `audience` names groups of people, one of which whoever asks must be in; empty:
-    anybody. A permitted purpose permits those within it, a prohibited one prohibits those within it
-    and comes before any permission. `attribution` is what an answer must say of its source.
+    anybody. A permitted purpose permits those within it. A prohibited one comes before any
+    permission, and prohibits those within it and those that include it. `attribution` is what an
+    answer must say of its source.
     """
 
     text: Annotated[str, StringConstraints(min_length=1, max_length=20_000)]
@@ -171,13 +172,17 @@ class Terms(Claim):
         found = self.refusals_of_day(today)
         for name in sorted(purposes) or ["any"]:
             around = purposes_around(name)
-            if barred := [n for n in around if n in self.prohibited]:
-                found.append(f"the owner's terms prohibit {barred[0]}")
+            wider = [n for n in around if n in self.prohibited]
+            within = [n for n in self.prohibited if name in purposes_around(n)]
+            if wider:
+                found.append(f"the owner's terms prohibit {wider[0]}")
             elif not any(n in self.permitted for n in around):
                 found.append(
                     f"the owner's terms permit {', '.join(self.permitted)}, not {name}"
                     + ("" if purposes else ", which stands for no purpose stated")
                 )
+            elif within:
+                found.append(f"the owner's terms prohibit {within[0]}, which {name} includes")
         if self.audience and not set(self.audience) & set(groups):
             found.append(f"the owner's terms are for {', '.join(self.audience)} alone")
         return found

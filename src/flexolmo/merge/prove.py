@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from flexolmo.bundle.signing import TrustedOwners, key_id, read_private_key
+from flexolmo.bundle.signing import key_id, read_private_key
+from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, CheckpointError, ConfigError, MergeError, ProofError
 from flexolmo.files import digest_bytes
 from flexolmo.merge.certificate import (

@@ -46,7 +46,8 @@ class InclusionProof(Claim):
         checkpoint = read_checkpoint(self.checkpoint, key)
         if self.number >= checkpoint.size:
             raise ValueError(f"its checkpoint does not count entry {self.number}")
-        leaf, hashes = hash_leaf(self.entry.encode()), _bytes_of(self.hashes)
+        leaf = hash_leaf(self.entry.encode())
+        hashes = _bytes_of(self.hashes)
         if not is_included(leaf, self.number, checkpoint.size, checkpoint.root, hashes):
             raise ValueError(f"its entry is not the one that the log has as number {self.number}")
         return (
