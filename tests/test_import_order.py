@@ -29,7 +29,7 @@ ORDER = [
     ["bundle.bundle"],
     ["data."],
     ["model.statistics", "model.blend", "model.tiles", "model.panels", "model.cache"],
-    ["model.lanes"],
+    ["model.lanes", "model.spans"],
     ["model.private_statistics", "model.router", "model.transformer"],
     ["model.loss"],
     ["model.shape", "model.groups"],

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError
 from flexolmo.inference.reader import Reader, pad_left, spread
 from flexolmo.inference.sampling import Ending, Sampling
@@ -67,7 +68,10 @@ def decode(
     Raises:
         ConfigError: a text fills the model's positions before anything is written.
     """
-    texts = [_Text(reader, request, held_tokens) for request in requests]
+    texts = []
+    for r in requests:
+        room = room_behind(held_tokens + len(r.ids), reader.max_seq_len, len(reader.start))
+        texts.append(Answer(reader.tokenizer, r.sampling, r.stops, room))
     draws = [torch.Generator().manual_seed(r.sampling.seed) for r in requests]
 
     def sample(logits: Tensor, numbers: Sequence[int]) -> list[int]:
@@ -101,23 +105,15 @@ def decode(
         ids, is_token = torch.tensor(chosen)[:, None], None  # [B,1]
 
 
-class _Text:
+class Answer:
     """One text while it is written, and the conditions that end it."""
 
-    def __init__(self, reader: Reader, request: Request, held_tokens: int):
-        """ConfigError if the request leaves no room for a token."""
-        room = reader.max_seq_len - held_tokens - len(request.ids)
-        if room < 1:
-            own, start = held_tokens + len(request.ids), len(reader.start)
-            raise ConfigError(
-                f"A prompt has {own - start} tokens; this model holds {reader.max_seq_len} "
-                "positions, prompt and continuation together: give at most "
-                f"{reader.max_seq_len - start - 1} tokens of prompt."
-            )
-        self.tokenizer = reader.tokenizer
-        self.stops = [s for s in request.stops if s]
+    def __init__(self, tokenizer: Tokenizer, sampling: Sampling, stops: Sequence[str], room: int):
+        """`room` is the number of positions behind the prompt."""
+        self.tokenizer = tokenizer
+        self.stops = [s for s in stops if s]
         self.stop_tokens = max((len(s.encode()) for s in self.stops), default=0) + 4
-        asked = request.sampling.max_new_tokens
+        asked = sampling.max_new_tokens
         self.most = min(room, asked)
         self.last: Ending = "positions" if room < asked else "max_new_tokens"
         self.written: list[int] = []
@@ -132,6 +128,19 @@ class _Text:
             if any(stop in tail for stop in self.stops):
                 return "stop"
         return self.last if len(self.written) == self.most else None
+
+
+def room_behind(num_tokens: int, max_seq_len: int, num_start: int) -> int:
+    """Positions behind a prompt of so many tokens, `num_start` of them put before its text.
+    ConfigError if there is none to write to."""
+    room = max_seq_len - num_tokens
+    if room < 1:
+        raise ConfigError(
+            f"A prompt has {num_tokens - num_start} tokens; this model holds {max_seq_len} "
+            "positions, prompt and continuation together: give at most "
+            f"{max_seq_len - num_start - 1} tokens of prompt."
+        )
+    return room
 
 
 def out_of_positions(reader: Reader, request: Request) -> str:

@@ -6,7 +6,9 @@ expert with it, merging a mixture of many.
 V vocabulary, D d_model, F the expert's own FFN width, L layers.
 """
 
+import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import cast
 
 import torch
@@ -17,7 +19,8 @@ from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import EvidenceRouter, LevelTable, LinearRouter, RouterSettings
+from flexolmo.model.panels import Panels
+from flexolmo.model.router import EvidenceRouter, LevelTable, LinearRouter, RouterSettings, slot
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
     BIGRAM_KEYS,
@@ -140,6 +143,16 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
             found[BIGRAM_KEYS] = table.bigram_keys
             found[BIGRAM_LEVELS] = table.bigram_levels
     return found
+
+
+def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
+    """Overwrite all that `model` and `panels` hold of an expert. With it off no number changes;
+    with it on none is a number any more."""
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    cut = ((path, panels[m]) for path, m in model.named_modules() if m in panels)
+    for path, tensor in chain(tensors, cut):
+        if slot(name) in path.split("."):
+            tensor.fill_(math.nan if tensor.is_floating_point() else 0)
 
 
 def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:

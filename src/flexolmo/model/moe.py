@@ -45,6 +45,7 @@ from flexolmo.model.router import (
     slot,
 )
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
+from flexolmo.model.spans import Spans
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.tiles import silu
 from flexolmo.model.transformer import FeedForward, ForwardContext, ModelConfig, Transformer
@@ -258,11 +259,8 @@ class MixtureModel(Transformer):
                 logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
                 if cache is not None:
                     cache.evidence = evidence
-                ctx.weights = mixture_weights(
-                    logits, active, self.top_k, self.router.settings.min_weight, renormalise=True
-                )
-            ctx.shares = shares_of(ctx.weights, active, ctx.batch_rows, ctx.dtype)
-            ctx.groups = self.mixtures()[0].group(ctx.weights, ctx)
+                ctx.weights = self._weigh(self.router, logits, active)
+            self._share(ctx, ctx.weights)
             is_pair = len(self.expert_names) == 2 and active is None and ctx.is_token is None
             if self.training and is_pair:
                 ctx.blend = (
@@ -276,12 +274,29 @@ class MixtureModel(Transformer):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx
 
-    def predict_at(self, x: Tensor, ctx: ForwardContext, rows: slice) -> Tensor:
-        """Logits [.,V] after `rows` of those that lanes read, x [1,n,D], as `stream` gives them."""
-        assert ctx.weights is not None
-        weights = ctx.weights[:, rows]
+    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
+        ctx = super()._context_of(spans, panels)
+        if self.router is not None:
+            ctx.weights = self._weigh(self.router, spans.follow(self.router), ctx.active)
+            self._share(ctx, ctx.weights)
+        return ctx
+
+    def _weigh(self, router: EvidenceRouter, logits: Tensor, active: Tensor | None) -> Tensor:
+        """Mixture weights [B,T,E] for all layers, from log weights."""
+        least = router.settings.min_weight
+        return mixture_weights(logits, active, self.top_k, least, renormalise=True)
+
+    def _share(self, ctx: ForwardContext, weights: Tensor) -> None:
+        """Tell the layers who reads what."""
+        ctx.shares = shares_of(weights, ctx.active, ctx.batch_rows, ctx.dtype)
+        ctx.groups = self.mixtures()[0].group(weights, ctx)
+
+    def _at(self, ctx: ForwardContext, rows: slice | Tensor) -> ForwardContext:
+        if ctx.weights is None:
+            return ctx
+        weights = ctx.weights.flatten(0, 1)[rows][None]  # [1,.,E]
         shares = shares_of(weights, None, ctx.batch_rows, ctx.dtype)
-        return self.lm_head(x[:, rows], replace(ctx, weights=weights, shares=shares, rests={}))[0]
+        return replace(ctx, weights=weights, shares=shares, rests={})
 
     def _at_last(self, ctx: ForwardContext, batch_size: int, count: int) -> ForwardContext:
         ctx = super()._at_last(ctx, batch_size, count)

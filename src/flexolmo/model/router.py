@@ -209,6 +209,13 @@ class EvidenceRouter(nn.Module):
             {slot(n): LevelTable(vocab_size, num_bigrams[n]) for n in names if n != PUBLIC}
         )
 
+    @property
+    def domains(self) -> list[str]:
+        """Names of the S domains; those of public's forms, which begin with a space, are no
+        expert's."""
+        forms = [f" form {i}" for i in range(len(self.forms))]
+        return [self.names[0], *forms, *self.names[1:]]
+
     def table(self, name: str) -> LevelTable:
         """The statistics of one owner's text."""
         return cast(LevelTable, self.tables[slot(name)])

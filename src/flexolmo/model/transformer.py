@@ -31,6 +31,7 @@ from flexolmo.model.panels import (
     cut_panels,
     panel_product,
 )
+from flexolmo.model.spans import Spans
 from flexolmo.model.tiles import product, silu, spaced
 
 CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
@@ -110,6 +111,7 @@ class ForwardContext:
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     lanes: Any = None  # when several models read each text, see lanes.Lanes
+    spans: Spans | None = None  # when a step reads spans of many texts
     cache: list[LayerCache] | None = None
     start: int = 0  # positions in the cache before these
     room: int = 0  # positions that the cache should hold in the end
@@ -272,6 +274,8 @@ class Attention(nn.Module):
         if ctx.lanes is not None:
             k = ctx.lanes.fill(k)
             v = ctx.lanes.fill(v)
+        if ctx.spans is not None:
+            return self.o_proj(ctx.spans.attend(layer, q, k, v), ctx)  # [n,1,D]
         if ctx.cache is not None:
             k, v = ctx.cache[layer].append(k, v, ctx.start, ctx.room)  # [B,G,S,C]
         y = F.scaled_dot_product_attention(
@@ -383,6 +387,12 @@ class Transformer(nn.Module):
         """An empty cache for one batch."""
         return Cache([LayerCache() for _ in self.layers])
 
+    def new_memory(self, num_positions: int) -> Tensor:
+        """Memory for keys and values of spans, [L,2,G,P,C]; what it holds at first is not read."""
+        c = self.config
+        shape = (c.num_layers, 2, c.kv_heads, num_positions, c.d_head)
+        return torch.empty(shape, dtype=self.embed_tokens.weight.dtype, device=self.device)
+
     def hidden(self, ids: Tensor, **options: Any) -> Tensor:
         """The residual stream after the last norm, [B,T,D]; options as for `forward`."""
         return self.stream(ids, **options)[0]
@@ -426,12 +436,50 @@ class Transformer(nn.Module):
         ids = ids.to(self.device)
         ctx = self._context(ids, cache, here(is_token), here(active), panels, lanes)
         ctx.routing, ctx.router_logits = routing, router_logits
-        x = self.embed_tokens(ids if lanes is None else lanes.pick(ids), ctx)  # [B,T,D]
-        for i, block in enumerate(self.layers):
-            x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
+        x = self._run(ids if lanes is None else lanes.pick(ids), ctx)
         if cache is not None:
             cache.num_positions += ids.shape[1]
-        return self.norm(x), ctx
+        return x, ctx
+
+    def read_spans(
+        self, spans: Spans, panels: Panels | None, routing: list[Tensor] | None = None
+    ) -> tuple[Tensor, ForwardContext]:
+        """The residual stream [n,1,D] after the last norm, of the tokens of a step, and what the
+        layers were given; `panels` and `routing` as in `forward`."""
+        ctx = self._context_of(spans, panels)
+        ctx.routing = routing
+        return self._run(spans.ids, ctx), ctx
+
+    def predict_at(self, x: Tensor, ctx: ForwardContext, rows: slice | Tensor) -> Tensor:
+        """Logits [.,V] after `rows` of all that were read; x and ctx as `stream` with lanes, or
+        `read_spans`, gives them."""
+        return self.lm_head(x.flatten(0, 1)[rows][None], self._at(ctx, rows))[0]
+
+    def _at(self, ctx: ForwardContext, rows: slice | Tensor) -> ForwardContext:
+        """The context of some of the rows."""
+        return ctx
+
+    def _run(self, ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """The residual stream [B,T,D] after the last norm."""
+        x = self.embed_tokens(ids, ctx)  # [B,T,D]
+        for i, block in enumerate(self.layers):
+            x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
+        return self.norm(x)
+
+    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
+        cos, sin = self._angles(spans.positions)
+        is_few = FEWEST_ROWS <= spans.batch_rows <= MOST_ROWS
+        return ForwardContext(
+            self.embed_tokens.weight.dtype,
+            cos,
+            sin,
+            attention_bias=None,
+            is_token=None,
+            batch_rows=spans.batch_rows,
+            active=spans.active,
+            panels=panels if is_few else None,
+            spans=spans,
+        )
 
     def _context(
         self,
