@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.terms import Terms
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BusyError, ConfigError, PolicyError
@@ -18,7 +19,6 @@ from flexolmo.inference.engine import (
     EngineRequest,
     EngineStats,
     Event,
-    ExpertFacts,
     ModelFacts,
     PromptRead,
     Scored,
@@ -62,6 +62,7 @@ class MadeEngine:
         self.facts = ModelFacts(
             digest, experts, max_seq_len, tokenizer.vocab_size, [tokenizer.eos_id]
         )
+        self._model = self.facts  # with those that are withdrawn
         self.next_facts = self.facts  # after a reload, or an error that it raises
         self.seen: list[EngineRequest] = []
         self.texts: list[_Text] = []
@@ -92,7 +93,7 @@ class MadeEngine:
             self.seen.append(request)
             if request.model_digest != self.facts.digest:
                 raise PolicyError("another model")
-            if not request.enabled <= self.facts.experts.keys() - self._withdrawn:
+            if not request.enabled <= self.facts.experts.keys():
                 raise PolicyError("an expert is gone")
             if len(request.ids) + request.writes > self.facts.max_seq_len:
                 raise ConfigError("too long")
@@ -108,15 +109,18 @@ class MadeEngine:
         if isinstance(self.next_facts, Exception):
             raise self.next_facts
         with self._lock:
-            kept = {n for n, e in self.facts.experts.items() if self.next_facts.experts.get(n) == e}
-            self._end(self.facts.experts.keys() - kept, "replaced")
+            before, after = self._model.experts, self.next_facts.experts
+            kept = {name for name in before if after.get(name) == before[name]}
+            self._end(before.keys() - kept, "replaced")
             self._withdrawn &= kept
-            self.facts = self.next_facts
+            self._model = self.next_facts
+            self.facts = without(self._model, self._withdrawn)
         return self.facts
 
     def withdraw(self, experts: Collection[str], why: str) -> int:
         with self._lock:
             self._withdrawn |= set(experts)
+            self.facts = without(self.facts, experts)
             return self._end(experts, why)
 
     def _end(self, experts: Collection[str], why: str) -> int:
@@ -188,6 +192,11 @@ class _Text(threading.Thread):
         others = range(token, token + (self.request.num_logprobs or 0))
         vocab_size = self.engine.facts.vocab_size
         return Scored(token, -token / 100, {t % vocab_size: -t / 100 for t in others})
+
+
+def without(facts: ModelFacts, names: Collection[str]) -> ModelFacts:
+    """The same model, of which some experts are not used."""
+    return replace(facts, experts={n: e for n, e in facts.experts.items() if n not in names})
 
 
 def with_expert(facts: ModelFacts, name: str, expert: ExpertFacts | None) -> ModelFacts:

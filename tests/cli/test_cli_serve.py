@@ -198,7 +198,7 @@ def test_everybody_on_this_machine_is_let_in_where_that_was_asked_for(start, pla
         (["--auth", "missing.toml"], "missing.toml does not exist"),
         (["--no-auth", "--max-texts", 0], "max_texts"),
         (["--no-auth", "--port", 70_000], "port"),
-        (["--no-auth", "--policy", "nowhere"], "nowhere is not a directory"),
+        (["--no-auth", "--policy", "nowhere"], "policies in nowhere cannot be read"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_the_model_is_read(run, place, more, words):

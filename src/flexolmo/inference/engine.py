@@ -111,7 +111,7 @@ class Engine(Protocol):
 
     @property
     def facts(self) -> ModelFacts:
-        """The model that new requests are run on."""
+        """The model that new requests are run on; experts that were withdrawn are not in it."""
 
     def submit(self, request: EngineRequest, say: Callable[[Event], None]) -> Request:
         """Begin `request`; its events go to `say`, in order, on a thread of the engine's.

@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.inference.engine import (
     Ended,
     Engine,
     EngineRequest,
     Event,
-    ExpertFacts,
     Interruption,
     Request,
     TokenWritten,

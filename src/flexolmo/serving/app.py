@@ -28,7 +28,7 @@ from flexolmo.serving.forms import ChatForm, CompletionForm, Decode, Form
 from flexolmo.serving.gateway import Gateway, Limits
 from flexolmo.serving.refusal import Refusal
 from flexolmo.serving.replies import AnswerReply
-from flexolmo.serving.requests import Body, ChatBody, CompletionBody, read_body
+from flexolmo.serving.requests import Body, BodyKind, ChatBody, CompletionBody, read_body
 from flexolmo.serving.upkeep import Upkeep
 
 LOOK_SECONDS = 1.0
@@ -196,12 +196,12 @@ def _describe_model(gateway: Gateway) -> replies.ModelReply:
 
 
 async def _answer(
-    gateway: Gateway, request: Request, kind: type[Body], form: Callable[[Decode], Form]
+    gateway: Gateway, request: Request, kind: type[BodyKind], form: Callable[[Decode], Form]
 ) -> Response:
     """The response to a request for texts: identity, body, decision, answer."""
     principal = gateway.identity.identify(request.headers.get("authorization"))
     data = await _receive(request, gateway.limits)
-    body: CompletionBody | ChatBody = read_body(data, kind)
+    body = read_body(data, kind)
     _refuse_other_model(gateway, body.model)
     ask = body.ask()
     answer = await gateway.begin(principal, ask)

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from pydantic import Field, JsonValue
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.config import Settings
-from flexolmo.errors import AuditError, BusyError, PolicyError
+from flexolmo.errors import AuditError, BusyError, ConfigError, PolicyError
 from flexolmo.inference.engine import Engine
 from flexolmo.serving.answer import Answer, Receipt
 from flexolmo.serving.entries import Kind
@@ -74,6 +75,15 @@ class Log(Protocol):
         """End the log in order; AuditError if that cannot be written."""
 
 
+@dataclass(frozen=True)
+class _Withdrawn:
+    """An expert that the model holds and that is not used any more."""
+
+    model_digest: str
+    facts: ExpertFacts
+    why: str
+
+
 class Gateway:
     """All that stands between those who ask and an engine. Its coroutines belong to one loop."""
 
@@ -101,7 +111,7 @@ class Gateway:
         self.metrics = Metrics(engine.stats)
         self.can_audit = True  # the log's last entry could be written
         self.is_closing = False
-        self._withdrawn: dict[str, tuple[str, str]] = {}  # by expert: digest of its bundle, and why
+        self._withdrawn: dict[str, _Withdrawn] = {}  # by expert
         self.num_answers = 0  # requests under way
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "gateway")
@@ -145,6 +155,9 @@ class Gateway:
         except PolicyError:  # decided on the model as it was a moment ago
             answer.give_up("changed")
             raise _changing() from None
+        except ConfigError as e:  # more than the engine has memory for
+            answer.give_up("failed")
+            raise Refusal(400, "invalid_prompt", str(e), field="prompt") from None
         except BaseException:
             answer.give_up("failed")
             raise
@@ -161,17 +174,19 @@ class Gateway:
             prepare, ask, facts, texts, limits.max_texts, limits.max_prompt_tokens
         )
         now = datetime.datetime.now(datetime.UTC)
+        off = {n: w for n, w in self._withdrawn.items() if w.model_digest == facts.digest}
+        # Among these too, so that who asks for one hears why it is off.
+        experts = {**facts.experts, **{name: withdrawn.facts for name, withdrawn in off.items()}}
         try:
             decision = await self._in_thread(
-                self.policies.decide, principal, ask.purposes, ask.wish, facts.experts, now
+                self.policies.decide, principal, ask.purposes, ask.wish, experts, now
             )
         except PolicyError as e:
             raise Refusal(400, "unknown_expert", str(e), field="experts") from None
-        off = self.withdrawn
         enabled = decision.enabled - off.keys()
         asked = {name: v for name, v in decision.verdicts.items() if v.is_asked}
         refused = {
-            name: [off[name]] if name in off else list(verdict.reasons)
+            name: [off[name].why] if name in off else list(verdict.reasons)
             for name, verdict in asked.items()
             if name not in enabled
         }
@@ -215,22 +230,13 @@ class Gateway:
 
         Another bundle of theirs may be used again. Returns those that were in use until now.
         """
-        facts, withdrawn = self.engine.facts.experts, self.withdrawn
-        new = {n: why for n, why in experts.items() if n in facts and n not in withdrawn}
+        facts = self.engine.facts
+        new = {name: why for name, why in experts.items() if name in facts.experts}
         for name, why in new.items():
-            self._withdrawn[name] = (facts[name].bundle_digest, why)  # for new decisions
+            withdrawn = _Withdrawn(facts.digest, facts.experts[name], why)
+            self._withdrawn = {**self._withdrawn, name: withdrawn}  # others may be reading it
             self.engine.withdraw([name], why)
         return new
-
-    @property
-    def withdrawn(self) -> dict[str, str]:
-        """Experts of the model that are not used although they are in it, and why."""
-        facts = self.engine.facts.experts
-        return {
-            name: why
-            for name, (digest, why) in self._withdrawn.items()
-            if name in facts and facts[name].bundle_digest == digest
-        }
 
     async def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
         """Write an entry of the audit log; its number. Refusal (503) if it cannot be written."""

@@ -223,7 +223,7 @@ class TextFormat(_Strict):
     type: Literal["text"]
 
 
-BodyKind = TypeVar("BodyKind", bound=Body)
+BodyKind = TypeVar("BodyKind", CompletionBody, ChatBody)
 # Said in place of a list of what each of several allowed forms lacks.
 _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from pydantic import JsonValue
 
+from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import AuditError, FlexOlmoError
-from flexolmo.inference.engine import ExpertFacts
 from flexolmo.serving.chat import ChatTemplate
 from flexolmo.serving.entries import Kind
 from flexolmo.serving.gateway import Gateway
