@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 
 from flexolmo.bundle.terms import PURPOSES
+from flexolmo.errors import ConfigError
 from flexolmo.inference.engine import Ended, TokenWritten
 from flexolmo.serving.composer import Composer
 from flexolmo.serving.forms import CompletionForm
@@ -313,6 +314,18 @@ def test_an_engine_without_room_for_all_texts_serves_none_of_them(make_gateway, 
     wait_until(lambda: engine.stats().running == 0)
 
 
+def test_a_request_that_the_engine_can_never_serve_is_said_to_be_wrong(
+    make_gateway, engine, entries
+):
+    def refuse(*_):
+        raise ConfigError("It needs more memory than there is.")
+
+    engine.submit = refuse
+    refusal = refusal_of(make_gateway())
+    assert (refusal.status, str(refusal)) == (400, "It needs more memory than there is.")
+    assert entries("finished")[0]["reason"] == "failed"
+
+
 def test_a_model_that_changes_in_between_is_asked_nothing(make_gateway, engine, entries):
     gateway = make_gateway()
     submit = engine.submit
@@ -398,7 +411,7 @@ def test_what_is_under_way_may_end_and_nothing_new_begins(make_gateway, engine, 
         tasks = [asyncio.create_task(read(gateway)) for _ in range(2)]
         while len(engine.seen) < 2:
             await asyncio.sleep(0.005)
-        engine.texts[0].engine, begun = engine, time.monotonic()
+        begun = time.monotonic()
         draining = asyncio.create_task(gateway.drain(0.2))
         await asyncio.sleep(0.05)
         with pytest.raises(Refusal) as caught:
