@@ -42,6 +42,10 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(
         assert not columns[:, len(weight) :].any(), "what fills a panel up is 0"
 
 
+def test_no_rows_have_no_products():
+    assert panel_product(torch.ones(0, 7), torch.ones(2, 7, WIDTH)).shape == (2, 0, WIDTH)
+
+
 def test_a_library_whose_rows_know_their_place_is_refused(monkeypatch):
     real = torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, w: real(x, w) + torch.arange(x.shape[1])[:, None])

@@ -80,7 +80,9 @@ class Stepper:
             numbers = range(len(rows), len(rows) + len(wanted))
             reads.append(Read(text, own, [sums[s.row] for s in own], numbers))
             rows += wanted
-        at = torch.tensor(rows, dtype=torch.long, device=x.device)
+        if not rows:  # blocks amid prompts
+            return reads, torch.empty(0, self.model.config.vocab_size)
+        at = torch.tensor(rows, device=x.device)
         return reads, self.model.predict_at(x, ctx, at).float().cpu()
 
 

@@ -44,7 +44,7 @@ def panel_product(x: Tensor, panels: Tensor) -> Tensor:
     n, kind = len(x), (*panels.shape[:2], x.dtype, x.device, torch.get_num_threads())
     if n > REFERENCE_ROWS and not _keeps_bits(n, *kind):
         return torch.cat([panel_product(rows, panels) for rows in x.split(REFERENCE_ROWS)], dim=1)
-    rows = n
+    rows = max(n, 1)
     while rows < REFERENCE_ROWS and not _keeps_bits(rows, *kind):
         rows += 1
     if rows > n:
