@@ -259,6 +259,22 @@ def test_a_certificate_speaks_of_the_expert_and_of_what_it_does_not_cover(proven
         assert any(part in line for line in words.not_covered), part
 
 
+def test_limits_of_influence_are_told_as_not_covered(house, try_to_prove, tmp_path):
+    """They were measured with the expert there; what is built anew knows nothing of them."""
+
+    def judge(mixture, newcomers):
+        found = {"limits": {}, "public_digest": "sha256:" + "1" * 64, "seed": 0, "seq_len": 9}
+        return found | {"experts": {}, "together": None}
+
+    model = tmp_path / "m"
+    bundles = house.bundles(["amber", "zinc"])
+    build_mixture(house.anchor_dir, bundles, model, house.trusted, admission=judge)
+    rebuild_mixture(model, ["amber"], tmp_path / "anew", house.trusted)
+    assert tree(tmp_path / "anew") == tree(house.mixture_dir(["amber"]))
+    words = read_certificate(try_to_prove(model, most_subsets=1))[0].words
+    assert words.not_covered[-1].startswith("Admission: this mixture keeps limits of influence")
+
+
 def test_given_texts_are_compared_and_stay_where_they_are(house, try_to_prove, tmp_path):
     texts, other = tmp_path / "texts", tmp_path / "other"
     texts.write_text("A very secret line.\n\nAnother line, longer.\n")
@@ -456,6 +472,28 @@ def test_numbers_that_no_owner_signed_are_found(house, try_to_prove, monkeypatch
         pytest.raises(ProofError, match=r"amber: layers\.0\.down_proj\.weight in memory is not"),
     ):
         try_to_prove(house.mixture_dir(NAMES))
+
+
+def test_numbers_finer_than_their_owner_signed_are_found(
+    house, try_to_prove, monkeypatch, tmp_path
+):
+    """Deltas signed in bfloat16 are widened; what is below its last digit must stay 0."""
+    tensors = house.tensors("amber", "rich")
+    halves = {n: t.bfloat16() if ".lora_" in n else t for n, t in tensors.items()}
+    key = next(n for n in halves if ".lora_a" in n)
+    own, model = house.write(tmp_path, "amber", halves, "rich"), tmp_path / "m"
+    build_mixture(house.anchor_dir, [own, house.bundle("zinc", "rich")], model, house.trusted)
+
+    def tune(loaded):
+        expert_tensors(loaded.model, "amber")[key].data.mul_(1 + 1e-6)
+
+    with (
+        loading(monkeypatch, tune),
+        pytest.raises(ProofError, match=f"amber: {key} in memory is not what its owner signed"),
+    ):
+        try_to_prove(model)
+    monkeypatch.undo()
+    assert try_to_prove(model, most_subsets=1).exists()
 
 
 def test_rows_of_a_router_tuned_after_merging_are_found(house, try_to_prove, monkeypatch):
@@ -695,10 +733,21 @@ def test_a_file_that_is_no_certificate_is_refused_in_a_sentence(tmp_path, data):
         read_certificate(tmp_path / "c.json")
 
 
-def test_a_file_that_is_too_large_is_not_read(proven, tmp_path, monkeypatch):
+def test_a_file_that_is_too_large_is_not_read(house, proven, tmp_path, monkeypatch):
+    (tmp_path / "texts").write_text("words\n" * 10)
+    monkeypatch.setattr(prove, "MAX_TEXTS_BYTES", 50)
+    with pytest.raises(ConfigError, match=r"in at most 50 bytes"):
+        verify_optout(proven[1], proven[0], house.trusted, texts=tmp_path / "texts")
     monkeypatch.setattr(certificate, "MAX_CERTIFICATE_BYTES", 1000)
     with pytest.raises(ProofError, match="more than 1000 bytes"):
         read_certificate(proven[1])
+
+
+def test_nothing_stands_beside_what_was_signed(proven, tmp_path):
+    whole = json.loads(proven[1].read_text()) | {"remark": "All is well."}
+    (tmp_path / "c.json").write_text(json.dumps(whole))
+    with pytest.raises(ProofError, match="not what was signed"):
+        read_certificate(tmp_path / "c.json")
 
 
 # --- mixtures of which a certificate does not speak ---------------------------------------------
