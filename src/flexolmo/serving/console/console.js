@@ -122,8 +122,9 @@ async function* events(stream) {
 function showFacts(facts, told) {
   facts.replaceChildren(
     make("p", `Took part: ${["public", ...told.enabled].join(", ")}.`),
-    make("p", `Entry ${told.audit_entry} of the audit log.`),
-    ...told.attributions.map((line) => make("p", line)));
+    make("p", `Entry ${told.entry} of the audit log.`),
+    ...Object.entries(told.refused).map(([n, why]) => make("p", `Not ${n}: ${why.join("; ")}.`)),
+    ...Object.entries(told.attributions).map(([n, line]) => make("p", `${n}: ${line}`)));
   for (const [name, share] of Object.entries(told.shares ?? {})) {
     const line = make("div", "", "share");
     const bar = make("progress");
@@ -179,8 +180,8 @@ async function showTrail() {
 
 async function prove(number, cell) {
   try {
-    const proof = await (await call(`/v1/decisions/${number}/proof`)).json();
-    const head = await checkProof(proof);
+    const answer = await (await call(`/v1/decisions/${number}/proof`)).json();
+    const head = await checkProof(answer.proof, answer.public_key);
     cell.replaceChildren(make("span", "✓ in the log", "yes"),
       make("div", `of ${head.size} entries, signed ${head.time.slice(0, 19)} by ${head.keyId}`,
         "note"));

@@ -3,6 +3,8 @@
 const hash = async (...parts) =>
   new Uint8Array(await crypto.subtle.digest("SHA-256", await new Blob(parts).arrayBuffer()));
 const bytes = (base64) => Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+const digest = (text) =>
+  Uint8Array.from(text.replace("sha256:", "").match(/../g), (pair) => parseInt(pair, 16));
 const isSame = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
 
 // The root that a leaf and its path lead to, as section 2.1.3.2 verifies it.
@@ -52,11 +54,11 @@ async function readHead(note, pem) {
   return { size: Number(size), root: bytes(root), time: time.replace("time ", ""), keyId };
 }
 
-// The signed head under which the proof holds; throws if it does not.
-export async function checkProof(proof) {
-  const head = await readHead(proof.checkpoint, proof.public_key);
+// The signed head under which an inclusion proof holds; throws if it does not.
+export async function checkProof(proof, publicKey) {
+  const head = await readHead(proof.checkpoint, publicKey);
   const leaf = await hash(Uint8Array.of(0), proof.entry);
-  const root = await rootOf(leaf, proof.number, head.size, proof.path.map(bytes));
+  const root = await rootOf(leaf, proof.number, head.size, proof.hashes.map(digest));
   if (!isSame(root, head.root)) {
     throw new Error("The entry and its path lead to another tree head than the signed one.");
   }

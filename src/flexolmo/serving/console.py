@@ -1,0 +1,214 @@
+"""The console: a page for people, and the three things that it asks beside completions.
+
+Which sources may take part and why, whoever's own decisions in the audit log, and proofs of them.
+"""
+
+import asyncio
+import datetime
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Mapping
+from importlib import resources
+from typing import Annotated
+
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import RedirectResponse
+from pydantic import JsonValue
+
+from flexolmo.bundle.terms import PURPOSES, PurposeName, Terms
+from flexolmo.errors import AuditError
+from flexolmo.serving.audit_check import public_key
+from flexolmo.serving.audit_log import AuditLog
+from flexolmo.serving.audit_proof import InclusionProof, prove_entry
+from flexolmo.serving.entries import Kind, utc_now
+from flexolmo.serving.gateway import Gateway
+from flexolmo.serving.policy import Principal, Wish
+from flexolmo.serving.refusal import Refusal
+from flexolmo.serving.replies import Reply
+
+FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "console.css": "text/css; charset=utf-8",
+    "console.js": "text/javascript; charset=utf-8",
+    "proof.js": "text/javascript; charset=utf-8",
+}
+CONTENT_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+MOST_ENTRIES = 20  # that are kept in mind of one person
+MOST_PEOPLE = 1000
+
+
+class PrincipalReply(Reply):
+    """Whoever asks."""
+
+    subject: str
+    groups: list[str]
+    roles: list[str]
+
+
+class PurposeReply(Reply):
+    """One purpose of the vocabulary."""
+
+    name: PurposeName
+    meaning: str
+    source: str
+
+
+class SourceReply(Reply):
+    """One source, and whether it may take part for this person and purpose."""
+
+    name: str
+    owner: str
+    licence: str
+    serial: int
+    terms: Terms
+    is_enabled: bool
+    reasons: list[str]
+
+
+class SourcesExplained(Reply):
+    """All sources, as the policy judges them."""
+
+    model: str
+    model_digest: str
+    policy_digest: str
+    principal: PrincipalReply
+    purposes: list[PurposeReply]
+    sources: list[SourceReply]
+
+
+class EntryReply(Reply):
+    """One decision in the audit log."""
+
+    number: int
+    time: str
+    fields: dict[str, JsonValue]
+
+
+class EntriesReply(Reply):
+    """Decisions on somebody's own requests since the server started, newest first."""
+
+    entries: list[EntryReply]
+
+
+class ProofReply(Reply):
+    """Proof that an entry is in the log, and the key that signed the log's head."""
+
+    proof: InclusionProof
+    public_key: str
+
+
+class Trail:
+    """The audit log, and the newest decisions on each person's requests since it was opened."""
+
+    def __init__(self, log: AuditLog):
+        self.log = log
+        self._lock = threading.Lock()
+        self._newest: OrderedDict[str, deque[EntryReply]] = OrderedDict()  # by subject
+
+    def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
+        """Write an entry of the log, as `AuditLog.append` does; keep a decision in mind."""
+        number = self.log.append(kind, fields)
+        if kind == "decision":
+            entry = EntryReply(number=number, time=utc_now(), fields=dict(fields))
+            subject = str(fields["principal"])
+            with self._lock:
+                self._newest.setdefault(subject, deque(maxlen=MOST_ENTRIES)).append(entry)
+                self._newest.move_to_end(subject)
+                while len(self._newest) > MOST_PEOPLE:
+                    self._newest.popitem(last=False)
+        return number
+
+    def of(self, subject: str) -> list[EntryReply]:
+        """Decisions on the person's requests, newest first."""
+        with self._lock:
+            return list(reversed(self._newest.get(subject, ())))
+
+    def prove(self, number: int) -> ProofReply:
+        """Proof that an entry is in the log, under a head signed at the latest now."""
+        key = public_key(self.log.directory)
+        self.log.checkpoint()
+        pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+        return ProofReply(proof=prove_entry(self.log.directory, number, key), public_key=pem)
+
+
+def add_console(app: FastAPI, gateway: Gateway, trail: Trail) -> None:
+    """Add the page under /console/, and what it asks under /v1."""
+    proving = asyncio.Lock()  # one at a time: each reads the whole log
+
+    @app.get("/console/", include_in_schema=False)
+    @app.get("/console/{name}", include_in_schema=False)
+    async def console(name: str = "index.html") -> Response:
+        if name not in FILES:
+            raise Refusal(404, "not_found", "The console has no such file.")
+        data = resources.files("flexolmo.serving").joinpath("console", name).read_bytes()
+        headers = {"Content-Security-Policy": CONTENT_POLICY}
+        return Response(data, headers=headers, media_type=FILES[name])
+
+    @app.get("/", include_in_schema=False)
+    async def home() -> Response:
+        return RedirectResponse("console/")
+
+    @app.get("/v1/sources", responses=errors(401, 503))
+    async def sources(
+        request: Request, purpose: Annotated[list[PurposeName], Query(max_length=20)] = []  # noqa: B006
+    ) -> SourcesExplained:
+        """Sources that may take part for whoever asks and these purposes, and why not others."""
+        principal = gateway.identity.identify(request.headers.get("authorization"))
+        return explain_sources(gateway, principal, frozenset(purpose))
+
+    @app.get("/v1/decisions", responses=errors(401, 503))
+    async def decisions(request: Request) -> EntriesReply:
+        """Decisions on requests of whoever asks, since the server started, newest first."""
+        principal = gateway.identity.identify(request.headers.get("authorization"))
+        return EntriesReply(entries=trail.of(principal.subject))
+
+    @app.get("/v1/decisions/{number}/proof", responses=errors(401, 404, 503))
+    async def proof(number: int, request: Request) -> ProofReply:
+        """Proof that such a decision is in the audit log."""
+        principal = gateway.identity.identify(request.headers.get("authorization"))
+        if number not in {entry.number for entry in trail.of(principal.subject)}:
+            raise Refusal(404, "entry_not_found", "None of your decisions has this number.")
+        async with proving:
+            try:
+                return await asyncio.to_thread(trail.prove, number)
+            except AuditError as e:
+                raise Refusal(503, "audit_unavailable", str(e)) from None
+
+
+def explain_sources(
+    gateway: Gateway, principal: Principal, purposes: frozenset[PurposeName]
+) -> SourcesExplained:
+    """All sources as the policy judges them now for `principal` and `purposes`."""
+    facts, off = gateway.engine.facts, gateway.withdrawn
+    now = datetime.datetime.now(datetime.UTC)
+    decision = gateway.policies.decide(principal, purposes, Wish(), facts.experts, now)
+    return SourcesExplained(
+        model=gateway.name,
+        model_digest=facts.digest,
+        policy_digest=decision.policy_digest,
+        principal=PrincipalReply(
+            subject=principal.subject,
+            groups=sorted(principal.groups),
+            roles=sorted(principal.roles),
+        ),
+        purposes=[
+            PurposeReply(name=name, meaning=p.meaning, source=p.source)
+            for name, p in PURPOSES.items()
+        ],
+        sources=[
+            SourceReply(
+                name=name,
+                owner=expert.owner,
+                licence=expert.licence,
+                serial=expert.serial,
+                terms=expert.terms,
+                is_enabled=name in decision.enabled and name not in off,
+                reasons=[off[name]] if name in off else list(decision.verdicts[name].reasons),
+            )
+            for name, expert in sorted(facts.experts.items())
+        ],
+    )
