@@ -95,6 +95,7 @@ def serve(
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.serving.audit_log import AuditLog
     from flexolmo.serving.chat import ChatTemplate, find_template
+    from flexolmo.serving.console import Trail
     from flexolmo.serving.gateway import Gateway, Limits
     from flexolmo.serving.identity import NoIdentity, ProvenIdentity
     from flexolmo.serving.policy import Policies
@@ -153,7 +154,7 @@ def serve(
         engine=engine,
         texts=TextModel(engine.facts.digest, tokenizer, chat),
         policies=policies,
-        audit=AuditLog.open(audit),
+        audit=Trail(AuditLog.open(audit)),
         identity=identity,
         limits=limits,
         tells_shares=report_shares,

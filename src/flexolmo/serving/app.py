@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from flexolmo.serving import replies
 from flexolmo.serving.answer import Answer
 from flexolmo.serving.composer import Composer
+from flexolmo.serving.console import Trail, add_console
 from flexolmo.serving.door import Door, error_body, error_response, internal_error
 from flexolmo.serving.forms import ChatForm, CompletionForm, Decode, Form
 from flexolmo.serving.gateway import Gateway, Limits
@@ -39,6 +40,8 @@ def create_app(
     gateway: Gateway, upkeep: Upkeep | None = None, hosts: list[str] | None = None
 ) -> FastAPI:
     """The application around `gateway`, which starts and stops with it.
+
+    It has the console if the gateway's log is a `Trail`.
 
     Args:
         upkeep: Looked after about once a second; None: nothing changes while serving.
@@ -66,6 +69,8 @@ def create_app(
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     _add_routes(app, gateway)
+    if isinstance(gateway.audit, Trail):
+        add_console(app, gateway, gateway.audit)
     app.add_exception_handler(Refusal, _tell_refusal(gateway))
     app.add_exception_handler(HTTPException, _tell_refusal(gateway))
     paths = {str(getattr(route, "path", "")) for route in app.routes}
@@ -103,10 +108,6 @@ def _tell_refusal(gateway: Gateway) -> Callable[[Request, Exception], Response]:
 # --- routes -------------------------------------------------------------------------------------
 
 
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": replies.ErrorReply} for status in statuses}
-
-
 def _body_of(kind: type[Body]) -> dict[str, Any]:
     """Description of a body that a route reads itself, after it has asked who sends it."""
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
@@ -114,7 +115,7 @@ def _body_of(kind: type[Body]) -> dict[str, Any]:
 
 
 def _add_routes(app: FastAPI, gateway: Gateway) -> None:
-    refused = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+    refused = replies.errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
     events = {"text/event-stream": {"schema": {"type": "string"}}}
 
     @app.post(
@@ -141,13 +142,13 @@ def _add_routes(app: FastAPI, gateway: Gateway) -> None:
         """
         return await _answer(gateway, request, ChatBody, ChatForm)
 
-    @app.get("/v1/models", responses=_errors(401, 503))
+    @app.get("/v1/models", responses=replies.errors(401, 503))
     async def models(request: Request) -> replies.ModelsReply:
         """The model, and the sources that it holds."""
         gateway.identity.identify(request.headers.get("authorization"))
         return replies.ModelsReply(data=[_describe_model(gateway)])
 
-    @app.get("/v1/models/{name}", responses=_errors(401, 404, 503))
+    @app.get("/v1/models/{name}", responses=replies.errors(401, 404, 503))
     async def model(name: str, request: Request) -> replies.ModelReply:
         """One model, and the sources that it holds."""
         gateway.identity.identify(request.headers.get("authorization"))

@@ -9,10 +9,10 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
 from importlib import resources
-from typing import Annotated
+from typing import cast
 
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 from pydantic import JsonValue
 
@@ -21,11 +21,12 @@ from flexolmo.errors import AuditError
 from flexolmo.serving.audit_check import public_key
 from flexolmo.serving.audit_log import AuditLog
 from flexolmo.serving.audit_proof import InclusionProof, prove_entry
+from flexolmo.serving.checkpoint import Checkpoint
 from flexolmo.serving.entries import Kind, utc_now
 from flexolmo.serving.gateway import Gateway
 from flexolmo.serving.policy import Principal, Wish
 from flexolmo.serving.refusal import Refusal
-from flexolmo.serving.replies import Reply
+from flexolmo.serving.replies import Reply, errors
 
 FILES = {
     "index.html": "text/html; charset=utf-8",
@@ -37,6 +38,16 @@ CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_PURPOSE_PARAMETER = {
+    "parameters": [
+        {
+            "name": "purpose",
+            "in": "query",
+            "description": "Purposes of the use; may be repeated.",
+            "schema": {"type": "array", "items": {"enum": list(PURPOSES)}},
+        }
+    ]
+}
 MOST_ENTRIES = 20  # that are kept in mind of one person
 MOST_PEOPLE = 1000
 
@@ -102,16 +113,19 @@ class ProofReply(Reply):
 
 
 class Trail:
-    """The audit log, and the newest decisions on each person's requests since it was opened."""
+    """The audit log, and the newest decisions on each person's requests since it was opened.
+
+    A gateway writes to it as to the log.
+    """
 
     def __init__(self, log: AuditLog):
-        self.log = log
+        self._log = log
         self._lock = threading.Lock()
         self._newest: OrderedDict[str, deque[EntryReply]] = OrderedDict()  # by subject
 
     def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
         """Write an entry of the log, as `AuditLog.append` does; keep a decision in mind."""
-        number = self.log.append(kind, fields)
+        number = self._log.append(kind, fields)
         if kind == "decision":
             entry = EntryReply(number=number, time=utc_now(), fields=dict(fields))
             subject = str(fields["principal"])
@@ -122,6 +136,14 @@ class Trail:
                     self._newest.popitem(last=False)
         return number
 
+    def checkpoint(self) -> Checkpoint:
+        """Sign the log as it is, as `AuditLog.checkpoint` does."""
+        return self._log.checkpoint()
+
+    def close(self) -> None:
+        """End the log in order, as `AuditLog.close` does."""
+        self._log.close()
+
     def of(self, subject: str) -> list[EntryReply]:
         """Decisions on the person's requests, newest first."""
         with self._lock:
@@ -129,10 +151,10 @@ class Trail:
 
     def prove(self, number: int) -> ProofReply:
         """Proof that an entry is in the log, under a head signed at the latest now."""
-        key = public_key(self.log.directory)
-        self.log.checkpoint()
+        key = public_key(self._log.directory)
+        self._log.checkpoint()
         pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
-        return ProofReply(proof=prove_entry(self.log.directory, number, key), public_key=pem)
+        return ProofReply(proof=prove_entry(self._log.directory, number, key), public_key=pem)
 
 
 def add_console(app: FastAPI, gateway: Gateway, trail: Trail) -> None:
@@ -152,13 +174,15 @@ def add_console(app: FastAPI, gateway: Gateway, trail: Trail) -> None:
     async def home() -> Response:
         return RedirectResponse("console/")
 
-    @app.get("/v1/sources", responses=errors(401, 503))
-    async def sources(
-        request: Request, purpose: Annotated[list[PurposeName], Query(max_length=20)] = []  # noqa: B006
-    ) -> SourcesExplained:
+    @app.get("/v1/sources", responses=errors(400, 401, 503), openapi_extra=_PURPOSE_PARAMETER)
+    async def sources(request: Request) -> SourcesExplained:
         """Sources that may take part for whoever asks and these purposes, and why not others."""
         principal = gateway.identity.identify(request.headers.get("authorization"))
-        return explain_sources(gateway, principal, frozenset(purpose))
+        purposes = frozenset(request.query_params.getlist("purpose"))
+        if unknown := sorted(purposes - PURPOSES.keys()):
+            message = f"Unknown purpose {unknown[0][:100]!r}: known are {', '.join(PURPOSES)}."
+            raise Refusal(400, "unknown_purpose", message, field="purpose")
+        return explain_sources(gateway, principal, cast(frozenset[PurposeName], purposes))
 
     @app.get("/v1/decisions", responses=errors(401, 503))
     async def decisions(request: Request) -> EntriesReply:
@@ -167,14 +191,15 @@ def add_console(app: FastAPI, gateway: Gateway, trail: Trail) -> None:
         return EntriesReply(entries=trail.of(principal.subject))
 
     @app.get("/v1/decisions/{number}/proof", responses=errors(401, 404, 503))
-    async def proof(number: int, request: Request) -> ProofReply:
+    async def proof(number: str, request: Request) -> ProofReply:
         """Proof that such a decision is in the audit log."""
         principal = gateway.identity.identify(request.headers.get("authorization"))
-        if number not in {entry.number for entry in trail.of(principal.subject)}:
+        found = [e.number for e in trail.of(principal.subject) if str(e.number) == number]
+        if not found:
             raise Refusal(404, "entry_not_found", "None of your decisions has this number.")
         async with proving:
             try:
-                return await asyncio.to_thread(trail.prove, number)
+                return await asyncio.to_thread(trail.prove, found[0])
             except AuditError as e:
                 raise Refusal(503, "audit_unavailable", str(e)) from None
 

@@ -109,7 +109,9 @@ class Door:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers |= {**_SAFE_HEADERS, "X-Request-Id": number}
+                for name, value in _SAFE_HEADERS.items():
+                    headers.setdefault(name, value)
+                headers["X-Request-Id"] = number
             async with asyncio.timeout(self._stall_seconds):
                 await send(message)
 

@@ -3,7 +3,7 @@
 Shapes only; nothing in them says which source wrote which token.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -171,6 +171,11 @@ class ErrorReply(Reply):
     """Reply to a request that is not served."""
 
     error: ErrorDetail
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Description of the responses that refuse a request."""
+    return {status: {"model": ErrorReply} for status in statuses}
 
 
 class ExpertReply(Reply):

@@ -1,0 +1,273 @@
+"""The console in a real browser, and what it asks of the server."""
+
+import hashlib
+import shutil
+from itertools import pairwise
+
+import httpx
+import pytest
+from flexolmo.serving.audit_check import public_key
+from flexolmo.serving.audit_proof import read_proof
+
+from flexolmo.serving import console
+from flexolmo.serving.app import create_app
+from flexolmo.serving.audit_log import AuditLog
+from flexolmo.serving.console import Trail
+from made_server import serving
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+@pytest.fixture
+def address(make_gateway, tmp_path):
+    """Address of a real server with a console, which tells shares."""
+    log = AuditLog.open(tmp_path / "audit")
+    with serving(create_app(make_gateway(audit=Trail(log), tells_shares=True))) as address:
+        yield address
+
+
+@pytest.fixture
+def ask(address, keys):
+    """`ask(path, who)`: what somebody gets."""
+
+    def get(path, who="alice", **options):
+        headers = {"Authorization": f"Bearer {keys[who]}"} if who else {}
+        return httpx.get(f"{address}{path}", headers=headers, **options)
+
+    return get
+
+
+@pytest.fixture
+def complete(address, keys):
+    """`complete(who)`: the number of the entry that a request of theirs has in the log."""
+
+    def post(who="alice"):
+        body = {"model": "made", "prompt": "Hello", "max_tokens": 3}
+        headers = {"Authorization": f"Bearer {keys[who]}"}
+        reply = httpx.post(f"{address}/v1/completions", json=body, headers=headers)
+        return reply.json()["flexolmo"]["entry"]
+
+    return post
+
+
+# --- what the page asks -------------------------------------------------------------------------
+
+
+def test_sources_are_told_with_the_policys_verdict_and_reasons(ask):
+    found = ask("/v1/sources?purpose=general-research").json()
+    assert found["principal"] == {"subject": "alice", "groups": ["clinic"], "roles": []}
+    enabled = {source["name"]: source["is_enabled"] for source in found["sources"]}
+    assert enabled == {"notes": True, "papers": True, "secret": False, "trials": True}
+    assert all(source["reasons"] for source in found["sources"] if not source["is_enabled"])
+    assert not {s["name"]: s for s in ask("/v1/sources").json()["sources"]}["trials"]["is_enabled"]
+
+
+def test_whoever_is_unknown_is_told_nothing(ask):
+    for path in ("/v1/sources", "/v1/decisions", "/v1/decisions/0/proof"):
+        assert ask(path, who=None).status_code == 401
+
+
+def test_an_unknown_purpose_is_refused(ask):
+    reply = ask("/v1/sources?purpose=reserch")
+    assert reply.status_code == 400 and reply.json()["error"]["code"] == "unknown_purpose"
+
+
+def test_people_see_their_own_decisions_alone(ask, complete):
+    numbers = [complete(), complete()]
+    other = complete("bob")
+    assert [e["number"] for e in ask("/v1/decisions").json()["entries"]] == numbers[::-1]
+    assert [e["number"] for e in ask("/v1/decisions", "bob").json()["entries"]] == [other]
+    for number in (other, 0, 10**6):
+        assert ask(f"/v1/decisions/{number}/proof").status_code == 404
+    assert ask("/v1/decisions/x/proof").status_code == 404
+
+
+def test_a_proof_holds_offline_under_the_logs_own_key(ask, complete, tmp_path):
+    number = complete()
+    found = ask(f"/v1/decisions/{number}/proof").json()
+    proof = read_proof(httpx.Response(200, json=found["proof"]).content)
+    assert f"Entry {number} is in the log" in proof.claim(public_key(tmp_path / "audit"))
+    assert found["public_key"] == (tmp_path / "audit" / "key.pub").read_text()
+
+
+def test_only_the_newest_decisions_of_the_last_people_are_kept_in_mind(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "MOST_PEOPLE", 2)
+    log = AuditLog.open(tmp_path / "audit")
+    trail = Trail(log)
+    fields = {
+        "request_id": "1",
+        "groups": [],
+        "purposes": [],
+        "asked": [],
+        "enabled": [],
+        "refused": {},
+        "model_digest": "sha256:" + 64 * "0",
+        "policy_digest": "sha256:" + 64 * "0",
+    }
+    for who in ["ann"] * (console.MOST_ENTRIES + 1) + ["bob", "cho"]:
+        trail.append("decision", fields | {"principal": who})
+    assert trail.of("ann") == []
+    assert len(trail.of("bob")) == len(trail.of("cho")) == 1
+    for _ in range(console.MOST_ENTRIES + 1):
+        number = trail.append("decision", fields | {"principal": "bob"})
+    found = [e.number for e in trail.of("bob")]
+    assert len(found) == console.MOST_ENTRIES and found[0] == number
+    assert all(a == b + 1 for a, b in pairwise(found))
+    trail.close()
+
+
+@pytest.mark.parametrize("name", ["", *console.FILES])
+def test_files_come_with_a_policy_that_lets_nothing_else_in(address, name):
+    reply = httpx.get(f"{address}/console/{name}")
+    assert reply.status_code == 200
+    rules = dict(
+        r.strip().split(" ", 1) for r in reply.headers["content-security-policy"].split(";")
+    )
+    assert (
+        rules["default-src"] == "'none'"
+        and "unsafe" not in reply.headers["content-security-policy"]
+    )
+    assert reply.headers["content-type"] == console.FILES[name or "index.html"]
+    assert "//" not in reply.text.replace("https://", "x") or "http" not in reply.text
+
+
+def test_no_other_file_is_given_away(address):
+    for name in ("console.py", "..%2fapp.py", "%2e%2e/app.py", "nothing"):
+        assert httpx.get(f"{address}/console/{name}").status_code == 404
+    assert httpx.get(f"{address}/").headers["location"] == "console/"
+
+
+# --- in a browser -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    if BROWSER is None:
+        pytest.skip("no Chromium here: install Debian's chromium to test the console")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The console's page; fails the test for any error that the browser logs."""
+    page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: errors.append(m.text) if "Security Policy" in m.text else None)
+    page.goto(f"{address}/console/")
+    yield page
+    page.close()
+    assert not errors
+
+
+def enter(page, key):
+    """Say who asks, with the keyboard alone."""
+    page.focus("#secret")
+    page.keyboard.type(key)
+    page.keyboard.press("Enter")
+    page.wait_for_function("document.getElementById('who').textContent")
+
+
+def test_a_person_sees_what_a_source_changes(page, keys):
+    page.wait_for_selector("#trouble:not([hidden])")  # no key yet
+    enter(page, keys["alice"])
+    assert page.inner_text("#who") == "You are alice: group clinic."
+    assert page.locator("#sources tr").count() == 4
+    page.select_option("#purpose", "general-research")
+    page.wait_for_function("document.querySelectorAll('#sources .yes').length === 3")
+    page.fill("#prompt", "Hello")
+    page.select_option("#without", "notes")
+    page.click("#go")
+    page.wait_for_selector("#right .facts p")
+    page.wait_for_selector("#left .facts p")
+    assert "Hello" in page.inner_text("#left .answer")
+    assert "from notes+papers+trials" in page.inner_text("#left .answer")
+    assert "from papers+trials" in page.inner_text("#right .answer")
+    assert "Notes of Ann's ward." in page.inner_text("#left .facts")
+    assert "Notes of Ann's ward." not in page.inner_text("#right .facts")
+    assert page.locator("#left progress").count() == 4
+    assert page.locator("#right progress").count() == 3
+
+
+def test_a_person_proves_their_entries(page, keys, complete):
+    number = complete()
+    complete()
+    enter(page, keys["alice"])
+    page.click("#refresh")
+    page.click(f"button[aria-label='Prove entry {number}']")
+    page.wait_for_selector("#trail .yes")
+    assert "in the log" in page.inner_text("#trail .yes")
+
+
+def test_a_false_proof_is_found_out(page, keys, complete):
+    number = complete()
+    enter(page, keys["alice"])
+
+    def forge(route):
+        answer = route.fetch().json()
+        answer["proof"]["entry"] = answer["proof"]["entry"].replace("alice", "alicf")
+        route.fulfill(json=answer)
+
+    page.route("**/proof", forge)
+    page.click("#refresh")
+    page.click(f"button[aria-label='Prove entry {number}']")
+    page.wait_for_selector("#trail .no")
+
+
+def test_roots_are_those_of_the_definition(page):
+    """RFC 9162, section 2.1.3, for every leaf of small trees."""
+
+    def root(leaves):
+        if len(leaves) == 1:
+            return leaves[0]
+        split = 1 << ((len(leaves) - 1).bit_length() - 1)
+        return hashlib.sha256(b"\x01" + root(leaves[:split]) + root(leaves[split:])).digest()
+
+    def path(leaves, index):
+        if len(leaves) == 1:
+            return []
+        split = 1 << ((len(leaves) - 1).bit_length() - 1)
+        if index < split:
+            return [*path(leaves[:split], index), root(leaves[split:])]
+        return [*path(leaves[split:], index - split), root(leaves[:split])]
+
+    cases, roots = [], []
+    for size in range(1, 18):
+        leaves = [hashlib.sha256(bytes([0, i])).digest() for i in range(size)]
+        for index in range(size):
+            steps = [list(step) for step in path(leaves, index)]
+            cases.append([list(leaves[index]), index, size, steps])
+            roots.append(list(root(leaves)))
+    script = """async (cases) => {
+      const { rootOf } = await import("./proof.js");
+      const bytes = (list) => Uint8Array.from(list);
+      return Promise.all(cases.map(async ([leaf, index, size, steps]) =>
+        Array.from(await rootOf(bytes(leaf), index, size, steps.map(bytes)))));
+    }"""
+    assert page.evaluate(script, cases) == roots
+
+
+def test_what_a_model_writes_is_never_markup(page, keys, engine, monkeypatch):
+    monkeypatch.setattr("made_engine.said", lambda enabled, seed: "<img src=x onerror=alert(1)>")
+    enter(page, keys["alice"])
+    page.fill("#prompt", "<b>Hello</b>")
+    page.click("#go")
+    page.wait_for_selector("#left .facts p")
+    assert "<img src=x onerror=alert(1)>" in page.inner_text("#left .answer")
+    assert page.locator(".answer img, .answer b").count() == 0
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_scrolls_no_page_sideways(page, keys, scheme):
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 320, "height": 700})
+    enter(page, keys["alice"])
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
