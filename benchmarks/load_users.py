@@ -1,0 +1,71 @@
+"""Clients of the load test, for locust: each takes the next request of a plan, asks it, and writes
+down what came and when. `load.py` starts this and judges what it found.
+"""
+
+import json
+import os
+import time
+from itertools import count
+from pathlib import Path
+
+from locust import HttpUser, events, task
+
+PLAN = json.loads(os.environ["FLEXOLMO_LOAD_PLAN"])
+REQUESTS = [json.loads(line) for line in Path(PLAN["requests"]).read_text().splitlines()]
+NEXT = count()
+FOUND = open(PLAN["found"], "w", encoding="utf-8")  # noqa: SIM115  (closed when locust ends)
+
+
+@events.quitting.add_listener
+def _close(**_):
+    FOUND.close()
+
+
+class Client(HttpUser):
+    """Somebody who asks one request after the other, without a pause."""
+
+    @task
+    def ask(self) -> None:
+        number = next(NEXT)
+        if number >= len(REQUESTS):
+            self.environment.runner.quit()
+            return
+        asked = REQUESTS[number]
+        found = {"number": number, "text": "", "times": [], "status": 0}
+        start = time.perf_counter()
+        with self.client.post(
+            "/v1/completions",
+            json=asked["body"],
+            headers={"Authorization": f"Bearer {asked['key']}"},
+            name="stream" if asked["body"]["stream"] else "whole",
+            stream=True,
+            catch_response=True,
+        ) as reply:
+            found["status"] = reply.status_code
+            if reply.status_code != 200:
+                found["error"] = reply.text[:1000]
+            elif asked["body"]["stream"]:
+                self._read_stream(reply, found, start)
+            else:
+                body = reply.json()
+                found["text"] = body["choices"][0]["text"]
+                found["ended"] = body["choices"][0]["finish_reason"]
+                found["told"] = body["flexolmo"]
+                found["times"].append(time.perf_counter() - start)
+            reply.success() if found.get("told") else reply.failure(found.get("error", "no end"))
+        FOUND.write(json.dumps(found) + "\n")
+
+    def _read_stream(self, reply, found, start) -> None:
+        for line in reply.iter_lines():
+            if not line.startswith(b"data: ") or line == b"data: [DONE]":
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                found["error"] = event["error"]["message"]
+                return
+            for choice in event["choices"]:
+                if choice["text"]:
+                    found["text"] += choice["text"]
+                    found["times"].append(time.perf_counter() - start)
+                found["ended"] = choice["finish_reason"] or found.get("ended")
+            found["told"] = event.get("flexolmo") or found.get("told")
