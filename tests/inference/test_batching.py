@@ -1,8 +1,7 @@
 """The engine: every request is served as if alone, on a model of its experts alone."""
 
 import threading
-import time
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cache
 
 import pytest
@@ -10,16 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexolmo.errors import BusyError, ConfigError, PolicyError
-from flexolmo.inference.batching import BatchEngine, EngineSettings
-from flexolmo.inference.decode import Request, decode
-from flexolmo.inference.engine import Ended, PromptRead, TokenWritten
-from flexolmo.inference.reader import OwnReader
-from flexolmo.inference.sampling import Sampling
-from flexolmo.model.router import DiscriminantSettings, LinearSettings
+from flexolmo.inference.batching import EngineSettings
+from flexolmo.inference.engine import Ended
+from flexolmo.model.router import LinearSettings
 from flexolmo.model.spans import BLOCK
 from flexolmo.model.statistics import EvidenceSettings
-from made_engines import SMALL, Heard, ask, hear, open_engine_on, served
+from made_engines import SMALL, Heard, ask, hear, open_engine_on
 from made_mixtures import IN_SESSION, NAMES
 
 ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(), "rich": EvidenceSettings()}

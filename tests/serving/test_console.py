@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import httpx
 import pytest
-from flexolmo.serving.audit_check import public_key
-from flexolmo.serving.audit_proof import read_proof
 
 from flexolmo.serving import console
 from flexolmo.serving.app import create_app
+from flexolmo.serving.audit_check import public_key
 from flexolmo.serving.audit_log import AuditLog
+from flexolmo.serving.audit_proof import read_proof
 from flexolmo.serving.console import Trail
 from made_server import serving
 
