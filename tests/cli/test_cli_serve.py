@@ -30,7 +30,6 @@ def open_engine(model, read_owners, settings):
 
 module = types.ModuleType("flexolmo.inference.open_engine")
 module.open_engine = open_engine
-module.EngineSettings = lambda memory_bytes: memory_bytes
 sys.modules[module.__name__] = module
 from flexolmo.cli import main
 main()

@@ -145,7 +145,8 @@ def serve(
     sources = Sources(policy, watched, read_texts, read_owners)
     seen = look_at(identity, sources)
     policies = Policies.load(policy)
-    from flexolmo.inference.open_engine import EngineSettings, open_engine  # brings torch
+    from flexolmo.inference.batching import EngineSettings  # brings torch
+    from flexolmo.inference.open_engine import open_engine
 
     engine = open_engine(model, read_owners, EngineSettings(memory_bytes=memory_bytes))
     tokenizer, chat = read_texts()

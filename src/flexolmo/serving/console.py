@@ -208,7 +208,7 @@ def explain_sources(
     gateway: Gateway, principal: Principal, purposes: frozenset[PurposeName]
 ) -> SourcesExplained:
     """All sources as the policy judges them now for `principal` and `purposes`."""
-    facts, off = gateway.engine.facts, gateway.withdrawn
+    facts = gateway.engine.facts
     now = datetime.datetime.now(datetime.UTC)
     decision = gateway.policies.decide(principal, purposes, Wish(), facts.experts, now)
     return SourcesExplained(
@@ -231,8 +231,8 @@ def explain_sources(
                 licence=expert.licence,
                 serial=expert.serial,
                 terms=expert.terms,
-                is_enabled=name in decision.enabled and name not in off,
-                reasons=[off[name]] if name in off else list(decision.verdicts[name].reasons),
+                is_enabled=name in decision.enabled,
+                reasons=list(decision.verdicts[name].reasons),
             )
             for name, expert in sorted(facts.experts.items())
         ],

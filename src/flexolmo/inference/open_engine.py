@@ -1,0 +1,48 @@
+"""An engine on the directory of a mixture."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.errors import MergeError
+from flexolmo.files import canonical_json, digest_bytes, digest_file
+from flexolmo.inference.batching import BatchEngine, EngineSettings
+from flexolmo.inference.engine import ModelFacts
+from flexolmo.inference.stepping import EngineModel
+from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.merge.rollback import Seen
+
+FRAME = ("anchor_digest", "router", "top_k")  # all that every request depends on
+
+
+def open_engine(
+    model_dir: Path,
+    read_owners: Callable[[], TrustedOwners],
+    settings: EngineSettings | None = None,
+    device: torch.device | None = None,
+) -> BatchEngine:
+    """An engine that runs the mixture in `model_dir`, and reads it again at each reload.
+
+    The owners' keys and revocations are read again too, and no reload takes an expert that is older
+    than one it has seen. Raises what `load_mixture` and `BatchEngine` raise, and MergeError if the
+    mixture changes while it is read.
+    """
+    seen: Seen | None = None
+
+    def load() -> EngineModel:
+        nonlocal seen
+        digest = digest_file(model_dir / ABOUT)
+        mixture = load_mixture(model_dir, read_owners(), seen=seen)
+        if digest_file(model_dir / ABOUT) != digest:
+            raise MergeError(f"{model_dir} changed while it was read. It is read again.")
+        seen = mixture.seen
+        config = mixture.model.config
+        facts = ModelFacts(
+            digest, mixture.facts, config.max_seq_len, config.vocab_size, [config.eos_token_id]
+        )
+        frame = digest_bytes(canonical_json({key: mixture.about[key] for key in FRAME}))
+        return EngineModel(mixture.model, mixture.tokenizer, facts, frame)
+
+    return BatchEngine(load, settings, device)
