@@ -63,12 +63,12 @@ POLICIES = """
 @id("developers read code")
 permit (principal in FlexOlmo::Group::"developers", action == FlexOlmo::Action::"activate",
         resource == FlexOlmo::Expert::"code")
-when { context.purposes == ["education"] };
+when { context.purpose == FlexOlmo::Purpose::"education" };
 
 @id("readers read fiction")
 permit (principal in FlexOlmo::Group::"readers", action == FlexOlmo::Action::"activate",
         resource == FlexOlmo::Expert::"creative")
-when { context.purposes == ["education"] };
+when { context.purpose == FlexOlmo::Purpose::"education" };
 
 @id("scholars read papers")
 permit (principal in FlexOlmo::Group::"scholars", action == FlexOlmo::Action::"activate",
@@ -76,7 +76,7 @@ permit (principal in FlexOlmo::Group::"scholars", action == FlexOlmo::Action::"a
 
 @id("scholars do research")
 permit (principal in FlexOlmo::Group::"scholars", action == FlexOlmo::Action::"activate", resource)
-when { context.purposes == ["general-research"] };
+when { context.purpose == FlexOlmo::Purpose::"general-research" };
 
 @id("visitors have public text alone")
 forbid (principal in FlexOlmo::Group::"visitors", action, resource);
@@ -113,7 +113,7 @@ def plan_requests(count: int, keys: dict[str, str], seed: int) -> list[dict[str,
 
 def answer_alone(model: Path, trust: Path, requests: Path, out: Path) -> None:
     """Write the answer to each different request by a model of only its experts."""
-    from flexolmo.bundle.signing import TrustedOwners
+    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.inference.generate import generate
     from flexolmo.inference.sampling import Sampling
     from flexolmo.merge.mixture import load_mixture
@@ -177,7 +177,7 @@ def run_clients(where: Path, name: str, clients: int, port: int) -> list[dict[st
     command += ["--headless", "-u", str(clients), "-r", str(clients), "--only-summary"]
     command += ["--host", f"http://127.0.0.1:{port}"]
     environment = os.environ | {"FLEXOLMO_LOAD_PLAN": json.dumps(plan)}
-    subprocess.run(command, env=environment, check=False, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=environment, check=False, capture_output=True)
     found = [json.loads(line) for line in Path(plan["found"]).read_text().splitlines()]
     return sorted(found, key=lambda x: x["number"])
 

@@ -9,10 +9,12 @@ from itertools import count
 from pathlib import Path
 
 from locust import HttpUser, events, task
+from locust.exception import StopUser
 
 PLAN = json.loads(os.environ["FLEXOLMO_LOAD_PLAN"])
 REQUESTS = [json.loads(line) for line in Path(PLAN["requests"]).read_text().splitlines()]
 NEXT = count()
+DONE = count(1)
 FOUND = open(PLAN["found"], "w", encoding="utf-8")  # noqa: SIM115  (closed when locust ends)
 
 
@@ -28,8 +30,7 @@ class Client(HttpUser):
     def ask(self) -> None:
         number = next(NEXT)
         if number >= len(REQUESTS):
-            self.environment.runner.quit()
-            return
+            raise StopUser
         asked = REQUESTS[number]
         found = {"number": number, "text": "", "times": [], "status": 0}
         start = time.perf_counter()
@@ -54,6 +55,9 @@ class Client(HttpUser):
                 found["times"].append(time.perf_counter() - start)
             reply.success() if found.get("told") else reply.failure(found.get("error", "no end"))
         FOUND.write(json.dumps(found) + "\n")
+        if next(DONE) == len(REQUESTS):
+            FOUND.flush()
+            self.environment.runner.quit()
 
     def _read_stream(self, reply, found, start) -> None:
         for line in reply.iter_lines():

@@ -44,6 +44,7 @@ def test_there_is_one_verb_for_each_stage():
         "mix",
         "generate",
         "policy",
+        "serve",
         "audit",
         "eval",
         "demo",

@@ -39,7 +39,7 @@ def verify(
     Works while a server writes. Exits with 1 if something is wrong.
 
     Whoever has the log's directory and its key can write its history anew, but not so that it
-    agrees with a checkpoint that was sent elsewhere before (flexolmo audit checkpoint).
+    agrees with a checkpoint that was sent elsewhere before (`audit checkpoint`).
 
     Example: flexolmo audit verify audit --against yesterday.txt --key log.pub
     """
@@ -86,7 +86,7 @@ def prove(
 ) -> None:
     """Print a proof, as JSON, that an entry is in the log; or that the log only grew since.
 
-    Such a proof holds without the log: flexolmo audit verify-proof needs it and the public key.
+    Such a proof holds without the log: `audit verify-proof` needs it and the public key.
 
     Example: flexolmo audit prove audit 1207 > proof.json
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from flexolmo.data.tokenizer import Tokenizer
     from flexolmo.serving.chat import ChatTemplate
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 app.add_typer(key_app, name="key")
 
@@ -221,7 +221,7 @@ def list_keys(keys: KeyFile) -> None:
 
 @key_app.command("revoke")
 def revoke(
-    keys: KeyFile, number: Annotated[str, typer.Argument(metavar="ID", help="Id of the key.")]
+    keys: KeyFile, id_: Annotated[str, typer.Argument(metavar="ID", help="Id of the key.")]
 ) -> None:
     """Revoke an API key; a running server refuses it within about a second.
 
@@ -229,7 +229,7 @@ def revoke(
     """
     from flexolmo.serving.keys import revoke_key
 
-    key = revoke_key(keys, number)
+    key = revoke_key(keys, id_)
     echo(f"Key {key.id} of {key.subject} is revoked as of {key.revoked}.")
 
 

@@ -17,7 +17,7 @@ from flexolmo.model.spans import BLOCK, Evidence, Span
 
 @dataclass(frozen=True)
 class Progress:
-    """What there is to know of a text's first positions, beside their keys and values."""
+    """State of a text after its first positions, beside their keys and values."""
 
     num_read: int
     evidence: Evidence | None  # for the router, to go on from

@@ -38,7 +38,7 @@ class Span:
 
 
 class Spans:
-    """What one step reads: the tokens of `spans`, each a row."""
+    """Tokens that one step reads: those of `spans`, each a row."""
 
     def __init__(self, spans: Sequence[Span], memory: Tensor, batch_rows: int, eos: int | None):
         """`memory` [L,2,G,P,C] of keys and values; `batch_rows` is as many rows as any step may
@@ -78,8 +78,8 @@ class Spans:
         return bias.masked_fill_(~is_seen, -torch.inf).to(self.memory.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the rows attend to, [n,1,H*C], from q [n,H,1,C] and from k and v [n,G,1,C], which
-        are put into memory."""
+        """Values that the rows attend to, [n,1,H*C], from q [n,H,1,C] and from k and v [n,G,1,C],
+        which are put into memory."""
         keys, values = self.memory[layer, :, None]  # [1,G,P,C] each
         keys.index_copy_(2, self.places, k.transpose(0, 2))
         values.index_copy_(2, self.places, v.transpose(0, 2))

@@ -53,7 +53,7 @@ MOST_PEOPLE = 1000
 
 
 class PrincipalReply(Reply):
-    """Whoever asks."""
+    """The person or program that asks."""
 
     subject: str
     groups: list[str]
