@@ -57,6 +57,8 @@ def test_there_is_one_verb_for_each_stage():
         "add",
         "remove",
         "refresh",
+        "prove-optout",
+        "verify-optout",
         "inspect",
         "export",
         "import",
