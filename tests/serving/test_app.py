@@ -349,6 +349,19 @@ def test_a_defect_is_told_as_one_without_its_words(ask, engine, caplog):
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
+def test_it_is_looked_after_before_the_first_request_and_from_then_on(make_gateway):
+    class Upkeep:
+        looks = 0
+
+        def look(self):
+            self.looks += 1
+
+    upkeep = Upkeep()
+    with TestClient(create_app(make_gateway(), upkeep)) as client:
+        assert upkeep.looks == 1 and client.get("/readyz").is_success
+        wait_until(lambda: upkeep.looks >= 2)
+
+
 # --- bodies and headers -------------------------------------------------------------------------
 
 
