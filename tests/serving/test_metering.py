@@ -111,8 +111,14 @@ def test_usage_of_days_that_were_removed_is_refused(tmp_path):
 
 
 def test_csv_holds_every_field_and_no_formula():
-    rows = [Usage("Ann", 1, 2, 3, 4.5), Usage("=1+1,2"), Usage('@"a"\n'), Usage(None, 7)]
-    found = list(csv.DictReader(io.StringIO(usage_as_csv(rows))))
+    rows = [
+        Usage("Ann", 1, 2, 3, 4.5),
+        Usage("=1+1,2"),
+        Usage('@"a"\n'),
+        Usage("\r1"),
+        Usage(None, 7),
+    ]
+    found = list(csv.DictReader(io.StringIO(usage_as_csv(rows), newline="")))
     assert found[0] == {
         "name": "Ann",
         "requests": "1",
@@ -120,4 +126,4 @@ def test_csv_holds_every_field_and_no_formula():
         "written_tokens": "3",
         "tokens": "4.5",
     }
-    assert [row["name"] for row in found[1:]] == ["'=1+1,2", '\'@"a"\n', ""]
+    assert [row["name"] for row in found[1:]] == ["'=1+1,2", '\'@"a"\n', "'\r1", ""]

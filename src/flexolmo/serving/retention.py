@@ -38,11 +38,10 @@ def remove_entries(directory: Path, before: datetime.date, key: ec.EllipticCurve
     segments = [
         s for s in list_segments(directory) if not s.is_removed and s.path.stat().st_size > 0
     ]
-    if not segments:
-        return 0
-    limit = min(before.isoformat(), next(_read(segments[-1]))[1])
+    in_use = min((day for s in segments[-1:] for _, day in _read(s)), default="")
+    limit = min(before.isoformat(), in_use)
     num_removed = 0
-    for segment in segments[:-1]:
+    for segment in segments:
         lines = list(_read(segment))
         is_signed = segment.first + len(lines) <= signed_size
         if not is_signed or max(day for _, day in lines) >= limit:
