@@ -84,7 +84,8 @@ def test_usage_is_printed_as_a_table_as_csv_and_as_json(audit, run, works):
     table = works("audit", "usage", audit, *period)
     assert "Ann" in table and "(public text)" in table and "75" in table
     assert works("audit", "usage", audit, *period, "--csv") == (
-        "name,requests,prompt_tokens,written_tokens,tokens\nAnn,1,30,70,25.0\n,1,30,70,75.0\n"
+        '"name","requests","prompt_tokens","written_tokens","tokens"\n'
+        '"Ann",1,30,70,25.0\n"",1,30,70,75.0\n'
     )
     found = json.loads(works("audit", "usage", audit, *period, "--json", "--by", "principal"))
     assert found == {

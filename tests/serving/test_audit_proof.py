@@ -15,6 +15,17 @@ from made_audit import fill
 COUNT = 11
 
 
+@pytest.fixture
+def read(tmp_path):
+    """`read(text)`: the proof in a file of that text."""
+
+    def write_and_read(text):
+        (tmp_path / "proof.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_proof(tmp_path / "proof.json")
+
+    return write_and_read
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Directory, key and all checkpoints of a log of eleven entries in four files."""
@@ -28,23 +39,23 @@ def made(tmp_path_factory):
     return directory, public_key(directory), checkpoints
 
 
-def test_every_entry_can_be_proved(made):
+def test_every_entry_can_be_proved(made, read):
     directory, key, _ = made
     lines = [x for f in sorted(directory.glob("0*.jsonl")) for x in f.read_text().splitlines()]
     for number, line in enumerate(lines):
-        proof = read_proof(prove_entry(directory, number, key).model_dump_json().encode())
+        proof = read(prove_entry(directory, number, key).model_dump_json())
         assert proof.entry == line
         assert proof.claim(key).startswith(f"Entry {number} is in the log flexolmo-audit-log/1/")
 
 
-def test_the_log_is_proved_to_continue_every_checkpoint(made):
+def test_the_log_is_proved_to_continue_every_checkpoint(made, read):
     directory, key, checkpoints = made
     for old in checkpoints:
-        proof = read_proof(prove_continuation(directory, old, key).model_dump_json().encode())
+        proof = read(prove_continuation(directory, old, key).model_dump_json())
         assert f"begins with the {old.size} entries" in proof.claim(key)
 
 
-def test_no_changed_proof_of_an_entry_holds(made):
+def test_no_changed_proof_of_an_entry_holds(made, read):
     directory, key, checkpoints = made
     proof = json.loads(prove_entry(directory, 4, key).model_dump_json())
     other = json.loads(prove_entry(directory, 5, key).model_dump_json())
@@ -60,16 +71,14 @@ def test_no_changed_proof_of_an_entry_holds(made):
         {"hashes": proof["hashes"][::-1]},
     ]
     for change in changes:
-        changed = read_proof(json.dumps(proof | change).encode())
+        changed = read(json.dumps(proof | change))
         with pytest.raises(ValueError, match=r"its entry|its checkpoint|not signed"):
             changed.claim(key)
     with pytest.raises(ValueError, match="not signed"):
-        read_proof(json.dumps(proof).encode()).claim(
-            ec.generate_private_key(ec.SECP256R1()).public_key()
-        )
+        read(json.dumps(proof)).claim(ec.generate_private_key(ec.SECP256R1()).public_key())
 
 
-def test_no_changed_proof_of_growth_holds(made, tmp_path):
+def test_no_changed_proof_of_growth_holds(made, tmp_path, read):
     directory, key, checkpoints = made
     proof = json.loads(prove_continuation(directory, checkpoints[6], key).model_dump_json())
     changes = [
@@ -80,7 +89,7 @@ def test_no_changed_proof_of_growth_holds(made, tmp_path):
         {"hashes": []},
     ]
     for change in changes:
-        changed = read_proof(json.dumps(proof | change).encode())
+        changed = read(json.dumps(proof | change))
         with pytest.raises(
             ValueError, match=r"older checkpoint is of another|were changed between"
         ):
@@ -99,16 +108,16 @@ def test_no_log_is_proved_to_continue_another_not_even_its_empty_beginning(made,
 @pytest.mark.parametrize(
     "data", [b"", b"[]", b'{"format":"flexolmo-audit-inclusion/2"}', b"\xff", b"[" * 100_000]
 )
-def test_a_file_that_is_no_proof_is_refused(data):
+def test_a_file_that_is_no_proof_is_refused(data, read):
     with pytest.raises(AuditError, match="holds no proof"):
-        read_proof(data)
+        read(data)
 
 
-def test_more_hashes_than_any_tree_has_levels_are_refused(made):
+def test_more_hashes_than_any_tree_has_levels_are_refused(made, read):
     directory, key, _ = made
     proof = json.loads(prove_entry(directory, 4, key).model_dump_json())
     with pytest.raises(AuditError, match="holds no proof"):
-        read_proof(json.dumps(proof | {"hashes": proof["hashes"] * 20}).encode())
+        read(json.dumps(proof | {"hashes": proof["hashes"] * 20}))
 
 
 def test_an_entry_that_no_checkpoint_counts_yet_cannot_be_proved(tmp_path):

@@ -115,7 +115,7 @@ def test_csv_holds_every_field_and_no_formula():
         Usage("Ann", 1, 2, 3, 4.5),
         Usage("=1+1,2"),
         Usage('@"a"\n'),
-        Usage("\r1"),
+        Usage("\r=1"),
         Usage(None, 7),
     ]
     found = list(csv.DictReader(io.StringIO(usage_as_csv(rows), newline="")))
@@ -126,4 +126,4 @@ def test_csv_holds_every_field_and_no_formula():
         "written_tokens": "3",
         "tokens": "4.5",
     }
-    assert [row["name"] for row in found[1:]] == ["'=1+1,2", '\'@"a"\n', "'\r1", ""]
+    assert [row["name"] for row in found[1:]] == ["'=1+1,2", '\'@"a"\n', "'\r=1", ""]

@@ -116,10 +116,9 @@ def verify_proof(
     Example: flexolmo audit verify-proof proof.json --key log.pem.pub
     """
     from flexolmo.serving.audit_check import public_key
-    from flexolmo.serving.audit_proof import MAX_PROOF_BYTES, InclusionProof, read_proof
+    from flexolmo.serving.audit_proof import InclusionProof, read_proof
 
-    with open(proof, "rb") as f:
-        found = read_proof(f.read(MAX_PROOF_BYTES))
+    found = read_proof(proof)
     try:
         echo(found.claim(public_key(proof.parent, key)))
     except ValueError as e:
@@ -204,11 +203,11 @@ def prune(
 def _read_checkpoint(path: Path, key: "ec.EllipticCurvePublicKey") -> "Checkpoint":
     """The checkpoint in the file `path`."""
     from flexolmo.errors import AuditError
+    from flexolmo.files import read_bytes
     from flexolmo.serving.checkpoint import MAX_NOTE_BYTES, read_checkpoint
 
-    with open(path, "rb") as f:
-        note = f.read(MAX_NOTE_BYTES).decode(errors="replace")
     try:
+        note = read_bytes(path, MAX_NOTE_BYTES).decode(errors="replace")
         return read_checkpoint(note, key)
     except ValueError as e:
         raise AuditError(

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
 from flexolmo.errors import AuditError
+from flexolmo.files import read_bytes
 from flexolmo.progress import Meter, progress
 from flexolmo.serving.checkpoint import MAX_KEPT_BYTES, Checkpoint, decode_kept, load_key
 from flexolmo.serving.entries import MAX_ENTRY_BYTES, NOTHING_BEFORE, Entry, digest_leaf
@@ -30,6 +31,7 @@ from flexolmo.serving.segments import (
 )
 from flexolmo.serving.tree import Frontier, hash_leaf
 
+MAX_KEY_BYTES = 16 << 10
 MAX_FINDINGS = 100  # that are named; the rest are counted
 _PATIENCE_SECONDS = 1.0  # a line that a living server writes is whole long before
 
@@ -53,15 +55,15 @@ class Report:
 
 def public_key(directory: Path, path: Path | None = None) -> ec.EllipticCurvePublicKey:
     """The key in the file `path`, or else the one that lies beside the log."""
-    path = directory / PUBLIC_KEY if path is None else path
+    found = directory / PUBLIC_KEY if path is None else path
     try:
-        with open_plain(path) as f:
-            return load_key(f.read(1 << 14))
-    except OSError as e:
+        pem = read_bytes(found, MAX_KEY_BYTES, follows_links=path is not None)
+    except (OSError, ValueError) as e:
         raise AuditError(
-            f"The audit log's public key {path} cannot be read: {e.strerror}. Name the directory "
-            "of a log, or give the key with --key."
+            f"The audit log's public key {found} cannot be read: {getattr(e, 'strerror', e)}. Name "
+            "the directory of a log, or give the key with --key."
         ) from None
+    return load_key(pem)
 
 
 def newest_checkpoint(directory: Path, key: ec.EllipticCurvePublicKey) -> Checkpoint:

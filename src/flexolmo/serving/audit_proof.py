@@ -14,6 +14,7 @@ from pydantic import Field, TypeAdapter
 from flexolmo.bundle.strict import Claim
 from flexolmo.bundle.tensors import Digest
 from flexolmo.errors import AuditError
+from flexolmo.files import read_bytes
 from flexolmo.serving.audit_check import newest_checkpoint
 from flexolmo.serving.checkpoint import Checkpoint, read_checkpoint
 from flexolmo.serving.entries import MAX_ENTRY_BYTES, Count, digest_leaf
@@ -82,13 +83,13 @@ Proof = InclusionProof | ConsistencyProof
 _PROOF: TypeAdapter[Proof] = TypeAdapter(Annotated[Proof, Field(discriminator="format")])
 
 
-def read_proof(data: bytes) -> Proof:
-    """The proof in a file's bytes; AuditError if it holds none."""
+def read_proof(path: Path) -> Proof:
+    """The proof in the file `path`; AuditError if it holds none, OSError if it cannot be read."""
     try:
-        return _PROOF.validate_json(data)
+        return _PROOF.validate_json(read_bytes(path, MAX_PROOF_BYTES))
     except ValueError:
         raise AuditError(
-            "The file holds no proof of an audit log. Make one with flexolmo audit prove."
+            f"{path} holds no proof of an audit log. Make one with flexolmo audit prove."
         ) from None
 
 

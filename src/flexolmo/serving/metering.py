@@ -98,7 +98,9 @@ def usage_as_csv(rows: Sequence[Usage]) -> str:
     A name that a spreadsheet would take for a formula gets an apostrophe before it.
     """
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(Usage.__dataclass_fields__), lineterminator="\n")
+    # Names are always quoted: a lone carriage return would otherwise begin a row of its own.
+    fields = list(Usage.__dataclass_fields__)
+    writer = csv.DictWriter(out, fields, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
     writer.writeheader()
     for row in rows:
         name = row.name or ""
