@@ -1,6 +1,7 @@
 """The console in a real browser, and what it asks of the server."""
 
 import hashlib
+import json
 import shutil
 from itertools import pairwise
 
@@ -87,7 +88,8 @@ def test_people_see_their_own_decisions_alone(ask, complete):
 def test_a_proof_holds_offline_under_the_logs_own_key(ask, complete, tmp_path):
     number = complete()
     found = ask(f"/v1/decisions/{number}/proof").json()
-    proof = read_proof(httpx.Response(200, json=found["proof"]).content)
+    (tmp_path / "proof.json").write_text(json.dumps(found["proof"]))
+    proof = read_proof(tmp_path / "proof.json")
     assert f"Entry {number} is in the log" in proof.claim(public_key(tmp_path / "audit"))
     assert found["public_key"] == (tmp_path / "audit" / "log.pem.pub").read_text()
 
