@@ -4,12 +4,13 @@ import datetime
 import itertools
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexolmo.bundle.terms import PURPOSES, make_terms, purposes_around
+from flexolmo.bundle.terms import PURPOSES, PurposeName, make_terms, purposes_around
 from flexolmo.errors import ConfigError
 
 TODAY = datetime.date(2026, 11, 22)
@@ -102,6 +103,7 @@ def test_each_reason_is_named():
 
 
 def test_purposes_form_a_tree_whose_root_is_any():
+    assert set(get_args(PurposeName)) == set(ALL)
     for name in ALL:
         around = purposes_around(name)
         assert around[0] == name and around[-1] == "any"
