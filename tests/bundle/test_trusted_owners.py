@@ -204,7 +204,7 @@ def test_a_changed_byte_of_a_statement_is_refused(owner, tmp_path_factory, data)
                                "reason": "Lost."})  # fmt: skip
     file = here / data.draw(st.sampled_from(["Ann.a.rotation.json", "Ann.revoked.json"]))
     content = bytearray(file.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
+    at = data.draw(st.integers(0, 2**20)) % len(content)  # a signature's length is never the same
     content[at] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(content)
     with pytest.raises(SignatureError) as e:
