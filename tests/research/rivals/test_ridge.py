@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexolmo.errors import MergeError
 from flexolmo.model.hidden_statistics import HiddenSums, gather
 from flexolmo.model.router import PUBLIC, DiscriminantSettings, LinearSettings
-from flexolmo.research.rivals.fitted_routers import set_rows, solve_ridge
+from flexolmo.research.rivals.fitted_routers import set_row_lengths, set_rows, solve_ridge
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
@@ -90,3 +90,13 @@ def test_a_mixture_reads_solved_rows(wild):
             assert torch.equal(mixture.router.row(name).weight[0], 3.0 * rows[name][i])
     with pytest.raises(AssertionError, match="linear"):
         set_rows(wild.mixture(DiscriminantSettings(), OWNERS), rows)
+
+
+def test_rows_are_brought_to_one_length(wild):
+    model = wild.mixture(LinearSettings(), OWNERS)
+    before = [m.router.row(n).weight.clone() for m in model.mixtures() for n in model.expert_names]
+    set_row_lengths(model, 2.0)
+    after = [m.router.row(n).weight for m in model.mixtures() for n in model.expert_names]
+    for row, was in zip(after, before, strict=True):
+        assert row.norm() == pytest.approx(2.0, rel=1e-5)
+        torch.testing.assert_close(row / row.norm(), was / was.norm())

@@ -1,5 +1,6 @@
 """A whole study, tiny and in one process: every kind of step runs and its numbers hang together."""
 
+import dataclasses
 import json
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from flexolmo.research.study.method import open_method
 from flexolmo.research.study.read_steps import fit_prompt_classifier, load_samples
 from flexolmo.research.study.recipe import StudyRecipe, build_graph
 from flexolmo.research.study.results import write_results
+from flexolmo.research.study.strongest import READINGS, TRAININGS
 from flexolmo.research.study.study_page import write_page
 from flexolmo.research.study.text_steps import load_windows
 from flexolmo.runtime import run_record
@@ -225,6 +227,39 @@ def test_ablations_run_and_differ_from_what_they_are_compared_with(study):
             read[name] = found["maths"]
     assert all(np.isfinite(r).all() for r in read.values())
     assert all(not np.array_equal(r, read["paper"]) for n, r in read.items() if n != "paper")
+
+
+def test_the_strongest_paper_is_chosen_on_validation_text_alone(study):
+    _, root = study
+    step = build_graph(RECIPE.model_copy(update={"has_strongest_paper": True})).strongest_paper
+    kept = {r: s for r, s in step.inputs.items() if not r.startswith("row.")}
+    rows = [f"row.{t}; {r}" for t in ("as published", "50 % replay") for r in READINGS]
+    some = dataclasses.replace(step, inputs=kept | {r: step.inputs[r] for r in rows})
+    do_all(some, root)
+    found = read_json(some.directory(root) / "strongest.json")
+    for kind, best in found["best"].items():
+        means = {n: e[kind]["mean"] for n, e in found["tried"]["validation"].items()}
+        assert len(means) == len(rows)
+        assert means[best] == max(means.values())
+    held = found["tried"]["heldout"]
+    assert held["as published; top-2"] != held["as published; top-1"]
+    assert held["as published; top-2"] != held["as published; top-2, rows of length 2"]
+    assert held["as published; top-2"] != held["50 % replay; top-2"]
+
+
+def test_trainings_of_the_strongest_paper_differ_as_they_say():
+    step = build_graph(RECIPE.model_copy(update={"has_strongest_paper": True})).strongest_paper
+    settings = {
+        name: step.inputs[f"row.{name}; top-2"].inputs["expert.maths"].settings
+        for name in TRAININGS
+    }
+    train = {name: s["recipe"]["train"] for name, s in settings.items()}
+    usual = train["as published"]
+    assert train["3 times as long, 25 % replay"]["steps"] == 3 * usual["steps"]
+    fast = train["rows learn 10 times as fast, 25 % replay"]["learning_rate"]
+    assert fast == pytest.approx(10 * usual["learning_rate"])
+    assert settings["no bias, 25 % replay"]["recipe"]["router"]["has_bias"] is False
+    assert len({str(s) for s in settings.values()}) == len(TRAININGS)
 
 
 def test_one_recipe_is_one_graph():

@@ -126,7 +126,7 @@ def test_table_3_has_every_variant_once_and_its_difference(
     whole: tuple[dict[str, Any], Path, str],
 ) -> None:
     results, _, page = whole
-    table = page[page.index("## Table 3") : page.index("## Figures")]
+    table = page[page.index("## Table 3") : page.index("## Table 4")]
     for name, entry in results["ablations"].items():
         [line] = [x for x in table.splitlines() if f"| {escape_markdown(name)} |" in x]
         assert f"| {entry['gap_closed']['mean']:.3f} |" in line
@@ -135,6 +135,19 @@ def test_table_3_has_every_variant_once_and_its_difference(
             change = entry["mixed"]["mean"] - base["mixed"]["mean"]
             assert f"| {change:+.3f} |".replace("-", "−") in line
     assert table.index("top-2 |") < table.index("top-8 |")
+
+
+def test_table_4_shows_what_was_best_on_validation_text(
+    whole: tuple[dict[str, Any], Path, str],
+) -> None:
+    results, _, page = whole
+    table = page[page.index("## Table 4") : page.index("## Figures")]
+    tried, best = (results["strongest_paper"][k] for k in ("tried", "best"))
+    for kind, name in best.items():
+        training, _, reading = name.partition("; ")
+        [line] = [x for x in table.splitlines() if x.startswith(f"| {training} |")]
+        assert f"| {reading} | **{tried['validation'][name][kind]['mean']:.3f}** |" in line
+        assert f"| **{tried['heldout'][name][kind]['mean']:.3f}** |" in line
 
 
 @given(x=st.floats(-9, 9), flops=st.floats(0.5, 9))

@@ -127,3 +127,13 @@ def set_rows(model: MixtureModel, rows: Mapping[str, Tensor], scale: float = 1.0
             assert isinstance(mixture.router, LinearRouter), "rows are for the linear router"
             for name in model.expert_names:
                 mixture.router.row(name).weight.copy_(scale * rows[name][i][None])
+
+
+def set_row_lengths(model: MixtureModel, length: float) -> None:
+    """Bring every row of a linear router to one `length`, in place."""
+    with torch.no_grad():
+        for mixture in model.mixtures():
+            assert isinstance(mixture.router, LinearRouter), "rows are of the linear router"
+            for name in model.expert_names:
+                row = mixture.router.row(name).weight
+                row.mul_(length / row.norm())

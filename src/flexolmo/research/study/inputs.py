@@ -13,6 +13,7 @@ from flexolmo.model.checkpoint import Anchor, load_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings, first_raw_bias
+from flexolmo.research.rivals.fitted_routers import set_row_lengths
 from flexolmo.research.rivals.models import load_dense
 from flexolmo.research.steps.step import StepContext
 from flexolmo.research.study.embedder import embed_set
@@ -90,4 +91,7 @@ def mixture_of(step: StepContext, top_k: int | None) -> MixtureModel:
                 zero = router.model_copy(update={"bias_form": "clamp"})
                 found[key] = first_raw_bias(zero)
         router = router.model_copy(update={"bias_form": "clamp"})
-    return assemble_mixture(base, tensors, router, top_k=top_k)
+    model = assemble_mixture(base, tensors, router, top_k=top_k)
+    if length := step.settings.get("row_length"):  # one for all rows, which were learned apart
+        set_row_lengths(model, length)
+    return model

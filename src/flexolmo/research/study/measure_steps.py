@@ -379,18 +379,38 @@ def _prompt_routing(step: StepContext, study: _Study) -> Callable[[int, str], Ro
 @step_kind("ablation_score", version=1)
 def ablation_score(step: StepContext) -> dict[str, Any]:
     """Gap closed by every variant. Leaves ablations.json."""
+    found = _measure_rows(step)
+    write_json(step.out / "ablations.json", found)
+    return {n: round(e["gap_closed"]["mean"], 4) for n, e in found.items()}
+
+
+@step_kind("strongest_score", version=1)
+def strongest_score(step: StepContext) -> dict[str, Any]:
+    """Gap closed on validation text and held out by every form of the paper's method, and the form
+    that is best on validation text of each kind. Leaves strongest.json."""
+    tried = {split: _measure_rows(step, split) for split in SPLITS}
+    best = {
+        kind: max(tried["validation"], key=lambda n, k=kind: tried["validation"][n][k]["mean"])
+        for kind in ("gap_closed", "mixed")
+    }
+    write_json(step.out / "strongest.json", {"tried": tried, "best": best})
+    return {kind: tried["heldout"][name][kind]["mean"] for kind, name in best.items()}
+
+
+def _measure_rows(step: StepContext, split: str = "heldout") -> dict[str, Any]:
+    """Gap closed and bits by every row among the inputs."""
     study = _Study(step)
+    sizes = {n: sum(size for _, size in rows) for n, rows in study.text[split].items()}
     found = {}
     for role in step.inputs:
         if role.startswith("row."):
-            rows = study.read(role)
+            rows = study.read(role, split)
             found[role.removeprefix("row.")] = {
-                "gap_closed": _plain(study.closed(rows)),
-                "mixed": _plain(study.closed_mixed(rows)),
-                "bits_per_byte": bits_per_byte(rows, study.sizes),
+                "gap_closed": _plain(study.closed(rows, split)),
+                "mixed": _plain(study.closed_mixed(rows, split)),
+                "bits_per_byte": bits_per_byte(rows, sizes),
             }
-    write_json(step.out / "ablations.json", found)
-    return {n: round(e["gap_closed"]["mean"], 4) for n, e in found.items()}
+    return found
 
 
 def _plain(by_set: Mapping[str, float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flexolmo.research.study import (
     text_steps,  # noqa: F401  (kinds of steps)
     train_steps,  # noqa: F401  (kinds of steps)
 )
+from flexolmo.research.study.strongest import READINGS, TRAININGS
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
@@ -75,6 +76,11 @@ class StudyRecipe(Settings):
         96, ge=8, description="Texts each dense model writes for the prompt classifier."
     )
     has_ablations: bool = Field(True, description="True to run the ablations with the first seed.")
+    has_strongest_paper: bool = Field(
+        False,
+        description="True to look, with the first seed, for the settings at which the paper's "
+        "method is best.",
+    )
 
 
 @dataclass
@@ -84,11 +90,13 @@ class Graph:
     recipe: StudyRecipe
     scores: dict[int, Step] = field(default_factory=dict)  # by seed
     ablations: Step | None = None
+    strongest_paper: Step | None = None
 
     @property
     def targets(self) -> list[Step]:
         """Steps to ask for, to have everything."""
-        return [*self.scores.values(), *([self.ablations] if self.ablations else [])]
+        asides = (self.ablations, self.strongest_paper)
+        return [*self.scores.values(), *(step for step in asides if step is not None)]
 
 
 def build_graph(recipe: StudyRecipe) -> Graph:
@@ -100,6 +108,8 @@ def build_graph(recipe: StudyRecipe) -> Graph:
         graph.scores[seed] = one.score()
         if recipe.has_ablations and seed == recipe.seeds[0]:
             graph.ablations = one.ablations()
+        if recipe.has_strongest_paper and seed == recipe.seeds[0]:
+            graph.strongest_paper = one.strongest_paper()
     return graph
 
 
@@ -173,9 +183,15 @@ class SeedSteps:
             {**self.base, **(inputs or {})},
         )
 
-    def experts(self, label: str, recipe: ExpertRecipe, rows: str | None = None) -> dict[str, Step]:
-        """One expert for each owner."""
-        ours = recipe.model_copy(update={"train": self.recipe.train})
+    def experts(
+        self,
+        label: str,
+        recipe: ExpertRecipe,
+        rows: str | None = None,
+        train: TrainSettings | None = None,
+    ) -> dict[str, Step]:
+        """One expert for each owner, trained as `train` says; none: as the study's recipe does."""
+        ours = recipe.model_copy(update={"train": train or self.recipe.train})
         unread = {
             "ffn": {"attention_rank", "embedding_rank", "head_rank"},
             "ffn+head": {"attention_rank", "embedding_rank"},
@@ -482,14 +498,39 @@ class SeedSteps:
                 no_bias=True,
                 splits=["heldout"],
             )
+        return self._score_rows("ablations", "ablation_score", reads)
+
+    def strongest_paper(self) -> Step:
+        """The paper's method in every form that `strongest` has; figures in strongest.json."""
+        reads = {}
+        for name, changed in TRAININGS.items():
+            recipe = PAPER.model_validate(PAPER.model_dump() | changed.expert)
+            base = self.recipe.train
+            train = base.model_copy(
+                update={
+                    "learning_rate": base.learning_rate * changed.rate,
+                    "steps": base.steps * changed.length,
+                    **changed.train,
+                }
+            )
+            experts = self.experts(f"paper, {name}:", recipe, changed.rows, train)
+            for reading, settings in READINGS.items():
+                rows = {"rows": changed.rows} if changed.rows else {}
+                reads[f"{name}; {reading}"] = self.read_mixture(
+                    f"paper, {name}; {reading}", experts, **settings, **rows
+                )
+        return self._score_rows("strongest paper", "strongest_score", reads)
+
+    def _score_rows(self, label: str, kind: str, reads: Mapping[str, Step]) -> Step:
+        """A step that measures `reads` against the dense models."""
         base = {"dense.public": self.read("anchor", "anchor", {})}
         base |= {
             f"dense.{n}": self.read(f"dense {n}", "dense", {"model": d})
             for n, d in self.dense.items()
         }
         return Step(
-            f"{self.prefix}: ablations",
-            "ablation_score",
+            f"{self.prefix}: {label}",
+            kind,
             {"owners": self.owners},
             {
                 **self.base,

@@ -48,6 +48,8 @@ def write_results(graph: Graph, root: Path) -> Path:
     }
     if graph.ablations is not None and graph.ablations.is_done(root):
         results["ablations"] = read_json(graph.ablations.directory(root) / "ablations.json")
+    if (strongest := graph.strongest_paper) is not None and strongest.is_done(root):
+        results["strongest_paper"] = read_json(strongest.directory(root) / "strongest.json")
     results |= describe_runs(graph.targets, root)
     path = Path(root) / "results.json"
     write_json(path, results)

@@ -33,6 +33,7 @@ from flexolmo.research.study.tables import (
     table_of_bits,
     table_of_cost,
     table_of_methods,
+    table_of_strongest,
 )
 
 _HOW_TO_READ = (
@@ -134,6 +135,7 @@ def _blocks(results: Results, notes: Path) -> Iterator[Block]:
         yield from _bars(results)
         yield from table_of_bits(results)
         yield from table_of_ablations(results)
+        yield from table_of_strongest(results)
         yield from _pictures(results)
         yield from table_by_owner(results)
         yield from _orders(results)

@@ -260,6 +260,36 @@ def table_of_ablations(results: Results) -> Iterator[Block]:
     )
 
 
+def table_of_strongest(results: Results) -> Iterator[Block]:
+    """Each training of the paper's method, read in the way that is best on validation text."""
+    found: Mapping[str, Any] = results.get("strongest_paper") or {}
+    if not found:
+        return
+    tried = found["tried"]
+    rows: list[dict[str, Cell | str]] = []
+    for training in dict.fromkeys(n.partition("; ")[0] for n in tried["heldout"]):
+        row: dict[str, Cell | str] = {"Training": training}
+        for kind, text in TABLES.items():
+            forms = [n for n in tried["validation"] if n.partition("; ")[0] == training]
+            best = max(forms, key=lambda n, kind=kind: mean_of(tried["validation"][n], kind))
+            is_best = best == found["best"][kind]
+            said = text.split()[0]
+            row[f"Read, {said}"] = best.partition("; ")[2]
+            for split, name in (("validation", "validation"), ("heldout", "held out")):
+                shown = format_number(mean_of(tried[split][best], kind), 3)
+                row[f"Gap closed, {said}, {name}"] = Cell(shown, bold=is_best)
+        rows.append(row)
+    first = (results.get("seeds_done") or ["?"])[0]
+    yield Text("Table 4. The paper's method at its best", "h2")
+    yield Table.of(
+        f"Seed {first} alone. Every training was read in {len(tried['heldout']) // len(rows)} "
+        "ways; shown is the way that is best on validation text, for each kind of text by itself. "
+        "Bold: the training that is best there.",
+        rows,
+        "lr",
+    )
+
+
 def _natural(name: str) -> list[tuple[int, str]]:
     """Sorts top-2 before top-10."""
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in re.split(r"(\d+)", name)]
