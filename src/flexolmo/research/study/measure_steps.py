@@ -389,10 +389,10 @@ def strongest_score(step: StepContext) -> dict[str, Any]:
     """Gap closed on validation text and held out by every form of the paper's method, and the form
     that is best on validation text of each kind. Leaves strongest.json."""
     tried = {split: _measure_rows(step, split) for split in SPLITS}
-    best = {
-        kind: max(tried["validation"], key=lambda n, k=kind: tried["validation"][n][k]["mean"])
-        for kind in ("gap_closed", "mixed")
-    }
+    best = {}
+    for kind in ("gap_closed", "mixed"):
+        means = {name: found[kind]["mean"] for name, found in tried["validation"].items()}
+        best[kind] = max(means, key=means.__getitem__)
     write_json(step.out / "strongest.json", {"tried": tried, "best": best})
     return {kind: tried["heldout"][name][kind]["mean"] for kind, name in best.items()}
 

@@ -1,4 +1,4 @@
-"""What the paper's method leaves open, to be chosen for it on validation text.
+"""Settings that the paper's method leaves open, to be chosen for it on validation text.
 
 A rival that was tuned less than ours would prove nothing. Its experts are trained in each of
 `TRAININGS`, and each mixture is read in each of `READINGS`. Source: ours.

@@ -270,8 +270,12 @@ def table_of_strongest(results: Results) -> Iterator[Block]:
     for training in dict.fromkeys(n.partition("; ")[0] for n in tried["heldout"]):
         row: dict[str, Cell | str] = {"Training": training}
         for kind, text in TABLES.items():
-            forms = [n for n in tried["validation"] if n.partition("; ")[0] == training]
-            best = max(forms, key=lambda n, kind=kind: mean_of(tried["validation"][n], kind))
+            means = {
+                name: mean_of(entry, kind)
+                for name, entry in tried["validation"].items()
+                if name.partition("; ")[0] == training
+            }
+            best = max(means, key=means.__getitem__)
             is_best = best == found["best"][kind]
             said = text.split()[0]
             row[f"Read, {said}"] = best.partition("; ")[2]
