@@ -269,7 +269,7 @@ def table_of_strongest(results: Results) -> Iterator[Block]:
     rows: list[dict[str, Cell | str]] = []
     for training in dict.fromkeys(n.partition("; ")[0] for n in tried["heldout"]):
         row: dict[str, Cell | str] = {"Training": training}
-        for kind, text in TABLES.items():
+        for kind in found["best"]:
             means = {
                 name: mean_of(entry, kind)
                 for name, entry in tried["validation"].items()
@@ -277,7 +277,7 @@ def table_of_strongest(results: Results) -> Iterator[Block]:
             }
             best = max(means, key=means.__getitem__)
             is_best = best == found["best"][kind]
-            said = text.split()[0]
+            said = TABLES[kind].split()[0]
             row[f"Read, {said}"] = best.partition("; ")[2]
             for split, name in (("validation", "validation"), ("heldout", "held out")):
                 shown = format_number(mean_of(tried[split][best], kind), 3)
