@@ -14,6 +14,7 @@ from flexolmo.serving.expectations import try_expectations
 from flexolmo.serving.facts import encode_facts, read_facts
 from flexolmo.serving.policy import Policies
 from flexolmo.serving.rules import SCHEMA_FILE
+from made_owners import entry, revoke
 from made_policies import PERMIT_ALL, facts, load_policies, write_policies
 from made_shell import ROOT, blocks_of
 
@@ -279,3 +280,21 @@ def test_a_mixture_that_was_altered_has_no_facts(run, house, tmp_path):
     assert code == 2 and "does not describe experts" in err
     index.unlink()
     assert "mixture.json cannot be read" in run("policy", "describe", model)[2]
+
+
+def test_what_an_owner_has_revoked_is_explained_with_the_trusted_owners(
+    works, house, trust_dir, tmp_path
+):
+    write_policies(tmp_path / "policies", PERMIT_ALL)
+    trust = shutil.copytree(trust_dir, tmp_path / "trust")
+    revoke(trust, house.keys["Ann"], entry("expert", name="amber", up_to_serial=1))
+    words = ("policy", "check", "--policy", tmp_path / "policies", "--as", "alice", "--json")
+    words += ("--model", house.mixture_dir(["amber", "zinc"]))
+    found = json.loads(works(*words, "--trust", trust))["experts"]
+    assert {name: verdict["is_enabled"] for name, verdict in found.items()} == {
+        "amber": False,
+        "zinc": True,
+    }
+    assert found["amber"]["reasons"] == [
+        "amber was revoked by its owner on 2026-11-23: A patient objected."
+    ]

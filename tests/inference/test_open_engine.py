@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from flexolmo.errors import MergeError, PolicyError
+from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.errors import BundleError, MergeError, PolicyError
 from flexolmo.files import digest_file
 from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.open_engine import open_engine
@@ -13,6 +14,7 @@ from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import build_mixture, load_mixture, remove_experts
 from made_engines import SMALL, ask, hear
 from made_mixtures import NAMES
+from made_owners import entry, revoke
 
 PROMPT = [5, 9, 2, 7, 11, 3]
 
@@ -68,3 +70,60 @@ def test_a_reload_takes_no_other_bundle_of_a_serial_it_has_seen(engine, house, m
     with pytest.raises(MergeError, match="serial 1"):
         engine.reload()
     assert engine.facts == facts
+
+
+@pytest.fixture
+def trust(house, tmp_path):
+    """Directory of trusted owners, in which Bob may revoke."""
+    (tmp_path / "trust").mkdir()
+    for owner, key in house.keys.items():
+        shutil.copy(f"{key}.pub", tmp_path / "trust" / f"{owner}.pub")
+    return tmp_path / "trust"
+
+
+def revoke_zinc(house, trust):
+    revoke(trust, house.keys["Bob"], entry("expert", name="zinc", up_to_serial=1), owner="Bob")
+
+
+def is_without_zinc(engine, house):
+    """True if the engine's answers are those of a model that never held zinc."""
+    never = house.mixture(("amber", "basalt"))
+    reader = OwnReader(never.model, never.tokenizer)
+    (expected,) = continue_ids(reader, [PROMPT], Sampling(max_new_tokens=12, temperature=0))
+    ids, digest = [*reader.start, *PROMPT], engine.facts.digest
+    asked = ask(ids, ["amber", "basalt"], max_new_tokens=12, model_digest=digest)
+    with pytest.raises(PolicyError, match="zinc is not served"):
+        engine.submit(ask(ids, ["zinc"], model_digest=digest), print)
+    return hear(engine, asked).tokens == expected
+
+
+def test_an_engine_starts_and_reloads_without_an_expert_that_is_revoked(house, model, trust):
+    whole = open_engine(model, lambda: TrustedOwners.load(trust), SMALL)
+    revoke_zinc(house, trust)
+    started = open_engine(model, lambda: TrustedOwners.load(trust), SMALL)
+    facts = whole.reload()
+    assert facts == started.facts and set(facts.experts) == {"amber", "basalt"}
+    assert facts.barred["zinc"].why.startswith("zinc was revoked by its owner on 2026-11-23")
+    assert facts.barred["zinc"].facts == load_mixture(model, house.trusted).facts["zinc"]
+    for engine in (whole, started):
+        assert is_without_zinc(engine, house)
+        assert engine.stats().loaded_experts == ["amber", "basalt"]
+        engine.close(0)
+
+
+def test_an_expert_that_is_withdrawn_and_then_left_out_stays_out(house, model, trust):
+    engine = open_engine(model, lambda: TrustedOwners.load(trust), SMALL)
+    engine.withdraw(["zinc"], "revoked")
+    revoke_zinc(house, trust)
+    engine.reload()
+    assert is_without_zinc(engine, house)
+    engine.close(0)
+
+
+def test_what_does_not_hold_up_opens_no_engine_though_another_expert_is_revoked(
+    house, model, trust
+):
+    revoke_zinc(house, trust)
+    (model / "experts/amber.bundle/manifest.json").unlink()
+    with pytest.raises(BundleError, match="amber"):
+        open_engine(model, lambda: TrustedOwners.load(trust), SMALL)

@@ -22,10 +22,15 @@ BROWSER = next(
 
 
 @pytest.fixture
-def address(make_gateway, tmp_path):
-    """Address of a real server with a console, which tells shares."""
-    log = AuditLog.open(tmp_path / "audit")
-    with serving(create_app(make_gateway(audit=Trail(log), tells_shares=True))) as address:
+def gateway(make_gateway, tmp_path):
+    """A gateway of a server with a console, which tells shares."""
+    return make_gateway(audit=Trail(AuditLog.open(tmp_path / "audit")), tells_shares=True)
+
+
+@pytest.fixture
+def address(gateway):
+    """Address of that server."""
+    with serving(create_app(gateway)) as address:
         yield address
 
 
@@ -63,6 +68,16 @@ def test_sources_are_told_with_the_policys_verdict_and_reasons(ask):
     assert enabled == {"notes": True, "papers": True, "secret": False, "trials": True}
     assert all(source["reasons"] for source in found["sources"] if not source["is_enabled"])
     assert not {s["name"]: s for s in ask("/v1/sources").json()["sources"]}["trials"]["is_enabled"]
+
+
+def test_a_source_that_nobody_may_use_is_told_with_the_reason(ask, gateway):
+    gateway.withdraw({"notes": "notes was revoked."})
+    found = {source["name"]: source for source in ask("/v1/sources").json()["sources"]}
+    assert len(found) == 4 and not found["notes"]["is_enabled"]
+    assert found["notes"]["reasons"] == ["notes was revoked."]
+    experts = ask("/v1/models").json()["data"][0]["flexolmo"]["experts"]
+    barred = {name: expert["barred"] for name, expert in experts.items()}
+    assert barred == dict.fromkeys(found) | {"notes": "notes was revoked."}
 
 
 def test_whoever_is_unknown_is_told_nothing(ask):

@@ -5,9 +5,11 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
+from flexolmo.bundle.facts import Barred
 from flexolmo.bundle.terms import PURPOSES
 from flexolmo.errors import ConfigError
 from flexolmo.inference.engine import Ended, TokenWritten
@@ -281,6 +283,32 @@ def test_an_expert_that_is_withdrawn_ends_its_answers_and_enters_no_other(
     facts = engine.reload()
     gateway.texts = TextModel(facts.digest, gateway.texts.tokenizer, None)
     assert asyncio.run(read(gateway)).flexolmo.enabled == ["notes", "papers"]
+
+
+def test_an_expert_that_was_not_loaded_is_named_with_the_reason_wherever_it_is_asked_for(
+    make_gateway, engine, entries, caplog
+):
+    why = "notes was revoked by its owner on 2026-11-23: A patient objected."
+    facts = with_expert(engine.facts, "notes", None)
+    engine.facts = replace(facts, barred={"notes": Barred(engine.facts.experts["notes"], why)})
+    gateway = make_gateway(texts=TextModel(facts.digest, engine.tokenizer, None))
+
+    async def work():
+        await gateway.start()
+        return await read(gateway)
+
+    reply = asyncio.run(work())
+    assert reply.flexolmo.enabled == ["papers"] and reply.flexolmo.refused["notes"] == [why]
+    assert why in str(refusal_of(gateway, experts={"only": ["notes"]}))
+    assert asyncio.run(read(gateway, experts={"without": ["notes"]})).flexolmo.enabled == ["papers"]
+    (started,) = entries("started")
+    assert started["experts"].keys() == {"papers", "secret", "trials"}
+    assert [(e["number"], e["experts"], e["why"]) for e in entries("revoked")] == [
+        (started["number"] + 1, ["notes"], why)
+    ]
+    (said,) = [r for r in caplog.records if r.getMessage() == "expert withdrawn"]
+    assert (said.expert, said.detail) == ("notes", why)
+    assert not any("notes" in request.enabled for request in engine.seen)
 
 
 # --- limits -------------------------------------------------------------------------------------

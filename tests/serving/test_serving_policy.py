@@ -254,6 +254,31 @@ def test_a_policy_that_fails_enables_nothing_and_is_a_no(rules, effect, experts,
 
 
 @LAW
+@given(
+    drawn_rules("permit", "forbid"),
+    worlds,
+    group_sets,
+    purpose_sets,
+    st.sets(st.sampled_from(["amber", "basalt", "zinc"])),
+)
+def test_an_expert_that_nobody_may_use_is_off_with_the_reason_and_the_others_as_before(
+    rules, experts, groups, purposes, barred
+):
+    policies, principal = load(rules), Principal("alice", groups)
+    before = policies.decide(principal, purposes, Wish(), experts, NOON)
+    found = policies.decide(
+        principal, purposes, Wish(), experts, NOON, {n: f"{n} was revoked." for n in barred}
+    )
+    assert found.enabled == before.enabled - barred
+    for name, verdict in found.verdicts.items():
+        assert verdict.is_enabled == (name in found.enabled) and verdict.is_asked
+        if name in barred:
+            assert verdict.reasons == (f"{name} was revoked.",)
+        else:
+            assert verdict == before.verdicts[name]
+
+
+@LAW
 @given(worlds, group_sets, purpose_sets)
 def test_without_a_policy_nothing_is_permitted(experts, groups, purposes):
     decision = load([]).decide(Principal("alice", groups), purposes, Wish(), experts, NOON)

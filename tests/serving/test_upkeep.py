@@ -3,11 +3,14 @@
 import asyncio
 import datetime
 import os
+from dataclasses import replace
 
 import pytest
 
+from flexolmo.bundle.facts import Barred
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import MergeError
+from flexolmo.serving import upkeep as upkeep_room
 from flexolmo.serving.answer import Answer
 from flexolmo.serving.keys import revoke_key
 from flexolmo.serving.policy import Principal
@@ -162,6 +165,64 @@ def test_a_model_that_does_not_hold_up_leaves_the_former(upkeep, gateway, engine
     assert enabled(gateway) == ["notes", "papers"]
 
 
+def test_an_expert_that_a_new_model_leaves_out_is_logged_once_and_said(
+    upkeep, gateway, engine, index, log
+):
+    why = "notes: the owner's terms expired on 2026-11-26."
+    barred = {"notes": Barred(engine.facts.experts["notes"], why)}
+    engine.next_facts = replace(with_expert(engine.facts, "notes", None), barred=barred)
+    for _ in range(2):
+        touch(index)
+        upkeep.look()
+    kinds = [kind for kind, _ in log.entries]
+    assert kinds == ["reloaded", "revoked", "reloaded"]
+    assert log.entries[1][1] == {"experts": ["notes"], "why": why}
+    assert "notes" not in log.entries[0][1]["experts"]
+    assert enabled(gateway) == ["papers"] and not failures(gateway)
+    decision = [fields for kind, fields in log.entries if kind == "decision"][-1]
+    assert decision["refused"]["notes"] == [why]
+
+
+def test_one_that_was_withdrawn_is_not_logged_again_when_it_is_left_out(
+    upkeep, engine, owners, trust, log
+):
+    why = "notes was revoked."
+    barred = {"notes": Barred(engine.facts.experts["notes"], why)}
+    engine.next_facts = replace(with_expert(engine.facts, "notes", None), barred=barred)
+    owners.revoked = {"notes": "revoked"}
+    touch(trust / "Ann.revoked.json")
+    upkeep.look()
+    assert [kind for kind, _ in log.entries] == ["revoked", "reloaded"]
+
+
+def test_an_expert_is_loaded_once_its_terms_have_begun_and_only_then(
+    upkeep, gateway, engine, log, monkeypatch
+):
+    begins = made_facts("notes", valid_from=TODAY + DAY)
+    revoked = made_facts("trials")
+    whole = engine.facts
+    engine.facts = replace(
+        with_expert(whole, "notes", None),
+        barred={"notes": Barred(begins, "not yet"), "trials": Barred(revoked, "revoked")},
+    )
+    engine.next_facts, bars = MergeError("asked to reload"), {"notes": "not yet", "trials": "no"}
+    monkeypatch.setattr(
+        MadeOwners, "find_bar", lambda self, name, facts, today: bars[name], raising=False
+    )
+    upkeep.look()
+    monkeypatch.setattr(upkeep_room, "_today", lambda: TODAY + DAY)
+    upkeep.look()
+    assert not failures(gateway)
+    bars["notes"] = None
+    upkeep.look()  # asked once a day, for reading a model takes long
+    assert not failures(gateway)
+    engine.next_facts = whole
+    monkeypatch.setattr(upkeep_room, "_today", lambda: TODAY + 2 * DAY)
+    upkeep.look()
+    assert not failures(gateway) and [kind for kind, _ in log.entries] == ["reloaded"]
+    assert "notes" in engine.facts.experts
+
+
 def test_a_revocation_takes_effect_even_if_no_model_without_the_expert_is_there(
     upkeep, gateway, engine, owners, trust, log
 ):
@@ -201,7 +262,7 @@ def test_terms_that_ended_withdraw_an_expert_and_those_to_come_do_not(
     withdrawn = []
     engine.withdraw = lambda names, why: withdrawn.append((list(names), why))
     upkeep.look()
-    why = f"The owner's terms of notes expired on {TODAY - DAY}."
+    why = f"notes: the owner's terms expired on {TODAY - DAY}."
     assert withdrawn == [(["notes"], why)]
     revoked = [fields for kind, fields in log.entries if kind == "revoked"]
     assert revoked == [{"experts": ["notes"], "why": why}]

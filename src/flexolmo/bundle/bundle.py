@@ -51,7 +51,7 @@ MAX_FILE_BYTES = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that passed every check."""
+    """A bundle that passed every check that it was opened with."""
 
     manifest: Manifest
     signer: str | None  # name in the trust store; None if unknown and let in on request
@@ -102,21 +102,34 @@ def open_bundle(
         BundleError: any other refusal.
     """
     with _open_files(Path(path), max_bytes) as files:
-        if expected is not None and not files.problems:
-            found = {name: digest_bytes(data) for name, data in files.small.items()}
-            _compare_digests(files, {**expected, **found}, expected, "verified before")
+        _compare_as_before(files, expected)
         day = (today or _today()) if judges_days else None
         return _check(files, trusted, allow_unknown_signer, day, keep_tensors, copy_to)
 
 
-def check_signer(path: Path, trusted: TrustedOwners, max_bytes: int | None = None) -> None:
-    """Check all of a bundle but its weights, of which only the size is asked.
+def check_signer(
+    path: Path,
+    trusted: TrustedOwners,
+    max_bytes: int | None = None,
+    *,
+    expected: Mapping[str, str] | None = None,
+    judges_revocation: bool = True,
+) -> Bundle:
+    """The bundle in directory `path`, without tensors, after every check but those of its weights,
+    of which only the size is asked, and of days.
 
-    Comes before a mixture takes a bundle in by links; arguments, order and errors are those
-    of `open_bundle`.
+    Comes before a mixture takes a bundle in by links, or leaves one out; arguments, order and
+    errors are those of `open_bundle`.
+
+    Args:
+        judges_revocation: False leaves it to the caller whether the owner has revoked it.
     """
     with _open_files(Path(path), max_bytes) as files:
-        _check_signer(files, trusted, trusted.allows_unknown)
+        _compare_as_before(files, expected)
+        signed, signer, manifest = _check_signer(
+            files, trusted, trusted.allows_unknown, judges_revocation
+        )
+        return _bundle_of(files, signed, signer, manifest, {})
 
 
 def write_bundle(
@@ -319,6 +332,13 @@ def _compare_digests(
     )
 
 
+def _compare_as_before(files: _Files, expected: Mapping[str, str] | None) -> None:
+    """Compare the small files with what was verified before; the weights come last of all."""
+    if expected is not None and not files.problems:
+        found = {name: digest_bytes(data) for name, data in files.small.items()}
+        _compare_digests(files, {**expected, **found}, expected, "verified before")
+
+
 def _check_signature(files: _Files) -> Signed:
     """Check that all files are there and the small ones as signed; returns what was signed."""
     raise_listed(
@@ -339,7 +359,10 @@ def _check_signature(files: _Files) -> Signed:
 
 
 def _check_signer(
-    files: _Files, trusted: TrustedOwners | None, allow_unknown_signer: bool
+    files: _Files,
+    trusted: TrustedOwners | None,
+    allow_unknown_signer: bool,
+    judges_revocation: bool = True,
 ) -> tuple[Signed, str | None, Manifest]:
     """Every check that needs no byte of the weights, in order; with the signer's trusted name."""
     path = files.path
@@ -361,7 +384,7 @@ def _check_signer(
             f"signing key is trusted as {signer!r}. Ask {signer!r} which is right."
         )
     if trusted is not None:
-        _check_standing(path, trusted, manifest, signed)
+        _check_standing(path, trusted, manifest, signed, judges_revocation)
     size = files.sizes[WEIGHTS_FILE]
     room = 8 + MAX_HEADER_BYTES + sum(entry.num_bytes for entry in manifest.tensors.values())
     if size > room:  # altered for certain, and perhaps too large to read in vain
@@ -372,9 +395,11 @@ def _check_signer(
     return signed, signer, manifest
 
 
-def _check_standing(path: Path, trusted: TrustedOwners, manifest: Manifest, signed: Signed) -> None:
+def _check_standing(
+    path: Path, trusted: TrustedOwners, manifest: Manifest, signed: Signed, judges_revocation: bool
+) -> None:
     """Check that the key is the owner's, if one is known, that it counted on the day of packing,
-    and that the owner has not revoked the bundle."""
+    and, if that is for us to judge, that the owner has not revoked the bundle."""
     keys = trusted.keys_of(manifest.owner)
     if not keys:
         return
@@ -390,6 +415,8 @@ def _check_standing(path: Path, trusted: TrustedOwners, manifest: Manifest, sign
             f"{signed.key_id}, which counts for {manifest.owner!r} {key.days()}. Ask that owner to "
             "pack it again with a key that counts."
         )
+    if not judges_revocation:
+        return
     facts = facts_of(manifest, signed.key_id, signed.digests[MANIFEST_FILE])
     revoked = trusted.find_revocation(manifest.name, facts)
     if revoked is not None:
@@ -427,14 +454,19 @@ def _check(
         lines,
         f"Ask the owner ({manifest.owner}) for a new bundle.",
     )
-    return Bundle(
-        manifest,
-        signer,
-        signed.key_id,
-        {**signed.digests, SIGNATURE_FILE: digest_bytes(files.small[SIGNATURE_FILE])},
-        files.sizes[WEIGHTS_FILE],
-        weights.data,
-    )
+    return _bundle_of(files, signed, signer, manifest, weights.data)
+
+
+def _bundle_of(
+    files: _Files,
+    signed: Signed,
+    signer: str | None,
+    manifest: Manifest,
+    tensors: dict[str, mmap.mmap],
+) -> Bundle:
+    digests = {**signed.digests, SIGNATURE_FILE: digest_bytes(files.small[SIGNATURE_FILE])}
+    size = files.sizes[WEIGHTS_FILE]
+    return Bundle(manifest, signer, signed.key_id, digests, size, tensors)
 
 
 def _read_weights(files: _Files, signed: Signed, keep: bool, copy: BinaryIO | None) -> Weights:

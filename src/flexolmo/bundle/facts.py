@@ -18,6 +18,14 @@ class ExpertFacts:
     terms: Terms
 
 
+@dataclass(frozen=True)
+class Barred:
+    """An expert that nobody may use at present, though its bundle holds up."""
+
+    facts: ExpertFacts
+    why: str  # for people
+
+
 def facts_of(manifest: Manifest, key_id: str, bundle_digest: str) -> ExpertFacts:
     """The facts of a bundle with this manifest, signed by this key."""
     m = manifest

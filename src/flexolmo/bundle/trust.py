@@ -136,6 +136,14 @@ class TrustedOwners:
         held = self._lists.get(facts.owner)
         return None if held is None else held.find(name, facts)
 
+    def find_bar(self, name: str, facts: ExpertFacts, today: datetime.date) -> str | None:
+        """Reason why the owner lets nobody use the expert `name` `today` (UTC), or None."""
+        revoked = self.find_revocation(name, facts)
+        if revoked is not None:
+            return f"{name} was {revoked}."
+        days = facts.terms.refusals_of_day(today)
+        return f"{name}: {', '.join(days)}." if days else None
+
 
 ANY_SIGNER = TrustedOwners({}, allows_unknown=True)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flexolmo.cli.run import Only, Without, switches
+from flexolmo.cli.trust import TrustDirectory
 from flexolmo.errors import ConfigError
 from flexolmo.inference.policy import parse_names
 from flexolmo.terminal import PlainConsole, echo
@@ -46,14 +47,18 @@ def check(
         str | None,
         typer.Option(help="Time of the request, such as 2026-11-30T08:00:00Z. Default: now."),
     ] = None,
+    trust: TrustDirectory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
 ) -> None:
     """Explain which experts a request would get: the rules and terms that decide on each.
+
+    With --trust also what their owners have revoked.
 
     Example: flexolmo policy check --policy policies --model model --as alice --groups clinic
     --purpose health-research
     """
     _require_cedar()
+    from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
     from flexolmo.serving.facts import read_facts
     from flexolmo.serving.policy import Policies, Principal, Wish
 
@@ -64,7 +69,11 @@ def check(
     asked = None if chosen["only"] is None else tuple(chosen["only"])
     wish = Wish(asked, tuple(chosen["without"]))
     purposes: Any = _names(purpose, "--purpose")  # `decide` refuses those that there are not
-    decision = policies.decide(principal, purposes, wish, experts, _moment(at))
+    moment = _moment(at)
+    owners = ANY_SIGNER if trust is None else TrustedOwners.load(trust)
+    found = {n: owners.find_bar(n, facts, moment.date()) for n, facts in experts.items()}
+    barred = {name: why for name, why in found.items() if why is not None}
+    decision = policies.decide(principal, purposes, wish, experts, moment, barred)
     if as_json:
         echo(json.dumps(_as_json(decision), indent=2))
         return

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.facts import Barred, ExpertFacts
 from flexolmo.inference.sampling import Ending, Sampling
 
 # Reasons for which an answer ends before it is whole: the request was cancelled, an expert it
@@ -25,6 +25,8 @@ class ModelFacts:
     max_seq_len: int  # positions, prompt and answer together
     vocab_size: int
     start_ids: Sequence[int]  # that stand before every text
+    # experts that belong to the model and are not in memory, since nobody may use them
+    barred: Mapping[str, Barred] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

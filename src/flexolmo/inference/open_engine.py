@@ -25,8 +25,9 @@ def open_engine(
 ) -> BatchEngine:
     """An engine that runs the mixture in `model_dir`, and reads it again at each reload.
 
-    The owners' keys and revocations are read again too, and no reload takes an expert that is older
-    than one it has seen. Raises what `load_mixture` and `BatchEngine` raise, and MergeError if the
+    The owners' keys and revocations are read again too. An expert that is revoked, or whose terms
+    refuse today, is not loaded, and the others are. No reload takes an expert that is older than
+    one it has seen. Raises what `load_mixture` and `BatchEngine` raise, and MergeError if the
     mixture changes while it is read.
     """
     seen: Seen | None = None
@@ -34,13 +35,18 @@ def open_engine(
     def load() -> EngineModel:
         nonlocal seen
         digest = digest_file(model_dir / ABOUT)
-        mixture = load_mixture(model_dir, read_owners(), seen=seen)
+        mixture = load_mixture(model_dir, read_owners(), seen=seen, leaves_out_barred=True)
         if digest_file(model_dir / ABOUT) != digest:
             raise MergeError(f"{model_dir} changed while it was read. It is read again.")
         seen = mixture.seen
         config = mixture.model.config
         facts = ModelFacts(
-            digest, mixture.facts, config.max_seq_len, config.vocab_size, [config.eos_token_id]
+            digest,
+            mixture.facts,
+            config.max_seq_len,
+            config.vocab_size,
+            [config.eos_token_id],
+            mixture.barred,
         )
         frame = digest_bytes(canonical_json({key: mixture.about[key] for key in FRAME}))
         return EngineModel(mixture.model, mixture.tokenizer, facts, frame)

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
-from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.facts import Barred, ExpertFacts
 from flexolmo.bundle.manifest import Manifest, Name
 from flexolmo.bundle.tensors import Digest
 from flexolmo.bundle.terms import Terms
@@ -116,6 +116,7 @@ class LoadedMixture:
     about: dict[str, Any]  # mixture.json
     facts: Mapping[str, ExpertFacts]  # by expert
     seen: Seen = field(default_factory=dict)  # for `load_mixture`, when the model is loaded again
+    barred: Mapping[str, Barred] = field(default_factory=dict)  # experts that were not loaded
 
     @property
     def expert_names(self) -> list[str]:
@@ -259,6 +260,8 @@ def load_mixture(
     trusted: TrustedOwners | None,
     experts: Iterable[str] | None = None,
     seen: Seen | None = None,
+    *,
+    leaves_out_barred: bool = False,
 ) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
 
@@ -267,6 +270,10 @@ def load_mixture(
     whose terms refuse today, or that is older than one in `seen` (of an earlier load), is refused
     by name. The choice of bundles and `top_k` are not signed: keep mixture.json as safe as the
     program.
+
+    With `leaves_out_barred`, an expert whose owner has revoked it, or whose terms refuse today, is
+    left out and `barred` of the result says why. Of such a bundle the signature and all else but
+    the weights are checked, which are not read; whatever does not hold up is refused as without.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -275,11 +282,13 @@ def load_mixture(
     _refuse_other_anchor(model_dir, anchor, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
+    today = datetime.datetime.now(datetime.UTC).date()
+    barred = _find_barred(model_dir, chosen, about, trusted, today) if leaves_out_barred else {}
     opened = [
         _reopen(model_dir / "experts" / f"{n}.bundle", n, about, trusted, keep_tensors=True)
-        for n in sorted(chosen)
+        for n in sorted(chosen - barred.keys())
     ]
-    _refuse_late(model_dir, [b.manifest for b in opened])
+    _refuse_late(model_dir, [b.manifest for b in opened], today)
     lines = [line for b in opened for line in find_rollback(seen or {}, b.manifest.name, b.facts)]
     lines += [line for bundle in opened for line in find_misfits(anchor, bundle)]
     _refuse(lines + find_differences(anchor, [b.manifest for b in opened], about["router"]))
@@ -289,9 +298,8 @@ def load_mixture(
     router = ROUTER.validate_python(about["router"])
     model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"], takes_over=True)
     facts = {b.manifest.name: b.facts for b in opened}
-    return LoadedMixture(
-        model, anchor.tokenizer, about, facts, join_seen(seen or {}, about["seen"])
-    )
+    seen = join_seen(seen or {}, about["seen"])
+    return LoadedMixture(model, anchor.tokenizer, about, facts, seen, barred)
 
 
 def read_about(model_dir: Path) -> dict[str, Any]:
@@ -349,9 +357,11 @@ def _refuse_other_anchor(model_dir: Path, anchor: Anchor, about: Mapping[str, An
         )
 
 
-def _refuse_late(model_dir: Path, manifests: Sequence[Manifest]) -> None:
-    """Refuse experts whose terms have not begun or have expired."""
-    today = datetime.datetime.now(datetime.UTC).date()
+def _refuse_late(
+    model_dir: Path, manifests: Sequence[Manifest], today: datetime.date | None = None
+) -> None:
+    """Refuse experts whose terms have not begun or have expired `today` (UTC; default: now)."""
+    today = today or datetime.datetime.now(datetime.UTC).date()
     late = [f"{m.name}: {why}" for m in manifests for why in m.terms.refusals_of_day(today)]
     if late:
         raise MergeError(
@@ -415,6 +425,33 @@ def _reopen(
     found = open_bundle(
         path, trusted, trusted.allows_unknown, judges_days=False, **options, expected=entry["files"]
     )
+    _refuse_other_bundle(path, name, about, found)
+    return found
+
+
+def _find_barred(
+    model_dir: Path,
+    names: Iterable[str],
+    about: Mapping[str, Any],
+    trusted: TrustedOwners,
+    today: datetime.date,
+) -> dict[str, Barred]:
+    """The ones of `names` that their owners let nobody use `today`; no weights are read."""
+    barred = {}
+    for name in sorted(names):
+        path = model_dir / "experts" / f"{name}.bundle"
+        expected = about["experts"][name]["files"]
+        found = check_signer(path, trusted, expected=expected, judges_revocation=False)
+        why = trusted.find_bar(name, found.facts, today)
+        if why is not None:
+            _refuse_other_bundle(path, name, about, found)
+            barred[name] = Barred(found.facts, why)
+    return barred
+
+
+def _refuse_other_bundle(path: Path, name: str, about: Mapping[str, Any], found: Bundle) -> None:
+    """Refuse a bundle of which mixture.json says something else than its manifest."""
+    entry = about["experts"][name]
     claims = {"name": found.manifest.name, **_describe_expert(found)}
     wrong = [
         f"{key}: found {claims.get(key)!r}, {ABOUT} says {said!r}"
@@ -428,7 +465,6 @@ def _reopen(
             + "\n  ".join(wrong)
             + "\nBuild the mixture again from the owner's bundle."
         )
-    return found
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -181,6 +181,7 @@ def _refuse_other_model(gateway: Gateway, name: str) -> None:
 
 def _describe_model(gateway: Gateway) -> replies.ModelReply:
     facts = gateway.engine.facts
+    barred = gateway.barred(facts)
     return replies.ModelReply(
         id=gateway.name,
         created=gateway.started,
@@ -188,9 +189,12 @@ def _describe_model(gateway: Gateway) -> replies.ModelReply:
             model_digest=facts.digest,
             experts={
                 name: replies.ExpertReply(
-                    owner=expert.owner, licence=expert.licence, terms=expert.terms
+                    owner=expert.owner,
+                    licence=expert.licence,
+                    terms=expert.terms,
+                    barred=barred[name].why if name in barred else None,
                 )
-                for name, expert in sorted(facts.experts.items())
+                for name, expert in sorted(gateway.experts(facts).items())
             },
         ),
     )

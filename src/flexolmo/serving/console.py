@@ -4,7 +4,6 @@ Which sources may take part and why, whoever's own decisions in the audit log, a
 """
 
 import asyncio
-import datetime
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping
@@ -209,8 +208,7 @@ def explain_sources(
 ) -> SourcesExplained:
     """All sources as the policy judges them now for `principal` and `purposes`."""
     facts = gateway.engine.facts
-    now = datetime.datetime.now(datetime.UTC)
-    decision = gateway.policies.decide(principal, purposes, Wish(), facts.experts, now)
+    decision = gateway.decide(facts, principal, purposes, Wish())
     return SourcesExplained(
         model=gateway.name,
         model_digest=facts.digest,
@@ -234,6 +232,6 @@ def explain_sources(
                 is_enabled=name in decision.enabled,
                 reasons=list(decision.verdicts[name].reasons),
             )
-            for name, expert in sorted(facts.experts.items())
+            for name, expert in sorted(gateway.experts(facts).items())
         ],
     )

@@ -13,20 +13,21 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 from pydantic import Field, JsonValue
 
-from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.facts import Barred, ExpertFacts
+from flexolmo.bundle.terms import PurposeName
 from flexolmo.config import Settings
 from flexolmo.errors import AuditError, BusyError, ConfigError, PolicyError
-from flexolmo.inference.engine import Engine
+from flexolmo.inference.engine import Engine, ModelFacts
 from flexolmo.serving.answer import Answer, Receipt
 from flexolmo.serving.entries import Kind
 from flexolmo.serving.identity import Identity
 from flexolmo.serving.metrics import Metrics
-from flexolmo.serving.policy import Policies, Principal
+from flexolmo.serving.policy import Decision, Policies, Principal, Wish
 from flexolmo.serving.prompts import TextModel, prepare
 from flexolmo.serving.refusal import Refusal
 from flexolmo.serving.requests import MAX_TEXTS, Ask
@@ -75,15 +76,6 @@ class Log(Protocol):
         """End the log in order; AuditError if that cannot be written."""
 
 
-@dataclass(frozen=True)
-class _Withdrawn:
-    """An expert that the model holds and that is not used any more."""
-
-    model_digest: str
-    facts: ExpertFacts
-    why: str
-
-
 class Gateway:
     """All that stands between those who ask and an engine. Its coroutines belong to one loop."""
 
@@ -111,7 +103,8 @@ class Gateway:
         self.metrics = Metrics(engine.stats)
         self.can_audit = True  # the log's last entry could be written
         self.is_closing = False
-        self._withdrawn: dict[str, _Withdrawn] = {}  # by expert
+        # by expert: digest of the model that holds it, and why it is not used any more
+        self._withdrawn: dict[str, tuple[str, Barred]] = {}
         self.num_answers = 0  # requests under way
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "gateway")
@@ -173,23 +166,13 @@ class Gateway:
         prepared = await self._in_thread(
             prepare, ask, facts, texts, limits.max_texts, limits.max_prompt_tokens
         )
-        now = datetime.datetime.now(datetime.UTC)
-        off = {n: w for n, w in self._withdrawn.items() if w.model_digest == facts.digest}
-        # Among these too, so that who asks for one hears why it is off.
-        experts = {**facts.experts, **{name: withdrawn.facts for name, withdrawn in off.items()}}
         try:
-            decision = await self._in_thread(
-                self.policies.decide, principal, ask.purposes, ask.wish, experts, now
-            )
+            decision = await self._in_thread(self.decide, facts, principal, ask.purposes, ask.wish)
         except PolicyError as e:
             raise Refusal(400, "unknown_expert", str(e), field="experts") from None
-        enabled = decision.enabled - off.keys()
+        enabled = decision.enabled
         asked = {name: v for name, v in decision.verdicts.items() if v.is_asked}
-        refused = {
-            name: [off[name].why] if name in off else list(verdict.reasons)
-            for name, verdict in asked.items()
-            if name not in enabled
-        }
+        refused = {n: list(v.reasons) for n, v in asked.items() if not v.is_enabled}
         identifier = secrets.token_hex(16)
         fields: dict[str, Any] = {
             "request_id": identifier,
@@ -209,6 +192,30 @@ class Gateway:
         requests = [replace(r, enabled=enabled, deadline=deadline) for r in prepared]
         num_start = len(facts.start_ids)
         return Answer(receipt, requests, texts.tokenizer, num_start, limits.max_unsent)
+
+    def decide(
+        self, facts: ModelFacts, principal: Principal, purposes: frozenset[PurposeName], wish: Wish
+    ) -> Decision:
+        """The decision that a request to the model of `facts` gets now; `Policies.decide`'s errors.
+
+        Experts that nobody may use are among the verdicts, so that who asks hears why.
+        """
+        experts = self.experts(facts)
+        reasons = {name: barred.why for name, barred in self.barred(facts).items()}
+        now = datetime.datetime.now(datetime.UTC)
+        return self.policies.decide(principal, purposes, wish, experts, now, reasons)
+
+    def barred(self, facts: ModelFacts) -> dict[str, Barred]:
+        """Experts of the model of `facts` that nobody may use now: those that were not loaded, and
+        those that were withdrawn since."""
+        now = self._withdrawn.items()
+        withdrawn = {name: found for name, (digest, found) in now if digest == facts.digest}
+        return {**facts.barred, **withdrawn}
+
+    def experts(self, facts: ModelFacts) -> dict[str, ExpertFacts]:
+        """All experts of the model of `facts`, with those that nobody may use."""
+        barred = {name: found.facts for name, found in self.barred(facts).items()}
+        return {**facts.experts, **barred}
 
     async def _see_to_end(self, answer: Answer, principal: Principal) -> None:
         """Log the end of an answer, then let its reader know."""
@@ -233,7 +240,7 @@ class Gateway:
         facts = self.engine.facts
         new = {name: why for name, why in experts.items() if name in facts.experts}
         for name, why in new.items():
-            withdrawn = _Withdrawn(facts.digest, facts.experts[name], why)
+            withdrawn = (facts.digest, Barred(facts.experts[name], why))
             self._withdrawn = {**self._withdrawn, name: withdrawn}  # others may be reading it
             self.engine.withdraw([name], why)
         return new
@@ -262,8 +269,10 @@ class Gateway:
     # --- begin and end of serving ---
 
     async def start(self) -> None:
-        """Log what is served from now on; Refusal (503) if that cannot be."""
+        """Log what is served from now on, and what is not; Refusal (503) if that cannot be."""
         await self.append("started", self.describe())
+        for name, barred in self.engine.facts.barred.items():
+            await self.append("revoked", note_barred(name, barred.why))
 
     async def drain(self, seconds: float) -> None:
         """Begin nothing more, and let what is under way end within so many seconds."""
@@ -315,6 +324,12 @@ class Gateway:
     ) -> Result:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+
+def note_barred(name: str, why: str) -> dict[str, JsonValue]:
+    """Fields of the entry that an expert is not used from now on; says so in the server's log."""
+    _log.warning("expert withdrawn", extra={"expert": name, "detail": why})
+    return {"experts": [name], "why": why}
 
 
 def _describe_end(answer: Answer, principal: Principal) -> dict[str, JsonValue]:

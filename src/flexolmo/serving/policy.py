@@ -102,10 +102,14 @@ class Policies:
         wish: Wish,
         experts: Mapping[str, ExpertFacts],
         now: datetime.datetime,
+        barred: Mapping[str, str] | None = None,
     ) -> Decision:
         """The decision on one request at `now`, which has a time zone.
 
         Every stated purpose must be allowed and permitted; no purpose stated is the purpose "any".
+
+        Args:
+            barred: Experts that nobody may use, and why.
 
         Raises:
             PolicyError: a wish for an unknown expert or for both `only` and `without`, an unknown
@@ -119,12 +123,15 @@ class Policies:
         now = now.astimezone(datetime.UTC)
         asked = choose_experts(list(experts), only=wish.only, without=wish.without)
         around = _PURPOSES.with_added_json_str(json.dumps([_user(principal)]), SCHEMA)
-        verdicts = {
-            name: self._judge(name, experts[name], principal, purposes, now, around)
-            if name in asked
-            else Verdict(name, False, False, ("the request does not ask for it",))
-            for name in sorted(experts)
-        }
+        verdicts = {}
+        for name in sorted(experts):
+            if name not in asked:
+                verdict = Verdict(name, False, False, ("the request does not ask for it",))
+            elif barred and name in barred:
+                verdict = Verdict(name, True, False, (barred[name],))
+            else:
+                verdict = self._judge(name, experts[name], principal, purposes, now, around)
+            verdicts[name] = verdict
         enabled = frozenset(name for name, verdict in verdicts.items() if verdict.is_enabled)
         return Decision(enabled, verdicts, self.digest, now)
 

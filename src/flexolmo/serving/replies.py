@@ -184,6 +184,7 @@ class ExpertReply(Reply):
     owner: str
     licence: str
     terms: Terms
+    barred: str | None  # reason why nobody may use it now; null: there is none
 
 
 class ModelSourcesReply(Reply):

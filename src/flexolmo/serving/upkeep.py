@@ -19,7 +19,7 @@ from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import AuditError, FlexOlmoError
 from flexolmo.serving.chat import ChatTemplate
 from flexolmo.serving.entries import Kind
-from flexolmo.serving.gateway import Gateway
+from flexolmo.serving.gateway import Gateway, note_barred
 from flexolmo.serving.identity import Identity
 from flexolmo.serving.policy import Policies
 from flexolmo.serving.prompts import TextModel
@@ -69,12 +69,17 @@ class Sources:
     read_owners: Callable[[], TrustedOwners]
 
 
+def _today() -> datetime.date:
+    return datetime.datetime.now(datetime.UTC).date()
+
+
 def look_at(identity: Identity, sources: Sources) -> dict[str, Stamp]:
     """Stamps of all that may change while serving, by what it is."""
     return {
         "auth": stamp(identity.files),
         "policy": stamp([sources.policies]),
         "model": stamp(sources.model),
+        "day": [("UTC", _today())],
     }
 
 
@@ -102,6 +107,8 @@ class Upkeep:
         if "policy" in changed:
             self._try("policy", self._reread_policies)
         self._try("terms", self._withdraw_ended)
+        if "day" in changed and "model" not in changed:
+            self._try("terms", self._load_begun)
         if "model" in changed:
             self._try("revocations", self._withdraw_revoked)
             self._try("model", self._reload)
@@ -122,21 +129,28 @@ class Upkeep:
 
     def _reload(self) -> None:
         tokenizer, chat = self._sources.read_texts()
+        known = self._gateway.barred(self._gateway.engine.facts)
         facts = self._gateway.engine.reload()
         self._gateway.texts = TextModel(facts.digest, tokenizer, chat)
         self._append("reloaded", self._gateway.describe())
+        for name, barred in facts.barred.items():
+            if known.get(name) != barred:
+                self._append("revoked", note_barred(name, barred.why))
+
+    def _load_begun(self) -> None:
+        """Reload if the terms of an expert that was not loaded have begun."""
+        owners, barred = self._sources.read_owners(), self._gateway.engine.facts.barred
+        if any(owners.find_bar(name, x.facts, _today()) is None for name, x in barred.items()):
+            self._reload()
 
     def _withdraw_ended(self) -> None:
-        today = datetime.datetime.now(datetime.UTC).date()
-        last_days = {
-            name: facts.terms.valid_until
-            for name, facts in self._gateway.engine.facts.experts.items()
-        }
+        today = _today()
+        terms = {n: facts.terms for n, facts in self._gateway.engine.facts.experts.items()}
         self._withdraw(
             {
-                name: f"The owner's terms of {name} expired on {day}."
-                for name, day in last_days.items()
-                if day is not None and day < today
+                name: f"{name}: {', '.join(found.refusals_of_day(today))}."
+                for name, found in terms.items()
+                if found.valid_until is not None and found.valid_until < today
             }
         )
 
@@ -146,8 +160,7 @@ class Upkeep:
 
     def _withdraw(self, experts: Mapping[str, str]) -> None:
         for name, why in self._gateway.withdraw(experts).items():
-            _log.warning("expert withdrawn", extra={"expert": name, "detail": why})
-            self._append("revoked", {"experts": [name], "why": why})
+            self._append("revoked", note_barred(name, why))
 
     def _append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> None:
         """Log what has been done already; that the log cannot be written undoes nothing."""
