@@ -20,7 +20,6 @@ from flexolmo.errors import AuditError
 from flexolmo.serving.audit_check import public_key
 from flexolmo.serving.audit_log import AuditLog
 from flexolmo.serving.audit_proof import InclusionProof, prove_entry
-from flexolmo.serving.checkpoint import Checkpoint
 from flexolmo.serving.entries import Kind, utc_now
 from flexolmo.serving.gateway import Gateway
 from flexolmo.serving.policy import Principal, Wish
@@ -134,10 +133,6 @@ class Trail:
                 while len(self._newest) > MOST_PEOPLE:
                     self._newest.popitem(last=False)
         return number
-
-    def checkpoint(self) -> Checkpoint:
-        """Sign the log as it is, as `AuditLog.checkpoint` does."""
-        return self._log.checkpoint()
 
     def close(self) -> None:
         """End the log in order, as `AuditLog.close` does."""

@@ -64,6 +64,7 @@ class Decision(Claim):
     request_id: Name  # random, so that nobody can guess an entry from its hash
     principal: Name
     groups: list[Name]
+    roles: list[Name]
     purposes: list[Name]
     asked: list[Name]  # experts
     enabled: list[Name]  # experts

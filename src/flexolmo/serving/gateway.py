@@ -69,9 +69,6 @@ class Log(Protocol):
     def append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> int:
         """Write an entry; its number, once it is on the disk. AuditError if it cannot be."""
 
-    def checkpoint(self) -> Any:
-        """Sign the log as it is; AuditError if that cannot be written."""
-
     def close(self) -> None:
         """End the log in order; AuditError if that cannot be written."""
 
@@ -178,6 +175,7 @@ class Gateway:
             "request_id": identifier,
             "principal": principal.subject,
             "groups": sorted(principal.groups),
+            "roles": sorted(principal.roles),
             "purposes": sorted(ask.purposes),
             "asked": sorted(asked),
             "enabled": sorted(enabled),

@@ -170,5 +170,6 @@ class Upkeep:
             self._gateway.note_audit_failure(e)
 
     def _retry_audit(self) -> None:
-        self._gateway.audit.checkpoint()
+        """Log what is served, as the first entry after those that could not be written."""
+        self._gateway.audit.append("reloaded", self._gateway.describe())
         self._gateway.can_audit = True
