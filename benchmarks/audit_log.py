@@ -27,6 +27,7 @@ DECISION = {
     "request_id": "5f0c6f0e-8a3e-4b7e-9d50-0f3c7f1f5b1a",
     "principal": "alice@hospital.example",
     "groups": ["clinic", "research"],
+    "roles": ["doctor"],
     "purposes": ["health-research"],
     "asked": ["academic", "code", "creative"],
     "enabled": ["academic", "code"],

@@ -12,6 +12,7 @@ def decision(principal="alice", **changes):
         "request_id": "5f0c6f0e-8a3e-4b7e-9d50-0f3c7f1f5b1a",
         "principal": principal,
         "groups": ["clinic"],
+        "roles": ["doctor"],
         "purposes": ["health-research"],
         "asked": ["amber", "birch"],
         "enabled": ["amber"],

@@ -128,6 +128,7 @@ def test_a_server_answers_by_key_and_stops_in_order(start, place, key):
     kinds = [entry["kind"] for entry in entries(place)]
     assert kinds == ["started", "decision", "finished", "stopped"]
     assert entries(place)[1]["fields"]["groups"] == ["clinic", "ward"]
+    assert entries(place)[1]["fields"]["roles"] == ["doctor"]
     assert entries(place)[1]["fields"]["principal"] == "alice"
     assert not re.search("alice|Gr|flexolmo_[0-9a-f]", json.dumps([*server.lines, *said]))
     assert {line["route"] for line in said if line["event"] == "response"} == {"/v1/completions"}

@@ -1,5 +1,6 @@
 """The audit log's writer: durable, whole after kills and full disks, shared by threads."""
 
+import datetime
 import itertools
 import json
 import os
@@ -15,10 +16,21 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from flexolmo.bundle.signing import encode_public
+from flexolmo.bundle.strict import Claim
 from flexolmo.errors import AuditError
+from flexolmo.serving import audit_log
 from flexolmo.serving.audit_check import check_log, newest_checkpoint, public_key
 from flexolmo.serving.audit_log import AuditLog
-from flexolmo.serving.entries import FIELDS, MAX_ENTRY_BYTES, NOTHING_BEFORE, Entry, digest_leaf
+from flexolmo.serving.audit_proof import prove_continuation, prove_entry
+from flexolmo.serving.entries import (
+    FIELDS,
+    MAX_ENTRY_BYTES,
+    NOTHING_BEFORE,
+    Decision,
+    Entry,
+    digest_leaf,
+)
+from flexolmo.serving.metering import measure_usage
 from flexolmo.serving.tree import Frontier, hash_leaf
 from made_audit import decision, fill, finished
 from made_disks import file_size_limit
@@ -43,6 +55,44 @@ def report_of(directory):
 def assert_holds(directory, num_entries):
     report = report_of(directory)
     assert (report.findings, report.num_entries) == ([], num_entries)
+
+
+class OldDecision(Claim):
+    """Fields of a decision in version 1 of the format."""
+
+    __annotations__ = {n: a for n, a in Decision.__annotations__.items() if n != "roles"}
+
+
+def test_a_log_of_the_version_before_holds_and_goes_on_with_roles(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_log, "NEW_ORIGIN", "flexolmo-audit-log/1/")
+        patch.setitem(FIELDS, "decision", OldDecision)
+        log = AuditLog.open(tmp_path / "audit")
+        old = decision()
+        del old["roles"]
+        log.append("decision", old)
+        log.append("finished", finished(0))
+        kept = log.checkpoint()
+        log.close()
+    assert_holds(tmp_path / "audit", 2)
+    log = AuditLog.open(tmp_path / "audit")
+    log.append("decision", decision())
+    log.append("finished", finished(2))
+    with pytest.raises(AuditError, match="roles"):
+        log.append("decision", old)
+    log.close()
+    key = public_key(tmp_path / "audit")
+    report = check_log(tmp_path / "audit", key, [kept])
+    assert (report.findings, report.num_entries) == ([], 4)
+    assert report.newest.origin == kept.origin and kept.origin.startswith("flexolmo-audit-log/1/")
+    roles = [json.loads(line)["fields"].get("roles") for line in lines_of(tmp_path / "audit")]
+    assert roles == [None, None, ["doctor"], None]
+    for number in range(4):
+        assert f"Entry {number}" in prove_entry(tmp_path / "audit", number, key).claim(key)
+    prove_continuation(tmp_path / "audit", kept, key).claim(key)
+    today = datetime.datetime.now(datetime.UTC).date()
+    (row,) = measure_usage(tmp_path / "audit", today, today, "principal", key)
+    assert (row.name, row.requests) == ("alice", 2)
 
 
 # --- what is written ------------------------------------------------------------------------------

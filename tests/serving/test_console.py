@@ -116,6 +116,7 @@ def test_only_the_newest_decisions_of_the_last_people_are_kept_in_mind(tmp_path,
     fields = {
         "request_id": "1",
         "groups": [],
+        "roles": [],
         "purposes": [],
         "asked": [],
         "enabled": [],

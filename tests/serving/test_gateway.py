@@ -22,7 +22,7 @@ from flexolmo.serving.requests import CompletionBody
 from made_engine import made_facts, said, with_expert
 from made_server import MadeLog, wait_until
 
-ALICE = Principal("alice", frozenset({"clinic"}))
+ALICE = Principal("alice", frozenset({"clinic"}), frozenset({"nurse", "doctor"}))
 BOB = Principal("bob")
 
 
@@ -79,6 +79,7 @@ def test_the_engine_is_given_what_is_asked_for_and_allowed_and_permitted(
     assert reply.choices[0].text == said(names, 1) and reply.flexolmo.enabled == names
     (decision,) = entries("decision")
     assert decision["enabled"] == names and decision["principal"] == who.subject
+    assert decision["groups"] == sorted(who.groups) and decision["roles"] == sorted(who.roles)
     assert decision["request_id"] == reply.flexolmo.decision
     assert decision["number"] == reply.flexolmo.entry
     assert set(decision["refused"]) == set(decision["asked"]) - set(names)

@@ -23,6 +23,7 @@ from flexolmo.errors import AuditError
 from flexolmo.files import lock_directory, write_bytes
 from flexolmo.serving.checkpoint import (
     MAX_KEPT_BYTES,
+    NEW_ORIGIN,
     Checkpoint,
     decode_kept,
     encode_kept,
@@ -282,7 +283,7 @@ def _newest_checkpoint(directory: Path, key: ec.EllipticCurvePrivateKey) -> tupl
     """The log's name and its tree at the newest checkpoint; of a new log, a new name."""
     line = read_last_line(directory / CHECKPOINTS, MAX_KEPT_BYTES)
     if not line and not any(s.path.stat().st_size for s in list_segments(directory)):
-        return f"flexolmo-audit-log/2/{secrets.token_hex(16)}", Frontier()
+        return f"{NEW_ORIGIN}{secrets.token_hex(16)}", Frontier()
     try:
         newest, tree = decode_kept(line, key.public_key())
     except ValueError:

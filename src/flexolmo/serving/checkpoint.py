@@ -24,7 +24,8 @@ from flexolmo.serving.tree import Frontier
 
 MAX_NOTE_BYTES = 1024
 MAX_KEPT_BYTES = 8192  # a note and at most 64 hashes
-ORIGIN_PATTERN = r"flexolmo-audit-log/[12]/[0-9a-f]{32}"  # kind of log, version of its format, name
+NEW_ORIGIN = "flexolmo-audit-log/2/"  # kind of log, version of its format; then the log's name
+ORIGIN_PATTERN = r"flexolmo-audit-log/[12]/[0-9a-f]{32}"
 _NOTE = re.compile(
     rf"(?P<text>(?P<origin>{ORIGIN_PATTERN})\n"
     r"(?P<size>0|[1-9][0-9]{0,15})\n"
