@@ -11,7 +11,7 @@ import pytest
 
 from flexolmo.bundle.facts import Barred
 from flexolmo.bundle.terms import PURPOSES
-from flexolmo.errors import ConfigError
+from flexolmo.errors import AuditError, BusyError, ConfigError
 from flexolmo.inference.engine import Ended, TokenWritten
 from flexolmo.serving.composer import Composer
 from flexolmo.serving.forms import CompletionForm
@@ -332,6 +332,78 @@ def test_more_requests_than_may_be_are_told_to_wait(make_gateway, engine):
         await read(gateway)
 
     asyncio.run(work())
+
+
+def test_one_person_cannot_take_the_places_of_others(make_gateway, engine, entries):
+    gateway = make_gateway(limits={"max_texts_each": 5})
+    engine.hold()
+
+    async def work():
+        greedy = [asyncio.create_task(read(gateway, n=2)) for _ in range(20)]
+        while sum(task.done() for task in greedy) < 18:
+            await asyncio.sleep(0.005)
+        refused = [task.exception() for task in greedy if task.done()]
+        assert {(r.status, r.code) for r in refused} == {(429, "too_many_at_once")}
+        assert all(
+            r.retry_seconds and "texts under way: 4, of at most 5" in str(r) for r in refused
+        )
+        last = asyncio.create_task(read(gateway))  # the fifth has room
+        others = [asyncio.create_task(read(gateway, BOB)) for _ in range(5)]
+        while len(engine.seen) < 10:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Refusal, match="under way: 5, of at most 5"):
+            await gateway.begin(BOB, ask())
+        engine.free()
+        for reply in await asyncio.gather(*others):
+            assert reply.choices[0].text == said(["papers"], 1)
+        await asyncio.gather(last, *(task for task in greedy if not task.done()))
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert len(entries("decision")) == 8  # of those refused there is none
+
+
+def test_however_a_request_ends_its_texts_count_no_more(make_gateway, engine):
+    gateway = make_gateway(limits={"max_texts_each": 2, "max_texts": 3, "max_seconds": 5})
+    submit = engine.submit
+
+    async def leave():
+        answer = await gateway.begin(ALICE, ask(n=2))
+        answer.leave()
+        await answer.has_ended.wait()
+        while gateway.num_answers:
+            await asyncio.sleep(0.001)
+
+    for _ in range(2):
+        assert len(asyncio.run(read(gateway, n=2)).choices) == 2
+        asyncio.run(leave())
+        assert refusal_of(gateway, n=2, experts={"only": ["secret"]}).code == "not_permitted"
+        assert refusal_of(gateway, n=2, experts={"only": ["note"]}).code == "unknown_expert"
+        assert refusal_of(gateway, n=4).code == "too_many_texts"
+        for error, status in ((BusyError("full"), 429), (ConfigError("too long"), 400)):
+            engine.submit = lambda *_, error=error: (_ for _ in ()).throw(error)
+            assert refusal_of(gateway, n=2).status == status
+        engine.submit = submit
+        append = gateway.audit.append
+        gateway.audit.append = lambda *_: (_ for _ in ()).throw(AuditError("full"))
+        assert refusal_of(gateway, n=2).code == "audit_unavailable"
+        gateway.audit.append = append
+
+
+def test_a_request_of_more_texts_than_one_person_has_must_be_their_only_one(make_gateway, engine):
+    gateway = make_gateway(limits={"max_texts_each": 2, "max_texts": 3})
+    assert len(asyncio.run(read(gateway, n=3)).choices) == 3
+    engine.hold()
+
+    async def work():
+        task = asyncio.create_task(read(gateway))
+        while len(engine.seen) < 4:
+            await asyncio.sleep(0.005)
+        with pytest.raises(Refusal, match="under way: 1, of at most 2"):
+            await gateway.begin(ALICE, ask(n=3))
+        engine.free()
+        await task
+
+    asyncio.run(asyncio.wait_for(work(), 10))
 
 
 def test_an_engine_without_room_for_all_texts_serves_none_of_them(make_gateway, engine, entries):

@@ -58,7 +58,10 @@ def serve(
     max_requests: Annotated[
         int, typer.Option(help="Requests under way at once; others are told to wait.")
     ] = 256,
-    max_texts: Annotated[int, typer.Option(help="Texts of one request: its prompts times n.")] = 64,
+    max_texts_each: Annotated[
+        int, typer.Option(help="Texts under way at once of one person, told to wait with more.")
+    ] = 32,
+    max_texts: Annotated[int, typer.Option(help="Texts of one request: its prompts times n.")] = 32,
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a prompt. Default: as many as the model takes.")
     ] = None,
@@ -117,6 +120,7 @@ def serve(
     limits = parse_settings(
         {
             "max_requests": max_requests,
+            "max_texts_each": max_texts_each,
             "max_texts": max_texts,
             "max_prompt_tokens": max_prompt_tokens,
             "max_body_bytes": max_body_bytes,

@@ -10,6 +10,7 @@ import functools
 import logging
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -46,8 +47,15 @@ class Limits(Settings):
         256, ge=1, le=100_000, description="Requests under way at once; others are told to wait."
     )
     max_body_bytes: int = Field(2 << 20, ge=1 << 10, le=1 << 30, description="Bytes of a body.")
+    max_texts_each: int = Field(
+        32,
+        ge=1,
+        le=100_000,
+        description="Texts under way at once of one person, who is told to wait with more; a "
+        "request of more texts has to be their only one.",
+    )
     max_texts: int = Field(
-        64, ge=1, le=MAX_TEXTS, description="Texts of one request: its prompts times n."
+        32, ge=1, le=MAX_TEXTS, description="Texts of one request: its prompts times n."
     )
     max_prompt_tokens: int | None = Field(
         None, ge=1, description="Tokens of a prompt; by default as many as the model has room for."
@@ -103,6 +111,7 @@ class Gateway:
         # by expert: digest of the model that holds it, and why it is not used any more
         self._withdrawn: dict[str, tuple[str, Barred]] = {}
         self.num_answers = 0  # requests under way
+        self._texts_of: Counter[str] = Counter()  # under way, by who asks
         self._tasks: set[asyncio.Task[Any]] = set()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, "gateway")
 
@@ -126,11 +135,14 @@ class Gateway:
             raise _closing()
         if self.num_answers >= self.limits.max_requests:
             raise _busy()
-        self.num_answers += 1
+        own, most = self._texts_of[principal.subject], self.limits.max_texts_each
+        if own and own + ask.num_texts > most:
+            raise _has_enough(own, most)
+        self._count(principal, 1, ask.num_texts)
         try:
             answer = await self._decide(principal, ask)
         except BaseException:
-            self.num_answers -= 1
+            self._count(principal, -1, -ask.num_texts)
             raise
         self._keep(self._see_to_end(answer, principal))
         receipt = answer.receipt
@@ -225,8 +237,15 @@ class Gateway:
         except Refusal as e:
             refusal = e
         finally:
-            self.num_answers -= 1
+            self._count(principal, -1, -len(answer.requests))
             answer.close(refusal)
+
+    def _count(self, principal: Principal, requests: int, texts: int) -> None:
+        """Take note that so many more are under way."""
+        self.num_answers += requests
+        self._texts_of[principal.subject] += texts
+        if not self._texts_of[principal.subject]:
+            del self._texts_of[principal.subject]
 
     # --- what changes while serving ---
 
@@ -357,6 +376,11 @@ def _leave(begun: "asyncio.Task[Answer]") -> None:
 
 def _busy() -> Refusal:
     return Refusal(429, "busy", "The server is busy. Ask again later.", retry_seconds=2)
+
+
+def _has_enough(own: int, most: int) -> Refusal:
+    message = f"You have texts under way: {own}, of at most {most} at once. Ask again later."
+    return Refusal(429, "too_many_at_once", message, retry_seconds=2)
 
 
 def _closing() -> Refusal:

@@ -69,12 +69,12 @@ def prepare(
     Raises:
         Refusal: too many texts, or a prompt that is empty, too long or not text (400).
     """
-    num_texts = len(ask.prompts) * ask.n
-    if num_texts > max_texts:
+    if ask.num_texts > max_texts:
         raise Refusal(
             400,
             "too_many_texts",
-            f"The request has {num_texts} texts (prompts times n); at most {max_texts} are taken.",
+            f"The request has {ask.num_texts} texts (prompts times n); at most {max_texts} are "
+            "taken.",
             field="n",
         )
     first_seed = secrets.randbelow(_SEEDS) if ask.seed is None else ask.seed

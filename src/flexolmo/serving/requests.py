@@ -97,6 +97,11 @@ class Ask:
     num_logprobs: int | None
     echoes: bool
 
+    @property
+    def num_texts(self) -> int:
+        """Texts that are asked for: prompts times n."""
+        return len(self.prompts) * self.n
+
 
 class Body(_Strict):
     """Fields that both kinds of request have."""
