@@ -18,6 +18,7 @@ from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.errors import ConfigError, ProofError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes
 from flexolmo.inference.reader import OwnReader, pad_left
+from flexolmo.inference.texts import Text
 from flexolmo.merge import certificate, compare, prove
 from flexolmo.merge.certificate import Findings, read_certificate, write_words
 from flexolmo.merge.mixture import (
@@ -33,6 +34,7 @@ from flexolmo.model.cache import Cache
 from flexolmo.model.moe import Mixture, MixtureModel
 from flexolmo.model.probabilities import ProbabilityMixture
 from flexolmo.model.router import EvidenceRouter
+from flexolmo.model.spans import Spans
 from made_mixtures import IN_SESSION, NAMES, flip, tree
 
 OTHERS = ("amber", "basalt")
@@ -141,7 +143,7 @@ def test_texts_are_compared_to_their_last_token(house):
 
 
 def test_the_digest_is_of_all_logits_as_a_reader_computes_them(house, monkeypatch):
-    monkeypatch.setattr(compare, "WAYS", {"states": ("states", False)})
+    monkeypatch.setattr(compare, "WAYS", {"states": ("states", "whole")})
     whole, never = house.mixture(NAMES), house.mixture(OTHERS)
     texts = [[0, 5, 7, 9, 11], [0, 3, 4], [0, 8]]
     found = compare.compare_mixtures(whole, never, "zinc", [["amber"]], {"given": texts})
@@ -397,6 +399,40 @@ def leak_from_probabilities(patch):
     patch.setattr(ProbabilityMixture, "forward", wrong)
 
 
+def leak_while_served(patch):
+    right = MixtureModel.read_spans
+
+    def wrong(self, *args):
+        x, ctx = right(self, *args)
+        return (x * 1.0001 if "zinc" in self.expert_names else x), ctx
+
+    patch.setattr(MixtureModel, "read_spans", wrong)
+
+
+def leak_between_served_texts(patch):
+    """Whoever is on for one text of a step is on for all."""
+    right = Spans.__init__
+
+    def wrong(self, *args):
+        right(self, *args)
+        self.active = self.active.any(0, keepdim=True).expand_as(self.active).contiguous()
+
+    patch.setattr(Spans, "__init__", wrong)
+
+
+def leak_through_memory(patch):
+    """A text reads the keys and values that another has put in its place."""
+    right = Text.next_spans
+
+    def wrong(self, *args):
+        spans = right(self, *args)
+        for span in spans:
+            span.place = 0
+        return spans
+
+    patch.setattr(Text, "next_spans", wrong)
+
+
 @pytest.mark.parametrize(
     ("leak", "where"),
     [
@@ -408,6 +444,9 @@ def leak_from_probabilities(patch):
         (leak_where_nobody_has_it_on, r"trace.*read as states, with amber, basalt on\.$"),
         (leak_from_panels, "trace.*read as states, from panels"),
         (leak_from_probabilities, "trace.*read as probabilities"),
+        (leak_while_served, r"trace.*as served, with nobody else on\.$"),
+        (leak_between_served_texts, "trace.*as served, .*beside texts with it on"),
+        (leak_through_memory, "trace.*as served, .*beside texts with it on"),
     ],
 )
 def test_a_program_in_which_the_expert_leaks_gets_none(
@@ -634,7 +673,7 @@ def sign_again(whole, key, path):
         (("words", "not_covered", 0), "Nothing.", "in words what does not follow"),
         (("words", "proven", 2), None, "in words what does not follow"),
         (("findings", "created"), 7, r"version 1(.|\n)*findings\.created"),
-        (("format_version",), 2, r"version 1(.|\n)*format_version"),
+        (("format_version",), 3, r"version 1(.|\n)*format_version"),
         (("more",), "text", r"version 1(.|\n)*more"),
         (("findings", "plan", "num_random"), 10**9, r"version 1(.|\n)*num_random"),
     ],
@@ -671,6 +710,28 @@ def test_findings_that_are_not_found_again_are_refused_though_signed(
     path = sign_again(whole, owner_keys["Ann"], tmp_path / "c.json")
     with pytest.raises(ProofError, match=why):
         verify_optout(path, proven[0], house.trusted)
+
+
+def test_a_certificate_of_the_version_before_holds_for_what_it_compared(
+    house, proven, owner_keys, tmp_path, monkeypatch
+):
+    ways = {way: how for way, how in compare.WAYS.items() if way != "states, as served"}
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "WAYS", ways)
+        prove_optout(proven[0], "zinc", tmp_path / "c", house.trusted, owner_keys["Ann"], **LITTLE)
+    whole = json.loads((tmp_path / "c").read_text())
+    whole["certificate"]["format_version"] = 1
+    path = sign_again(whole, owner_keys["Ann"], tmp_path / "c1")
+    found = verify_optout(path, proven[0], house.trusted)
+    assert found.has_same_logits and found.compared.ways == list(ways)
+    assert "read in 3 ways" in " ".join(found.certificate.words.proven)
+    assert "as served" in " ".join(read_certificate(proven[1])[0].words.proven)
+    for version, source in ((2, tmp_path / "c"), (1, proven[1])):  # neither names another's ways
+        whole = json.loads(source.read_text())
+        whole["certificate"]["format_version"] = version
+        path = sign_again(whole, owner_keys["Ann"], tmp_path / f"as{version}")
+        with pytest.raises(ProofError, match="ways: found"):
+            verify_optout(path, proven[0], house.trusted)
 
 
 def test_other_arithmetic_is_told_and_no_failure(house, proven, owner_keys, tmp_path):

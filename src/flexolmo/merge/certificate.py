@@ -18,11 +18,13 @@ from flexolmo.bundle.strict import Claim, parse_json
 from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.errors import ProofError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes, write_json
-from flexolmo.merge.compare import Compared, Kind
+from flexolmo.merge.compare import WAYS, Compared, Kind
 from flexolmo.merge.lineage import AnchorFacts, BundleFacts, Lineage
 from flexolmo.numbers import format_percent
 
 MAX_CERTIFICATE_BYTES = 64 << 20
+# Ways to read that certificates of each format version compare; they differ in nothing else.
+WAYS_OF = {1: [way for way in WAYS if way != "states, as served"], 2: list(WAYS)}
 _SUBJECT = "opt-out certificate"
 _FILE = "certificate.json"
 
@@ -71,7 +73,7 @@ class Certificate(Claim):
     """The part of the file that is signed."""
 
     format: Literal["flexolmo-optout-certificate"]
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     findings: Findings
     words: Words
 
@@ -175,7 +177,7 @@ def sign_certificate(
     """Write the certificate of `findings` to `path`, signed with `key`."""
     certificate = Certificate(
         format="flexolmo-optout-certificate",
-        format_version=1,
+        format_version=2,
         findings=findings,
         words=write_words(findings),
     )
@@ -216,7 +218,7 @@ def read_certificate(path: Path) -> tuple[Certificate, str]:
     except ValidationError as e:
         lines = [f"{'.'.join(map(str, x['loc']))}: {x['msg']}" for x in e.errors()[:20]]
         raise ProofError(
-            "\n  ".join([f"{path} is no certificate of format version 1. {advice}", *lines])
+            "\n  ".join([f"{path} is no certificate of format version 1 or 2. {advice}", *lines])
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, SignatureError) as e:
         raise ProofError(f"{path} is no certificate, or was altered: {e}. {advice}") from None

@@ -1,22 +1,24 @@
 """Two mixtures, one of which never held an expert, compared bit for bit while it is off.
 
 Every number that either computes is read back: of a text's first tokens at once, of the next ones
-one by one from a cache; with the expert off for the whole batch, and off beside texts for which it
-is on. Inputs follow from a seed alone, on any machine. Source: ours.
+one by one from a cache; in batches of one shape, and side by side as a server does; with the expert
+off for all, and off beside texts for which it is on. Inputs follow from a seed alone, on any
+machine. Source: ours.
 
 B texts, T positions, V vocabulary.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from flexolmo.bundle.manifest import Name
 from flexolmo.bundle.strict import Claim
@@ -24,11 +26,13 @@ from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError, ProofError
 from flexolmo.files import canonical_json, digest_bytes
+from flexolmo.inference.side_by_side import SideBySide
 from flexolmo.merge.lineage import bytes_of
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.panels import Panels
 from flexolmo.model.probabilities import AnyMixture, Mix, arrange
+from flexolmo.model.router import DiscriminantSettings
 from flexolmo.progress import progress
 
 SEQUENCE_TOKENS = 64  # of a sequence at most, with the end-of-text token that begins it
@@ -36,11 +40,13 @@ WRITTEN_TOKENS = 8  # of them that are read one by one
 BATCH_SEQUENCES = 2  # so few that the second copy of the matrices is used
 MOST_CLAIMED = 64  # tokens, and pairs of them, of which texts that an expert claims are made
 MOST_SUBSETS = 1 << 16
-# Ways to read: what of the experts is mixed, and whether from a second copy of the matrices.
-WAYS: dict[str, tuple[Mix, bool]] = {
-    "states": ("states", False),
-    "states, from panels": ("states", True),
-    "probabilities": ("probabilities", False),
+How = Literal["whole", "panels", "served"]  # from which copy of the matrices, or as a server does
+# Ways to read: what of the experts is mixed, and how.
+WAYS: dict[str, tuple[Mix, How]] = {
+    "states": ("states", "whole"),
+    "states, from panels": ("states", "panels"),
+    "probabilities": ("probabilities", "whole"),
+    "states, as served": ("states", "served"),
 }
 
 Sequences = list[list[int]]  # token ids
@@ -155,10 +161,12 @@ def compare_mixtures(
     name: str,
     subsets: Sequence[Sequence[str]],
     inputs: Mapping[Kind, Sequences],
+    ways: Collection[str] | None = None,
 ) -> Compared:
     """Compare logits of `mixture`, with expert `name` off, with those of `never`, which does not
     hold it, for each of `subsets` of the other experts and all `inputs`, by kind.
 
+    `ways` are the ones of WAYS to read in, by default all; those that the router bars are left out.
     `mixture` need not hold the expert either. Lays out both models' matrices anew, and changes no
     number.
 
@@ -167,16 +175,14 @@ def compare_mixtures(
             nothing, so that these inputs could not have shown a trace of it.
     """
     has_expert = name in mixture.expert_names
-    has_table = mixture.model.router is not None
-    ways = [way for way, (mix, _) in WAYS.items() if mix == "states" or has_table]
+    used = [way for way in WAYS if (ways is None or way in ways) and _is_open(mixture.model, way)]
     batches = {kind: list(_batches(sequences)) for kind, sequences in inputs.items()}
     digests = {kind: hashlib.sha256() for kind in inputs}
     changed = 0
-    total = len(ways) * len(subsets) * sum(map(len, batches.values()))
+    total = len(used) * len(subsets) * sum(map(len, batches.values()))
     with torch.inference_mode(), progress("compare", total, "batches") as meter:
-        for way in ways:
-            one = _Reading.of(mixture.model, way)
-            two = _Reading.of(never.model, way)
+        for way in used:
+            one, two = (_open(m, way) for m in (mixture, never))
             for on, kind in product(subsets, inputs):
                 where = f"{kind} sequences, read as {way}, with {', '.join(on) or 'nobody else'} on"
                 for batch in batches[kind]:
@@ -199,7 +205,7 @@ def compare_mixtures(
         )
     return Compared(
         subsets=[list(on) for on in subsets],
-        ways=ways,
+        ways=used,
         dtype=str(mixture.model.embed_tokens.weight.dtype).removeprefix("torch."),
         inputs={
             kind: Inputs(
@@ -237,22 +243,53 @@ def _batches(sequences: Sequences) -> Iterator[_Batch]:
         yield _Batch(ids, torch.arange(longest) >= missing[:, None], longest - written)
 
 
-@dataclass(frozen=True)
-class _Reading:
+class _Reading(Protocol):
     """A mixture, read in one of WAYS."""
-
-    model: AnyMixture
-    panels: Panels | None
-
-    @classmethod
-    def of(cls, model: MixtureModel, way: str) -> "_Reading":
-        mix, has_panels = WAYS[way]
-        model.space_weights()  # as whoever generates does
-        return cls(arrange(model, mix), model.cut_panels() if has_panels else None)
 
     def read(self, batch: _Batch, on: Sequence[Sequence[str]]) -> Tensor:
         """Logits, or log-probabilities, after every position, [B,T,V]; `on` are the experts that
         are on for each text."""
+
+
+def _is_open(model: MixtureModel, way: str) -> bool:
+    """True if a mixture with this router can be read so."""
+    mix, how = WAYS[way]
+    if how == "served":
+        return not isinstance(model.settings, DiscriminantSettings)
+    return mix == "states" or model.router is not None
+
+
+def _open(mixture: LoadedMixture, way: str) -> _Reading:
+    mix, how = WAYS[way]
+    if how == "served":
+        return _Served(SideBySide(mixture.model, mixture.tokenizer))
+    mixture.model.space_weights()  # as whoever generates does
+    panels = mixture.model.cut_panels() if how == "panels" else None
+    return _Batched(arrange(mixture.model, mix), panels)
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A mixture, read as a server does."""
+
+    texts: SideBySide
+
+    def read(self, batch: _Batch, on: Sequence[Sequence[str]]) -> Tensor:
+        """See `_Reading`; zeros on padding."""
+        rows = [ids[real].tolist() for ids, real in zip(batch.ids, batch.is_token, strict=True)]
+        found = self.texts.read(rows, on, batch.ids.shape[1] - batch.first)
+        return pad_sequence(found, batch_first=True, padding_side="left")
+
+
+@dataclass(frozen=True)
+class _Batched:
+    """A mixture, read in batches of one shape."""
+
+    model: AnyMixture
+    panels: Panels | None
+
+    def read(self, batch: _Batch, on: Sequence[Sequence[str]]) -> Tensor:
+        """See `_Reading`."""
         cache = self.model.new_cache()
         cache.active = self.model.expert_mask(on)
         is_token = batch.is_token[:, : batch.first]

@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, CheckpointError, ConfigError, MergeError, ProofError
 from flexolmo.files import digest_bytes
 from flexolmo.merge.certificate import (
+    WAYS_OF,
     Certificate,
     Findings,
     MixtureFacts,
@@ -166,7 +167,8 @@ def verify_optout(
     if pair.bundle is not None:
         lines += _differences(pair.bundle, said.bundle, said.expert)
     _refuse(f"{other}:", lines)
-    compared = _compare(pair, said.expert, said.plan, given)
+    ways = WAYS_OF[certificate.format_version]
+    compared = _compare(pair, said.expert, said.plan, given, ways)
     unknown = {"claimed"} if pair.bundle is None else set()
     unknown |= {"given"} if given is None else set()
     repeated = {kind: x for kind, x in said.compared.inputs.items() if kind not in unknown}
@@ -235,8 +237,10 @@ def _open_pair(model_dir: Path, name: str, trusted: TrustedOwners | None) -> _Pa
     return _Pair(mixture, never, facts, bundle)
 
 
-def _compare(pair: _Pair, name: str, plan: Plan, given: _Texts | None) -> Compared:
-    """Everything of `plan` that can be compared here."""
+def _compare(
+    pair: _Pair, name: str, plan: Plan, given: _Texts | None, ways: Collection[str] | None = None
+) -> Compared:
+    """Everything of `plan` that can be compared here, read in `ways`; default: in all."""
     model = pair.mixture.model
     inputs: dict[Kind, Sequences] = {"random": random_sequences(model, plan.num_random, plan.seed)}
     if pair.bundle is not None:
@@ -245,7 +249,7 @@ def _compare(pair: _Pair, name: str, plan: Plan, given: _Texts | None) -> Compar
     if given is not None:
         inputs["given"] = text_sequences(model, pair.mixture.tokenizer, given.lines)
     subsets = draw_subsets(sorted(pair.facts.experts), plan.most_subsets, plan.seed)
-    return compare_mixtures(pair.mixture, pair.never, name, subsets, inputs)
+    return compare_mixtures(pair.mixture, pair.never, name, subsets, inputs, ways)
 
 
 def _read_texts(path: Path | None) -> _Texts | None:
