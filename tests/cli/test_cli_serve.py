@@ -21,7 +21,7 @@ from pathlib import Path
 from flexolmo.data.tokenizer import load_tokenizer
 from made_engine import MadeEngine, made_facts
 
-def open_engine(model, read_owners, settings):
+def open_engine(model, read_owners, settings, experts):
     read_owners()
     made = MadeEngine(load_tokenizer(model / "anchor"), {"notes": made_facts("notes")})
     if (model / "hold").exists():

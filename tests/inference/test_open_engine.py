@@ -127,3 +127,16 @@ def test_what_does_not_hold_up_opens_no_engine_though_another_expert_is_revoked(
     (model / "experts/amber.bundle/manifest.json").unlink()
     with pytest.raises(BundleError, match="amber"):
         open_engine(model, lambda: TrustedOwners.load(trust), SMALL)
+
+
+def test_an_engine_of_some_experts_holds_no_others(house, model):
+    engine = open_engine(model, lambda: house.trusted, SMALL, experts=["amber", "basalt"])
+    assert is_without_zinc(engine, house)
+    assert engine.stats().loaded_experts == ["amber", "basalt"]
+    assert engine.facts.barred["zinc"].why == "zinc was not chosen to be loaded."
+    remove_experts(model, ["basalt"], house.trusted)
+    facts = engine.reload()
+    assert (set(facts.experts), set(facts.barred)) == ({"amber"}, {"zinc"})
+    engine.close(0)
+    with pytest.raises(MergeError, match="No expert ambre here"):
+        open_engine(model, lambda: house.trusted, SMALL, experts=["ambre"])

@@ -66,6 +66,8 @@ def test_what_is_left_is_bit_for_bit_a_mixture_that_never_held_it(
     found = load_mixture(model, TrustedOwners.load(trust), leaves_out_barred=True)
     assert {name: x.why for name, x in found.barred.items()} == {n: WHYS[n] for n in barred}
     assert found.expert_names == [n for n in NAMES if n not in barred] == sorted(found.facts)
+    untils = {name: x.until for name, x in found.barred.items() if x.until}
+    assert untils == ({"basalt": TODAY + DAY} if "basalt" in barred else {})
     assert all(x.facts.owner == "Ann" or name == "zinc" for name, x in found.barred.items())
     never = house.mixture(tuple(found.expert_names), router)
     ids = house.wild.ids(2, 12)
@@ -87,6 +89,15 @@ def test_it_is_left_out_only_where_that_is_asked_for(house, tmp_path, trust):
         load_mixture(model, house.trusted)
     remove_experts(model, ["amber", "zinc"], TrustedOwners.load(trust))
     assert load_mixture(model, TrustedOwners.load(trust)).expert_names == ["basalt"]
+
+
+def test_those_that_are_not_chosen_are_left_out_too(house, tmp_path, trust):
+    model = make(house, tmp_path, ["zinc"], trust)
+    owners = TrustedOwners.load(trust)
+    found = load_mixture(model, owners, experts=["basalt"], leaves_out_barred=True)
+    whys = {"amber": "amber was not chosen to be loaded.", "zinc": WHYS["zinc"]}
+    assert {name: x.why for name, x in found.barred.items()} == whys
+    assert found.expert_names == list(found.facts) == ["basalt"]
 
 
 def test_a_revoked_key_bars_all_that_it_signed(house, tmp_path, trust):

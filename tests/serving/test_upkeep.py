@@ -84,9 +84,17 @@ def gateway(make_gateway, log):
 
 
 @pytest.fixture
-def upkeep(gateway, policy_dir, trust, index, owners, tokenizer):
-    sources = Sources(policy_dir, [index, trust], lambda: (tokenizer, None), lambda: owners)
-    return Upkeep(gateway, sources, look_at(gateway.identity, sources))
+def upkeep_of(policy_dir, trust, index, owners, tokenizer):
+    def make(gateway):
+        sources = Sources(policy_dir, [index, trust], lambda: (tokenizer, None), lambda: owners)
+        return Upkeep(gateway, sources, look_at(gateway.identity, sources))
+
+    return make
+
+
+@pytest.fixture
+def upkeep(gateway, upkeep_of):
+    return upkeep_of(gateway)
 
 
 def failures(gateway):
@@ -196,31 +204,27 @@ def test_one_that_was_withdrawn_is_not_logged_again_when_it_is_left_out(
 
 
 def test_an_expert_is_loaded_once_its_terms_have_begun_and_only_then(
-    upkeep, gateway, engine, log, monkeypatch
+    make_gateway, upkeep_of, engine, log, index, monkeypatch
 ):
-    begins = made_facts("notes", valid_from=TODAY + DAY)
-    revoked = made_facts("trials")
-    whole = engine.facts
-    engine.facts = replace(
-        with_expert(whole, "notes", None),
-        barred={"notes": Barred(begins, "not yet"), "trials": Barred(revoked, "revoked")},
-    )
-    engine.next_facts, bars = MergeError("asked to reload"), {"notes": "not yet", "trials": "no"}
-    monkeypatch.setattr(
-        MadeOwners, "find_bar", lambda self, name, facts, today: bars[name], raising=False
-    )
-    upkeep.look()
-    monkeypatch.setattr(upkeep_room, "_today", lambda: TODAY + DAY)
-    upkeep.look()
-    assert not failures(gateway)
-    bars["notes"] = None
-    upkeep.look()  # asked once a day, for reading a model takes long
-    assert not failures(gateway)
+    whole, begins = engine.facts, TODAY + 2 * DAY
+    waits = Barred(made_facts("notes", valid_from=begins), "not yet", begins)
+    barred = {"notes": waits, "trials": Barred(made_facts("trials"), "revoked")}
+    engine.facts = replace(with_expert(whole, "notes", None), barred=barred)
+    engine.next_facts = MergeError("asked to reload")
+    gateway = make_gateway(audit=log)
+    upkeep = upkeep_of(gateway)
+
+    def look(day):
+        monkeypatch.setattr(upkeep_room, "_today", lambda: day)
+        upkeep.look()
+        return failures(gateway).get("model", 0)
+
+    assert [look(TODAY), look(TODAY + DAY)] == [0, 0]
+    # once a day if it fails, for reading a model takes long
+    assert [look(begins), look(begins), look(begins + DAY), look(begins + DAY)] == [1, 1, 2, 2]
     engine.next_facts = whole
-    monkeypatch.setattr(upkeep_room, "_today", lambda: TODAY + 2 * DAY)
-    upkeep.look()
-    assert not failures(gateway) and [kind for kind, _ in log.entries] == ["reloaded"]
-    assert "notes" in engine.facts.experts
+    assert look(begins + 2 * DAY) == 2
+    assert "notes" in engine.facts.experts and log.entries[0][0] == "reloaded"
 
 
 def test_a_revocation_takes_effect_even_if_no_model_without_the_expert_is_there(

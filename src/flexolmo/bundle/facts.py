@@ -1,5 +1,6 @@
 """Facts of an expert that decide who may use it. No torch."""
 
+import datetime
 from dataclasses import dataclass
 
 from flexolmo.bundle.manifest import Manifest
@@ -24,6 +25,7 @@ class Barred:
 
     facts: ExpertFacts
     why: str  # for people
+    until: datetime.date | None = None  # first day of its terms, if it waits for that alone
 
 
 def facts_of(manifest: Manifest, key_id: str, bundle_digest: str) -> ExpertFacts:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexolmo.bundle import revocation, rotation
-from flexolmo.bundle.facts import ExpertFacts
+from flexolmo.bundle.facts import Barred, ExpertFacts
 from flexolmo.bundle.manifest import check_owner
 from flexolmo.bundle.revocation import MAX_LIST_BYTES, Revocation, RevocationList, read_list
 from flexolmo.bundle.rotation import Rotation, read_rotation
@@ -136,13 +136,17 @@ class TrustedOwners:
         held = self._lists.get(facts.owner)
         return None if held is None else held.find(name, facts)
 
-    def find_bar(self, name: str, facts: ExpertFacts, today: datetime.date) -> str | None:
-        """Reason why the owner lets nobody use the expert `name` `today` (UTC), or None."""
+    def find_bar(self, name: str, facts: ExpertFacts, today: datetime.date) -> Barred | None:
+        """The bar by which the owner lets nobody use the expert `name` `today` (UTC), or None."""
         revoked = self.find_revocation(name, facts)
         if revoked is not None:
-            return f"{name} was {revoked}."
+            return Barred(facts, f"{name} was {revoked}.")
         days = facts.terms.refusals_of_day(today)
-        return f"{name}: {', '.join(days)}." if days else None
+        if not days:
+            return None
+        begins = facts.terms.valid_from
+        is_early = begins is not None and today < begins
+        return Barred(facts, f"{name}: {', '.join(days)}.", begins if is_early else None)
 
 
 ANY_SIGNER = TrustedOwners({}, allows_unknown=True)

@@ -72,7 +72,7 @@ def check(
     moment = _moment(at)
     owners = ANY_SIGNER if trust is None else TrustedOwners.load(trust)
     found = {n: owners.find_bar(n, facts, moment.date()) for n, facts in experts.items()}
-    barred = {name: why for name, why in found.items() if why is not None}
+    barred = {name: bar.why for name, bar in found.items() if bar is not None}
     decision = policies.decide(principal, purposes, wish, experts, moment, barred)
     if as_json:
         echo(json.dumps(_as_json(decision), indent=2))

@@ -40,6 +40,12 @@ def serve(
     ] = False,
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Experts to load, comma-separated; the others are in no memory. Default: all."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0: any free one.")] = 8000,
     name: Annotated[
@@ -152,7 +158,10 @@ def serve(
     from flexolmo.inference.batching import EngineSettings  # brings torch
     from flexolmo.inference.open_engine import open_engine
 
-    engine = open_engine(model, read_owners, EngineSettings(memory_bytes=memory_bytes))
+    chosen = None if experts is None else parse_names(experts, "--experts")
+    engine = open_engine(
+        model, read_owners, EngineSettings(memory_bytes=memory_bytes), experts=chosen
+    )
     tokenizer, chat = read_texts()
     gateway = Gateway(
         name=name or model.resolve().name,

@@ -1,6 +1,6 @@
 """An engine on the directory of a mixture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from flexolmo.files import canonical_json, digest_bytes, digest_file
 from flexolmo.inference.batching import BatchEngine, EngineSettings
 from flexolmo.inference.engine import ModelFacts
 from flexolmo.inference.stepping import EngineModel
-from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.merge.mixture import ABOUT, load_mixture, read_about
 from flexolmo.merge.rollback import Seen
 
 FRAME = ("anchor_digest", "router", "top_k")  # all that every request depends on
@@ -22,9 +22,11 @@ def open_engine(
     read_owners: Callable[[], TrustedOwners],
     settings: EngineSettings | None = None,
     device: torch.device | None = None,
+    experts: Collection[str] | None = None,
 ) -> BatchEngine:
     """An engine that runs the mixture in `model_dir`, and reads it again at each reload.
 
+    Only `experts` are loaded, by default all; a name that leaves the mixture later is passed over.
     The owners' keys and revocations are read again too. An expert that is revoked, or whose terms
     refuse today, is not loaded, and the others are. No reload takes an expert that is older than
     one it has seen. Raises what `load_mixture` and `BatchEngine` raise, and MergeError if the
@@ -35,7 +37,12 @@ def open_engine(
     def load() -> EngineModel:
         nonlocal seen
         digest = digest_file(model_dir / ABOUT)
-        mixture = load_mixture(model_dir, read_owners(), seen=seen, leaves_out_barred=True)
+        chosen = experts
+        if chosen is not None and seen is not None:
+            chosen = [name for name in read_about(model_dir)["experts"] if name in chosen]
+        mixture = load_mixture(
+            model_dir, read_owners(), experts=chosen, seen=seen, leaves_out_barred=True
+        )
         if digest_file(model_dir / ABOUT) != digest:
             raise MergeError(f"{model_dir} changed while it was read. It is read again.")
         seen = mixture.seen

@@ -12,7 +12,7 @@ import datetime
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -272,8 +272,9 @@ def load_mixture(
     program.
 
     With `leaves_out_barred`, an expert whose owner has revoked it, or whose terms refuse today, is
-    left out and `barred` of the result says why. Of such a bundle the signature and all else but
-    the weights are checked, which are not read; whatever does not hold up is refused as without.
+    left out; `barred` of the result says why, also of those that `experts` does not name. Of such
+    bundles the signature and all else but the weights are checked, which are not read; whatever
+    does not hold up is refused as without.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -283,7 +284,7 @@ def load_mixture(
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
     today = datetime.datetime.now(datetime.UTC).date()
-    barred = _find_barred(model_dir, chosen, about, trusted, today) if leaves_out_barred else {}
+    barred = _find_barred(model_dir, about, chosen, trusted, today) if leaves_out_barred else {}
     opened = [
         _reopen(model_dir / "experts" / f"{n}.bundle", n, about, trusted, keep_tensors=True)
         for n in sorted(chosen - barred.keys())
@@ -431,21 +432,24 @@ def _reopen(
 
 def _find_barred(
     model_dir: Path,
-    names: Iterable[str],
     about: Mapping[str, Any],
+    chosen: Collection[str],
     trusted: TrustedOwners,
     today: datetime.date,
 ) -> dict[str, Barred]:
-    """The ones of `names` that their owners let nobody use `today`; no weights are read."""
+    """Experts that their owners let nobody use `today`, or that are not `chosen`; no weights are
+    read."""
     barred = {}
-    for name in sorted(names):
+    for name in about["experts"]:
         path = model_dir / "experts" / f"{name}.bundle"
         expected = about["experts"][name]["files"]
         found = check_signer(path, trusted, expected=expected, judges_revocation=False)
-        why = trusted.find_bar(name, found.facts, today)
-        if why is not None:
+        bar = trusted.find_bar(name, found.facts, today)
+        if name not in chosen:
+            bar = bar or Barred(found.facts, f"{name} was not chosen to be loaded.")
+        if bar is not None:
             _refuse_other_bundle(path, name, about, found)
-            barred[name] = Barred(found.facts, why)
+            barred[name] = bar
     return barred
 
 

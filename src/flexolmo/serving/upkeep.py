@@ -79,7 +79,6 @@ def look_at(identity: Identity, sources: Sources) -> dict[str, Stamp]:
         "auth": stamp(identity.files),
         "policy": stamp([sources.policies]),
         "model": stamp(sources.model),
-        "day": [("UTC", _today())],
     }
 
 
@@ -94,6 +93,7 @@ class Upkeep:
         self._gateway = gateway
         self._sources = sources
         self._seen = seen
+        self._day = _today()
 
     def look(self) -> None:
         """Take over all that has changed since the last look."""
@@ -107,9 +107,7 @@ class Upkeep:
         if "policy" in changed:
             self._try("policy", self._reread_policies)
         self._try("terms", self._withdraw_ended)
-        if "day" in changed and "model" not in changed:
-            self._try("terms", self._load_begun)
-        if "model" in changed:
+        if "model" in changed or self._has_begun():
             self._try("revocations", self._withdraw_revoked)
             self._try("model", self._reload)
         if not gateway.can_audit:
@@ -137,11 +135,11 @@ class Upkeep:
             if known.get(name) != barred:
                 self._append("revoked", note_barred(name, barred.why))
 
-    def _load_begun(self) -> None:
-        """Reload if the terms of an expert that was not loaded have begun."""
-        owners, barred = self._sources.read_owners(), self._gateway.engine.facts.barred
-        if any(owners.find_bar(name, x.facts, _today()) is None for name, x in barred.items()):
-            self._reload()
+    def _has_begun(self) -> bool:
+        """True, once a day, if the terms of an expert that was not loaded have begun."""
+        day, self._day = self._day, _today()
+        waits = [x.until for x in self._gateway.engine.facts.barred.values() if x.until is not None]
+        return day < self._day and any(until <= self._day for until in waits)
 
     def _withdraw_ended(self) -> None:
         today = _today()
