@@ -23,7 +23,8 @@ from made_engine import MadeEngine, made_facts
 
 def open_engine(model, read_owners, settings, experts):
     read_owners()
-    made = MadeEngine(load_tokenizer(model / "anchor"), {"notes": made_facts("notes")})
+    names = ["notes"] if experts is None else experts
+    made = MadeEngine(load_tokenizer(model / "anchor"), {n: made_facts(n) for n in names})
     if (model / "hold").exists():
         made.hold()
     return made
@@ -181,8 +182,9 @@ def test_a_key_revoked_while_serving_is_refused_within_seconds(start, works, pla
 
 
 def test_everybody_on_this_machine_is_let_in_where_that_was_asked_for(start, place):
-    server = start("--no-auth", "--name", "mine")
-    assert httpx.get(f"{server.address}/v1/models").json()["data"][0]["id"] == "mine"
+    server = start("--no-auth", "--name", "mine", "--experts", "trials, papers")
+    (model,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+    assert (model["id"], list(model["flexolmo"]["experts"])) == ("mine", ["papers", "trials"])
     elsewhere = httpx.get(f"{server.address}/v1/models", headers={"Host": "evil.example"})
     assert elsewhere.json()["error"]["code"] == "wrong_host"
 

@@ -12,6 +12,7 @@ from flexolmo.inference.open_engine import open_engine
 from flexolmo.inference.reader import OwnReader
 from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import build_mixture, load_mixture, remove_experts
+from flexolmo.model.assemble import expert_tensors
 from made_engines import SMALL, ask, hear
 from made_mixtures import NAMES
 from made_owners import entry, revoke
@@ -140,3 +141,16 @@ def test_an_engine_of_some_experts_holds_no_others(house, model):
     engine.close(0)
     with pytest.raises(MergeError, match="No expert ambre here"):
         open_engine(model, lambda: house.trusted, SMALL, experts=["ambre"])
+
+
+def test_nothing_of_a_withdrawn_expert_stays_in_memory(engine):
+    prompt, digest = [0, *range(5, 45)], engine.facts.digest
+    cached = []
+    for enabled in (["amber"], ["amber", "zinc"]):
+        hear(engine, ask(prompt, enabled, model_digest=digest))
+        cached.append(engine.stats().cached_blocks)
+    assert 0 < cached[0] < cached[1]
+    engine.withdraw(["zinc"], "revoked")
+    assert engine.stats().cached_blocks == cached[0]
+    for tensor in expert_tensors(engine._stepper.model, "zinc").values():
+        assert (tensor.isnan() if tensor.is_floating_point() else tensor == 0).all()

@@ -39,7 +39,7 @@ def make(house, where, barred, trust, router="evidence"):
     """A mixture in which `barred` are revoked (amber), have not begun (basalt) or have ended."""
     days = {
         "basalt": TERMS.model_copy(update={"valid_from": TODAY + DAY}),
-        "zinc": terms_until(TODAY - DAY),
+        "zinc": terms_until(TODAY - DAY).model_copy(update={"valid_from": TODAY - 9 * DAY}),
     }
     bundles = {}
     for name in NAMES:
@@ -148,6 +148,17 @@ def test_a_barred_bundle_of_which_the_index_says_something_else_refuses_the_mixt
     text = index.read_text()
     assert text.count('"tokens_seen": 7') == 3
     index.write_text(text.replace('"tokens_seen": 7', '"tokens_seen": 8', 1))
+    with pytest.raises(MergeError, match=r"amber\.bundle is not the bundle that was verified"):
+        load_mixture(model, TrustedOwners.load(trust), leaves_out_barred=True)
+
+
+def test_another_bundle_in_the_place_of_a_barred_one_refuses_the_mixture(house, tmp_path, trust):
+    """It is whole, well signed and barred too."""
+    model = make(house, tmp_path, ["amber"], trust)
+    tensors = house.tensors("amber", "evidence")
+    other = house.write(tmp_path, "amber", tensors, "evidence", tokens_seen=8)
+    shutil.rmtree(model / "experts" / "amber.bundle")
+    shutil.copytree(other, model / "experts" / "amber.bundle")
     with pytest.raises(MergeError, match=r"amber\.bundle is not the bundle that was verified"):
         load_mixture(model, TrustedOwners.load(trust), leaves_out_barred=True)
 

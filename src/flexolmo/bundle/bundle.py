@@ -102,7 +102,9 @@ def open_bundle(
         BundleError: any other refusal.
     """
     with _open_files(Path(path), max_bytes) as files:
-        _compare_as_before(files, expected)
+        if expected is not None and not files.problems:
+            found = {name: digest_bytes(data) for name, data in files.small.items()}
+            _compare_digests(files, {**expected, **found}, expected, "verified before")
         day = (today or _today()) if judges_days else None
         return _check(files, trusted, allow_unknown_signer, day, keep_tensors, copy_to)
 
@@ -112,7 +114,6 @@ def check_signer(
     trusted: TrustedOwners,
     max_bytes: int | None = None,
     *,
-    expected: Mapping[str, str] | None = None,
     judges_revocation: bool = True,
 ) -> Bundle:
     """The bundle in directory `path`, without tensors, after every check but those of its weights,
@@ -125,7 +126,6 @@ def check_signer(
         judges_revocation: False leaves it to the caller whether the owner has revoked it.
     """
     with _open_files(Path(path), max_bytes) as files:
-        _compare_as_before(files, expected)
         signed, signer, manifest = _check_signer(
             files, trusted, trusted.allows_unknown, judges_revocation
         )
@@ -330,13 +330,6 @@ def _compare_digests(
         ],
         ADVICE_ALTERED,
     )
-
-
-def _compare_as_before(files: _Files, expected: Mapping[str, str] | None) -> None:
-    """Compare the small files with what was verified before; the weights come last of all."""
-    if expected is not None and not files.problems:
-        found = {name: digest_bytes(data) for name, data in files.small.items()}
-        _compare_digests(files, {**expected, **found}, expected, "verified before")
 
 
 def _check_signature(files: _Files) -> Signed:

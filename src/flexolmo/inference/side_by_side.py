@@ -25,32 +25,31 @@ class SideBySide:
     def __init__(self, model: MixtureModel, tokenizer: Tokenizer):
         """Raises what `Stepper` raises for a model that is not served."""
         settings = EngineSettings()
-        self._most_rows = settings.prompt_tokens
+        self._prompt_tokens = settings.prompt_tokens
         facts = ModelFacts("", {}, model.config.max_seq_len, model.config.vocab_size, [])
         loaded = EngineModel(model, tokenizer, facts, "")
-        self._stepper = Stepper(loaded, settings.max_running + self._most_rows, model.device)
+        self._stepper = Stepper(loaded, settings.max_running + settings.prompt_tokens, model.device)
 
     def read(
         self, texts: Sequence[Sequence[int]], on: Sequence[Collection[str]], num_single: int
     ) -> list[Tensor]:
         """Logits [T,V] after each of the T ids of every text, of which the last `num_single` are
         read one by one; `on` are the experts that are on for each."""
-        model = self._stepper.model
         begun = [self._begin(ids, names, num_single) for ids, names in zip(texts, on, strict=True)]
         size = -(-max(map(len, texts)) // BLOCK)  # blocks for each text
-        memory = model.new_memory(len(texts) * size * BLOCK)
+        memory = self._stepper.model.new_memory(len(texts) * size * BLOCK)
         for i, text in enumerate(begun):
             text.held = range(i * size, (i + 1) * size)
-        found: list[list[Tensor]] = [[] for _ in texts]
+        found: dict[Text, list[Tensor]] = {text: [] for text in begun}
         with torch.inference_mode():
-            while not all(text.has_read_prompt for text in begun):
-                self._step(begun, memory, found)
+            while prompts := [text for text in begun if not text.has_read_prompt]:
+                self._step(prompts, memory, found)
             for place in range(num_single, 0, -1):
                 for text, ids in zip(begun, texts, strict=True):
                     assert text.answer is not None
                     text.answer.written.append(ids[-place])
                 self._step(begun, memory, found)
-        return [torch.cat(parts) for parts in found]
+        return [torch.cat(parts) for parts in found.values()]
 
     def _begin(self, ids: Sequence[int], on: Collection[str], num_single: int) -> Text:
         request = EngineRequest(
@@ -63,20 +62,17 @@ class SideBySide:
         )
         return Text(request, lambda event: None, self._stepper.model, self._stepper.tokenizer, 0)
 
-    def _step(self, texts: Sequence[Text], memory: Tensor, found: Sequence[list[Tensor]]) -> None:
-        """Read on in all texts, of prompts as many tokens as a step of the engine has."""
-        room = self._most_rows
-        parts, places = [], []
-        is_prompt = not all(text.has_read_prompt for text in texts)
-        for place, text in enumerate(texts):
-            if is_prompt and text.has_read_prompt:
-                continue
+    def _step(self, texts: Sequence[Text], memory: Tensor, found: dict[Text, list[Tensor]]) -> None:
+        """Read on in `texts`, of prompts as many tokens as a step of the engine has."""
+        room = self._prompt_tokens
+        parts = []
+        for text in texts:
             spans = self._stepper.spans(text, room)
-            room -= sum(len(span.ids) for span in spans) if is_prompt else 0
+            if not text.has_read_prompt:
+                room -= sum(len(span.ids) for span in spans)
             if spans:
                 parts.append((text, spans))
-                places.append(place)
         reads, logits = self._stepper.read(parts, memory)
-        for place, read in zip(places, reads, strict=True):
+        for read in reads:
             read.text.take_in(read.spans, read.weights)
-            found[place].append(logits[read.rows.start : read.rows.stop])
+            found[read.text].append(logits[read.rows.start : read.rows.stop])
