@@ -53,7 +53,7 @@ class EngineSettings(Settings):
     max_running: int = Field(64, ge=1, description="Requests that are read and written at once.")
     max_waiting: int = Field(256, ge=1, description="Requests that wait for a place, at most.")
     prompt_tokens: int = Field(
-        4 * BLOCK,
+        8 * BLOCK,
         ge=BLOCK,
         description="Tokens of prompts that one step reads at most, beside one of every answer. "
         "More read a long prompt sooner, and let answers wait for longer meanwhile.",
@@ -259,8 +259,14 @@ class BatchEngine:
                     self._step([part])
             return
         writers = []
+        are_numbers = logits.amax(-1).isfinite().tolist()
         for read in reads:
             with self._failing(read.text):
+                if not all(are_numbers[read.rows.start : read.rows.stop]):
+                    raise ConfigError(
+                        "The logits hold NaN or infinity: weights of the anchor, or of an expert "
+                        "that is on, are damaged."
+                    )
                 if self._take_in(read, logits):
                     writers.append(read)
         self._write([r for r in writers if not r.text.is_over], logits)
@@ -271,17 +277,11 @@ class BatchEngine:
         is_prompt = not text.has_read_prompt
         before = text.progress.num_read
         text.take_in(read.spans, read.weights)
-        own = logits[read.rows.start : read.rows.stop]
-        if len(own) and not own.amax(-1).isfinite().all():
-            raise ConfigError(
-                "The logits hold NaN or infinity: weights of the anchor, or of an expert that is "
-                "on, are damaged."
-            )
         if not is_prompt:
             return True
         self._prompt_tokens += text.progress.num_read - before
         if text.request.scores_prompt:
-            text.score_prompt(own, before)
+            text.score_prompt(logits[read.rows.start : read.rows.stop], before)
         if not text.has_read_prompt:
             return False
         self._memory.keep(text, self._key(text))

@@ -361,10 +361,7 @@ def sum_of(parts: np.ndarray, axis: int) -> np.ndarray:
 def _sum(parts: Tensor, dim: int) -> Tensor:
     """Sum over experts one by one, so that an expert of weight 0 and none at all give one sum;
     `dim` stays."""
-    total, *rest = parts.split(1, dim)
-    for part in rest:
-        total = total + part
-    return total
+    return parts.cumsum(dim).narrow(dim, -1, 1)
 
 
 class LinearRouter(nn.Module):

@@ -62,6 +62,12 @@ class Spans:
         self.places = torch.tensor(places, device=device)  # [n] in memory
         active = torch.stack([s.active for s in self.spans])
         self.active = active.repeat_interleave(torch.tensor(self.lengths), 0).to(device)  # [n,E]
+        # of every layer, keys and values [1,G,S,C] of what each span sees
+        pages = memory.flatten(0, 1)[:, None]
+        self._seen = [
+            pages.narrow(3, s.place + s.document, s.start + len(s.ids) - s.document).unbind()
+            for s in self.spans
+        ]
         self._masks = [self._mask(s, eos) if len(s.ids) > 1 else None for s in self.spans]
 
     def _mask(self, span: Span, eos: int | None) -> Tensor:
@@ -85,14 +91,14 @@ class Spans:
         values.index_copy_(2, self.places, v.transpose(0, 2))
         H, G = q.shape[1], k.shape[1]
         found = []
-        for span, own, mask in zip(self.spans, q.split(self.lengths), self._masks, strict=True):
-            length = span.start + len(span.ids) - span.document
-            own_keys = keys.narrow(2, span.place + span.document, length)  # [1,G,S,C]
-            own_values = values.narrow(2, span.place + span.document, length)
+        for own, seen, mask in zip(q.split(self.lengths), self._seen, self._masks, strict=True):
             # of one token, heads that share keys stand as positions do: so these are read once
             own = own.view(1, G, H // G, -1) if mask is None else own.transpose(0, 2)  # [1,H,T,C]
             y = F.scaled_dot_product_attention(
-                own, own_keys, own_values, attn_mask=mask, enable_gqa=own.shape[1] != G
+                own,
+                *seen[2 * layer : 2 * layer + 2],
+                attn_mask=mask,
+                enable_gqa=mask is not None and H != G,
             )
             found.append(y.reshape(1, -1) if mask is None else y[0].transpose(0, 1).flatten(1))
         return torch.cat(found)[:, None]

@@ -1,0 +1,121 @@
+"""Matrices that read the same rows, side by side in memory, and products of few or many rows.
+
+A row's bits do not depend on how many others are multiplied beside it, so nothing is filled up to
+tiles: a library sums in the same order for two rows or a hundred, which is tried for each number of
+them. Few rows wait for the matrix, which comes from memory at half of memory's speed where a
+product jumps from line to line; so there is a copy in panels of few columns, each a stretch of
+memory of its own, which are read from end to end. Source: ours.
+
+n rows to multiply, P panels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flexolmo.errors import ConfigError
+from flexolmo.model.tiles import spaced
+
+WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
+PANEL_ROWS = 32  # above which products are faster with the matrix than with its panels
+MOST_ROWS = 128  # multiplied at once, than which more are not faster
+REFERENCE_ROWS = 16
+ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
+NUMBERS_TO_TRY = 2**16 + 1  # that differ
+COLUMNS_TO_TRY = 64 * WIDTH  # in panels
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Matrices [out,in] of one height side by side."""
+
+    matrix: Tensor  # [in,out of all], the memory of the matrices themselves
+    panels: Tensor  # [P,in,WIDTH] a copy, filled up with 0
+
+    def times(self, x: Tensor) -> Tensor:
+        """Products [n,out of all] of rows x [n,in]; each row's bits are its own."""
+        n = x.shape[0]
+        rows = _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
+        if rows == n:
+            return _multiply(x, self.matrix, self.panels)
+        if rows < n:
+            return torch.cat([self.times(part) for part in x.split(rows)])
+        return _multiply(F.pad(x, (0, 0, 0, rows - n)), self.matrix, self.panels)[:n]
+
+
+Joins = Mapping[nn.Module, Joined]  # of a module's matrices that read the same rows
+
+
+def can_join(weight: Tensor) -> bool:
+    """True if products with this matrix may be had so."""
+    return weight.is_cpu and weight.dtype == torch.float32
+
+
+def join(matrices: Sequence[nn.Linear]) -> Joined:
+    """Lay out matrices that read the same rows side by side; they stay where they are put."""
+    with torch.no_grad():
+        every = spaced(torch.cat([m.weight.T for m in matrices], dim=1).T)  # [out of all,in]
+        for m, part in zip(matrices, every.split([m.out_features for m in matrices]), strict=True):
+            m.weight.data = part
+        return Joined(every.T, _cut(every.T))
+
+
+def _cut(matrix: Tensor) -> Tensor:
+    """Panels [P,in,WIDTH] of a matrix [in,out]."""
+    filled = F.pad(matrix, (0, -matrix.shape[1] % WIDTH))
+    return filled.view(len(matrix), -1, WIDTH).transpose(0, 1).contiguous()
+
+
+def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
+    n = x.shape[0]
+    if n > PANEL_ROWS:
+        return x @ matrix
+    found = torch.bmm(x.expand(panels.shape[0], -1, -1), panels)  # [P,n,WIDTH]
+    beside = found.transpose(0, 1).reshape(n, -1)
+    width = matrix.shape[1]
+    return beside if width == beside.shape[1] else beside[:, :width]
+
+
+@cache
+def _rows(n: int, *kind: int) -> int:
+    """Number of rows in which to multiply n: as many, more of which some are idle, or fewer at a
+    time. `kind` as for `_keeps_bits`."""
+    if n > MOST_ROWS:
+        return MOST_ROWS
+    if n > REFERENCE_ROWS:
+        return n if _keeps_bits(n, *kind) else REFERENCE_ROWS
+    return next(rows for rows in range(max(n, 1), REFERENCE_ROWS + 1) if _keeps_bits(rows, *kind))
+
+
+def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> bool:
+    """True if each of n rows has the bits that it has among REFERENCE_ROWS, which must have them
+    in whatever place. Found by trying, with rows of the matrix that begin `step` numbers apart.
+    Raises ConfigError if these have not."""
+    if n <= PANEL_ROWS:
+        d_out = min(d_out, COLUMNS_TO_TRY)  # other panels are read as these are
+        step = d_out
+    compared = 0
+    with torch.inference_mode():
+        while compared < ENOUGH_NUMBERS:
+            generator = torch.Generator().manual_seed(compared)
+            rows = torch.randn(REFERENCE_ROWS, d_in, generator=generator)
+            some = torch.randn(NUMBERS_TO_TRY, generator=generator)
+            some = some.repeat(-(-d_in * step // NUMBERS_TO_TRY))
+            matrix = some[: d_in * step].view(d_in, step)[:, :d_out]
+            panels = _cut(matrix)
+            right = _multiply(rows, matrix, panels)
+            if not torch.equal(_multiply(rows.flip(0), matrix, panels).flip(0), right):
+                raise ConfigError(
+                    f"On this machine, rows of a product of {REFERENCE_ROWS} x {d_in} with "
+                    f"{d_in} x {d_out} ({num_threads} threads) depend on where they stand, so "
+                    "that switching an expert off could not be exact. Use one thread."
+                )
+            at = torch.arange(n) % REFERENCE_ROWS
+            if not torch.equal(_multiply(rows[at], matrix, panels), right[at]):
+                return False
+            compared += n * d_out
+    return True
