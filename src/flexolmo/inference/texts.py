@@ -12,7 +12,8 @@ from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.inference.decode import Answer, room_behind
 from flexolmo.inference.engine import EngineRequest, Event, Scored
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.spans import BLOCK, Evidence, Span
+from flexolmo.model.router import EvidenceState
+from flexolmo.model.spans import BLOCK, Span
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Progress:
     """State of a text after its first positions, beside their keys and values."""
 
     num_read: int
-    evidence: Evidence | None  # for the router, to go on from
+    evidence: EvidenceState | None  # for the router, to go on from
     weights: np.ndarray  # [E] float64, sums over the positions
 
 

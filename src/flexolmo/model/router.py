@@ -221,14 +221,15 @@ class EvidenceRouter(nn.Module):
         return cast(LevelTable, self.tables[slot(name)])
 
     def evidence(self, before: Tensor, ids: Tensor) -> Tensor:
-        """Every domain's evidence at tokens `ids` [n] that stand after `before` [n], float32 [S,n];
-        not yet clipped."""
+        """Every domain's evidence at tokens `ids` [n] that stand after `before` [n], clipped,
+        float32 [S,n]."""
         pairs = before * self.vocab_size + ids
         preference = self.public(before, ids, pairs) - self.public.unigram.index_select(0, ids)
         order = (1.0 - self.settings.public_order) * preference
         tables = [*self.forms, *(self.table(n) for n in self.names[1:])]
         found = [table(before, ids, pairs, order) for table in tables]
-        return torch.stack([torch.zeros_like(order), *found])
+        limit = self.settings.clip_nats
+        return torch.stack([torch.zeros_like(order), *found]).clamp_(-limit, limit)
 
     def forward(
         self,
@@ -243,31 +244,49 @@ class EvidenceRouter(nn.Module):
         `past` is None, or the second result of the call that read the positions before: the last
         ids [B] and the domains' weights at the next token, [S,B] float64 on the CPU.
         """
-        B = len(ids)
-        gap = self.settings.tempering * self.read(ids, is_token, past)  # [S,T,B]
-        likelihood = gap.double().exp_().cpu().numpy().swapaxes(0, 1)  # [T,S,B]
+        is_fresh = ids == self.eos_token_id
+        logs, weights = self.follow(
+            self.likelihood(self.read(ids, is_token, past)),
+            (is_fresh if is_token is None else is_token & is_fresh).T.cpu().numpy(),
+            active,
+            None if past is None else past[1],
+            None if is_token is None else ~is_token.T.cpu().numpy(),
+        )
+        end = ids[:, -1]
+        if is_token is not None:
+            end = torch.where(is_token[:, -1], end, self._first(ids, past)[:, 0])
+        return logs.to(ids.device), (end, weights)
+
+    def likelihood(self, evidence: Tensor) -> np.ndarray:
+        """Every domain's likelihood over public text's by its `evidence` [S,...], float64."""
+        return (self.settings.tempering * evidence).double().exp_().cpu().numpy()
+
+    def follow(
+        self,
+        likelihood: np.ndarray,
+        fresh: np.ndarray,
+        active: Tensor | None,
+        past: Tensor | None,
+        padding: np.ndarray | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Log weights [B,T,E] and domains' weights [S,B] at the token to come, on the CPU, from the
+        `likelihood` [S,T,B] of tokens, and from such weights `past` before the first; `fresh` and
+        `padding` [T,B] say which tokens end a text, and which are none."""
+        B = likelihood.shape[2]
+        likelihood = likelihood.swapaxes(0, 1)  # [T,S,B]
         on = np.ones((len(self.names), B)) if active is None else active.T.double().cpu().numpy()
         num_public = 1 + len(self.forms)
         on = np.concatenate([on[:1]] * num_public + [on[1:]])  # [S,B]
         # dropped, not multiplied by 0: a table that is off may hold NaN
         likelihood = np.where(on > 0, likelihood, 0.0)
         prior = on / sum_of(on, 0)  # [S,B]
-        is_fresh = ids == self.eos_token_id
-        found = self._filter(
-            likelihood,
-            prior,
-            prior if past is None else past[1].numpy(),
-            (is_fresh if is_token is None else is_token & is_fresh).T.cpu().numpy(),
-            None if is_token is None else ~is_token.T.cpu().numpy(),
-        )
+        first = prior if past is None else past.numpy()
+        found = self._filter(likelihood, prior, first, fresh, padding)
         public = sum_of(found[:, :num_public], 1)
         weights = np.concatenate([public, found[:, num_public:]], axis=1)  # [T,E,B]
         with np.errstate(divide="ignore"):
-            logs = torch.from_numpy(np.log(weights)).float().permute(2, 0, 1).to(ids.device)
-        end = ids[:, -1]
-        if is_token is not None:
-            end = torch.where(is_token[:, -1], end, self._first(ids, past)[:, 0])
-        return logs, (end, torch.from_numpy(found[-1]))
+            logs = torch.from_numpy(np.log(weights)).float().permute(2, 0, 1)
+        return logs, torch.from_numpy(found[-1])
 
     def read(self, ids: Tensor, is_token: Tensor | None, past: EvidenceState | None) -> Tensor:
         """Every domain's evidence at each token of ids [B,T], clipped, float32 [S,T,B]."""
@@ -275,9 +294,7 @@ class EvidenceRouter(nn.Module):
         before = torch.cat([self._first(ids, past), ids[:, :-1]], dim=1)  # [B,T]
         if is_token is not None:  # what stands before the first token is not the padding's id
             before[:, 1:] = torch.where(is_token[:, :-1], before[:, 1:], before[:, :1])
-        evidence = self.evidence(before.T.flatten(), ids.T.flatten())  # [S,T*B]
-        limit = self.settings.clip_nats
-        return evidence.clamp_(-limit, limit).view(-1, T, B)
+        return self.evidence(before.T.flatten(), ids.T.flatten()).view(-1, T, B)
 
     def _first(self, ids: Tensor, past: EvidenceState | None) -> Tensor:
         """The id before each text's first, [B,1]."""

@@ -9,17 +9,17 @@ n tokens of a step, each a row; E experts, H heads, G key-value heads, C head wi
 memory, S positions that a text has read, L layers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexolmo.model.router import EvidenceRouter, EvidenceState
+
 BLOCK = 32  # positions of a prompt that are read in one piece
 
-Evidence = tuple[Tensor, Tensor]  # see router.EvidenceState, of one text
-Router = Callable[[Tensor, None, Tensor, Evidence | None], tuple[Tensor, Evidence]]
 
 
 @dataclass(eq=False)
@@ -30,11 +30,11 @@ class Span:
     start: int  # position of the first of them in the text
     place: int  # in memory, of the text's first position
     active: Tensor  # [E] bool, experts that are on for the text
-    evidence: Evidence | None = None  # what the text has read tells the router; None: a new text
+    evidence: EvidenceState | None = None  # what the text has read tells the router; None: a new text
     before: "Span | None" = None  # that ends where this one starts, in the same step
     document: int = 0  # first position that is seen from the one before the span
     row: int = 0  # of the step, of the first token
-    after: Evidence | None = None  # as `evidence`, once the span has been read
+    after: EvidenceState | None = None  # as `evidence`, once the span has been read
 
 
 class Spans:
@@ -103,32 +103,37 @@ class Spans:
             found.append(y.reshape(1, -1) if mask is None else y[0].transpose(0, 1).flatten(1))
         return torch.cat(found)[:, None]
 
-    def follow(self, router: Router) -> Tensor:
+    def follow(self, router: EvidenceRouter) -> Tensor:
         """Log weights [n,1,E] by an evidence router; says of every span what is `after` it."""
+        ids = self.ids[:, 0]
+        before = ids.roll(1)  # a span stands behind the one before it
+        start = ids.new_tensor([router.eos_token_id])
+        firsts = [s for s in self.spans if s.before is None]
+        ends = [start if s.evidence is None else s.evidence[0] for s in firsts]
+        before[[s.row for s in firsts]] = torch.cat(ends)
+        likelihood = router.likelihood(router.evidence(before, ids))  # [S,n]
+        is_fresh = (ids == router.eos_token_id).cpu().numpy()
         ones = self.spans[: self.num_ones]
         found = []
         for spans in [ones] * bool(ones) + [[s] for s in self.spans[self.num_ones :]]:
             length = len(spans[0].ids)
             rows = slice(spans[0].row, spans[0].row + len(spans) * length)
             past = [s.before.after if s.before else s.evidence for s in spans]
-            logs, (ends, weights) = router(
-                self.ids[rows].view(-1, length), None, self.active[rows][::length], _joined(past)
+            known = [p[1] for p in past if p is not None]
+            logs, weights = router.follow(
+                likelihood[:, rows].reshape(len(likelihood), length, len(spans)),
+                is_fresh[rows].reshape(length, len(spans)),
+                self.active[rows][::length],
+                torch.cat(known, dim=1) if known else None,
             )
+            last = ids[rows][length - 1 :: length]
             for i, span in enumerate(spans):
-                span.after = (ends[i : i + 1], weights[:, i : i + 1])
+                span.after = (last[i : i + 1], weights[:, i : i + 1])
             found.append(logs.flatten(0, 1))
-        return torch.cat(found)[:, None]
+        return torch.cat(found)[:, None].to(ids.device)
 
 
 def _is_one(span: Span) -> bool:
     """True for a token that goes on with a text of earlier steps."""
     return len(span.ids) == 1 and span.evidence is not None
 
-
-def _joined(past: Sequence[Evidence | None]) -> Evidence | None:
-    """One state of several texts."""
-    known = [p for p in past if p is not None]
-    if not known:
-        return None
-    ends, weights = zip(*known, strict=True)
-    return torch.cat(ends), torch.cat(weights, dim=1)
