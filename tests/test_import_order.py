@@ -29,7 +29,7 @@ ORDER = [
     ["bundle.bundle"],
     ["data."],
     ["model.statistics", "model.blend", "model.tiles", "model.cache"],
-    ["model.joined", "model.router"],
+    ["model.panels", "model.router"],
     ["model.lanes", "model.spans"],
     ["model.private_statistics", "model.transformer"],
     ["model.loss"],

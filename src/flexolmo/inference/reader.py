@@ -78,7 +78,7 @@ class OwnReader:
         self.max_seq_len = self.model.config.max_seq_len
         self.start = [self.model.config.eos_token_id]
         self.model.space_weights()
-        self.joins = self.model.join_matrices() if self.has_panels else None
+        self.panels = self.model.cut_panels() if self.has_panels else None
         if isinstance(self.model, AnyMixture):
             self.model.expert_mask([self.enabled])  # refuses unknown names at once
         elif self.enabled:
@@ -98,7 +98,7 @@ class OwnReader:
         return state
 
     def read(self, ids: Tensor, state: Any, *, is_token: Tensor | None = None, last: int) -> Tensor:
-        options = {"is_token": is_token, "joins": self.joins}
+        options = {"is_token": is_token, "panels": self.panels}
         return self.model(ids, cache=state, last=last, **options).float()
 
 

@@ -49,11 +49,11 @@ class Stepper:
         self.batch_rows = batch_rows
         self.eos = model.config.eos_token_id if model.config.document_mask else None
         model.space_weights()
-        self.joins = model.join_matrices()
+        self.panels = model.cut_panels()
 
     def erase(self, name: str) -> None:
         """Overwrite what is in memory of an expert."""
-        erase_expert(self.model, name, self.joins)
+        erase_expert(self.model, name, self.panels)
 
     def spans(self, text: Text, most_tokens: int) -> list[Span]:
         """The spans that `text` reads next, of a prompt as many as have at most so many tokens."""
@@ -66,7 +66,7 @@ class Stepper:
         CPU. Changes no text, so that it may be tried again."""
         spans = Spans([s for _, own in parts for s in own], memory, self.batch_rows, self.eos)
         routing: list[Tensor] | None = [] if self.model.router is None else None
-        x, ctx = self.model.read_spans(spans, self.joins, routing)
+        x, ctx = self.model.read_spans(spans, self.panels, routing)
         weights = torch.stack(routing).mean(0) if routing else ctx.weights
         assert weights is not None
         table = weights.flatten(0, 1).double().cpu().numpy()  # [n,E]

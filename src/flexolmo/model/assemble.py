@@ -19,7 +19,7 @@ from flexolmo.errors import MergeError
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.joined import Joins
+from flexolmo.model.panels import Panels
 from flexolmo.model.router import EvidenceRouter, LevelTable, LinearRouter, RouterSettings, slot
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
@@ -145,13 +145,13 @@ def expert_tensors(model: MixtureModel, name: str) -> dict[str, Tensor]:
     return found
 
 
-def erase_expert(model: MixtureModel, name: str, joins: Joins) -> None:
-    """Overwrite all that `model` and `joins` hold of an expert. With it off no number changes;
+def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
+    """Overwrite all that `model` and `panels` hold of an expert. With it off no number changes;
     with it on none is a number any more."""
     tensors = chain(model.named_parameters(), model.named_buffers())
-    joined = ((path, joins[m]) for path, m in model.named_modules() if m in joins)
-    cut = ((path, j.panels) for path, j in joined if j.panels is not None)
-    for path, tensor in chain(tensors, cut):
+    cut = ((path, panels[m]) for path, m in model.named_modules() if m in panels)
+    copies = ((path, x) for path, c in cut for x in (c.matrix, c.panels))
+    for path, tensor in chain(tensors, copies):
         if slot(name) in path.split("."):
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)
 

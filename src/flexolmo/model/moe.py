@@ -32,7 +32,7 @@ from flexolmo.model.deltas import (
 )
 from flexolmo.model.groups import Groups, groups_of
 from flexolmo.model.lanes import Lanes
-from flexolmo.model.joined import Joins
+from flexolmo.model.panels import Panels
 from flexolmo.model.router import (
     DiscriminantRouter,
     DiscriminantSettings,
@@ -95,8 +95,8 @@ class Mixture(nn.Module):
 
     def group(self, weights: Tensor, ctx: ForwardContext) -> Groups | None:
         """Groups of a small batch from its weights [B,T,E], where experts are whole, of one width
-        and joined."""
-        return groups_of(weights, ctx.dtype) if ctx.joins and self.is_even else None
+        and in panels."""
+        return groups_of(weights, ctx.dtype) if ctx.panels and self.is_even else None
 
     def _logits(
         self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext
@@ -120,20 +120,20 @@ class Mixture(nn.Module):
         return blend.join(cast(FeedForward, own).read(own_h, ctx), public.read(public_h, ctx))
 
     def _mix_groups(self, h: Tensor, groups: Groups, ctx: ForwardContext) -> Tensor:
-        """`_mix`, bit for bit, of whole experts of one width."""
-        joins = cast(Joins, ctx.joins)
+        """`_mix`, bit for bit, of whole experts of one width in panels."""
+        panels = cast(Panels, ctx.panels)
         public, *owners = cast(list[FeedForward], [*self.experts.values()])
         read = [(e, n) for e, n in zip([*owners, public], groups.sizes, strict=True) if n]
         sizes = [n for _, n in read]
         rows = h.index_select(0, groups.reads).split(sizes)
-        both = [joins[e].times(x).chunk(2, dim=1) for (e, _), x in zip(read, rows, strict=True)]
+        both = [panels[e].times(x).chunk(2, dim=1) for (e, _), x in zip(read, rows, strict=True)]
         gate, up = (torch.cat(half) for half in zip(*both, strict=True))  # [R,F]
         inner = [*(silu(gate) * up).split(sizes)]
         own = len(groups.reads) - groups.sizes[-1]
         if groups.sizes[-1]:
             inner[-1] = groups.weight[own:] * inner[-1]
         values = torch.cat(
-            [joins[e.down_proj].times(x) for (e, _), x in zip(read, inner, strict=True)]
+            [panels[e.down_proj].times(x) for (e, _), x in zip(read, inner, strict=True)]
         )
         values[:own] *= groups.weight[:own]
         return groups.sum(values)
@@ -244,10 +244,10 @@ class MixtureModel(Transformer):
         cache: Cache | None,
         is_token: Tensor | None,
         active: Tensor | None,
-        joins: Joins | None = None,
+        panels: Panels | None = None,
         lanes: Lanes | None = None,
     ) -> ForwardContext:
-        ctx = super()._context(ids, cache, is_token, active, joins, lanes)
+        ctx = super()._context(ids, cache, is_token, active, panels, lanes)
         active = ctx.active  # the cache may hold it
         if lanes is not None:
             assert self.router is not None, "lanes need a router that decides once for all layers"
@@ -276,8 +276,8 @@ class MixtureModel(Transformer):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx
 
-    def _context_of(self, spans: Spans, joins: Joins | None) -> ForwardContext:
-        ctx = super()._context_of(spans, joins)
+    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
+        ctx = super()._context_of(spans, panels)
         if self.router is not None:
             ctx.weights = self._weigh(self.router, spans.follow(self.router), ctx.active)
             self._share(ctx, ctx.weights)

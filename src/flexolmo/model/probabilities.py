@@ -23,7 +23,7 @@ from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.model.cache import Cache
 from flexolmo.model.lanes import Lanes
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.joined import Joins
+from flexolmo.model.panels import Panels
 from flexolmo.model.router import EvidenceState, mixture_weights, sum_of
 from flexolmo.model.transformer import ForwardContext
 
@@ -156,8 +156,8 @@ class ProbabilityMixture(nn.Module):
         """Lay matrices out, see `Transformer.space_weights`."""
         self.mixture.space_weights()
 
-    def join_matrices(self) -> Joins:
-        """Empty: lanes are read without."""
+    def cut_panels(self) -> Panels:
+        """Empty: lanes are read without panels."""
         return {}
 
     def new_cache(self) -> LaneCache:
@@ -172,7 +172,7 @@ class ProbabilityMixture(nn.Module):
         cache: LaneCache | None = None,
         is_token: Tensor | None = None,
         active: Tensor | None = None,
-        joins: Joins | None = None,
+        panels: Panels | None = None,
         routing: list[Tensor] | None = None,
     ) -> Tensor:
         """Log-probabilities [B,T,V], float32, or of the `last` positions; arguments as for the

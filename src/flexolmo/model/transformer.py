@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
-from flexolmo.model.joined import Joins, can_join, join
+from flexolmo.model.panels import Panels, can_cut, cut
 from flexolmo.model.spans import Spans
 from flexolmo.model.tiles import product, silu, spaced
 
-MOST_JOINED = 256  # rows of a batch that is read by `joined`
+FEWEST_ROWS, MOST_ROWS = 2, 256  # of a batch that is read from panels
 CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
 
 
@@ -99,7 +99,7 @@ class ForwardContext:
     shares: Any = None  # the same by expert, see deltas.Share
     rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
     groups: Any = None  # the same of a small batch, see groups.Groups
-    joins: Joins | None = None  # of a small batch in evaluation
+    panels: Panels | None = None  # of a small batch in evaluation
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     lanes: Any = None  # when several models read each text, see lanes.Lanes
@@ -132,7 +132,7 @@ class Linear(nn.Linear):
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""
-        if ctx.joins and (own := ctx.joins.get(self)) is not None:
+        if ctx.panels and (own := ctx.panels.get(self)) is not None:
             return own.times(x)
         return product(x, self.weight, ctx.batch_rows)
 
@@ -226,8 +226,8 @@ class FeedForward(nn.Module):
 
     def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Both products of rows x [n,D], [n,F] each."""
-        if ctx.joins and self in ctx.joins:
-            gate, up = ctx.joins[self].times(x).chunk(2, dim=1)
+        if ctx.panels and self in ctx.panels:
+            gate, up = ctx.panels[self].times(x).chunk(2, dim=1)
             return gate, up
         return self.gate_proj(x, ctx), self.up_proj(x, ctx)
 
@@ -279,8 +279,8 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
         matrices = (self.q_proj, self.k_proj, self.v_proj)
-        if ctx.joins and self in ctx.joins:
-            found = ctx.joins[self].times(x.flatten(0, 1))
+        if ctx.panels and self in ctx.panels:
+            found = ctx.panels[self].times(x.flatten(0, 1))
             return found.split([m.out_features for m in matrices], dim=1)
         return tuple(m(x, ctx) for m in matrices)
 
@@ -344,9 +344,9 @@ class Transformer(nn.Module):
             if isinstance(module, Linear):
                 module.weight.data = spaced(module.weight.data)
 
-    def join_matrices(self) -> Joins:
-        """Matrices as the option `joins` takes them, laid out for it; empty where it would not help.
-        Changes no number."""
+    def cut_panels(self) -> Panels:
+        """Matrices for the option `panels`, laid out for it, with a second copy; empty where it
+        would not help."""
         together: dict[nn.Module, list[Linear]] = {}
         alone: dict[nn.Module, list[Linear]] = {}
         tables = {m for e in self.modules() if isinstance(e, Embedding) for m in e.modules()}
@@ -362,11 +362,8 @@ class Transformer(nn.Module):
         for own in together.values():
             for m in own:
                 del alone[m]
-        return {
-            module: join(own)
-            for module, own in (alone | together).items()
-            if can_join(own[0].weight)
-        }
+        every = (alone | together).items()
+        return {module: cut(own) for module, own in every if can_cut(own[0].weight)}
 
     def new_cache(self) -> Cache:
         """An empty cache for one batch."""
@@ -387,7 +384,7 @@ class Transformer(nn.Module):
         """Logits [B,T,V]; with `last`, only those of that many last positions, [B,last,V].
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
-        mixture's experts per sequence. With `joins`, of `join_matrices`, small batches are read
+        mixture's experts per sequence. With `panels`, of `cut_panels`, small batches are read
         faster. With a cache, ids continue the positions it holds. The lists routing and
         router_logits, when given, receive each layer's mixture weights and router logits, both
         [B,T,E].
@@ -408,7 +405,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         is_token: Tensor | None = None,
         active: Tensor | None = None,
-        joins: Joins | None = None,
+        panels: Panels | None = None,
         lanes: Any = None,
         routing: list[Tensor] | None = None,
         router_logits: list[Tensor] | None = None,
@@ -420,7 +417,7 @@ class Transformer(nn.Module):
             return None if x is None else x.to(self.device)
 
         ids = ids.to(self.device)
-        ctx = self._context(ids, cache, here(is_token), here(active), joins, lanes)
+        ctx = self._context(ids, cache, here(is_token), here(active), panels, lanes)
         ctx.routing, ctx.router_logits = routing, router_logits
         x = self._run(ids if lanes is None else lanes.pick(ids), ctx)
         if cache is not None:
@@ -428,11 +425,11 @@ class Transformer(nn.Module):
         return x, ctx
 
     def read_spans(
-        self, spans: Spans, joins: Joins | None, routing: list[Tensor] | None = None
+        self, spans: Spans, panels: Panels | None, routing: list[Tensor] | None = None
     ) -> tuple[Tensor, ForwardContext]:
         """The residual stream [n,1,D] after the last norm, of the tokens of a step, and what the
-        layers were given; `joins` and `routing` as in `forward`."""
-        ctx = self._context_of(spans, joins)
+        layers were given; `panels` and `routing` as in `forward`."""
+        ctx = self._context_of(spans, panels)
         ctx.routing = routing
         return self._run(spans.ids, ctx), ctx
 
@@ -452,7 +449,7 @@ class Transformer(nn.Module):
             x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
         return self.norm(x)
 
-    def _context_of(self, spans: Spans, joins: Joins | None) -> ForwardContext:
+    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
         cos, sin = self._angles(spans.positions)
         return ForwardContext(
             self.embed_tokens.weight.dtype,
@@ -462,7 +459,7 @@ class Transformer(nn.Module):
             is_token=None,
             batch_rows=spans.batch_rows,
             active=spans.active,
-            joins=joins,
+            panels=panels,
             spans=spans,
         )
 
@@ -472,7 +469,7 @@ class Transformer(nn.Module):
         cache: Cache | None,
         is_token: Tensor | None,
         active: Tensor | None,
-        joins: Joins | None = None,
+        panels: Panels | None = None,
         lanes: Any = None,
     ) -> ForwardContext:
         T = ids.shape[1]
@@ -514,7 +511,7 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
         batch_rows = ids.numel() if self.in_tiles and not self.training else None
-        is_few = batch_rows is not None and 2 <= batch_rows <= MOST_JOINED
+        is_few = batch_rows is not None and FEWEST_ROWS <= batch_rows <= MOST_ROWS
         return ForwardContext(
             dtype,
             cos,
@@ -523,7 +520,7 @@ class Transformer(nn.Module):
             is_token,
             batch_rows,
             active,
-            joins=joins if is_few else None,
+            panels=panels if is_few else None,
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,

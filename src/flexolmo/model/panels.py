@@ -30,7 +30,7 @@ COLUMNS_TO_TRY = 64 * WIDTH  # in panels
 
 
 @dataclass(frozen=True)
-class Joined:
+class Cut:
     """Matrices [out,in] of one height side by side."""
 
     matrix: Tensor  # [in,out of all], the memory of the matrices themselves
@@ -47,21 +47,21 @@ class Joined:
         return _multiply(F.pad(x, (0, 0, 0, rows - n)), self.matrix, self.panels)[:n]
 
 
-Joins = Mapping[nn.Module, Joined]  # of a module's matrices that read the same rows
+Panels = Mapping[nn.Module, Cut]  # of a module's matrices that read the same rows
 
 
-def can_join(weight: Tensor) -> bool:
+def can_cut(weight: Tensor) -> bool:
     """True if products with this matrix may be had so."""
     return weight.is_cpu and weight.dtype == torch.float32
 
 
-def join(matrices: Sequence[nn.Linear]) -> Joined:
+def cut(matrices: Sequence[nn.Linear]) -> Cut:
     """Lay out matrices that read the same rows side by side; they stay where they are put."""
     with torch.no_grad():
         every = spaced(torch.cat([m.weight.T for m in matrices], dim=1).T)  # [out of all,in]
         for m, part in zip(matrices, every.split([m.out_features for m in matrices]), strict=True):
             m.weight.data = part
-        return Joined(every.T, _cut(every.T))
+        return Cut(every.T, _cut(every.T))
 
 
 def _cut(matrix: Tensor) -> Tensor:
