@@ -149,7 +149,7 @@ class _Deltas(nn.Module):
             rows = rest.nonzero()[:, 0]
             found = None
             if len(rows) or ctx.batch_rows is None:  # as in `shares_of`
-                found = share_of(rest, rows, ctx.batch_rows, ctx.dtype)
+                found = share_of(rest, rows, ctx.rows_to_fill, ctx.dtype)
             ctx.rests[places] = found
         return cast(Share | None, ctx.rests[places])
 
@@ -282,7 +282,7 @@ def mix_low_rank(
     for own in (share, *(s for s, _ in experts)):
         if own is not None:
             picked[own.rows if own.rows is not None else slice(None)] = True
-    union = share_of(picked, picked.nonzero()[:, 0], batch_rows, h.dtype)
+    union = share_of(picked, picked.nonzero()[:, 0], ctx.rows_to_fill, h.dtype)
     gate, up = public.gate_and_up(h, ctx)  # [N,F]
     inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:

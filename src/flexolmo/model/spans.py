@@ -21,7 +21,6 @@ from flexolmo.model.router import EvidenceRouter, EvidenceState
 BLOCK = 32  # positions of a prompt that are read in one piece
 
 
-
 @dataclass(eq=False)
 class Span:
     """Consecutive tokens of one text: a block of its prompt, a prompt's end, or one token."""
@@ -30,7 +29,9 @@ class Span:
     start: int  # position of the first of them in the text
     place: int  # in memory, of the text's first position
     active: Tensor  # [E] bool, experts that are on for the text
-    evidence: EvidenceState | None = None  # what the text has read tells the router; None: a new text
+    evidence: EvidenceState | None = (
+        None  # what the text has read tells the router; None: a new text
+    )
     before: "Span | None" = None  # that ends where this one starts, in the same step
     document: int = 0  # first position that is seen from the one before the span
     row: int = 0  # of the step, of the first token
@@ -136,4 +137,3 @@ class Spans:
 def _is_one(span: Span) -> bool:
     """True for a token that goes on with a text of earlier steps."""
     return len(span.ids) == 1 and span.evidence is not None
-

@@ -110,6 +110,12 @@ class ForwardContext:
     routing: list[Tensor] | None = None  # when a list: each layer appends its weights [B,T,E]
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
 
+    @property
+    def rows_to_fill(self) -> int | None:
+        """`batch_rows`, by which an expert's rows are filled up to tiles; 1, and so to none, where
+        panels are read."""
+        return 1 if self.panels else self.batch_rows
+
 
 class Linear(nn.Linear):
     """A matrix without bias; in a mixture one that owners may add to stands here.
