@@ -7,67 +7,98 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError
 from flexolmo.model import panels
-from flexolmo.model.panels import WIDTH, beside, cut_panels, panel_product
+from flexolmo.model.panels import MOST_ROWS, PANEL_ROWS, cut
+from flexolmo.model.transformer import Linear
+
+
+def linears(widths, d_in, draw):
+    """Random matrices, as a model holds them."""
+    found = [Linear(d_in, width) for width in widths]
+    for m in found:
+        m.weight.data.copy_(torch.randn(m.weight.shape, generator=draw))
+    return found
+
+
+@pytest.fixture
+def tried_anew():
+    """What was found by trying is forgotten, before and after."""
+    panels._rows.cache_clear()
+    yield
+    panels._rows.cache_clear()
 
 
 @given(
-    widths=st.lists(st.sampled_from([1, 5, 32, 40, 96]), min_size=1, max_size=3),
-    d_in=st.sampled_from([1, 2, 33, 64, 300]),
-    rows=st.integers(1, 70),
+    widths=st.lists(st.sampled_from([2, 5, 32, 40, 96]), min_size=1, max_size=3),
+    d_in=st.sampled_from([1, 2, 33, 64, 300, 1376]),
+    rows=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 192, 300])),
     threads=st.sampled_from([1, 2]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
     data=st.data(),
 )
-@settings(derandomize=True, max_examples=60, deadline=None)
-def test_rows_have_the_matrices_products_and_keep_their_bits(
-    widths, d_in, rows, threads, dtype, data
-):
+@settings(derandomize=True, max_examples=80, deadline=None)
+def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows, threads, data):
+    """However many are multiplied: from panels, with the matrix, or a part at a time."""
     draw = torch.Generator().manual_seed(rows)
-    weights = [torch.randn(w, d_in, generator=draw).to(dtype) for w in widths]
-    x = torch.randn(rows, d_in, generator=draw).to(dtype)
-    picked = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=20)))
+    matrices = linears(widths, d_in, draw)
+    weights = [m.weight.clone() for m in matrices]
+    x = torch.randn(rows, d_in, generator=draw)
+    sizes = st.one_of(st.integers(1, 20), st.integers(PANEL_ROWS, 2 * PANEL_ROWS))
+    picked = torch.randint(rows, (data.draw(sizes),), generator=draw)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        cut = cut_panels(weights)
-        found = panel_product(x, cut)
-        assert torch.equal(panel_product(x[picked], cut), found[:, picked])
+        with torch.no_grad():
+            both = cut(matrices)
+            found = both.times(x)
+            assert torch.equal(both.times(x[picked]), found[picked])
     finally:
         torch.set_num_threads(before)
-    counts = [-(-w // WIDTH) for w in widths]
-    for weight, part in zip(weights, found.split(counts), strict=True):
-        right = (x.double() @ weight.double().T).to(dtype)
-        columns = beside(part)
-        torch.testing.assert_close(columns[:, : len(weight)], right, rtol=1e-4, atol=1e-4)
-        assert not columns[:, len(weight) :].any(), "what fills a panel up is 0"
+    right = (x.double() @ torch.cat(weights).double().T).float()
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(m.weight, w) for m, w in zip(matrices, weights, strict=True))
 
 
 def test_no_rows_have_no_products():
-    assert panel_product(torch.ones(0, 7), torch.ones(2, 7, WIDTH)).shape == (2, 0, WIDTH)
+    both = cut(linears([2, 5], 7, torch.Generator()))
+    assert both.times(torch.ones(0, 7)).shape == (0, 7)
 
 
-def test_a_library_whose_rows_know_their_place_is_refused(monkeypatch):
-    real = torch.bmm
+def test_matrices_and_what_is_multiplied_are_one_memory():
+    first, second = linears([3, 4], 6, torch.Generator())
+    both = cut([first, second])
+    second.weight.data[1, 2] = 9
+    assert both.matrix[2, 4] == 9
+
+
+def test_a_library_whose_rows_know_their_place_is_refused(monkeypatch, tried_anew):
+    both, real = cut(linears([33], 7, torch.Generator())), torch.bmm
     monkeypatch.setattr(torch, "bmm", lambda x, w: real(x, w) + torch.arange(x.shape[1])[:, None])
-    panels._keeps_bits.cache_clear()
-    try:
-        with pytest.raises(ConfigError, match="where they stand"):
-            panel_product(torch.ones(3, 7), torch.ones(2, 7, WIDTH))
-    finally:
-        panels._keeps_bits.cache_clear()
+    with pytest.raises(ConfigError, match="where they stand"):
+        both.times(torch.ones(3, 7))
 
 
-def test_rows_that_lose_their_bits_alone_or_in_large_numbers_are_multiplied_otherwise(monkeypatch):
-    real = torch.bmm
+def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
+    monkeypatch, tried_anew
+):
+    """Alone, in large numbers, or wherever the matrix is multiplied itself."""
+    both, real = cut(linears([40], 9, torch.Generator())), torch.bmm
+    multiply, seen = panels._multiply, []
 
     def worse(x, w):
-        return real(x, w) + (1e-3 if x.shape[1] < 3 or x.shape[1] > 20 else 0)
+        return real(x, w) + (1e-3 if x.shape[1] < 3 or x.shape[1] > PANEL_ROWS else 0)
+
+    def note(x, matrix, cut_matrix):
+        seen.append(len(x))
+        is_bad = PANEL_ROWS < len(x) < 60
+        return multiply(x, matrix, cut_matrix) + (1e-3 if is_bad else 0)
 
     monkeypatch.setattr(torch, "bmm", worse)
-    panels._keeps_bits.cache_clear()
-    try:
-        x, cut = torch.randn(50, 9), torch.randn(2, 9, WIDTH)
-        for rows in (x[:1], x[:2], x[:7], x):
-            torch.testing.assert_close(panel_product(rows, cut), torch.matmul(rows, cut))
-    finally:
-        panels._keeps_bits.cache_clear()
+    monkeypatch.setattr(panels, "_multiply", note)
+    x = torch.randn(MOST_ROWS + 2, 9)
+    for n in (1, 2, 7, 20, 50, 70, MOST_ROWS + 2):
+        both.times(x[:n])
+        seen.clear()
+        torch.testing.assert_close(both.times(x[:n]), x[:n] @ both.matrix)
+        if n == 50:
+            assert seen == [PANEL_ROWS, 50 - PANEL_ROWS]
+        if n == 70:
+            assert seen == [70]

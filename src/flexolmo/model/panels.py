@@ -82,13 +82,13 @@ def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
 
 @cache
 def _rows(n: int, *kind: int) -> int:
-    """Number of rows in which to multiply n: as many, more of which some are idle, or fewer at a
-    time. `kind` as for `_keeps_bits`."""
+    """Number of rows to multiply at a time where there are n: as many, fewer, or more, of which
+    some are idle. `kind` as for `_keeps_bits`."""
     if n > MOST_ROWS:
         return MOST_ROWS
-    if n > REFERENCE_ROWS:
-        return n if _keeps_bits(n, *kind) else REFERENCE_ROWS
-    return next(rows for rows in range(max(n, 1), REFERENCE_ROWS + 1) if _keeps_bits(rows, *kind))
+    more = range(max(n, 1), REFERENCE_ROWS)
+    fewer = [rows for rows in (n, PANEL_ROWS) if REFERENCE_ROWS < rows <= n]
+    return next((rows for rows in (*more, *fewer) if _keeps_bits(rows, *kind)), REFERENCE_ROWS)
 
 
 def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> bool:

@@ -29,9 +29,7 @@ class Span:
     start: int  # position of the first of them in the text
     place: int  # in memory, of the text's first position
     active: Tensor  # [E] bool, experts that are on for the text
-    evidence: EvidenceState | None = (
-        None  # what the text has read tells the router; None: a new text
-    )
+    evidence: EvidenceState | None = None  # that the router goes on from; None: a new text
     before: "Span | None" = None  # that ends where this one starts, in the same step
     document: int = 0  # first position that is seen from the one before the span
     row: int = 0  # of the step, of the first token
