@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from flexolmo.inference.batching import EngineSettings
 from flexolmo.inference.engine import Ended
+from flexolmo.model.assemble import erase_expert
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.spans import BLOCK
 from flexolmo.model.statistics import EvidenceSettings
@@ -160,3 +161,31 @@ def alone_of(mixtures, tokenizer, case, request):
     model = mixtures(case["router"], names, case["dtype"], case["is_masked"])
     with running(model, tokenizer, settings_of(model, WIDTHS[1], 200)) as engine:
         return hear(engine, request).all_but_cached
+
+
+def test_a_damaged_expert_ends_only_whoever_has_it_on(mixtures, tokenizer):
+    wild = mixtures.wild(torch.float32, False)
+    ids = wild.ids(1, 40, seed=1)[0].tolist()
+    model = wild.mixture(ROUTERS["evidence"], ["amber", "zinc"], None)
+    erase_expert(model, "zinc", {})
+    requests = [ask(ids, on) for on in [("amber",), ("amber", "zinc"), ()]]
+    with running(model, tokenizer) as engine:
+        heard = crowd(engine, requests, [0, 0, 0])
+    assert [h.ended.reason for h in heard] == ["max_new_tokens", "failed", "max_new_tokens"]
+    assert "damaged" in heard[1].ended.detail
+    case = {"router": "evidence", "dtype": torch.float32, "is_masked": False}
+    for request, h in [(requests[0], heard[0]), (requests[2], heard[2])]:
+        assert h.all_but_cached == alone_of(mixtures, tokenizer, case, request)
+
+
+def test_no_number_of_a_withdrawn_expert_stays_in_memory(mixtures, tokenizer):
+    wild = mixtures.wild(torch.float32, False)
+    with running(wild.mixture(ROUTERS["linear"], list(NAMES), 2), tokenizer) as engine:
+        stepper = engine._stepper
+        layer = stepper.model.mixtures()[0]
+        engine.withdraw(["zinc"], "revoked")
+        for name in ("zinc", "amber"):
+            expert = layer.expert(name)
+            held = [p for m in (expert, expert.down_proj) for p in vars(stepper.panels[m]).values()]
+            for numbers in (*held, *expert.parameters()):
+                assert bool(numbers.isnan().any()) == bool(numbers.isnan().all()) == (name == "zinc")

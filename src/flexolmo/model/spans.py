@@ -93,11 +93,9 @@ class Spans:
         for own, seen, mask in zip(q.split(self.lengths), self._seen, self._masks, strict=True):
             # of one token, heads that share keys stand as positions do: so these are read once
             own = own.view(1, G, H // G, -1) if mask is None else own.transpose(0, 2)  # [1,H,T,C]
+            seen_keys, seen_values = seen[2 * layer], seen[2 * layer + 1]
             y = F.scaled_dot_product_attention(
-                own,
-                *seen[2 * layer : 2 * layer + 2],
-                attn_mask=mask,
-                enable_gqa=mask is not None and H != G,
+                own, seen_keys, seen_values, attn_mask=mask, enable_gqa=own.shape[1] != G
             )
             found.append(y.reshape(1, -1) if mask is None else y[0].transpose(0, 1).flatten(1))
         return torch.cat(found)[:, None]
