@@ -220,7 +220,7 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     keep_memory()  # as our commands do; stock has it too
-    results = {}
+    results: dict[str, Any] = {}
     with progress("engine", len(asked.sizes) * len(asked.batches), "cases") as meter:
         for size in asked.sizes:
             results[size] = measure(

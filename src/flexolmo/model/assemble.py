@@ -149,7 +149,8 @@ def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
     """Overwrite all that `model` and `panels` hold of an expert. With it off no number changes;
     with it on none is a number any more."""
     tensors = chain(model.named_parameters(), model.named_buffers())
-    copies = ((path, panels[m].panels) for path, m in model.named_modules() if m in panels)
+    cut = ((path, panels[m]) for path, m in model.named_modules() if m in panels)
+    copies = ((path, numbers) for path, c in cut for numbers in (c.matrix, c.panels))
     for path, tensor in chain(tensors, copies):
         if slot(name) in path.split("."):
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)
