@@ -16,8 +16,7 @@ import os
 import shlex
 import sys
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +161,8 @@ def write_by_stock(stock: Any, implementation: str) -> Callable[[Tensor], list[l
     return write
 
 
-def measure(size: str, batches: Sequence[int], rounds: int, tell: Callable[[str], None]) -> Any:
-    """Records of one size, by batch."""
+def measure(size: str, batches: Sequence[int], rounds: int) -> Iterator[tuple[int, Any]]:
+    """Records of one size, with the batch of each."""
     linear = make_mixture(size, LINEAR, "ffn", top_k=2)
     evidence = make_mixture(size, EvidenceSettings(min_weight=0.0), "ffn", top_k=2)
     stock = load_stock(size, linear)
@@ -173,7 +172,7 @@ def measure(size: str, batches: Sequence[int], rounds: int, tell: Callable[[str]
         "default": open_engine(size, make_mixture(size, EvidenceSettings(), "all")),
     }
     reader = OwnReader(linear, make_anchor(size).tokenizer, has_panels=True)
-    owners, found = owner_names(), {}
+    owners = owner_names()
     for batch in batches:
         writers = Writers(size, batch)
         all_on = [owners] * batch
@@ -185,17 +184,18 @@ def measure(size: str, batches: Sequence[int], rounds: int, tell: Callable[[str]
         turns = Turns({name: writers.run(name, write) for name, write in runs.items()}, rounds)
         best = min(IMPLEMENTATIONS, key=turns.median)
         same = [writers.answers["linear"][i] == writers.answers[best][i] for i in range(batch)]
-        found[str(batch)] = turns.record(
-            vs_stock={n: turns.ratio(best, n) for n in (*engines, "loop")},
-            mixed_sets_cost=turns.ratio("mixed", "linear") - 1,
-            stock=best,
-            answers_equal=sum(same) / batch,
-            floor_ms=1000 * NEW_TOKENS * step_bytes(linear) / turns.bytes_per_second,
+        yield (
+            batch,
+            turns.record(
+                vs_stock={n: turns.ratio(best, n) for n in (*engines, "loop")},
+                mixed_sets_cost=turns.ratio("mixed", "linear") - 1,
+                stock=best,
+                answers_equal=sum(same) / batch,
+                floor_ms=1000 * NEW_TOKENS * step_bytes(linear) / turns.bytes_per_second,
+            ),
         )
-        tell(f"{size}, {batch}")
     for engine in engines.values():
         engine.close(0)
-    return found
 
 
 def step_bytes(model: MixtureModel) -> float:
@@ -208,7 +208,7 @@ def step_bytes(model: MixtureModel) -> float:
 
 
 def main() -> None:
-    """Measure, and put the results beside the other figures of serving."""
+    """Measure, and put each result beside the other figures of serving at once."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -220,27 +220,25 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     keep_memory()  # as our commands do; stock has it too
-    results: dict[str, Any] = {}
-    with progress("engine", len(asked.sizes) * len(asked.batches), "cases") as meter:
-        for size in asked.sizes:
-            results[size] = measure(
-                size, asked.batches, asked.rounds, lambda note: meter.advance(note=note)
-            )
-            gc.collect()
-    record = results | {
+    about = {
+        "command": shlex.join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
+        "commit": source_commit(),
+        "cpu_count": os.cpu_count(),
+        "software": software_versions(),
         "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": NEW_TOKENS,
-        "rounds": asked.rounds,
         "threads": 1,
-        "cpu_count": os.cpu_count(),
-        "load": os.getloadavg()[1],
-        "commit": source_commit(),
-        "command": shlex.join(["python", "benchmarks/engine.py", *sys.argv[1:]]),
-        "software": software_versions(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    held = read_json(asked.out, ValueError) if asked.out.exists() else {}
-    write_json(asked.out, held | {"throughput": rounded(record)})
+    with progress("engine", len(asked.sizes) * len(asked.batches), "cases") as meter:
+        for size in asked.sizes:
+            for batch, record in measure(size, asked.batches, asked.rounds):
+                record["load"] = os.getloadavg()[1]
+                held = read_json(asked.out, ValueError) if asked.out.exists() else {}
+                throughput = held.get("throughput", {})
+                sizes = {size: throughput.get(size, {}) | {str(batch): rounded(record)}}
+                write_json(asked.out, held | {"throughput": throughput | about | sizes})
+                meter.advance(note=f"{size}, {batch}")
+            gc.collect()
 
 
 if __name__ == "__main__":
