@@ -232,11 +232,11 @@ def main() -> None:
     with progress("engine", len(asked.sizes) * len(asked.batches), "cases") as meter:
         for size in asked.sizes:
             for batch, record in measure(size, asked.batches, asked.rounds):
-                record["load"] = os.getloadavg()[1]
+                record |= about | {"load": os.getloadavg()[1]}
                 held = read_json(asked.out, ValueError) if asked.out.exists() else {}
                 throughput = held.get("throughput", {})
                 sizes = {size: throughput.get(size, {}) | {str(batch): rounded(record)}}
-                write_json(asked.out, held | {"throughput": throughput | about | sizes})
+                write_json(asked.out, held | {"throughput": throughput | sizes})
                 meter.advance(note=f"{size}, {batch}")
             gc.collect()
 
