@@ -68,6 +68,29 @@ def train(
             "the discriminant router."
         ),
     ] = None,
+    dp_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            help="Train under differential privacy, with this epsilon for weights and router's "
+            "table together; the table gets a quarter, or what --set router.epsilon says.",
+            show_default="no privacy, or the recipe's",
+        ),
+    ] = None,
+    dp_delta: Annotated[
+        float | None,
+        typer.Option(
+            help="Chance with which epsilon may be exceeded; needs --dp-epsilon.",
+            show_default="1e-6",
+        ),
+    ] = None,
+    dp_unit: Annotated[
+        str | None,
+        typer.Option(
+            help="Text that is protected as one: document, sequence, or unit (all texts of one "
+            "value of data prepare --unit-field); needs --dp-epsilon.",
+            show_default="document",
+        ),
+    ] = None,
     plan: Annotated[
         bool,
         typer.Option(
@@ -100,6 +123,8 @@ def train(
     First see what it will take: add --plan
 
     With one sequence in ten public: add --public prepared/public --set replay=0.1
+
+    Differentially private: --dp-epsilon 8 --dp-delta 1e-6 --dp-unit document
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set
@@ -111,7 +136,19 @@ def train(
 
     if as_json and not plan:
         raise ConfigError("--json goes with --plan, which was not given.")
-    short = {"scope": scope, "rank": rank, "width": width}
+    if dp_epsilon is None and (dp_delta is not None or dp_unit is not None):
+        raise ConfigError("--dp-delta and --dp-unit go with --dp-epsilon, which was not given.")
+    short = {
+        "scope": scope,
+        "rank": rank,
+        "width": width,
+        "privacy.epsilon": dp_epsilon,
+        "privacy.delta": dp_delta,
+        "router.delta": dp_delta,
+        "privacy.unit": dp_unit,
+    }
+    if dp_epsilon is not None and not any(o.startswith("router.epsilon=") for o in overrides or ()):
+        short["router.epsilon"] = dp_epsilon / 4
     settings = read_recipe(
         recipe,
         ExpertRecipe,

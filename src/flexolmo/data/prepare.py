@@ -286,6 +286,7 @@ def prepare_set(
             "public": card_digest(read_card(public)) if public else None,
             "corpus_card": digest_bytes(canonical_json(corpus.card)),
             "reading": corpus.describe_reading(),
+            **({"unit_field": corpus.settings.unit_field} if by_unit else {}),
             "licences": sorted({source["licence"] for source in corpus.card["sources"]}),
             "weak_spots": corpus.card.get("weak_spots", []),
             "sources": _sources_kept(corpus.card, splits),

@@ -109,12 +109,13 @@ def find_sigma(epsilon: float, delta: float) -> float:
     return high * (1.0 + ROUNDING)
 
 
-def draw_normals(count: int) -> np.ndarray:
-    """Standard normal numbers [count] from the operating system's entropy.
+def draw_normals(count: int, read: Callable[[int], bytes] = os.urandom) -> np.ndarray:
+    """Standard normal numbers [count] from the operating system's entropy, or from bytes that
+    `read` gives.
 
     No seed gives them again, or who has it could take the noise off. Source: Box and Muller 1958.
     """
-    words = np.frombuffer(os.urandom(16 * count), dtype=np.uint64).reshape(2, count)
+    words = np.frombuffer(read(16 * count), dtype=np.uint64).reshape(2, count)
     uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53  # in (0, 1)
     return np.sqrt(-2.0 * np.log(uniform[0])) * np.cos(2.0 * np.pi * uniform[1])
 

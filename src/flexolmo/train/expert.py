@@ -25,6 +25,7 @@ from flexolmo.bundle.serials import take_serial
 from flexolmo.bundle.terms import Terms
 from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
+from flexolmo.data.units import unit_offsets
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import canonical_json, digest_bytes, read_json, save_tensors, write_json
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
@@ -52,8 +53,11 @@ from flexolmo.model.statistics import UNTOLD, EvidenceSettings, OwnerTable, coun
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
+from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.compress import prune_width
+from flexolmo.train.dp_sgd import PrivateSteps
 from flexolmo.train.loop import TOKEN_ROWS, Losses, TrainSettings, identity_of, in_parts, train
+from flexolmo.train.protect import in_units, protect, state_budget
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
@@ -106,6 +110,11 @@ class ExpertRecipe(Settings):
         EvidenceSettings(),
         description="Router that weighs the expert against public text; one for all of a mixture.",
     )
+    privacy: PrivacySettings | None = Field(
+        None,
+        description="Differential privacy of all that the bundle tells of the text; none: none. "
+        "train.batch_size is then the mean number of units that a step reads.",
+    )
 
     @property
     def is_alone(self) -> bool:
@@ -113,6 +122,14 @@ class ExpertRecipe(Settings):
         if self.beside_anchor is not None:
             return not self.beside_anchor
         return self.scope == "all" and isinstance(self.router, EvidenceSettings)
+
+    @property
+    def blocks(self) -> TrainSettings:
+        """Settings by which blocks run. None is compiled in private training, which reads texts of
+        many lengths."""
+        return (
+            self.train if self.privacy is None else self.train.model_copy(update={"compile": "off"})
+        )
 
     @model_validator(mode="after")
     def _parts_agree(self) -> "ExpertRecipe":
@@ -130,6 +147,35 @@ class ExpertRecipe(Settings):
             raise ValueError(
                 f"scope {self.scope} needs a router that decides once for all "
                 f'layers, which {self.router.kind} does not: set scope = "ffn"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _privacy_covers_all(self) -> "ExpertRecipe":
+        """Refuse what would be worked out from the text outside the budget."""
+        if self.privacy is None:
+            return self
+        if not isinstance(self.router, EvidenceSettings):
+            raise ValueError(
+                f"a router of kind {self.router.kind} begins with exact means of the text: private "
+                "training needs router.kind evidence"
+            )
+        share = self.router.epsilon
+        if share is None or share >= self.privacy.epsilon:
+            raise ValueError(
+                f"router.epsilon is {share}, and the table is part of what privacy.epsilon "
+                f"{self.privacy.epsilon:g} covers: give it less, such as "
+                f"router.epsilon={self.privacy.epsilon / 4:g}"
+            )
+        if self.width is not None:
+            raise ValueError("a width is cut by reading the text exactly: give a rank")
+        if self.replay:
+            raise ValueError("replay is not for private training: set replay=0")
+        if self.train.accumulate > 1:
+            raise ValueError("private training reads one unit at a time: set train.accumulate=1")
+        if self.train.compile == "on":
+            raise ValueError(
+                "private training reads texts of many lengths: leave train.compile out"
             )
         return self
 
@@ -192,7 +238,14 @@ def start_expert(
                 tensors[name] = base.detach().cpu().clone()
     if shape.d_ff != config.d_ff:
         tensors = prune_width(anchor, tensors, data, shape.d_ff)
-    return tensors | start_router(anchor, data, router, public, run_dir)
+    return tensors | start_router(anchor, data, router, public, run_dir, _offsets(data, recipe))
+
+
+def _offsets(data: TokenSet, recipe: ExpertRecipe) -> np.ndarray:
+    """Places of the texts that are protected as one, int64 [n + 1]: see `units.unit_offsets`."""
+    if recipe.privacy is None:
+        return data.splits["train"].source_offsets
+    return unit_offsets(data, recipe.privacy.unit, recipe.train.seq_len)
 
 
 def start_router(
@@ -201,10 +254,11 @@ def start_router(
     router: RouterSettings,
     public: TokenSet | None = None,
     run_dir: Path | None = None,
+    offsets: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Router tensors of an expert before training, from the anchor and the owner's text alone.
 
-    evidence: the table of that text, final; `run_dir` as in `start_table`. linear: in every layer
+    evidence: the table of that text, final; the rest as in `start_table`. linear: in every layer
     the same row, the mean hidden state over the text, and a bias of -0.13. discriminant: a row and
     offset per layer from the text's states and from those of `public`, the prepared public set,
     final. Source: §3.3.2 for linear; the others ours.
@@ -213,7 +267,7 @@ def start_router(
     config = anchor.config
     tensors: dict[str, Tensor] = {}
     if isinstance(router, EvidenceSettings):
-        return start_table(anchor, data, router, run_dir)
+        return start_table(anchor, data, router, run_dir, offsets)
     if isinstance(router, DiscriminantSettings):
         if public is None:
             raise ConfigError(
@@ -234,22 +288,29 @@ def start_router(
 
 
 def start_table(
-    anchor: Anchor, data: TokenSet, router: EvidenceSettings, run_dir: Path | None = None
+    anchor: Anchor,
+    data: TokenSet,
+    router: EvidenceSettings,
+    run_dir: Path | None = None,
+    offsets: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """Tensors of the table of the owner's text.
 
-    A noised table is drawn once for a run and kept in `run_dir`, for a second one of the same text
+    `offsets` [n + 1] are those of the texts that epsilon protects, by default source documents. A
+    noised table is drawn once for a run and kept in `run_dir`, for a second one of the same text
     would spend its epsilon again. Raises CheckpointError if the one there is of something else.
     """
     kept = None if run_dir is None or router.epsilon is None else Path(run_dir) / NOISED_TABLE
+    split = data.splits["train"]
+    offsets = split.source_offsets if offsets is None else offsets
+    count = len(offsets) - 1
     origin = {
         "anchor": anchor.digest,
         "data": data.digest,
         "router": router.model_dump(mode="json"),
+        "texts": count,
     }
     metadata = {"origin": digest_bytes(canonical_json(origin))}
-    split = data.splits["train"]
-    count = len(split.source_offsets) - 1
     if router.epsilon is not None and router.delta * count >= 1:
         raise ConfigError(
             f"router.delta {router.delta:g} allows that one of the {count:,} source documents of "
@@ -258,7 +319,7 @@ def start_table(
     if kept is not None and kept.exists():
         tensors = _read_kept(kept, metadata)
     else:
-        table = tabulate(split.tokens, split.source_offsets, anchor.public, router)
+        table = tabulate(split.tokens, offsets, anchor.public, router)
         tensors = table_tensors(table)
         if kept is not None:  # also one that is refused below: another draw would be counted
             save_tensors(kept, tensors, metadata, is_private=True)
@@ -322,7 +383,7 @@ def train_expert(
     """
     set_up(recipe.seed, num_threads)
     commitment = data.commitment  # refused before anything is trained
-    pair, parameters, loss_of_step = prepare_training(
+    pair, parameters, loss_of_step, private = prepare_training(
         anchor, data, name, recipe, public, start, run_dir
     )
     is_read = recipe.replay or isinstance(recipe.router, DiscriminantSettings)
@@ -330,7 +391,11 @@ def train_expert(
     digests = {data.name: data.digest, "anchor": anchor.digest, **replayed}
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, digests)
     identity = identity_of(recipe, data=data.digest, anchor=anchor.digest, name=name, **replayed)
-    record["is_compiled"] = arrange_blocks(pair, recipe.train, f"expert {name}")
+    label = f"expert {name}"
+    record["is_compiled"] = arrange_blocks(pair, recipe.blocks, label)
+    if recipe.privacy is not None and private is not None:
+        router = cast(EvidenceSettings, recipe.router)
+        record["budget"] = state_budget(private, recipe.privacy, recipe.train, router)
     identity |= {"is_compiled": True} if record["is_compiled"] else {}
     if start is not None:
         identity["start"] = digest_tensors(start.items())
@@ -338,7 +403,7 @@ def train_expert(
         table = {k: t for k, t in expert_tensors(pair, name).items() if k.startswith("router.")}
         identity["table"] = digest_tensors(table.items())
     result = train(
-        parameters, loss_of_step, recipe.train, run_dir, f"expert {name}", identity, record
+        parameters, loss_of_step, recipe.train, run_dir, label, identity, record, private
     )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
     return Expert(
@@ -360,8 +425,9 @@ def prepare_training(
     public: TokenSet | None,
     start: Mapping[str, Tensor] | None = None,
     run_dir: Path | None = None,
-) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Losses]]:
-    """The pair of anchor and new expert, the parameters that learn, and the loss of a step."""
+) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Losses], PrivateSteps | None]:
+    """The pair of anchor and new expert, the parameters that learn, the loss of a step, and how its
+    gradient is protected."""
     _refuse_bad_name(name)
     _refuse_other_tokenizers(anchor, data, public)
     anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
@@ -370,8 +436,9 @@ def prepare_training(
     parameters = trainable_parameters(pair, name)
     for p in parameters.values():
         p.requires_grad_(True)
-    if isinstance(recipe.router, EvidenceSettings):
-        hold_rows(parameters, find_open_rows(first, data, recipe.router))
+    router, privacy = recipe.router, recipe.privacy
+    if isinstance(router, EvidenceSettings) and privacy is None:
+        hold_rows(parameters, find_open_rows(first, data, router))
 
     pair.trains_alone = recipe.is_alone
 
@@ -384,7 +451,12 @@ def prepare_training(
         return loss
 
     pair.train()
-    return pair, parameters, in_parts(_batches(data, public, recipe), loss_of, recipe.train)
+    if privacy is None:
+        parts = in_parts(_batches(data, public, recipe), loss_of, recipe.train)
+        return pair, parameters, parts, None
+    private = protect(data, privacy, recipe.train, cast(EvidenceSettings, router))
+    units = in_units(data, privacy, recipe.train, private, recipe.seed, loss_of)
+    return pair, parameters, units, private
 
 
 def find_open_rows(
@@ -460,6 +532,15 @@ def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[
     return tensors
 
 
+def refuse_private(expert: Expert, what: str) -> None:
+    """Raise ConfigError if the budget of `expert` is spent, as `what` would read the text again."""
+    if "budget" in expert.record:
+        raise ConfigError(
+            f"Expert {expert.name} is private, and its budget is spent: {what} outside it. Choose "
+            "before training, such as a rank or router.epsilon, and train again."
+        )
+
+
 def reroute_expert(
     expert: Expert,
     anchor: Anchor,
@@ -471,8 +552,9 @@ def reroute_expert(
 
     Its owner alone can do this, with `data` and, for the discriminant router, `public`. What the
     expert learnt it learnt under the old one. With an epsilon every call draws another table, and
-    epsilons of tables that are given away add up.
+    epsilons of tables that are given away add up. Raises ConfigError for a private expert.
     """
+    refuse_private(expert, "another table of the text is")
     tensors = {n: t for n, t in expert.tensors.items() if "router." not in n}
     tensors |= start_router(anchor, data, router, public)
     if isinstance(router, EvidenceSettings):
@@ -616,7 +698,11 @@ def pack_expert(
         router_settings=expert.router.model_dump(mode="json"),
         recipe=copy.deepcopy(
             expert.record["config"]
-            | {k: expert.record[k] for k in ("compressed", "healed") if k in expert.record}
+            | {
+                k: expert.record[k]
+                for k in ("compressed", "healed", "budget")
+                if k in expert.record
+            }
         ),
         tokens_seen=expert.record["tokens"],
         data_card_digest=expert.data_card_digest,

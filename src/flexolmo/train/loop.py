@@ -21,6 +21,7 @@ from flexolmo.config import Settings
 from flexolmo.errors import CheckpointError
 from flexolmo.files import canonical_json, digest_bytes, parse_json, save_tensors, write_json
 from flexolmo.progress import progress
+from flexolmo.train.dp_sgd import PrivateSteps
 from flexolmo.train.muon import Muon
 
 Losses = Tensor | Iterable[Tensor]  # of a step: one, or several that add up to it
@@ -173,10 +174,12 @@ def train(
     label: str,
     identity: Mapping[str, Any],
     record: Mapping[str, Any],
+    private: PrivateSteps | None = None,
 ) -> TrainResult:
     """Minimise `loss_of_step(step)` over `parameters`, in place.
 
     Where it gives several losses, each is computed when the one before has given its gradient.
+    With `private`, each is one unit's and is protected.
 
     With a `run_dir` the state is written there every `checkpoint_every_seconds`, and a later call
     with the same `identity` (config, seed, data: anything that decides the numbers) resumes from
@@ -196,13 +199,15 @@ def train(
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
         if not result.losses_nats:
             write_json(run_dir / "run.json", dict(record), is_private=True)
+    if private is not None and len(result.losses_nats) < settings.steps:
+        private.open(run_dir, identity_digest, bool(result.losses_nats))
     tokens_a_step = settings.batch_size * settings.seq_len
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
     before = result.seconds
     with progress(label, settings.tokens, "tok", first * tokens_a_step) as meter:
         for step in range(first, settings.steps):
-            nats, norm = compute_gradients(parameters, loss_of_step, step, settings)
+            nats, norm = compute_gradients(parameters, loss_of_step, step, settings, private)
             if not math.isfinite(nats + norm):
                 cause = "Lower the learning rate."
                 if step == 0:
@@ -231,6 +236,8 @@ def train(
             {"loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens},
             is_private=True,
         )
+    if private is not None:
+        private.close(run_dir)
     return result
 
 
@@ -239,8 +246,13 @@ def compute_gradients(
     loss_of_step: Callable[[int], Losses],
     step: int,
     settings: TrainSettings,
+    private: PrivateSteps | None = None,
 ) -> tuple[float, float]:
-    """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped."""
+    """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped.
+
+    With `private`, the gradient is the noised one, and the loss a mean over the units that were
+    read, which may be none.
+    """
     device = next(iter(parameters.values())).device.type
     is_half = settings.precision == "bfloat16"
 
@@ -250,16 +262,23 @@ def compute_gradients(
     with in_precision():
         given = loss_of_step(step)
         parts = iter([given] if isinstance(given, Tensor) else given)
-        part = next(parts)
-    total = torch.zeros_like(part.detach())
+        part = next(parts, None)
+    total = next(iter(parameters.values())).new_zeros((), dtype=torch.float32)
+    count = 0
     while part is not None:
         part.backward()
+        if private is not None:
+            private.add(parameters)
         total += part.detach()
+        count += 1
         with in_precision():
             part = next(parts, None)
+    if private is not None:
+        private.finish(parameters, step)
+        total /= max(count, 1)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
-    nats, size = torch.stack([total.float(), norm.float()]).tolist()  # one wait for a GPU
+    nats, size = torch.stack([total, norm.float()]).tolist()  # one wait for a GPU
     if size > settings.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters.values(), settings.grad_clip, norm)
     return nats, size

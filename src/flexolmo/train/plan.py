@@ -44,8 +44,8 @@ def plan_training(
     """
     set_up(recipe.seed, num_threads)
     started = time.monotonic()
-    pair, parameters, loss_of_step = prepare_training(anchor, data, name, recipe, public)
-    arrange_blocks(pair, recipe.train, name)
+    pair, parameters, loss_of_step, private = prepare_training(anchor, data, name, recipe, public)
+    arrange_blocks(pair, recipe.blocks, name)
     preparation = time.monotonic() - started
     begun: list[float] = []
 
@@ -54,7 +54,7 @@ def plan_training(
         return loss_of_step(step)
 
     few = recipe.train.model_copy(update={"steps": TIMED_STEPS + 1, "warmup_steps": 0})
-    train(parameters, timed_loss, few, None, f"plan of {name}", {}, {})
+    train(parameters, timed_loss, few, None, f"plan of {name}", {}, {}, private)
     begun.append(time.monotonic())
     steps = [end - start for start, end in pairwise(begun[1:])]
     median = statistics.median(steps)

@@ -17,7 +17,15 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.train.compress import Curvature, compress_rank, measure_curvature, prune_width
-from flexolmo.train.expert import Expert, ExpertRecipe, Scope, hide_rows, moved_rows, train_expert
+from flexolmo.train.expert import (
+    Expert,
+    ExpertRecipe,
+    Scope,
+    hide_rows,
+    moved_rows,
+    refuse_private,
+    train_expert,
+)
 from flexolmo.train.loop import TrainSettings
 
 HEALING = TrainSettings(steps=40, optimizer="adamw", learning_rate=4e-4, warmup_steps=4)
@@ -39,9 +47,12 @@ def compress_expert(
     `train.compress.truncate`), measured here or given as `curvature`. `delta_rank` cuts attention,
     embedding and head too, all alike or by name (see `compress_rank`). The new expert's record says
     under "compressed" what it was made of and how. Raises ConfigError for another anchor's expert,
-    or a size that this expert cannot have.
+    a size that this expert cannot have, or a private one with `data` or
+    `curvature`.
     """
     _refuse_other_anchor(anchor, expert)
+    if data is not None or curvature is not None:
+        refuse_private(expert, "choosing what to cut by the text is")
     if data is not None:
         data.check_tokenizer(anchor.tokenizer.digest, "the anchor")
     if (rank is None) == (width is None):
@@ -114,8 +125,9 @@ def heal_expert(
     Reads the batches that its training read first, again, at a low rate. With
     `has_half_deltas` its low-rank deltas are kept in bfloat16 afterwards. With `run_dir`, resumes
     a run that was cut off there. Raises ConfigError for another anchor or another set than it was
-    trained on, or if it has no low-rank delta to keep.
+    trained on, for a private expert, or if it has no low-rank delta to keep.
     """
+    refuse_private(expert, "healing is")
     _refuse_other_anchor(anchor, expert)
     if data.commitment != expert.data_card_digest:
         raise ConfigError(

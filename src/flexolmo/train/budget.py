@@ -1,0 +1,112 @@
+"""The privacy budget of one expert: its settings, and the noise with which training keeps to it.
+
+Two things that leave the house are worked out from an owner's text: the router's table, a sum with
+Gaussian noise (`model.private_statistics`), and the weights, by steps that each read a Poisson
+sample of units and add Gaussian noise (`train.dp_sgd`). Their privacy losses are composed
+numerically, so the two together keep to one epsilon. Knows no text, and no torch of its own.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from pydantic import Field
+from scipy.optimize import brentq
+
+from flexolmo.config import Settings
+from flexolmo.data.units import Unit
+from flexolmo.errors import ConfigError
+
+LEAST_NOISE = 0.3  # in clipping norms, that a step ever has
+LARGEST_NOISE = 1e3
+SLACK = 1e-3  # relative, by which the noise that is found may be above the least that is enough
+
+
+class PrivacySettings(Settings):
+    """Differential privacy of an expert: whether any one unit of text is there changes the chance
+    of any bundle by a factor of e^epsilon at most, but for a chance of delta."""
+
+    epsilon: float = Field(
+        gt=0,
+        le=50,
+        description="Epsilon of all that is worked out from the text, together: the weights, and "
+        "the router's table, which has router.epsilon of it.",
+    )
+    delta: float = Field(
+        1e-6,
+        ge=1e-10,
+        le=1e-3,
+        description="Chance with which that factor may be exceeded: well below one over the number "
+        "of units.",
+    )
+    unit: Unit = Field(
+        "document",
+        description="Text that is protected as one: document (a source document), unit (all texts "
+        "of one value of data prepare --unit-field), or sequence (train.seq_len tokens).",
+    )
+    clip_norm: float = Field(
+        0.1, gt=0, description="Largest norm of the gradient that one unit gives to a step."
+    )
+    windows: int = Field(
+        1, ge=1, description="Windows of train.seq_len tokens of a unit that a step reads at most."
+    )
+
+
+@lru_cache(maxsize=64)
+def spent_epsilon(
+    delta: float, noise: float, rate: float, steps: int, table_noise: float | None
+) -> float:
+    """Upper bound on the epsilon of a table and `steps` of training, for adding or removing a unit.
+
+    Args:
+        noise: deviation of a step's noise, in clipping norms.
+        rate: chance of a unit to be in a step.
+        table_noise: deviation of the table's, in documents' lengths; None: no table.
+    Source: Gopi et al. 2021 (arXiv 2106.02848), as Opacus computes it.
+    """
+    accountant = _accountant()
+    table = [] if table_noise is None else [(table_noise, 1.0, 1)]
+    accountant.history = [*table, (noise, rate, steps)]
+    with np.errstate(divide="ignore"):  # the logarithm of 1 - rate
+        return float(accountant.get_epsilon(delta))
+
+
+def find_noise(
+    settings: PrivacySettings, rate: float, steps: int, table_noise: float | None
+) -> float:
+    """Least noise, in clipping norms, with which `steps` of training keep to the budget; arguments
+    as for `spent_epsilon`.
+
+    Raises:
+        ConfigError: the table's noise leaves nothing to train with.
+    """
+
+    def overspent(noise: float) -> float:
+        return spent_epsilon(settings.delta, noise, rate, steps, table_noise) - settings.epsilon
+
+    high = 1.0
+    while overspent(high) > 0:
+        high *= 2.0
+        if high > LARGEST_NOISE:
+            raise ConfigError(
+                f"privacy.epsilon {settings.epsilon:g} leaves nothing to train with: lower "
+                "router.epsilon, the table's part of it, or train.steps, or give more units."
+            )
+    low = high / 2.0
+    while overspent(low) <= 0:
+        low /= 2.0
+        if low < LEAST_NOISE:
+            return LEAST_NOISE
+    found: float = brentq(overspent, low, high, rtol=SLACK)
+    while overspent(found) > 0:
+        found *= 1.0 + SLACK
+    return found
+
+
+def _accountant():  # type: ignore[no-untyped-def]
+    try:
+        from opacus.accountants import PRVAccountant
+    except ImportError:
+        raise ConfigError(
+            "Private training needs Opacus, which is not installed: pip install flexolmo[private]."
+        ) from None
+    return PRVAccountant()
