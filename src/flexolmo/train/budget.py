@@ -6,6 +6,7 @@ sample of units and add Gaussian noise (`train.dp_sgd`). Their privacy losses ar
 numerically, so the two together keep to one epsilon. Knows no text, and no torch of its own.
 """
 
+import warnings
 from functools import lru_cache
 
 import numpy as np
@@ -46,6 +47,13 @@ class PrivacySettings(Settings):
     clip_norm: float = Field(
         0.1, gt=0, description="Largest norm of the gradient that one unit gives to a step."
     )
+    row_share: float = Field(
+        1e-4,
+        ge=0,
+        lt=1,
+        description="Share of the text that a token must make up, by the noised table, for its "
+        "rows of embedding and head to learn: the others would learn noise alone.",
+    )
     windows: int = Field(
         1, ge=1, description="Windows of train.seq_len tokens of a unit that a step reads at most."
     )
@@ -66,7 +74,8 @@ def spent_epsilon(
     accountant = _accountant()
     table = [] if table_noise is None else [(table_noise, 1.0, 1)]
     accountant.history = [*table, (noise, rate, steps)]
-    with np.errstate(divide="ignore"):  # the logarithm of 1 - rate
+    with np.errstate(divide="ignore"), warnings.catch_warnings():  # the logarithm of 1 - rate
+        warnings.simplefilter("ignore")  # how wide a domain is looked at, which is wide enough
         return float(accountant.get_epsilon(delta))
 
 

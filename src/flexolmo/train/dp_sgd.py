@@ -44,6 +44,7 @@ class PrivateSteps:
         self.rate = rate
         self.noise = noise
         self.clip_norm = clip_norm
+        self.closed: dict[str, Tensor] = {}  # rows, int64, of a parameter that stay as they are
         self._key = b""
         self._sums: dict[str, Tensor] = {}
 
@@ -77,6 +78,7 @@ class PrivateSteps:
         """Take one unit's gradient out of `parameters`, clipped, into the step's sum."""
         found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         grads = list(found.values())
+        self._close(found)
         norm = nn.utils.get_total_norm(grads)
         factor = (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
         if not self._sums:
@@ -96,6 +98,7 @@ class PrivateSteps:
             if self._sums:
                 total += self._sums[name]
             p.grad = total / (self.rate * self.num_units)
+        self._close({n: p.grad for n, p in parameters.items() if p.grad is not None})
         self._sums = {}
 
     def close(self, run_dir: Path | None) -> None:
@@ -103,6 +106,11 @@ class PrivateSteps:
         self._key = b""
         if run_dir is not None:
             (Path(run_dir) / KEY_FILE).unlink(missing_ok=True)
+
+    def _close(self, grads: Mapping[str, Tensor]) -> None:
+        """Clear the rows that do not learn, of a unit's gradients or the noised ones."""
+        for name in self.closed.keys() & grads.keys():
+            grads[name].index_fill_(0, self.closed[name], 0.0)
 
     def _stream(self, step: int, use: str) -> Callable[[int], bytes]:
         """Random bytes for one use in one step, as many as are asked for."""

@@ -455,6 +455,9 @@ def prepare_training(
         parts = in_parts(_batches(data, public, recipe), loss_of, recipe.train)
         return pair, parameters, parts, None
     private = protect(data, privacy, recipe.train, cast(EvidenceSettings, router))
+    is_open = find_frequent_rows(first, anchor, cast(EvidenceSettings, router), privacy.row_share)
+    closed = (~is_open).nonzero()[:, 0].to(pair.device)
+    private.closed = {key: closed for key in parameters.keys() & set(TOKEN_ROWS)}
     units = in_units(data, privacy, recipe.train, private, recipe.seed, loss_of)
     return pair, parameters, units, private
 
@@ -471,6 +474,15 @@ def find_open_rows(
     split = data.splits["train"]
     holders = count_tokens(split.tokens, split.source_offsets, len(levels), 1)
     return (levels != UNTOLD) & torch.from_numpy(holders >= router.min_documents)
+
+
+def find_frequent_rows(
+    tensors: Mapping[str, Tensor], anchor: Anchor, router: EvidenceSettings, share: float
+) -> Tensor:
+    """Tokens, bool [V], that make up at least `share` of the text by what its table tells, which is
+    all that is asked: where the table is noised, so is the answer."""
+    levels = router.level_nats * tensors[TOKEN_LEVELS].float()
+    return (torch.from_numpy(anchor.public.unigram) + levels).softmax(0) >= share
 
 
 def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:

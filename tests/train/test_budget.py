@@ -1,0 +1,73 @@
+"""The privacy budget: what is spent, by another accountant too, and noise that keeps to it."""
+
+import sys
+
+import dp_accounting
+import pytest
+from dp_accounting import pld
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexolmo.errors import ConfigError
+from flexolmo.model.private_statistics import find_sigma
+from flexolmo.train.budget import LEAST_NOISE, SLACK, PrivacySettings, find_noise, spent_epsilon
+
+DELTA = 1e-6
+
+
+def accounted(noise, rate, steps, table_noise, delta=DELTA):
+    """Epsilon by composing privacy loss distributions, an upper bound: the oracle."""
+    found = pld.PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    if table_noise is not None:
+        found.compose(dp_accounting.GaussianDpEvent(table_noise))
+    step = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+    found.compose(step, steps)
+    return found.get_epsilon(delta)
+
+
+CASES = [
+    (0.8, 0.1, 20, 2.23),
+    (1.1, 0.3, 12, 2.23),
+    (2.5, 1.0, 8, 2.23),
+    (0.7, 0.01, 300, None),
+    (4.0, 0.5, 60, 8.0),
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_spent_is_what_another_accountant_says(case):
+    """Ours is an upper bound, by a hundredth above."""
+    oracle = accounted(*case)
+    assert oracle - 1e-3 <= spent_epsilon(DELTA, *case) <= oracle + 0.02
+
+
+def test_a_table_alone_costs_what_its_own_noise_says():
+    """A step that hardly reads anybody spends nothing."""
+    for epsilon in (1.0, 2.0, 4.0):
+        spent = spent_epsilon(DELTA, 50.0, 1e-4, 1, find_sigma(epsilon, DELTA))
+        assert epsilon - 1e-3 <= spent <= epsilon + 0.02
+
+
+@given(
+    st.floats(0.5, 20), st.floats(0.01, 1.0), st.integers(1, 80), st.floats(0.1, 0.6), st.booleans()
+)
+@settings(max_examples=3)
+def test_noise_keeps_to_the_budget_and_is_hardly_more_than_that(
+    epsilon, rate, steps, share, has_table
+):
+    table = find_sigma(share * epsilon, DELTA) if has_table else None
+    noise = find_noise(PrivacySettings(epsilon=epsilon), rate, steps, table)
+    assert accounted(noise, rate, steps, table) <= epsilon
+    less = noise * (1 - 3 * SLACK)
+    assert noise == LEAST_NOISE or spent_epsilon(DELTA, less, rate, steps, table) > epsilon
+
+
+def test_a_table_that_takes_all_is_refused():
+    with pytest.raises(ConfigError, match="leaves nothing to train with: lower"):
+        find_noise(PrivacySettings(epsilon=2.0), 0.1, 10, find_sigma(2.0, DELTA))
+
+
+def test_without_opacus_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "opacus.accountants", None)
+    with pytest.raises(ConfigError, match=r"pip install flexolmo\[private\]"):
+        spent_epsilon(DELTA, 1.2345, 0.1, 3, None)

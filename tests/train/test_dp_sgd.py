@@ -1,0 +1,327 @@
+"""Private steps: gradients held against one at a time and against Opacus; sampling; noise; keys."""
+
+import shutil
+import stat
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, kstest
+from torch import nn
+
+from flexolmo.data.units import read_unit, unit_offsets
+from flexolmo.errors import CheckpointError
+from flexolmo.model.loss import language_model_loss
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.train import loop
+from flexolmo.train.budget import PrivacySettings
+from flexolmo.train.dp_sgd import KEY_FILE, ROUNDING, PrivateSteps
+from flexolmo.train.expert import ExpertRecipe, prepare_training
+from flexolmo.train.loop import CHECKPOINT, TrainSettings, compute_gradients, train
+
+SETTINGS = TrainSettings(
+    steps=5,
+    batch_size=6,
+    seq_len=16,
+    warmup_steps=1,
+    optimizer="adamw",
+    grad_clip=1e9,
+    checkpoint_every_seconds=1e-9,
+)
+
+
+def recipe_of(**changes):
+    privacy = {"epsilon": 8.0, "clip_norm": 0.5} | changes.pop("privacy", {})
+    return ExpertRecipe(
+        privacy=PrivacySettings(**privacy),
+        router=EvidenceSettings(epsilon=4.0, level_nats=0.1),
+        train=SETTINGS,
+        **changes,
+    )
+
+
+def prepared(anchor, data, **changes):
+    """As `prepare_training`, without noise; every fifth unit is read."""
+    pair, parameters, losses, private = prepare_training(
+        anchor, data, "maths", recipe_of(**changes), None
+    )
+    private.noise = 0.0
+    private.open(None, "identity", False)
+    private.choose = lambda step: np.arange(0, private.num_units, 5)
+    return SimpleNamespace(pair=pair, parameters=parameters, losses=losses, private=private)
+
+
+def texts_of(data, private, step, unit="document", windows=1):
+    """Windows of every unit that the step reads."""
+    offsets = unit_offsets(data, unit, SETTINGS.seq_len)
+    tokens = data.splits["train"].tokens
+    return [
+        torch.from_numpy(
+            read_unit(
+                tokens[offsets[u] : offsets[u + 1]],
+                data.eos_id,
+                SETTINGS.seq_len,
+                windows,
+                (0, step, int(u)),
+            )
+        )
+        for u in private.choose(step)
+    ]
+
+
+def norm_of(grads):
+    return torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt().item()
+
+
+# --- gradients ----------------------------------------------------------------------------------
+
+KINDS = {
+    "whole": {},
+    "low rank": {"rank": 3, "attention_rank": 2, "embedding_rank": 4, "head_rank": 5},
+    "ffn alone": {"scope": "ffn"},
+    "ffn and head, low rank": {"scope": "ffn+head", "rank": 3, "head_rank": 2},
+    "beside the anchor": {"beside_anchor": True},
+    "sequences": {"privacy": {"unit": "sequence"}},
+    "several windows": {"privacy": {"windows": 3}},
+    "clipped for half": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_steps_gradient_is_the_sum_of_clipped_gradients_found_one_by_one(
+    pico_anchor, pico_sets, kind
+):
+    data = pico_sets["maths"]
+    made = prepared(pico_anchor, data, **KINDS[kind], seed=0)
+    asked = recipe_of(**KINDS[kind]).privacy
+    if "lora_b" in "".join(made.parameters):  # from zero, half of the factors have no gradient
+        with torch.no_grad():
+            for p in made.parameters.values():
+                p.add_(0.05 * torch.randn_like(p))
+    texts = texts_of(data, made.private, 0, asked.unit, asked.windows)
+    assert len(texts) > 1
+    names = list(made.parameters)
+    found = []
+    for ids in texts:
+        grads = torch.autograd.grad(
+            language_model_loss(made.pair, ids), list(made.parameters.values())
+        )
+        grads = dict(zip(names, grads, strict=True))
+        for n, rows in made.private.closed.items():
+            grads[n] = grads[n].index_fill(0, rows, 0.0)
+        found.append(grads)
+    if kind == "clipped for half":
+        norms = [norm_of(grads) for grads in found]
+        made.private.clip_norm = float(np.median(norms))
+        assert min(norms) < made.private.clip_norm < max(norms)
+    expected = {n: torch.zeros_like(p) for n, p in made.parameters.items()}
+    for grads in found:
+        factor = min(1.0, made.private.clip_norm * (1 - ROUNDING) / norm_of(grads))
+        for n, g in grads.items():
+            expected[n] += factor * g
+    nats, _ = compute_gradients(made.parameters, made.losses, 0, SETTINGS, made.private)
+    assert nats > 0
+    for n, p in made.parameters.items():
+        torch.testing.assert_close(
+            p.grad * SETTINGS.batch_size,
+            expected[n],
+            rtol=1e-4,
+            atol=1e-5 * made.private.clip_norm,
+        )
+
+
+def test_gradients_are_those_of_opacus_on_the_stock_model(pico_anchor, pico_anchor_dir, pico_sets):
+    """An expert alone, with all rows open, begins as the anchor, which transformers can load."""
+    from opacus.grad_sample import GradSampleModule
+    from transformers import Olmo2ForCausalLM
+
+    data = pico_sets["maths"]
+    made = prepared(pico_anchor, data, privacy={"row_share": 0.0})
+    assert not any(len(rows) for rows in made.private.closed.values())
+    lengths = np.diff(unit_offsets(data, "document", SETTINGS.seq_len))
+    long = np.flatnonzero(lengths >= SETTINGS.seq_len)[:6]
+    made.private.choose = lambda step: long
+    ids = torch.cat(texts_of(data, made.private, 0))  # [B,T+1]
+    assert ids.shape == (6, SETTINGS.seq_len + 1)
+
+    stock = Olmo2ForCausalLM.from_pretrained(pico_anchor_dir, attn_implementation="eager").float()
+    stock.train()
+    for p in stock.parameters():
+        p.requires_grad_(p.dim() == 2)
+    positions = torch.arange(SETTINGS.seq_len)[None].expand(len(ids), -1)  # [B,T]
+    model = GradSampleModule(stock, strict=False, loss_reduction="sum")
+    logits = model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")  # [B,T]
+    losses.mean(1).sum().backward()
+    samples = {n: p.grad_sample for n, p in stock.named_parameters() if p.requires_grad}
+    norms = torch.stack([g.flatten(1).square().sum(1) for g in samples.values()]).sum(0).sqrt()
+    factors = (made.private.clip_norm / norms).clamp(max=1.0)  # [B]
+    compute_gradients(made.parameters, made.losses, 0, SETTINGS, made.private)
+    for name, p in made.parameters.items():
+        part = name.removesuffix(".weight")
+        full = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}.get(part)
+        if full is None:
+            _, layer, matrix = part.split(".")
+            room = "mlp" if matrix in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            full = f"model.layers.{layer}.{room}.{matrix}"
+        found = torch.einsum("b,b...->...", factors, samples[f"{full}.weight"])
+        torch.testing.assert_close(
+            p.grad * SETTINGS.batch_size,
+            found,
+            rtol=1e-3,
+            atol=1e-5,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+def make_toy(clip_norm=0.5, noise=0.0, rate=0.5, num_units=40):
+    parameters = {
+        "embed": nn.Parameter(torch.ones(5, 4)),
+        "layers.0.up": nn.Parameter(torch.ones(6, 4)),
+    }
+    private = PrivateSteps(num_units, rate, noise, clip_norm)
+
+    def losses(step):
+        for unit in private.choose(step).tolist():
+            g = torch.Generator().manual_seed(unit)
+            x = torch.randn(3, 5, generator=g) @ parameters["embed"]
+            yield (x @ parameters["layers.0.up"].T).square().mean() * 10.0 ** (unit % 7 - 3)
+
+    return parameters, losses, private
+
+
+def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm():
+    """With and without each unit, however steep its loss."""
+    parameters, losses, private = make_toy()
+    private.open(None, "identity", False)
+    everybody = private.choose(0)
+
+    def sum_without(left_out):
+        private.choose = lambda step: everybody[everybody != left_out]
+        compute_gradients(parameters, losses, 0, SETTINGS, private)
+        total = torch.cat([p.grad.flatten() for p in parameters.values()]).double()
+        for p in parameters.values():
+            p.grad = None
+        return total * private.rate * private.num_units
+
+    whole = sum_without(-1)
+    moves = [(whole - sum_without(unit)).norm().item() for unit in everybody]
+    assert max(moves) <= private.clip_norm
+    assert max(moves) > 0.99 * private.clip_norm > min(moves)
+
+
+# --- noise and sampling -------------------------------------------------------------------------
+
+
+def test_noise_is_normal_of_the_deviation_that_was_asked_for():
+    """Also where nobody is read, and of another draw in each step. False alarm: 1 in 10^6."""
+    parameters = {"embed": nn.Parameter(torch.zeros(300, 200))}
+    private = PrivateSteps(50, 0.1, 3.0, 0.5)
+    private.open(None, "identity", False)
+    drawn = []
+    for step in range(2):
+        private.finish(parameters, step)
+        drawn.append(parameters["embed"].grad.flatten().double() * 0.1 * 50 / (3.0 * 0.5))
+    assert kstest(torch.cat(drawn).numpy(), "norm").pvalue > 1e-6
+    assert abs(torch.corrcoef(torch.stack(drawn))[0, 1]) < 0.03
+
+
+def test_rows_that_do_not_learn_get_neither_gradient_nor_noise():
+    parameters, losses, private = make_toy(noise=1.0)
+    private.closed = {"embed": torch.tensor([1, 4])}
+    private.open(None, "identity", False)
+    compute_gradients(parameters, losses, 0, SETTINGS, private)
+    assert parameters["embed"].grad.any(1).tolist() == [True, False, True, True, False]
+    assert parameters["layers.0.up"].grad.all()
+
+
+def test_each_unit_is_read_with_its_chance_and_apart_from_the_others():
+    """False alarms: 1 in 10^6 each."""
+    private = PrivateSteps(400, 0.2, 1.0, 1.0)
+    private.open(None, "identity", False)
+    read = np.zeros((300, 400), dtype=int)
+    for step in range(300):
+        read[step, private.choose(step)] = 1
+    assert binomtest(int(read.sum()), read.size, 0.2).pvalue > 1e-6
+    sizes = read.sum(1)
+    assert 30 < sizes.var() < 110  # 64 if units are apart, 0 if the number is fixed
+    both = (read[:, :-1] & read[:, 1:]).sum()
+    assert binomtest(int(both), read[:, 1:].size, 0.04).pvalue > 1e-6
+
+
+def test_no_seed_gives_noise_or_sample_again():
+    found = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        private = PrivateSteps(1000, 0.5, 1.0, 1.0)
+        private.open(None, "identity", False)
+        found.append(private.choose(0).tolist())
+    assert found[0] != found[1]
+
+
+# --- runs that are killed -----------------------------------------------------------------------
+
+
+def run_toy(run_dir, identity=None, stop=None, steps=5):
+    parameters, losses, private = make_toy(noise=1.0)
+
+    def until(step):
+        if step == stop:
+            raise KeyboardInterrupt
+        return losses(step)
+
+    settings = SETTINGS.model_copy(update={"steps": steps})
+    train(parameters, until, settings, run_dir, "toy", identity or {"seed": 0}, {}, private)
+    return {n: p.detach() for n, p in parameters.items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_a_killed_run_takes_the_steps_again_that_were_lost(tmp_path, monkeypatch):
+    """Noise given twice is the same noise, so it tells no more than once."""
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path / "a", stop=0)
+    assert stat.S_IMODE((tmp_path / "a" / KEY_FILE).stat().st_mode) == 0o600
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    whole = run_toy(tmp_path / "b")
+    for stop in (1, 3):
+        with monkeypatch.context() as patch:
+            if stop == 3:  # killed after two steps that no checkpoint holds
+                patch.setattr(loop, "_save", lambda *args: None)
+            with pytest.raises(KeyboardInterrupt):
+                run_toy(tmp_path / "a", stop=stop)
+    assert same(run_toy(tmp_path / "a"), whole)
+    assert not same(run_toy(tmp_path / "c"), whole)
+
+
+def test_the_key_goes_when_the_run_ends_and_the_run_stays_as_it_is(tmp_path):
+    whole = run_toy(tmp_path)
+    assert not (tmp_path / KEY_FILE).exists()
+    assert same(run_toy(tmp_path), whole)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run_toy(tmp_path, identity={"seed": 0, "steps": 9}, steps=9)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 31])
+def test_a_run_that_lost_its_key_does_not_go_on(tmp_path, content):
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path, stop=2)
+    (tmp_path / KEY_FILE).unlink()
+    if content is not None:
+        (tmp_path / KEY_FILE).write_bytes(content)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        run_toy(tmp_path)
+
+
+def test_one_key_gives_another_run_other_noise(tmp_path):
+    """Or what the two give away together would show the gradients."""
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path, stop=2)
+    (tmp_path / CHECKPOINT).unlink()
+    shutil.copytree(tmp_path, tmp_path / "other")
+    first = run_toy(tmp_path, steps=1)
+    assert not same(first, run_toy(tmp_path / "other", identity={"seed": 1}, steps=1))
