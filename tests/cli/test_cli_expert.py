@@ -550,3 +550,18 @@ def test_what_cannot_be_compressed_is_refused_in_a_sentence(
         assert code == 2 and "Traceback" not in err, err
         assert all(str(part) in err for part in parts), err
         assert not out.exists()
+
+
+def test_private_training_is_asked_for_in_three_options(train):
+    """The table gets a quarter of epsilon, or what is said."""
+    code, err, out = train("--dp-epsilon", 12, "--dp-delta", 1e-5, "--dp-unit", "sequence")
+    assert code == 0, err
+    config = load_expert(out).record["config"]
+    assert (config["privacy"]["epsilon"], config["privacy"]["delta"]) == (12, 1e-5)
+    assert config["privacy"]["unit"] == "sequence"
+    assert (config["router"]["epsilon"], config["router"]["delta"]) == (3, 1e-5)
+    code, err, out = train("--dp-epsilon", 12, "--set", "router.epsilon=6", name="other")
+    assert code == 0, err
+    assert load_expert(out).record["config"]["router"]["epsilon"] == 6
+    code, err, _ = train("--dp-unit", "sequence", name="third")
+    assert code == 2 and "go with --dp-epsilon" in err

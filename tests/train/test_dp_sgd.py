@@ -124,10 +124,7 @@ def test_a_steps_gradient_is_the_sum_of_clipped_gradients_found_one_by_one(
     assert nats > 0
     for n, p in made.parameters.items():
         torch.testing.assert_close(
-            p.grad * SETTINGS.batch_size,
-            expected[n],
-            rtol=1e-4,
-            atol=1e-5 * made.private.clip_norm,
+            p.grad * SETTINGS.batch_size, expected[n], rtol=1e-4, atol=1e-5 * made.private.clip_norm
         )
 
 

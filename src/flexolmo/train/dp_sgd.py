@@ -74,6 +74,7 @@ class PrivateSteps:
         drawn = np.frombuffer(self._stream(step, "units")(8 * self.num_units), dtype=np.uint64)
         return np.flatnonzero((drawn >> np.uint64(11)) * 2.0**-53 < self.rate)
 
+    @torch.no_grad()
     def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take one unit's gradient out of `parameters`, clipped, into the step's sum."""
         found = {n: p.grad for n, p in parameters.items() if p.grad is not None}
@@ -88,13 +89,15 @@ class PrivateSteps:
         for p in parameters.values():
             p.grad = None
 
+    @torch.no_grad()
     def finish(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
         """Leave the step's gradient in `parameters`: the noised sum over the mean number of units,
         whoever was read."""
         read = self._stream(step, "noise")
         for name, p in parameters.items():
-            drawn = torch.from_numpy(draw_normals(p.numel(), read)).view(p.shape).to(p)
-            total = drawn.mul_(self.noise * self.clip_norm)
+            drawn = torch.from_numpy(draw_normals(p.numel(), read)).view(p.shape)
+            # laid out as `p` is, which fused optimizers take for granted
+            total = torch.empty_like(p).copy_(drawn).mul_(self.noise * self.clip_norm)
             if self._sums:
                 total += self._sums[name]
             p.grad = total / (self.rate * self.num_units)
