@@ -233,6 +233,15 @@ def test_rows_that_do_not_learn_get_neither_gradient_nor_noise():
     assert parameters["layers.0.up"].grad.all()
 
 
+def test_a_gradient_lies_in_memory_as_its_parameter_does():
+    """Fused optimizers go through both in the order of memory."""
+    weight = nn.Parameter(torch.zeros(3, 5).T)
+    private = PrivateSteps(10, 0.5, 1.0, 1.0)
+    private.open(None, "identity", False)
+    private.finish({"layers.0.up": weight}, 0)
+    assert weight.grad.stride() == weight.stride() == (1, 5)
+
+
 def test_each_unit_is_read_with_its_chance_and_apart_from_the_others():
     """False alarms: 1 in 10^6 each."""
     private = PrivateSteps(400, 0.2, 1.0, 1.0)
