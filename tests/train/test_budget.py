@@ -62,6 +62,13 @@ def test_noise_keeps_to_the_budget_and_is_hardly_more_than_that(
     assert noise == LEAST_NOISE or spent_epsilon(DELTA, less, rate, steps, table) > epsilon
 
 
+@pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0, 12.0])
+def test_noise_is_never_a_little_too_small(epsilon):
+    table = find_sigma(epsilon / 4, DELTA)
+    noise = find_noise(PrivacySettings(epsilon=epsilon), 0.15, 25, table)
+    assert spent_epsilon(DELTA, noise, 0.15, 25, table) <= epsilon
+
+
 def test_a_table_that_takes_all_is_refused():
     with pytest.raises(ConfigError, match="leaves nothing to train with: lower"):
         find_noise(PrivacySettings(epsilon=2.0), 0.1, 10, find_sigma(2.0, DELTA))

@@ -32,7 +32,7 @@ SETTINGS = TrainSettings(
 
 
 def recipe_of(**changes):
-    privacy = {"epsilon": 8.0, "clip_norm": 0.5} | changes.pop("privacy", {})
+    privacy = {"epsilon": 8.0, "clip_norm": 0.5, "row_share": 0.002} | changes.pop("privacy", {})
     return ExpertRecipe(
         privacy=PrivacySettings(**privacy),
         router=EvidenceSettings(epsilon=4.0, level_nats=0.1),
@@ -101,6 +101,7 @@ def test_a_steps_gradient_is_the_sum_of_clipped_gradients_found_one_by_one(
                 p.add_(0.05 * torch.randn_like(p))
     texts = texts_of(data, made.private, 0, asked.unit, asked.windows)
     assert len(texts) > 1
+    assert all(0 < len(rows) < 300 for rows in made.private.closed.values())
     names = list(made.parameters)
     found = []
     for ids in texts:
@@ -186,6 +187,15 @@ def make_toy(clip_norm=0.5, noise=0.0, rate=0.5, num_units=40):
             yield (x @ parameters["layers.0.up"].T).square().mean() * 10.0 ** (unit % 7 - 3)
 
     return parameters, losses, private
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_units_read():
+    parameters, losses, private = make_toy()
+    private.open(None, "identity", False)
+    expected = torch.stack(list(losses(0))).mean().item()
+    assert compute_gradients(parameters, losses, 0, SETTINGS, private)[0] == pytest.approx(expected)
+    private.choose = lambda step: np.zeros(0, np.int64)
+    assert compute_gradients(parameters, losses, 1, SETTINGS, private)[0] == 0
 
 
 def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm():
