@@ -10,6 +10,7 @@ from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
+from flexolmo.model.assemble import anchor_matrix
 from flexolmo.model.private_statistics import find_sigma
 from flexolmo.model.shape import TOKEN_LEVELS
 from flexolmo.model.statistics import EvidenceSettings
@@ -19,6 +20,7 @@ from flexolmo.train.expert import (
     find_frequent_rows,
     moved_rows,
     pack_expert,
+    prepare_training,
     reroute_expert,
     save_expert,
     train_expert,
@@ -125,20 +127,20 @@ def test_rows_learn_that_the_noised_table_says_are_frequent(pico_anchor, pico_se
     is_open = find_frequent_rows(expert.tensors, pico_anchor, recipe.router, 0.002)
     assert 0 < is_open.sum() < len(is_open)
     assert torch.equal(moved_rows(pico_anchor, expert.tensors), is_open)
-    other = train_expert(
-        pico_anchor, pico_sets["news"], "maths", recipe, start=start_of(pico_anchor, expert)
-    )
-    assert torch.equal(moved_rows(pico_anchor, other.tensors), is_open)
-
-
-def start_of(anchor, expert):
-    """First values of an expert with the table of `expert`: the anchor's elsewhere."""
-    from flexolmo.model.assemble import anchor_matrix
-
-    return {
-        n: t if n.startswith("router.") else anchor_matrix(anchor, n.removesuffix(".weight"))
+    start = {
+        n: t if n.startswith("router.") else anchor_matrix(pico_anchor, n.removesuffix(".weight"))
         for n, t in expert.tensors.items()
     }
+    other = prepare_training(pico_anchor, pico_sets["news"], "maths", recipe, None, start)[3]
+    for rows in other.closed.values():
+        assert torch.equal(rows, (~is_open).nonzero()[:, 0])
+
+
+def test_first_values_from_elsewhere_are_refused(pico_anchor, pico_sets, expert):
+    with pytest.raises(ConfigError, match="starts from the anchor"):
+        train_expert(
+            pico_anchor, pico_sets["maths"], "maths", recipe_of(), start=dict(expert.tensors)
+        )
 
 
 def test_nothing_more_is_read_of_a_private_experts_text(pico_anchor, pico_sets, expert):

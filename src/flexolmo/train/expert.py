@@ -378,9 +378,15 @@ def train_expert(
     """Train one expert on the owner's text, beside the anchor or alone.
 
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
-    replay and for the discriminant router. `start` are first values in place of `start_expert`'s.
+    replay and for the discriminant router. `start` are first values in place of `start_expert`'s;
+    a private expert has none.
     Source: §3.3.1.
     """
+    if recipe.privacy is not None and start is not None:
+        raise ConfigError(
+            "Private training starts from the anchor: first values that were given may tell of the "
+            "text outside its budget."
+        )
     set_up(recipe.seed, num_threads)
     commitment = data.commitment  # refused before anything is trained
     pair, parameters, loss_of_step, private = prepare_training(
