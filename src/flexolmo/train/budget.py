@@ -8,6 +8,7 @@ numerically, so the two together keep to one epsilon. Knows no text, and no torc
 
 import warnings
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -111,7 +112,7 @@ def find_noise(
     return found
 
 
-def _accountant():  # type: ignore[no-untyped-def]
+def _accountant() -> Any:
     try:
         from opacus.accountants import PRVAccountant
     except ImportError:
