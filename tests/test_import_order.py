@@ -53,6 +53,7 @@ ORDER = [
     ["merge.compare"],  # also as a server computes
     ["merge.certificate"],
     ["merge.prove"],
+    ["trace."],
     ["serving."],
     ["evaluation."],
     ["audit."],
@@ -191,7 +192,7 @@ def test_nothing_is_ever_unpickled(name):
 
 def test_bundles_data_and_policy_come_without_torch():
     """Asked of Python itself, so that nothing they import brings it along either."""
-    names = [n for n in FILES if n.split(".")[0] in ("bundle", "data")]
+    names = [n for n in FILES if n.split(".")[0] in ("bundle", "data", "trace")]
     names += [n for n in FILES if n.split(".")[0] == "serving"]
     names += ["inference.policy", "inference.sampling", "inference.engine"]
     code = (

@@ -91,8 +91,9 @@ ROOMS = [
     [("merge", "mixture on disk, stock export", "public")],
     [
         ("inference", "policy, decoding, engine", "public"),
-        ("serving", "who may use what, with proof; no torch", "public"),
+        ("trace", "where an output may come from", "private"),
     ],
+    [("serving", "who may use what, with proof; no torch", "public")],
     [
         ("evaluation", "bits per byte, scorer", "public"),
         ("audit", "attacks on an expert", "private"),

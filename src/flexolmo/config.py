@@ -4,6 +4,7 @@ Knows no setting by name; each room declares its own as a pydantic model that fo
 """
 
 import difflib
+import ipaddress
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,14 @@ class Settings(BaseModel):
     """Settings that are frozen once read, and take no unknown key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine reaches `host`."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def read_recipe(path: Path | None, schema: type[Schema], overrides: Sequence[str] = ()) -> Schema:

@@ -45,6 +45,7 @@ def test_there_is_one_verb_for_each_stage():
         "generate",
         "policy",
         "serve",
+        "trace",
         "audit",
         "eval",
         "demo",

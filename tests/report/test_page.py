@@ -14,6 +14,7 @@ from flexolmo.report.page import (
     Cell,
     Fold,
     Items,
+    Marked,
     Picture,
     Sample,
     Table,
@@ -37,6 +38,7 @@ EVERY_BLOCK = [
     Fold("More", Table("Letters", ["a"], [[Cell("d", italic=True)], [Cell("e", mono=True)]])),
     Fold("Recipe", Text('{"a": 1}', "pre")),
     Text("A person's **own** words.", "md"),
+    Marked([("plain ", ""), ("found", "1, 2"), (" end", "")]),
 ]
 
 
@@ -105,6 +107,7 @@ def test_every_block_is_in_both_forms() -> None:
         assert reader.of("img") == [""] and "Figure1isempty." in reader.of("p", "figcaption")
         assert reader.of("summary") == ["More", "Recipe"]
         assert reader.of("pre")[:3] == ["deff():...", "defg():...", '{"a":1}']
+        assert {"found", "found1,2"} & set(reader.of("mark", "strong"))
         assert any("words." in x for x in reader.of("p", "pre"))
 
 

@@ -158,9 +158,11 @@ def test_every_kind_can_be_written(log):
         "revoked": {"experts": ["amber"], "why": "revoked by Ann"},
         "reloaded": loaded,
         "stopped": {"why": "SIGTERM"},
+        "traced": {n: decision()["model_digest"] for n in ("client", "index", "question")}
+        | {"number": 1, "level": "yes", "questions": 2, "found": True},
     }
     assert fields.keys() == FIELDS.keys()
-    assert [log.append(kind, f) for kind, f in fields.items()] == list(range(6))
+    assert [log.append(kind, f) for kind, f in fields.items()] == list(range(7))
 
 
 def test_long_reasons_are_cut_and_too_long_an_entry_is_refused(log, tmp_path):

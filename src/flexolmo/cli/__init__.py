@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexolmo.cli import anchor, audit, data, eval, expert, mix, policy, run, serve
+from flexolmo.cli import anchor, audit, data, eval, expert, mix, policy, run, serve, trace
 from flexolmo.cli.doctor import doctor
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, ProofError, SourceUnavailable
@@ -37,6 +37,7 @@ app.add_typer(eval.app, name="eval")
 app.add_typer(audit.app, name="audit")
 app.add_typer(policy.app, name="policy")
 app.add_typer(serve.app, name="serve")
+app.add_typer(trace.app, name="trace")
 app.command()(run.generate)
 app.command()(run.demo)
 app.command()(study)

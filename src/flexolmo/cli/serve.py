@@ -1,9 +1,10 @@
 """`flexolmo serve`: a mixture behind identity, policy and audit; and its API keys."""
 
 import datetime
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.data.tokenizer import Tokenizer
     from flexolmo.serving.chat import ChatTemplate
+    from flexolmo.serving.tracing import Tracer
+    from flexolmo.trace.index import Index
+    from flexolmo.trace.questions import Level
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
@@ -58,6 +62,20 @@ def serve(
     report_shares: Annotated[
         bool, typer.Option("--report-shares", help="Tell clients each source's share of an answer.")
     ] = False,
+    trace: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=INDEX",
+            help="Index of an expert's training text, a directory or a URL; may be repeated.",
+        ),
+    ] = None,
+    trace_level: Annotated[
+        Literal["yes", "count", "document", "text"],
+        typer.Option(help="Told of a span in an index on this machine: see flexolmo trace serve."),
+    ] = "document",
+    trace_key: Annotated[
+        Path | None, typer.Option(help="Your private key, which signs questions to a URL.")
+    ] = None,
     memory_bytes: Annotated[
         int, typer.Option(help="Memory for keys and values of texts under way.")
     ] = 1 << 30,
@@ -99,7 +117,7 @@ def serve(
         raise ConfigError(
             "Give --auth FILE, which says who is let in, or --no-auth for this machine alone."
         )
-    _require_packages()
+    require_packages()
     from flexolmo.config import parse_settings
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.serving.audit_log import AuditLog
@@ -172,11 +190,34 @@ def serve(
         identity=identity,
         limits=limits,
         tells_shares=report_shares,
+        tracer=open_tracer(trace, trace_level, trace_key) if trace else None,
     )
     run_server(gateway, Upkeep(gateway, sources, seen), server, is_open_to_all=auth is None)
 
 
-def _require_packages() -> None:
+def open_tracer(sources: Sequence[str], level: "Level", key: Path | None) -> "Tracer":
+    """The tracer of sources given as NAME=INDEX or NAME=URL; ConfigError for any other word."""
+    from flexolmo.bundle.signing import read_private_key
+    from flexolmo.serving.tracing import Tracer
+    from flexolmo.trace.index import open_index
+    from flexolmo.trace.remote import RemoteIndex
+
+    opened: dict[str, Index | RemoteIndex] = {}
+    for source in sources:
+        name, is_named, place = source.partition("=")
+        if not (name and is_named and place) or name in opened:
+            raise ConfigError(f"--trace {source!r}: expected NAME=INDEX or NAME=URL, a name once.")
+        if "://" not in place:
+            opened[name] = open_index(Path(place))
+        elif key is None:
+            raise ConfigError(f"--trace {source} is served: give --trace-key too.")
+        else:
+            opened[name] = RemoteIndex(name, place, read_private_key(key))
+    return Tracer(opened, level)
+
+
+def require_packages() -> None:
+    """ConfigError if a package that serving needs is missing."""
     packages = {"fastapi": "fastapi", "uvicorn": "uvicorn", "jwt": "PyJWT", "cedarpy": "cedarpy"}
     missing = [package for module, package in packages.items() if find_spec(module) is None]
     if missing:

@@ -145,6 +145,16 @@ class Tokenizer:
                 )
         return found
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """`encode` of `text`, and the characters of `text`, first and end, that each id is for.
+
+        Several ids may be for one character, if they are its bytes.
+        """
+        ids = self.encode(text)
+        encoding = self._encoder.encode(text, add_special_tokens=False)
+        assert encoding.ids == ids
+        return ids, encoding.offsets
+
     def find_changed(self, texts: Sequence[str], batch: Sequence[np.ndarray]) -> dict[int, str]:
         """Texts that their ids in `batch` do not give back, by number, as they are read back."""
         if self._is_faithful:  # then so is every text, being words one after another

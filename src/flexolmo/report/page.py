@@ -128,6 +128,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """A text in pieces one after another, with a mark on those that have a note."""
+
+    pieces: Sequence[tuple[str, str]]  # text, note or nothing
+
+
+@dataclass(frozen=True)
 class Fold:
     """A part that is shown when asked for."""
 
@@ -135,7 +142,7 @@ class Fold:
     inside: Text | Table
 
 
-Block = Text | Items | Table | Picture | Sample | Fold
+Block = Text | Items | Table | Picture | Sample | Marked | Fold
 
 
 def save_page(blocks: Iterable[Block], *paths: Path) -> Path:

@@ -35,6 +35,7 @@ class Receipt:
     model_digest: str
     sources: Mapping[str, ExpertFacts]  # the enabled experts
     refused: Mapping[str, Sequence[str]]  # experts that were asked for, and why they are off
+    traced: frozenset[str] | None = None  # enabled experts to trace the answer in; None: no wish
 
     @property
     def attributions(self) -> dict[str, str]:

@@ -24,9 +24,9 @@ from flexolmo.serving import replies
 from flexolmo.serving.answer import Answer
 from flexolmo.serving.composer import Composer
 from flexolmo.serving.console import Trail, add_console
-from flexolmo.serving.door import Door, error_body, error_response, internal_error
+from flexolmo.serving.door import Door, error_body, error_response, internal_error, receive
 from flexolmo.serving.forms import ChatForm, CompletionForm, Decode, Form
-from flexolmo.serving.gateway import Gateway, Limits
+from flexolmo.serving.gateway import Gateway
 from flexolmo.serving.refusal import Refusal
 from flexolmo.serving.replies import AnswerReply
 from flexolmo.serving.requests import Body, BodyKind, ChatBody, CompletionBody, read_body
@@ -205,7 +205,7 @@ async def _answer(
 ) -> Response:
     """The response to a request for texts: identity, body, decision, answer."""
     principal = gateway.identity.identify(request.headers.get("authorization"))
-    data = await _receive(request, gateway.limits)
+    data = await receive(request, gateway.limits.max_body_bytes, gateway.limits.stall_seconds)
     body = read_body(data, kind)
     _refuse_other_model(gateway, body.model)
     ask = body.ask()
@@ -216,6 +216,7 @@ async def _answer(
         model=gateway.name,
         echoes=ask.echoes,
         tells_shares=gateway.tells_shares,
+        trace=functools.partial(gateway.trace, answer),
     )
     receipt = answer.receipt
     headers = {
@@ -232,25 +233,6 @@ async def _answer(
     finally:
         answer.leave()
     return Response(reply.encode(), headers=headers, media_type="application/json")
-
-
-async def _receive(request: Request, limits: Limits) -> bytes:
-    """The body of `request`; Refusal (408, 413, 415) if it is too slow, too large or not JSON."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        # A web page may send any other type to this machine without asking first.
-        raise Refusal(415, "unsupported_media_type", "Content-Type: application/json is expected.")
-    data = bytearray()
-    try:
-        async with asyncio.timeout(limits.stall_seconds):
-            async for piece in request.stream():
-                data += piece
-                if len(data) > limits.max_body_bytes:
-                    raise Refusal(
-                        413, "body_too_large", f"A body has at most {limits.max_body_bytes} bytes."
-                    )
-    except TimeoutError:
-        raise Refusal(408, "body_too_slow", "The body did not come in time.") from None
-    return bytes(data)
 
 
 async def _while_there(request: Request, work: Coroutine[Any, Any, Result]) -> Result:

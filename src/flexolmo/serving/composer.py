@@ -4,7 +4,7 @@ What is told about an answer as a whole comes last, once its end is in the audit
 """
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from flexolmo.inference.engine import Ended, EngineRequest, PromptRead, Scored, TokenWritten
@@ -66,14 +66,28 @@ class _Text:
         return Part(self._number, text, tokens if has_scores else None)
 
 
+Trace = Callable[[Sequence[str]], Awaitable[list[replies.TraceReply] | None]]
+
+
 class Composer:
     """Replies to one request, in the `form` that it came in."""
 
-    def __init__(self, answer: Answer, form: Form, *, model: str, echoes: bool, tells_shares: bool):
+    def __init__(
+        self,
+        answer: Answer,
+        form: Form,
+        *,
+        model: str,
+        echoes: bool,
+        tells_shares: bool,
+        trace: Trace | None = None,
+    ):
         self._answer = answer
         self._form = form
         self._echoes = echoes
         self._tells_shares = tells_shares
+        self._trace = trace
+        self._written = [""] * len(answer.requests)  # every text, as far as it was sent
         self._texts = [
             _Text(number, request, answer.tokenizer.decode, answer.num_start)
             for number, request in enumerate(answer.requests)
@@ -89,9 +103,8 @@ class Composer:
         found: dict[int, list[Part]] = {text: [] for text in range(len(self._texts))}
         async for part in self._parts():
             found[part.number].append(part)
-        return self._form.reply(
-            [_join(parts) for parts in found.values()], self._head | self._end()
-        )
+        end = await self._end()
+        return self._form.reply([_join(parts) for parts in found.values()], self._head | end)
 
     async def chunks(self, includes_usage: bool) -> AsyncIterator[AnswerReply]:
         """The parts of a stream; Refusal as in `whole`, after all that was written until then."""
@@ -105,14 +118,21 @@ class Composer:
             held = [part] if part.finish else []
             if not held:
                 yield self._form.chunk([part], self._head)
+        end = await self._end()
         if includes_usage:
             yield self._form.chunk(held, self._head)
-            yield self._form.chunk([], self._head | self._end())
+            yield self._form.chunk([], self._head | end)
         else:
-            yield self._form.chunk(held, self._head | {"flexolmo": self._end()["flexolmo"]})
+            yield self._form.chunk(held, self._head | {"flexolmo": end["flexolmo"]})
 
     async def _parts(self) -> AsyncIterator[Part]:
-        """Parts of all texts as they come; an interruption is told once its end is logged too."""
+        """Parts of all texts as they come, remembered for the trace."""
+        async for part in self._parts_as_they_come():
+            self._written[part.number] += part.text
+            yield part
+
+    async def _parts_as_they_come(self) -> AsyncIterator[Part]:
+        """Parts of all texts; an interruption is told once its end is logged too."""
         if self._echoes and not self._answer.requests[0].scores_prompt:
             for text in self._texts:
                 yield text.echo(())
@@ -135,8 +155,9 @@ class Composer:
         if interruption is not None:
             raise _explain(interruption)
 
-    def _end(self) -> dict[str, Reply]:
+    async def _end(self) -> dict[str, Reply]:
         """Fields that tell of the answer as a whole."""
+        traces = None if self._trace is None else await self._trace(self._written)
         usage, receipt = self._answer.usage(), self._answer.receipt
         return {
             "usage": replies.UsageReply(
@@ -153,6 +174,7 @@ class Composer:
                 refused={name: list(reasons) for name, reasons in receipt.refused.items()},
                 attributions=receipt.attributions,
                 shares=dict(usage.shares) if self._tells_shares else None,
+                traces=traces,
             ),
         }
 

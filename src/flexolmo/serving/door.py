@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Collection
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -70,6 +70,23 @@ def internal_error(error: BaseException) -> Refusal:
     prompt."""
     _log.error("internal error", exc_info=error)
     return Refusal(500, "internal_error", "An error of the server; its log says which.")
+
+
+async def receive(request: Request, max_bytes: int, stall_seconds: float) -> bytes:
+    """The body of `request`; Refusal (408, 413, 415) if it is too slow, too large or not JSON."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        # A web page may send any other type to this machine without asking first.
+        raise Refusal(415, "unsupported_media_type", "Content-Type: application/json is expected.")
+    data = bytearray()
+    try:
+        async with asyncio.timeout(stall_seconds):
+            async for piece in request.stream():
+                data += piece
+                if len(data) > max_bytes:
+                    raise Refusal(413, "body_too_large", f"A body has at most {max_bytes} bytes.")
+    except TimeoutError:
+        raise Refusal(408, "body_too_slow", "The body did not come in time.") from None
+    return bytes(data)
 
 
 class Door:

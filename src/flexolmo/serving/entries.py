@@ -23,7 +23,7 @@ from flexolmo.bundle.tensors import Digest
 from flexolmo.errors import AuditError
 from flexolmo.files import canonical_json
 
-Kind = Literal["started", "decision", "finished", "revoked", "reloaded", "stopped"]
+Kind = Literal["started", "decision", "finished", "revoked", "reloaded", "stopped", "traced"]
 MAX_ENTRY_BYTES = 1 << 20
 NOTHING_BEFORE = "sha256:" + "0" * 64  # `previous` of entry 0
 
@@ -109,6 +109,18 @@ class Stopped(Claim):
     why: Reason
 
 
+class Traced(Claim):
+    """Fields of `traced`: a question to an index of training text, before its answer leaves."""
+
+    client: Digest  # key id of whoever asked
+    index: Digest
+    question: Digest  # of the signed bytes; the signature is random, so no guess can be tried
+    number: Count  # of the question, which only rises
+    level: Name  # of what is told of a span that occurs
+    questions: Count  # spans that were answered for
+    found: bool  # the last of them occurs
+
+
 FIELDS: Mapping[Kind, type[Claim]] = {
     "started": Loaded,
     "decision": Decision,
@@ -116,6 +128,7 @@ FIELDS: Mapping[Kind, type[Claim]] = {
     "revoked": Revoked,
     "reloaded": Loaded,
     "stopped": Stopped,
+    "traced": Traced,
 }
 
 

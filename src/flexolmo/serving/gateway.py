@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -28,11 +28,14 @@ from flexolmo.serving.answer import Answer, Receipt
 from flexolmo.serving.entries import Kind
 from flexolmo.serving.identity import Identity
 from flexolmo.serving.metrics import Metrics
-from flexolmo.serving.policy import Decision, Policies, Principal, Wish
+from flexolmo.serving.policy import Action, Decision, Policies, Principal, Wish
 from flexolmo.serving.prompts import TextModel, prepare
 from flexolmo.serving.refusal import Refusal
+from flexolmo.serving.replies import TraceReply
 from flexolmo.serving.requests import MAX_TEXTS, Ask
+from flexolmo.serving.tracing import Tracer
 
+_TRACE_SECONDS = 10.0
 _NUM_THREADS = 32  # that wait for the log's disk, or turn prompts into tokens
 _log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class Gateway:
         identity: Identity,
         limits: Limits,
         tells_shares: bool = False,
+        tracer: Tracer | None = None,
     ):
         self.name = name  # of the model, as requests give it
         self.engine = engine
@@ -104,6 +108,7 @@ class Gateway:
         self.identity = identity
         self.limits = limits
         self.tells_shares = tells_shares
+        self.tracer = tracer
         self.started = int(time.time())
         self.metrics = Metrics(engine.stats)
         self.can_audit = True  # the log's last entry could be written
@@ -172,6 +177,8 @@ class Gateway:
         facts, texts, limits = self.engine.facts, self.texts, self.limits
         if texts.digest != facts.digest:
             raise _changing()
+        if ask.traces and self.tracer is None:
+            raise Refusal(400, "no_tracing", "This server traces nothing.", field="trace")
         prepared = await self._in_thread(
             prepare, ask, facts, texts, limits.max_texts, limits.max_prompt_tokens
         )
@@ -180,6 +187,13 @@ class Gateway:
         except PolicyError as e:
             raise Refusal(400, "unknown_expert", str(e), field="experts") from None
         enabled = decision.enabled
+        traced: frozenset[str] | None = None
+        if ask.traces and self.tracer is not None:
+            wish = Wish(only=tuple(sorted(enabled & self.tracer.sources.keys())))
+            permitted = await self._in_thread(
+                self.decide, facts, principal, ask.purposes, wish, "trace"
+            )
+            traced = permitted.enabled
         asked = {name: v for name, v in decision.verdicts.items() if v.is_asked}
         refused = {n: list(v.reasons) for n, v in asked.items() if not v.is_enabled}
         identifier = secrets.token_hex(16)
@@ -197,14 +211,19 @@ class Gateway:
         }
         number = await self.append("decision", fields)
         sources = {name: facts.experts[name] for name in sorted(enabled)}
-        receipt = Receipt(identifier, number, facts.digest, sources, refused)
+        receipt = Receipt(identifier, number, facts.digest, sources, refused, traced)
         deadline = time.monotonic() + limits.max_seconds
         requests = [replace(r, enabled=enabled, deadline=deadline) for r in prepared]
         num_start = len(facts.start_ids)
         return Answer(receipt, requests, texts.tokenizer, num_start, limits.max_unsent)
 
     def decide(
-        self, facts: ModelFacts, principal: Principal, purposes: frozenset[PurposeName], wish: Wish
+        self,
+        facts: ModelFacts,
+        principal: Principal,
+        purposes: frozenset[PurposeName],
+        wish: Wish,
+        action: Action = "activate",
     ) -> Decision:
         """The decision that a request to the model of `facts` gets now; `Policies.decide`'s errors.
 
@@ -213,7 +232,7 @@ class Gateway:
         experts = self.experts(facts)
         reasons = {name: barred.why for name, barred in self.barred(facts).items()}
         now = datetime.datetime.now(datetime.UTC)
-        return self.policies.decide(principal, purposes, wish, experts, now, reasons)
+        return self.policies.decide(principal, purposes, wish, experts, now, reasons, action)
 
     def barred(self, facts: ModelFacts) -> dict[str, Barred]:
         """Experts of the model of `facts` that nobody may use now: those that were not loaded, and
@@ -246,6 +265,23 @@ class Gateway:
         self._texts_of[principal.subject] += texts
         if not self._texts_of[principal.subject]:
             del self._texts_of[principal.subject]
+
+    async def trace(self, answer: Answer, texts: Sequence[str]) -> list[TraceReply] | None:
+        """Spans of each text in the sources that may be traced; None if nobody asked for them.
+
+        What has not come after _TRACE_SECONDS is left out.
+        """
+        names = answer.receipt.traced
+        if names is None or self.tracer is None:
+            return None
+        work = asyncio.get_running_loop().run_in_executor(
+            self.tracer.threads, self.tracer.trace, texts, names, answer.tokenizer
+        )
+        try:
+            return await asyncio.wait_for(work, _TRACE_SECONDS)
+        except TimeoutError:
+            late = {name: "It did not answer in time." for name in names}
+            return [TraceReply(spans=[], untraced=late) for _ in texts]
 
     # --- what changes while serving ---
 
@@ -306,6 +342,8 @@ class Gateway:
             await self.append("stopped", {"why": "the server was told to stop"})
             await self._in_thread(self.audit.close)
         self._threads.shutdown()
+        if self.tracer is not None:
+            self.tracer.threads.shutdown(wait=False, cancel_futures=True)
 
     def describe(self) -> dict[str, JsonValue]:
         """Fields of an entry that says what is served."""

@@ -19,9 +19,11 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 class Metrics:
     """The figures of one server."""
 
-    def __init__(self, stats: Callable[[], EngineStats]):
+    def __init__(self, stats: Callable[[], EngineStats] | None = None):
+        """Begin at zero; `stats` are those of the engine, if there is one."""
         self.registry = CollectorRegistry()
-        self.registry.register(_EngineFigures(stats))
+        if stats is not None:
+            self.registry.register(_EngineFigures(stats))
         self.responses = self._counter(
             "flexolmo_http_responses", "HTTP responses begun.", ["route", "status"]
         )

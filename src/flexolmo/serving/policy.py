@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cedarpy
 
@@ -21,6 +21,7 @@ from flexolmo.errors import PolicyError
 from flexolmo.inference.policy import choose_experts
 from flexolmo.serving.rules import SCHEMA, read_rules
 
+Action = Literal["activate", "trace"]
 MAX_NAMES = 500  # groups and roles of one person
 MAX_NAME_CHARACTERS = 256
 
@@ -103,6 +104,7 @@ class Policies:
         experts: Mapping[str, ExpertFacts],
         now: datetime.datetime,
         barred: Mapping[str, str] | None = None,
+        action: Action = "activate",
     ) -> Decision:
         """The decision on one request at `now`, which has a time zone.
 
@@ -130,7 +132,7 @@ class Policies:
             elif barred and name in barred:
                 verdict = Verdict(name, True, False, (barred[name],))
             else:
-                verdict = self._judge(name, experts[name], principal, purposes, now, around)
+                verdict = self._judge(name, experts[name], principal, purposes, now, around, action)
             verdicts[name] = verdict
         enabled = frozenset(name for name, verdict in verdicts.items() if verdict.is_enabled)
         return Decision(enabled, verdicts, self.digest, now)
@@ -143,6 +145,7 @@ class Policies:
         purposes: frozenset[PurposeName],
         now: datetime.datetime,
         around: cedarpy.Entities,
+        action: Action,
     ) -> Verdict:
         """Yes or no to an expert that is asked for; whatever fails on the way is a no."""
         permits = ["the owner's terms allow it"]
@@ -151,7 +154,7 @@ class Policies:
             refusals += facts.terms.refusals(purposes, principal.groups, now.date())
             entities = around.with_added_json_str(json.dumps([_expert(name, facts)]), SCHEMA)
             for purpose in sorted(purposes) or ["any"]:
-                request = _request(principal.subject, name, purpose, now)
+                request = _request(principal.subject, action, name, purpose, now)
                 answer = cedarpy.is_authorized(request, self._parsed, entities, SCHEMA)
                 is_permitted, reasons = self._explain(answer)
                 found = permits if is_permitted else refusals
@@ -228,11 +231,13 @@ def _expert(name: str, facts: ExpertFacts) -> dict[str, Any]:
     }
 
 
-def _request(subject: str, expert: str, purpose: str, now: datetime.datetime) -> dict[str, Any]:
+def _request(
+    subject: str, action: Action, expert: str, purpose: str, now: datetime.datetime
+) -> dict[str, Any]:
     time = now.replace(tzinfo=None).isoformat(timespec="milliseconds") + "Z"
     return {
         "principal": _reference("User", subject),
-        "action": _reference("Action", "activate"),
+        "action": _reference("Action", action),
         "resource": _reference("Expert", expert),
         "context": {"purpose": _reference("Purpose", purpose), "time": _moment(time)},
     }

@@ -33,6 +33,39 @@ class UsageReply(Reply):
     prompt_tokens_details: PromptDetails
 
 
+class PlaceReply(Reply):
+    """One place of training text, with the text around it."""
+
+    document: str
+    position: int
+    before: str
+    text: str
+    after: str
+
+
+class SpanReply(Reply):
+    """Characters [first, last) of a text, which occur in a source's training text.
+
+    What the source does not tell is null or empty.
+    """
+
+    source: str
+    first: int
+    last: int
+    tokens: int
+    bits: float | None
+    count: int | None
+    documents: list[str]
+    places: list[PlaceReply]
+
+
+class TraceReply(Reply):
+    """Spans of one text, the least likely first; and sources that gave none, with the reason."""
+
+    spans: list[SpanReply]
+    untraced: dict[str, str]
+
+
 class SourcesReply(Reply):
     """Decision about sources, and where it is logged."""
 
@@ -43,6 +76,7 @@ class SourcesReply(Reply):
     refused: dict[str, list[str]]
     attributions: dict[str, str]
     shares: dict[str, float] | None = None
+    traces: list[TraceReply] | None = None
 
 
 class AnswerReply(Reply):

@@ -96,6 +96,7 @@ class Ask:
     stops: Sequence[str]
     num_logprobs: int | None
     echoes: bool
+    traces: bool = False
 
     @property
     def num_texts(self) -> int:
@@ -120,6 +121,9 @@ class Body(_Strict):
     )
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    trace: bool | None = Field(
+        None, description="Find spans of the answer in enabled sources' training text."
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Zero | None = None
@@ -156,6 +160,7 @@ class Body(_Strict):
             top_k=self.top_k,
             seed=self.seed,
             stops=tuple(stops or ()),
+            traces=bool(self.trace),
             **rest,
         )
 

@@ -5,15 +5,15 @@ so before the process does.
 """
 
 import asyncio
-import ipaddress
 import logging
 import socket
 from pathlib import Path
 
 import uvicorn
 from pydantic import Field
+from starlette.types import ASGIApp
 
-from flexolmo.config import Settings
+from flexolmo.config import Settings, is_loopback
 from flexolmo.errors import ConfigError
 from flexolmo.serving.app import create_app
 from flexolmo.serving.gateway import Gateway
@@ -37,14 +37,6 @@ class ServerSettings(Settings):
     )
     ssl_keyfile: Path | None = Field(None, description="Private key for TLS, PEM.")
     ssl_certfile: Path | None = Field(None, description="Certificates for TLS, PEM.")
-
-
-def is_loopback(host: str) -> bool:
-    """True if only this machine reaches `host`."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _Server(uvicorn.Server):
@@ -84,6 +76,13 @@ def run_server(
         OSError: the address cannot be had.
     """
     check_address(settings, is_open_to_all=is_open_to_all)
+    app = create_app(gateway, upkeep, [*_LOOPBACK, settings.host] if is_open_to_all else None)
+    config = configure(app, settings)
+    _Server(config, gateway, settings.drain_seconds).run(sockets=[listen(settings)])
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """The socket that a server takes connections from; OSError if the address cannot be had."""
     log_as_json()
     listener = socket.create_server(
         (settings.host, settings.port),
@@ -91,8 +90,13 @@ def run_server(
         backlog=min(settings.max_connections, 2048),
     )
     logging.getLogger(__name__).info("listening", extra={"address": listener.getsockname()[:2]})
-    config = uvicorn.Config(
-        create_app(gateway, upkeep, [*_LOOPBACK, settings.host] if is_open_to_all else None),
+    return listener
+
+
+def configure(app: ASGIApp, settings: ServerSettings) -> uvicorn.Config:
+    """Settings of the library's server, with limits on what a connection may take."""
+    return uvicorn.Config(
+        app,
         http="h11",
         ws="none",
         lifespan="on",
@@ -107,4 +111,3 @@ def run_server(
         ssl_keyfile=settings.ssl_keyfile,
         ssl_certfile=settings.ssl_certfile,
     )
-    _Server(config, gateway, settings.drain_seconds).run(sockets=[listener])

@@ -8,7 +8,6 @@ Source: paper (arXiv 2507.07024), appendix C: 0-5 points, scaled to 100. The wor
 """
 
 import http.client
-import ipaddress
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import BaseHandler, HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
+from flexolmo.config import is_loopback
 from flexolmo.errors import ConfigError, SourceUnavailable
 from flexolmo.files import parse_json
 
@@ -144,7 +144,7 @@ class EndpointJudge:
         if key:
             headers["Authorization"] = f"Bearer {key}"
         handlers: list[BaseHandler] = [_NoRedirect()]
-        if _is_this_machine(self.url):
+        if is_loopback(urlsplit(self.url).hostname or ""):
             handlers.append(ProxyHandler({}))  # a proxy would take the key off this machine
         request = Request(f"{self.url}/chat/completions", data=body, headers=headers)
         with build_opener(*handlers).open(request, timeout=self.timeout_seconds) as reply:
@@ -175,7 +175,7 @@ class EndpointJudge:
                 "The judge's URL is not one (it is not shown, as it may hold a "
                 "password); expected https://host/path, without user and query."
             )
-        if key and parts.scheme == "http" and not _is_this_machine(self.url):
+        if key and parts.scheme == "http" and not is_loopback(urlsplit(self.url).hostname or ""):
             raise ConfigError(
                 f"{self.url} would carry the key of {self.key_variable} in the "
                 "clear; expected https, or http to this machine. Use https, or "
@@ -218,14 +218,6 @@ def _read_answer(reply: bytes) -> str:
     except (ValueError, LookupError, TypeError):
         raise ValueError("a reply that is no chat completion") from None
     return content if isinstance(content, str) else ""
-
-
-def _is_this_machine(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _NoRedirect(HTTPRedirectHandler):
