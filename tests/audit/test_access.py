@@ -86,7 +86,7 @@ def test_alone_with_the_anchor_nothing_is_left_of_a_source_that_is_off(house, se
 def test_the_gap_is_that_of_reading_the_same_documents(mixture, sets):
     found = audit_access(mixture, sets)
     length = found["run"]["config"]["seq_len"]
-    windows = access._beginnings(sets["maths"], access.KINDS["unseen"], length, 500, 0)
+    windows = access._windows(sets["maths"], access.KINDS["unseen"], length, 500, 0)
     on = read_windows(mixture.model, windows, enabled=["code", "maths"]).bits_per_byte
     off = read_windows(mixture.model, windows, enabled=["code"]).bits_per_byte
     gap = found["experts"]["maths"]["utility_gap"]
@@ -96,13 +96,13 @@ def test_the_gap_is_that_of_reading_the_same_documents(mixture, sets):
 
 def test_documents_are_read_once_each_from_their_beginning(sets):
     data = sets["maths"]
-    windows = access._beginnings(data, ("train",), 10_000, 10_000, 0)
+    windows = access._windows(data, ("train",), 10_000, 10_000, 0)
     split = data.splits["train"]
     firsts = np.flatnonzero(np.diff(split.sources, prepend=-1))
     long = [i for i in firsts if len(split.document(i)) >= access.LEAST_TOKENS]
     assert [list(ids[1:]) for ids, _ in windows] == [list(split.document(i)) for i in long]
     assert [size for _, size in windows] == [split.bytes[i] for i in long]
-    some = access._beginnings(data, ("train",), 21, 3, 0)
+    some = access._windows(data, ("train",), 21, 3, 0)
     assert max(len(ids) for ids, _ in some) == 22
     assert len(some) == 3
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo.audit.intervals import RESAMPLES, area, share
+from flexolmo.audit.texts import MEMBERS, OTHERS, read_beginnings
 from flexolmo.data.batches import TokenSet
 from flexolmo.errors import ConfigError
 from flexolmo.evaluation.likelihood import Likelihood, read_windows
@@ -23,7 +24,7 @@ from flexolmo.runtime import run_record
 LEAST_DOCUMENTS = 10  # of each kind, below which an owner is not measured
 LEAST_TOKENS = 20  # of a document that is read
 FALSE_ALARMS = 0.01  # of the answers without the source, in `recognised`
-KINDS = {"unseen": ("validation", "heldout"), "trained": ("train",)}  # splits of each
+KINDS = {"unseen": OTHERS, "trained": MEMBERS}  # splits of each
 
 
 def audit_access(
@@ -56,7 +57,7 @@ def audit_access(
         sets[name].check_tokenizer(mixture.tokenizer.digest, "the mixture")
     length = min(256, mixture.model.config.max_seq_len - 1)
     texts = {
-        (name, kind): _beginnings(sets[name], splits, length, max_documents, seed)
+        (name, kind): _windows(sets[name], splits, length, max_documents, seed)
         for name in names
         for kind, splits in KINDS.items()
     }
@@ -88,24 +89,14 @@ def audit_access(
     return {"experts": found, "run": run_record(config, seed, digests)}
 
 
-def _beginnings(
+def _windows(
     token_set: TokenSet, splits: Sequence[str], length: int, most: int, seed: int
 ) -> list[tuple[np.ndarray, int]]:
-    """The first `length` tokens of source documents, drawn at random, each after an end of text,
-    with the bytes that they stand for."""
-    places = []
-    for split in splits:
-        chosen = token_set.splits[split]
-        firsts = np.flatnonzero(np.diff(chosen.sources, prepend=-1))  # each document's first piece
-        sizes = np.diff(chosen.offsets)[firsts] - 1
-        places += [(split, int(i)) for i in firsts[sizes >= LEAST_TOKENS]]
-    order = np.random.default_rng(seed).permutation(len(places))
-    windows = []
-    for split, index in (places[i] for i in sorted(order[:most])):
-        ids = token_set.splits[split].document(index)
-        size = int(token_set.splits[split].bytes[index]) * min(length, len(ids)) // len(ids)
-        windows.append((np.concatenate([[token_set.eos_id], ids[:length]]), size))
-    return windows
+    """The beginnings of source documents, with the bytes that they stand for."""
+    found = read_beginnings(
+        token_set, splits, least=LEAST_TOKENS, length=length, most=most, seed=seed
+    )
+    return [(b.ids, b.bytes) for b in found]
 
 
 def _measure(

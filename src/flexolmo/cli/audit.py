@@ -1,4 +1,5 @@
-"""`flexolmo audit`: attacks on what leaves an owner's house; and a server's log, see audit_log."""
+"""`flexolmo audit`: attacks on what leaves an owner's house, more of them in audit_attacks; and a
+server's log, see audit_log."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexolmo.cli import audit_log
+from flexolmo.cli import audit_attacks, audit_log
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Attack what leaves your house; check what a server has logged."
 )
 app.add_typer(audit_log.app)
+app.add_typer(audit_attacks.app)
 
 
 @app.command("statistics")

@@ -1,0 +1,172 @@
+"""Attack on membership: was a document trained on? By an attacker who has the model's predictions.
+
+The reference that the strongest attack needs is at hand: the same mixture with the expert off.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from flexolmo.audit.intervals import area, caught, roc
+from flexolmo.audit.reading import read_logits
+from flexolmo.audit.signals import Signals, scores_of, signals_of
+from flexolmo.audit.subjects import ANCHOR, OFF, Subjects
+from flexolmo.audit.texts import (
+    MEMBERS,
+    OTHERS,
+    Beginning,
+    keep_read,
+    read_beginnings,
+    require_documents,
+    tokens_read,
+)
+from flexolmo.data.batches import TokenSet
+from flexolmo.inference.reader import Reader
+from flexolmo.progress import progress
+from flexolmo.runtime import run_record
+
+LEAST_TOKENS = 20  # of a document that is read
+RATES = (0.01, 0.001)  # of false alarms
+WORST_DOCUMENTS = 20
+WORST_TOKENS = 10
+SHOWN_CHARACTERS = 200
+STAYS = "This file quotes the training text. It must not leave the owner's house."
+
+
+def audit_membership(
+    subjects: Subjects,
+    token_set: TokenSet,
+    *,
+    max_tokens: int = 256,
+    max_documents: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Attack every subject; the figures, and what must stay in the house.
+
+    Read are the first `max_tokens` of at most `max_documents` documents of each kind: members, of
+    which training read all these tokens (where the expert's recipe says so; else of the training
+    split), and others, which are validation and held-out documents. Under "subjects", by subject
+    and attack: AUC with its interval, true positive rate at 1 % and 0.1 % false positives, and the
+    ROC curve. "off_equals_anchor": whether every score without the expert is the anchor's to the
+    bit; none where other experts are on.
+
+    Raises DataError for a set with no such documents or of another tokenizer.
+    """
+    subjects.check_set(token_set)
+    length = min(max_tokens, *(s.reader.max_seq_len - 1 for s in subjects.models))
+    how = {"least": min(LEAST_TOKENS, length), "length": length, "seed": seed}
+    members = read_beginnings(
+        token_set, MEMBERS, most=token_set.splits["train"].num_documents, **how
+    )
+    in_split = len(members)
+    if subjects.recipe is not None:
+        members = keep_read(token_set, members, tokens_read(token_set, subjects.recipe))
+    drawn = np.random.default_rng(seed).permutation(len(members))[:max_documents]
+    members = [members[i] for i in sorted(drawn)]
+    others = read_beginnings(token_set, OTHERS, most=max_documents, **how)
+    require_documents(token_set, members, "training document read by training", LEAST_TOKENS)
+    require_documents(token_set, others, "validation or held-out document", LEAST_TOKENS)
+    scores, tokens = _read(subjects, token_set, [*members, *others])
+    count = len(members)
+    results = {
+        subject: {
+            attack: _measure(values[:count], values[count:], seed)
+            for attack, values in by_attack.items()
+        }
+        for subject, by_attack in scores.items()
+    }
+    found = {
+        "about": subjects.about,
+        "documents": {"members": count, "others": len(others), "in_training_split": in_split},
+        "tokens": length,
+        "subjects": results,
+        "off_equals_anchor": _is_anchor(scores) if subjects.is_alone else None,
+        "run": run_record(
+            {"max_tokens": max_tokens, "max_documents": max_documents},
+            seed,
+            {token_set.name: token_set.digest, "model": subjects.about["digest"]},
+        ),
+    }
+    first = subjects.models[0]
+    headline = headline_of(scores[first.name])
+    values = scores[first.name][headline]
+    worst = np.argsort(-values[:count])[:WORST_DOCUMENTS]
+    stays = {
+        "notice": STAYS,
+        "subject": first.name,
+        "attack": headline,
+        "worst": [
+            {
+                "document": members[i].index,
+                "score": float(values[i]),
+                "above_others": float((values[count:] < values[i]).mean()),
+                "begins": _text(first.reader, members[i].ids[1:])[:SHOWN_CHARACTERS],
+                "tokens": tokens[i],
+            }
+            for i in worst
+        ],
+    }
+    return found, stays
+
+
+def headline_of(by_attack: dict[str, Any]) -> str:
+    """The attack that stands for all: InfoRMIA where there is a reference, else the loss."""
+    return "informia" if "informia" in by_attack else "loss"
+
+
+def _read(
+    subjects: Subjects, token_set: TokenSet, documents: list[Beginning]
+) -> tuple[dict[str, dict[str, np.ndarray]], list[list[dict[str, Any]]]]:
+    """Scores [n] of all documents by subject and attack, and of each document the tokens that the
+    first subject's signals say most of."""
+    readers = list(
+        {
+            id(r): r for s in subjects.models for r in (s.reader, s.reference) if r is not None
+        }.values()
+    )
+    rows = [d.ids for d in documents]
+    texts = [_text(readers[0], ids[1:]) for ids in rows]
+    scores: dict[str, dict[str, np.ndarray]] = {s.name: {} for s in subjects.models}
+    tokens: list[list[dict[str, Any]]] = [[] for _ in rows]
+    total = len(readers) * sum(len(ids) - 1 for ids in rows)
+    with progress("membership", total, "tok") as meter:
+        for place, said in read_logits(readers, rows, meter):
+            by_reader = dict(zip(map(id, readers), (x.log_softmax(-1) for x in said), strict=True))
+            for number, subject in enumerate(subjects.models):
+                reference = None if subject.reference is None else by_reader[id(subject.reference)]
+                signals = signals_of(by_reader[id(subject.reader)], reference, rows[place][1:])
+                for attack, score in scores_of(signals, texts[place]).items():
+                    of_all = scores[subject.name].setdefault(attack, np.empty(len(rows)))
+                    of_all[place] = score
+                if number == 0:
+                    tokens[place] = _worst_tokens(subject.reader, rows[place][1:], signals)
+    return scores, tokens
+
+
+def _worst_tokens(reader: Reader, ids: np.ndarray, signals: Signals) -> list[dict[str, Any]]:
+    """The tokens of one document that give it away most."""
+    values = signals.log_prob if signals.information is None else signals.information
+    places = values.argsort(descending=True)[:WORST_TOKENS].tolist()
+    return [
+        {"place": i, "token": _text(reader, ids[i : i + 1]), "score": float(values[i])}
+        for i in places
+    ]
+
+
+def _measure(members: np.ndarray, others: np.ndarray, seed: int) -> dict[str, Any]:
+    """AUC, true positive rates and ROC curve of one attack on one subject."""
+    return area(members, others, seed) | {
+        "caught": {f"{rate:g}": caught(members, others, rate) for rate in RATES},
+        "roc": roc(members, others),
+    }
+
+
+def _is_anchor(scores: dict[str, dict[str, np.ndarray]]) -> bool:
+    """True if every score without the expert is the anchor's, to the bit."""
+    return all(
+        np.array_equal(scores[OFF][attack], values) for attack, values in scores[ANCHOR].items()
+    )
+
+
+def _text(reader: Reader, ids: np.ndarray) -> str:
+    return reader.tokenizer.decode(ids.tolist())

@@ -1,0 +1,125 @@
+"""Models as an attack meets them: a mixture with the owner's expert on, off, and the anchor alone.
+
+An anchor, or any other dense model, is one subject; a reference may be given beside it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.data.batches import TokenSet
+from flexolmo.errors import ConfigError, DataError
+from flexolmo.files import digest_file, read_json, recover_missing
+from flexolmo.inference.policy import choose_experts
+from flexolmo.inference.reader import OwnReader, Reader, open_reader
+from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.model.checkpoint import load_anchor
+from flexolmo.model.probabilities import Mix, arrange
+from flexolmo.train.expert import ExpertRecipe
+
+ON, OFF, ANCHOR, MODEL = "on", "off", "anchor", "model"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under attack, and the one that it is held against."""
+
+    name: str  # on, off, anchor, or model
+    reader: Reader
+    reference: Reader | None
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """All models under one attack."""
+
+    models: list[Subject]
+    about: dict[str, Any]  # kind, expert, enabled, digest
+    recipe: ExpertRecipe | None  # by which the expert was trained
+    is_alone: bool  # whether without the expert nothing but the anchor is on
+
+    def check_set(self, token_set: TokenSet) -> None:
+        """Raise DataError if the set has another tokenizer than the models."""
+        for subject in self.models:
+            token_set.check_tokenizer(subject.reader.tokenizer.digest, "the model")
+
+
+def open_subjects(
+    directory: Path,
+    token_set: TokenSet,
+    trusted: TrustedOwners | None = None,
+    *,
+    expert: str | None = None,
+    without: Iterable[str] = (),
+    only: Iterable[str] | None = None,
+    reference: Path | None = None,
+    mix: Mix = "states",
+) -> Subjects:
+    """The subjects in a model's directory, for the owner of `token_set`.
+
+    Of a mixture: on, with all chosen experts; off, without the owner's, against the anchor; and the
+    anchor, loaded by itself. The reference of "on" is "off": the same model with the owner's expert
+    masked. Of another model one subject, held against the model in `reference`, if given.
+
+    Args:
+        expert: name of the owner's expert; by default that of the set.
+    Raises:
+        ConfigError: the mixture has no such expert, or the option is not for this kind of model.
+        DataError: the expert was trained on another set.
+    """
+    directory = Path(directory)
+    recover_missing(directory)
+    if not (directory / ABOUT).is_file():
+        if expert is not None:
+            raise ConfigError(f"{directory} holds no mixture, so it has no expert {expert}.")
+        reader, about = open_reader(directory, trusted, without=without, only=only, mix=mix)
+        other = None if reference is None else open_reader(reference, trusted)[0]
+        return Subjects([Subject(MODEL, reader, other)], about, None, False)
+    if reference is not None:
+        raise ConfigError("A mixture is its own reference, with the expert off: leave it out.")
+    mixture = load_mixture(directory, trusted)
+    name = expert or token_set.name
+    if name not in mixture.expert_names:
+        raise ConfigError(
+            f"{directory} has no expert {name}; it holds {', '.join(mixture.expert_names)}. Name "
+            "the one that was trained on this set (--expert)."
+        )
+    trained_on = mixture.about["experts"][name]["data_card_digest"]
+    if trained_on != token_set.commitment:
+        raise DataError(
+            f"Expert {name} was trained on the set of commitment {trained_on}; "
+            f"{token_set.directory} has {token_set.commitment}. Attack it with the set it was "
+            "trained on."
+        )
+    enabled = choose_experts(mixture.terms, without=without, only=only)
+    model = arrange(mixture.model, mix)
+
+    def reader_of(names: Iterable[str]) -> OwnReader:
+        return OwnReader(model, mixture.tokenizer, sorted(names), terms=mixture.terms)
+
+    anchor = OwnReader(load_anchor(directory / "anchor").model, mixture.tokenizer)
+    off = reader_of(enabled - {name})
+    models = [Subject(OFF, off, anchor), Subject(ANCHOR, anchor, None)]
+    if name in enabled:
+        models.insert(0, Subject(ON, reader_of(enabled), off))
+    about = {
+        "kind": "mixture",
+        "expert": name,
+        "enabled": sorted(enabled),
+        "digest": digest_file(directory / ABOUT),
+    }
+    return Subjects(models, about, _recipe_of(directory, name), enabled <= {name})
+
+
+def _recipe_of(directory: Path, name: str) -> ExpertRecipe | None:
+    """The recipe in an expert's manifest, which was checked; None if this release cannot read it,
+    as of an imported expert."""
+    manifest = read_json(directory / "experts" / f"{name}.bundle" / "manifest.json")
+    try:
+        return ExpertRecipe.model_validate(manifest["recipe"])
+    except ValidationError:
+        return None
