@@ -20,14 +20,7 @@ from flexolmo.audit.membership import STAYS
 from flexolmo.audit.reading import read_logits
 from flexolmo.audit.similarity import similarity
 from flexolmo.audit.subjects import ANCHOR, OFF, Subject, Subjects
-from flexolmo.audit.texts import (
-    MEMBERS,
-    Beginning,
-    keep_read,
-    read_beginnings,
-    require_documents,
-    tokens_read,
-)
+from flexolmo.audit.texts import Beginning, read_members
 from flexolmo.config import Settings
 from flexolmo.data.batches import TokenSet
 from flexolmo.errors import ConfigError
@@ -156,19 +149,14 @@ def _choose(
             f"Prefix and continuation have {length} tokens; this model holds {room} positions, one "
             "of them for the start. Ask for fewer."
         )
-    found = read_beginnings(
+    return read_members(
         token_set,
-        MEMBERS,
+        subjects.recipe,
         least=length,
         length=length,
-        most=token_set.splits["train"].num_documents,
+        most=settings.max_documents,
         seed=settings.seed,
     )
-    if subjects.recipe is not None:
-        found = keep_read(token_set, found, tokens_read(token_set, subjects.recipe))
-    require_documents(token_set, found, "training document read by training", length)
-    order = np.random.default_rng(settings.seed).permutation(len(found))
-    return [found[i] for i in sorted(order[: settings.max_documents])]
 
 
 def _finite(log_probability: float) -> float | None:

@@ -11,15 +11,7 @@ from flexolmo.audit.intervals import area, caught, roc
 from flexolmo.audit.reading import read_logits
 from flexolmo.audit.signals import Signals, scores_of, signals_of
 from flexolmo.audit.subjects import ANCHOR, OFF, Subjects
-from flexolmo.audit.texts import (
-    MEMBERS,
-    OTHERS,
-    Beginning,
-    keep_read,
-    read_beginnings,
-    require_documents,
-    tokens_read,
-)
+from flexolmo.audit.texts import OTHERS, Beginning, read_beginnings, read_members, refuse_none
 from flexolmo.data.batches import TokenSet
 from flexolmo.inference.reader import Reader
 from flexolmo.progress import progress
@@ -55,17 +47,9 @@ def audit_membership(
     subjects.check_set(token_set)
     length = min(max_tokens, *(s.reader.max_seq_len - 1 for s in subjects.models))
     how = {"least": min(LEAST_TOKENS, length), "length": length, "seed": seed}
-    members = read_beginnings(
-        token_set, MEMBERS, most=token_set.splits["train"].num_documents, **how
-    )
-    in_split = len(members)
-    if subjects.recipe is not None:
-        members = keep_read(token_set, members, tokens_read(token_set, subjects.recipe))
-    drawn = np.random.default_rng(seed).permutation(len(members))[:max_documents]
-    members = [members[i] for i in sorted(drawn)]
+    members = read_members(token_set, subjects.recipe, most=max_documents, **how)
     others = read_beginnings(token_set, OTHERS, most=max_documents, **how)
-    require_documents(token_set, members, "training document read by training", LEAST_TOKENS)
-    require_documents(token_set, others, "validation or held-out document", LEAST_TOKENS)
+    refuse_none(token_set, others, "validation or held-out document", how["least"])
     scores, tokens = _read(subjects, token_set, [*members, *others])
     count = len(members)
     results = {
@@ -77,7 +61,11 @@ def audit_membership(
     }
     found = {
         "about": subjects.about,
-        "documents": {"members": count, "others": len(others), "in_training_split": in_split},
+        "documents": {
+            "members": count,
+            "others": len(others),
+            "in_training_split": token_set.card["splits"]["train"]["source_documents"],
+        },
         "tokens": length,
         "subjects": results,
         "off_equals_anchor": _is_anchor(scores) if subjects.is_alone else None,

@@ -51,15 +51,29 @@ def read_beginnings(
     return found
 
 
-def require_documents(
-    token_set: TokenSet, found: Sequence[Beginning], kind: str, tokens: int
-) -> None:
-    """Raise DataError if no document was found to attack."""
-    if not found:
-        raise DataError(
-            f"{token_set.directory} has no {kind} of at least {tokens} tokens, so there is nothing "
-            "to attack. Ask for fewer tokens, or give another set."
-        )
+def read_members(
+    token_set: TokenSet,
+    recipe: ExpertRecipe | None,
+    *,
+    least: int,
+    length: int,
+    most: int,
+    seed: int,
+) -> list[Beginning]:
+    """Beginnings of at most `most` documents that an expert trained by `recipe` has learnt from:
+    training predicted every token of them. Without a recipe, of the training split.
+
+    Raises DataError if there is none.
+    """
+    every = token_set.splits["train"].num_documents
+    found = read_beginnings(token_set, MEMBERS, least=least, length=length, most=every, seed=seed)
+    if recipe is not None:
+        offsets = token_set.splits["train"].offsets
+        is_read = tokens_read(token_set, recipe)
+        found = [b for b in found if is_read[offsets[b.index] :][: len(b.ids) - 1].all()]
+    refuse_none(token_set, found, "training document read by training", least)
+    order = np.random.default_rng(seed).permutation(len(found))
+    return [found[i] for i in sorted(order[:most])]
 
 
 def tokens_read(token_set: TokenSet, recipe: ExpertRecipe) -> np.ndarray:
@@ -78,9 +92,10 @@ def tokens_read(token_set: TokenSet, recipe: ExpertRecipe) -> np.ndarray:
     return found
 
 
-def keep_read(
-    token_set: TokenSet, found: Sequence[Beginning], is_read: np.ndarray
-) -> list[Beginning]:
-    """Those beginnings of training documents all of whose tokens training predicted."""
-    offsets = token_set.splits["train"].offsets
-    return [b for b in found if is_read[offsets[b.index] :][: len(b.ids) - 1].all()]
+def refuse_none(token_set: TokenSet, found: Sequence[Beginning], kind: str, tokens: int) -> None:
+    """Raise DataError if no document was found to attack."""
+    if not found:
+        raise DataError(
+            f"{token_set.directory} has no {kind} of at least {tokens} tokens, so there is nothing "
+            "to attack. Ask for fewer tokens, or give another set."
+        )
