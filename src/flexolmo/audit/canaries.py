@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexolmo.audit.epsilon import epsilon_bound
 from flexolmo.audit.intervals import area, share
@@ -138,7 +139,9 @@ def _score(subjects: Subjects, rows: np.ndarray) -> dict[str, np.ndarray]:
             by_reader = {id(r): x.log_softmax(-1) for r, x in zip(distinct, said, strict=True)}
             for subject in subjects.models:
                 reference = None if subject.reference is None else by_reader[id(subject.reference)]
-                signals = signals_of(by_reader[id(subject.reader)], reference, rows[place, 1:])
+                signals = signals_of(
+                    by_reader[id(subject.reader)], reference, torch.from_numpy(rows[place, 1:])
+                )
                 own = signals.log_prob if signals.ratio is None else signals.ratio
                 found[subject.name][place] = float(own.mean())
     return found

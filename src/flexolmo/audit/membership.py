@@ -6,6 +6,7 @@ The reference that the strongest attack needs is at hand: the same mixture with 
 from typing import Any
 
 import numpy as np
+import torch
 
 from flexolmo.audit.intervals import area, caught, roc
 from flexolmo.audit.reading import read_logits
@@ -122,7 +123,9 @@ def _read(
             by_reader = dict(zip(map(id, readers), (x.log_softmax(-1) for x in said), strict=True))
             for number, subject in enumerate(subjects.models):
                 reference = None if subject.reference is None else by_reader[id(subject.reference)]
-                signals = signals_of(by_reader[id(subject.reader)], reference, rows[place][1:])
+                signals = signals_of(
+                    by_reader[id(subject.reader)], reference, torch.from_numpy(rows[place][1:])
+                )
                 for attack, score in scores_of(signals, texts[place]).items():
                     of_all = scores[subject.name].setdefault(attack, np.empty(len(rows)))
                     of_all[place] = score

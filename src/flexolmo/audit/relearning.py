@@ -142,7 +142,7 @@ def _relearn(
     if isinstance(model, MixtureModel):
         options["active"] = model.expert_mask([reader.enabled] * settings.batch_size)
     model.requires_grad_(True)
-    language_model_loss(model, batch(0), **options).backward()  # type: ignore[no-untyped-call]
+    language_model_loss(model, batch(0), **options).backward()
     taking_part = {n: p for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     found: list[tuple[int, Likelihood]] = []

@@ -9,7 +9,6 @@ import math
 import zlib
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 LOWEST = 0.2  # share of the tokens that Min-K%++ takes
@@ -66,4 +65,4 @@ def scores_of(signals: Signals, text: str) -> dict[str, float]:
 
 def _pick(log_probs: Tensor, targets: Tensor) -> Tensor:
     """The log-probability [T] of each target."""
-    return log_probs.gather(-1, torch.as_tensor(targets)[:, None])[:, 0]
+    return log_probs.gather(-1, targets[:, None])[:, 0]

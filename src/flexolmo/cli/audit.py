@@ -1,5 +1,5 @@
-"""`flexolmo audit`: attacks on what leaves an owner's house, more of them in audit_attacks; and a
-server's log, see audit_log."""
+"""`flexolmo audit`: attacks on what leaves an owner's house, more of them in audit_attacks
+and audit_canaries; and a server's log, see audit_log."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexolmo.cli import audit_attacks, audit_log
+from flexolmo.cli import audit_attacks, audit_canaries, audit_log
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(audit_log.app)
 app.add_typer(audit_attacks.app)
+app.add_typer(audit_canaries.app)
 
 
 @app.command("statistics")

@@ -62,7 +62,7 @@ def membership(
     from flexolmo.runtime import set_up
 
     set_up(seed)
-    subjects, token_set = _open(
+    subjects, token_set = open_attack(
         model, data, trust, trust_any_signer, expert, without, only, reference, mix
     )
     found, stays = audit_membership(
@@ -146,7 +146,7 @@ def extraction(
         "the command line",
     )
     set_up(seed)
-    subjects, token_set = _open(
+    subjects, token_set = open_attack(
         model, data, trust, trust_any_signer, expert, without, only, None, mix
     )
     made = audit_extraction(
@@ -167,7 +167,7 @@ def extraction(
     echo(f"{page}, with extraction.json beside it; stays_here.json and parts quote your text")
 
 
-def _open(
+def open_attack(
     model: Path,
     data: Path,
     trust: Path | None,
