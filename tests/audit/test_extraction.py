@@ -15,6 +15,7 @@ from flexolmo.report.extraction_page import write_extraction_page
 from made_attacks import Parrot
 
 BRIEF = ExtractionSettings(prefix_tokens=8, continuation_tokens=12, samples=2, max_documents=5)
+NEAR = BRIEF.model_copy(update={"near_tokens": 2, "beams": 3, "top_k": None, "top_p": 1.0})
 
 
 @pytest.fixture
@@ -70,6 +71,18 @@ def test_without_the_expert_all_is_the_anchors(attacked, data, tmp_path):
     assert alone["off_equals_anchor"] is None and "extracted" not in alone["subjects"]["on"]
     page = write_extraction_page(alone, tmp_path / "out").read_text()
     assert "Sampled, with" not in page and "The paper took 10,000" in page
+
+
+def test_near_verbatim_text_is_at_least_as_likely_as_the_text(attacked, data, tmp_path):
+    found, _ = audit_extraction(attacked("code"), data, NEAR, tmp_path / "parts", say=list)
+    for figures in found["subjects"].values():
+        for near, exact in zip(*(figures[k]["expected"] for k in ("near", "exact")), strict=True):
+            assert near >= exact * (1 - 1e-4)
+    assert found["subjects"]["on"]["near"]["expected"][-1] > 0
+    page = write_extraction_page(found, tmp_path / "out").read_text()
+    assert "But for 2 tokens" in page
+    with pytest.raises(ValueError, match="near_tokens needs samples"):
+        ExtractionSettings(near_tokens=2, samples=0)
 
 
 def test_it_goes_on_where_it_was(parrot, data, tmp_path, monkeypatch):

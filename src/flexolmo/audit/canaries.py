@@ -68,7 +68,7 @@ def _plain_tokens(tokenizer: Tokenizer) -> np.ndarray:
 def audit_canaries(
     subjects: Subjects, token_set: TokenSet, key: Path, *, delta: float = 1e-6, seed: int = 0
 ) -> dict[str, Any]:
-    """How well each subject gives planted canaries away.
+    """Find planted canaries by each subject's predictions; the figures.
 
     The score of a canary is its log-probability, less the reference's where there is one. Under
     "subjects": exposure, log2 of the number of canaries that were not planted (and itself) over its

@@ -57,12 +57,12 @@ def discoverable_curves(log_probs: np.ndarray) -> dict[str, Any]:
     expected among `n` samples of each, which no sampling was needed for."""
     chances = np.exp(log_probs)
     with np.errstate(divide="ignore"):
-        missed = [np.exp(n * np.log1p(-chances)) for n in ATTEMPTS]
+        written = [-np.expm1(n * np.log1p(-chances)) for n in ATTEMPTS]
     return {
         "attempts": list(ATTEMPTS),
         "discoverable": {
             f"{p:g}": [share(attempts_needed(log_probs, p) <= n) for n in ATTEMPTS]
             for p in PROBABILITIES
         },
-        "expected": [float((1 - m).mean()) for m in missed],
+        "expected": [float(w.mean()) for w in written],
     }

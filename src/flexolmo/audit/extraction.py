@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from flexolmo.audit.discoverable import discoverable_curves, sampled_log_probs
 from flexolmo.audit.intervals import share
 from flexolmo.audit.membership import STAYS
+from flexolmo.audit.near_verbatim import near_verbatim_log_probs
 from flexolmo.audit.reading import read_logits
 from flexolmo.audit.similarity import similarity
 from flexolmo.audit.subjects import ANCHOR, OFF, Subject, Subjects
@@ -48,11 +49,23 @@ class ExtractionSettings(Settings):
     top_k: int | None = Field(50, ge=1, description="Sampled among this many likeliest tokens.")
     top_p: float = Field(0.95, gt=0, le=1, description="Sampled among tokens of this probability.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature.")
+    near_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens that may be replaced in near-verbatim text; 0: it is not searched for.",
+    )
+    beams: int = Field(8, ge=1, description="Paths that the search for near-verbatim text keeps.")
     threshold: float = Field(0.9, gt=0, le=1, description="Similarity of an extracted document.")
     max_documents: int = Field(
         PAPER_DOCUMENTS, ge=1, description="Documents to attack at most, drawn at random."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Random seed of documents and samples.")
+
+    @model_validator(mode="after")
+    def _samples_when_searching(self) -> "ExtractionSettings":
+        if self.near_tokens and not self.samples:
+            raise ValueError("near_tokens needs samples: the search goes along with them")
+        return self
 
     @property
     def sampling(self) -> Sampling:
@@ -78,8 +91,9 @@ def audit_extraction(
 
     Attacked are training documents that are long enough and of which training read all these tokens
     (where the expert's recipe says so). Under "subjects", by subject: "exact", the curves of
-    `discoverable_curves`; and of the samples "extracted" with its interval, the same by threshold
-    and by number of samples. "off_equals_anchor": whether every probability and every sample
+    `discoverable_curves`; "near", the same of near-verbatim text, at least, if it is searched for;
+    and of the samples "extracted" with its interval, the same by threshold and by number of
+    samples. "off_equals_anchor": whether every probability and every sample
     without the expert is the anchor's; none where other experts are on.
 
     Args:
@@ -198,7 +212,7 @@ def _sample_all(
     say: Callable[[str], object],
     plan_only: bool,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What was sampled of each document, by subject: similarities, and the text that is nearest."""
+    """Samples of each document, by subject: similarities, and the text that is nearest."""
     found: dict[str, list[dict[str, Any]]] = {s.name: [] for s in subjects.models}
     todo = [
         (subject, start)
@@ -253,7 +267,7 @@ def _plan(rate: float, total: float, each: int, num_subjects: int, meter: Meter)
 def _sample(
     subject: Subject, settings: ExtractionSettings, documents: Sequence[Beginning]
 ) -> list[dict[str, Any]]:
-    """What is sampled of some documents. A sample's seed depends on its document alone."""
+    """Samples of some documents. A sample's seed depends on its document alone."""
     tokenizer = subject.reader.tokenizer
     cut = settings.prefix_tokens + 1
     requests = []
@@ -278,6 +292,17 @@ def _sample(
         similarities = [similarity(text, own) for text in texts]
         best = texts[int(np.argmax(similarities))]
         found.append({"similarities": similarities, "best": best})
+    if settings.near_tokens:
+        near = near_verbatim_log_probs(
+            subject.reader,
+            [d.ids for d in documents],
+            cut,
+            settings.sampling,
+            settings.near_tokens,
+            settings.beams,
+        )
+        for row, log_prob in zip(found, near, strict=True):
+            row["near"] = _finite(log_prob)
     return found
 
 
@@ -285,7 +310,11 @@ def _measure(sampled: Sequence[dict[str, Any]], settings: ExtractionSettings) ->
     """Shares of documents that were extracted: as asked, by threshold and by number of samples."""
     values = np.array([x["similarities"] for x in sampled])  # [n,samples]
     best = values.max(1)
-    return {
+    near = {}
+    if settings.near_tokens:
+        log_probs = [-np.inf if x["near"] is None else x["near"] for x in sampled]
+        near = {"near": discoverable_curves(np.array(log_probs))}
+    return near | {
         "extracted": share(best >= settings.threshold),
         "by_threshold": [
             {"threshold": t} | share(best >= t) for t in (*THRESHOLDS, settings.threshold)

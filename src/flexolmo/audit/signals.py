@@ -16,7 +16,7 @@ LOWEST = 0.2  # share of the tokens that Min-K%++ takes
 
 @dataclass(frozen=True)
 class Signals:
-    """What tells a training text from others, at each of its tokens, float64 [T]."""
+    """Signals at each token of a text, float64 [T]."""
 
     log_prob: Tensor  # nats
     surprise: Tensor  # log_prob in deviations of the prediction: (log p(x) - mean) / deviation

@@ -37,7 +37,7 @@ def membership(
     only: Only = None,
     reference: Annotated[
         Path | None,
-        typer.Option(help="Of a model that is no mixture: the model it was trained from."),
+        typer.Option(help="The model that it was trained from, of one that is no mixture."),
     ] = None,
     mix: MixOption = "states",
     max_tokens: Annotated[int, typer.Option(min=20, help="Tokens of a document to read.")] = 256,
@@ -108,6 +108,12 @@ def extraction(
     threshold: Annotated[
         float, typer.Option(help="Similarity from which a document counts as extracted.")
     ] = 0.9,
+    near_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Search for text with so many tokens replaced too. It takes as long again."
+        ),
+    ] = 0,
     plan: Annotated[
         bool,
         typer.Option("--plan", help="Sample the first documents, say how long all take, stop."),
@@ -139,6 +145,7 @@ def extraction(
             "top_p": top_p,
             "temperature": temperature,
             "threshold": threshold,
+            "near_tokens": near_tokens,
             "max_documents": max_documents,
             "seed": seed,
         },
@@ -178,7 +185,7 @@ def open_attack(
     reference: Path | None,
     mix: str,
 ) -> "tuple[Subjects, TokenSet]":
-    """What is attacked, and the set it was trained on."""
+    """The models under attack, and the set that was trained on."""
     from flexolmo.audit.subjects import open_subjects
     from flexolmo.data.batches import open_set
 

@@ -34,7 +34,8 @@ def insert_documents(
     Each becomes a source document of its own, of the source `source`. Validation and held-out
     splits stay as they are. Raises DataError if `out` exists.
     """
-    prepared, out = Path(prepared), Path(out)
+    prepared = Path(prepared)
+    out = Path(out)
     if out.exists():
         raise DataError(f"{out} exists and is not replaced. Choose another place.")
     token_set = open_set(prepared)
