@@ -284,7 +284,7 @@ def _sample(
     for step in decode(subject.reader, requests):
         if step.token is not None:
             written[step.text].append(step.token)
-    found = []
+    found: list[dict[str, Any]] = []
     for i, document in enumerate(documents):
         own = tokenizer.decode(document.ids[cut:].tolist())
         rows = written[i * settings.samples : (i + 1) * settings.samples]
