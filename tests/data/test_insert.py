@@ -6,8 +6,9 @@ import pytest
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.insert import insert_documents
-from flexolmo.data.prepare import read_salt
+from flexolmo.data.prepare import prepare_set, read_salt
 from flexolmo.errors import DataError
+from made_sets import SMALL, made_text, write_raw
 
 
 @pytest.fixture
@@ -43,6 +44,17 @@ def test_each_is_a_source_document_of_its_own(made):
     before = old.card["splits"]["train"]["source_documents"]
     assert new.card["splits"]["train"]["source_documents"] == before + 4
     assert split.sources[-1] + 1 == before + 4
+
+
+def test_pieces_of_one_document_stay_together(tmp_path):
+    raw = write_raw(tmp_path, "long", [made_text(i, 400) for i in range(12)])
+    prepare_set(raw, tmp_path / "old", settings=SMALL)
+    old = open_set(tmp_path / "old").splits["train"]
+    assert old.num_documents > 2 * len(set(old.sources))
+    documents = [np.arange(1, 4)] * 40
+    insert_documents(tmp_path / "old", tmp_path / "new", documents, "canary", 1)
+    new = open_set(tmp_path / "new").splits["train"]
+    assert sorted(np.bincount(new.sources)) == sorted([1] * 40 + np.bincount(old.sources).tolist())
 
 
 def test_texts_and_bytes_go_with_the_tokens(made):

@@ -98,8 +98,7 @@ def _write_tokens(
     )
     for i, start, end in zip(order, offsets, offsets[1:], strict=False):
         if i < 0:
-            tokens[start : end - 1] = documents[~i]
-            tokens[end - 1] = eos_id
+            tokens[start:end] = np.append(documents[~i], eos_id)
         else:
             tokens[start:end] = split.tokens[split.offsets[i] : split.offsets[i + 1]]
     tokens.flush()
