@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexolmo.audit.epsilon import epsilon_bound
 from flexolmo.audit.intervals import area, share
-from flexolmo.audit.reading import read_logits
-from flexolmo.audit.signals import signals_of
+from flexolmo.audit.reading import read_signals
 from flexolmo.audit.subjects import OFF, Subjects
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.insert import insert_documents
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import read_json, write_json
-from flexolmo.progress import progress
 from flexolmo.runtime import run_record
 
 FORMAT = "flexolmo-canaries-1"
@@ -131,19 +128,11 @@ def exposures(planted: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def _score(subjects: Subjects, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Scores [m] of the canaries, by subject."""
-    readers = [r for s in subjects.models for r in (s.reader, s.reference) if r is not None]
-    distinct = list({id(r): r for r in readers}.values())
     found = {s.name: np.empty(len(rows)) for s in subjects.models}
-    with progress("canaries", len(distinct) * rows[:, 1:].size, "tok") as meter:
-        for place, said in read_logits(distinct, list(rows), meter):
-            by_reader = {id(r): x.log_softmax(-1) for r, x in zip(distinct, said, strict=True)}
-            for subject in subjects.models:
-                reference = None if subject.reference is None else by_reader[id(subject.reference)]
-                signals = signals_of(
-                    by_reader[id(subject.reader)], reference, torch.from_numpy(rows[place, 1:])
-                )
-                own = signals.log_prob if signals.ratio is None else signals.ratio
-                found[subject.name][place] = float(own.mean())
+    for place, by_subject in read_signals(subjects, list(rows), "canaries"):
+        for name, signals in by_subject.items():
+            own = signals.log_prob if signals.ratio is None else signals.ratio
+            found[name][place] = float(own.mean())
     return found
 
 

@@ -6,16 +6,14 @@ The reference that the strongest attack needs is at hand: the same mixture with 
 from typing import Any
 
 import numpy as np
-import torch
 
 from flexolmo.audit.intervals import area, caught, roc
-from flexolmo.audit.reading import read_logits
-from flexolmo.audit.signals import Signals, scores_of, signals_of
+from flexolmo.audit.reading import read_signals
+from flexolmo.audit.signals import Signals, scores_of
 from flexolmo.audit.subjects import ANCHOR, OFF, Subjects
 from flexolmo.audit.texts import OTHERS, Beginning, read_beginnings, read_members, refuse_none
 from flexolmo.data.batches import TokenSet
 from flexolmo.inference.reader import Reader
-from flexolmo.progress import progress
 from flexolmo.runtime import run_record
 
 LEAST_TOKENS = 20  # of a document that is read
@@ -51,7 +49,7 @@ def audit_membership(
     members = read_members(token_set, subjects.recipe, most=max_documents, **how)
     others = read_beginnings(token_set, OTHERS, most=max_documents, **how)
     refuse_none(token_set, others, "validation or held-out document", how["least"])
-    scores, tokens = _read(subjects, token_set, [*members, *others])
+    scores, tokens = _read(subjects, [*members, *others])
     count = len(members)
     results = {
         subject: {
@@ -104,33 +102,20 @@ def headline_of(by_attack: dict[str, Any]) -> str:
 
 
 def _read(
-    subjects: Subjects, token_set: TokenSet, documents: list[Beginning]
+    subjects: Subjects, documents: list[Beginning]
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[list[dict[str, Any]]]]:
     """Scores [n] of all documents by subject and attack, and of each document the tokens that the
     first subject's signals say most of."""
-    readers = list(
-        {
-            id(r): r for s in subjects.models for r in (s.reader, s.reference) if r is not None
-        }.values()
-    )
     rows = [d.ids for d in documents]
-    texts = [_text(readers[0], ids[1:]) for ids in rows]
+    first = subjects.models[0]
     scores: dict[str, dict[str, np.ndarray]] = {s.name: {} for s in subjects.models}
     tokens: list[list[dict[str, Any]]] = [[] for _ in rows]
-    total = len(readers) * sum(len(ids) - 1 for ids in rows)
-    with progress("membership", total, "tok") as meter:
-        for place, said in read_logits(readers, rows, meter):
-            by_reader = dict(zip(map(id, readers), (x.log_softmax(-1) for x in said), strict=True))
-            for number, subject in enumerate(subjects.models):
-                reference = None if subject.reference is None else by_reader[id(subject.reference)]
-                signals = signals_of(
-                    by_reader[id(subject.reader)], reference, torch.from_numpy(rows[place][1:])
-                )
-                for attack, score in scores_of(signals, texts[place]).items():
-                    of_all = scores[subject.name].setdefault(attack, np.empty(len(rows)))
-                    of_all[place] = score
-                if number == 0:
-                    tokens[place] = _worst_tokens(subject.reader, rows[place][1:], signals)
+    for place, by_subject in read_signals(subjects, rows, "membership"):
+        text = _text(first.reader, rows[place][1:])
+        for name, signals in by_subject.items():
+            for attack, score in scores_of(signals, text).items():
+                scores[name].setdefault(attack, np.empty(len(rows)))[place] = score
+        tokens[place] = _worst_tokens(first.reader, rows[place][1:], by_subject[first.name])
     return scores, tokens
 
 

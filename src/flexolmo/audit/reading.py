@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexolmo.audit.signals import Signals, signals_of
+from flexolmo.audit.subjects import Subjects
 from flexolmo.inference.reader import Reader, pad_left, spread
-from flexolmo.progress import Meter
+from flexolmo.progress import Meter, progress
 
 NUMBERS_AT_ONCE = 2**23  # logits of one model held at a time
 
@@ -36,3 +38,26 @@ def read_logits(
                     meter.advance(sum(len(rows[i]) - 1 for i in places))
         for row, place in enumerate(places):
             yield place, [logits[row, 1 - len(rows[place]) :].cpu() for logits in said]
+
+
+def read_signals(
+    subjects: Subjects, rows: Sequence[np.ndarray], label: str
+) -> Iterator[tuple[int, dict[str, Signals]]]:
+    """The place of each row of ids [T+1], and its signals [T] by subject, each against its
+    reference; every model reads every row once."""
+    readers = subjects.readers
+    with progress(label, len(readers) * sum(len(ids) - 1 for ids in rows), "tok") as meter:
+        for place, said in read_logits(readers, rows, meter):
+            log_probs = {id(r): x.log_softmax(-1) for r, x in zip(readers, said, strict=True)}
+            targets = torch.from_numpy(rows[place][1:])
+            yield (
+                place,
+                {
+                    s.name: signals_of(
+                        log_probs[id(s.reader)],
+                        None if s.reference is None else log_probs[id(s.reference)],
+                        targets,
+                    )
+                    for s in subjects.models
+                },
+            )

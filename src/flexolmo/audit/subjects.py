@@ -42,6 +42,12 @@ class Subjects:
     recipe: ExpertRecipe | None  # by which the expert was trained
     is_alone: bool  # whether without the expert nothing but the anchor is on
 
+    @property
+    def readers(self) -> list[Reader]:
+        """Every model among subjects and references, once."""
+        every = [r for s in self.models for r in (s.reader, s.reference) if r is not None]
+        return list({id(r): r for r in every}.values())
+
     def check_set(self, token_set: TokenSet) -> None:
         """Raise DataError if the set has another tokenizer than the models."""
         for subject in self.models:
