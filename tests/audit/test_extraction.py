@@ -64,7 +64,7 @@ def test_without_the_expert_all_is_the_anchors(attacked, data, tmp_path):
     assert json.loads(json.dumps(found)) == found
     assert found["off_equals_anchor"] is True
     assert found["subjects"]["off"] == found["subjects"]["anchor"]
-    assert found["documents"] == 5 and stays["subject"] == "on"
+    assert found["documents"] == 5 and stays["subject"] == "alone"
     alone, _ = audit_extraction(
         attacked("code"), data, BRIEF.model_copy(update={"samples": 0}), tmp_path / "p", say=list
     )

@@ -41,8 +41,8 @@ def test_with_others_on_the_gains_are_compared(attacked, pico_sets, tmp_path):
 def test_an_expert_that_was_left_on_is_noticed(attacked, pico_sets):
     """The control can fail: where the expert takes part, the curves differ."""
     subjects = attacked()
-    on, off, anchor = subjects.models
-    subjects.models[1] = Subject(off.name, on.reader, anchor.reader)
+    _, on, off, anchor = subjects.models
+    subjects.models[2] = Subject(off.name, on.reader, anchor.reader)
     found = audit_relearning(subjects, pico_sets["maths"], pico_sets["public"], BRIEF)
     assert found["is_same"] is False
 

@@ -13,7 +13,9 @@ from flexolmo.train.loop import TrainSettings
 
 def test_a_mixture_is_attacked_with_the_expert_on_and_off(attacked):
     subjects = attacked("code")
-    on, off, anchor = subjects.models
+    alone, on, off, anchor = subjects.models
+    assert (alone.name, alone.reader.enabled) == ("alone", ["maths"])
+    assert alone.reference is anchor.reader
     assert (on.name, on.reader.enabled) == ("on", ["code", "maths"])
     assert on.reference is off.reader and off.reader.enabled == ["code"]
     assert off.reference is anchor.reader and anchor.reference is None

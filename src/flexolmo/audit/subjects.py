@@ -1,4 +1,4 @@
-"""Models as an attack meets them: a mixture with the owner's expert on, off, and the anchor alone.
+"""Models as an attack meets them: an expert alone, its mixture with it on, off, and the anchor.
 
 An anchor, or any other dense model, is one subject; a reference may be given beside it.
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from flexolmo.audit.alone import AloneReader
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import TokenSet
 from flexolmo.errors import ConfigError, DataError
@@ -21,14 +22,18 @@ from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.probabilities import Mix, arrange
 from flexolmo.train.expert import ExpertRecipe
 
-ON, OFF, ANCHOR, MODEL = "on", "off", "anchor", "model"
+ALONE = "alone"
+ON = "on"
+OFF = "off"
+ANCHOR = "anchor"
+MODEL = "model"
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model under attack, and the one that it is held against."""
 
-    name: str  # on, off, anchor, or model
+    name: str  # alone, on, off, anchor, or model
     reader: Reader
     reference: Reader | None
 
@@ -67,9 +72,10 @@ def open_subjects(
 ) -> Subjects:
     """The subjects in a model's directory, for the owner of `token_set`.
 
-    Of a mixture: on, with all chosen experts; off, without the owner's, against the anchor; and the
-    anchor, loaded by itself. The reference of "on" is "off": the same model with the owner's expert
-    masked. Of another model one subject, held against the model in `reference`, if given.
+    Of a mixture: the owner's expert alone, past the router, against the anchor: whoever has the
+    bundle can do so; on, with all chosen experts, against off: the same without the owner's; off
+    against the anchor; and the anchor, loaded by itself. Of another model one subject, held against
+    the model in `reference`, if given.
 
     Args:
         expert: name of the owner's expert; by default that of the set.
@@ -111,7 +117,8 @@ def open_subjects(
     off = reader_of(enabled - {name})
     models = [Subject(OFF, off, anchor), Subject(ANCHOR, anchor, None)]
     if name in enabled:
-        models.insert(0, Subject(ON, reader_of(enabled), off))
+        alone = AloneReader(mixture.model, mixture.tokenizer, [name], terms=mixture.terms)
+        models = [Subject(ALONE, alone, anchor), Subject(ON, reader_of(enabled), off), *models]
     about = {
         "kind": "mixture",
         "expert": name,

@@ -50,9 +50,10 @@ def membership(
 ) -> None:
     """Attack membership: can your documents be told from others that were not trained on?
 
-    A mixture is attacked with your expert on and off, and so is its anchor. The reference that the
-    strongest attack needs is the same mixture with your expert off. What the attacker would find
-    most certain is written to stays_here.json, for you alone.
+    Your expert is attacked alone, as whoever has the bundle can; the mixture with it on and off;
+    and the anchor. The reference that the strongest attack needs is the same mixture with your
+    expert off. What the attacker would find most certain is written to stays_here.json, for you
+    alone.
 
     Example: flexolmo audit membership --model model --data prepared/code --out membership
     """
@@ -125,8 +126,8 @@ def extraction(
     """Attack by extraction: does the model write your documents when given their beginnings?
 
     As in the paper, by sampling; and for every document the probability that sampling writes it,
-    which gives the attempts that an attacker needs. A mixture is attacked with your expert on and
-    off, and so is its anchor.
+    which gives the attempts that an attacker needs. Your expert is attacked alone, as whoever has
+    the bundle can; the mixture with it on and off; and the anchor.
 
     Example: flexolmo audit extraction --model model --data prepared/code --out extraction
     """

@@ -16,7 +16,13 @@ from flexolmo.report.drawing import MAX_WIDTH_INCHES, MUTED, styled
 from flexolmo.report.membership_page import SUBJECTS, control_blocks
 from flexolmo.report.page import Block, Items, Picture, Table, Text, save_page
 
-_COLOURS = {"on": "#0072B2", "off": "#D55E00", "anchor": "#767676", "model": "#009E73"}
+_COLOURS = {
+    "alone": "#CC79A7",
+    "on": "#0072B2",
+    "off": "#D55E00",
+    "anchor": "#767676",
+    "model": "#009E73",
+}
 _PAPER_DOCUMENTS = 10_000
 _SHOWN_ATTEMPTS = (1, 10, 1000, 1_000_000)
 _P = "0.9"
@@ -66,6 +72,11 @@ def write_extraction_page(found: Mapping[str, Any], out: Path) -> Path:
                     "probability p. That follows from the probabilities of its tokens, in one "
                     "pass and without sampling (arXiv 2410.19482).",
                     term="Discoverable",
+                ),
+                Text(
+                    ": the owner's expert reads every token, past the router. Whoever has the "
+                    "bundle can do so; whoever only asks a server cannot.",
+                    term="Expert alone",
                 ),
                 Text(
                     ": text with a few tokens replaced leaks as much. A search finds the likeliest "

@@ -22,12 +22,13 @@ ATTACKS = {
     "min_k": "Min-K%++",
 }
 SUBJECTS = {
+    "alone": "expert alone",
     "on": "mixture, expert on",
     "off": "mixture, expert off",
     "anchor": "anchor",
     "model": "model",
 }
-_COLOURS = ("#0072B2", "#D55E00", "#767676", "#009E73")
+_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#767676")
 _LOOKS = ("-", "--", ":", "-.")
 _DEFINITIONS = (
     Text(
@@ -37,6 +38,11 @@ _DEFINITIONS = (
         term="InfoRMIA",
     ),
     Text(": the same without that correction.", term="Likelihood ratio"),
+    Text(
+        ": the owner's expert reads every token, past the router. Whoever has the bundle can do "
+        "so; whoever only asks a server cannot.",
+        term="Expert alone",
+    ),
     Text(
         ": the mean log-probability of the tokens, alone; over the bytes of the zipped text "
         "(arXiv 2012.07805); and of the least likely fifth of the tokens, in deviations of what "
