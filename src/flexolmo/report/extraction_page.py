@@ -11,18 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from flexolmo.numbers import format_percent
+from flexolmo.numbers import format_count, format_percent
 from flexolmo.report.drawing import MAX_WIDTH_INCHES, MUTED, styled
-from flexolmo.report.membership_page import SUBJECTS, control_blocks
+from flexolmo.report.membership_page import COLOURS, LOOKS, SUBJECTS, control_blocks
 from flexolmo.report.page import Block, Items, Picture, Table, Text, save_page
 
-_COLOURS = {
-    "alone": "#CC79A7",
-    "on": "#0072B2",
-    "off": "#D55E00",
-    "anchor": "#767676",
-    "model": "#009E73",
-}
 _PAPER_DOCUMENTS = 10_000
 _SHOWN_ATTEMPTS = (1, 10, 1000, 1_000_000)
 _P = "0.9"
@@ -136,6 +129,7 @@ def plot_extraction(found: Mapping[str, Any]) -> Figure:
         ax.set_ylim(-0.02, 1.02)
         ax.grid(color=MUTED, alpha=0.2)
     panels[-1].set_xscale("log")
+    panels[-1].xaxis.set_major_formatter(lambda x, _: format_count(x))
     panels[0].set_ylabel("share of documents")
     panels[0].legend(fontsize=9)
     return fig
@@ -143,6 +137,6 @@ def plot_extraction(found: Mapping[str, Any]) -> Figure:
 
 def _band(ax: Axes, places: list[float], shares: list[Mapping[str, Any]], name: str) -> None:
     low, high = np.array([y["interval"] for y in shares]).T
-    look = "--" if name == "off" else "-"
-    ax.plot(places, [y["share"] for y in shares], look, color=_COLOURS[name], label=SUBJECTS[name])
-    ax.fill_between(places, low, high, color=_COLOURS[name], alpha=0.12, linewidth=0)
+    look = LOOKS.get(name, "-")
+    ax.plot(places, [y["share"] for y in shares], look, color=COLOURS[name], label=SUBJECTS[name])
+    ax.fill_between(places, low, high, color=COLOURS[name], alpha=0.12, linewidth=0)

@@ -28,8 +28,14 @@ SUBJECTS = {
     "anchor": "anchor",
     "model": "model",
 }
-_COLOURS = ("#CC79A7", "#0072B2", "#D55E00", "#767676")
-_LOOKS = ("-", "--", ":", "-.")
+COLOURS = {
+    "alone": "#CC79A7",
+    "on": "#0072B2",
+    "off": "#D55E00",
+    "anchor": "#767676",
+    "model": "#009E73",
+}
+LOOKS = {"off": "--", "anchor": ":"}
 _DEFINITIONS = (
     Text(
         ": a document's tokens are likelier than the reference makes them, by more than for a text "
@@ -133,19 +139,18 @@ def plot_roc(subjects: Mapping[str, Mapping[str, Any]]) -> Figure:
     fig = Figure(figsize=(6.0, 4.6))
     ax = fig.subplots()
     ax.plot([1e-3, 1], [1e-3, 1], ":", color=MUTED, linewidth=1)
-    for (name, by_attack), colour, look in zip(subjects.items(), _COLOURS, _LOOKS, strict=False):
+    for name, by_attack in subjects.items():
         attack = headline_of(dict(by_attack))
         false, true = zip(*by_attack[attack]["roc"], strict=True)
-        ax.step(
-            false,
-            true,
-            look,
-            where="post",
-            color=colour,
-            label=f"{SUBJECTS[name]}, {ATTACKS[attack]}",
-        )
+        if len(false) == 2:  # all scores are one, as of what is its own reference
+            continue
+        label = f"{SUBJECTS[name]}, {ATTACKS[attack]}"
+        look = LOOKS.get(name, "-")
+        ax.step(false, true, look, where="post", color=COLOURS[name], label=label)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(lambda x, _: f"{100 * x:g} %")
     ax.set_xlim(1e-3, 1)
     ax.set_ylim(1e-3, 1.05)
     ax.set_xlabel("false alarms: share of other documents", color=INK)

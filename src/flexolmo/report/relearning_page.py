@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from flexolmo.numbers import format_signed
 from flexolmo.report.drawing import MUTED, note, styled
-from flexolmo.report.membership_page import SUBJECTS
+from flexolmo.report.membership_page import COLOURS, LOOKS, SUBJECTS
 from flexolmo.report.page import Block, Cell, Picture, Table, Text, save_page
 
 
@@ -61,13 +61,13 @@ def plot_relearning(found: Mapping[str, Any]) -> Figure:
     """Bits per byte over steps, of both starts."""
     fig = Figure(figsize=(6.5, 3.8))
     ax = fig.subplots()
-    for name, colour, look in (("anchor", "#767676", "-"), ("off", "#D55E00", "--")):
+    for name in ("anchor", "off"):
         curve = found["curves"][name]
         ax.plot(
             [p["step"] for p in curve],
             [p["bits_per_byte"] for p in curve],
-            look,
-            color=colour,
+            LOOKS[name],
+            color=COLOURS[name],
             marker="o",
             ms=4,
             label=SUBJECTS[name],
