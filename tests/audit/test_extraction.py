@@ -85,6 +85,16 @@ def test_near_verbatim_text_is_at_least_as_likely_as_the_text(attacked, data, tm
         ExtractionSettings(near_tokens=2, samples=0)
 
 
+def test_any_of_the_first_samples_extracts_a_document():
+    rows = [[0.2, 0.95], [0.1, 0.6], [0.92, 0.3], [1.0, 1.0]]
+    found = extraction._measure([{"similarities": r} for r in rows], BRIEF)
+    assert [x["share"] for x in found["by_samples"]] == [0.5, 0.75]
+    by_threshold = {x["threshold"]: x["share"] for x in found["by_threshold"]}
+    assert (by_threshold[0.5], by_threshold[0.95], by_threshold[1.0]) == (1.0, 0.5, 0.25)
+    assert found["extracted"]["share"] == 0.75
+    assert found["median_similarity"] == pytest.approx((0.92 + 0.95) / 2)
+
+
 def test_it_goes_on_where_it_was(parrot, data, tmp_path, monkeypatch):
     subjects, _ = parrot
     monkeypatch.setattr(extraction, "DOCUMENTS_AT_ONCE", 2)
