@@ -7,6 +7,7 @@ from flexolmo.audit.subjects import open_subjects
 from flexolmo.audit.texts import read_members, tokens_read
 from flexolmo.data.batches import training_batches
 from flexolmo.errors import ConfigError, DataError, PolicyError
+from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
 
@@ -75,6 +76,9 @@ def test_members_are_documents_that_training_read_whole(pico_sets):
         whole = is_read[split.offsets[i] : split.offsets[i] + 20].all()
         assert (i in {b.index for b in found}) == (whole and len(split.document(i)) >= 20)
     assert 0 < len(found) < split.num_documents
+    private = recipe.model_copy(update={"privacy": PrivacySettings(epsilon=8)})
+    every = read_members(data, private, least=20, length=20, most=1000, seed=0)
+    assert len(every) == sum(len(split.document(i)) >= 20 for i in range(split.num_documents))
     some = read_members(data, recipe, least=20, length=20, most=2, seed=1)
     assert len(some) == 2 and {b.index for b in some} <= {b.index for b in found}
     for b in some:

@@ -61,13 +61,14 @@ def read_members(
     seed: int,
 ) -> list[Beginning]:
     """Beginnings of at most `most` documents that an expert trained by `recipe` has learnt from:
-    training predicted every token of them. Without a recipe, of the training split.
+    training predicted every token of them. Without a recipe, and of private training, whose draws
+    nobody may know, of the training split.
 
     Raises DataError if there is none.
     """
     every = token_set.splits["train"].num_documents
     found = read_beginnings(token_set, MEMBERS, least=least, length=length, most=every, seed=seed)
-    if recipe is not None:
+    if recipe is not None and recipe.privacy is None:
         offsets = token_set.splits["train"].offsets
         is_read = tokens_read(token_set, recipe)
         found = [b for b in found if is_read[offsets[b.index] :][: len(b.ids) - 1].all()]
