@@ -102,10 +102,11 @@ def find_noise(
                 "router.epsilon, the table's part of it, or train.steps, or give more units."
             )
     low = high / 2.0
-    while overspent(low) <= 0:
+    while low > LEAST_NOISE and overspent(low) <= 0:
         low /= 2.0
-        if low < LEAST_NOISE:
-            return LEAST_NOISE
+    low = max(low, LEAST_NOISE)
+    if overspent(low) <= 0:
+        return low
     found: float = brentq(overspent, low, high, rtol=SLACK)
     while overspent(found) > 0:
         found *= 1.0 + SLACK
