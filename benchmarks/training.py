@@ -111,7 +111,9 @@ def step_of(
 def expert_step(anchor: Anchor, size: str, scope: str, **settings: Any) -> Step:
     """A step of ours, training one expert."""
     recipe = recipe_of(size, scope, **settings)
-    pair, parameters, loss_of_step = prepare_training(anchor, owner_text(anchor), "a", recipe, None)
+    pair, parameters, loss_of_step, _ = prepare_training(
+        anchor, owner_text(anchor), "a", recipe, None
+    )
     return step_of(pair, parameters, loss_of_step, recipe.train)
 
 

@@ -101,7 +101,7 @@ def test_each_field_that_openais_client_sends_is_read_or_refused(kind, body, off
     neutral = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me"}
     assert read(body | neutral, kind) == read(body, kind)
     unread = set(kind.model_fields) - set(official.__annotations__)
-    assert unread == {"experts", "purpose", "top_k"}
+    assert unread == {"experts", "purpose", "top_k", "trace"}
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,9 @@ def prepare(pico_anchor, pico_sets):
         for n, t in first.items():
             if not n.startswith("router."):
                 first[n] = t + 0.05 * torch.randn(t.shape, generator=g)
-        pair, parameters, losses = prepare_training(pico_anchor, data, "maths", recipe, None, first)
+        pair, parameters, losses, _ = prepare_training(
+            pico_anchor, data, "maths", recipe, None, first
+        )
         arrange_blocks(pair, recipe.train, "test")
         nats, _ = compute_gradients(parameters, losses, step, recipe.train)
         return pair, nats, {n: p.grad.clone() for n, p in parameters.items()}

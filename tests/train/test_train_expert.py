@@ -312,7 +312,7 @@ def test_an_expert_alone_learns_as_the_anchor_would(pico_anchor, pico_sets):
         recipe = recipe_of(EvidenceSettings(), batch_size=4).model_copy(
             update={**WHOLE, "beside_anchor": beside}
         )
-        _, parameters, losses = prepare_training(anchor, data, "maths", recipe, None)
+        _, parameters, losses, _ = prepare_training(anchor, data, "maths", recipe, None)
         (loss,) = losses(0)
         loss.backward()
         found[beside] = loss.item(), {n: p.grad for n, p in parameters.items()}
