@@ -243,7 +243,7 @@ def fractions(anchor: Anchor, size: str) -> dict[str, float]:
     """Fractions of positions at which our router weighs both experts, the owner's alone, or
     public alone."""
     recipe = recipe_of(size, "ffn")
-    pair, _, _ = prepare_training(anchor, owner_text(anchor), "a", recipe, None)
+    pair, *_ = prepare_training(anchor, owner_text(anchor), "a", recipe, None)
     read = batches_of(anchor, size)
     weights = torch.cat(
         [pair._context(read(s)[:, :-1], None, None, None).weights for s in range(4)]
