@@ -62,7 +62,7 @@ def made_texts(source):
     return [(f"{source.name}{i}", " ".join(rng.choices(words, k=80))) for i in range(60)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def made_sources():
     """Sources give made text; those of `creative` cannot be had."""
 
@@ -143,7 +143,7 @@ def run(out, runner, recipe=RECIPE, sets=None, is_drawn=False):
         return run_demo(recipe, out, sets)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(made_sources, tmp_path_factory):
     """A demo that ran through: its directory, its results, the labels of its jobs."""
     out = tmp_path_factory.mktemp("demo") / "run"
@@ -314,7 +314,7 @@ def test_run_again_it_does_nothing_again(finished, capsys):
     assert again["seconds"]["total"] == results["seconds"]["total"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interrupted(finished, tmp_path_factory):
     """A demo stopped at the job after each of these labels, and run again each time."""
     out, seen = tmp_path_factory.mktemp("demo") / "run", []
@@ -384,7 +384,7 @@ def forget(out, label):
     (out / "steps" / label / "done.json").unlink()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def left(finished, tmp_path_factory):
     """A finished demo run again without one of its owners."""
     out = shutil.copytree(finished[0], tmp_path_factory.mktemp("left") / "run")
