@@ -38,6 +38,8 @@ def test_without_the_expert_nothing_is_found_that_the_anchor_does_not_say(attack
     counts = found["documents"]
     assert 0.9 * counts["in_training_split"] < counts["members"] <= counts["in_training_split"]
     assert stays["notice"] and len(stays["worst"]) == membership.WORST_DOCUMENTS
+    first = found["subjects"][stays["subject"]]
+    assert first[stays["attack"]]["auc"] == max(x["auc"] for x in first.values())
 
 
 def test_with_others_on_there_is_no_such_control(attacked, data, tmp_path):

@@ -51,8 +51,8 @@ def membership(
     """Attack membership: can your documents be told from others that were not trained on?
 
     Your expert is attacked alone, as whoever has the bundle can; the mixture with it on and off;
-    and the anchor. The reference that the strongest attack needs is the same mixture with your
-    expert off. What the attacker would find most certain is written to stays_here.json, for you
+    and the anchor. The reference that two of the attacks need is the same mixture with your expert
+    off. What the attacker would find most certain is written to stays_here.json, for you
     alone.
 
     Example: flexolmo audit membership --model model --data prepared/code --out membership

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from flexolmo.audit.membership import headline_of
+from flexolmo.audit.membership import strongest_of
 from flexolmo.numbers import format_percent
 from flexolmo.report.drawing import INK, MUTED, styled
 from flexolmo.report.page import Block, Cell, Items, Picture, Table, Text, save_page
@@ -81,10 +81,10 @@ def write_membership_page(found: Mapping[str, Any], out: Path) -> Path:
             "lead",
         ),
         Table(
-            "With 95 % intervals",
+            "With 95 % intervals. Bold: the attack that finds most",
             ["model", "attack", "AUC", "found at 1 %", "found at 0.1 %"],
             [
-                _row(subject, attack, by_attack[attack], attack == headline_of(dict(by_attack)))
+                _row(subject, attack, by_attack[attack], attack == strongest_of(by_attack))
                 for subject, by_attack in found["subjects"].items()
                 for attack in ATTACKS
                 if attack in by_attack
@@ -94,7 +94,7 @@ def write_membership_page(found: Mapping[str, Any], out: Path) -> Path:
         Picture(
             "roc",
             plot_roc(found["subjects"]),
-            "ROC curves of the strongest attack on each model",
+            "ROC curves of the attack that finds most on each model",
             "Both axes are logarithmic, for it is the few documents found with hardly a false "
             "alarm that matter. Dotted: chance.",
         ),
@@ -114,12 +114,12 @@ def control_blocks(found: Mapping[str, Any]) -> list[Block]:
     return [Table("Control", head, [[said, Cell.verdict(found["off_equals_anchor"])]])]
 
 
-def _row(subject: str, attack: str, x: Mapping[str, Any], is_headline: bool) -> list[Cell | str]:
+def _row(subject: str, attack: str, x: Mapping[str, Any], is_strongest: bool) -> list[Cell | str]:
     low, high = x["interval"]
     return [
         SUBJECTS[subject],
-        Cell(ATTACKS[attack], bold=is_headline),
-        Cell(f"{x['auc']:.3f} ({low:.3f} to {high:.3f})", bold=is_headline),
+        Cell(ATTACKS[attack], bold=is_strongest),
+        Cell(f"{x['auc']:.3f} ({low:.3f} to {high:.3f})", bold=is_strongest),
         *(_rate(x["caught"][rate]) for rate in ("0.01", "0.001")),
     ]
 
@@ -135,12 +135,12 @@ def _rate(x: Mapping[str, Any]) -> str:
 
 @styled
 def plot_roc(subjects: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """ROC curves of each subject's headline attack, on logarithmic axes."""
+    """ROC curves of the attack that finds most on each subject, on logarithmic axes."""
     fig = Figure(figsize=(6.0, 4.6))
     ax = fig.subplots()
     ax.plot([1e-3, 1], [1e-3, 1], ":", color=MUTED, linewidth=1)
     for name, by_attack in subjects.items():
-        attack = headline_of(dict(by_attack))
+        attack = strongest_of(by_attack)
         false, true = zip(*by_attack[attack]["roc"], strict=True)
         if len(false) == 2:  # all scores are one, as of what is its own reference
             continue
