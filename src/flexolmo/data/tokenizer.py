@@ -148,11 +148,13 @@ class Tokenizer:
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`encode` of `text`, and the characters of `text`, first and end, that each id is for.
 
-        Several ids may be for one character, if they are its bytes.
+        Several ids may be for one character, if they are its bytes. Raises DataError as `encode`
+        does, and for text that the library reads otherwise as a whole than word by word.
         """
         ids = self.encode(text)
         encoding = self._encoder.encode(text, add_special_tokens=False)
-        assert encoding.ids == ids
+        if encoding.ids != ids:
+            raise DataError(f"The tokenizer reads a text in two ways that begins {text[:40]!r}.")
         return ids, encoding.offsets
 
     def find_changed(self, texts: Sequence[str], batch: Sequence[np.ndarray]) -> dict[int, str]:
