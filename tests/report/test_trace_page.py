@@ -73,5 +73,5 @@ def test_hostile_text_and_names_are_shown_and_do_not_act(tmp_path):
 
 def test_a_text_without_spans_has_a_page_that_says_so(tmp_path):
     page = write_trace_page("nothing", [], ["clinic", "bank"], tmp_path / "page.html").read_text()
-    assert "0 spans of this text occur" in page and "clinic, bank" in page
+    assert "training text of clinic, bank: 0." in page
     assert "<mark>" not in page and "<table>" not in page

@@ -22,7 +22,7 @@ def write_trace_page(text: str, spans: Sequence[Span], sources: Sequence[str], o
         sources: Every source that was asked, those without a span too.
     """
     asked = ", ".join(sources)
-    found = f"{len(spans):,} spans of this text occur word for word in training text of: {asked}."
+    found = f"Spans that occur word for word in training text of {asked}: {len(spans):,}."
     blocks: list[Block] = [Text("Where a text may come from", "h1"), Text(found, "lead")]
     blocks += [Marked(mark_spans(text, spans))]
     if spans:

@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -248,20 +248,10 @@ class TraceDesk:
         found = []
         if rank >= 2:
             found = list(islice(self._index.find(pattern, CONTEXT_TOKENS), MAX_DOCUMENTS))
-        places = [
-            Place(
-                document=o.document,
-                position=o.position,
-                before=o.before,
-                text=o.text,
-                after=o.after,
-            )
-            for o in found
-        ]
         return Found(
             at_least=at_least,
             documents=list(dict.fromkeys(o.document for o in found)) if rank >= 2 else None,
-            places=places if rank >= 3 else None,
+            places=[Place(**asdict(o)) for o in found] if rank >= 3 else None,
         )
 
 

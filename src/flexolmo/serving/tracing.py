@@ -5,7 +5,7 @@ A source that is off, or that whoever asks may not trace, is not asked, so nothi
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import FlexOlmoError
@@ -81,14 +81,5 @@ def _reply(span: Span) -> SpanReply:
         bits=span.bits,
         count=span.count,
         documents=list(span.documents),
-        places=[
-            PlaceReply(
-                document=o.document,
-                position=o.position,
-                before=o.before,
-                text=o.text,
-                after=o.after,
-            )
-            for o in span.occurrences
-        ],
+        places=[PlaceReply(**asdict(o)) for o in span.occurrences],
     )
