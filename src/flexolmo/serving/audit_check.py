@@ -13,6 +13,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import ValidationError
 
+from flexolmo.bundle.signing import MAX_KEY_BYTES
 from flexolmo.errors import AuditError
 from flexolmo.files import read_bytes
 from flexolmo.progress import Meter, progress
@@ -31,7 +32,6 @@ from flexolmo.serving.segments import (
 )
 from flexolmo.serving.tree import Frontier, hash_leaf
 
-MAX_KEY_BYTES = 16 << 10
 MAX_FINDINGS = 100  # that are named; the rest are counted
 _PATIENCE_SECONDS = 1.0  # a line that a living server writes is whole long before
 
