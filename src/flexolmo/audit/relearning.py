@@ -32,9 +32,7 @@ from flexolmo.train.loop import TrainSettings, train
 
 LEAST_TOKENS = 20
 READ_TOKENS = 256  # of a document
-RELATED = (
-    "validation"  # split of the owner's set that stands for related text: nobody trained on it
-)
+RELATED = "validation"  # split of the owner's set, on which nobody trained
 
 
 class RelearningSettings(Settings):

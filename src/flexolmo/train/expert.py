@@ -313,7 +313,7 @@ def start_table(
     metadata = {"origin": digest_bytes(canonical_json(origin))}
     if router.epsilon is not None and router.delta * count >= 1:
         raise ConfigError(
-            f"router.delta {router.delta:g} allows that one of the {count:,} source documents of "
+            f"router.delta {router.delta:g} allows that one of the {count:,} protected texts of "
             f"{data.directory} is told of outright; give less than {1 / count:.1g}."
         )
     if kept is not None and kept.exists():
