@@ -12,7 +12,7 @@ row, Z domains: public, its other forms, then the other experts.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -48,8 +48,8 @@ class FlexOlmoMixtureConfig(Olmo2Config):
     """The anchor's configuration, as OLMo 2's, and what stands beside the anchor."""
 
     model_type = "flex_olmo_mixture"
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = {}  # noqa: RUF012
+    base_model_pp_plan = {}  # noqa: RUF012
 
     experts: dict | None = None  # type: ignore[type-arg]  # sizes of owners' experts, by name
     router: dict | None = None  # type: ignore[type-arg]  # its kind and settings
@@ -156,11 +156,12 @@ class RouterState(DynamicLayer):
         """State after the last token, [B,.]."""
         return None if self.values is None else self.values[:, 0, -1]
 
-    def keep(self, reading: Reading, after: Tensor) -> None:
-        """Take in the tokens of a step, and the states [B,T,.] after them."""
-        ids, active = reading.ids[..., None], reading.active[:, None].long()
-        keys = torch.cat([ids, active.expand(-1, ids.shape[1], -1)], dim=-1)
-        self.update(keys[:, None], after[:, None])
+    def keep(self, reading: Reading, after: Tensor | None) -> None:
+        """Take in the tokens of a step, and the states [B,T,.] after them, if there are any."""
+        ids = reading.ids[..., None]  # [B,T,1]
+        active = reading.active[:, None].expand(-1, ids.shape[1], -1)
+        values = ids[..., :0] if after is None else after
+        self.update(torch.cat([ids, active.long()], dim=-1)[:, None], values[:, None])
 
 
 # Routers
@@ -220,6 +221,11 @@ class EvidenceRouter(nn.Module):
 
     def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
         """Log weights [B,T,E] in float32, and chances [B,T,Z] after each token, in float64."""
+        if cast(Tensor, self.public.tokens).dtype != torch.float32:
+            raise ValueError(
+                "Routing is in float32. To load a checkpoint in another precision, give dtype to "
+                "from_pretrained."
+            )
         is_token = reading.ids >= 0  # [B,T]
         earlier = reading.past.ids
         first = torch.full_like(reading.ids[:, :1], -1) if earlier is None else earlier[:, -1:]
@@ -365,88 +371,65 @@ class Mixture(nn.Module):
         return total.view_as(h)
 
 
-class OwnMatrices(nn.ModuleDict):
-    """Owners' versions of one matrix of the anchor's, [out,in]: whole ones, or differences."""
+class MixedMatrix(nn.Module):
+    """A matrix [out,in] of the anchor's, of an embedding too, with owners' own: whole ones in its
+    place, or differences to it."""
 
-    def __init__(self, d_in: int, d_out: int, ranks: dict[str, int], names: list[str]):
-        super().__init__({slot(n): matrix_of(d_in, d_out, rank) for n, rank in ranks.items()})
-        self.places = {slot(n): names.index(n) for n in ranks}
+    def __init__(
+        self, base: nn.Linear | nn.Embedding, ranks: dict[str, int], config: FlexOlmoMixtureConfig
+    ):
+        super().__init__()
+        self.weight = base.weight
+        d_out, d_in = base.weight.shape
+        self.deltas = nn.ModuleDict({slot(n): matrix_of(d_in, d_out, r) for n, r in ranks.items()})
+        self.places = [config.expert_names.index(n) for n in ranks]
+        self.is_embedding = isinstance(base, nn.Embedding)
 
-    def mix(
-        self,
-        x: Tensor,
-        base: Tensor,
-        reading: Reading,
-        read: Callable[[Tensor, Tensor], Tensor],
-        read_low: Callable[[Tensor, LowRank], Tensor],
-    ) -> Tensor:
-        """`read(x, .)` of rows x [N,...] by the anchor's matrix `base` and by owners', [N,.]."""
-        assert reading.weights is not None, "one routing decides for all layers"
+    def _read(self, x: Tensor, own: nn.Module) -> Tensor:
+        """Rows x [n,in], or ids [n], by the anchor's matrix or an owner's."""
+        if self.is_embedding:
+            if isinstance(own, LowRank):
+                return F.linear(F.embedding(x, own.lora_b), own.lora_a.T)
+            return F.embedding(x, cast(Tensor, own.weight))
+        if isinstance(own, LowRank):
+            return F.linear(F.linear(x, own.lora_a), own.lora_b)
+        return F.linear(x, cast(Tensor, own.weight))
+
+    def forward(self, x: Tensor, reading: "Reading") -> Tensor:
+        """Output of x [B,T,in], or ids [B,T], by share."""
+        assert reading.weights is not None, "one router decides for all layers"
         weights = reading.weights.flatten(0, 1)  # [N,E]
-        present = []
-        for key, own in self.items():
-            share = reading.shares[self.places[key]]
-            if share is not None:
-                present.append((key, own, share))
         rest = torch.ones_like(weights[:, 0])  # left to the anchor's matrix
-        for key, own, _ in present:
+        found: list[tuple[Share, nn.Module]] = []
+        for place, own in zip(self.places, self.deltas.values(), strict=True):
+            share = reading.shares[place]
+            if share is None:
+                continue
+            found.append((share, own))
             if not isinstance(own, LowRank):
-                rest = rest - weights[:, self.places[key]]
+                rest = rest - weights[:, place]
         # less is the rounding of weights that sum to 1
         rest = rest.where(rest > 4 * torch.finfo(rest.dtype).eps, rest.new_zeros(()))
-        width = base.shape[0 if read is F.linear else 1]
-        total = base.new_zeros(len(x), width)
-        anchors = share_of(rest, base.dtype)
+        anchors = share_of(rest, self.weight.dtype)
         if anchors is not None:
-            anchors.put(total, read(x[anchors.rows], base))
-        for _, own, share in present:
-            rows = x[share.rows]
-            is_low = isinstance(own, LowRank)
-            value = read_low(rows, own) if is_low else read(rows, cast(Tensor, own.weight))
+            found.insert(0, (anchors, self))
+        flat = x.flatten(0, 1)  # [N,.]
+        total: Tensor | None = None
+        for share, own in found:
+            value = self._read(flat[share.rows], own)
+            if total is None:
+                total = value.new_zeros(len(flat), value.shape[-1])
             share.put(total, value)
-        return total
-
-
-class MixedLinear(nn.Linear):
-    """A matrix of the anchor's, with owners' own."""
-
-    def __init__(self, base: nn.Linear, ranks: dict[str, int], names: list[str]):
-        super().__init__(base.in_features, base.out_features, bias=False)
-        self.deltas = OwnMatrices(base.in_features, base.out_features, ranks, names)
-
-    def forward(self, x: Tensor, reading: Reading) -> Tensor:  # type: ignore[override]
-        """Output of x [B,T,in], [B,T,out]."""
-
-        def read_low(rows: Tensor, own: LowRank) -> Tensor:
-            return F.linear(F.linear(rows, own.lora_a), own.lora_b)
-
-        y = self.deltas.mix(x.flatten(0, 1), self.weight, reading, F.linear, read_low)
-        return y.view(*x.shape[:-1], -1)
-
-
-class MixedEmbedding(nn.Embedding):
-    """The anchor's embedding, with owners' own."""
-
-    def __init__(self, base: nn.Embedding, ranks: dict[str, int], names: list[str]):
-        super().__init__(base.num_embeddings, base.embedding_dim)
-        self.deltas = OwnMatrices(base.embedding_dim, base.num_embeddings, ranks, names)
-
-    def forward(self, ids: Tensor, reading: Reading) -> Tensor:  # type: ignore[override]
-        """Rows of ids [B,T], [B,T,D]."""
-
-        def read_low(rows: Tensor, own: LowRank) -> Tensor:
-            return F.linear(F.embedding(rows, own.lora_b), own.lora_a.T)
-
-        y = self.deltas.mix(ids.flatten(), self.weight, reading, F.embedding, read_low)
-        return y.view(*ids.shape, -1)
+        assert total is not None, "somebody reads each token"
+        return total.view(*x.shape[:2], -1)
 
 
 # The decoder
 
 
 def times(matrix: nn.Module, x: Tensor, reading: Reading) -> Tensor:
-    """x [B,T,in] times a matrix that owners may have their own of, [B,T,out]."""
-    return cast(Tensor, matrix(x, reading) if isinstance(matrix, MixedLinear) else matrix(x))
+    """x [B,T,in], or ids [B,T], read by a matrix that owners may have their own of, [B,T,out]."""
+    return cast(Tensor, matrix(x, reading) if isinstance(matrix, MixedMatrix) else matrix(x))
 
 
 class MixtureAttention(Olmo2Attention):
@@ -456,7 +439,7 @@ class MixtureAttention(Olmo2Attention):
         super().__init__(config, layer_idx)
         if ranks := config.ranks("attention"):
             for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                setattr(self, part, MixedLinear(getattr(self, part), ranks, config.expert_names))
+                setattr(self, part, MixedMatrix(getattr(self, part), ranks, config))
 
     def forward(  # type: ignore[override]
         self,
@@ -475,7 +458,7 @@ class MixtureAttention(Olmo2Attention):
         query, key, value = (y.view(shape).transpose(1, 2) for y in (query, key, value))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = past_key_values.update(key, value, cast(int, self.layer_idx))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -492,7 +475,7 @@ class MixtureLayer(Olmo2DecoderLayer):
     def __init__(self, config: FlexOlmoMixtureConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         self.self_attn = MixtureAttention(config, layer_idx)
-        self.mlp = Mixture(config, layer_idx)
+        self.mlp = Mixture(config, layer_idx)  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, reading: Reading, **kwargs: Any
@@ -514,8 +497,10 @@ class FlexOlmoMixtureModel(Olmo2Model):
             MixtureLayer(config, i) for i in range(config.num_hidden_layers)
         )
         if ranks := config.ranks("embedding"):
-            self.embed_tokens = MixedEmbedding(self.embed_tokens, ranks, config.expert_names)
-        self.post_init()
+            self.embed_tokens = MixedMatrix(  # type: ignore[assignment]
+                self.embed_tokens, ranks, config
+            )
+        self.post_init()  # type: ignore[no-untyped-call]
 
 
 class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
@@ -532,10 +517,10 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
         self.model = FlexOlmoMixtureModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if ranks := config.ranks("head"):
-            self.lm_head = MixedLinear(self.lm_head, ranks, config.expert_names)
+            self.lm_head = MixedMatrix(self.lm_head, ranks, config)
         is_evidence = (config.router or {})["kind"] == "evidence"
         self.router = EvidenceRouter(config) if is_evidence else None
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @property
     def expert_names(self) -> list[str]:
@@ -549,37 +534,38 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
         """
         names = self.expert_names
         if isinstance(experts, Tensor):
-            if experts.shape != (batch_size, len(names)):
-                raise ValueError(
-                    f"experts has shape {list(experts.shape)}; expected {[batch_size, len(names)]}."
-                )
             return experts.to(self.device)
         if isinstance(experts, str):
             raise ValueError(f"experts is {experts!r}; expected a list of names: [{experts!r}].")
-        every = list[Any](names if experts is None else experts)
-        if not every or isinstance(every[0], str):
-            every = [every] * batch_size
-        if len(every) != batch_size:
-            raise ValueError(f"experts has {len(every)} lists of names for {batch_size} texts.")
-        unknown = sorted({str(n) for chosen in every for n in chosen} - set(names))
+        given = list[Any](names if experts is None else experts)
+        if not given or isinstance(given[0], str):
+            given = [given] * batch_size
+        if len(given) != batch_size:
+            raise ValueError(f"experts has {len(given)} lists of names for {batch_size} texts.")
+        every = [set(chosen) for chosen in given]
+        unknown = sorted(set().union(*every) - set(names))
         if unknown:
             raise ValueError(
                 f"Unknown expert {', '.join(unknown)}: this checkpoint holds "
                 f"{', '.join(names[1:]) or 'no owner'}."
             )
-        on = [[n == PUBLIC or n in chosen for n in names] for chosen in map(set, every)]
+        on = [[n == PUBLIC or n in chosen for n in names] for chosen in every]
         return torch.tensor(on, dtype=torch.bool, device=self.device)
 
-    def generate(  # type: ignore[override]
-        self, inputs: Tensor | None = None, *args: Any, experts: Experts | None = None, **kwargs: Any
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        experts: Experts | None = None,
+        **kwargs: Any,
     ) -> Any:
         """Text, as `GenerationMixin.generate` writes it, with `experts` on; see `expert_mask`."""
         if experts is not None:
             given = kwargs.get("input_ids") if inputs is None else inputs
             kwargs["experts"] = self.expert_mask(experts, 1 if given is None else len(given))
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -613,10 +599,7 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
             top_k = self.config.experts_per_token
             reading.weights = mixture_weights(logs, reading.active, top_k, least)
             reading.shares = self._shares(reading.weights)
-        if isinstance(self.model.embed_tokens, MixedEmbedding):
-            embedded = self.model.embed_tokens(input_ids, reading)
-        else:
-            embedded = self.model.embed_tokens(input_ids)
+        embedded = times(self.model.embed_tokens, input_ids, reading)
         outputs = self.model(
             inputs_embeds=embedded,
             attention_mask=self._mask(embedded, is_token, reading, past_key_values),
@@ -629,11 +612,8 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             if reading.sums:
                 after = torch.cat(list(reading.sums), dim=-1)
-            if after is None:
-                after = embedded.new_zeros(*input_ids.shape, 0)
-            is_new = not reading.past.is_initialized
             reading.past.keep(reading, after)
-            if is_new:
+            if not any(layer is reading.past for layer in past_key_values.layers):
                 past_key_values.layers.append(reading.past)
         hidden = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -662,7 +642,8 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
     ) -> tuple[Reading, Tensor]:
         """What a step knows of its tokens, and all positions so far that hold one, [B,S]."""
         layers = [] if cache is None else cache.layers
-        past = next((x for x in layers if isinstance(x, RouterState)), RouterState())
+        found = [layer for layer in layers if isinstance(layer, RouterState)]
+        past = found[0] if found else RouterState()  # type: ignore[no-untyped-call]
         if cache is not None and cache.is_compileable:
             raise ValueError("A mixture needs a cache that grows: leave cache_implementation out.")
         if cache is not None and cache.get_seq_length() and past.ids is None:
@@ -685,14 +666,6 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
                 "The experts that are on cannot change after a text's first tokens: begin again "
                 "with a new cache."
             )
-        for name, part in self.named_modules():
-            if isinstance(part, LayerRouter | EvidenceRouter):
-                floats = [t.dtype for t in part.state_dict().values() if t.is_floating_point()]
-                if set(floats) != {torch.float32}:
-                    raise ValueError(
-                        f"{name} is in {floats[0]}; routing is in float32. To load a checkpoint in "
-                        "another precision, give dtype to from_pretrained."
-                    )
         reading = Reading(ids.where(is_token[:, -ids.shape[1] :], -1), active, past)
         settings = self.config.router or {}
         if half_life := settings.get("half_life_tokens"):
