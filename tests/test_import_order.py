@@ -47,8 +47,9 @@ ORDER = [
     ["train.expert"],
     ["train.shrink", "train.plan"],
     ["merge.checks", "merge.rollback"],
+    ["merge.modeling_flexolmo"],  # leaves with a checkpoint, and imports nothing of ours
     ["merge.mixture"],
-    ["merge.export", "merge.lineage"],
+    ["merge.export", "merge.export_code", "merge.lineage"],
     ["inference."],
     ["merge.compare"],  # also as a server computes
     ["merge.certificate"],

@@ -37,7 +37,8 @@ def test_the_deployer_switches_and_compares(shell, demo_root):
     assert "coed" in said.split("--without coed")[1]
     off, never = (demo_root / "deployer" / f"{name}.txt" for name in ("off", "never"))
     assert off.read_bytes() == never.read_bytes() != b""
-    assert "\n---\n" in said.split("python serve.py")[1]
+    assert "\n---\n" in said.split("python serve.py")[1].split("model-hf")[0]
+    assert "\n---\n" in said.split("python hf.py")[1]
 
 
 def test_the_researcher_measures_and_compares(shell, demo_root):

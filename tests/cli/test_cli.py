@@ -199,6 +199,10 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
         (("mix", "remove", model, "news"), ["No expert news"]),
         (("mix", "export", model, "-o", tmp_path / "hf", "--to", "gguf"), ["gguf", "hf"]),
         (
+            ("mix", "export", model, "-o", tmp_path / "hf", "--code", "--data", public),
+            ["--data refits a router", "--code"],
+        ),
+        (
             ("mix", "export", house.mixture_dir(NAMES, "rich"), "-o", tmp_path / "hf"),
             ["amber, basalt, zinc also change", "--scope ffn"],
         ),
@@ -590,6 +594,12 @@ def test_an_exact_export_says_so(works, house, tmp_path):
     said = works("mix", "export", house.mixture_dir(["zinc"], "stock"), "-o", tmp_path / "hf")
     assert "exact" in said
     assert json.loads((tmp_path / "hf" / "flexolmo.json").read_text())["exact"] is True
+
+
+def test_an_export_with_its_code_takes_any_mixture(works, house, tmp_path):
+    said = works("mix", "export", house.mixture_dir(NAMES, "rich"), "--code", "-o", tmp_path / "hf")
+    assert "exact" in said and "README.md" in said
+    assert (tmp_path / "hf" / "modeling_flexolmo.py").is_file()
 
 
 @pytest.mark.parametrize("with_data", [True, False])

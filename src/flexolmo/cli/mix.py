@@ -281,7 +281,15 @@ def inspect(model: Model) -> None:
 def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoint.")],
-    to: Annotated[str, typer.Option(help="Format: hf (transformers' FlexOlmoForCausalLM).")] = "hf",
+    to: Annotated[str, typer.Option(help="Format: hf (transformers).")] = "hf",
+    code: Annotated[
+        bool,
+        typer.Option(
+            "--code",
+            help="Put the code of the mixture beside its weights: any mixture is then exact, and "
+            "experts can be switched. It is loaded with trust_remote_code=True.",
+        ),
+    ] = False,
     data: Annotated[
         list[Path] | None,
         typer.Option(
@@ -292,12 +300,13 @@ def export(
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
 ) -> None:
-    """Write a stock checkpoint.
+    """Write a checkpoint that transformers loads.
 
-    The stock router is linear without bias. A mixture with another router gets the best such
-    router in closed form, and the cost in bits per byte is printed.
+    With --code, exactly, whatever it is made of. Without, as its FlexOlmoForCausalLM, whose router
+    is linear without bias: a mixture with another router gets the best such router in closed form,
+    and the cost in bits per byte is printed.
 
-    Example: flexolmo mix export model --to hf -o model-hf
+    Example: flexolmo mix export model --to hf --code -o model-hf
     """
     from flexolmo.data.batches import evaluation_windows, open_set
     from flexolmo.errors import ConfigError
@@ -310,11 +319,18 @@ def export(
         refuse_more_than_ffn,
         with_stock_router,
     )
+    from flexolmo.merge.export_code import export_code
     from flexolmo.merge.mixture import load_mixture
 
     if to != "hf":
         raise ConfigError(f"Format {to!r} is not known; hf is.")
+    if code and data:
+        raise ConfigError("--data refits a router for stock; with --code nothing is refit.")
     mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
+    if code:
+        export_code(mixture, out)
+        echo(f"{out}: exact, with its code beside it; README.md there says how to load it")
+        return
     refuse_more_than_ffn(mixture.model)
     if mixture.model.config.document_mask:
         echo(

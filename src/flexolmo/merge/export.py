@@ -60,8 +60,9 @@ def refuse_more_than_ffn(model: MixtureModel) -> None:
     if more:
         raise MergeError(
             f"The stock format has room for experts' FFNs alone, but {', '.join(more)} also "
-            "change attention, embedding or output head. Leave these out (flexolmo mix remove), "
-            "or ask their owners for an expert trained with --scope ffn."
+            "change attention, embedding or output head. Export it with its code (--code), leave "
+            "these out (flexolmo mix remove), or ask their owners for an expert trained with "
+            "--scope ffn."
         )
 
 

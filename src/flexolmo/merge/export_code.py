@@ -164,7 +164,7 @@ def _readme(mixture: LoadedMixture, name: str) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         'inputs = tokenizer("The", return_tensors="pt")',
-        f"print(tokenizer.decode(model.generate(**inputs, experts=[{some}])[0]))",
+        f"print(tokenizer.decode(model.generate(**inputs, experts=[{some}], max_new_tokens=20)[0]))",
         "```",
         "",
         "`experts` names who may take part; without it all do, with `[]` the public model alone. A",
