@@ -153,6 +153,7 @@ def _row(
 def _readme(mixture: LoadedMixture, name: str) -> str:
     names = mixture.expert_names
     some = ", ".join(f'"{n}"' for n in names[:1])
+    arguments = f'**tokenizer("The", return_tensors="pt"), experts=[{some}], max_new_tokens=20'
     lines = [
         f"# {name}",
         "",
@@ -163,8 +164,8 @@ def _readme(mixture: LoadedMixture, name: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
-        'inputs = tokenizer("The", return_tensors="pt")',
-        f"print(tokenizer.decode(model.generate(**inputs, experts=[{some}], max_new_tokens=20)[0]))",
+        f"answer = model.generate({arguments})",
+        "print(tokenizer.decode(answer[0]))",
         "```",
         "",
         "`experts` names who may take part; without it all do, with `[]` the public model alone. A",

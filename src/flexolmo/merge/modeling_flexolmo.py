@@ -118,7 +118,7 @@ def mixture_weights(
 
 @dataclass
 class Reading:
-    """All that a step knows of its tokens beside the residual stream."""
+    """Facts of a step's tokens, beside the residual stream."""
 
     ids: Tensor  # [B,T]; -1 on padding
     active: Tensor  # [B,E] True where an expert is on
@@ -173,6 +173,10 @@ class PairTable(nn.Module):
 
     def __init__(self, vocab_size: int, num_pairs: int):
         super().__init__()
+        self.tokens: Tensor
+        self.contexts: Tensor
+        self.keys: Tensor
+        self.pairs: Tensor
         self.register_buffer("tokens", torch.zeros(vocab_size))  # [V] of a token
         self.register_buffer("contexts", torch.zeros(vocab_size))  # [V] of the token before
         self.register_buffer("keys", torch.zeros(num_pairs, dtype=torch.long))  # before * V + id
@@ -181,13 +185,12 @@ class PairTable(nn.Module):
     def forward(self, before: Tensor, ids: Tensor, order: Tensor | float = 0.0) -> Tensor:
         """Numbers of tokens `ids` that stand after `before`; `order` is taken off where a pair is
         not listed."""
-        tokens, keys = cast(Tensor, self.tokens), cast(Tensor, self.keys)
-        found = cast(Tensor, self.contexts)[before] + tokens[ids] - order
-        if not len(keys):
+        found = self.contexts[before] + self.tokens[ids] - order
+        if not len(self.keys):
             return found
-        pairs = before * len(tokens) + ids
-        place = torch.searchsorted(keys, pairs).clamp(max=len(keys) - 1)
-        return torch.where(keys[place] == pairs, cast(Tensor, self.pairs)[place], found)
+        pairs = before * len(self.tokens) + ids
+        place = torch.searchsorted(self.keys, pairs).clamp(max=len(self.keys) - 1)
+        return torch.where(self.keys[place] == pairs, self.pairs[place], found)
 
 
 class EvidenceRouter(nn.Module):
@@ -212,7 +215,7 @@ class EvidenceRouter(nn.Module):
 
     def evidence(self, before: Tensor, ids: Tensor) -> Tensor:
         """Evidence of all domains at tokens `ids` [B,T] that stand after `before`, [B,T,Z]."""
-        preference = self.public(before, ids) - cast(Tensor, self.public.tokens)[ids]
+        preference = self.public(before, ids) - self.public.tokens[ids]
         order = (1.0 - self.settings["public_order"]) * preference
         tables = [*self.forms, *self.tables.values()]
         found = [torch.zeros_like(order), *(table(before, ids, order) for table in tables)]
@@ -221,7 +224,7 @@ class EvidenceRouter(nn.Module):
 
     def forward(self, reading: Reading) -> tuple[Tensor, Tensor]:
         """Log weights [B,T,E] in float32, and chances [B,T,Z] after each token, in float64."""
-        if cast(Tensor, self.public.tokens).dtype != torch.float32:
+        if self.public.tokens.dtype != torch.float32:
             raise ValueError(
                 "Routing is in float32. To load a checkpoint in another precision, give dtype to "
                 "from_pretrained."
@@ -640,7 +643,7 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
         cache: Cache | None,
         experts: Experts | None,
     ) -> tuple[Reading, Tensor]:
-        """What a step knows of its tokens, and all positions so far that hold one, [B,S]."""
+        """Facts of a step's tokens, and which positions so far hold one, [B,S]."""
         layers = [] if cache is None else cache.layers
         found = [layer for layer in layers if isinstance(layer, RouterState)]
         past = found[0] if found else RouterState()  # type: ignore[no-untyped-call]
