@@ -194,6 +194,7 @@ def test_working_in_pieces_changes_nothing(exact, drawn, seed, off, chunk):
     expected = model(ids, active=active)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", chunk)
+        patch.setattr("flexolmo.model.transformer.PIECE_NUMBERS", chunk)
         for mode in (False, True):
             found = model.train(mode)(ids, active=active)
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -54,6 +54,9 @@ def small_pieces():
     """So that texts as short as here are worked on in several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", 32)
+        patch.setattr("flexolmo.model.transformer.PIECE_NUMBERS", 500)
+        patch.setattr("flexolmo.model.panels.MOST_ROWS", 40)
+        patch.setattr("flexolmo.model.moe.GROUPED_ROWS", 20)
         yield
 
 

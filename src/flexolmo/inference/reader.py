@@ -72,7 +72,7 @@ class OwnReader:
     shares_prefixes: bool = True
     kept_tokens: int = 0
     terms: Mapping[str, Terms] | None = None  # of its experts; asked at each new state
-    has_panels: bool = False  # a second copy of the matrices, from which batches are written faster
+    has_panels: bool = False  # a second copy of the matrices, with which batches are faster
 
     def __post_init__(self) -> None:
         self.max_seq_len = self.model.config.max_seq_len

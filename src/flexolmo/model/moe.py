@@ -50,6 +50,8 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.tiles import silu
 from flexolmo.model.transformer import FeedForward, ForwardContext, ModelConfig, Transformer
 
+GROUPED_ROWS = 256  # read at once, up to which experts share all work but their products
+
 
 class Mixture(nn.Module):
     """Experts of one layer, summed by weight; stands where the FFN stood.
@@ -96,7 +98,8 @@ class Mixture(nn.Module):
     def group(self, weights: Tensor, ctx: ForwardContext) -> Groups | None:
         """Groups of a small batch from its weights [B,T,E], where experts are whole, of one width
         and in panels."""
-        return groups_of(weights, ctx.dtype) if ctx.panels and self.is_even else None
+        is_small = weights.shape[:2].numel() <= GROUPED_ROWS
+        return groups_of(weights, ctx.dtype) if ctx.panels and self.is_even and is_small else None
 
     def _logits(
         self, router: LinearRouter | DiscriminantRouter, h: Tensor, ctx: ForwardContext

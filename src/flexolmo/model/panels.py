@@ -23,6 +23,7 @@ from flexolmo.model.tiles import spaced
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which products are faster with the matrix than with its panels
 MOST_ROWS = 128  # multiplied at once, than which more are not faster
+ROWS_STEP = 8  # above PANEL_ROWS, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 NUMBERS_TO_TRY = 2**16 + 1  # that differ
@@ -39,12 +40,24 @@ class Cut:
     def times(self, x: Tensor) -> Tensor:
         """Products [n,out of all] of rows x [n,in]; each row's bits are its own."""
         n = x.shape[0]
-        rows = _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
+        rows = self._rows(n)
         if rows == n:
             return _multiply(x, self.matrix, self.panels)
-        if rows < n:
-            return torch.cat([self.times(part) for part in x.split(rows)])
-        return _multiply(F.pad(x, (0, 0, 0, rows - n)), self.matrix, self.panels)[:n]
+        if rows > n:
+            return _multiply(F.pad(x, (0, 0, 0, rows - n)), self.matrix, self.panels)[:n]
+        parts = x.split(rows)
+        if torch.is_grad_enabled():
+            return torch.cat([self.times(part) for part in parts])
+        found = x.new_empty(n, self.matrix.shape[1])
+        for part, place in zip(parts, found.split(rows), strict=True):
+            if len(part) > PANEL_ROWS and self._rows(len(part)) == len(part):
+                torch.mm(part, self.matrix, out=place)  # which spares a copy
+            else:
+                place.copy_(self.times(part))
+        return found
+
+    def _rows(self, n: int) -> int:
+        return _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
 
 
 Panels = Mapping[nn.Module, Cut]  # of a module's matrices that read the same rows
@@ -86,9 +99,11 @@ def _rows(n: int, *kind: int) -> int:
     some are idle. `kind` as for `_keeps_bits`."""
     if n > MOST_ROWS:
         return MOST_ROWS
-    more = range(max(n, 1), REFERENCE_ROWS)
-    fewer = [rows for rows in (n, PANEL_ROWS) if REFERENCE_ROWS < rows <= n]
-    return next((rows for rows in (*more, *fewer) if _keeps_bits(rows, *kind)), REFERENCE_ROWS)
+    if n > PANEL_ROWS:
+        likely = [-(-n // ROWS_STEP) * ROWS_STEP, PANEL_ROWS]
+    else:
+        likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
+    return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)
 
 
 def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> bool:

@@ -25,8 +25,9 @@ from flexolmo.model.panels import Panels, can_cut, cut
 from flexolmo.model.spans import Spans
 from flexolmo.model.tiles import product, silu, spaced
 
-FEWEST_ROWS, MOST_ROWS = 2, 256  # of a batch that is read from panels
-CHUNK_ROWS = 256  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
+FEWEST_ROWS = 2  # of a batch that is read from panels
+CHUNK_ROWS = 128  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
+PIECE_NUMBERS = 2**16  # of a tensor, which a processor's cache holds
 
 
 class ModelConfig(Settings):
@@ -99,7 +100,7 @@ class ForwardContext:
     shares: Any = None  # the same by expert, see deltas.Share
     rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
     groups: Any = None  # the same of a small batch, see groups.Groups
-    panels: Panels | None = None  # of a small batch in evaluation
+    panels: Panels | None = None  # of a batch in evaluation
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     lanes: Any = None  # when several models read each text, see lanes.Lanes
@@ -166,11 +167,14 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:  # as stock computes it
-            wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # [...,1]
-            return (self.weight * (wide * scale)).to(x.dtype)
+        if not self.training:
+            return _in_pieces(self._as_stock, x.flatten(0, -2)).view(x.shape)
         return cast(Tensor, _Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+
+    def _as_stock(self, x: Tensor) -> Tensor:
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # [...,1]
+        return (self.weight * (wide * scale)).to(x.dtype)
 
 
 class _Normalise(torch.autograd.Function):
@@ -225,7 +229,7 @@ class FeedForward(nn.Module):
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
         gate, up = self.gate_and_up(x, ctx)
-        inner = (F.silu(gate) if ctx.batch_rows is None else silu(gate)) * up  # [n,F]
+        inner = F.silu(gate) * up if ctx.batch_rows is None else silu(gate).mul_(up)  # [n,F]
         if weight is not None:
             inner = weight * inner[: len(weight)]
         return self.down_proj(inner, ctx)
@@ -293,9 +297,25 @@ class Attention(nn.Module):
 
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
     """Positions written into queries or keys x [B,.,T,C], in float32 as stock does."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = ctx.cos, ctx.sin  # [B or 1,1,T,C/2]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return torch.cat(turned, dim=-1).to(x.dtype)
+
+    return _in_pieces(turn, x, ctx.cos, ctx.sin)  # [B or 1,1,T,C/2] twice
+
+
+def _in_pieces(work: Callable[..., Tensor], x: Tensor, *beside: Tensor) -> Tensor:
+    """`work(x, *beside)`, of the shape of x and row by row; where nothing is learnt, in pieces that
+    a processor's cache holds. Each of `beside` has as many rows as x, or one for all."""
+    if x.numel() <= PIECE_NUMBERS or not x.is_cpu or torch.is_grad_enabled():
+        return work(x, *beside)
+    found, rows = torch.empty_like(x), max(1, PIECE_NUMBERS * len(x) // x.numel())
+    for start in range(0, len(x), rows):
+        own = (y if len(y) == 1 else y[start : start + rows] for y in (x, *beside))
+        found[start : start + rows] = work(*own)
+    return found
 
 
 class Block(nn.Module):
@@ -390,8 +410,8 @@ class Transformer(nn.Module):
         """Logits [B,T,V]; with `last`, only those of that many last positions, [B,last,V].
 
         ids [B,T]. Options: is_token [B,T] is False on left padding. active [B,E] switches the
-        mixture's experts per sequence. With `panels`, of `cut_panels`, small batches are read
-        faster. With a cache, ids continue the positions it holds. The lists routing and
+        mixture's experts per sequence. With `panels`, of `cut_panels`, batches are read faster.
+        With a cache, ids continue the positions it holds. The lists routing and
         router_logits, when given, receive each layer's mixture weights and router logits, both
         [B,T,E].
         """
@@ -517,7 +537,7 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
         batch_rows = ids.numel() if self.in_tiles and not self.training else None
-        is_few = batch_rows is not None and FEWEST_ROWS <= batch_rows <= MOST_ROWS
+        is_batch = batch_rows is not None and batch_rows >= FEWEST_ROWS
         return ForwardContext(
             dtype,
             cos,
@@ -526,7 +546,7 @@ class Transformer(nn.Module):
             is_token,
             batch_rows,
             active,
-            panels=panels if is_few else None,
+            panels=panels if is_batch else None,
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,
