@@ -1,4 +1,4 @@
-"""Indexes of made text, and the slow truth about spans."""
+"""Indexes of made text, policies that let them be looked up, and the slow truth about spans."""
 
 from pathlib import Path
 
@@ -9,6 +9,29 @@ from flexolmo.trace.build import build_index
 from flexolmo.trace.index import Index, open_index
 from flexolmo.trace.shard import Shard, id_bytes, write_shard
 from made_sets import SMALL, write_raw
+
+TRACE_POLICY = """
+@id("papers are traced for all")
+permit (principal, action == FlexOlmo::Action::"trace", resource == FlexOlmo::Expert::"papers");
+"""
+CLINIC_POLICY = """
+@id("the clinic traces its notes")
+permit (
+    principal in FlexOlmo::Group::"clinic",
+    action == FlexOlmo::Action::"trace",
+    resource == FlexOlmo::Expert::"notes"
+);
+"""
+
+
+class Named:
+    """An index under another name, which remembers nothing else."""
+
+    def __init__(self, index, name):
+        self.index, self.name_here = index, name
+
+    def __getattr__(self, name):
+        return getattr(self.index, name)
 
 
 def write_parts(where: Path, parts: list[list[list[int]]], vocab_size: int) -> list[Shard]:

@@ -262,7 +262,7 @@ def test_a_client_that_goes_away_frees_its_place_and_its_end_is_logged(
     engine.let(1)
     next(chunks)
     chunks.close()
-    wait_until(lambda: gateway.num_answers == 0)
+    wait_until(lambda: entries("finished") and gateway.num_answers == 0)
     assert entries("finished")[0]["reason"] == "cancelled" and engine.stats().running == 0
 
 
@@ -277,7 +277,7 @@ def test_a_client_that_goes_away_before_a_whole_reply_frees_its_place_too(
             headers=alice,
             timeout=0.3,
         )
-    wait_until(lambda: gateway.num_answers == 0)
+    wait_until(lambda: entries("finished") and gateway.num_answers == 0)
     assert entries("finished")[0]["reason"] == "cancelled" and engine.stats().running == 0
 
 

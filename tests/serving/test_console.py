@@ -2,19 +2,25 @@
 
 import hashlib
 import json
+import re
 import shutil
 from itertools import pairwise
 
 import httpx
 import pytest
 
+from flexolmo.errors import BusyError
 from flexolmo.serving import console
 from flexolmo.serving.app import create_app
 from flexolmo.serving.audit_check import public_key
 from flexolmo.serving.audit_log import AuditLog
 from flexolmo.serving.audit_proof import read_proof
 from flexolmo.serving.console import Trail
+from flexolmo.serving.policy import Policies
+from flexolmo.serving.tracing import Tracer
 from made_server import serving
+from made_sets import made_text
+from made_traces import CLINIC_POLICY, TRACE_POLICY, Named, made_index
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -284,3 +290,167 @@ def test_a_narrow_screen_scrolls_no_page_sideways(page, keys, scheme):
     page.set_viewport_size({"width": 320, "height": 700})
     enter(page, keys["alice"])
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+# --- where an answer may come from --------------------------------------------------------------
+
+LEARNT = "Die Schwester liest am Abend <b>leise</b> vor, und 🙂 alle hören zu, bis es dunkel wird."
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """An index of documents that hold LEARNT, among other text."""
+    texts = [f"{made_text(n)} {LEARNT} {made_text(n + 50)}" for n in range(12)]
+    return made_index(tmp_path_factory.mktemp("learnt"), texts)
+
+
+@pytest.fixture
+def tracing(make_gateway, learnt, policy_dir, monkeypatch, tmp_path):
+    """Address of a server that may look papers up for all and notes for the clinic; what it writes
+    has parts of LEARNT."""
+    words = LEARNT.split()
+    answer = f"🙂🙂 Gut: {' '.join(words[:-3])} heute. {' '.join(words[4:])}"
+    monkeypatch.setattr("made_engine.said", lambda enabled, seed: answer)
+    (policy_dir / "trace.cedar").write_text(TRACE_POLICY + CLINIC_POLICY)
+    gateway = make_gateway(
+        audit=Trail(AuditLog.open(tmp_path / "traced")),
+        tracer=Tracer({name: Named(learnt, name) for name in ("papers", "notes")}, "text"),
+        policies=Policies.load(policy_dir),
+    )
+    with serving(create_app(gateway)) as address:
+        yield address
+
+
+@pytest.fixture
+def traced(browser, tracing):
+    """`traced(key, without)`: the console after an answer to somebody was looked up."""
+    page = browser.new_page(viewport={"width": 1200, "height": 1600})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda m: errors.append(m.text) if "Security Policy" in m.text else None)
+
+    def write(key, without=""):
+        page.goto(f"{tracing}/console/")
+        enter(page, key)
+        page.fill("#prompt", "<i>Erzähl</i> ")
+        page.fill("#most", "200")
+        page.select_option("#without", without)
+        page.check("#trace")
+        page.click("#go")
+        page.wait_for_selector("#left .trace")
+        if without:
+            page.wait_for_selector("#right .trace")
+        return page
+
+    yield write
+    page.close()
+    assert not errors
+
+
+def told(address, key):
+    """The spans that the server tells somebody of, and the answer."""
+    body = {"model": "made", "prompt": "<i>Erzähl</i> ", "max_tokens": 200, "trace": True}
+    headers = {"Authorization": f"Bearer {key}"}
+    reply = httpx.post(f"{address}/v1/completions", json=body, headers=headers).json()
+    return reply["flexolmo"]["traces"][0]["spans"], reply["choices"][0]["text"]
+
+
+def marked(page, side, number):
+    """The words that a span of a side is marked by in the answer."""
+    return "".join(
+        page.locator(f"#{side} .answer mark[data-spans~='{number}']").all_text_contents()
+    )
+
+
+def test_spans_are_marked_and_lead_to_their_sources(traced, tracing, keys):
+    page = traced(keys["alice"])
+    spans, text = told(tracing, keys["alice"])
+    assert {span["source"] for span in spans} == {"notes", "papers"} and len(spans) >= 4
+    assert page.locator("#left .trace details").count() == len(spans)
+    for number, span in enumerate(spans, 1):
+        words = text[span["first"] : span["last"]]
+        assert marked(page, "left", number) == words
+        entry = page.locator("#left .trace details").nth(number - 1)
+        assert entry.locator("q").text_content() == words.strip()
+        assert entry.locator("summary").text_content().startswith(f"{number}. {span['source']}: ")
+        assert entry.locator("blockquote").count() == len(span["places"]) > 0
+        assert entry.locator("blockquote mark").first.text_content() == span["places"][0]["text"]
+    answer = page.locator("#left .answer")
+    shown = "".join(answer.locator(":scope > *:not(button)").all_text_contents())
+    assert shown.startswith("<i>Erzähl</i> ")
+    assert answer.locator("b, i").count() == page.locator(".trace b").count() == 0
+
+
+def test_the_keyboard_alone_leads_to_a_source_and_back(traced, keys):
+    page = traced(keys["alice"])
+    page.focus("#left .answer button[data-span='2']")
+    page.keyboard.press("Enter")
+    entry = page.locator("#left .trace details").nth(1)
+    assert entry.get_attribute("open") is not None
+    assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+    chosen = page.locator("#left .answer mark.chosen")
+    chosen.first.wait_for()
+    assert "".join(chosen.all_text_contents()) == marked(page, "left", 2)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.dataset.span") == "2"
+    entry.locator("summary").press("Enter")
+    chosen.first.wait_for(state="detached")
+
+
+def test_a_source_that_is_off_or_not_allowed_is_not_shown(traced, keys):
+    page = traced(keys["alice"], without="notes")
+    assert "notes: " in page.inner_text("#left .trace")
+    assert "notes: " not in page.inner_text("#right .trace")
+    assert page.locator("#right .trace details").count() > 0
+    page = traced(keys["bob"])  # may not use notes
+    assert "of papers," in page.inner_text("#trace-note")
+    assert "notes" not in page.inner_text("#trace-note") + page.inner_text("#left .trace")
+    page.uncheck("#trace")
+    page.click("#go")
+    page.wait_for_selector("#left .facts p")
+    assert page.locator("#left .trace, #left mark").count() == 0
+
+
+def test_it_is_said_that_nothing_was_found_and_what_was_not_looked_up(traced, keys, monkeypatch):
+    def fail(index, *args, **kwargs):
+        if index.name_here == "notes":
+            raise BusyError("spent")
+        return []
+
+    monkeypatch.setattr("flexolmo.serving.tracing.find_spans", fail)
+    said = traced(keys["alice"]).inner_text("#left .trace")
+    assert "No span of it occurs word for word in training text of papers." in said
+    assert "Not looked up in notes: spent" in said
+
+
+def test_a_server_that_traces_nothing_offers_nothing(page, keys):
+    enter(page, keys["alice"])
+    assert not page.is_visible("#trace")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_traces_fit_a_narrow_screen(traced, keys, scheme):
+    page = traced(keys["alice"])
+    page.emulate_media(color_scheme=scheme)
+    page.set_viewport_size({"width": 320, "height": 700})
+    page.click("#left .answer button[data-span='1']")
+    page.wait_for_selector("mark.chosen")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    ink, paper = page.evaluate(
+        "(() => { const s = getComputedStyle(document.querySelector('mark.chosen'));"
+        " return [s.color, s.backgroundColor]; })()"
+    )
+    assert contrast(ink, paper) >= 4.5
+
+
+def contrast(one, other):
+    """Ratio of two colours' brightness, as WCAG 2.2 defines it."""
+
+    def brightness(colour):
+        parts = [int(c) / 255 for c in re.findall(r"\d+", colour)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    dark, light = sorted((brightness(one), brightness(other)))
+    return (light + 0.05) / (dark + 0.05)

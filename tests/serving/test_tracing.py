@@ -16,20 +16,7 @@ from flexolmo.trace.questions import LEVELS
 from flexolmo.trace.spans import find_spans
 from flexolmo.trace.words import split_words
 from made_sets import made_text
-from made_traces import documents_of, made_index
-
-TRACE_POLICY = """
-@id("papers are traced for all")
-permit (principal, action == FlexOlmo::Action::"trace", resource == FlexOlmo::Expert::"papers");
-"""
-CLINIC_POLICY = """
-@id("the clinic traces its notes")
-permit (
-    principal in FlexOlmo::Group::"clinic",
-    action == FlexOlmo::Action::"trace",
-    resource == FlexOlmo::Expert::"notes"
-);
-"""
+from made_traces import CLINIC_POLICY, TRACE_POLICY, Named, documents_of, made_index
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +38,6 @@ def looked(monkeypatch):
 
     monkeypatch.setattr(tracing, "find_spans", look)
     return found
-
-
-class Named:
-    """An index under another name, which remembers nothing else."""
-
-    def __init__(self, index, name):
-        self.index, self.name_here = index, name
-
-    def __getattr__(self, name):
-        return getattr(self.index, name)
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ FILES = {
     "index.html": "text/html; charset=utf-8",
     "console.css": "text/css; charset=utf-8",
     "console.js": "text/javascript; charset=utf-8",
+    "elements.js": "text/javascript; charset=utf-8",
     "proof.js": "text/javascript; charset=utf-8",
+    "trace.js": "text/javascript; charset=utf-8",
 }
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -75,6 +77,7 @@ class SourceReply(Reply):
     serial: int
     terms: Terms
     is_enabled: bool
+    is_traceable: bool  # answers may be looked up in its training text
     reasons: list[str]
 
 
@@ -204,6 +207,7 @@ def explain_sources(
     """All sources as the policy judges them now for `principal` and `purposes`."""
     facts = gateway.engine.facts
     decision = gateway.decide(facts, principal, purposes, Wish())
+    traced = gateway.find_traceable(facts, principal, purposes, decision.enabled)
     return SourcesExplained(
         model=gateway.name,
         model_digest=facts.digest,
@@ -225,6 +229,7 @@ def explain_sources(
                 serial=expert.serial,
                 terms=expert.terms,
                 is_enabled=name in decision.enabled,
+                is_traceable=name in traced,
                 reasons=list(decision.verdicts[name].reasons),
             )
             for name, expert in sorted(gateway.experts(facts).items())

@@ -188,12 +188,10 @@ class Gateway:
             raise Refusal(400, "unknown_expert", str(e), field="experts") from None
         enabled = decision.enabled
         traced: frozenset[str] | None = None
-        if ask.traces and self.tracer is not None:
-            wish = Wish(only=tuple(sorted(enabled & self.tracer.sources.keys())))
-            permitted = await self._in_thread(
-                self.decide, facts, principal, ask.purposes, wish, "trace"
+        if ask.traces:
+            traced = await self._in_thread(
+                self.find_traceable, facts, principal, ask.purposes, enabled
             )
-            traced = permitted.enabled
         asked = {name: v for name, v in decision.verdicts.items() if v.is_asked}
         refused = {n: list(v.reasons) for n, v in asked.items() if not v.is_enabled}
         identifier = secrets.token_hex(16)
@@ -216,6 +214,19 @@ class Gateway:
         requests = [replace(r, enabled=enabled, deadline=deadline) for r in prepared]
         num_start = len(facts.start_ids)
         return Answer(receipt, requests, texts.tokenizer, num_start, limits.max_unsent)
+
+    def find_traceable(
+        self,
+        facts: ModelFacts,
+        principal: Principal,
+        purposes: frozenset[PurposeName],
+        enabled: frozenset[str],
+    ) -> frozenset[str]:
+        """Experts of those `enabled` in whose training text an answer may be looked up now."""
+        if self.tracer is None:
+            return frozenset()
+        wish = Wish(only=tuple(sorted(enabled & self.tracer.sources.keys())))
+        return self.decide(facts, principal, purposes, wish, "trace").enabled
 
     def decide(
         self,

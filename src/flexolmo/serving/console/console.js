@@ -1,17 +1,12 @@
 // The console's page: asks the server that it came from, and nobody else. No library.
+import { make } from "./elements.js";
 import { checkProof } from "./proof.js";
+import { showTrace } from "./trace.js";
 
 const find = (id) => document.getElementById(id);
 let secret = "";
 let known = { sources: [], purposes: [] };
 let running = null; // an AbortController
-
-function make(tag, text = "", className = "") {
-  const element = document.createElement(tag);
-  element.textContent = text; // never as HTML: it may be what a model or an owner wrote
-  if (className) element.className = className;
-  return element;
-}
 
 function complain(error) {
   const line = find("trouble");
@@ -62,7 +57,13 @@ async function showSources() {
     ...known.sources.map((source) => make("option", source.name)));
   find("without").options[0].value = "";
   if (known.sources.some((source) => source.name === chosen)) find("without").value = chosen;
+  find("tracing").hidden = !traceable().length;
+  find("trace-note").textContent =
+    `Looks the answer up in the training text of ${traceable().join(", ")}, as far as they take part.`;
 }
+
+const traceable = () =>
+  known.sources.filter((source) => source.is_traceable).map((source) => source.name);
 
 function showPurposes(chosen) {
   const list = find("purpose");
@@ -92,14 +93,25 @@ async function write(side, only, signal) {
     experts: { only },
   };
   if (find("purpose").value) body.purpose = find("purpose").value;
+  if (find("trace").checked && traceable().length) body.trace = true;
+  const lookable = traceable();
+  let text = "";
   const reply = await call("/v1/completions", {
     method: "POST", signal, body: JSON.stringify(body),
     headers: { "Content-Type": "application/json" },
   });
   for await (const event of events(reply.body)) {
     if (event.error) throw new Error(event.error.message);
-    for (const choice of event.choices) answer.append(choice.text);
-    if (event.flexolmo) showFacts(facts, event.flexolmo);
+    for (const choice of event.choices) {
+      answer.append(choice.text);
+      text += choice.text;
+    }
+    if (!event.flexolmo) continue;
+    showFacts(facts, event.flexolmo);
+    for (const trace of event.flexolmo.traces ?? []) {
+      const looked = event.flexolmo.enabled.filter((n) => lookable.includes(n) && !trace.untraced[n]);
+      showTrace(side, prompt, text, trace, looked);
+    }
   }
 }
 
