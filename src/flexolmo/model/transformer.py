@@ -313,7 +313,8 @@ def _in_pieces(work: Callable[..., Tensor], x: Tensor, *beside: Tensor) -> Tenso
     a processor's cache holds. Each of `beside` has as many rows as x, or one for all."""
     if x.numel() <= PIECE_NUMBERS or not x.is_cpu or torch.is_grad_enabled():
         return work(x, *beside)
-    found, rows = torch.empty_like(x), max(1, PIECE_NUMBERS * len(x) // x.numel())
+    rows = max(1, PIECE_NUMBERS * len(x) // x.numel())
+    found = torch.empty_like(x)
     for start in range(0, len(x), rows):
         own = (y if len(y) == 1 else y[start : start + rows] for y in (x, *beside))
         found[start : start + rows] = work(*own)
