@@ -228,3 +228,13 @@ def signers(keys: Mapping[str, TrustedKey], envelope: Envelope) -> dict[str, Tru
             envelope.verify(key.public_pem)
             found[name] = key
     return found
+
+
+def load_owners(trust: Path | None, allows_unknown: bool) -> TrustedOwners | None:
+    """The owners whose keys are in the directory `trust`, and with `allows_unknown` every other
+    signer too; None if nobody is trusted."""
+    if trust is None:
+        return ANY_SIGNER if allows_unknown else None
+    owners = TrustedOwners.load(trust)
+    owners.allows_unknown = allows_unknown
+    return owners

@@ -26,10 +26,6 @@ TrustAny = Annotated[
 
 def trusted_owners(trust: Path | None, trust_any_signer: bool) -> "TrustedOwners | None":
     """The owners these options trust; None if neither is given, which opens no mixture."""
-    from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
+    from flexolmo.bundle.trust import load_owners
 
-    if trust is None:
-        return ANY_SIGNER if trust_any_signer else None
-    owners = TrustedOwners.load(trust)
-    owners.allows_unknown = trust_any_signer
-    return owners
+    return load_owners(trust, trust_any_signer)

@@ -26,11 +26,23 @@ def open_engine(
 ) -> BatchEngine:
     """An engine that runs the mixture in `model_dir`, and reads it again at each reload.
 
+    Arguments and errors are those of `model_reader` and of `BatchEngine`.
+    """
+    return BatchEngine(model_reader(model_dir, read_owners, experts), settings, device)
+
+
+def model_reader(
+    model_dir: Path,
+    read_owners: Callable[[], TrustedOwners],
+    experts: Collection[str] | None = None,
+) -> Callable[[], EngineModel]:
+    """A function that reads the mixture in `model_dir` as it is when called.
+
     Only `experts` are loaded, by default all; a name that leaves the mixture later is passed over.
     The owners' keys and revocations are read again too. An expert that is revoked, or whose terms
-    refuse today, is not loaded, and the others are. No reload takes an expert that is older than
-    one it has seen. Raises what `load_mixture` and `BatchEngine` raise, and MergeError if the
-    mixture changes while it is read.
+    refuse today, is not loaded, and the others are. No call takes an expert that is older than
+    one that a call before has seen. The function raises what `load_mixture` raises, and MergeError
+    if the mixture changes while it is read.
     """
     seen: Seen | None = None
 
@@ -58,4 +70,4 @@ def open_engine(
         frame = digest_bytes(canonical_json({key: mixture.about[key] for key in FRAME}))
         return EngineModel(mixture.model, mixture.tokenizer, facts, frame)
 
-    return BatchEngine(load, settings, device)
+    return load

@@ -18,6 +18,7 @@ from flexolmo.model.assemble import erase_expert
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings
 from flexolmo.model.spans import Span, Spans
+from flexolmo.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -30,20 +31,26 @@ class EngineModel:
     frame: str  # names all that every request depends on: anchor, settings of the router, top_k
 
 
+def refuse_unserved(model: Transformer) -> None:
+    """Raise ConfigError for a model that is no mixture of states, or has a router that decides by
+    sums over a text's states."""
+    if not isinstance(model, MixtureModel):
+        raise ConfigError(
+            "An engine serves mixtures whose experts' states are mixed; it was given a "
+            f"{type(model).__name__}."
+        )
+    if isinstance(model.settings, DiscriminantSettings):
+        raise ConfigError("An engine serves mixtures with an evidence or a linear router.")
+
+
 class Stepper:
     """A model that reads on in several texts at once, each with its own experts on."""
 
     def __init__(self, loaded: EngineModel, batch_rows: int, device: torch.device):
-        """`batch_rows` is as many tokens as any step may have. ConfigError for a model that is no
-        mixture of states, or has a router that decides by sums over a text's states."""
+        """`batch_rows` is as many tokens as any step may have. ConfigError as of
+        `refuse_unserved`."""
         model = loaded.model
-        if not isinstance(model, MixtureModel):
-            raise ConfigError(
-                "An engine serves mixtures whose experts' states are mixed; it was given a "
-                f"{type(model).__name__}."
-            )
-        if isinstance(model.settings, DiscriminantSettings):
-            raise ConfigError("An engine serves mixtures with an evidence or a linear router.")
+        refuse_unserved(model)
         self.model = model.to(device)
         self.tokenizer, self.facts, self.frame = loaded.tokenizer, loaded.facts, loaded.frame
         self.batch_rows = batch_rows

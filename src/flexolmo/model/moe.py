@@ -45,7 +45,7 @@ from flexolmo.model.router import (
     slot,
 )
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
-from flexolmo.model.spans import Spans
+from flexolmo.model.spans import Reads
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.tiles import silu
 from flexolmo.model.transformer import FeedForward, ForwardContext, ModelConfig, Transformer
@@ -264,7 +264,7 @@ class MixtureModel(Transformer):
                 logits, evidence = self.router(ids, ctx.is_token, active, cache and cache.evidence)
                 if cache is not None:
                     cache.evidence = evidence
-                ctx.weights = self._weigh(self.router, logits, active)
+                ctx.weights = self.weigh(logits, active)
             self._share(ctx, ctx.weights)
             is_pair = len(self.expert_names) == 2 and active is None and ctx.is_token is None
             if self.training and is_pair:
@@ -279,16 +279,17 @@ class MixtureModel(Transformer):
             ctx.texts = find_texts(ids, ctx.is_token, self.config.eos_token_id, self.settings)
         return ctx
 
-    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
+    def _context_of(self, spans: Reads, panels: Panels | None) -> ForwardContext:
         ctx = super()._context_of(spans, panels)
         if self.router is not None:
-            ctx.weights = self._weigh(self.router, spans.follow(self.router), ctx.active)
+            ctx.weights = self.weigh(spans.follow(self.router), ctx.active)
             self._share(ctx, ctx.weights)
         return ctx
 
-    def _weigh(self, router: EvidenceRouter, logits: Tensor, active: Tensor | None) -> Tensor:
-        """Mixture weights [B,T,E] for all layers, from log weights."""
-        least = router.settings.min_weight
+    def weigh(self, logits: Tensor, active: Tensor | None) -> Tensor:
+        """Mixture weights [B,T,E] for all layers, from log weights of an evidence router."""
+        assert self.router is not None
+        least = self.router.settings.min_weight
         return mixture_weights(logits, active, self.top_k, least, renormalise=True)
 
     def _share(self, ctx: ForwardContext, weights: Tensor) -> None:

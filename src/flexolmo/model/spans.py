@@ -11,6 +11,7 @@ memory, S positions that a text has read, L layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,25 @@ from torch import Tensor
 from flexolmo.model.router import EvidenceRouter, EvidenceState
 
 BLOCK = 32  # positions of a prompt that are read in one piece
+
+
+class Reads(Protocol):
+    """Tokens that one step of a model reads, each a row, and memory for their keys and values."""
+
+    ids: Tensor  # [n,1]
+    positions: Tensor  # [n,1]
+    active: Tensor  # [n,E] bool, experts that are on for each token's text
+
+    @property
+    def batch_rows(self) -> int | None:
+        """Rows that any step may have, by which products keep their bits; None: they need not."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Values that the rows attend to, [n,1,H*C], from q [n,H,1,C] and from k and v [n,G,1,C],
+        which are put into memory."""
+
+    def follow(self, router: EvidenceRouter) -> Tensor:
+        """Log weights [n,1,E] by an evidence router."""
 
 
 @dataclass(eq=False)

@@ -22,7 +22,7 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.panels import Panels, can_cut, cut
-from flexolmo.model.spans import Spans
+from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import product, silu, spaced
 
 FEWEST_ROWS = 2  # of a batch that is read from panels
@@ -104,7 +104,7 @@ class ForwardContext:
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     lanes: Any = None  # when several models read each text, see lanes.Lanes
-    spans: Spans | None = None  # when a step reads spans of many texts
+    spans: Reads | None = None  # when a step reads spans of many texts
     cache: list[LayerCache] | None = None
     start: int = 0  # positions in the cache before these
     room: int = 0  # positions that the cache should hold in the end
@@ -454,7 +454,7 @@ class Transformer(nn.Module):
         return x, ctx
 
     def read_spans(
-        self, spans: Spans, panels: Panels | None, routing: list[Tensor] | None = None
+        self, spans: Reads, panels: Panels | None, routing: list[Tensor] | None = None
     ) -> tuple[Tensor, ForwardContext]:
         """The residual stream [n,1,D] after the last norm, of the tokens of a step, and what the
         layers were given; `panels` and `routing` as in `forward`."""
@@ -478,7 +478,7 @@ class Transformer(nn.Module):
             x = self.run_block(block, x, ctx, i) if self.training else block(x, ctx, i)
         return self.norm(x)
 
-    def _context_of(self, spans: Spans, panels: Panels | None) -> ForwardContext:
+    def _context_of(self, spans: Reads, panels: Panels | None) -> ForwardContext:
         cos, sin = self._angles(spans.positions)
         return ForwardContext(
             self.embed_tokens.weight.dtype,
