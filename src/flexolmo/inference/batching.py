@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from flexolmo.config import Settings
-from flexolmo.errors import BusyError, ConfigError, PolicyError
+from flexolmo.errors import BusyError, ConfigError
+from flexolmo.inference.admission import refuse_request
 from flexolmo.inference.decode import choose_tokens
 from flexolmo.inference.engine import (
     Ended,
@@ -110,23 +111,8 @@ class BatchEngine:
 
     def _accept(self, request: EngineRequest, say: Callable[[Event], None]) -> Text:
         """The text of a request; refuses what can never be served."""
-        facts, ids = self._facts, request.ids
-        if request.model_digest != facts.digest:
-            raise PolicyError(
-                f"The request was decided for model {request.model_digest}; {facts.digest} is "
-                "served by now. Decide again."
-            )
-        if unknown := sorted(request.enabled - set(facts.experts)):
-            raise PolicyError(
-                f"Expert {', '.join(unknown)} is not served, or no longer: the model holds "
-                f"{', '.join(sorted(facts.experts)) or 'none'}."
-            )
-        if not ids or min(ids) < 0 or max(ids) >= facts.vocab_size:
-            raise ConfigError(
-                f"Expected at least one token id, and each from 0 to {facts.vocab_size - 1}."
-            )
-        if not 0 <= (request.num_logprobs or 0) <= facts.vocab_size:
-            raise ConfigError(f"{request.num_logprobs} likeliest tokens cannot be reported.")
+        facts = self._facts
+        refuse_request(request, facts)
         stepper = self._stepper
         text = Text(request, say, stepper.model, stepper.tokenizer, len(facts.start_ids))
         self._memory.refuse_larger(text.num_positions)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError
+from flexolmo.inference.admission import room_behind
 from flexolmo.inference.reader import Reader, pad_left, spread
 from flexolmo.inference.sampling import Ending, Sampling
 
@@ -128,19 +129,6 @@ class Answer:
             if any(stop in tail for stop in self.stops):
                 return "stop"
         return self.last if len(self.written) == self.most else None
-
-
-def room_behind(num_tokens: int, max_seq_len: int, num_start: int) -> int:
-    """Positions behind a prompt of so many tokens, `num_start` of them put before its text.
-    ConfigError if there is none to write to."""
-    room = max_seq_len - num_tokens
-    if room < 1:
-        raise ConfigError(
-            f"A prompt has {num_tokens - num_start} tokens; this model holds {max_seq_len} "
-            "positions, prompt and continuation together: give at most "
-            f"{max_seq_len - num_start - 1} tokens of prompt."
-        )
-    return room
 
 
 def out_of_positions(reader: Reader, request: Request) -> str:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.inference.decode import Answer, room_behind
+from flexolmo.inference.admission import room_behind
+from flexolmo.inference.decode import Answer
 from flexolmo.inference.engine import EngineRequest, Event, Scored
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import EvidenceState
@@ -36,11 +37,10 @@ class Text:
         tokenizer: Tokenizer,
         num_start: int,
     ):
-        """`num_start` ids stand before every text. ConfigError if the model has no room for the
-        prompt, or none behind it to write to."""
+        """`num_start` ids stand before every text. The request is one that
+        `admission.refuse_request` lets pass."""
         self.request, self.say = request, say
         self.ids = list(request.ids)
-        model.config.refuse_longer(len(self.ids), "this text")
         self.num_positions = len(self.ids)
         self.answer: Answer | None = None
         if request.writes:

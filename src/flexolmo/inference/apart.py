@@ -1,0 +1,308 @@
+"""An engine in a process of its own, such as vLLM's, whose packages fit beside no others. No torch.
+
+The process is started here, with another Python, and told by lines of JSON. It ends with this one,
+however that ends. Should it end by itself, requests under way are ended as failed, and it is
+started again; until then new ones are told that the engine is busy.
+"""
+
+import itertools
+import logging
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flexolmo.errors import BusyError, ConfigError, FlexOlmoError
+from flexolmo.inference.admission import refuse_request
+from flexolmo.inference.engine import Ended, EngineRequest, EngineStats, Event, ModelFacts
+from flexolmo.inference.messages import (
+    REQUEST,
+    STATS,
+    Line,
+    read_error,
+    read_event,
+    read_facts,
+)
+from flexolmo.inference.opening import Opening
+
+_log = logging.getLogger(__name__)
+_START_SECONDS = 5.0  # between starts of a process that ends by itself, at least
+_STOP_SECONDS = 10.0  # that a process has to end
+
+
+@dataclass
+class ApartText:
+    """A request under way in the process; see `engine.Request`."""
+
+    number: int
+    request: EngineRequest
+    say: Callable[[Event], None]
+    engine: "ApartEngine"
+
+    def cancel(self) -> None:
+        """End it soon."""
+        self.engine.send("cancel", self.number)
+
+
+class ApartEngine:
+    """An `engine.Engine` in a process of its own."""
+
+    def __init__(self, command: Sequence[str], opening: Opening, max_waiting: int = 256):
+        """Start the process: `command`, and the number of its end of the line.
+
+        Raises what the process fails with, such as the errors of `load_mixture`, and ConfigError
+        if it cannot be started.
+        """
+        self._command = list(command)
+        self._opening = opening
+        self._most = opening.max_running + max_waiting
+        self._numbers = itertools.count(1)
+        self._changed = threading.Condition()
+        # of what follows, all is shared between threads
+        self._texts: dict[int, ApartText] = {}
+        self._calls: dict[int, Future[Any]] = {}
+        self._withdrawn: dict[str, tuple[str, str]] = {}  # by expert: digest of its bundle, and why
+        self._is_closing = False
+        self._line: Line | None = None
+        self._process: subprocess.Popen[bytes]
+        self._facts: ModelFacts
+        line = self._take_up(*self._start())
+        self._thread = threading.Thread(
+            target=self._listen, args=(line,), name="engine apart", daemon=True
+        )
+        self._thread.start()
+
+    # --- from any thread ------------------------------------------------------------------------
+
+    @property
+    def facts(self) -> ModelFacts:
+        """See `Engine`; experts that were withdrawn are not among them."""
+        return self._facts
+
+    @property
+    def process_id(self) -> int:
+        """The process that runs now."""
+        return self._process.pid
+
+    def submit(self, request: EngineRequest, say: Callable[[Event], None]) -> ApartText:
+        """See `Engine`."""
+        refuse_request(request, self._facts)
+        with self._changed:
+            if self._is_closing:
+                raise BusyError("The engine is closing and takes no more requests.")
+            if self._line is None:
+                raise BusyError("The engine is being started again. Ask again later.")
+            if len(self._texts) >= self._most:
+                raise BusyError(f"{len(self._texts)} requests are under way. Ask again later.")
+            text = ApartText(next(self._numbers), request, say, self)
+            self._texts[text.number] = text
+        self.send("submit", text.number, REQUEST.dump_python(request, mode="json"))
+        return text
+
+    def reload(self) -> ModelFacts:
+        """See `Engine`. While the new model is read from disk both are in memory. ConfigError for
+        a model of other sizes, which needs the server to be started again."""
+        facts = read_facts(self._call("reload"))
+        with self._changed:
+            self._facts = self._without_withdrawn(facts)
+        return self._facts
+
+    def withdraw(self, experts: Collection[str], why: str) -> int:
+        """See `Engine`. Weights of `experts` are overwritten in memory."""
+        with self._changed:
+            held = self._facts.experts
+            known = sorted(set(experts) & held.keys())
+            self._withdrawn |= {name: (held[name].bundle_digest, why) for name in known}
+            self._facts = self._without_withdrawn(self._facts)
+            is_running = self._line is not None
+        if not is_running:  # told when it starts
+            return 0
+        with suppress(BusyError):  # it has just ended, and nothing runs any more
+            return int(self._call("withdraw", known, why))
+        return 0
+
+    def stats(self) -> EngineStats:
+        """See `Engine`; of a process that does not run, nothing but what waits."""
+        with suppress(BusyError):
+            return STATS.validate_python(self._call("stats"))
+        waiting = len(self._texts)
+        return EngineStats(0, waiting, 0, 0, 0, 0, 0, 0, 0, sorted(self._facts.experts))
+
+    def close(self, seconds: float) -> None:
+        """See `Engine`; any number of times, but not from a request's `say`."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._texts, seconds)
+        with suppress(BusyError):
+            self._call("close")
+        if self._line is not None:
+            self._line.close()
+        self._stop(self._process)
+        self._thread.join()
+
+    def send(self, word: str, *values: Any) -> None:
+        """Tell the process, if it runs; all that waits for one that does not has been ended."""
+        line = self._line
+        if line is not None:
+            with suppress(OSError):
+                line.send(word, *values)
+
+    # --- the process ----------------------------------------------------------------------------
+
+    def _call(self, word: str, *values: Any) -> Any:
+        """The value that the process returns; BusyError if it does not run or ends meanwhile."""
+        number = next(self._numbers)
+        done: Future[Any] = Future()
+        with self._changed:
+            if self._line is None:
+                raise BusyError("The engine does not run at present.")
+            self._calls[number] = done
+        self.send(word, number, *values)
+        return done.result()
+
+    def _start(self) -> tuple["subprocess.Popen[bytes]", Line, ModelFacts]:
+        """A process that has opened the model."""
+        ours, theirs = socket.socketpair()
+        command = [*self._command, str(theirs.fileno())]
+        try:
+            with theirs:
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # ours has no room for its log
+                    start_new_session=True,  # so that Ctrl-C lets answers end
+                )
+        except OSError as e:
+            raise ConfigError(
+                f"The engine cannot be started with {command[0]} ({e.strerror}). Give the Python "
+                "of the environment that it is installed in."
+            ) from None
+        line = Line(ours)
+        try:
+            line.send("open", self._opening.model_dump(mode="json"))
+            word, values = next(line.messages(), ("", []))
+            if word == "failed":
+                raise read_error(*values[1:])
+            if word != "opened":
+                raise ConfigError(
+                    f"The engine's process ended before it was ready: {' '.join(command)} ended "
+                    f"with {process.wait(_STOP_SECONDS)}. Its last words are above."
+                )
+        except BaseException:
+            line.close()
+            self._stop(process)
+            raise
+        return process, line, read_facts(values[0])
+
+    def _take_up(
+        self, process: "subprocess.Popen[bytes]", line: Line, facts: ModelFacts
+    ) -> Line:
+        """Use a process from now on, without what was withdrawn before it began; returns `line`."""
+        with self._changed:
+            self._process, self._line = process, line
+            self._facts = self._without_withdrawn(facts)
+            for name in facts.experts.keys() - self._facts.experts.keys():
+                self.send("withdraw", 0, [name], self._withdrawn[name][1])
+            if self._is_closing:
+                line.close()
+        return line
+
+    def _stop(self, process: "subprocess.Popen[bytes]") -> None:
+        try:
+            process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _without_withdrawn(self, facts: ModelFacts) -> ModelFacts:
+        """`facts` less the experts that were withdrawn, if their bundles are still those."""
+        withdrawn = {(name, digest) for name, (digest, _) in self._withdrawn.items()}
+        experts = {
+            name: own
+            for name, own in facts.experts.items()
+            if (name, own.bundle_digest) not in withdrawn
+        }
+        return replace(facts, experts=experts)
+
+    # --- on a thread of its own -----------------------------------------------------------------
+
+    def _listen(self, line: Line | None) -> None:
+        """Take in what the process says, and start another one when it ends."""
+        while line is not None:
+            for word, values in line.messages():
+                self._take_in(word, values)
+            line.close()
+            self._end_all()
+            self._stop(self._process)
+            line = self._start_again()
+
+    def _take_in(self, word: str, values: list[Any]) -> None:
+        if word == "said":
+            number, kind, content = values
+            event = read_event(kind, content)
+            with self._changed:
+                text = self._texts.get(number)
+                if text is not None and isinstance(event, Ended):
+                    del self._texts[number]
+                    self._changed.notify_all()
+            if text is not None:
+                self._say(text, event)
+            return
+        with self._changed:
+            done = self._calls.pop(values[0], None)
+        if done is None:
+            return
+        if word == "returned":
+            done.set_result(values[1])
+        else:
+            done.set_exception(read_error(*values[1:]))
+
+    def _say(self, text: ApartText, event: Event) -> None:
+        try:
+            text.say(event)
+        except Exception:  # whoever asked is at fault; the others go on
+            _log.exception("An event of a request was not taken.")
+            text.cancel()
+
+    def _end_all(self) -> None:
+        """End all that waits for the process, which has ended."""
+        with self._changed:
+            self._line = None
+            texts = list(self._texts.values())
+            calls = list(self._calls.values())
+            self._texts.clear()
+            self._calls.clear()
+            reason = "closed" if self._is_closing else "failed"
+            self._changed.notify_all()
+        for done in calls:
+            done.set_exception(BusyError("The engine's process has ended."))
+        for text in texts:
+            self._say(text, Ended(reason, 0, 0, 0, {}, "The engine's process has ended."))
+
+    def _start_again(self) -> Line | None:
+        """The line to another process, however often that has to be tried; None when closing."""
+        while True:
+            with self._changed:
+                if self._is_closing:
+                    return None
+            _log.error("the engine's process has ended and is started again")
+            begun = time.monotonic()
+            try:
+                return self._take_up(*self._start())
+            except FlexOlmoError as e:
+                _log.error("the engine cannot be started", extra={"detail": str(e)})
+                with self._changed:
+                    rest = begun + _START_SECONDS - time.monotonic()
+                    self._changed.wait_for(lambda: self._is_closing, max(rest, 0.0))
+
+
+def vllm_command(python: str) -> list[str]:
+    """The command that runs the engine on vLLM with the Python of vLLM's environment."""
+    return [python, "-m", "flexolmo_vllm"]
