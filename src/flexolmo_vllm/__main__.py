@@ -7,11 +7,16 @@ import os
 import socket
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexolmo.errors import ConfigError, FlexOlmoError
 from flexolmo.inference.messages import Line, write_error
 from flexolmo.inference.opening import Opening
+
+if TYPE_CHECKING:
+    from flexolmo_vllm.host import Host
 
 
 def main(number: str) -> int:
@@ -21,7 +26,8 @@ def main(number: str) -> int:
     assert word == "open", word
     with tempfile.TemporaryDirectory(prefix="flexolmo-vllm-") as directory:
         try:
-            host = open_host(Opening.model_validate(values[0]), Path(directory), line)
+            _refuse_other_version(values[0])
+            host = open_host(Opening.model_validate(values[1]), Path(directory), line)
         except Exception as e:
             line.send("failed", 0, *write_error(_explain(e)))
             return 2
@@ -48,6 +54,14 @@ def open_host(opening: Opening, directory: Path, line: Line) -> "Host":
 
     register()
     return Host(LLMEngine.from_engine_args(EngineArgs(**arguments)), line)
+
+
+def _refuse_other_version(gateways: str) -> None:
+    if (own := version("flexolmo")) != gateways:
+        raise ConfigError(
+            f"The server is flexolmo {gateways}, the engine's environment has {own}: install the "
+            "server's there."
+        )
 
 
 def _explain(error: Exception) -> Exception:

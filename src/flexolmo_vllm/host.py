@@ -30,14 +30,7 @@ from flexolmo.inference.engine import (
     Scored,
     TokenWritten,
 )
-from flexolmo.inference.messages import (
-    REQUEST,
-    STATS,
-    Line,
-    write_error,
-    write_event,
-    write_facts,
-)
+from flexolmo.inference.messages import REQUEST, STATS, Line, write_error, write_event, write_facts
 from flexolmo.inference.sampling import Ending, Sampling
 from flexolmo.inference.stepping import EngineModel
 from flexolmo_vllm.admission import EXPERTS

@@ -9,7 +9,6 @@ n tokens of a step, D d_model, E experts, H heads, G key-value heads, C head wid
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from flexolmo.errors import ConfigError
+from flexolmo.inference.open_engine import model_reader
+from flexolmo.inference.opening import Opening
 from flexolmo.inference.stepping import EngineModel, refuse_unserved
 from flexolmo.model.assemble import erase_expert
 from flexolmo.model.deltas import DeltaLinear
@@ -180,13 +181,9 @@ class MixtureLoader(BaseModelLoader):
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Read the mixture, with every check of `load_mixture`."""
-        from flexolmo.inference.open_engine import model_reader
-        from flexolmo.inference.opening import Opening
-
+        assert isinstance(model, MixtureForCausalLM)
         opening = Opening.model_validate(self.load_config.model_loader_extra_config)
-        model.read_again = model_reader(
-            Path(opening.model), opening.read_owners, experts=opening.experts
-        )
+        model.read_again = model_reader(opening.model, opening.read_owners, opening.experts)
         served = model.read_again()
         told = model_config.hf_config.flexolmo
         if served.facts.digest != told["digest"]:

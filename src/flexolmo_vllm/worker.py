@@ -71,7 +71,9 @@ class FollowsRequests:
             return {}
         are_numbers = logits.amax(-1).isfinite().tolist()
         names = self.input_batch.req_ids
-        return {name: 1 for name, is_number in zip(names, are_numbers, strict=False) if not is_number}
+        return {
+            name: 1 for name, is_number in zip(names, are_numbers, strict=False) if not is_number
+        }
 
 
 class MixtureRunner(FollowsRequests, CPUModelRunner):

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
-from flexolmo.errors import ConfigError, SignatureError
+from flexolmo.cli.trust import TrustAny, TrustDirectory
+from flexolmo.errors import ConfigError
 from flexolmo.inference.policy import parse_names
 from flexolmo.terminal import PlainConsole, echo
 
 if TYPE_CHECKING:
-    from flexolmo.bundle.trust import TrustedOwners
     from flexolmo.data.tokenizer import Tokenizer
+    from flexolmo.inference.engine import Engine
+    from flexolmo.inference.opening import Opening
     from flexolmo.serving.chat import ChatTemplate
     from flexolmo.serving.tracing import Tracer
     from flexolmo.trace.index import Index
@@ -76,6 +77,14 @@ def serve(
     trace_key: Annotated[
         Path | None, typer.Option(help="Your private key, which signs questions to a URL.")
     ] = None,
+    engine: Annotated[
+        Literal["own", "vllm"],
+        typer.Option(help="Engine that computes: our own, exact to the bit; or vLLM, faster."),
+    ] = "own",
+    engine_python: Annotated[
+        Path | None,
+        typer.Option(help="Python of vLLM's environment, with --engine vllm. Default: this one."),
+    ] = None,
     memory_bytes: Annotated[
         int, typer.Option(help="Memory for keys and values of texts under way.")
     ] = 1 << 30,
@@ -120,6 +129,7 @@ def serve(
     require_packages()
     from flexolmo.config import parse_settings
     from flexolmo.data.tokenizer import load_tokenizer
+    from flexolmo.inference.opening import Opening
     from flexolmo.serving.audit_log import AuditLog
     from flexolmo.serving.chat import ChatTemplate, find_template
     from flexolmo.serving.console import Trail
@@ -163,28 +173,28 @@ def serve(
         source = chat_template.read_text("utf-8") if chat_template else find_template(anchor)
         return tokenizer, None if source is None else ChatTemplate(source, tokenizer)
 
-    def read_owners() -> "TrustedOwners":
-        owners = trusted_owners(trust, trust_any_signer)
-        if owners is None:
-            raise SignatureError("Nobody was said to be trusted. Give --trust DIR.")
-        return owners
-
+    chosen = None if experts is None else tuple(parse_names(experts, "--experts"))
+    opening = parse_settings(
+        {
+            "model": model,
+            "trust": trust,
+            "trusts_any_signer": trust_any_signer,
+            "experts": chosen,
+            "memory_bytes": memory_bytes,
+        },
+        Opening,
+        "the command line",
+    )
     watched = [model / "mixture.json", *([trust] if trust else [])]
-    sources = Sources(policy, watched, read_texts, read_owners)
+    sources = Sources(policy, watched, read_texts, opening.read_owners)
     seen = look_at(identity, sources)
     policies = Policies.load(policy)
-    from flexolmo.inference.batching import EngineSettings  # brings torch
-    from flexolmo.inference.open_engine import open_engine
-
-    chosen = None if experts is None else parse_names(experts, "--experts")
-    engine = open_engine(
-        model, read_owners, EngineSettings(memory_bytes=memory_bytes), experts=chosen
-    )
+    running = open_engine_of(engine, opening, engine_python)
     tokenizer, chat = read_texts()
     gateway = Gateway(
         name=name or model.resolve().name,
-        engine=engine,
-        texts=TextModel(engine.facts.digest, tokenizer, chat),
+        engine=running,
+        texts=TextModel(running.facts.digest, tokenizer, chat),
         policies=policies,
         audit=Trail(AuditLog.open(audit)),
         identity=identity,
@@ -193,6 +203,23 @@ def serve(
         tracer=open_tracer(trace, trace_level, trace_key) if trace else None,
     )
     run_server(gateway, Upkeep(gateway, sources, seen), server, is_open_to_all=auth is None)
+
+
+def open_engine_of(
+    kind: Literal["own", "vllm"], opening: "Opening", python: Path | None
+) -> "Engine":
+    """The engine of that kind; vLLM's runs in a process of its own, with `python`."""
+    if kind == "vllm":
+        from flexolmo.inference.apart import ApartEngine, vllm_command
+
+        return ApartEngine(vllm_command(python), opening)
+    if python is not None:
+        raise ConfigError("--engine-python is for --engine vllm.")
+    from flexolmo.inference.batching import EngineSettings  # brings torch
+    from flexolmo.inference.open_engine import open_engine
+
+    settings = EngineSettings(memory_bytes=opening.memory_bytes)
+    return open_engine(opening.model, opening.read_owners, settings, experts=opening.experts)
 
 
 def open_tracer(sources: Sequence[str], level: "Level", key: Path | None) -> "Tracer":

@@ -9,25 +9,28 @@ import itertools
 import logging
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from flexolmo.errors import BusyError, ConfigError, FlexOlmoError
 from flexolmo.inference.admission import refuse_request
-from flexolmo.inference.engine import Ended, EngineRequest, EngineStats, Event, ModelFacts
-from flexolmo.inference.messages import (
-    REQUEST,
-    STATS,
-    Line,
-    read_error,
-    read_event,
-    read_facts,
+from flexolmo.inference.engine import (
+    Ended,
+    EngineRequest,
+    EngineStats,
+    Event,
+    Interruption,
+    ModelFacts,
 )
+from flexolmo.inference.messages import REQUEST, STATS, Line, read_error, read_event, read_facts
 from flexolmo.inference.opening import Opening
 
 _log = logging.getLogger(__name__)
@@ -186,14 +189,15 @@ class ApartEngine:
             ) from None
         line = Line(ours)
         try:
-            line.send("open", self._opening.model_dump(mode="json"))
+            line.send("open", version("flexolmo"), self._opening.model_dump(mode="json"))
             word, values = next(line.messages(), ("", []))
             if word == "failed":
                 raise read_error(*values[1:])
             if word != "opened":
                 raise ConfigError(
-                    f"The engine's process ended before it was ready: {' '.join(command)} ended "
-                    f"with {process.wait(_STOP_SECONDS)}. Its last words are above."
+                    f"{' '.join(self._command)} ended with {process.wait(_STOP_SECONDS)} before it "
+                    "was ready; its last words are above. docs/guides/vllm.md says how to make an "
+                    "environment for it; give its Python with --engine-python."
                 )
         except BaseException:
             line.close()
@@ -201,9 +205,7 @@ class ApartEngine:
             raise
         return process, line, read_facts(values[0])
 
-    def _take_up(
-        self, process: "subprocess.Popen[bytes]", line: Line, facts: ModelFacts
-    ) -> Line:
+    def _take_up(self, process: "subprocess.Popen[bytes]", line: Line, facts: ModelFacts) -> Line:
         """Use a process from now on, without what was withdrawn before it began; returns `line`."""
         with self._changed:
             self._process, self._line = process, line
@@ -279,7 +281,7 @@ class ApartEngine:
             calls = list(self._calls.values())
             self._texts.clear()
             self._calls.clear()
-            reason = "closed" if self._is_closing else "failed"
+            reason: Interruption = "closed" if self._is_closing else "failed"
             self._changed.notify_all()
         for done in calls:
             done.set_exception(BusyError("The engine's process has ended."))
@@ -303,6 +305,6 @@ class ApartEngine:
                     self._changed.wait_for(lambda: self._is_closing, max(rest, 0.0))
 
 
-def vllm_command(python: str) -> list[str]:
-    """The command that runs the engine on vLLM with the Python of vLLM's environment."""
-    return [python, "-m", "flexolmo_vllm"]
+def vllm_command(python: Path | None) -> list[str]:
+    """The command of an engine on vLLM, with the Python of vLLM's environment; None: this one."""
+    return [str(python or sys.executable), "-m", "flexolmo_vllm"]

@@ -5,7 +5,7 @@ somebody else could ask.
 
 To the engine, in order of their first words:
 
-    open      settings                   once, at the start
+    open      version settings           once, at the start; version: of flexolmo
     submit    number request             number: of the text, for all that is said of it
     cancel    number
     withdraw  call experts why           call: a number that the answer has too
