@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "flexolmo"
+SOURCE = Path(__file__).parents[1] / "src"
 NOT_A_NOUN_OR_VERB = """
 what whatever which whether who whoever where when why how that those as of its is are does from to
 out not with in for on by per at else every-place up-to
@@ -23,8 +23,8 @@ def begins_wrong(text: str) -> bool:
 @cache
 def trees() -> list[tuple[str, ast.Module]]:
     return [
-        (str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8")))
-        for path in sorted(PACKAGE.rglob("*.py"))
+        (str(path.relative_to(SOURCE)), ast.parse(path.read_text(encoding="utf-8")))
+        for path in sorted(SOURCE.rglob("*.py"))
     ]
 
 

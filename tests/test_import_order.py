@@ -156,6 +156,12 @@ def test_only_the_package_itself_imports_by_a_name_made_at_run_time():
         assert not dynamic or name == "__init__", f"{name}: {dynamic}"
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_vllm_and_what_is_made_for_it_are_never_imported(name):
+    """They live in another environment, and run in another process."""
+    assert not uses(name, {"vllm", "flexolmo_vllm"})
+
+
 def test_there_is_no_circle():
     graph = {name: rooms_imported_by(name) for name in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(FILES)
@@ -195,7 +201,8 @@ def test_bundles_data_and_policy_come_without_torch():
     """Asked of Python itself, so that nothing they import brings it along either."""
     names = [n for n in FILES if n.split(".")[0] in ("bundle", "data", "trace")]
     names += [n for n in FILES if n.split(".")[0] == "serving"]
-    names += ["inference.policy", "inference.sampling", "inference.engine"]
+    names += [f"inference.{n}" for n in ("policy", "sampling", "engine", "admission")]
+    names += [f"inference.{n}" for n in ("opening", "messages", "apart")]
     code = (
         "import sys\n"
         + "".join(f"import flexolmo.{n}\n" for n in names)

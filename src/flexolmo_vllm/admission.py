@@ -3,6 +3,7 @@
 Knows nothing of tensors, and of vLLM only the names of settings, so that it is tested without it.
 """
 
+import multiprocessing
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -69,6 +70,9 @@ def refuse_unsafe(config: Any) -> None:
                 parallel.data_parallel_size,
             )
         ),
+        "vLLM's engine has a process of its own, apart from who asks it": (
+            multiprocessing.parent_process() is not None
+        ),
         "the device is not the CPU": config.device_config.device_type != "cpu",
     }
     if reasons := [reason for reason, is_so in found.items() if is_so]:
@@ -81,5 +85,7 @@ def refuse_unsafe(config: Any) -> None:
 
 
 def _name(found: Any) -> str:
-    """The name of a class that is given by name or as itself."""
-    return found if isinstance(found, str) else f"{found.__module__}.{found.__qualname__}"
+    """The name of a class that is given by name or as itself, or not at all."""
+    if isinstance(found, type):
+        return f"{found.__module__}.{found.__qualname__}"
+    return str(found)

@@ -26,7 +26,7 @@ class MixtureScheduler(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Take up a request. PolicyError, and it is not taken up, if it enables an unknown expert,
-        or is of a kind whose tokens cannot be followed."""
+        or is of a kind whose tokens cannot be followed; whoever holds the engine then aborts it."""
         sampling = request.sampling_params
         if request.resumable or request.prompt_embeds is not None or sampling is None:
             raise PolicyError("A mixture takes prompts of token ids, whole, and continues them.")

@@ -10,7 +10,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from flexolmo_vllm.admission import enabled_by
 from flexolmo_vllm.following import Follower, Part
-from flexolmo_vllm.model import Routing
+from flexolmo_vllm.step import Routing
 
 
 class FollowsRequests:

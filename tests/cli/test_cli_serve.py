@@ -201,6 +201,11 @@ def test_everybody_on_this_machine_is_let_in_where_that_was_asked_for(start, pla
         (["--no-auth", "--max-texts", 0], "max_texts"),
         (["--no-auth", "--port", 70_000], "port"),
         (["--no-auth", "--policy", "nowhere"], "policies in nowhere cannot be read"),
+        (["--no-auth", "--engine-python", "python3"], "--engine-python is for --engine vllm"),
+        (
+            ["--no-auth", "--engine", "vllm", "--engine-python", "/nowhere/python"],
+            "The engine cannot be started with /nowhere/python",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_said_before_the_model_is_read(run, place, more, words):

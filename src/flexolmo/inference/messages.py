@@ -91,7 +91,7 @@ def read_facts(content: Any) -> ModelFacts:
 def write_event(event: Event) -> list[Any]:
     """Kind and content of an event, as `said` has them."""
     kind = type(event).__name__
-    return [kind, _EVENTS[kind].dump_python(event, mode="json")]
+    return [kind, _EVENTS[kind].dump_python(event)]  # mode "json" would make infinity null
 
 
 def read_event(kind: str, content: Any) -> Event:

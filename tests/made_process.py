@@ -1,0 +1,74 @@
+"""An engine's process without a model: `python made_process.py HOW NUMBER`.
+
+HOW it behaves: serves; holds every answer until told to stop; refuses to open; ends at once.
+"""
+
+import os
+import socket
+import sys
+
+from flexolmo.data.tokenizer import load_tokenizer
+from flexolmo.errors import FlexOlmoError, MergeError
+from flexolmo.inference.messages import REQUEST, STATS, Line, write_error, write_event, write_facts
+from flexolmo.inference.opening import Opening
+from made_engine import MadeEngine, made_facts, with_expert
+
+
+def main(how, number):
+    """Do as a gateway says."""
+    line = Line(socket.socket(fileno=int(number)))
+    messages = line.messages()
+    _, (_, settings) = next(messages)
+    opening = Opening.model_validate(settings)
+    if how == "ends":
+        os._exit(3)
+    if how == "refuses":
+        line.send("failed", 0, *write_error(MergeError("not a mixture")))
+        return
+    names = opening.experts or ("notes", "trials")
+    engine = MadeEngine(load_tokenizer(opening.model / "anchor"), {n: made_facts(n) for n in names})
+    if how == "holds":
+        engine.hold()
+    line.send("opened", write_facts(engine.facts))
+    texts = {}
+    for word, values in messages:
+        if word == "submit":
+            text, content = values
+            say = Saying(line, text)
+            texts[text] = engine.submit(REQUEST.validate_python(content), say)
+        elif word == "cancel":
+            texts[values[0]].cancel()
+        else:
+            call, *rest = values
+            try:
+                line.send("returned", call, answer(engine, opening, word, *rest))
+            except FlexOlmoError as e:
+                line.send("failed", call, *write_error(e))
+
+
+class Saying:
+    """Tells the gateway of one text."""
+
+    def __init__(self, line, text):
+        self.line, self.text = line, text
+
+    def __call__(self, event):
+        self.line.send("said", self.text, *write_event(event))
+
+
+def answer(engine, opening, word, *values):
+    """The value of a call."""
+    if word == "withdraw":
+        return engine.withdraw(*values)
+    if word == "stats":
+        return STATS.dump_python(engine.stats(), mode="json")
+    if word == "reload":
+        engine.next_facts = with_expert(engine.facts, "papers", made_facts("papers"))
+        if (opening.model / "damaged").exists():
+            engine.next_facts = MergeError("damaged")
+        return write_facts(engine.reload())
+    return engine.close(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
