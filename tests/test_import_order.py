@@ -27,6 +27,7 @@ ORDER = [
     ["bundle.trust"],
     ["bundle.refresh"],
     ["bundle.bundle"],
+    ["bundle.release"],
     ["data."],
     ["model.statistics", "model.blend", "model.tiles", "model.cache"],
     ["model.panels", "model.router"],

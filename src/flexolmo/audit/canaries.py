@@ -81,6 +81,7 @@ def audit_canaries(
     start = np.full((len(ids), 1), token_set.eos_id)
     scores = _score(subjects, np.concatenate([start, ids], axis=1))
     return {
+        "audit": "canaries",
         "about": subjects.about,
         "canaries": len(ids),
         "planted": int(is_in.sum()),

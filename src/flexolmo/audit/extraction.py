@@ -113,6 +113,7 @@ def audit_extraction(
             return None
     exact = _probabilities(subjects, documents, settings)
     found = {
+        "audit": "extraction",
         "about": subjects.about,
         "documents": len(documents),
         "subjects": {
@@ -149,7 +150,14 @@ def audit_extraction(
             }
             | ({k: sampled[first.name][i][k] for k in ("similarities", "best")} if sampled else {})
         )
-    return found, {"notice": STAYS, "subject": first.name, "documents": shown}
+    stays = {
+        "notice": STAYS,
+        "audit": "extraction",
+        "origin": subjects.about.get("origin"),
+        "subject": first.name,
+        "documents": shown,
+    }
+    return found, stays
 
 
 def _choose(

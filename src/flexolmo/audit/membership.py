@@ -60,6 +60,7 @@ def audit_membership(
         for subject, by_attack in scores.items()
     }
     found = {
+        "audit": "membership",
         "about": subjects.about,
         "documents": {
             "members": count,
@@ -81,6 +82,8 @@ def audit_membership(
     worst = np.argsort(-values[:count])[:WORST_DOCUMENTS]
     stays = {
         "notice": STAYS,
+        "audit": "membership",
+        "origin": subjects.about.get("origin"),
         "subject": first.name,
         "attack": strongest,
         "worst": [

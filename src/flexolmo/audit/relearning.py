@@ -84,6 +84,7 @@ def audit_relearning(
         name: _relearn(models[name], windows, batch, settings, name) for name in (OFF, ANCHOR)
     }
     return {
+        "audit": "relearning",
         "about": subjects.about,
         "documents": len(windows),
         "aimed_at": aimed_at.bits_per_byte,

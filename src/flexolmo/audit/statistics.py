@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flexolmo.audit.intervals import RESAMPLES, area, area_of, share
 from flexolmo.bundle.bundle import MANIFEST_FILE, open_bundle
+from flexolmo.bundle.release import origin_of
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError
@@ -345,6 +346,16 @@ def open_expert(path: Path) -> Expert:
         m.data_card_digest,
         m.architecture.model_dump(),
     )
+
+
+def about_expert(path: Path) -> dict[str, Any]:
+    """The expert in `path` as results of attacks name it; the run of a training has no origin."""
+    if not (path / MANIFEST_FILE).is_file():
+        return {"kind": "run", "origin": None}
+    bundle = open_bundle(path, None, allow_unknown_signer=True, judges_days=False)
+    m = bundle.manifest
+    origin = origin_of(bundle.digests[MANIFEST_FILE], m.anchor_digest, m.recipe)
+    return {"kind": "bundle", "origin": origin}
 
 
 def rows_of(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flexolmo.audit.alone import AloneReader
+from flexolmo.bundle.release import origin_of
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import TokenSet
 from flexolmo.errors import ConfigError, DataError
@@ -43,7 +44,7 @@ class Subjects:
     """All models under one attack."""
 
     models: list[Subject]
-    about: dict[str, Any]  # kind, expert, enabled, digest
+    about: dict[str, Any]  # kind, expert, enabled, digest, origin (see bundle.release.origin_of)
     recipe: ExpertRecipe | None  # by which the expert was trained
     is_alone: bool  # whether without the expert nothing but the anchor is on
 
@@ -119,19 +120,22 @@ def open_subjects(
     if name in enabled:
         alone = AloneReader(mixture.model, mixture.tokenizer, [name], terms=mixture.terms)
         models = [Subject(ALONE, alone, anchor), Subject(ON, reader_of(enabled), off), *models]
+    manifest = read_json(directory / "experts" / f"{name}.bundle" / "manifest.json")
     about = {
         "kind": "mixture",
         "expert": name,
         "enabled": sorted(enabled),
         "digest": digest_file(directory / ABOUT),
+        "origin": origin_of(
+            mixture.facts[name].bundle_digest, mixture.about["anchor_digest"], manifest["recipe"]
+        ),
     }
-    return Subjects(models, about, _recipe_of(directory, name), enabled <= {name})
+    return Subjects(models, about, _recipe_of(manifest), enabled <= {name})
 
 
-def _recipe_of(directory: Path, name: str) -> ExpertRecipe | None:
+def _recipe_of(manifest: dict[str, Any]) -> ExpertRecipe | None:
     """The recipe in an expert's manifest, which was checked; None if this release cannot read it,
     as of an imported expert."""
-    manifest = read_json(directory / "experts" / f"{name}.bundle" / "manifest.json")
     try:
         return ExpertRecipe.model_validate(manifest["recipe"])
     except ValidationError:

@@ -83,6 +83,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Word = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Name = Annotated[Word, AfterValidator(_check_name)]
 Owner = Annotated[str, AfterValidator(check_owner)]
+Created = Annotated[str, AfterValidator(_check_created)]
 
 
 class Architecture(Claim):
@@ -125,7 +126,7 @@ class Manifest(Claim):
     serial: Count  # grows with each bundle of this owner and name
     licence: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
     terms: Terms
-    created: Annotated[str, AfterValidator(_check_created)]
+    created: Created
     software: Annotated[dict[str, str], Field(min_length=1)]
 
     @field_validator("serial")

@@ -42,7 +42,7 @@ def statistics(
 
     Example: flexolmo audit statistics outbox/code.bundle --anchor anchor --data prepared/code
     """
-    from flexolmo.audit.statistics import audit_statistics, open_expert
+    from flexolmo.audit.statistics import about_expert, audit_statistics, open_expert
     from flexolmo.data.batches import open_set
     from flexolmo.files import write_json
     from flexolmo.model.checkpoint import load_anchor
@@ -50,7 +50,10 @@ def statistics(
 
     set_up(seed, None)
     base = load_anchor(anchor)
-    found = audit_statistics(base, open_expert(expert), open_set(data, base.tokenizer.digest), seed)
+    opened = open_expert(expert)
+    found = {"audit": "statistics", "about": about_expert(expert)} | audit_statistics(
+        base, opened, open_set(data, base.tokenizer.digest), seed
+    )
     if out is not None:
         write_json(out, found, is_private=True)
     print_audit(found)

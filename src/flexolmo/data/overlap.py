@@ -1,0 +1,72 @@
+"""Overlap of an owner's training text with public text, token by token. Source: ours.
+
+NumPy only. Both sets are prepared with one tokenizer, so the same words are the same tokens. Equal
+spans are found by 64-bit digests; that two others have one is as good as excluded.
+
+n tokens of a stream, k tokens of a span.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from flexolmo.data.batches import TokenSet
+from flexolmo.progress import progress
+
+SHORT_TOKENS = 8
+LONG_TOKENS = 50
+TOKENS_AT_ONCE = 1 << 22  # of public text that is held against the owner's
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_MIX = np.uint64(0xD6E8FEB86659FD93)
+_SHIFT = np.uint64(32)
+
+
+def measure_overlap(own: TokenSet, public: TokenSet) -> dict[str, Any]:
+    """Distance of the owner's training text from the public set's training text.
+
+    `short`: share of its spans of `short_tokens` tokens that occur in public text, each place
+    counted, None if it has no span; `long`: number of its source documents with a span of
+    `long_tokens` that does. A span lies within one document.
+
+    Raises DataError if the sets have different tokenizers.
+    """
+    public.check_tokenizer(own.card["tokenizer"]["digest"], "the owner's set")
+    found: dict[str, Any] = {"short_tokens": SHORT_TOKENS, "long_tokens": LONG_TOKENS}
+    split = own.splits["train"]
+    total = 2 * len(public.splits["train"].tokens)
+    with progress("overlap with public text", total, "tok") as meter:
+        for name, k in (("short", SHORT_TOKENS), ("long", LONG_TOKENS)):
+            digests, places = span_digests(split.tokens, k, own.eos_id)
+            is_public = np.zeros(len(digests), dtype=bool)
+            theirs = public.splits["train"].tokens
+            for start in range(0, len(theirs), TOKENS_AT_ONCE):
+                some = theirs[start : start + TOKENS_AT_ONCE + k - 1]
+                held = np.unique(span_digests(some, k, public.eos_id)[0])
+                is_public |= np.isin(digests, held)
+                meter.advance(min(TOKENS_AT_ONCE, len(theirs) - start))
+            if name == "short":
+                found[name] = float(is_public.mean()) if len(places) else None
+            else:
+                holders = np.searchsorted(split.source_offsets, places[is_public], "right") - 1
+                found[name] = len(np.unique(holders))
+    return found
+
+
+def span_digests(tokens: np.ndarray, k: int, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Digests, uint64, of all spans of `k` of `tokens` [n] that hold no end of text, and the places
+    where they begin, int64."""
+    count = len(tokens) - k + 1
+    if count <= 0:
+        return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
+    ids = np.asarray(tokens).astype(np.uint64)
+    digests = np.zeros(count, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        mixed = (ids + np.uint64(1)) * _MIX
+        mixed ^= mixed >> _SHIFT
+        mixed *= _MIX
+        for i in range(k):
+            digests = digests * _FACTOR + mixed[i : i + count]
+        digests ^= digests >> _SHIFT
+    ends = np.concatenate([[0], np.cumsum(ids == eos_id)])
+    places = np.flatnonzero(ends[k:] == ends[:-k])
+    return digests[places], places
