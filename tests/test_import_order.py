@@ -20,7 +20,7 @@ ORDER = [
     ["runtime"],
     ["bundle.strict"],
     ["bundle.tensors"],
-    ["bundle.terms", "bundle.licence", "bundle.serials"],
+    ["bundle.terms", "bundle.licence", "bundle.serials", "bundle.limits"],
     ["bundle.manifest"],
     ["bundle.facts", "bundle.signing"],
     ["bundle.revocation", "bundle.rotation"],

@@ -12,17 +12,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexolmo.bundle.limits import parse_limits
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import evaluation_windows
 from flexolmo.data.forms import FORMS
 from flexolmo.errors import ConfigError, DataError, MergeError
 from flexolmo.evaluation import influence as room
 from flexolmo.evaluation.influence import (
+    EXAMPLE,
     MEASURES,
     admission,
     check_bundles,
     form_windows,
-    parse_limits,
     refuse_excess,
     values_of,
     worst,
@@ -267,8 +268,10 @@ def test_what_cannot_be_measured_is_no_zero(town, tmp_path):
 )
 def test_limits_are_read_in_percent_and_as_numbers(limits):
     percent = ",".join(f" {k} <= {v}%" for k, v in limits.items())
-    assert parse_limits(percent) == {k: v / 100 for k, v in limits.items()}
-    assert parse_limits(",".join(f"{k}<={v}" for k, v in limits.items())) == limits
+    assert parse_limits(percent, MEASURES, EXAMPLE) == {k: v / 100 for k, v in limits.items()}
+    assert (
+        parse_limits(",".join(f"{k}<={v}" for k, v in limits.items()), MEASURES, EXAMPLE) == limits
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,7 +279,7 @@ def test_limits_are_read_in_percent_and_as_numbers(limits):
 )
 def test_what_is_no_limit_is_refused_with_an_example(text):
     with pytest.raises(ConfigError, match=r"is not a limit.*public<=1%,forms"):
-        parse_limits(text)
+        parse_limits(text, MEASURES, EXAMPLE)
 
 
 @pytest.mark.parametrize(

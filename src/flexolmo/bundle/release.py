@@ -16,20 +16,20 @@ All of it is the owner's word. Knows nothing of attacks.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from pydantic import Field
+from pydantic import AfterValidator, Field, JsonValue
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, SIGNATURE_FILE, SIGNER_FILE, Bundle
-from flexolmo.bundle.manifest import Count, Created, FreeJson, Manifest, Name, Owner, Word
+from flexolmo.bundle.manifest import Count, Created, Manifest, Name, Owner, Word
 from flexolmo.bundle.signing import encode_public, read_signature, sign_files
 from flexolmo.bundle.strict import Claim, check_canonical, parse_object, raise_listed, read_claims
 from flexolmo.bundle.tensors import Digest
-from flexolmo.errors import BundleError, FlexOlmoError, SignatureError
+from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes, read_bytes, write_directory_aside
 from flexolmo.numbers import format_percent
 
@@ -45,15 +45,23 @@ MAX_BYTES = {
     SIGNER_FILE: 4 << 10,
     SIGNATURE_FILE: 64 << 10,
 }
+MAX_FINDINGS_BYTES = 512 << 10  # of which recipe and router settings of a manifest have 128 << 10
 ADVICE = "Ask the owner to send the report again, or to make it again: flexolmo audit report."
 DEMANDS = {
     "extraction": "share of training documents that the model writes when given their beginnings",
     "membership_auc": "AUC of the strongest attack that tells training documents from others",
     "epsilon": "epsilon of the differential privacy that the bundle states",
 }
+EXAMPLE = "extraction<=0.2%,membership_auc<=0.55,epsilon<=8"
 
 Measure = Literal["extraction", "membership_auc"]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _check_length(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if len(canonical_json(value)) > MAX_FINDINGS_BYTES:
+        raise ValueError(f"longer than {MAX_FINDINGS_BYTES} bytes as JSON")
+    return value
 
 
 class Figure(Claim):
@@ -76,7 +84,7 @@ class ReleaseReport(Claim):
     bundle_digest: Digest  # of the bundle's manifest.json
     created: Created
     measures: dict[Measure, Figure]
-    findings: FreeJson  # all that page.html shows
+    findings: Annotated[dict[str, JsonValue], AfterValidator(_check_length)]  # what the page shows
 
 
 @dataclass(frozen=True)
@@ -226,8 +234,7 @@ def stated_epsilon(manifest: Manifest) -> float | None:
     """Epsilon that the manifest states for weights and table together; None: no guarantee."""
     budget = manifest.recipe.get("budget")
     epsilon = budget.get("epsilon") if isinstance(budget, dict) else None
-    is_number = type(epsilon) in (int, float) and epsilon > 0
-    return float(epsilon) if is_number else None
+    return float(epsilon) if isinstance(epsilon, int | float) and epsilon > 0 else None
 
 
 def demanded_values(release: Release, manifest: Manifest) -> dict[str, float | None]:
@@ -259,6 +266,18 @@ def find_excess(
                 f"{name}: {demand} is {show_value(demand, value)}{end}, demanded is at most {shown}"
             )
     return lines
+
+
+def refuse_excess(lines: Sequence[str]) -> None:
+    """Raise MergeError if there is a line of `find_excess` or `take_release`."""
+    if lines:
+        raise MergeError(
+            "Not within the limits that are demanded of release reports:\n  "
+            + "\n  ".join(lines)
+            + "\nNothing was changed. Ask the owner for a report (flexolmo audit report), to lie "
+            "beside the bundle as NAME.report; for attacks on more documents, which narrow an "
+            "interval; or for an expert that tells less (private training, fewer passes)."
+        )
 
 
 def show_value(demand: str, value: float) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexolmo.cli import audit_attacks, audit_canaries, audit_log
+from flexolmo.cli import audit_attacks, audit_canaries, audit_log, audit_report
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.add_typer(audit_log.app)
 app.add_typer(audit_attacks.app)
 app.add_typer(audit_canaries.app)
+app.add_typer(audit_report.app)
 
 
 @app.command("statistics")

@@ -207,7 +207,7 @@ def print_membership(found: dict[str, Any]) -> None:
     """The figures of `audit_membership` as a table, for a terminal."""
     from rich.table import Table
 
-    from flexolmo.report.membership_page import ATTACKS, SUBJECTS
+    from flexolmo.audit.results import ATTACKS, SUBJECTS
 
     counts = found["documents"]
     echo(f"{counts['members']:,} members and {counts['others']:,} others.")
@@ -228,7 +228,7 @@ def print_extraction(found: dict[str, Any]) -> None:
     """The figures of `audit_extraction` as a table, for a terminal."""
     from rich.table import Table
 
-    from flexolmo.report.membership_page import SUBJECTS
+    from flexolmo.audit.results import SUBJECTS
 
     table = Table("model", "extracted", "95 % interval", "word for word in 1,000 attempts, p 0.9")
     for subject, x in found["subjects"].items():

@@ -145,7 +145,7 @@ def print_canaries(found: dict[str, Any]) -> None:
     """The figures of `audit_canaries` as a table, for a terminal."""
     from rich.table import Table
 
-    from flexolmo.report.membership_page import SUBJECTS
+    from flexolmo.audit.results import SUBJECTS
 
     echo(f"{found['planted']:,} of {found['canaries']:,} canaries were planted.")
     table = Table("model", "exposure, mean", "by chance", "AUC", "epsilon, at least")

@@ -14,7 +14,6 @@ from flexolmo.terminal import echo
 if TYPE_CHECKING:
     from flexolmo.data.batches import TokenSet
     from flexolmo.merge.certificate import Words
-    from flexolmo.merge.mixture import Admission
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +41,9 @@ Require = Annotated[
         help="Refuse experts above these limits: public (loss on public text), forms (on public "
         "text in other forms), others (on text of other experts), claims (share of public text "
         "taken). For example public<=1%,forms<=3%,others<=3%,claims<=10%. Limits that the mixture "
-        "keeps hold too, unless named here."
+        "keeps hold too, unless named here. Of the release report beside each bundle: extraction, "
+        "membership_auc (of both the upper end of the interval counts), epsilon. For example "
+        "extraction<=0.2%,membership_auc<=0.55,epsilon<=8."
     ),
 ]
 Seed = Annotated[
@@ -51,12 +52,21 @@ Seed = Annotated[
 ]
 
 
-def _limits(require: str | None, kept: dict[str, Any] | None) -> dict[str, float]:
-    """Limits that a mixture keeps, and those asked for in their place."""
-    from flexolmo.evaluation.influence import parse_limits
+def _limits(
+    require: str | None, kept: dict[str, Any] | None
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Limits of influence, those that a mixture keeps and those asked for in their place; and
+    limits of release reports that are asked for."""
+    from flexolmo.bundle.limits import parse_limits
+    from flexolmo.bundle.release import DEMANDS
+    from flexolmo.bundle.release import EXAMPLE as OF_REPORTS
+    from flexolmo.evaluation.influence import EXAMPLE, MEASURES
 
-    asked = {} if require is None else parse_limits(require)
-    return (kept["limits"] if kept else {}) | asked
+    known = [*MEASURES, *DEMANDS]
+    asked = {} if require is None else parse_limits(require, known, f"{EXAMPLE},{OF_REPORTS}")
+    of_reports = {k: v for k, v in asked.items() if k in DEMANDS}
+    influence = {k: v for k, v in asked.items() if k in MEASURES}
+    return (kept["limits"] if kept else {}) | influence, of_reports
 
 
 def _open_public(public: Path, anchor: Path, kept: dict[str, Any] | None) -> "TokenSet":
@@ -74,23 +84,25 @@ def _open_public(public: Path, anchor: Path, kept: dict[str, Any] | None) -> "To
     return opened
 
 
-def _admission(
+def _judges(
     anchor: Path,
     public: Path | None,
     require: str | None,
     seed: int | None,
     kept: dict[str, Any] | None = None,
-) -> "Admission | None":
-    """The judge that these options, and the limits that a mixture keeps, ask for."""
+) -> dict[str, Any]:
+    """The judge that these options, and the limits that a mixture keeps, ask for, and what is
+    demanded of release reports, as `build_mixture` takes them."""
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.influence import admission
 
-    limits = _limits(require, kept)
-    if public is None:
-        if require is not None:
-            raise ConfigError("Limits are measured on public text: give --public.")
-        return None
-    return admission(_open_public(public, anchor, kept), limits, seed)
+    limits, demands = _limits(require, kept)
+    judges: dict[str, Any] = {"admission": None, "demands": demands}
+    if public is not None:
+        judges["admission"] = admission(_open_public(public, anchor, kept), limits, seed)
+    elif limits and not kept:
+        raise ConfigError(f"{', '.join(limits)} are measured on public text: give --public.")
+    return judges
 
 
 @app.command("check")
@@ -131,7 +143,7 @@ def check(
         anchor = model / "anchor"
     if anchor is None:
         raise ConfigError("Give the anchor (--anchor), or a mixture (--model).")
-    limits = _limits(require, kept)
+    limits, demands = _limits(require, kept)
     found = check_bundles(
         bundles,
         _open_public(public, anchor, kept),
@@ -141,6 +153,7 @@ def check(
         top_k=top_k,
         max_bytes=max_bytes,
         seed=seed,
+        demands=demands,
     )
     if out is not None:
         write_json(out, found | {"limits": limits})
@@ -190,7 +203,7 @@ def build(
         trusted,
         top_k=top_k,
         max_bytes=max_bytes,
-        admission=_admission(anchor, public, require, seed),
+        **_judges(anchor, public, require, seed),
     )
     if about["influence"]:
         print_influence(about["influence"])
@@ -213,8 +226,8 @@ def add(
 
     trusted = trusted_owners(trust, trust_any_signer)
     kept = read_about(model)["influence"]
-    judge = _admission(model / "anchor", public, require, seed, kept)
-    about = add_experts(model, bundles, trusted, max_bytes=max_bytes, admission=judge)
+    judges = _judges(model / "anchor", public, require, seed, kept)
+    about = add_experts(model, bundles, trusted, max_bytes=max_bytes, **judges)
     if about["influence"]:
         print_influence(about["influence"])
     echo(f"{model}: public + {', '.join(about['experts'])}")

@@ -48,7 +48,8 @@ _MONTHS = (
 )
 _DAY = (
     r"(?:\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}-\d{2}-\d{2}"
-    rf"|\d{{1,2}}(?:st|nd|rd|th|\.)? (?:{_MONTHS})\.?,? \d{{4}}|(?:{_MONTHS})\.? \d{{1,2}},? \d{{4}})"
+    rf"|\d{{1,2}}(?:st|nd|rd|th|\.)? (?:{_MONTHS})\.?,? \d{{4}}"
+    rf"|(?:{_MONTHS})\.? \d{{1,2}},? \d{{4}})"
 )
 
 
@@ -104,7 +105,8 @@ PATTERNS = {
     "phone number": Pattern(
         _form(
             r"(?<![\w+])(?:(?:\+|00)[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,5}\)?){2,6}"
-            r"|(?:tel|phone|mobile|cell|fax)\w{0,6}[.:]? {0,3}\(?0?\d{1,5}\)?(?:[ ./-]?\d{1,5}){2,5}"
+            r"|(?:tel|phone|mobile|cell|fax)\w{0,6}[.:]? {0,3}"
+            r"\(?0?\d{1,5}\)?(?:[ ./-]?\d{1,5}){2,5}"
             r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])",
             re.IGNORECASE,
         ),
@@ -163,7 +165,7 @@ def find_personal(text: str) -> dict[str, int]:
 
 
 def count_personal(token_set: TokenSet, split: str = "train") -> dict[str, dict[str, int]]:
-    """By kind of PATTERNS: `matches`, and `documents`, the source documents (or units) with one.
+    """Counts by kind of PATTERNS: `matches`, and `documents`, the source documents (or units) with one.
 
     Raises DataError if the text in the set is not what its card says.
     """
@@ -192,5 +194,5 @@ def _by_source(token_set: TokenSet, split: str) -> Iterator[dict[str, int]]:
 
 
 def _ends(sources: np.ndarray) -> Iterable[bool]:
-    """Whether each piece [n] is the last of its source document."""
+    """For each piece [n], whether it is the last of its source document."""
     return (np.diff(sources, append=-1) != 0).tolist()

@@ -6,7 +6,6 @@ let each expert write text of its own. Source: ours.
 
 import math
 import os
-import re
 import secrets
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,20 +44,6 @@ EXAMPLE = "public<=1%,forms<=3%,others<=3%,claims<=10%"
 
 
 # --- limits -------------------------------------------------------------------------------------
-
-
-def parse_limits(text: str) -> dict[str, float]:
-    """Limits by measure, written as in EXAMPLE; ConfigError if malformed."""
-    limits: dict[str, float] = {}
-    for part in text.split(","):
-        found = re.fullmatch(r"\s*(\w+)\s*<=\s*(\d+\.?\d*)\s*(%?)\s*", part)
-        if not found or found[1] not in MEASURES or found[1] in limits:
-            raise ConfigError(
-                f"{part.strip()!r} is not a limit. Expected one each of {', '.join(MEASURES)}, or "
-                f'of some of them, separated by commas: "{EXAMPLE}".'
-            )
-        limits[found[1]] = float(found[2]) / (100 if found[3] else 1)
-    return limits
 
 
 def refuse_excess(
@@ -123,18 +108,20 @@ def check_bundles(
     top_k: int | None = None,
     max_bytes: int | None = None,
     seed: int | None = None,
+    demands: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """`measure_influence` of bundles as if they were added to a mixture, or, without one, as if one
     were built of them; and `newcomers`, their names.
 
-    Every check of `add_experts` or `build_mixture` is made. Nothing is changed.
+    Every check of `add_experts` or `build_mixture` is made, that of release reports too. Nothing is
+    changed.
     """
 
     def stop(mixture: LoadedMixture, newcomers: Sequence[str]) -> dict[str, Any]:
         found = admission(public, {}, seed)(mixture, [])
         raise _Measured({"newcomers": list(newcomers)} | found)
 
-    options: dict[str, Any] = {"max_bytes": max_bytes, "admission": stop}
+    options: dict[str, Any] = {"max_bytes": max_bytes, "admission": stop, "demands": demands}
     try:
         if model_dir is not None:
             add_experts(model_dir, bundles, trusted, **options)

@@ -3,11 +3,13 @@
     model/mixture.json            digests, router, owners, terms
     model/anchor/                 the anchor, whole
     model/experts/NAME.bundle/    each owner's bundle, whole and still signed
+    model/experts/NAME.report/    its release report, if the coordinator demanded one
 
 Nothing is trained and nothing is rewritten, so adding and removing an owner is adding and removing
 a directory, and any owner can check what the coordinator publishes. Source: §3.3.3, layout ours.
 """
 
+import copy
 import datetime
 import os
 import shutil
@@ -23,6 +25,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
 from flexolmo.bundle.facts import Barred, ExpertFacts
 from flexolmo.bundle.manifest import Manifest, Name
+from flexolmo.bundle.release import (
+    Release,
+    check_release,
+    demanded_values,
+    place_of,
+    refuse_excess,
+    take_release,
+)
 from flexolmo.bundle.tensors import Digest
 from flexolmo.bundle.terms import Terms
 from flexolmo.bundle.trust import TrustedOwners
@@ -53,6 +63,7 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.terminal import echo
 
 ABOUT = "mixture.json"
+Demand = Literal["extraction", "membership_auc", "epsilon"]
 
 
 class _Newest(Settings):
@@ -94,6 +105,20 @@ class _Influence(Settings):
     together: _Effects | None
 
 
+class _Reported(Settings):
+    """The release report that came with a bundle, and what `demanded_values` says of it."""
+
+    report_digest: Digest
+    values: dict[Demand, float | None]
+
+
+class _Release(Settings):
+    """Limits that release reports were held to."""
+
+    limits: dict[Demand, float]
+    experts: dict[Name, _Reported]
+
+
 class _Index(Settings):
     """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
 
@@ -105,6 +130,7 @@ class _Index(Settings):
     experts: dict[Name, _Expert]
     seen: dict[Name, dict[str, _Newest]]  # by name and owner, of those who were removed too
     influence: _Influence | None
+    release: _Release | None = None  # absent in mixtures of before there were reports
 
 
 @dataclass(frozen=True)
@@ -143,6 +169,7 @@ def build_mixture(
     top_k: int | None = None,
     max_bytes: int | None = None,
     admission: Admission | None = None,
+    demands: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
 
@@ -150,15 +177,19 @@ def build_mixture(
         top_k: Experts (public included) active per token; None: all enabled ones.
         max_bytes: A bundle with larger weights is refused before anything of them is read.
         admission: Asked last, of the whole mixture.
+        demands: Limits, by measure of `bundle.release.DEMANDS`, that the release report beside
+            each bundle must keep; the mixture keeps reports and limits.
 
     Raises:
         BundleError, SignatureError: a bundle that does not hold up by itself.
-        MergeError: bundles that do not fit the anchor or each other; lists every difference.
+        MergeError: bundles that do not fit the anchor or each other, or whose reports are missing
+            or above a limit; lists every difference.
     """
     if top_k is not None and top_k < 1:
         raise MergeError(f"top_k is {top_k}: at least one expert must be active per token.")
     trusted = _require(trusted)
     about: dict[str, Any] = {"top_k": top_k, "experts": {}, "influence": None}
+    about["release"] = {"limits": dict(demands), "experts": {}} if demands else None
     with _hold(out):
         recover_missing(out)
         about["seen"] = read_about(out)["seen"] if (Path(out) / ABOUT).is_file() else {}
@@ -173,12 +204,13 @@ def add_experts(
     *,
     max_bytes: int | None = None,
     admission: Admission | None = None,
+    demands: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
 
     Those already in it must be trusted and within their terms. A bundle older than one that this
     mixture ever held of its owner and name is refused. A mixture that was built with `admission`
-    needs it here.
+    needs it here. Demands that it keeps hold for `bundles` too, unless `demands` has others.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -189,6 +221,9 @@ def add_experts(
                 f"{model_dir} keeps what its experts do to text that is not their owners', which "
                 "must be measured again: give the prepared public set (--public)."
             )
+        if demands:
+            kept = about.get("release") or {"limits": {}, "experts": {}}
+            about["release"] = kept | {"limits": kept["limits"] | demands}
         anchor = model_dir / "anchor"
         return _write(model_dir, anchor, sources, about, trusted, max_bytes, admission)
 
@@ -216,6 +251,9 @@ def remove_experts(
                 for n, x in found["experts"].items()
                 if n not in gone
             }
+        if reported := about.get("release"):
+            kept = {n: x for n, x in reported["experts"].items() if n not in gone}
+            about["release"] = reported | {"experts": kept}
         return _write(model_dir, model_dir / "anchor", [], about, trusted)
 
 
@@ -250,7 +288,7 @@ def rebuild_mixture(
     kept = sorted(names)
     _refuse_unknown(set(kept), about)
     bundles = [model_dir / "experts" / f"{n}.bundle" for n in kept]
-    new = about | {"experts": {}, "seen": {}, "influence": None}
+    new = about | {"experts": {}, "seen": {}, "influence": None, "release": None}
     with _hold(out):
         return _write(Path(out), model_dir / "anchor", bundles, new, trusted)
 
@@ -497,11 +535,16 @@ def _write(
         manifests: list[Manifest] = []
         lines: list[str] = []
         seen = about["seen"]
+        release = copy.deepcopy(about.get("release"))
+        reports: list[str] = []
         for name in about["experts"]:
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
                 place, options = _link_or_copy(source, target, trusted)
                 held = _reopen(place, name, about, trusted, **options)
+                if release and name in release["experts"]:
+                    digest = release["experts"][name]["report_digest"]
+                    _carry_report(place_of(source), place_of(target), held, digest)
             experts[name] = about["experts"][name]
             seen = join_seen(seen, seen_of(name, held.facts))
             manifests.append(held.manifest)
@@ -517,6 +560,12 @@ def _write(
             m = bundle.manifest
             misfits = find_rollback(seen, m.name, bundle.facts)
             misfits = misfits or find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
+            if release:
+                report, problems = take_release(source, bundle, release["limits"])
+                reports += problems
+                if report is not None:
+                    release["experts"][m.name] = _describe_report(report, m)
+                    _place_report(report, aside / "experts" / f"{m.name}.report")
             if m.name in experts:
                 misfits.append(f"{m.name}: two experts have this name")
             else:
@@ -526,6 +575,7 @@ def _write(
                 manifests.append(m)
             lines += misfits
         _refuse(lines + find_differences(anchor, manifests, about.get("router")))
+        refuse_excess(reports)
         default = about.get("router") or EvidenceSettings()
         router = shared_settings(manifests[0].router.settings) if manifests else default
         new = {
@@ -537,6 +587,7 @@ def _write(
             "experts": {n: experts[n] for n in sorted(experts)},
             "seen": seen,
             "influence": about["influence"],
+            "release": release,
         }
         write_json(aside / ABOUT, new)
         if admission is not None:
@@ -544,6 +595,28 @@ def _write(
             new["influence"] = admission(load_mixture(aside, trusted), newcomers)
             write_json(aside / ABOUT, new)
     return new
+
+
+def _describe_report(report: Release, manifest: Manifest) -> dict[str, Any]:
+    return {"report_digest": report.digest, "values": demanded_values(report, manifest)}
+
+
+def _place_report(report: Release, target: Path) -> None:
+    """Write the very bytes that were checked."""
+    target.mkdir(exist_ok=True)
+    for name, data in report.files.items():
+        (target / name).write_bytes(data)
+
+
+def _carry_report(source: Path, target: Path, bundle: Bundle, digest: str) -> None:
+    """Take a report over from the mixture as it was, if it is the one that was taken in."""
+    report = check_release(source, bundle)
+    if report.digest != digest:
+        raise MergeError(
+            f"{source} is another report than {ABOUT} names: found {report.digest}, expected "
+            f"{digest}. Put the one back that came with the bundle, or remove the expert."
+        )
+    _place_report(report, target)
 
 
 @contextmanager

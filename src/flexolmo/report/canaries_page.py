@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.audit.results import SUBJECTS
 from flexolmo.numbers import format_percent
-from flexolmo.report.membership_page import SUBJECTS
 from flexolmo.report.page import Block, Cell, Items, Table, Text, save_page
 
 _DEFINITIONS = (

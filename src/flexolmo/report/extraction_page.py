@@ -11,9 +11,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flexolmo.audit.results import SUBJECTS
 from flexolmo.numbers import format_count, format_percent
 from flexolmo.report.drawing import MAX_WIDTH_INCHES, MUTED, styled
-from flexolmo.report.membership_page import COLOURS, LOOKS, SUBJECTS, control_blocks
+from flexolmo.report.membership_page import COLOURS, LOOKS, control_blocks
 from flexolmo.report.page import Block, Items, Picture, Table, Text, save_page
 
 _PAPER_DOCUMENTS = 10_000

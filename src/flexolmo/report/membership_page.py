@@ -10,24 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from flexolmo.audit.membership import strongest_of
+from flexolmo.audit.results import ATTACKS, SUBJECTS
 from flexolmo.numbers import format_percent
 from flexolmo.report.drawing import INK, MUTED, styled
 from flexolmo.report.page import Block, Cell, Items, Picture, Table, Text, save_page
 
-ATTACKS = {
-    "informia": "InfoRMIA",
-    "ratio": "likelihood ratio",
-    "loss": "loss",
-    "zlib": "zlib ratio",
-    "min_k": "Min-K%++",
-}
-SUBJECTS = {
-    "alone": "expert alone",
-    "on": "mixture, expert on",
-    "off": "mixture, expert off",
-    "anchor": "anchor",
-    "model": "model",
-}
 COLOURS = {
     "alone": "#CC79A7",
     "on": "#0072B2",

@@ -9,9 +9,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from flexolmo.audit.results import SUBJECTS
 from flexolmo.numbers import format_signed
 from flexolmo.report.drawing import MUTED, note, styled
-from flexolmo.report.membership_page import COLOURS, LOOKS, SUBJECTS
+from flexolmo.report.membership_page import COLOURS, LOOKS
 from flexolmo.report.page import Block, Cell, Picture, Table, Text, save_page
 
 

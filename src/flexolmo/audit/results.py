@@ -1,0 +1,368 @@
+"""Results of attacks as they were written, read again and said in plain words.
+
+Which results belong to which bundle is decided here; what an officer reads of them is put together
+in `audit.release`. Knows no model and no text.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexolmo.audit.statistics import rows_of
+from flexolmo.errors import DataError
+from flexolmo.files import canonical_json, digest_bytes, read_json
+
+STAYS_FILE = "stays_here.json"
+WITH_IT = ("alone", "on", "model")  # subjects that hold what the expert learnt
+SUBJECTS = {
+    "alone": "expert alone",
+    "on": "mixture, expert on",
+    "off": "mixture, expert off",
+    "anchor": "anchor",
+    "model": "model",
+}
+ATTACKS = {
+    "informia": "InfoRMIA",
+    "ratio": "likelihood ratio",
+    "loss": "loss",
+    "zlib": "zlib ratio",
+    "min_k": "Min-K%++",
+}
+LEVELS = ("little", "some", "much")  # of what an attack found
+FEW = 0.55  # AUC up to which an attack found little
+MANY = 0.65  # AUC from which one found much
+LITTLE_EXTRACTED = 0.01  # share of documents, at the upper end of its interval
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results that one attack wrote."""
+
+    audit: str
+    path: Path
+    found: Mapping[str, Any]
+    stays: Mapping[str, Any] | None  # quotes text
+
+    @property
+    def origin(self) -> dict[str, str] | None:
+        """The bundle that was attacked, see `bundle.release.origin_of`."""
+        return self.found["about"].get("origin")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of an attack, with its 95 % interval."""
+
+    model: str
+    measure: str
+    unit: str  # share, auc, bits, epsilon
+    value: float
+    low: float | None
+    high: float | None
+    chance: float | None  # that guessing, or no leak at all, would give
+
+    @property
+    def most(self) -> float:
+        """The upper end."""
+        return self.value if self.high is None else self.high
+
+
+@dataclass(frozen=True)
+class Summary:
+    """An attack for people."""
+
+    rows: list[Row]
+    headline: Row | None  # by which the verdict goes
+    level: str  # one of LEVELS
+    verdict: str
+    texts: int | None  # documents, or canaries, that were attacked
+    settings: Mapping[str, Any]
+    off_equals_anchor: bool | None
+
+
+def read_results(path: Path) -> Results:
+    """The results in a JSON file of `flexolmo audit`, or in the directory that it was written to.
+
+    What must stay is read from beside it, if it is there. Raises DataError for anything else.
+    """
+    path = Path(path)
+    if path.is_dir():
+        held = [path / f"{name}.json" for name in AUDITS if (path / f"{name}.json").is_file()]
+        if len(held) != 1:
+            raise DataError(
+                f"{path} holds the results of {len(held)} attacks, expected one of "
+                f"{', '.join(f'{name}.json' for name in AUDITS)}. Name the file."
+            )
+        path = held[0]
+    found = read_json(path, DataError)
+    audit = found.get("audit") if isinstance(found, dict) else None
+    if audit not in AUDITS or not isinstance(found.get("about"), dict):
+        raise DataError(
+            f"{path} holds no results of flexolmo audit {', '.join(AUDITS)} that say which bundle "
+            "they are of. Make the attack again with this release."
+        )
+    beside = path.with_name(STAYS_FILE)
+    stays = read_json(beside, DataError) if beside.is_file() else None
+    if stays is not None and stays.get("audit") != audit:
+        stays = None  # of another attack that was written to the same place
+    if stays is not None and stays.get("origin") != found["about"].get("origin"):
+        raise DataError(
+            f"{beside} is of another bundle than {path}. Make the attack again, into a directory "
+            "of its own."
+        )
+    return Results(audit, path, found, stays)
+
+
+def digest_of_results(results: Results) -> str:
+    """Digest that names the results, of their canonical JSON."""
+    return digest_bytes(canonical_json(results.found))
+
+
+def refuse_other_bundle(results: Results, origin: Mapping[str, str]) -> None:
+    """Raise DataError if the results are of another bundle than that of `origin`.
+
+    Canaries are measured on a twin, which was trained by the same recipe beside the same anchor on
+    the same text with canaries in it, for an expert with canaries is not sent.
+    """
+    found = results.origin
+    if found is None:
+        raise DataError(
+            f"{results.path} does not say which bundle it is of: it attacks a model that is no "
+            "mixture, or a run that was not signed yet. Attack the signed bundle, in a mixture."
+        )
+    is_twin = results.audit == "canaries" and all(
+        found.get(part) == origin[part] for part in ("anchor", "recipe")
+    )
+    if found != origin and not is_twin:
+        raise DataError(
+            f"{results.path} is of the bundle {found.get('bundle')}; this bundle is "
+            f"{origin['bundle']}. Attack this one, and give those results."
+        )
+
+
+def refuse_no_control(results: Results, origin: Mapping[str, str]) -> None:
+    """Raise DataError unless the results are of another expert beside the same anchor."""
+    found = results.origin
+    is_other = found is not None and found.get("bundle") != origin["bundle"]
+    if not is_other or found is None or found.get("anchor") != origin["anchor"]:
+        raise DataError(
+            f"{results.path} is no control: expected the same attack on another expert, which "
+            f"knows its text by heart, beside the anchor {origin['anchor']}."
+        )
+
+
+def summarise(results: Results, epsilon: float | None) -> Summary:
+    """The figures of an attack and a verdict; `epsilon` is what the bundle states.
+
+    Raises DataError if something is missing in the results.
+    """
+    try:
+        return AUDITS[results.audit].summarise(results.found, epsilon)
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise DataError(
+            f"{results.path} is not as this release writes it ({type(e).__name__}: {e}). Make the "
+            "attack again."
+        ) from None
+
+
+# --- each attack --------------------------------------------------------------------------------
+
+
+def _row(subject: str, measure: str, figure: Mapping[str, Any], chance: float | None) -> Row:
+    """The row of a share or an AUC as `audit.intervals` gives them."""
+    unit = "auc" if "auc" in figure else "share"
+    low, high = figure["interval"]
+    return Row(SUBJECTS[subject], measure, unit, figure[unit], low, high, chance)
+
+
+def _worst(rows: list[Row]) -> Row | None:
+    """The row with the highest upper end, of models that hold what the expert learnt."""
+    names = [SUBJECTS[name] for name in WITH_IT]
+    return max((r for r in rows if r.model in names), key=lambda r: r.most, default=None)
+
+
+def _level_of_auc(row: Row) -> str:
+    if row.most <= FEW:
+        return "little"
+    return "some" if row.most <= MANY else "much"
+
+
+def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
+    rows = []
+    others = []
+    for subject, by_attack in found["subjects"].items():
+        name, x = max(by_attack.items(), key=lambda item: float(item[1]["auc"]))
+        measure = f"AUC of the strongest attack, {ATTACKS.get(name, name)}"
+        rows.append(_row(subject, measure, x, 0.5))
+        measure = "members found at 1 % false alarms"
+        others.append(_row(subject, measure, x["caught"]["0.01"], 0.01))
+    # every attack counts: the one with the highest upper end need not be the strongest
+    ends = [
+        _row(subject, f"AUC, {ATTACKS.get(name, name)}", x, 0.5)
+        for subject, by_attack in found["subjects"].items()
+        for name, x in by_attack.items()
+    ]
+    worst = _worst(ends)
+    assert worst is not None
+    level = _level_of_auc(worst)
+    answer = {"little": "Hardly", "some": "To some degree", "much": "Yes"}[level]
+    if level != "little" and worst.low is not None and worst.low <= 0.5:
+        answer = "Not shown, and not excluded: so few documents leave much open"
+    right = 100 * worst.value
+    verdict = (
+        f"{answer}. Of two documents, one of which was trained on, the attack that may find most "
+        f"picks the right one {right:.0f} times in 100 ({100 * (worst.low or 0):.0f} to "
+        f"{100 * worst.most:.0f}; {worst.model}); guessing does so 50 times."
+    )
+    counts = found["documents"]
+    settings = found["run"]["config"] | {"members": counts["members"], "others": counts["others"]}
+    return Summary(
+        rows + others, worst, level, verdict, counts["members"], settings, _control(found)
+    )
+
+
+def _extraction(found: Mapping[str, Any], _: float | None) -> Summary:
+    config = found["run"]["config"]
+    rows = []
+    exact = []
+    for subject, x in found["subjects"].items():
+        if "extracted" in x:
+            measure = f"extracted within {config['samples']} samples"
+            rows.append(_row(subject, measure, x["extracted"], None))
+        curve = x["exact"]
+        by_heart = curve["discoverable"]["0.9"][curve["attempts"].index(1_000_000)]
+        measure = "word for word within a million attempts, probability 0.9"
+        exact.append(_row(subject, measure, by_heart, None))
+    worst = _worst(rows)
+    shown = worst or _worst(exact)
+    assert shown is not None
+    count = found["documents"]
+    extracted = round(shown.value * count)
+    if shown.most <= LITTLE_EXTRACTED:
+        level = "little"
+    else:
+        level = "some" if shown.value <= LITTLE_EXTRACTED else "much"
+    verdict = (
+        f"{extracted:,} of {count:,} documents were written by the {shown.model}, given their "
+        f"first {config['prefix_tokens']} tokens; at most {100 * shown.most:.2g} % of all could be."
+    )
+    if level == "some" and not extracted:
+        verdict += " So few documents leave that much open; more of them narrow it."
+    if worst is None:
+        verdict += " Nothing was sampled: this counts text written word for word alone."
+    return Summary(rows + exact, worst, level, verdict, count, config, _control(found))
+
+
+def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
+    rows = []
+    bounds = []
+    for subject, x in found["subjects"].items():
+        rows.append(_row(subject, "AUC, planted canaries against others", x["membership"], 0.5))
+        bound = x["epsilon"]["epsilon"]
+        bounds.append(
+            Row(SUBJECTS[subject], "epsilon, at least", "epsilon", bound, None, None, 0.0)
+        )
+    worst = _worst(rows)
+    bound_row = _worst(bounds)
+    assert worst is not None and bound_row is not None
+    bound = bound_row.value
+    said = f"Whoever guesses which canaries were planted shows an epsilon of at least {bound:.1f}. "
+    if epsilon is None:
+        said += "No epsilon is stated that this could contradict."
+        level = _level_of_auc(worst)
+    elif bound > epsilon:
+        said += f"That contradicts the {epsilon:g} that is stated: do not release this expert."
+        level = "much"
+    else:
+        said += f"The {epsilon:g} that is stated is not contradicted, which does not prove it."
+        level = "little"
+    settings = found["run"]["config"] | {"planted": found["planted"], "tokens": found["tokens"]}
+    return Summary(rows + bounds, worst, level, said, found["canaries"], settings, _control(found))
+
+
+def _relearning(found: Mapping[str, Any], _: float | None) -> Summary:
+    extra = found["extra"]
+    low, high = extra["interval"]
+    measure = "bits per byte gained more than by the anchor"
+    row = Row(SUBJECTS["off"], measure, "bits", extra["bits_per_byte"], low, high, 0.0)
+    if found["is_same"] is True:
+        level = "little"
+        said = (
+            "No. With the expert off, the mixture learns as the bare anchor does, at every step "
+            "and to the bit: nothing of the expert is left in it to come back."
+        )
+    elif low > 0:
+        level = "much"
+        said = "Yes: the mixture without the expert learns the owner's text faster than the anchor."
+    else:
+        level = "little" if high <= 0.01 else "some"
+        said = "Nothing comes back that could be told from chance."
+    settings = found["run"]["config"]
+    return Summary([row], row, level, said, found["documents"], settings, found["is_same"])
+
+
+def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
+    rows = []
+
+    def add(measure: str, figure: Mapping[str, Any], chance: float | None) -> None:
+        if figure["interval"] is not None:
+            rows.append(_row("alone", measure, figure, chance))
+
+    rows_of(found)  # all that a page shows is there
+    counts = found["count_recovery"]
+    words = found["rare_words"]
+    members = found["membership"]
+    add("a token's count worked out exactly", counts["determined"], 0.0)
+    add("a word of one document spelled from pairs", words["spelled"], words["by_public"]["share"])
+    for key, label in (("embed_tokens", "embedding"), ("lm_head", "head"), ("opinion", "opinions")):
+        if key in found["token_presence"]:
+            add(f"a rare token's presence, from the {label}", found["token_presence"][key], 0.5)
+    if "too_few" not in members:
+        measure = "a document's membership, by who has others of its kind"
+        add(measure, members["calibrated"], 0.5)
+    worst = max((r for r in rows if r.unit == "auc"), key=lambda r: r.most, default=None)
+    level = "some" if worst is None else _level_of_auc(worst)
+    tokens = found["tokens"]
+    how = f"each in at least {found['min_documents']} documents"
+    if found["epsilon"] is not None:
+        how = f"noised to epsilon {found['epsilon']:g}"
+    said = (
+        f"The bundle's table tells of {tokens['told']:,} tokens and {tokens['pairs']:,} pairs, "
+        f"{how}. Of the words that one document alone holds, "
+        f"{100 * (words['spelled']['share'] or 0):.1f} % can be spelled from it "
+        f"({100 * (words['by_public']['share'] or 0):.1f} % from public pairs). "
+    )
+    if worst is None:
+        said += "There were too few documents to ask for members."
+    else:
+        said += (
+            f"The attack that may find most, {worst.measure}, is right {100 * worst.value:.0f} "
+            f"times in 100 ({100 * (worst.low or 0):.0f} to {100 * worst.most:.0f})."
+        )
+    settings = {"min_documents": found["min_documents"]}
+    return Summary(rows, worst, level, said, None, settings, None)
+
+
+def _control(found: Mapping[str, Any]) -> bool | None:
+    control = found["off_equals_anchor"]
+    return control if control is None else bool(control)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """One kind of attack: its question, and how its results are read."""
+
+    question: str
+    summarise: Callable[[Mapping[str, Any], float | None], Summary]
+
+
+AUDITS = {
+    "membership": Audit("Can documents be told from others that were not trained on?", _membership),
+    "extraction": Audit("Does the model write documents when given their beginnings?", _extraction),
+    "statistics": Audit("What does the bundle's table tell besides what was learnt?", _statistics),
+    "canaries": Audit("Is the promise of privacy contradicted by planted documents?", _canaries),
+    "relearning": Audit(
+        "Does what is switched off come back after a little training?", _relearning
+    ),
+}

@@ -1,0 +1,339 @@
+"""The page of `flexolmo audit report`: what a data-protection officer reads before a bundle leaves.
+
+Shows what `audit.release` found, and computes nothing. The copy that stays has two more parts.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from flexolmo.audit.results import AUDITS
+from flexolmo.bundle.release import ReleaseReport, show_value
+from flexolmo.numbers import format_count, format_megabytes, format_percent
+from flexolmo.report.page import Block, Cell, Items, Row, Table, Text, render_page
+
+_LEVELS = {"little": "#009E73", "some": "#E69F00", "much": "#D55E00"}
+_UNITS = {
+    "document": "a source document: all its pieces, and texts of the same words",
+    "sequence": "a stretch of one document: weak, for who has ten is protected by ten times "
+    "epsilon",
+}
+_COMMANDS = {name: f"flexolmo audit {name}" for name in AUDITS} | {
+    "canaries": "flexolmo audit canaries plant, then measure"
+}
+
+
+def render_release(report: ReleaseReport, stays: Mapping[str, Any] | None = None) -> str:
+    """The page as HTML: of the copy that may leave, or with `stays` of the one that must not."""
+    return render_page([*_blocks(report, stays)], "html", {})
+
+
+def _blocks(report: ReleaseReport, stays: Mapping[str, Any] | None) -> Iterator[Block]:
+    found: dict[str, Any] = dict(report.findings)
+    yield Text(f"Release report: {report.name}", "h1")
+    yield Text(
+        f"Bundle number {report.serial} of {report.owner}. For the owner and the owner's "
+        "data-protection officer: what was trained on the owner's text, what is promised of "
+        "privacy, what is not, and what attacks found. An expert is a set of weights that is used "
+        "beside a public model, the anchor; the bundle is the signed file that carries it.",
+        "lead",
+    )
+    if stays is None:
+        yield Text(
+            "This copy may leave with the bundle. It holds no text of the owner's, and its counts "
+            f"are rounded: none depends on fewer than {found['least_documents']} documents."
+        )
+    else:
+        yield Text(str(stays["notice"]), term="Stays here. ")
+    yield Text("At a glance", "h2")
+    yield _glance(found)
+    yield from _promise(found)
+    yield from _attacks(found)
+    yield from _text(found, stays)
+    yield from _training(report, found)
+    yield from _checking(report, found)
+    if stays is not None:
+        yield from _hits(stays)
+
+
+def _glance(found: Mapping[str, Any]) -> Table:
+    budget = found["guarantee"]["budget"]
+    promise: Row = ["Is there a guarantee of privacy?", Cell("no", _LEVELS["some"]), "–", "–"]
+    if budget:
+        promise = [
+            "Is there a guarantee of privacy?",
+            Cell("yes", _LEVELS["little"]),
+            f"epsilon {budget['epsilon']:.3g}, delta {budget['delta']:g}, for each "
+            f"{budget['unit']}",
+            "–",
+        ]
+    rows = [promise]
+    for name, audit in AUDITS.items():
+        made = next((x for x in found["attacks"] if x["audit"] == name), None)
+        if made is None:
+            rows.append([audit.question, Cell("not asked", italic=True), "–", "–"])
+            continue
+        head = made["headline"]
+        rows.append(
+            [
+                audit.question,
+                Cell(f"{made['level']} found", _LEVELS[made["level"]], bold=True),
+                "–" if head is None else f"{head['measure']}: {_figure(head)}",
+                _control(made),
+            ]
+        )
+    head = ["question", "answer", "figure that decides, with its 95 % interval", "control"]
+    return Table(
+        "Levels go by the upper end of the interval, of the expert alone or in its mixture",
+        head,
+        rows,
+    )
+
+
+def _control(made: Mapping[str, Any]) -> str:
+    """Words on whether the attack can be believed."""
+    said = []
+    if made["off_equals_anchor"] is not None:
+        is_met = made["off_equals_anchor"]
+        said.append(f"off {'equals' if is_met else 'DIFFERS FROM'} the anchor, to the bit")
+    if made["control"] is not None:
+        said.append(f"an overfitted expert: {_figure(made['control'])}")
+    return "; ".join(said) or "none"
+
+
+def _figure(row: Mapping[str, Any]) -> str:
+    """A figure with its interval, as its unit is written."""
+    value, low, high = row["value"], row["low"], row["high"]
+    if row["unit"] == "share":
+        ends = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
+        return f"{format_percent(value)}{ends}"
+    digits = {"auc": 3, "bits": 4, "epsilon": 2}[row["unit"]]
+    ends = "" if low is None else f" ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{value:.{digits}f}{ends}"
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+def _promise(found: Mapping[str, Any]) -> Iterator[Block]:
+    guarantee = found["guarantee"]
+    budget = guarantee["budget"]
+    yield Text("What is promised", "h2")
+    if budget:
+        yield Text(
+            f"Whether any one {budget['unit']} was in the text changes the chance of any bundle by "
+            f"a factor of at most e^{budget['epsilon']:.3g}, but for a chance of "
+            f"{budget['delta']:g}: whatever else somebody knows, and whatever attack they think "
+            "of. This holds for the weights and the router's table together."
+        )
+        unit = _UNITS.get(budget["unit"], "all texts of one value of the field named below")
+        rows: list[Row] = [
+            ["Protected as one", f"{budget['unit']}: {unit}"],
+            ["Neighbours", str(budget["neighbours"])],
+            ["Epsilon, delta", f"{budget['epsilon']:.4g}, {budget['delta']:g}"],
+            ["Clipping norm", f"{budget['clip_norm']:g}"],
+            ["Sampling", f"{budget['sampling']}, rate {budget['sampling_rate']:.4g}"],
+            ["Steps", f"{budget['steps']:,}"],
+            ["Noise of a step", f"{budget['noise']:.4g} clipping norms"],
+            [
+                "Noise of the table",
+                f"{budget['table_noise']:.4g} (epsilon {guarantee['table_epsilon']})",
+            ],
+            ["Accountant", str(budget["accountant"])],
+        ]
+        yield Table(
+            "From these numbers anybody can work epsilon out again", ["what", "value"], rows
+        )
+    else:
+        yield Text(
+            "There is no guarantee. Nothing bounds what the weights may tell of a document; what "
+            "follows is what attacks found, and another attack may find more.",
+            term="In plain words: ",
+        )
+        if guarantee["table_epsilon"] is not None:
+            yield Text(
+                f"The router's table alone is noised, to epsilon {guarantee['table_epsilon']:g} "
+                f"and delta {guarantee['table_delta']:g}; the weights are not."
+            )
+        elif guarantee["least_documents"] is not None:
+            yield Text(
+                "The router's table tells only of tokens and pairs of tokens that at least "
+                f"{guarantee['least_documents']} documents hold, in coarse steps."
+            )
+    yield Text("What is outside", "h2")
+    yield Items([Text(sentence) for sentence in found["outside"]])
+
+
+def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("What attacks found", "h2")
+    yield Text(
+        "Expert alone: past the router of a mixture, as whoever has the bundle can run it. On, "
+        "off: in its mixture, as whoever asks a server meets it. The anchor, which never saw the "
+        "text, shows what an attack finds where there is nothing to find. AUC: how often an attack "
+        "picks the right one of two; 0.5 is guessing, 1 certainty.",
+        "note",
+    )
+    for made in found["attacks"]:
+        yield Text(f" {made['verdict']}", term=made["question"])
+        yield Table(
+            f"{made['audit']}, with 95 % intervals",
+            ["model", "measure", "found", "by guessing"],
+            [[r["model"], r["measure"], _figure(r), _chance(r)] for r in made["rows"]],
+            "llr",
+        )
+        notes = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
+        twin = (
+            " on a twin: an expert trained alike on the text with canaries"
+            if made["is_of_a_twin"]
+            else ""
+        )
+        yield Text(f"Made{twin} with {notes}. Control: {_control(made)}.", "note")
+    if found["not_made"]:
+        yield Text("Not made, so that nothing is known of what they ask:", term="")
+        yield Items(
+            [
+                Text(f": {AUDITS[name].question} ({_COMMANDS[name]})", term=name)
+                for name in found["not_made"]
+            ]
+        )
+
+
+def _chance(row: Mapping[str, Any]) -> str:
+    if row["chance"] is None:
+        return "–"
+    return _figure(dict(row) | {"value": row["chance"], "low": None, "high": None})
+
+
+def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator[Block]:
+    data = found["data"]
+    text = found["text"] if stays is None else stays["text"]
+    counts = text["counts"]
+
+    def said(count: int | None) -> str:
+        return f"fewer than {found['least_documents']}" if count is None else f"{count:,}"
+
+    yield Text("The text", "h2")
+    unit = "documents" if data["unit_field"] is None else f"units, by {data['unit_field']}"
+    rows: list[Row] = [
+        [f"Source {unit}, in the training split", said(counts["documents"])],
+        ["Bytes; tokens", f"{said(counts['bytes'])}; {said(counts['tokens'])}"],
+        ["Left out, being in the public set too", said(counts["removed_as_public"])],
+        ["Licences", "; ".join(data["licences"]) or "–"],
+    ]
+    yield Table("What was given to training", ["what", "value"], rows)
+    yield Table(
+        "Personal data, by pattern. A pattern knows a form, not a person: names, and what is told "
+        "of people, are not found",
+        ["kind", "documents", "matches", "counted is, and is not"],
+        [
+            [kind, said(x["documents"]), said(x["matches"]), found["limits_of_patterns"][kind]]
+            for kind, x in text["personal"].items()
+        ],
+        "lrrl",
+    )
+    overlap = text["overlap"]
+    if overlap is None:
+        yield Text("Distance from public text was not measured: no public set was given.")
+        return
+    short = "None" if overlap["short"] is None else format_percent(overlap["short"], 0)
+    yield Text(
+        f"{short} of all spans of {overlap['short_tokens']} tokens occur word for word in the "
+        f"public set's training text. A span of {overlap['long_tokens']} tokens that does is in "
+        f"{said(overlap['long'])} of the documents: there the anchor may know the text already.",
+        term="Distance from public text: ",
+    )
+
+
+def _training(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block]:
+    training = found["training"]
+    recipe = training["recipe"]
+    steps = recipe.get("train", {}) if isinstance(recipe.get("train"), dict) else {}
+    sizes = ", ".join(f"{k} {v}" for k, v in training["architecture"].items())
+    yield Text("What was trained", "h2")
+    rows: list[Row] = [
+        ["Parts that training could change", str(recipe.get("scope", "–"))],
+        ["Sizes", sizes],
+        ["Parameters", format_count(training["parameters"])],
+        ["Bytes of weights", f"{format_megabytes(training['weights_bytes'])} MB"],
+        [
+            "Training",
+            f"{steps.get('steps', '–')} steps of {steps.get('batch_size', '–')} sequences of "
+            f"{steps.get('seq_len', '–')} tokens, {steps.get('optimizer', '–')}",
+        ],
+        ["Tokens read", f"{training['tokens_seen']:,}"],
+        ["Router", str(training["router"]["kind"])],
+        ["Packed", training["packed"]],
+        ["Software", ", ".join(f"{k} {v}" for k, v in training["software"].items())],
+        ["Weights", Cell(training["weights_digest"], mono=True)],
+        ["Anchor", Cell(training["anchor_digest"], mono=True)],
+    ]
+    yield Table(
+        "The whole recipe is in the bundle's manifest and in report.json", ["what", "value"], rows
+    )
+    terms = found["terms"]
+    yield Text("Licence and terms", "h2")
+    yield Text(str(found["licence"]), term="Licence: ")
+    yield Text(str(terms["summary"]) + ".", term="Terms: ")
+    yield Text(str(terms["text"]), "note")
+
+
+def _checking(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("What this report is of, and how to check it", "h2")
+    rows: list[Row] = [
+        ["Bundle (digest of its manifest.json)", Cell(report.bundle_digest, mono=True)],
+        ["Made", report.created],
+    ]
+    for made in found["attacks"]:
+        rows.append([f"Results of {made['audit']}", Cell(made["results_digest"], mono=True)])
+    yield Table("Digests", ["what", "value"], rows)
+    for measure, figure in report.measures.items():
+        high = show_value(measure, figure.high)
+        yield Text(
+            f"A coordinator who demands {measure}<=X holds {high}, the upper end of the interval, "
+            "against it.",
+            "note",
+        )
+    yield Text(
+        f"flexolmo audit verify-report {report.name}.report --bundle {report.name}.bundle", "pre"
+    )
+
+
+def _hits(stays: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("Known by heart (stays here)", "h2")
+    memorised: Sequence[Mapping[str, Any]] = stays["memorised"]
+    if memorised:
+        yield Table(
+            "The longest span of each document that the model wrote word for word, after its "
+            "beginning",
+            ["document", "similarity", "beginning", "what it went on with"],
+            [
+                [
+                    f"{x['document']}{' (extracted)' if x['is_extracted'] else ''}",
+                    f"{x['similarity']:.2f}",
+                    x["prefix"],
+                    Cell(x["span"], bold=x["is_extracted"]),
+                ]
+                for x in memorised
+            ],
+            "lrl",
+        )
+    else:
+        yield Text("Extraction wrote no span worth showing, or was not made.")
+    yield Text("Documents hit worst by membership attacks (stays here)", "h2")
+    worst: Sequence[Mapping[str, Any]] = stays["worst_documents"]
+    if worst:
+        yield Table(
+            "Documents of the training split that the strongest attack is surest of",
+            ["document", "surer than of so many others", "begins", "tokens that give it away"],
+            [
+                [
+                    str(x["document"]),
+                    format_percent(x["above_others"], 0),
+                    x["begins"],
+                    " ".join(repr(t["token"]) for t in x["tokens"]),
+                ]
+                for x in worst
+            ],
+            "lrl",
+        )
+    else:
+        yield Text("Membership was not attacked.")
