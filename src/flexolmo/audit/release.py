@@ -165,8 +165,8 @@ def _measure_text(data: TokenSet, public: TokenSet | None) -> dict[str, Any]:
 
 
 def make_coarse(exact: Mapping[str, Any], least: int) -> dict[str, Any]:
-    """The part of `_measure_text` that may leave: see `coarse`. Where fewer than `least` documents hold a
-    kind of personal data, its matches are not told either."""
+    """The part of `_measure_text` that may leave, see `coarse`. Where fewer than `least` documents
+    hold a kind of personal data, its matches are not told either."""
     personal = {}
     for kind, found in exact["personal"].items():
         documents = coarse(found["documents"], least)
@@ -305,9 +305,10 @@ def _hits(results: Sequence[Results]) -> dict[str, Any]:
 def memorised_spans(
     documents: Sequence[Mapping[str, Any]], threshold: float
 ) -> list[dict[str, Any]]:
-    """Spans known by heart: of each document that was attacked, the longest span of its continuation that a sample wrote
-    too, word for word, if it has LEAST_SPAN characters, and whether it counts as extracted. Where
-    nothing was sampled: the continuation, if sampling writes it with LEAST_CHANCE."""
+    """Spans known by heart: of each document that was attacked, the longest span of its
+    continuation that a sample wrote too, word for word, if it has LEAST_SPAN characters, and
+    whether it counts as extracted. Where nothing was sampled: the continuation, if sampling writes
+    it with LEAST_CHANCE."""
     found = []
     for document in documents:
         own = document["continuation"]

@@ -100,12 +100,13 @@ def _form(text: str, flags: int = 0) -> re.Pattern[str]:
 PATTERNS = {
     "e-mail address": Pattern(
         _form(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?!\w)"),
-        "role addresses such as info@ count too; addresses that are spelled out do not",
+        "role addresses such as info@ count too, and a password before a host; addresses that are "
+        "spelled out do not",
     ),
     "phone number": Pattern(
         _form(
-            r"(?<![\w+])(?:(?:\+|00)[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,5}\)?){2,6}"
-            r"|(?:tel|phone|mobile|cell|fax)\w{0,6}[.:]? {0,3}"
+            r"(?<![\w+-])(?<!\d )(?:(?:\+|00)[1-9]\d{0,2}(?:[ ./-]?\(?\d{1,5}\)?){2,6}"
+            r"|(?:tel|phone|mobile|cell|fax)\w{0,6}[.:]{0,2} {0,3}"
             r"\(?0?\d{1,5}\)?(?:[ ./-]?\d{1,5}){2,5}"
             r"|\(\d{3}\) ?\d{3}-\d{4}|\d{3}-\d{3}-\d{4})(?![\w-])",
             re.IGNORECASE,
@@ -130,8 +131,8 @@ PATTERNS = {
     ),
     "IP address": Pattern(
         _form(
-            r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}|(?:[0-9a-fA-F]{0,4}:){2,7}[0-9a-fA-F]{1,4})"
-            r"(?![\w:]|\.\d)"
+            r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\d)"
+            r"|[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{1,4}(?![\w:]))"
         ),
         "of the Internet, not of a house; versions of four numbers look the same",
         _is_address,
@@ -165,7 +166,7 @@ def find_personal(text: str) -> dict[str, int]:
 
 
 def count_personal(token_set: TokenSet, split: str = "train") -> dict[str, dict[str, int]]:
-    """Counts by kind of PATTERNS: `matches`, and `documents`, the source documents (or units) with one.
+    """Counts by kind of PATTERNS: `matches`, and `documents`, the source documents with one.
 
     Raises DataError if the text in the set is not what its card says.
     """
@@ -194,5 +195,5 @@ def _by_source(token_set: TokenSet, split: str) -> Iterator[dict[str, int]]:
 
 
 def _ends(sources: np.ndarray) -> Iterable[bool]:
-    """For each piece [n], whether it is the last of its source document."""
+    """True for each piece [n] that is the last of its source document."""
     return (np.diff(sources, append=-1) != 0).tolist()

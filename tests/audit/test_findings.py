@@ -1,0 +1,304 @@
+"""The release report: which results it takes, what leaves, what stays, and what it says."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexolmo.audit import results as room
+from flexolmo.audit.cards import bill_of_materials, data_card
+from flexolmo.audit.release import coarse, make_findings, memorised_spans
+from flexolmo.audit.results import AUDITS, Results, read_results, refuse_no_control, summarise
+from flexolmo.bundle.bundle import open_bundle
+from flexolmo.data.batches import open_set
+from flexolmo.data.documents import read_documents
+from flexolmo.errors import ConfigError, DataError
+from flexolmo.files import read_json, write_json
+from flexolmo.report.release_page import render_release
+from made_reports import attack
+
+WINDOW = 24  # characters of text in a row that no copy that leaves may hold
+
+
+@pytest.fixture(scope="module")
+def attacked(house, pico_sets, tmp_path_factory):
+    """An owner's bundle, and results of attacks on it."""
+    return attack(house, pico_sets["maths"], tmp_path_factory.mktemp("attacked"))
+
+
+@pytest.fixture
+def given_results(attacked):
+    """Both results, read, free to change."""
+    return [copy.deepcopy(read_results(path)) for path in attacked.results.values()]
+
+
+def opened(attacked):
+    return open_bundle(attacked.bundle, None, allow_unknown_signer=True)
+
+
+def texts_of(directory: Path) -> list[str]:
+    """Every document of a set, of all splits."""
+    return [
+        " ".join(d.text.split())
+        for split in ("train", "validation", "heldout")
+        for d in read_documents(directory / f"{split}.jsonl.zst")
+    ]
+
+
+def test_nothing_that_leaves_quotes_the_text_and_what_stays_does(
+    attacked, given_results, pico_sets
+):
+    made = make_findings(opened(attacked), pico_sets["maths"], given_results)
+    findings = made.report.findings
+    manifest = opened(attacked).manifest
+    leaving = "\n".join(
+        [
+            made.report.model_dump_json(),
+            render_release(made.report),
+            json.dumps(bill_of_materials(manifest, findings, made.report.created)),
+            json.dumps(data_card(manifest, findings, made.report.created)),
+        ]
+    )
+    leaving = " ".join(leaving.split())
+    stays = " ".join(render_release(made.report, made.stays).split())
+    documents = texts_of(pico_sets["maths"].directory)
+    pieces = {t[i : i + WINDOW] for t in documents for i in range(0, len(t) - WINDOW, 3)}
+    assert len(pieces) > 1000
+    assert not [piece for piece in pieces if piece in leaving]
+    assert [piece for piece in pieces if piece in stays]
+    assert pico_sets["maths"].digest not in leaving  # of which a guess could be tried
+    assert "must not leave" in stays and "may leave" not in stays
+    assert len(made.stays["worst_documents"]) == 12
+
+
+def test_a_report_says_what_was_promised_attacked_and_not(attacked, given_results, pico_sets):
+    public = pico_sets["public"]
+    made = make_findings(opened(attacked), pico_sets["maths"], given_results, public=public)
+    page = render_release(made.report)
+    assert made.report.findings["not_made"] == ["statistics", "canaries", "relearning"]
+    for said in (
+        "There is no guarantee",
+        AUDITS["canaries"].question,
+        "off equals the anchor, to the bit",
+        "fewer than 20",
+        "IBAN",
+        "Distance from public text",
+        "500 steps of 8 sequences",
+        opened(attacked).digests["manifest.json"],
+    ):
+        assert said in page, said
+    extraction = made.report.measures["extraction"]
+    found = read_json(attacked.results["extraction"] / "extraction.json")["subjects"]
+    highs = [found[s]["extracted"]["interval"][1] for s in ("alone", "on")]
+    assert extraction.high == pytest.approx(max(highs), abs=1e-4)
+    membership = read_json(attacked.results["membership"] / "membership.json")["subjects"]
+    highs = [x["interval"][1] for s in ("alone", "on") for x in membership[s].values()]
+    assert made.report.measures["membership_auc"].high == pytest.approx(max(highs), abs=1e-4)
+
+
+def test_a_guarantee_is_told_with_all_its_numbers(house, pico_sets, tmp_path):
+    budget = {
+        "unit": "document",
+        "neighbours": "one unit added or removed",
+        "epsilon": 7.9961,
+        "delta": 1e-6,
+        "accountant": "PRV (Opacus)",
+        "sampling": "Poisson",
+        "sampling_rate": 0.1634,
+        "steps": 20,
+        "noise": 0.9123,
+        "clip_norm": 0.1,
+        "table_noise": 2.345,
+    }
+    tensors = house.tensors("maths", "evidence")
+    claims = {"data_card_digest": pico_sets["maths"].commitment, "recipe": {"budget": budget}}
+    bundle = house.write(tmp_path, "maths", tensors, "evidence", **claims)
+    made = make_findings(
+        open_bundle(bundle, None, allow_unknown_signer=True), pico_sets["maths"], []
+    )
+    page = render_release(made.report)
+    for said in ("7.996", "one unit added or removed", "0.1634", "0.9123", "2.345", "PRV (Opacus)"):
+        assert said in page, said
+    assert "There is no guarantee" not in page
+    assert "no epsilon covers it" in page  # the report itself
+
+
+def test_results_of_another_bundle_are_refused(house, attacked, given_results, pico_sets, tmp_path):
+    again = house.write(
+        tmp_path,
+        "maths",
+        house.tensors("maths", "evidence"),
+        "evidence",
+        data_card_digest=pico_sets["maths"].commitment,
+        recipe=opened(attacked).manifest.recipe,
+        serial=2,
+    )
+    other = open_bundle(again, None, allow_unknown_signer=True)
+    with pytest.raises(DataError, match="is of the bundle sha256"):
+        make_findings(other, pico_sets["maths"], given_results)
+    with pytest.raises(ConfigError, match="Give the set that it was trained on"):
+        make_findings(opened(attacked), pico_sets["news"], given_results)
+    with pytest.raises(ConfigError, match="both the results of membership"):
+        make_findings(opened(attacked), pico_sets["maths"], given_results[:1] * 2)
+
+
+def test_results_that_name_no_bundle_are_refused(attacked, given_results, pico_sets):
+    given_results[0].found["about"]["origin"] = None
+    with pytest.raises(DataError, match="Attack the signed bundle"):
+        make_findings(opened(attacked), pico_sets["maths"], given_results)
+
+
+def canaries(origin):
+    """Results of canaries, of a twin."""
+    subject = {
+        "membership": {"auc": 0.9, "interval": [0.85, 0.95]},
+        "epsilon": {"epsilon": 2.6},
+        "exposure": {},
+    }
+    return {
+        "audit": "canaries",
+        "about": {"origin": origin},
+        "subjects": {"alone": subject, "off": subject},
+        "canaries": 120,
+        "planted": 57,
+        "tokens": 32,
+        "off_equals_anchor": True,
+        "run": {"config": {"delta": 1e-6}},
+    }
+
+
+def test_canaries_are_taken_of_a_twin_alone(attacked, given_results, pico_sets, tmp_path):
+    origin = given_results[0].origin
+    twin = Results("canaries", tmp_path, canaries(origin | {"bundle": "sha256:twin"}), None)
+    made = make_findings(opened(attacked), pico_sets["maths"], [*given_results, twin])
+    (told,) = [x for x in made.report.findings["attacks"] if x["audit"] == "canaries"]
+    assert told["is_of_a_twin"] and "on a twin" in render_release(made.report)
+    for part in ("anchor", "recipe"):
+        changed = canaries(origin | {"bundle": "sha256:twin", part: "sha256:other"})
+        with pytest.raises(DataError, match="is of the bundle"):
+            stranger = Results("canaries", tmp_path, changed, None)
+            make_findings(opened(attacked), pico_sets["maths"], [stranger])
+
+
+def test_canaries_that_contradict_the_epsilon_that_is_stated_are_much(tmp_path):
+    found = Results("canaries", tmp_path, canaries({}), None)
+    assert summarise(found, None).level == "much"  # by their AUC
+    assert summarise(found, 8.0).level == "little"
+    contradicted = summarise(found, 2.0)
+    assert contradicted.level == "much" and "do not release" in contradicted.verdict
+
+
+def test_a_control_is_of_another_expert_beside_the_same_anchor(attacked, given_results, pico_sets):
+    first = given_results[0]
+    with pytest.raises(DataError, match="is no control"):
+        refuse_no_control(first, first.origin)
+    other = copy.deepcopy(first)
+    other.found["about"]["origin"]["bundle"] = "sha256:overfitted"
+    made = make_findings(opened(attacked), pico_sets["maths"], given_results, controls=[other])
+    assert "an overfitted expert: 0." in render_release(made.report)
+    other.found["about"]["origin"]["anchor"] = "sha256:other"
+    with pytest.raises(DataError, match="is no control"):
+        refuse_no_control(other, first.origin)
+
+
+@pytest.mark.parametrize(
+    ("auc", "interval", "level", "said"),
+    [
+        (0.51, [0.48, 0.55], "little", "Hardly"),
+        (0.60, [0.52, 0.65], "some", "To some degree"),
+        (0.60, [0.45, 0.75], "much", "Not shown, and not excluded"),
+        (0.80, [0.7, 0.9], "much", "Yes"),
+    ],
+)
+def test_membership_is_judged_by_the_upper_end_of_any_attack(
+    given_results, auc, interval, level, said
+):
+    (found,) = [r for r in given_results if r.audit == "membership"]
+    for subject, by_attack in found.found["subjects"].items():
+        for x in by_attack.values():
+            x |= {"auc": 0.5, "interval": [0.49, 0.51]}
+        if subject == "alone":
+            by_attack["zlib"] |= {"auc": auc, "interval": interval}
+        if subject == "anchor":  # never saw the text: decides nothing
+            by_attack["loss"] |= {"auc": 0.99, "interval": [0.98, 1.0]}
+    summary = summarise(found, None)
+    assert summary.level == level and summary.verdict.startswith(said)
+    assert summary.headline.most == interval[1] and "zlib" in summary.headline.measure
+
+
+@given(st.integers(0, 10**7), st.integers(1, 1000))
+def test_counts_that_leave_are_coarse(count, least):
+    told = coarse(count, least)
+    assert (told is None) == (count < least)
+    if told is not None:
+        assert told >= least and abs(told - count) <= max(0.05 * count, least - count)
+        assert told == least or len(str(told).rstrip("0")) <= 2
+
+
+def test_spans_known_by_heart_are_found_in_samples():
+    own = "x" * 30 + " the patient of room nine was sent home on Tuesday " + "y" * 30
+    document = {
+        "document": 7,
+        "prefix": "On",
+        "continuation": own,
+        "log_probability": -3.0,
+        "best": "he said the patient of room nine was sent home on Tuesday and left",
+        "similarities": [0.2, 0.4],
+    }
+    (found,) = memorised_spans([document], 0.9)
+    assert found["span"] == " the patient of room nine was sent home on Tuesday "
+    assert not found["is_extracted"] and found["similarity"] == 0.4
+    assert memorised_spans([document | {"best": "nothing of the kind"}], 0.9) == []
+    unsampled = {k: v for k, v in document.items() if k not in ("best", "similarities")}
+    assert memorised_spans([unsampled], 0.9)[0]["span"] == own
+    assert memorised_spans([unsampled | {"log_probability": -20.0}], 0.9) == []
+    assert memorised_spans([unsampled | {"log_probability": None}], 0.9) == []
+
+
+def test_files_that_are_no_results_are_refused_plainly(attacked, tmp_path):
+    with pytest.raises(DataError, match="0 attacks"):
+        read_results(tmp_path)
+    write_json(tmp_path / "membership.json", {"subjects": {}})
+    with pytest.raises(DataError, match="Make the attack again with this release"):
+        read_results(tmp_path)
+    found = read_json(attacked.results["membership"] / "membership.json")
+    write_json(tmp_path / "membership.json", {k: v for k, v in found.items() if k != "subjects"})
+    with pytest.raises(DataError, match=r"is not as this release writes it \(KeyError"):
+        summarise(read_results(tmp_path), None)
+    write_json(tmp_path / "membership.json", found)
+    write_json(tmp_path / room.STAYS_FILE, {"audit": "membership", "origin": {"bundle": "x"}})
+    with pytest.raises(DataError, match="is of another bundle than"):
+        read_results(tmp_path)
+    write_json(tmp_path / room.STAYS_FILE, {"audit": "extraction"})
+    assert read_results(tmp_path).stays is None
+
+
+def test_relearning_that_brings_something_back_is_much(tmp_path):
+    found = {
+        "extra": {"bits_per_byte": 0.02, "interval": [0.01, 0.03]},
+        "is_same": None,
+        "documents": 9,
+        "run": {"config": {}},
+    }
+
+    def level(**changes):
+        return summarise(Results("relearning", tmp_path, found | changes, None), None).level
+
+    assert level() == "much"
+    assert level(extra={"bits_per_byte": 0.0, "interval": [-0.1, 0.1]}) == "some"
+    assert level(extra={"bits_per_byte": 0.0, "interval": [-0.01, 0.01]}) == "little"
+    assert level(is_same=True) == "little"
+
+
+def test_the_set_may_be_opened_anew(attacked, given_results, pico_set_dirs):
+    """The same set in the same place gives the same report, but for the time."""
+    made = [
+        make_findings(
+            opened(attacked), open_set(pico_set_dirs["maths"]), given_results, created=at
+        ).report
+        for at in ("2026-11-22T04:30:00Z", "2026-11-22T04:30:00Z")
+    ]
+    assert made[0] == made[1]

@@ -1,0 +1,80 @@
+"""`flexolmo audit report` and `verify-report`, and what `flexolmo mix` demands of them."""
+
+import json
+import stat
+
+import pytest
+
+from flexolmo.merge.mixture import read_about
+from made_mixtures import flip, tree
+from made_reports import attack
+
+
+@pytest.fixture(scope="module")
+def attacked(house, pico_sets, tmp_path_factory):
+    """An owner's bundle, and results of attacks on it."""
+    return attack(house, pico_sets["maths"], tmp_path_factory.mktemp("attacked"))
+
+
+@pytest.fixture
+def given(attacked, house, pico_set_dirs, owner_keys, tmp_path):
+    """Words of a report into `tmp_path`."""
+    out = ["--out", tmp_path / "maths.report", "--stays", tmp_path / "stays"]
+    results = [word for path in attacked.results.values() for word in ("--results", path)]
+    words = [attacked.bundle, "--data", pico_set_dirs["maths"], *results, *out]
+    return [*words, "--public", pico_set_dirs["public"], "--key", owner_keys["Ann"]]
+
+
+def test_a_report_is_written_checked_and_refused_when_altered(
+    works, run, given, attacked, tmp_path
+):
+    said = works("audit", "report", *given)
+    assert "may leave, signed, sha256:" in said and "Not made: canaries" in said
+    out = tmp_path / "maths.report"
+    for name in ("report.json", "page.html"):
+        assert stat.S_IMODE((tmp_path / "stays" / name).stat().st_mode) == 0o600
+    stays = json.loads((tmp_path / "stays" / "report.json").read_text())
+    begins = [x["begins"] for x in stays["worst_documents"]]
+    assert begins and not any(b[:24] in p.decode() for b in begins for p in tree(out).values())
+    check = ("audit", "verify-report", out, "--bundle", attacked.bundle)
+    said = works(*check)
+    assert "extraction: " in said and "epsilon: not known" in said and "signed by Ann" in said
+    code, _, err = run(*check, "--require", "extraction<=0.001%,epsilon<=8")
+    assert code == 2 and "the upper end of its interval" in err and "no guarantee is stated" in err
+    works(*check, "--require", "extraction<=100%")
+    assert run(*check, "--require", "public<=1%")[0] == 2
+    flip(out / "report.json", 0.5, 1)
+    code, _, err = run(*check)
+    assert code == 2 and "report.json: found sha256" in err
+
+
+def test_a_report_is_signed_by_the_bundles_key_and_lies_apart_from_what_stays(
+    run, given, owner_keys, tmp_path
+):
+    code, _, err = run("audit", "report", *given[:-1], owner_keys["Bob"])
+    assert code == 2 and "Sign the report with the bundle's own key" in err
+    place = given.index("--stays") + 1
+    inside = [*given[:place], tmp_path / "maths.report" / "stays", *given[place + 1 :]]
+    code, _, err = run("audit", "report", *inside)
+    assert code == 2 and "which may leave" in err
+    assert not (tmp_path / "maths.report").exists()
+
+
+def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_path, trust_dir):
+    build = ("mix", "build", house.anchor_dir, attacked.bundle, "-o", tmp_path / "m")
+    limits = "extraction<=100%,membership_auc<=1"
+    code, _, err = run(*build, "--require", limits)
+    assert code == 2 and "maths: found no release report at" in err and "audit report" in err
+    place = given.index("--out")
+    works("audit", "report", *given[:place], *given[place + 2 :])  # beside the bundle
+    code, _, err = run(*build, "--require", "membership_auc<=0.01")
+    assert code == 2 and "maths: membership_auc is" in err and not (tmp_path / "m").exists()
+    works(*build, "--require", limits)
+    kept = read_about(tmp_path / "m")["release"]
+    assert kept["limits"] == {"extraction": 1.0, "membership_auc": 1.0}
+    assert (tmp_path / "m" / "experts" / "maths.report" / "page.html").is_file()
+    code, _, err = run("mix", "add", tmp_path / "m", house.bundle("amber"))
+    assert code == 2 and "amber: found no release report at" in err
+    works("mix", "remove", tmp_path / "m", "maths")
+    code, _, err = run("mix", "build", *build[2:], "--require", "claims<=1%,epsilon<=8")
+    assert code == 2 and "give --public" in err
