@@ -16,9 +16,11 @@ from flexolmo.progress import progress
 SHORT_TOKENS = 8
 LONG_TOKENS = 50
 TOKENS_AT_ONCE = 1 << 22  # of public text that is held against the owner's
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)
+_BITS = 22
+_LAST_BITS = np.uint64(64 - _BITS)
 
 
 def measure_overlap(own: TokenSet, public: TokenSet) -> dict[str, Any]:
@@ -37,13 +39,19 @@ def measure_overlap(own: TokenSet, public: TokenSet) -> dict[str, Any]:
     with progress("overlap with public text", total, "tok") as meter:
         for name, k in (("short", SHORT_TOKENS), ("long", LONG_TOKENS)):
             digests, places = span_digests(split.tokens, k, own.eos_id)
-            is_public = np.zeros(len(digests), dtype=bool)
+            ours, numbers = np.unique(digests, return_inverse=True)
+            is_public = np.zeros(len(ours), dtype=bool)
+            is_begun = np.zeros(1 << _BITS, dtype=bool)  # by first bits: few others come further
+            is_begun[ours >> _LAST_BITS] = True
             theirs = public.splits["train"].tokens
             for start in range(0, len(theirs), TOKENS_AT_ONCE):
                 some = theirs[start : start + TOKENS_AT_ONCE + k - 1]
-                held = np.unique(span_digests(some, k, public.eos_id)[0])
-                is_public |= np.isin(digests, held)
+                held = span_digests(some, k, public.eos_id)[0]
+                held = held[is_begun[held >> _LAST_BITS]]
+                found_at = np.searchsorted(ours, held).clip(max=len(ours) - 1)
+                is_public[found_at[ours[found_at] == held]] = True
                 meter.advance(min(TOKENS_AT_ONCE, len(theirs) - start))
+            is_public = is_public[numbers]
             if name == "short":
                 found[name] = float(is_public.mean()) if len(places) else None
             else:
@@ -59,14 +67,23 @@ def span_digests(tokens: np.ndarray, k: int, eos_id: int) -> tuple[np.ndarray, n
     if count <= 0:
         return np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     ids = np.asarray(tokens).astype(np.uint64)
-    digests = np.zeros(count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         mixed = (ids + np.uint64(1)) * _MIX
         mixed ^= mixed >> _SHIFT
-        mixed *= _MIX
-        for i in range(k):
-            digests = digests * _FACTOR + mixed[i : i + count]
+        digests = _sums(mixed * _MIX, k)
         digests ^= digests >> _SHIFT
     ends = np.concatenate([[0], np.cumsum(ids == eos_id)])
     places = np.flatnonzero(ends[k:] == ends[:-k])
     return digests[places], places
+
+
+def _sums(mixed: np.ndarray, k: int) -> np.ndarray:
+    """For each place the sum of the next `k` numbers, each times a power of _FACTOR by its place
+    among them; the sum of a span is made of those of its halves."""
+    if k == 1:
+        return mixed
+    half = k // 2
+    part = _sums(mixed, half)
+    factor = np.uint64(pow(_FACTOR, half, 1 << 64))
+    whole = part[: len(part) - half] * factor + part[half:]  # of 2 * half numbers
+    return whole if k % 2 == 0 else whole[:-1] * np.uint64(_FACTOR) + mixed[k - 1 :]
