@@ -209,8 +209,9 @@ def test_a_control_is_of_another_expert_beside_the_same_anchor(attacked, given_r
     [
         (0.51, [0.48, 0.55], "little", "Hardly"),
         (0.60, [0.52, 0.65], "some", "To some degree"),
-        (0.60, [0.45, 0.75], "much", "Not shown, and not excluded"),
+        (0.60, [0.45, 0.75], "unclear", "Not shown, and not excluded"),
         (0.80, [0.7, 0.9], "much", "Yes"),
+        (0.50, [0.4, 0.6], "unclear", "Not shown, and not excluded"),  # not the strongest
     ],
 )
 def test_membership_is_judged_by_the_upper_end_of_any_attack(
@@ -219,7 +220,7 @@ def test_membership_is_judged_by_the_upper_end_of_any_attack(
     (found,) = [r for r in given_results if r.audit == "membership"]
     for subject, by_attack in found.found["subjects"].items():
         for x in by_attack.values():
-            x |= {"auc": 0.5, "interval": [0.49, 0.51]}
+            x |= {"auc": 0.505, "interval": [0.49, 0.51]}
         if subject == "alone":
             by_attack["zlib"] |= {"auc": auc, "interval": interval}
         if subject == "anchor":  # never saw the text: decides nothing
@@ -236,6 +237,26 @@ def test_counts_that_leave_are_coarse(count, least):
     if told is not None:
         assert told >= least and abs(told - count) <= max(0.05 * count, least - count)
         assert told == least or len(str(told).rstrip("0")) <= 2
+
+
+@pytest.mark.parametrize(
+    ("share", "interval", "level"),
+    [
+        (0.0, [0.0, 0.01], "little"),
+        (0.0, [0.0, 0.02], "unclear"),
+        (0.01, [0.005, 0.03], "some"),
+        (0.02, [0.01, 0.03], "much"),
+    ],
+)
+def test_extraction_is_judged_by_what_was_written_and_what_could_be(
+    given_results, share, interval, level
+):
+    (found,) = [r for r in given_results if r.audit == "extraction"]
+    found.found["documents"] = 1000
+    for subject, x in found.found["subjects"].items():
+        is_own = subject in ("alone", "on")
+        x["extracted"] |= {"share": share, "interval": interval} if is_own else {"share": 1.0}
+    assert summarise(found, None).level == level
 
 
 def test_spans_known_by_heart_are_found_in_samples():
@@ -288,7 +309,7 @@ def test_relearning_that_brings_something_back_is_much(tmp_path):
         return summarise(Results("relearning", tmp_path, found | changes, None), None).level
 
     assert level() == "much"
-    assert level(extra={"bits_per_byte": 0.0, "interval": [-0.1, 0.1]}) == "some"
+    assert level(extra={"bits_per_byte": 0.0, "interval": [-0.1, 0.1]}) == "unclear"
     assert level(extra={"bits_per_byte": 0.0, "interval": [-0.01, 0.01]}) == "little"
     assert level(is_same=True) == "little"
 

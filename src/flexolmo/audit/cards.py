@@ -11,21 +11,26 @@ from typing import Any
 from flexolmo.bundle.manifest import Manifest
 
 _NAMESPACE = uuid.UUID("6f2b8d8e-6a53-5c1e-9d6b-1a1f0c3b7e42")  # ours, of bills
+_TERMS = """
+arrayShape citeAs column containedIn equivalentProperty extract field fileProperty fileObject
+fileSet format includes isArray isLiveDataset jsonPath key md5 parentField path recordSet references
+regex repeated replace samplingRate separator source subField transform
+""".split()  # noqa: SIM905
+# The context of Croissant 1.1, as its specification has it.
 _CONTEXT = {
     "@language": "en",
     "@vocab": "https://schema.org/",
-    "citeAs": "cr:citeAs",
-    "conformsTo": "dct:conformsTo",
     "cr": "http://mlcommons.org/croissant/",
+    "rai": "http://mlcommons.org/croissant/RAI/",
+    "dct": "http://purl.org/dc/terms/",
+    "sc": "https://schema.org/",
+    "conformsTo": "dct:conformsTo",
     "data": {"@id": "cr:data", "@type": "@json"},
     "dataType": {"@id": "cr:dataType", "@type": "@vocab"},
-    "dct": "http://purl.org/dc/terms/",
+    "examples": {"@id": "cr:examples", "@type": "@json"},
     "description": {"@container": "@language"},
-    "isLiveDataset": "cr:isLiveDataset",
     "name": {"@container": "@language"},
-    "rai": "http://mlcommons.org/croissant/RAI/",
-    "recordSet": "cr:recordSet",
-    "sc": "https://schema.org/",
+    **{term: f"cr:{term}" for term in _TERMS},
 }
 
 

@@ -29,7 +29,7 @@ ATTACKS = {
     "zlib": "zlib ratio",
     "min_k": "Min-K%++",
 }
-LEVELS = ("little", "some", "much")  # of what an attack found
+LEVELS = ("little", "some", "much", "unclear")  # of what an attack found
 FEW = 0.55  # AUC up to which an attack found little
 MANY = 0.65  # AUC from which one found much
 LITTLE_EXTRACTED = 0.01  # share of documents, at the upper end of its interval
@@ -185,7 +185,17 @@ def _worst(rows: list[Row]) -> Row | None:
 def _level_of_auc(row: Row) -> str:
     if row.most <= FEW:
         return "little"
+    if row.low is not None and row.low <= 0.5:
+        return "unclear"
     return "some" if row.most <= MANY else "much"
+
+
+_ANSWERS = {
+    "little": "Hardly",
+    "some": "To some degree",
+    "much": "Yes",
+    "unclear": "Not shown, and not excluded: so few documents leave much open",
+}
 
 
 def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
@@ -206,9 +216,7 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
     worst = _worst(ends)
     assert worst is not None
     level = _level_of_auc(worst)
-    answer = {"little": "Hardly", "some": "To some degree", "much": "Yes"}[level]
-    if level != "little" and worst.low is not None and worst.low <= 0.5:
-        answer = "Not shown, and not excluded: so few documents leave much open"
+    answer = _ANSWERS[level]
     right = 100 * worst.value
     verdict = (
         f"{answer}. Of two documents, one of which was trained on, the attack that may find most "
@@ -241,13 +249,15 @@ def _extraction(found: Mapping[str, Any], _: float | None) -> Summary:
     extracted = round(shown.value * count)
     if shown.most <= LITTLE_EXTRACTED:
         level = "little"
+    elif not extracted:
+        level = "unclear"
     else:
         level = "some" if shown.value <= LITTLE_EXTRACTED else "much"
     verdict = (
         f"{extracted:,} of {count:,} documents were written by the {shown.model}, given their "
         f"first {config['prefix_tokens']} tokens; at most {100 * shown.most:.2g} % of all could be."
     )
-    if level == "some" and not extracted:
+    if level == "unclear":
         verdict += " So few documents leave that much open; more of them narrow it."
     if worst is None:
         verdict += " Nothing was sampled: this counts text written word for word alone."
@@ -296,7 +306,7 @@ def _relearning(found: Mapping[str, Any], _: float | None) -> Summary:
         level = "much"
         said = "Yes: the mixture without the expert learns the owner's text faster than the anchor."
     else:
-        level = "little" if high <= 0.01 else "some"
+        level = "little" if high <= 0.01 else "unclear"
         said = "Nothing comes back that could be told from chance."
     settings = found["run"]["config"]
     return Summary([row], row, level, said, found["documents"], settings, found["is_same"])
@@ -322,7 +332,7 @@ def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
         measure = "a document's membership, by who has others of its kind"
         add(measure, members["calibrated"], 0.5)
     worst = max((r for r in rows if r.unit == "auc"), key=lambda r: r.most, default=None)
-    level = "some" if worst is None else _level_of_auc(worst)
+    level = "unclear" if worst is None else _level_of_auc(worst)
     tokens = found["tokens"]
     how = f"each in at least {found['min_documents']} documents"
     if found["epsilon"] is not None:

@@ -11,7 +11,7 @@ from flexolmo.bundle.release import ReleaseReport, show_value
 from flexolmo.numbers import format_count, format_megabytes, format_percent
 from flexolmo.report.page import Block, Cell, Items, Row, Table, Text, render_page
 
-_LEVELS = {"little": "#009E73", "some": "#E69F00", "much": "#D55E00"}
+_LEVELS = {"little": "#009E73", "some": "#E69F00", "much": "#D55E00", "unclear": "#E69F00"}
 _UNITS = {
     "document": "a source document: all its pieces, and texts of the same words",
     "sequence": "a stretch of one document: weak, for who has ten is protected by ten times "
@@ -76,7 +76,7 @@ def _glance(found: Mapping[str, Any]) -> Table:
         rows.append(
             [
                 audit.question,
-                Cell(f"{made['level']} found", _LEVELS[made["level"]], bold=True),
+                Cell(_answer(made["level"]), _LEVELS[made["level"]], bold=True),
                 "–" if head is None else f"{head['measure']}: {_figure(head)}",
                 _control(made),
             ]
@@ -87,6 +87,10 @@ def _glance(found: Mapping[str, Any]) -> Table:
         head,
         rows,
     )
+
+
+def _answer(level: str) -> str:
+    return "too few to say" if level == "unclear" else f"{level} found"
 
 
 def _control(made: Mapping[str, Any]) -> str:
@@ -180,13 +184,11 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
             [[r["model"], r["measure"], _figure(r), _chance(r)] for r in made["rows"]],
             "llr",
         )
-        notes = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
-        twin = (
-            " on a twin: an expert trained alike on the text with canaries"
-            if made["is_of_a_twin"]
-            else ""
-        )
-        yield Text(f"Made{twin} with {notes}. Control: {_control(made)}.", "note")
+        how = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
+        twin = ""
+        if made["is_of_a_twin"]:
+            twin = " on a twin, an expert that was trained alike on the text with canaries,"
+        yield Text(f"Made{twin} with {how}. Control: {_control(made)}.{_doubt(made)}", "note")
     if found["not_made"]:
         yield Text("Not made, so that nothing is known of what they ask:", term="")
         yield Items(
@@ -195,6 +197,16 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
                 for name in found["not_made"]
             ]
         )
+
+
+def _doubt(made: Mapping[str, Any]) -> str:
+    """Words on an attack of which nothing shows that it can succeed."""
+    if made["control"] is not None or made["audit"] not in ("membership", "extraction"):
+        return ""
+    return (
+        " No expert that knows its text by heart was attacked: nothing here shows that the attack "
+        "finds out one that does (--control)."
+    )
 
 
 def _chance(row: Mapping[str, Any]) -> str:
@@ -285,11 +297,11 @@ def _checking(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
     for made in found["attacks"]:
         rows.append([f"Results of {made['audit']}", Cell(made["results_digest"], mono=True)])
     yield Table("Digests", ["what", "value"], rows)
-    for measure, figure in report.measures.items():
-        high = show_value(measure, figure.high)
+    if report.measures:
+        ends = [f"{m} {show_value(m, figure.high)}" for m, figure in report.measures.items()]
         yield Text(
-            f"A coordinator who demands {measure}<=X holds {high}, the upper end of the interval, "
-            "against it.",
+            "A coordinator can demand limits of a report (flexolmo mix build --require). Held "
+            f"against them are the upper ends of intervals: {', '.join(ends)}.",
             "note",
         )
     yield Text(
