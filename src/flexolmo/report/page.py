@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Self
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
@@ -135,6 +136,19 @@ class Marked:
 
 
 @dataclass(frozen=True)
+class Link:
+    """A line that leads to another file of the same run, named as seen from the page."""
+
+    text: str
+    path: str
+
+    @property
+    def target(self) -> str:
+        """The path as an address, which can be no other host and no script."""
+        return quote(self.path)
+
+
+@dataclass(frozen=True)
 class Fold:
     """A part that is shown when asked for."""
 
@@ -142,7 +156,7 @@ class Fold:
     inside: Text | Table
 
 
-Block = Text | Items | Table | Picture | Sample | Marked | Fold
+Block = Text | Items | Table | Picture | Sample | Marked | Link | Fold
 
 
 def save_page(blocks: Iterable[Block], *paths: Path) -> Path:

@@ -76,8 +76,8 @@ def _glance(found: Mapping[str, Any]) -> Table:
         rows.append(
             [
                 audit.question,
-                Cell(_answer(made["level"]), _LEVELS[made["level"]], bold=True),
-                "–" if head is None else f"{head['measure']}: {_figure(head)}",
+                Cell(answer_of(made["level"]), _LEVELS[made["level"]], bold=True),
+                "–" if head is None else f"{head['measure']}: {figure_of(head)}",
                 _control(made),
             ]
         )
@@ -89,7 +89,8 @@ def _glance(found: Mapping[str, Any]) -> Table:
     )
 
 
-def _answer(level: str) -> str:
+def answer_of(level: str) -> str:
+    """The words of one of `audit.results.LEVELS`."""
     return "too few to say" if level == "unclear" else f"{level} found"
 
 
@@ -100,11 +101,11 @@ def _control(made: Mapping[str, Any]) -> str:
         is_met = made["off_equals_anchor"]
         said.append(f"off {'equals' if is_met else 'DIFFERS FROM'} the anchor, to the bit")
     if made["control"] is not None:
-        said.append(f"an overfitted expert: {_figure(made['control'])}")
+        said.append(f"an overfitted expert: {figure_of(made['control'])}")
     return "; ".join(said) or "none"
 
 
-def _figure(row: Mapping[str, Any]) -> str:
+def figure_of(row: Mapping[str, Any]) -> str:
     """A figure with its interval, as its unit is written."""
     value, low, high = row["value"], row["low"], row["high"]
     if row["unit"] == "share":
@@ -181,7 +182,7 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
         yield Table(
             f"{made['audit']}, with 95 % intervals",
             ["model", "measure", "found", "by guessing"],
-            [[r["model"], r["measure"], _figure(r), _chance(r)] for r in made["rows"]],
+            [[r["model"], r["measure"], figure_of(r), _chance(r)] for r in made["rows"]],
             "llr",
         )
         how = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
@@ -212,7 +213,7 @@ def _doubt(made: Mapping[str, Any]) -> str:
 def _chance(row: Mapping[str, Any]) -> str:
     if row["chance"] is None:
         return "–"
-    return _figure(dict(row) | {"value": row["chance"], "low": None, "high": None})
+    return figure_of(dict(row) | {"value": row["chance"], "low": None, "high": None})
 
 
 def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator[Block]:

@@ -16,6 +16,7 @@ import pytest
 import tomli_w
 
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.release import read_release
 from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.cli import app
 from flexolmo.errors import ConfigError, FlexOlmoError, SourceUnavailable
@@ -23,7 +24,7 @@ from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.router import LinearSettings
 from flexolmo.report import drawing, page
 from flexolmo.research.corpora import fetch
-from flexolmo.research.demo.demo import DemoRecipe, run_demo
+from flexolmo.research.demo.demo import DemoRecipe, _Demo, run_demo
 from flexolmo.research.steps import jobs
 from flexolmo.research.steps.jobs import UNAVAILABLE
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape
@@ -31,6 +32,7 @@ from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
 
 BRIEF = TrainSettings(steps=4, batch_size=2, seq_len=24, warmup_steps=1)
+READ = BRIEF.model_copy(update={"batch_size": 128})  # half of each text
 RECIPE = DemoRecipe(
     seed=3,
     sets=("code", "academic", "creative"),
@@ -38,7 +40,7 @@ RECIPE = DemoRecipe(
     processes=1,
     evaluation_bytes=1000,
     sample_tokens=4,
-    expert_train=BRIEF,
+    expert_train=READ,
     anchor=AnchorRecipe(
         train=BRIEF,
         model=AnchorShape(d_model=16, num_layers=1, num_heads=2, d_ff=24, max_seq_len=320),
@@ -51,6 +53,7 @@ STEPS = [
     "train experts",
     "sign and merge",
     "measure",
+    "attack and report",
 ]
 
 
@@ -178,6 +181,12 @@ def test_every_owner_and_the_coordinator_do_their_part(finished):
         "check bundles",
         "audit code",
         "audit academic",
+        "membership code",
+        "extraction code",
+        "membership academic",
+        "extraction academic",
+        "report code",
+        "report academic",
     ]
 
 
@@ -232,13 +241,39 @@ def test_the_results_have_what_the_report_and_machines_need(finished):
     assert list(results["statistics_attack"]) == ["code", "academic"]
 
 
+def test_each_owner_signs_a_report_of_what_attacks_found_and_keeps_what_quotes(finished):
+    out, results, _ = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for name, told in results["release"].items():
+        house = out / "owners" / name
+        report = read_release(house / "release" / f"{name}.report")
+        bundle = open_bundle(house / "outbox" / f"{name}.bundle", None, allow_unknown_signer=True)
+        assert report.report.bundle_digest == bundle.digests["manifest.json"]
+        assert report.key_id == bundle.key_id
+        assert [x["audit"] for x in told["attacks"]] == ["membership", "extraction", "statistics"]
+        assert [x["off_equals_anchor"] for x in told["attacks"]] == [True, True, None]
+        assert told["not_made"] == ["canaries", "relearning"] and not told["has_guarantee"]
+        assert f'href="{told["page"]}"' in page and (out / told["page"]).is_file()
+        assert (house / "audits" / "report" / "page.html").is_file()
+    assert list(results["release"]) == ["code", "academic"]
+    assert "Control: with the owner off" in page
+
+
+def test_a_training_too_short_to_attack_is_said_and_reported(finished, tmp_path, capsys):
+    out = finished[0]
+    demo = _Demo(RECIPE.model_copy(update={"expert_train": BRIEF}), tmp_path, None)
+    (tmp_path / "owners").symlink_to(out / "owners")
+    assert demo._attacks("code") == {}
+    assert "code is not attacked" in capsys.readouterr().out
+
+
 def test_the_results_tell_of_each_owner_only_what_is_true(finished):
     out, results, _ = finished
     assert [o["name"] for o in results["owners"]] == ["code", "academic"]
     for owner in results["owners"]:
         bundle = out / "owners" / owner["name"] / "outbox" / f"{owner['name']}.bundle"
         assert owner["bundle_bytes"] == sum(f.stat().st_size for f in bundle.iterdir())
-        assert owner["tokens_seen"] == BRIEF.tokens
+        assert owner["tokens_seen"] == READ.tokens
         assert owner["documents"] > 10 and owner["owner"] == f"{owner['name'].capitalize()} House"
         opened = open_bundle(bundle, TrustedOwners.load(out / "coordinator" / "trusted"))
         assert (opened.key_id, opened.manifest.licence) == (owner["key_id"], owner["licence"])
@@ -353,7 +388,11 @@ def test_finished_steps_and_experts_are_not_done_again(interrupted):
     assert seen[2][0] == "fetch academic" and seen[2][-1] == "expert code"
     assert seen[3][:2] == [retried, "expert academic"] and seen[3][-1] == "merge"
     measured = ["evaluate", "evaluate-paper", "check bundles", "audit code", "audit academic"]
-    assert seen[4] == [retried, "merge-paper", *measured]
+    attacked = [
+        f"{what} {name}" for name in ("code", "academic") for what in ("membership", "extraction")
+    ]
+    reported = ["report code", "report academic"]
+    assert seen[4] == [retried, "merge-paper", *measured, *attacked, *reported]
 
 
 def test_another_recipe_does_again_only_what_depends_on_it(interrupted):

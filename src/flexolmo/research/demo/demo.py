@@ -3,6 +3,7 @@
     coordinator/    public text, the anchor, the owners' public keys, the measurements
     owners/NAME/    that owner's text, runs, private key, and the bundles it sends
     model/, model-paper/    the mixtures: our router, and the paper's
+    owners/NAME/release/NAME.report/    that owner's signed release report
     report.html, figures/, results.json, recipe.json
     steps/    a record of each command: what it was, seconds, digests of what it made
 
@@ -14,19 +15,22 @@ import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 from pydantic import Field
 
+from flexolmo.audit.membership import LEAST_TOKENS
+from flexolmo.audit.texts import read_members
 from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.manifest import PUBLIC
+from flexolmo.bundle.release import PAGE_FILE, read_release
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.prepare import read_card
-from flexolmo.errors import ConfigError, FlexOlmoError
+from flexolmo.errors import ConfigError, DataError, FlexOlmoError
 from flexolmo.files import read_json, write_directory_aside, write_json
 from flexolmo.inference.generate import generate
 from flexolmo.inference.sampling import Sampling
@@ -42,6 +46,7 @@ from flexolmo.research.steps.step import Step
 from flexolmo.runtime import run_record
 from flexolmo.terminal import echo
 from flexolmo.train.anchor import AnchorRecipe
+from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.loop import TrainSettings
 
 ROUTERS = {"evidence": "", "linear": "-paper"}  # router kind: suffix of its files
@@ -51,6 +56,7 @@ ANY_PURPOSE = "--purpose any"
 PURPOSES = {"academic": "--purpose education --purpose general-research --prohibit commercial"}
 # The demo's text is of packages: pages laid out with spaces, and many copies of one text.
 PREPARE = "data prepare --min-bytes=200 --near-duplicates=0.7 --normalise --out prepared"
+ATTACKED_TOKENS = 64  # at most, of a document: attacks take seconds
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
 
@@ -95,6 +101,7 @@ def run_demo(recipe: DemoRecipe, out: Path, sets: str | None = None) -> dict[str
     demo.gather(names)
     demo.train()
     demo.merge_and_measure()
+    demo.attack()
     results = demo.results(time.monotonic() - started)
     write_json(Path(out) / "results.json", results)
     write_report(results, Path(out))
@@ -279,8 +286,8 @@ class _Demo:
             makes=["influence.json"],
             after=[packs[name, ""] for name in self.names],
         )
-        attacks = [
-            command_step(
+        self.statistics = {
+            name: command_step(
                 f"audit {name}",
                 f"owners/{name}",
                 f"audit statistics outbox/{name}.bundle --anchor anchor --data prepared/{name} "
@@ -289,9 +296,58 @@ class _Demo:
                 after=[packs[name, ""]],
             )
             for name in self.names
-        ]
+        }
+        self.merge = merges[0]
         self.stage("sign and merge", [*packs.values(), *merges])
-        self.stage("measure", [*evaluations, check, *attacks])
+        self.stage("measure", [*evaluations, check, *self.statistics.values()])
+
+    def attack(self) -> None:
+        """Every owner attacks its expert in the mixture, and signs a release report."""
+        steps: list[Step] = []
+        for name in self.names:
+            attacks = {
+                kind: command_step(
+                    f"{kind} {name}",
+                    f"owners/{name}",
+                    f"audit {kind} --model ../../model --data prepared/{name} --expert {name} "
+                    f"--only {name} --trust ../../coordinator/trusted {how} "
+                    f"--seed {self.recipe.seed} --out audits/{kind}",
+                    makes=[f"audits/{kind}"],
+                    after=[self.merge],
+                )
+                for kind, how in self._attacks(name).items()
+            }
+            given = "".join(f" --results audits/{kind}" for kind in attacks)
+            report = command_step(
+                f"report {name}",
+                f"owners/{name}",
+                f"audit report outbox/{name}.bundle --data prepared/{name} --key key.pem{given} "
+                "--results audit.json --public ../../coordinator/prepared/public "
+                f"--out release/{name}.report --stays audits/report",
+                makes=["release", "audits/report"],
+                after=[*attacks.values(), self.statistics[name], self.public],
+            )
+            steps += [*attacks.values(), report]
+        self.stage("attack and report", steps)
+
+    def _attacks(self, name: str) -> dict[str, str]:
+        """Options of attacks that read the beginnings of documents, by attack; none if a short
+        training read no document's beginning."""
+        train = self.recipe.expert_train
+        tokens = max(LEAST_TOKENS, min(ATTACKED_TOKENS, train.seq_len // 4))
+        recipe = ExpertRecipe(seed=self.recipe.seed, train=train)
+        data = open_set(self.house(name) / "prepared" / name)
+        try:
+            read_members(data, recipe, least=tokens, length=tokens, most=1, seed=0)
+        except DataError as e:
+            echo(f"{name} is not attacked: {e}")
+            return {}
+        half = tokens // 2
+        return {
+            "membership": f"--max-documents 150 --max-tokens {tokens}",
+            "extraction": f"--max-documents 40 --samples 2 --prefix-tokens {half} "
+            f"--continuation-tokens {tokens - half}",
+        }
 
     # --- what came of it ------------------------------------------------------------------------
 
@@ -314,6 +370,7 @@ class _Demo:
             "paper_router": {k: paper[k] for k in ("bits_per_byte", "summary", "routing")},
             "influence": read_json(self.coordinator / "influence.json"),
             "statistics_attack": {n: read_json(self.house(n) / "audit.json") for n in self.names},
+            "release": {n: self._release(n) for n in self.names},
             "owners": [self._owner(n, mixture.facts[n]) for n in self.names],
             "anchor": {
                 "parameters": sum(
@@ -348,6 +405,19 @@ class _Demo:
                     for n, e in mixture.about["experts"].items()
                 },
             },
+        }
+
+    def _release(self, name: str) -> dict[str, Any]:
+        """The attacks in an owner's release report, and where its page is."""
+        directory = self.house(name) / "release" / f"{name}.report"
+        found = read_release(directory).report.findings
+        attacks = cast(list[dict[str, Any]], found["attacks"])
+        kept = ("audit", "question", "level", "verdict", "headline", "off_equals_anchor")
+        return {
+            "page": str((directory / PAGE_FILE).relative_to(self.out)),
+            "has_guarantee": cast(dict[str, Any], found["guarantee"])["budget"] is not None,
+            "attacks": [{k: attack[k] for k in kept} for attack in attacks],
+            "not_made": found["not_made"],
         }
 
     def _owner(self, name: str, facts: ExpertFacts) -> dict[str, Any]:

@@ -17,8 +17,20 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.evaluation.influence import values_of
 from flexolmo.numbers import format_change, format_megabytes, format_number, format_percent
 from flexolmo.report import drawing, plots
-from flexolmo.report.page import Block, Cell, Fold, Picture, Row, Sample, Table, Text, save_page
+from flexolmo.report.page import (
+    Block,
+    Cell,
+    Fold,
+    Link,
+    Picture,
+    Row,
+    Sample,
+    Table,
+    Text,
+    save_page,
+)
 from flexolmo.report.plots import Results
+from flexolmo.report.release_page import answer_of, figure_of
 from flexolmo.terminal import make_printable
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven")
@@ -51,6 +63,16 @@ _WHAT_IS_ATTACKED = (
     "bundle may ask it how often a token occurs, whether a rare one occurs at all, how a word of "
     "one document is spelled, or whether a document was trained on. AUC is the chance that the "
     "attack ranks a right answer above a wrong one: 0.5 is guessing, 1 is certainty."
+)
+_WHAT_A_RELEASE_IS = (
+    "Every owner attacks its own bundle, alone, as whoever has it can, and in the mixture, and "
+    "signs a report of what was found for whoever must agree that the bundle leaves. Here each "
+    "attack takes seconds and reads the beginnings of few documents, so much is left open; the "
+    "commands are the same for thousands."
+)
+_OFF_IS_THE_ANCHOR = (
+    "Control: with the owner off, every attack finds on the mixture what it finds on the anchor, "
+    "to the bit."
 )
 _WHAT_INFLUENCE_IS = (
     "Before it merges bundles, a coordinator can measure what each does to text that is not its "
@@ -123,6 +145,8 @@ def _blocks(results: Results) -> Iterator[Block]:
         yield from _influence_section(results["influence"])
     if results.get("statistics_attack"):
         yield from _attack_section(results["statistics_attack"])
+    if results.get("release"):
+        yield from _release_section(results["release"])
     if results.get("samples"):
         yield from _samples_section(results)
     yield from _origin_section(results)
@@ -201,6 +225,31 @@ def _attack_section(attacks: Mapping[str, Any]) -> Iterator[Block]:
             for i, (label, *_) in enumerate(first)
         ],
     )
+
+
+def _release_section(release: Mapping[str, Any]) -> Iterator[Block]:
+    yield Text("What an owner signs before its bundle leaves", "h2")
+    yield Text(_WHAT_A_RELEASE_IS, "note")
+    first = next(iter(release.values()))
+    guarantee = ["Is there a guarantee of privacy?"]
+    guarantee += ["yes" if x["has_guarantee"] else "no" for x in release.values()]
+    rows: list[Row] = [guarantee]
+    for i, attack in enumerate(first["attacks"]):
+        cells = [_attack_cell(x["attacks"][i]) for x in release.values()]
+        rows.append([attack["question"], *cells])
+    caption = "Answers go by the upper end of 95 % intervals, of the expert alone or switched on"
+    yield Table(caption, ["Question", *release], rows)
+    controls = [a["off_equals_anchor"] for x in release.values() for a in x["attacks"]]
+    if all(met for met in controls if met is not None):
+        yield Text(_OFF_IS_THE_ANCHOR)
+    for name, found in release.items():
+        yield Link(f"The release report of {name}", found["page"])
+
+
+def _attack_cell(attack: Mapping[str, Any]) -> Cell:
+    head = attack["headline"]
+    shown = answer_of(attack["level"])
+    return Cell(shown if head is None else f"{shown}: {head['measure']} {figure_of(head)}")
 
 
 def _samples_section(results: Results) -> Iterator[Block]:
