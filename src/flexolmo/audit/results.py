@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexolmo.audit.statistics import rows_of
 from flexolmo.errors import DataError
 from flexolmo.files import canonical_json, digest_bytes, read_json
 
@@ -319,7 +318,6 @@ def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
         if figure["interval"] is not None:
             rows.append(_row("alone", measure, figure, chance))
 
-    rows_of(found)  # all that a page shows is there
     counts = found["count_recovery"]
     words = found["rare_words"]
     members = found["membership"]

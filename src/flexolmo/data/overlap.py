@@ -15,7 +15,7 @@ from flexolmo.progress import progress
 
 SHORT_TOKENS = 8
 LONG_TOKENS = 50
-TOKENS_AT_ONCE = 1 << 22  # of public text that is held against the owner's
+TOKENS_AT_ONCE = 1 << 20  # of public text that is held against the owner's
 _FACTOR = 0x9E3779B97F4A7C15
 _MIX = np.uint64(0xD6E8FEB86659FD93)
 _SHIFT = np.uint64(32)

@@ -146,7 +146,9 @@ def _promise(found: Mapping[str, Any]) -> Iterator[Block]:
             ["Accountant", str(budget["accountant"])],
         ]
         yield Table(
-            "From these numbers anybody can work epsilon out again", ["what", "value"], rows
+            "From these numbers, whole in the manifest, anybody can work epsilon out again",
+            ["what", "value"],
+            rows,
         )
     else:
         yield Text(

@@ -179,3 +179,23 @@ def test_many_sources_are_counted_after_the_first() -> None:
 
 def test_empty_lines_of_a_sample_are_drawn_together() -> None:
     assert report._close_gaps("\n\n\n    a\n  \n\n\n  b\n\nc\n\n") == "\n\n    a\n\n  b\n\nc"
+
+
+def test_owners_who_made_different_attacks_are_shown_side_by_side(
+    make_page: MakePage, tmp_path: Path, no_figures: None
+) -> None:
+    attack = {
+        "audit": "membership",
+        "level": "unclear",
+        "headline": {"measure": "AUC, loss", "unit": "auc", "value": 0.6, "low": 0.4, "high": 0.8},
+        "off_equals_anchor": True,
+    }
+    told = {"has_guarantee": False, "page": "owners/b/release/b.report/page.html"}
+    release = {"a": told | {"attacks": []}, "b": told | {"attacks": [attack]}}
+    page, _ = read_page(make_page(release=release), tmp_path)
+    row = page[page.index("Can documents be told") :].split("</tr>")[0]
+    assert row.index("not made") < row.index("too few to say: AUC, loss 0.600 (0.400 to 0.800)")
+    assert 'href="owners/b/release/b.report/page.html"' in page and "Control: with" in page
+    attack["off_equals_anchor"] = False
+    page, _ = read_page(make_page(release=release), tmp_path)
+    assert "Control: with" not in page

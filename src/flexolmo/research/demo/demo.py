@@ -344,8 +344,8 @@ class _Demo:
             return {}
         half = tokens // 2
         return {
-            "membership": f"--max-documents 150 --max-tokens {tokens}",
-            "extraction": f"--max-documents 40 --samples 2 --prefix-tokens {half} "
+            "membership": f"--max-documents 100 --max-tokens {tokens}",
+            "extraction": f"--max-documents 16 --samples 2 --prefix-tokens {half} "
             f"--continuation-tokens {tokens - half}",
         }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.audit.results import AUDITS
 from flexolmo.audit.statistics import rows_of
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.evaluation.influence import values_of
@@ -230,13 +231,14 @@ def _attack_section(attacks: Mapping[str, Any]) -> Iterator[Block]:
 def _release_section(release: Mapping[str, Any]) -> Iterator[Block]:
     yield Text("What an owner signs before its bundle leaves", "h2")
     yield Text(_WHAT_A_RELEASE_IS, "note")
-    first = next(iter(release.values()))
     guarantee = ["Is there a guarantee of privacy?"]
     guarantee += ["yes" if x["has_guarantee"] else "no" for x in release.values()]
     rows: list[Row] = [guarantee]
-    for i, attack in enumerate(first["attacks"]):
-        cells = [_attack_cell(x["attacks"][i]) for x in release.values()]
-        rows.append([attack["question"], *cells])
+    made = {name: {a["audit"]: a for a in x["attacks"]} for name, x in release.items()}
+    for audit, about in AUDITS.items():
+        if any(audit in attacks for attacks in made.values()):
+            cells = [_attack_cell(attacks.get(audit)) for attacks in made.values()]
+            rows.append([about.question, *cells])
     caption = "Answers go by the upper end of 95 % intervals, of the expert alone or switched on"
     yield Table(caption, ["Question", *release], rows)
     controls = [a["off_equals_anchor"] for x in release.values() for a in x["attacks"]]
@@ -246,7 +248,9 @@ def _release_section(release: Mapping[str, Any]) -> Iterator[Block]:
         yield Link(f"The release report of {name}", found["page"])
 
 
-def _attack_cell(attack: Mapping[str, Any]) -> Cell:
+def _attack_cell(attack: Mapping[str, Any] | None) -> Cell:
+    if attack is None:
+        return Cell("not made", italic=True)
     head = attack["headline"]
     shown = answer_of(attack["level"])
     return Cell(shown if head is None else f"{shown}: {head['measure']} {figure_of(head)}")
