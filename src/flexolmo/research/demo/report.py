@@ -66,10 +66,10 @@ _WHAT_IS_ATTACKED = (
     "attack ranks a right answer above a wrong one: 0.5 is guessing, 1 is certainty."
 )
 _WHAT_A_RELEASE_IS = (
-    "An owner can attack its own bundle, alone, as whoever has it can, and in the mixture, and sign "
-    "a report of what was found for whoever must agree that the bundle leaves. Here one owner does. "
-    "Each attack takes seconds and reads the beginnings of few documents, so much is left open; the "
-    "commands are the same for thousands."
+    "An owner can attack its own bundle, alone, as whoever has it can, and in the mixture, and "
+    "sign a report of what was found for whoever must agree that the bundle leaves. Here one owner "
+    "does. Each attack takes seconds and reads the beginnings of few documents, so much is left "
+    "open; the commands are the same for thousands."
 )
 _OFF_IS_THE_ANCHOR = (
     "Control: with the owner off, every attack finds on the mixture what it finds on the anchor, "
