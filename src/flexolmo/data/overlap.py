@@ -78,7 +78,7 @@ def span_digests(tokens: np.ndarray, k: int, eos_id: int) -> tuple[np.ndarray, n
 
 
 def _sums(mixed: np.ndarray, k: int) -> np.ndarray:
-    """For each place the sum of the next `k` numbers, each times a power of _FACTOR by its place
+    """Sums, by place, of the next `k` numbers, each times a power of _FACTOR by its place
     among them; the sum of a span is made of those of its halves."""
     if k == 1:
         return mixed
