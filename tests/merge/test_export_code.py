@@ -13,10 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexolmo.inference.generate import generate
+from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.export_code import CODE, export_code
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings, LinearSettings
+from made_engine import made_facts
 from made_mixtures import IN_SESSION, NAMES, ROUTERS
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -289,6 +292,37 @@ def test_the_readme_says_how_to_load_it_in_five_lines(pair, wild, monkeypatch, c
     exec(lines, {})
     tokenizer = wild.anchor.tokenizer
     assert capsys.readouterr().out.startswith(tokenizer.decode(tokenizer.encode("The")))
+
+
+@pytest.fixture(scope="module")
+def hf_tokenizer(pair):
+    """The exported tokenizer, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(pair("rich")[2], trust_remote_code=True)
+
+
+@IN_SESSION
+@given(text=st.text() | st.sampled_from(["", "a<|endoftext|>b", " <|endoftext|>"]))
+def test_texts_have_the_ids_they_have_here(hf_tokenizer, wild, text):
+    """Each starts with the token that ends a text, which no text spells."""
+    tokenizer = wild.anchor.tokenizer
+    assert hf_tokenizer(text)["input_ids"] == [tokenizer.eos_id, *tokenizer.encode(text)]
+
+
+def test_prompts_are_continued_by_the_text_that_generate_writes(pair, hf_tokenizer, wild):
+    model, theirs, _ = pair("rich")
+    prompts = ["The", "Grüße an alle", "x"]
+    sampling = Sampling(max_new_tokens=12, temperature=0)
+    facts = {name: made_facts(name) for name in NAMES}
+    mixture = LoadedMixture(model, wild.anchor.tokenizer, {}, facts)
+    ours = generate(mixture, prompts, only=[["amber"], [], ["zinc"]], sampling=sampling)
+    batch = hf_tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    found = theirs.generate(
+        **batch, experts=[["amber"], [], ["zinc"]], max_new_tokens=12, do_sample=False
+    )
+    written = found[:, batch["input_ids"].shape[1] :]
+    assert hf_tokenizer.batch_decode(written, skip_special_tokens=True) == ours
 
 
 def test_every_import_of_the_code_is_torch_or_transformers():

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.files import write_bytes, write_directory_aside, write_json
+from flexolmo.data.tokenizer import Tokenizer
+from flexolmo.files import read_json, write_bytes, write_directory_aside, write_json
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import (
@@ -58,7 +59,10 @@ def export_code(mixture: LoadedMixture, out: Path) -> None:
         router=_router_config(model),
     )
     with write_directory_aside(out, "flexolmo.json") as aside:
-        write_stock(aside, config, code_tensors(model), mixture.tokenizer)
+        write_stock(aside, config, code_tensors(model), _with_start(mixture.tokenizer))
+        about = read_json(aside / "tokenizer_config.json")
+        about["split_special_tokens"] = True  # no text spells a special token
+        write_json(aside / "tokenizer_config.json", about)
         shutil.copyfile(CODE, aside / CODE.name)
         write_bytes(aside / "README.md", _readme(mixture, Path(out).name).encode())
         facts = {
@@ -90,6 +94,21 @@ def code_tensors(model: MixtureModel) -> dict[str, Tensor]:
             found[f"{key}.weight"] = weight
             found[f"{key}.bias"] = offset
     return found
+
+
+def _with_start(tokenizer: Tokenizer) -> Tokenizer:
+    """The same, but that every text starts with the token that ends one, as it does here."""
+    start = {"SpecialToken": {"id": tokenizer.eos, "type_id": 0}}
+    first = {"Sequence": {"id": "A", "type_id": 0}}
+    second = {"Sequence": {"id": "B", "type_id": 0}}
+    token = {"id": tokenizer.eos, "ids": [tokenizer.eos_id], "tokens": [tokenizer.eos]}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [start, first],
+        "pair": [start, first, second],
+        "special_tokens": {tokenizer.eos: token},
+    }
+    return Tokenizer({**tokenizer.definition, "post_processor": template}, tokenizer.eos)
 
 
 def _router_config(model: MixtureModel) -> dict[str, Any]:
@@ -162,10 +181,10 @@ def _readme(mixture: LoadedMixture, name: str) -> str:
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)',
         f'model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)',
         f"answer = model.generate({arguments})",
-        "print(tokenizer.decode(answer[0]))",
+        "print(tokenizer.decode(answer[0], skip_special_tokens=True))",
         "```",
         "",
         "`experts` names who may take part; without it all do, with `[]` the public model alone. A",
