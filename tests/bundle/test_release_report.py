@@ -120,7 +120,7 @@ def test_the_upper_end_of_an_interval_is_held_against_a_limit(copied):
     assert lines == [
         "amber: extraction is 1.00\u00a0%, the upper end of its interval, demanded is at most "
         "0.50\u00a0%",
-        "amber: epsilon: no guarantee is stated, demanded is at most 8",
+        "amber: epsilon: the bundle states no guarantee, demanded is at most 8",
     ]
 
 

@@ -40,7 +40,11 @@ def test_a_report_is_written_checked_and_refused_when_altered(
     said = works(*check)
     assert "extraction: " in said and "epsilon: not known" in said and "signed by Ann" in said
     code, _, err = run(*check, "--require", "extraction<=0.001%,epsilon<=8")
-    assert code == 2 and "the upper end of its interval" in err and "no guarantee is stated" in err
+    assert (
+        code == 2
+        and "the upper end of its interval" in err
+        and "the bundle states no guarantee" in err
+    )
     works(*check, "--require", "extraction<=100%")
     assert run(*check, "--require", "public<=1%")[0] == 2
     flip(out / "report.json", 0.5, 1)

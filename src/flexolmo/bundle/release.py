@@ -52,6 +52,11 @@ DEMANDS = {
     "membership_auc": "AUC of the strongest attack that tells training documents from others",
     "epsilon": "epsilon of the differential privacy that the bundle states",
 }
+_MISSING = {
+    "extraction": "the report has no such attack, or one that sampled nothing",
+    "membership_auc": "the report has no such attack",
+    "epsilon": "the bundle states no guarantee",
+}
 EXAMPLE = "extraction<=0.2%,membership_auc<=0.55,epsilon<=8"
 
 Measure = Literal["extraction", "membership_auc"]
@@ -258,8 +263,7 @@ def find_excess(
         value = values[demand]
         shown = show_value(demand, limit)
         if value is None:
-            found = "no guarantee is stated" if demand == "epsilon" else "this attack was not made"
-            lines.append(f"{name}: {demand}: {found}, demanded is at most {shown}")
+            lines.append(f"{name}: {demand}: {_MISSING[demand]}, demanded is at most {shown}")
         elif not value <= limit:
             end = "" if demand == "epsilon" else ", the upper end of its interval"
             lines.append(
