@@ -7,11 +7,15 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
+import weakref
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -323,3 +327,80 @@ def test_json_as_deep_as_allowed_is_read(tmp_path):
     deep = b"[" * 200 + b"]" * 200
     (tmp_path / "a.json").write_bytes(deep)
     assert canonical_json(read_json(tmp_path / "a.json")) == deep
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+DTYPES = [
+    torch.int64,
+    torch.float64,
+    torch.float32,
+    torch.int32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+LAYOUTS = {
+    "plain": lambda t: t,
+    "turned": lambda t: t.mT.contiguous().mT if t.dim() == 2 else t,
+    "every other": lambda t: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t,
+    "later": lambda t: files.LaterTensor(t.dtype, tuple(t.shape), lambda: t),
+}
+
+
+@st.composite
+def named_tensors(draw):
+    names = draw(st.lists(st.text("ab.é", min_size=1, max_size=4), max_size=5, unique=True))
+    found = {}
+    for name in names:
+        shape = draw(st.lists(st.integers(0, 5), max_size=2))
+        values = torch.randint(0, 2, shape, generator=torch.manual_seed(len(name)))
+        found[name] = values.to(draw(st.sampled_from(DTYPES)))
+    return found
+
+
+@settings(max_examples=60)
+@given(
+    tensors=named_tensors(),
+    layout=st.sampled_from(sorted(LAYOUTS)),
+    piece_bytes=st.sampled_from([8, 16, 1 << 20]),
+    metadata=st.none() | st.just({"format": "pt é"}),
+)
+def test_tensors_are_written_as_the_library_writes_them(tensors, layout, piece_bytes, metadata):
+    """Byte for byte, in pieces of any size, whatever the memory they come from looks like."""
+    given_tensors = {n: LAYOUTS[layout](t) for n, t in tensors.items()}
+    with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
+        path = Path(directory) / "t.safetensors"
+        patch.setattr(files, "_PIECE_BYTES", piece_bytes)
+        patch.setattr(files, "sync", lambda _: None)  # 60 times
+        files.save_tensors(path, given_tensors, metadata)
+        assert path.read_bytes() == safetensors.torch.save(tensors, metadata)
+        assert files.size_of_tensors(tensors) == len(safetensors.torch.save(tensors))
+
+
+@given(rows=st.integers(1, 9), width=st.integers(1, 9), piece_bytes=st.sampled_from([4, 24, 4096]))
+def test_no_piece_of_a_tensor_is_larger_than_asked(rows, width, piece_bytes):
+    whole = torch.arange(rows * width, dtype=torch.float32).view(rows, width)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "_PIECE_BYTES", piece_bytes)
+        for tensor in (whole, whole.T.contiguous().T):
+            pieces = [bytes(piece) for piece in files.pieces_of(tensor)]
+            assert b"".join(pieces) == whole.numpy().tobytes()
+            assert max(map(len, pieces)) <= piece_bytes
+
+
+def test_a_later_tensor_is_made_when_it_is_its_turn_and_not_kept(tmp_path):
+    alive = []
+
+    def make():
+        assert all(ref() is None for ref in alive)
+        made = torch.ones(3)
+        alive.append(weakref.ref(made))
+        return made
+
+    later = {n: files.LaterTensor(torch.float32, (3,), make) for n in "abc"}
+    files.save_tensors(tmp_path / "t.safetensors", later)
+    assert len(alive) == 3

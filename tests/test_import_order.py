@@ -22,7 +22,7 @@ ORDER = [
     ["bundle.tensors"],
     ["bundle.terms", "bundle.licence", "bundle.serials", "bundle.limits"],
     ["bundle.manifest"],
-    ["bundle.facts", "bundle.signing"],
+    ["bundle.facts", "bundle.signing", "bundle.verified"],
     ["bundle.revocation", "bundle.rotation"],
     ["bundle.trust"],
     ["bundle.refresh"],
@@ -47,7 +47,8 @@ ORDER = [
     ["train.anchor", "train.compress"],
     ["train.expert"],
     ["train.shrink", "train.plan"],
-    ["merge.checks", "merge.rollback"],
+    ["merge.bounds", "merge.index"],
+    ["merge.checks", "merge.rollback", "merge.known", "merge.placing"],
     ["merge.modeling_flexolmo"],  # leaves with a checkpoint, and imports nothing of ours
     ["merge.mixture"],
     ["merge.export", "merge.export_code", "merge.lineage"],

@@ -16,8 +16,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,12 @@ def digest_file(path: Path) -> str:
     """`sha256:` and 64 hex digits of the file's content, read in 1 MiB pieces."""
     with open(path, "rb") as f:
         return "sha256:" + hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def cache_directory() -> Path:
+    """Directory of what can be had again: $FLEXOLMO_CACHE, else ~/.cache/flexolmo."""
+    named = os.environ.get("FLEXOLMO_CACHE")
+    return Path(named) if named else Path.home() / ".cache" / "flexolmo"
 
 
 # --- written whole or not at all ----------------------------------------------------------------
@@ -155,8 +163,9 @@ def recover(path: Path) -> None:
 
 
 @contextmanager
-def _aside(path: Path, is_private: bool) -> Iterator[Path]:
-    """Yield a locked empty directory of mode 0700 beside `path`, removed at the end."""
+def work_aside(path: Path, is_private: bool = False) -> Iterator[Path]:
+    """Yield a locked empty directory of mode 0700 beside `path`, removed at the end; after a kill,
+    by the next write of `path`. Parents that are made get mode 0700 with `is_private`."""
     path.parent.mkdir(0o700 if is_private else 0o777, parents=True, exist_ok=True)
     recover(path)
     while True:
@@ -186,12 +195,12 @@ def write_aside(path: Path, *, is_private: bool = False) -> Iterator[Path]:
         DiskFullError: the disk, a quota or the limit on a file's size is used up.
     """
     path = Path(path)
-    with explain_full_disk(path), _aside(path, is_private) as aside:
+    with explain_full_disk(path), work_aside(path, is_private) as aside:
         new = aside / f"new{path.suffix}"
         new.touch(0o600 if is_private else 0o666)
         mode = new.stat().st_mode
         yield new
-        os.chmod(new, mode)  # safetensors puts a file of its own in the place
+        os.chmod(new, mode)  # whoever wrote it may have put a file of its own in the place
         sync(new)
         os.replace(new, path)
         sync(path.parent)
@@ -223,7 +232,7 @@ def write_directory_aside(path: Path, marker: str, *, is_private: bool = False) 
             f"{path} exists and is not replaced: it has no {marker}, so it is "
             "something else. Choose another place."
         )
-    with explain_full_disk(path), _aside(path, is_private) as aside:
+    with explain_full_disk(path), work_aside(path, is_private) as aside:
         new = aside / "new"
         new.mkdir(0o700 if is_private else 0o777)
         yield new
@@ -263,6 +272,22 @@ def write_json(path: Path, value: Any, *, is_private: bool = False) -> None:
     write_bytes(path, (text + "\n").encode(), is_private=is_private)
 
 
+_PIECE_BYTES = 8 << 20
+# Dtypes that are written, by torch's names, in the order in which safetensors writes them.
+_DTYPES = {
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+
+
 def save_tensors(
     path: Path,
     tensors: Mapping[str, Any],
@@ -270,11 +295,73 @@ def save_tensors(
     *,
     is_private: bool = False,
 ) -> None:
-    """Write torch `tensors` as the safetensors file `path`, all or nothing."""
-    from safetensors.torch import save_file  # brings torch, which most of what reads files lacks
+    """Write torch `tensors` as the safetensors file `path`, all or nothing.
 
-    with write_aside(path, is_private=is_private) as aside:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, aside, metadata)
+    The bytes are those of `safetensors.torch.save_file`, written in pieces: nothing is copied
+    whole. In place of a tensor a `LaterTensor` may stand, which is made when it is its turn.
+    """
+    header = _header_of(tensors, metadata)
+    order = [name for name in json.loads(header) if name != "__metadata__"]
+    with write_aside(path, is_private=is_private) as aside, open(aside, "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            given = tensors[name]
+            for piece in pieces_of(given.make() if isinstance(given, LaterTensor) else given):
+                f.write(piece)
+
+
+def size_of_tensors(tensors: Mapping[str, Any]) -> int:
+    """Bytes of the file that `save_tensors` writes."""
+    data = sum(prod(t.shape) * t.dtype.itemsize for t in tensors.values())
+    return 8 + len(_header_of(tensors, None)) + data
+
+
+@dataclass(frozen=True)
+class LaterTensor:
+    """A torch tensor of this dtype and shape, made when it is written and let go of after."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    make: Callable[[], Any]
+
+
+def dtype_name(dtype: Any) -> str:
+    """Name by which safetensors calls a torch dtype."""
+    return _DTYPES[str(dtype).removeprefix("torch.")]
+
+
+def pieces_of(tensor: Any) -> Iterator[memoryview]:
+    """Bytes of a torch tensor, row after row, as safetensors has them, in pieces of up to 8 MiB;
+    views where its memory has that order."""
+    import torch  # which most of what reads files lacks
+
+    flat = tensor.detach()
+    if not flat.is_contiguous() and flat.dim() and flat[0].nbytes <= _PIECE_BYTES:
+        rows = max(1, _PIECE_BYTES // flat[0].nbytes)
+        parts = iter(flat.split(rows))
+    else:
+        flat = flat.contiguous().reshape(-1)
+        parts = iter(flat.split(_PIECE_BYTES // flat.element_size())) if flat.numel() else iter(())
+    for part in parts:
+        dense = part.contiguous().cpu()
+        row = dense.as_strided((dense.numel(),), (1,))  # one number may have any stride
+        yield row.view(torch.uint8).numpy().data
+
+
+def _header_of(tensors: Mapping[str, Any], metadata: dict[str, str] | None) -> bytes:
+    """The header of a safetensors file, spelled as the library spells it: wide dtypes first, then
+    by name, filled up to whole 8 bytes."""
+    kinds = {name: dtype_name(t.dtype) for name, t in tensors.items()}
+    order = list(_DTYPES.values())
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    for name in sorted(tensors, key=lambda n: (order.index(kinds[n]), n)):
+        shape = list(tensors[name].shape)
+        end = begin + prod(shape) * tensors[name].dtype.itemsize
+        table[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+        begin = end
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return header + b" " * (-len(header) % 8)
 
 
 def save_arrays(path: Path, **arrays: Any) -> None:

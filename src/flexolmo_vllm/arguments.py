@@ -6,7 +6,7 @@ from typing import Any
 
 from flexolmo.files import digest_file, read_json, write_json
 from flexolmo.inference.opening import Opening
-from flexolmo.merge.mixture import ABOUT, read_about
+from flexolmo.merge.index import ABOUT, read_about
 from flexolmo_vllm import ARCHITECTURE, LOAD_FORMAT, SCHEDULER, WORKER
 
 BLOCK = 32  # positions of a block of memory, which the CPU's attention takes in 32

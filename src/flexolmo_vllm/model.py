@@ -108,7 +108,9 @@ class MixtureLoader(BaseModelLoader):
         """Read the mixture, with every check of `load_mixture`."""
         assert isinstance(model, MixtureForCausalLM)
         opening = Opening.model_validate(self.load_config.model_loader_extra_config)
-        model.read_again = model_reader(opening.model, opening.read_owners, opening.experts)
+        model.read_again = model_reader(
+            opening.model, opening.read_owners, opening.experts, opening.verify
+        )
         served = model.read_again()
         told = model_config.hf_config.flexolmo
         if served.facts.digest != told["digest"]:

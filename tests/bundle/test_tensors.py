@@ -11,8 +11,15 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexolmo.bundle import tensors as room
 from flexolmo.bundle.manifest import MAX_MANIFEST_BYTES
-from flexolmo.bundle.tensors import MAX_HEADER_BYTES, MAX_TENSORS, compare_tensors, read_weights
+from flexolmo.bundle.tensors import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    compare_tensors,
+    read_weights,
+    watch_weights,
+)
 from flexolmo.errors import BundleError
 from flexolmo.files import digest_bytes
 
@@ -186,13 +193,55 @@ def test_weights_are_read_once_and_in_pieces(tmp_path):
     path = tmp_path / "w"
     path.write_bytes(make_weights({"a": ("F32", [1 << 20], bytes(4 << 20))}))
     size = path.stat().st_size
-    for keep in (False, True):
-        with Counting(path) as f:
-            found = read_weights(f, size, keep)
-        assert (f.total, f.largest) == (size, 1 << 20)
-        assert found.digest == digest_bytes(path.read_bytes())
-        kept = {name: bytes(data) for name, data in found.data.items()}
-        assert kept == ({"a": bytes(4 << 20)} if keep else {})
+    seen = []
+    with Counting(path) as f:
+        found = read_weights(f, size, lambda *given: seen.append((*given[:3], len(given[3]))))
+    assert (f.total, f.largest) == (size, 1 << 20)
+    assert found.digest == digest_bytes(path.read_bytes())
+    with Counting(path) as f:
+        watch_weights(f, size, lambda *given: seen.append((*given[:3], len(given[3]))))
+    assert (f.total, f.largest) == (size, 1 << 20)
+    assert [(name, at, count) for name, _, at, count in seen] == [
+        ("a", at << 20, 1 << 20) for at in [0, 1, 2, 3] * 2
+    ]
+
+
+@settings(max_examples=40)
+@given(table=tables(), pieces=st.sampled_from([8, 64, 1 << 20]))
+def test_pieces_are_the_tensors_whatever_their_size(table, pieces):
+    """Hashed on another core while the next piece is read, and also where nothing is hashed."""
+    weights, seen = make_weights(table), {}
+
+    def watch(name, span, at, piece):
+        assert at == len(seen.setdefault(name, b"")) and len(piece) <= pieces
+        assert (span.dtype, list(span.shape)) == table[name][:2]
+        seen[name] += bytes(piece)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_PIECE_BYTES", pieces)
+        patch.setattr(room, "_WORTH_A_THREAD", 16)
+        copy = io.BytesIO()
+        found = read_weights(io.BytesIO(weights), len(weights), watch, copy)
+        once = dict(seen)
+        seen.clear()
+        watch_weights(io.BytesIO(weights), len(weights), watch)
+    assert seen == once == {name: data for name, (_, _, data) in table.items()}
+    assert found.digest == digest_bytes(weights) and copy.getvalue() == weights
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@given(values=st.lists(st.floats(-6e4, 6e4), min_size=1, max_size=20))
+@settings(max_examples=20)
+def test_the_largest_absolute_value_is_found(dtype, values):
+    array = np.array(values, "<f4")
+    if dtype == "BF16":
+        data = (array.view("<u4") >> 16).astype("<u2")
+        expected = np.abs((data.astype("<u4") << 16).view("<f4")).max()
+    else:
+        data = array.astype(f"<f{WIDTHS[dtype]}")
+        expected = np.abs(data).max()
+    weights = make_weights({"a": (dtype, [len(values)], data.tobytes())})
+    assert read_weights(io.BytesIO(weights), len(weights)).largest == {"a": float(expected)}
 
 
 def test_every_malformed_tensor_is_named_at_once():

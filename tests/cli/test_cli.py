@@ -15,7 +15,8 @@ import flexolmo.cli
 from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.cli import app, main
 from flexolmo.errors import SourceUnavailable
-from flexolmo.merge.mixture import load_mixture, read_about
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import load_mixture
 from flexolmo.numbers import format_percent
 from flexolmo.research.tasks.items import Item
 from made_items import choice_items, task_of, written_items
@@ -307,7 +308,7 @@ def test_ctrl_c_says_how_to_go_on(run, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("flexolmo.merge.mixture.read_about", stop)
+    monkeypatch.setattr("flexolmo.merge.index.read_about", stop)
     code, _, err = run("mix", "inspect", "m")
     assert code == 130 and "Traceback" not in err
     assert "Run the same command again" in err
@@ -317,7 +318,7 @@ def test_a_defect_of_ours_is_not_dressed_up(monkeypatch):
     def break_(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("flexolmo.merge.mixture.read_about", break_)
+    monkeypatch.setattr("flexolmo.merge.index.read_about", break_)
     monkeypatch.setattr(sys, "argv", ["flexolmo", "mix", "inspect", "m"])
     with pytest.raises(ZeroDivisionError):
         main()

@@ -5,7 +5,7 @@ import stat
 
 import pytest
 
-from flexolmo.merge.mixture import read_about
+from flexolmo.merge.index import read_about
 from made_mixtures import flip, tree
 from made_reports import attack
 

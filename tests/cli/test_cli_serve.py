@@ -21,7 +21,7 @@ from pathlib import Path
 from flexolmo.data.tokenizer import load_tokenizer
 from made_engine import MadeEngine, made_facts
 
-def open_engine(model, read_owners, settings, experts):
+def open_engine(model, read_owners, settings, experts, verify):
     read_owners()
     names = ["notes"] if experts is None else experts
     made = MadeEngine(load_tokenizer(model / "anchor"), {n: made_facts(n) for n in names})

@@ -32,13 +32,8 @@ from flexolmo.evaluation.likelihood import read_windows
 from flexolmo.files import read_json, write_json
 from flexolmo.inference import own_text
 from flexolmo.inference.own_text import own_windows
-from flexolmo.merge.mixture import (
-    add_experts,
-    build_mixture,
-    load_mixture,
-    read_about,
-    remove_experts,
-)
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
 from flexolmo.model.assemble import anchor_matrix
 from flexolmo.model.shape import (
     BIGRAM_KEYS,

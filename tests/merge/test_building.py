@@ -16,14 +16,9 @@ from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.merge import mixture as room
 from flexolmo.merge.checks import ROUTER
-from flexolmo.merge.mixture import (
-    add_experts,
-    build_mixture,
-    load_mixture,
-    read_about,
-    remove_experts,
-)
-from flexolmo.model.assemble import assemble_mixture
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
+from flexolmo.model.assemble import assemble_mixture, frame_mixture
 from made_bundles import TERMS, terms_until
 from made_mixtures import IN_SESSION, NAMES, ROUTERS, differ_in_router, flip, tree
 
@@ -413,15 +408,13 @@ def test_a_mixture_in_memory_holds_each_tensor_once(house, tmp_path, monkeypatch
     """Of what the bundles and the anchor brought, nothing is left besides the mixture."""
     handed, directory = [], house.mixture_dir(NAMES, "rich")
 
-    def assemble(anchor, experts, *args, **options):
-        model = assemble_mixture(anchor, experts, *args, **options)
-        handed.append((anchor, experts))
-        return model
+    def frame(anchor, *args, **options):
+        handed.append(anchor)
+        return frame_mixture(anchor, *args, **options)
 
-    monkeypatch.setattr(room, "assemble_mixture", assemble)
+    monkeypatch.setattr(room, "frame_mixture", frame)
     found = load_mixture(directory, house.trusted)
-    ((anchor, experts),) = handed
-    assert experts == {name: {} for name in NAMES}
+    (anchor,) = handed
     own = {p.data_ptr() for p in found.model.parameters()}
     assert {p.data_ptr() for p in anchor.model.parameters()} <= own
     q_proj = anchor.model.layers[0].self_attn.q_proj.weight

@@ -28,6 +28,7 @@ from flexolmo.merge.export import (
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import load_anchor, save_anchor
+from flexolmo.model.shape import FFN_PARTS
 from flexolmo.train.anchor import import_anchor
 from made_bundles import TERMS
 from made_mixtures import NAMES, ROUTERS
@@ -301,7 +302,8 @@ def test_a_low_rank_experts_matrices_are_the_anchors_and_the_product(house):
     model = with_shapes(house, "stock", {"amber": {"rank": 3}}).model
     expert = expert_tensors(model, "amber")
     for i in range(2):
-        for part, w in whole_ffn(model, "amber", i).items():
+        for part in FFN_PARTS:
+            w = whole_ffn(model, "amber", i, part)
             base = house.anchor.model.state_dict()[f"layers.{i}.mlp.{part}.weight"]
             a, b = (expert[f"layers.{i}.{part}.lora_{x}"] for x in "ab")
             torch.testing.assert_close(w, base + b @ a)

@@ -14,13 +14,8 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import BundleError, CheckpointError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.merge import mixture as room
-from flexolmo.merge.mixture import (
-    add_experts,
-    build_mixture,
-    load_mixture,
-    read_about,
-    remove_experts,
-)
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
 from flexolmo.model.checkpoint import save_anchor
 from made_bundles import terms_until
 from made_mixtures import IN_SESSION, NAMES, differ_in_router, flip, tree
@@ -130,7 +125,7 @@ def test_a_stop_while_writing_leaves_the_old_mixture_whole(house, tmp_path, monk
     """Stopped while the anchor (1) or a bundle (2, 3) is put in place."""
     model = house.build(["amber"], tmp_path / "m")
     before, calls = tree(model), []
-    originals = {name: getattr(room, name) for name in ("_place", "_link_or_copy")}
+    originals = {name: getattr(room, name) for name in ("place_files", "link_or_copy")}
 
     def stopping(original):
         def stop(source, target, *arguments):

@@ -12,11 +12,11 @@ from flexolmo.bundle.terms import make_terms
 from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
 from flexolmo.errors import MergeError, RevokedError, SignatureError
 from flexolmo.files import canonical_json
+from flexolmo.merge.index import read_about
 from flexolmo.merge.mixture import (
     add_experts,
     build_mixture,
     load_mixture,
-    read_about,
     remove_experts,
     remove_revoked,
 )

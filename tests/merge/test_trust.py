@@ -26,13 +26,8 @@ from flexolmo.inference.generate import Sampling, generate
 from flexolmo.inference.reader import open_reader
 from flexolmo.merge import checks
 from flexolmo.merge import mixture as room
-from flexolmo.merge.mixture import (
-    add_experts,
-    build_mixture,
-    load_mixture,
-    read_about,
-    remove_experts,
-)
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
 from flexolmo.model.checkpoint import check_anchor, load_anchor, sign_anchor
 from flexolmo.model.statistics import UNTOLD, EvidenceSettings
 from made_bundles import terms_until
@@ -196,7 +191,7 @@ def test_removing_through_a_link_leaves_no_second_copy(house, tmp_path):
 def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
     house, tmp_path, monkeypatch
 ):
-    model, place, removals = house.build(["amber"], tmp_path / "m"), room._place, []
+    model, place, removals = house.build(["amber"], tmp_path / "m"), room.place_files, []
 
     def place_late(*arguments):
         if not removals:
@@ -207,7 +202,7 @@ def test_a_removed_owner_does_not_come_back_with_an_add_that_began_before(
             removals[0].join(0.5)  # without a lock it is done by then
         place(*arguments)
 
-    monkeypatch.setattr(room, "_place", place_late)
+    monkeypatch.setattr(room, "place_files", place_late)
     add_experts(model, house.bundles(["zinc"]), house.trusted)
     removals[0].join()
     assert sorted(read_about(model)["experts"]) == ["zinc"]
@@ -328,13 +323,17 @@ def test_rows_of_tokens_that_the_table_does_not_tell_of_must_be_the_anchors(
 
 
 def test_building_opens_each_bundle_once(house, tmp_path, monkeypatch):
-    opened, original = [], room.open_bundle
+    opened = []
 
-    def count(path, *arguments, **options):
-        opened.append(path)
-        return original(path, *arguments, **options)
+    def counted(original):
+        def count(path, *arguments, **options):
+            opened.append(path)
+            return original(path, *arguments, **options)
 
-    monkeypatch.setattr(room, "open_bundle", count)
+        return count
+
+    for name in ("open_bundle", "begin_bundle"):
+        monkeypatch.setattr(room, name, counted(getattr(room, name)))
     bundles = house.bundles(["amber", "basalt", "zinc"])
     build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
     assert len(opened) == 3

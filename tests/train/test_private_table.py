@@ -10,7 +10,8 @@ import torch
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, read_about
+from flexolmo.merge.index import read_about
+from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture
 from flexolmo.model.statistics import EvidenceSettings, count_tokens
 from flexolmo.train import loop
 from flexolmo.train.expert import (

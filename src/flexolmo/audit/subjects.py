@@ -18,7 +18,8 @@ from flexolmo.errors import ConfigError, DataError
 from flexolmo.files import digest_file, read_json, recover_missing
 from flexolmo.inference.policy import choose_experts
 from flexolmo.inference.reader import OwnReader, Reader, open_reader
-from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.merge.index import ABOUT
+from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.probabilities import Mix, arrange
 from flexolmo.train.expert import ExpertRecipe

@@ -2,10 +2,11 @@
 
 A bundle is a directory of four files, each read once. The three small ones come first: nothing of
 the weights is read before the signature holds, the signer is trusted and the manifest is valid.
-Then the weights are read in pieces. Digests are computed of the pieces, and the tensors handed out
-are those same pieces in memory of our own, so what was checked is what is used, whatever happens to
-the file meanwhile. (A memory map would show later changes, and end the process if the file were cut
-short.) Knows nothing of anchors: whether the expert fits one is decided at merge.
+Then the weights are read in pieces. Digests are computed of the pieces, and tensors are made of
+those same pieces in memory of our own, so what was checked is what is used, whatever happens to the
+file meanwhile. (A memory map would show later changes, and end the process if the file were cut
+short.) Weights that were verified before, and are still the same file, are not hashed again. Knows
+nothing of anchors: whether the expert fits one is decided at merge.
 """
 
 import datetime
@@ -13,10 +14,11 @@ import hashlib
 import io
 import mmap
 import os
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,10 +33,19 @@ from flexolmo.bundle.signing import (
     sign_files,
 )
 from flexolmo.bundle.strict import raise_listed
-from flexolmo.bundle.tensors import MAX_HEADER_BYTES, Weights, compare_tensors, read_weights
+from flexolmo.bundle.tensors import (
+    MAX_HEADER_BYTES,
+    Span,
+    Watch,
+    Weights,
+    compare_tensors,
+    read_weights,
+    watch_weights,
+)
 from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.bundle.verified import Identity, wait_until_past
 from flexolmo.errors import BundleError, RevokedError, SignatureError
-from flexolmo.files import digest_bytes, read_bytes, write_directory_aside
+from flexolmo.files import digest_bytes, digest_file, read_bytes, write_directory_aside
 
 WEIGHTS_FILE = "expert.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -60,7 +71,12 @@ class Bundle:
     weights_bytes: int  # size of expert.safetensors
     # Verified bytes of each tensor, little-endian, with dtype and shape in `manifest.tensors`;
     # empty unless opened with `keep_tensors`.
-    tensors: dict[str, mmap.mmap] = field(repr=False)
+    tensors: dict[str, mmap.mmap] = field(repr=False, default_factory=dict)
+    # Largest absolute value of each tensor; None if the weights were not read, or not again.
+    largest: Mapping[str, float] | None = None
+    # Of expert.safetensors, where it ends up, as it was before and after it was verified; None if
+    # it changed meanwhile.
+    identity: Identity | None = None
 
     @property
     def facts(self) -> ExpertFacts:
@@ -75,9 +91,11 @@ def open_bundle(
     today: datetime.date | None = None,
     *,
     keep_tensors: bool = False,
+    watch: Watch | None = None,
     max_bytes: int | None = None,
     expected: Mapping[str, str] | None = None,
     copy_to: Path | None = None,
+    known: Identity | None = None,
     judges_days: bool = True,
 ) -> Bundle:
     """The bundle in directory `path`, after every check of docs/bundle_format.md, in its order.
@@ -88,11 +106,14 @@ def open_bundle(
         today: Date that is held against the terms. Default: now, in UTC.
         keep_tensors: Hand out the tensors' bytes too, in as much memory. Without it a bundle of
             any size is checked in a few MiB.
+        watch: Sees the weights in pieces; with `keep_tensors`, nothing else does.
         max_bytes: Refuse larger weights, before anything of them is read.
         expected: Digest of each file as verified before. The small ones are compared before
             anything else is asked of them, the weights as with what was signed.
         copy_to: Empty directory that gets the four files: the very bytes that are checked. Nothing
             is written before all checks but those of the weights have passed.
+        known: Identity of weights that passed every check before with this very manifest. They are
+            not checked again, and read only if asked to be watched; not with `copy_to`.
         judges_days: False leaves it to the caller whether today is within the terms.
 
     Raises:
@@ -102,11 +123,23 @@ def open_bundle(
         BundleError: any other refusal.
     """
     with _open_files(Path(path), max_bytes) as files:
-        if expected is not None and not files.problems:
-            found = {name: digest_bytes(data) for name, data in files.small.items()}
-            _compare_digests(files, {**expected, **found}, expected, "verified before")
+        _compare_small(files, expected)
         day = (today or _today()) if judges_days else None
-        return _check(files, trusted, allow_unknown_signer, day, keep_tensors, copy_to)
+        begun = Begun(files, *_check_signer(files, trusted, allow_unknown_signer))
+        kept = _Kept()
+        bundle = begun.read(kept if keep_tensors else watch, known, copy_to=copy_to, day=day)
+        return replace(bundle, tensors=kept.data)
+
+
+@contextmanager
+def begin_bundle(
+    path: Path, trusted: TrustedOwners, *, expected: Mapping[str, str] | None = None
+) -> Iterator["Begun"]:
+    """A bundle after every check but those of its weights and its days, with its weights open to
+    be read; arguments, order and errors are those of `open_bundle`."""
+    with _open_files(Path(path), None) as files:
+        _compare_small(files, expected)
+        yield Begun(files, *_check_signer(files, trusted, trusted.allows_unknown))
 
 
 def check_signer(
@@ -114,6 +147,7 @@ def check_signer(
     trusted: TrustedOwners,
     max_bytes: int | None = None,
     *,
+    expected: Mapping[str, str] | None = None,
     judges_revocation: bool = True,
 ) -> Bundle:
     """The bundle in directory `path`, without tensors, after every check but those of its weights,
@@ -126,21 +160,23 @@ def check_signer(
         judges_revocation: False leaves it to the caller whether the owner has revoked it.
     """
     with _open_files(Path(path), max_bytes) as files:
-        signed, signer, manifest = _check_signer(
-            files, trusted, trusted.allows_unknown, judges_revocation
-        )
-        return _bundle_of(files, signed, signer, manifest, {})
+        _compare_small(files, expected)
+        checked = _check_signer(files, trusted, trusted.allows_unknown, judges_revocation)
+        return Begun(files, *checked).bundle
 
 
 def write_bundle(
     path: Path,
-    weights: bytes,
+    weights: bytes | Path,
     manifest: Manifest,
     private_key: Path,
     today: datetime.date | None = None,
     passphrase: str | None = None,
 ) -> Path:
     """Pack and sign a bundle at `path` (`<name>.bundle`, must not exist); return `path`.
+
+    `weights` is a safetensors file, or its bytes. A file is moved into the bundle, if it is on the
+    same file system, and is to be nobody else's.
 
     It is opened with every check before it gets its name; a kill at any moment leaves nothing at
     `path`. For `passphrase` see `read_private_key`.
@@ -155,12 +191,12 @@ def write_bundle(
     if os.path.lexists(path):
         raise BundleError(f"{path} exists and is not overwritten. Remove it or choose another.")
     key = read_private_key(private_key, passphrase)
-    files = {
-        WEIGHTS_FILE: weights,
-        MANIFEST_FILE: encode_manifest(manifest),
-        SIGNER_FILE: encode_public(key),
-    }
+    files = {MANIFEST_FILE: encode_manifest(manifest), SIGNER_FILE: encode_public(key)}
     digests = {name: digest_bytes(data) for name, data in files.items()}
+    if isinstance(weights, bytes):
+        digests[WEIGHTS_FILE] = digest_bytes(weights)
+    else:
+        digests[WEIGHTS_FILE] = digest_file(weights)
     files[SIGNATURE_FILE] = sign_files(path.name, digests, key)
     owner = TrustedOwners.from_keys({manifest.owner: files[SIGNER_FILE]})
     day = today or _today()
@@ -169,6 +205,10 @@ def write_bundle(
         with write_directory_aside(path, MANIFEST_FILE) as aside:
             for name, data in files.items():
                 (aside / name).write_bytes(data)
+            if isinstance(weights, Path):
+                shutil.move(weights, aside / WEIGHTS_FILE)
+            else:
+                (aside / WEIGHTS_FILE).write_bytes(weights)
             try:
                 open_bundle(aside, owner, today=day)
             except BundleError as e:
@@ -177,6 +217,11 @@ def write_bundle(
     except OSError as e:
         raise BundleError(f"{path} cannot be written: {e}.") from None
     return path
+
+
+def subject_of(digests: Mapping[str, str]) -> str:
+    """Words that say in the record of verified files which weights of which manifest they are."""
+    return f"weights {digests[WEIGHTS_FILE]} of the manifest {digests[MANIFEST_FILE]}"
 
 
 def digest_of(bundle: str) -> str:
@@ -222,7 +267,8 @@ def inspect_bundle(
             signed = _check_signature(files)
             report["key_id"] = signed.key_id
             report["signer"] = trusted.owner_of(signed.key_id) if trusted else None
-            _check(files, trusted, False, today or _today(), False)
+            begun = Begun(files, *_check_signer(files, trusted, False))
+            begun.read(day=today or _today())
     except BundleError as e:
         report["why_not"] = str(e)
     else:
@@ -332,6 +378,13 @@ def _compare_digests(
     )
 
 
+def _compare_small(files: _Files, expected: Mapping[str, str] | None) -> None:
+    """Hold the small files against digests that were verified before, if there are any."""
+    if expected is not None and not files.problems:
+        found = {name: digest_bytes(data) for name, data in files.small.items()}
+        _compare_digests(files, {**expected, **found}, expected, "verified before")
+
+
 def _check_signature(files: _Files) -> Signed:
     """Check that all files are there and the small ones as signed; returns what was signed."""
     raise_listed(
@@ -419,54 +472,102 @@ def _check_standing(
         )
 
 
-def _check(
-    files: _Files,
-    trusted: TrustedOwners | None,
-    allow_unknown_signer: bool,
-    today: datetime.date | None,
-    keep_tensors: bool,
-    copy_to: Path | None = None,
-) -> Bundle:
-    """Every check, in order."""
-    path = files.path
-    signed, signer, manifest = _check_signer(files, trusted, allow_unknown_signer)
-    if copy_to is not None:
-        for name, data in files.small.items():
-            (copy_to / name).write_bytes(data)
-    with nullcontext() if copy_to is None else open(copy_to / WEIGHTS_FILE, "xb") as copy:
-        weights = _read_weights(files, signed, keep_tensors, copy)
-    lines = []
-    if signed.subject != f"{manifest.name}.bundle":
-        lines.append(
-            f"{SIGNATURE_FILE}: found the name {signed.subject!a}, expected {manifest.name}.bundle"
+@dataclass(frozen=True)
+class Begun:
+    """A bundle of which all has been checked but the weights."""
+
+    _files: _Files
+    _signed: Signed
+    _signer: str | None
+    _manifest: Manifest
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle, without anything of its weights."""
+        small, sizes = self._files.small, self._files.sizes
+        return Bundle(
+            self._manifest,
+            self._signer,
+            self._signed.key_id,
+            {**self._signed.digests, SIGNATURE_FILE: digest_bytes(small[SIGNATURE_FILE])},
+            sizes[WEIGHTS_FILE],
         )
-    lines += _find_content_problems(manifest, weights, today)
-    raise_listed(
-        BundleError,
-        f"{path} was refused: its content is not what manifest.json claims, or cannot be used.",
-        lines,
-        f"Ask the owner ({manifest.owner}) for a new bundle.",
-    )
-    return _bundle_of(files, signed, signer, manifest, weights.data)
+
+    def read(
+        self,
+        watch: Watch | None = None,
+        known: Identity | None = None,
+        *,
+        copy_to: Path | None = None,
+        day: datetime.date | None = None,
+    ) -> Bundle:
+        """The bundle after every other check; to be called once. Arguments and errors are those of
+        `open_bundle`; without a `day` the caller judges the terms."""
+        files, manifest = self._files, self._manifest
+        (file,) = files.weights
+        identity = Identity.of(file.fileno())
+        weights = None
+        if known is None:
+            wait_until_past({WEIGHTS_FILE: identity})
+            weights = self._check_weights(watch, copy_to)
+        elif known == identity and watch is not None:
+            watch_weights(file, files.sizes[WEIGHTS_FILE], watch)
+        lines = []
+        if self._signed.subject != f"{manifest.name}.bundle":
+            lines.append(
+                f"{SIGNATURE_FILE}: found the name {self._signed.subject!a}, "
+                f"expected {manifest.name}.bundle"
+            )
+        lines += _find_content_problems(manifest, weights, day)
+        raise_listed(
+            BundleError,
+            f"{files.path} was refused: its content is not what manifest.json claims, or cannot be "
+            "used.",
+            lines,
+            f"Ask the owner ({manifest.owner}) for a new bundle.",
+        )
+        is_same = identity == Identity.of(file.fileno())
+        if known is not None and not (is_same and known == identity):
+            raise BundleError(
+                f"{files.path} changed while it was read. Open it once it is at rest."
+            )
+        if copy_to is not None:
+            identity = Identity.of(copy_to / WEIGHTS_FILE)
+        return replace(
+            self.bundle,
+            largest=None if weights is None else weights.largest,
+            identity=identity if is_same else None,
+        )
+
+    def _check_weights(self, watch: Watch | None, copy_to: Path | None) -> Weights:
+        """The weights if they are those that were signed; all files go to `copy_to` too."""
+        if copy_to is None:
+            return _read_weights(self._files, self._signed, watch, None)
+        for name, data in self._files.small.items():
+            (copy_to / name).write_bytes(data)
+        with open(copy_to / WEIGHTS_FILE, "xb") as copy:
+            return _read_weights(self._files, self._signed, watch, copy)
 
 
-def _bundle_of(
-    files: _Files,
-    signed: Signed,
-    signer: str | None,
-    manifest: Manifest,
-    tensors: dict[str, mmap.mmap],
-) -> Bundle:
-    digests = {**signed.digests, SIGNATURE_FILE: digest_bytes(files.small[SIGNATURE_FILE])}
-    size = files.sizes[WEIGHTS_FILE]
-    return Bundle(manifest, signer, signed.key_id, digests, size, tensors)
+class _Kept:
+    """The tensors of a bundle in memory, each of which goes back to the system when let go."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, mmap.mmap] = {}
+
+    def __call__(self, name: str, span: Span, at: int, piece: memoryview) -> None:
+        if at == 0:
+            self.data[name] = mmap.mmap(-1, span.end - span.begin)
+        self.data[name][at : at + len(piece)] = piece
 
 
-def _read_weights(files: _Files, signed: Signed, keep: bool, copy: BinaryIO | None) -> Weights:
+def _read_weights(
+    files: _Files, signed: Signed, watch: Watch | None, copy: BinaryIO | None
+) -> Weights:
     """The weights, read once, if they are those that were signed."""
     (file,) = files.weights
     try:
-        weights = read_weights(file, files.sizes[WEIGHTS_FILE], keep, copy)
+        weights = read_weights(file, files.sizes[WEIGHTS_FILE], watch, copy)
     except BundleError as e:
         file.seek(0)
         digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
@@ -477,10 +578,14 @@ def _read_weights(files: _Files, signed: Signed, keep: bool, copy: BinaryIO | No
 
 
 def _find_content_problems(
-    manifest: Manifest, weights: Weights, today: datetime.date | None
+    manifest: Manifest, weights: Weights | None, today: datetime.date | None
 ) -> list[str]:
-    """A line for each way in which the weights differ from the manifest or cannot be used, `today`
-    if that is for us to judge."""
+    """A line for each way in which the weights, if read, differ from the manifest or cannot be
+    used, `today` if that is for us to judge."""
+    days = [] if today is None else manifest.terms.refusals_of_day(today)
+    late = [f"{why}, today is {today}" for why in days]
+    if weights is None:
+        return late
     lines = []
     if weights.digest != manifest.weights_digest:
         lines.append(
@@ -498,5 +603,4 @@ def _find_content_problems(
                 f"data of {name}: found {found[name].digest}, expected {expected[name].digest}"
             )
     lines += [f"not finite: {name} holds an infinity or NaN" for name in weights.nonfinite]
-    days = [] if today is None else manifest.terms.refusals_of_day(today)
-    return lines + [f"{why}, today is {today}" for why in days]
+    return lines + late

@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import unicodedata
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -208,7 +209,7 @@ def read_manifest(data: bytes) -> Manifest:
 
 
 def build_manifest(
-    weights: bytes,
+    weights: bytes | Path,
     *,
     name: str,
     owner: str,
@@ -225,7 +226,8 @@ def build_manifest(
     created: str | None = None,
     software: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """The manifest for `weights` (a safetensors file), through the same gate as one received.
+    """The manifest for `weights` (a safetensors file, or its bytes), through the same gate as one
+    received.
 
     `serial` must be higher than that of every bundle of this owner and name before (see
     `flexolmo.bundle.serials`), and `licence` in its plain spelling. `created` defaults to now;
@@ -234,7 +236,11 @@ def build_manifest(
     _refuse_alias(licence)
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     packages = ("flexolmo", "safetensors", "torch")
-    found = read_weights(io.BytesIO(weights), len(weights))
+    if isinstance(weights, bytes):
+        found = read_weights(io.BytesIO(weights), len(weights))
+    else:
+        with io.FileIO(weights) as file:
+            found = read_weights(file, weights.stat().st_size)
     claims = {
         "format_version": FORMAT_VERSION,
         "name": name,

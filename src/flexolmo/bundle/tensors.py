@@ -6,10 +6,11 @@ of a manifest, nor which tensors an expert should have.
 
 import hashlib
 import io
+import itertools
 import json
-import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from typing import Annotated, Any, BinaryIO, Literal
@@ -34,6 +35,7 @@ _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
 }
 _TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 _PIECE_BYTES = 1 << 20  # a multiple of every dtype's size
+_WORTH_A_THREAD = 64 << 10  # bytes from which handing over a piece costs less than it saves
 _OPENING = "The weights are not a safetensors file that a bundle may hold:"
 _ADVICE = "Write them with safetensors, float, int8 or int64 tensors only, without metadata."
 
@@ -61,12 +63,16 @@ class Weights:
 
     digest: str  # of the whole file
     tensors: dict[str, TensorEntry]  # in the order of the header
-    nonfinite: list[str]  # names of the tensors that hold an infinity or NaN, in that order
-    data: dict[str, mmap.mmap]  # bytes of each tensor, in memory of our own; empty unless asked for
+    largest: dict[str, float]  # absolute value of each tensor of floats; inf: not all are finite
+
+    @property
+    def nonfinite(self) -> list[str]:
+        """Names of the tensors that hold an infinity or NaN, in the order of the header."""
+        return [name for name, value in self.largest.items() if value == float("inf")]
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """One tensor's place: bytes `begin` to `end` of the whole file."""
 
     dtype: str
@@ -75,7 +81,12 @@ class _Span:
     end: int
 
 
-def _read_span(name: str, entry: Any, data_begin: int, size: int) -> _Span | str:
+# Sees a tensor's name and place, where in the tensor a piece begins, and the piece, whose memory is
+# used again afterwards. Nothing of it may be relied on before the whole file has been checked.
+Watch = Callable[[str, Span, int, memoryview], None]
+
+
+def _read_span(name: str, entry: Any, data_begin: int, size: int) -> Span | str:
     """The place of one tensor, or a line that says what is wrong with it."""
     if not re.fullmatch(_TENSOR_NAME, name):
         return f"{name[:200]!a}: a tensor's name has 1 to 200 of A-Z a-z 0-9 _ . -"
@@ -102,14 +113,14 @@ def _read_span(name: str, entry: Any, data_begin: int, size: int) -> _Span | str
     expected = prod(shape) * _EXPONENT_BITS[dtype][0].itemsize
     if end - begin != expected:
         return f"{name}: found {end - begin} bytes, expected {expected} for {dtype} {shape}"
-    return _Span(dtype, tuple(shape), data_begin + begin, data_begin + end)
+    return Span(dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
 def _refuse(line: str) -> BundleError:
     return BundleError(f"{_OPENING}\n  - {line}\n{_ADVICE}")
 
 
-def _read_table(raw: bytes, size: int) -> dict[str, _Span]:
+def _read_table(raw: bytes, size: int) -> dict[str, Span]:
     """The checked header `raw` of a file of `size` bytes: every byte is accounted for."""
     if raw.count(b'"data_offsets"') > MAX_TENSORS:  # before any of them becomes an object
         raise _refuse(f"the header names more than {MAX_TENSORS} tensors")
@@ -134,7 +145,7 @@ def _read_table(raw: bytes, size: int) -> dict[str, _Span]:
     if metadata != {}:
         keys = sorted(metadata) if isinstance(metadata, dict) else metadata
         lines.append(f"__metadata__: found {ascii(keys)[:200]}, expected none (text could leave)")
-    spans: dict[str, _Span] = {}
+    spans: dict[str, Span] = {}
     for name, entry in table.items():
         span = _read_span(name, entry, data_begin, size)
         if isinstance(span, str):
@@ -166,32 +177,58 @@ def _fill(file: io.FileIO | io.BytesIO, view: memoryview) -> None:
         done += count
 
 
-def _is_finite(piece: memoryview, dtype: str) -> bool:
-    kind, mask = _EXPONENT_BITS[dtype]
-    return not mask or not np.any((np.frombuffer(piece, kind) & mask) == mask)
+def largest_bits(piece: memoryview, dtype: str) -> int:
+    """Bits of the largest absolute value in `piece`, in whose order magnitudes are; 0 of whole
+    numbers."""
+    kind, exponent = _EXPONENT_BITS.get(dtype, (None, 0))
+    if kind is None or not exponent:
+        return 0
+    no_sign = (1 << (8 * kind.itemsize - 1)) - 1
+    return int((np.frombuffer(piece, kind) & kind.type(no_sign)).max())
 
 
-def read_weights(
-    file: io.FileIO | io.BytesIO, size: int, keep: bool = False, copy: BinaryIO | None = None
-) -> Weights:
-    """Read a safetensors file of `size` bytes once, in pieces, from where `file` stands.
+def value_of(bits: int, dtype: str) -> float:
+    """The number of these bits without a sign; infinity for a NaN too."""
+    kind, exponent = _EXPONENT_BITS.get(dtype, (np.dtype("<u8"), 0))
+    if not exponent:
+        return 0.0
+    if bits & exponent == exponent:
+        return float("inf")
+    if dtype == "BF16":
+        return float(np.array(bits << 16, "<u4").view("<f4"))
+    return float(np.array(bits, kind).view(f"<f{kind.itemsize}"))
 
-    Digests and finiteness are those of the very bytes in `data`: a file that is changed meanwhile
-    cannot make them differ; and so are those written to `copy`. Memory: 1 MiB and the header, and
-    with `keep` the tensors, each given back to the system as soon as it is let go.
 
-    Raises:
-        BundleError: the header is malformed, or any byte belongs to no tensor or to two.
+class _Digest:
+    """SHA-256 of pieces, on another core while the caller looks at them.
+
+    A piece may be overwritten once the next one has been added, or `hexdigest` asked for.
     """
-    whole = hashlib.sha256()
 
-    def read(view: memoryview) -> memoryview:
-        _fill(file, view)
-        whole.update(view)
-        if copy is not None:
-            copy.write(view)
-        return view
+    def __init__(self, pool: ThreadPoolExecutor):
+        self._pool = pool
+        self._hash = hashlib.sha256()
+        self._pending: Future[None] | None = None
 
+    def update(self, piece: memoryview) -> None:
+        self._wait()
+        if len(piece) < _WORTH_A_THREAD:
+            self._hash.update(piece)
+        else:
+            self._pending = self._pool.submit(self._hash.update, piece)
+
+    def hexdigest(self) -> str:
+        self._wait()
+        return self._hash.hexdigest()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+def _read_header(size: int, read: Callable[[memoryview], memoryview]) -> dict[str, Span]:
+    """The tensors of a file of `size` bytes, by name, from the header that `read` gives."""
     if size < 8:
         raise _refuse(f"found {size} bytes, expected at least the 8 of the header's length")
     header_bytes = int.from_bytes(read(memoryview(bytearray(8))), "little")
@@ -200,25 +237,58 @@ def read_weights(
             f"found a header length of {header_bytes} bytes, expected at most "
             f"{min(MAX_HEADER_BYTES, size - 8)}"
         )
-    spans = _read_table(bytes(read(memoryview(bytearray(header_bytes)))), size)
-    piece = memoryview(bytearray(_PIECE_BYTES))
-    digests: dict[str, str] = {}
-    nonfinite: set[str] = set()
-    data: dict[str, mmap.mmap] = {}
-    for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
-        own = hashlib.sha256()
-        num_bytes = span.end - span.begin
-        if keep:
-            data[name] = mmap.mmap(-1, num_bytes)
-        for at in range(0, num_bytes, _PIECE_BYTES):
-            count = min(_PIECE_BYTES, num_bytes - at)
-            view = read(memoryview(data[name])[at : at + count] if keep else piece[:count])
-            own.update(view)
-            if not _is_finite(view, span.dtype):
-                nonfinite.add(name)
-        digests[name] = "sha256:" + own.hexdigest()
+    return _read_table(bytes(read(memoryview(bytearray(header_bytes)))), size)
+
+
+def _in_pieces(num_bytes: int) -> Iterator[tuple[int, int]]:
+    """Begin and length of each piece of a tensor."""
+    for at in range(0, num_bytes, _PIECE_BYTES):
+        yield at, min(_PIECE_BYTES, num_bytes - at)
+
+
+def read_weights(
+    file: io.FileIO | io.BytesIO,
+    size: int,
+    watch: Watch | None = None,
+    copy: BinaryIO | None = None,
+) -> Weights:
+    """Read a safetensors file of `size` bytes once, in pieces, from where `file` stands.
+
+    Digests and largest values are those of the very bytes that `watch` sees: a file that is changed
+    meanwhile cannot make them differ; and so are those written to `copy`. Memory: 2 MiB and the
+    header.
+
+    Raises:
+        BundleError: the header is malformed, or any byte belongs to no tensor or to two.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        whole = _Digest(pool)
+
+        def read(view: memoryview) -> memoryview:
+            _fill(file, view)
+            whole.update(view)
+            if copy is not None:
+                copy.write(view)
+            return view
+
+        spans = _read_header(size, read)
+        buffers = itertools.cycle([memoryview(bytearray(_PIECE_BYTES)) for _ in range(2)])
+        digests: dict[str, str] = {}
+        largest: dict[str, float] = {}
+        for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
+            own = hashlib.sha256()
+            bits = 0
+            for at, count in _in_pieces(span.end - span.begin):
+                view = read(next(buffers)[:count])
+                own.update(view)
+                bits = max(bits, largest_bits(view, span.dtype))
+                if watch is not None:
+                    watch(name, span, at, view)
+            digests[name] = "sha256:" + own.hexdigest()
+            largest[name] = value_of(bits, span.dtype)
+        digest = "sha256:" + whole.hexdigest()
     return Weights(
-        digest="sha256:" + whole.hexdigest(),
+        digest=digest,
         tensors={
             name: TensorEntry(
                 dtype=span.dtype,  # type: ignore[arg-type]  # one of the keys of _EXPONENT_BITS
@@ -227,9 +297,23 @@ def read_weights(
             )
             for name, span in spans.items()
         },
-        nonfinite=[name for name in spans if name in nonfinite],
-        data=data,
+        largest={name: largest[name] for name in spans},
     )
+
+
+def watch_weights(file: io.FileIO, size: int, watch: Watch) -> None:
+    """Let `watch` see the tensors of a file that was checked before: `read_weights` without
+    digests."""
+
+    def read(view: memoryview) -> memoryview:
+        _fill(file, view)
+        return view
+
+    piece = memoryview(bytearray(_PIECE_BYTES))
+    spans = _read_header(size, read)
+    for name, span in sorted(spans.items(), key=lambda item: item[1].begin):
+        for at, count in _in_pieces(span.end - span.begin):
+            watch(name, span, at, read(piece[:count]))
 
 
 def compare_tensors(

@@ -8,7 +8,7 @@ import typer
 from flexolmo.cli.anchor import Precision
 from flexolmo.cli.expert import MaxBytes
 from flexolmo.cli.keys import PassphraseFile, read_passphrase
-from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
+from flexolmo.cli.trust import TrustAny, TrustDirectory, Verify, trusted_owners
 from flexolmo.terminal import echo
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def check(
     from flexolmo.errors import ConfigError
     from flexolmo.evaluation.influence import check_bundles, refuse_excess
     from flexolmo.files import write_json
-    from flexolmo.merge.mixture import read_about
+    from flexolmo.merge.index import read_about
 
     kept = None
     if model is not None:
@@ -188,6 +188,7 @@ def build(
     public: Public = None,
     require: Require = None,
     seed: Seed = None,
+    verify: Verify = False,
 ) -> None:
     """Check bundles and merge them. Nothing is trained.
 
@@ -204,6 +205,7 @@ def build(
         top_k=top_k,
         max_bytes=max_bytes,
         **_judges(anchor, public, require, seed),
+        verify=verify,
     )
     if about["influence"]:
         print_influence(about["influence"])
@@ -220,14 +222,16 @@ def add(
     public: Public = None,
     require: Require = None,
     seed: Seed = None,
+    verify: Verify = False,
 ) -> None:
     """Add owners' bundles to a mixture, within the limits that it keeps."""
-    from flexolmo.merge.mixture import add_experts, read_about
+    from flexolmo.merge.index import read_about
+    from flexolmo.merge.mixture import add_experts
 
     trusted = trusted_owners(trust, trust_any_signer)
     kept = read_about(model)["influence"]
     judges = _judges(model / "anchor", public, require, seed, kept)
-    about = add_experts(model, bundles, trusted, max_bytes=max_bytes, **judges)
+    about = add_experts(model, bundles, trusted, max_bytes=max_bytes, **judges, verify=verify)
     if about["influence"]:
         print_influence(about["influence"])
     echo(f"{model}: public + {', '.join(about['experts'])}")
@@ -239,11 +243,13 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="Experts to remove, by name.")],
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
+    verify: Verify = False,
 ) -> None:
     """Remove owners' experts, files and all. Those who stay must be trusted."""
     from flexolmo.merge.mixture import remove_experts
 
-    about = remove_experts(model, names, trusted_owners(trust, trust_any_signer))
+    trusted = trusted_owners(trust, trust_any_signer)
+    about = remove_experts(model, names, trusted, verify=verify)
     echo(f"{model}: public + {', '.join(about['experts']) or 'no owner'}")
 
 
@@ -285,7 +291,7 @@ def inspect(model: Model) -> None:
     """Print what a mixture is built from, as JSON."""
     import json
 
-    from flexolmo.merge.mixture import read_about
+    from flexolmo.merge.index import read_about
 
     echo(json.dumps(read_about(model), indent=2))
 
@@ -312,6 +318,7 @@ def export(
     ] = None,
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
+    verify: Verify = False,
 ) -> None:
     """Write a checkpoint that transformers loads.
 
@@ -339,7 +346,9 @@ def export(
         raise ConfigError(f"Format {to!r} is not known; hf is.")
     if code and data:
         raise ConfigError("--data refits a router for stock; with --code nothing is refit.")
-    mixture = load_mixture(model, trusted_owners(trust, trust_any_signer))
+    mixture = load_mixture(
+        model, trusted_owners(trust, trust_any_signer), is_mapped=True, verify=verify
+    )
     if code:
         export_code(mixture, out)
         echo(f"{out}: exact, with its code beside it; README.md there says how to load it")

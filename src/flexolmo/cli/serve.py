@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flexolmo.cli.trust import TrustAny, TrustDirectory
+from flexolmo.cli.trust import TrustAny, TrustDirectory, Verify
 from flexolmo.errors import ConfigError
 from flexolmo.inference.policy import parse_names
 from flexolmo.terminal import PlainConsole, echo
@@ -45,6 +45,7 @@ def serve(
     ] = False,
     trust: TrustDirectory = None,
     trust_any_signer: TrustAny = False,
+    verify: Verify = False,
     experts: Annotated[
         str | None,
         typer.Option(
@@ -179,6 +180,7 @@ def serve(
             "model": model,
             "trust": trust,
             "trusts_any_signer": trust_any_signer,
+            "verify": verify,
             "experts": chosen,
             "memory_bytes": memory_bytes,
         },
@@ -219,7 +221,9 @@ def open_engine_of(
     from flexolmo.inference.open_engine import open_engine
 
     settings = EngineSettings(memory_bytes=opening.memory_bytes)
-    return open_engine(opening.model, opening.read_owners, settings, experts=opening.experts)
+    return open_engine(
+        opening.model, opening.read_owners, settings, experts=opening.experts, verify=opening.verify
+    )
 
 
 def open_tracer(sources: Sequence[str], level: "Level", key: Path | None) -> "Tracer":

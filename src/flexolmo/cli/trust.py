@@ -1,4 +1,5 @@
-"""The two options that say whose signature counts, the same in every command that asks."""
+"""The options that say whose signature counts and what is hashed again, the same in every command
+that asks."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,6 +21,14 @@ TrustAny = Annotated[
     bool,
     typer.Option(
         "--trust-any-signer", help="Accept signers you do not know. Every other check stays."
+    ),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify",
+        help="Hash every file again, also those that your record says were verified and that have "
+        "not changed since. FLEXOLMO_VERIFY=1 asks for it too.",
     ),
 ]
 

@@ -11,7 +11,8 @@ from flexolmo.files import canonical_json, digest_bytes, digest_file
 from flexolmo.inference.batching import BatchEngine, EngineSettings
 from flexolmo.inference.engine import ModelFacts
 from flexolmo.inference.stepping import EngineModel
-from flexolmo.merge.mixture import ABOUT, load_mixture, read_about
+from flexolmo.merge.index import ABOUT, read_about
+from flexolmo.merge.mixture import load_mixture
 from flexolmo.merge.rollback import Seen
 
 FRAME = ("anchor_digest", "router", "top_k")  # all that every request depends on
@@ -23,25 +24,29 @@ def open_engine(
     settings: EngineSettings | None = None,
     device: torch.device | None = None,
     experts: Collection[str] | None = None,
+    *,
+    verify: bool = False,
 ) -> BatchEngine:
     """An engine that runs the mixture in `model_dir`, and reads it again at each reload.
 
     Arguments and errors are those of `model_reader` and of `BatchEngine`.
     """
-    return BatchEngine(model_reader(model_dir, read_owners, experts), settings, device)
+    return BatchEngine(model_reader(model_dir, read_owners, experts, verify), settings, device)
 
 
 def model_reader(
     model_dir: Path,
     read_owners: Callable[[], TrustedOwners],
     experts: Collection[str] | None = None,
+    verify: bool = False,
 ) -> Callable[[], EngineModel]:
     """A function that reads the mixture in `model_dir` as it is when called.
 
     Only `experts` are loaded, by default all; a name that leaves the mixture later is passed over.
     The owners' keys and revocations are read again too. An expert that is revoked, or whose terms
     refuse today, is not loaded, and the others are. No call takes an expert that is older than
-    one that a call before has seen. The function raises what `load_mixture` raises, and MergeError
+    one that a call before has seen. Files that the user's record says were verified are hashed
+    again only with `verify`. The function raises what `load_mixture` raises, and MergeError
     if the mixture changes while it is read.
     """
     seen: Seen | None = None
@@ -53,7 +58,12 @@ def model_reader(
         if chosen is not None and seen is not None:
             chosen = [name for name in read_about(model_dir)["experts"] if name in chosen]
         mixture = load_mixture(
-            model_dir, read_owners(), experts=chosen, seen=seen, leaves_out_barred=True
+            model_dir,
+            read_owners(),
+            experts=chosen,
+            seen=seen,
+            leaves_out_barred=True,
+            verify=verify,
         )
         if digest_file(model_dir / ABOUT) != digest:
             raise MergeError(f"{model_dir} changed while it was read. It is read again.")

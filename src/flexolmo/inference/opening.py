@@ -15,6 +15,7 @@ class Opening(Settings):
     model: Path = Field(description="Directory of the mixture.")
     trust: Path | None = Field(None, description="Directory of trusted owners' public keys.")
     trusts_any_signer: bool = Field(False, description="True to accept signers you do not know.")
+    verify: bool = Field(False, description="True to hash again what was verified before.")
     experts: tuple[str, ...] | None = Field(None, description="Experts to load; none: all.")
     memory_bytes: int = Field(1 << 30, ge=1, description="Memory for keys and values, in bytes.")
     max_running: int = Field(64, ge=1, description="Requests that are read and written at once.")

@@ -26,7 +26,8 @@ from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import digest_bytes, digest_file, recover_missing
 from flexolmo.inference.policy import choose_experts
-from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.merge.index import ABOUT
+from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, about_mix, arrange
 from flexolmo.model.transformer import Transformer

@@ -4,20 +4,23 @@ They ask of tensors and tables whether training can have made them. What an expe
 measured by `flexolmo.evaluation.influence`. Source: §3.3.3; the checks ours.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
 from flexolmo.bundle.bundle import Bundle
 from flexolmo.bundle.manifest import Manifest
-from flexolmo.bundle.tensors import compare_tensors
-from flexolmo.files import digest_bytes
-from flexolmo.model.assemble import anchor_matrix, assemble_mixture
-from flexolmo.model.checkpoint import Anchor
+from flexolmo.bundle.tensors import Span, Watch, compare_tensors
+from flexolmo.merge.bounds import SAFE, find_reach
+from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
+from flexolmo.model.checkpoint import Anchor, digest_data
+from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
 from flexolmo.model.shape import (
     BIGRAM_KEYS,
@@ -28,6 +31,7 @@ from flexolmo.model.shape import (
     shape_of_tensors,
 )
 from flexolmo.model.statistics import OWNERS_CHOICE, EvidenceSettings, OwnerTable, table_problems
+from flexolmo.model.transformer import copy_matrix
 
 ROUTER: TypeAdapter[RouterSettings] = TypeAdapter(RouterSettings)
 TABLE = {TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS}
@@ -39,6 +43,7 @@ DTYPES = {
     torch.int8: "I8",
     torch.int64: "I64",
 }
+DTYPE_OF = {name: dtype for dtype, name in DTYPES.items()}
 MAX_WEIGHT = 10_000.0  # largest number an expert may hold; trained ones stay below 100
 
 
@@ -47,15 +52,92 @@ def tensors_of(bundle: Bundle) -> dict[str, Tensor]:
 
     Once `bundle.tensors` is cleared they alone hold it.
     """
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     return {
-        name: torch.frombuffer(bundle.tensors[name], dtype=dtypes[entry.dtype]).reshape(entry.shape)
+        name: torch.frombuffer(bundle.tensors[name], dtype=DTYPE_OF[entry.dtype]).reshape(
+            entry.shape
+        )
         for name, entry in bundle.manifest.tensors.items()
     }
 
 
-def find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
-    """A line for each way in which a bundle opened with `keep_tensors` does not fit the anchor."""
+class SeenWeights:
+    """Everything that the checks need of an expert's numbers beside the largest: its router's
+    table, and tokens at which its embedding and head differ from the anchor's. Watches while a
+    bundle is opened, and hands what it sees on to `then`.
+    """
+
+    def __init__(self, anchor: Anchor, then: Watch | None = None):
+        self.table: dict[str, Tensor] = {}
+        self.moved: dict[str, Tensor] = {}  # [V] True where a row differs, by part
+        self._anchor = anchor
+        self._then = then
+
+    def __call__(self, name: str, span: Span, at: int, piece: memoryview) -> None:
+        if name in TABLE:
+            if at == 0:
+                self.table[name] = torch.empty(span.shape, dtype=DTYPE_OF[span.dtype])
+            kept = self.table[name].reshape(-1).view(torch.uint8)
+            kept[at : at + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
+        part, _, kind = name.partition(".")
+        if part in ("embed_tokens", "lm_head") and kind in ("weight", "lora_b"):
+            self._compare(part, span, at, torch.frombuffer(piece, dtype=DTYPE_OF[span.dtype]))
+        if self._then is not None:
+            self._then(name, span, at, piece)
+
+    def _compare(self, part: str, span: Span, at: int, numbers: Tensor) -> None:
+        """Mark the rows of the matrix [V,.] in which these of its `numbers` are new."""
+        base = cast(Tensor, anchor_matrix(self._anchor, part)).detach()
+        width = span.shape[-1]
+        if span.shape[0] != len(base):  # refused for its shape
+            return
+        moved = self.moved.setdefault(part, torch.zeros(len(base), dtype=torch.bool))
+        begin = at // numbers.element_size()
+        if span.shape == base.shape:
+            first, last = begin // width, (begin + len(numbers) - 1) // width
+            rows = base[first : last + 1].cpu().reshape(-1)
+            is_new = numbers != rows[begin - first * width :][: len(numbers)]
+        else:
+            is_new = numbers != 0  # of a delta
+        moved[(begin + is_new.nonzero()[:, 0]) // width] = True
+
+
+class ExpertFiller:
+    """Copies an expert's tensors into a mixture while a bundle is opened, one whole tensor after
+    the other. Of a bundle that is then refused, what it filled is worth nothing."""
+
+    def __init__(self, model: MixtureModel, name: str):
+        self._places = expert_tensors(model, name)
+        self._tensor = torch.empty(0)
+
+    def __call__(self, name: str, span: Span, at: int, piece: memoryview) -> None:
+        if at == 0:
+            self._tensor = torch.empty(span.shape, dtype=DTYPE_OF[span.dtype])
+        data = self._tensor.reshape(-1).view(torch.uint8)
+        data[at : at + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
+        place = self._places.get(name)
+        is_whole = at + len(piece) == span.end - span.begin
+        if is_whole and place is not None and place.shape == self._tensor.shape:
+            with torch.no_grad():
+                copy_matrix(place, self._tensor)
+            self._tensor = torch.empty(0)
+
+
+def map_expert(model: MixtureModel, name: str, weights: Path) -> None:
+    """Let an expert's matrices in `model` stay in its verified file `weights`; of all else, which
+    is small, a copy is made."""
+    with safetensors.safe_open(weights, framework="pt") as file:
+        for key, place in expert_tensors(model, name).items():
+            tensor = file.get_tensor(key)
+            if place.dim() == 2 and place.dtype == tensor.dtype:
+                place.data = tensor
+            else:
+                with torch.no_grad():
+                    place.copy_(tensor)
+
+
+def find_misfits(anchor: Anchor, bundle: Bundle, seen: SeenWeights | None = None) -> list[str]:
+    """A line for each way in which a bundle does not fit the anchor: by its manifest, and, if its
+    weights were `seen`, by its numbers."""
     m = bundle.manifest
     if m.anchor_digest != anchor.digest:
         return [f"{m.name}: trained on anchor {m.anchor_digest}, this anchor is {anchor.digest}"]
@@ -78,19 +160,19 @@ def find_misfits(anchor: Anchor, bundle: Bundle) -> list[str]:
         for key, entry in m.tensors.items()
         if entry.dtype not in (wanted := _dtypes_of(key, dtype))
     ]
-    if not lines:
-        lines = _find_bad_numbers(anchor, tensors_of(bundle), router)
+    if not lines and seen is not None and bundle.largest is not None:
+        lines = _find_bad_numbers(anchor, bundle.largest, seen, router)
     return [f"{m.name}: {line}" for line in lines]
 
 
 def _find_bad_numbers(
-    anchor: Anchor, tensors: Mapping[str, Tensor], router: RouterSettings
+    anchor: Anchor, largest: Mapping[str, float], seen: SeenWeights, router: RouterSettings
 ) -> list[str]:
     """A line for each tensor of the right shape and dtype that no training gives."""
     lines = [
-        f"{key} holds numbers of {largest:g}, expected at most {MAX_WEIGHT:g}"
-        for key, tensor in tensors.items()
-        if tensor.is_floating_point() and (largest := _largest(tensor)) > MAX_WEIGHT
+        f"{key} holds numbers of {value:g}, expected at most {MAX_WEIGHT:g}"
+        for key, value in largest.items()
+        if value > MAX_WEIGHT
     ]
     if not isinstance(router, EvidenceSettings):
         return lines
@@ -99,48 +181,42 @@ def _find_bad_numbers(
         BIGRAM_LEVELS: torch.zeros(0, dtype=torch.int8),
     }
     table = OwnerTable(
-        *((nothing | dict(tensors))[k].numpy() for k in (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS))
+        *((nothing | seen.table)[k].numpy() for k in (TOKEN_LEVELS, BIGRAM_KEYS, BIGRAM_LEVELS))
     )
     lines += [f"router table: {line}" for line in table_problems(table, anchor.public, router)]
     if not (table.token_levels.any() or table.pair_levels.any()):
         lines.append("router table says what public's does, which tells no text from another")
-    return lines + _find_told(anchor, tensors, torch.from_numpy(table.is_told))
+    return lines + _find_told(seen, torch.from_numpy(table.is_told))
 
 
-def _find_told(anchor: Anchor, tensors: Mapping[str, Tensor], is_told: Tensor) -> list[str]:
+def _find_told(seen: SeenWeights, is_told: Tensor) -> list[str]:
     """A line for each matrix whose rows tell of tokens that the table, [V], does not tell of."""
-    lines = []
-    for part in ("embed_tokens", "lm_head"):
-        rows = tensors.get(f"{part}.lora_b")  # zero at the start, [V,r]
-        if (whole := tensors.get(f"{part}.weight")) is not None:
-            base = anchor_matrix(anchor, part)
-            rows = whole - cast(Tensor, base).detach().cpu()
-        if rows is not None and (moved := int((rows[~is_told] != 0).any(1).sum())):
-            lines.append(
-                f"{part} differs from the anchor's at {moved} tokens that the router table does "
-                "not tell of: they would show what the owner's documents hold. Train it again"
-            )
-    return lines
+    return [
+        f"{part} differs from the anchor's at {count} tokens that the router table does "
+        "not tell of: they would show what the owner's documents hold. Train it again"
+        for part, moved in seen.moved.items()
+        if (count := int((moved & ~is_told).sum()))
+    ]
 
 
-def _largest(tensor: Tensor) -> float:
-    """Largest absolute value, found without a copy."""
-    least, most = tensor.aminmax()
-    return max(-float(least), float(most))
-
-
-def find_unstable(anchor: Anchor, bundle: Bundle) -> list[str]:
+def find_unstable(
+    anchor: Anchor, bundle: Bundle, read: Callable[[], Mapping[str, Tensor]]
+) -> list[str]:
     """A line if the expert, beside the anchor, gives no finite number for a fixed text.
 
-    Empties the bundle's tensors.
+    The text is read only if the largest numbers of the two leave that open; `read` gives the
+    expert's tensors then.
     """
     router = ROUTER.validate_python(bundle.manifest.router.settings)
+    shapes = {name: entry.shape for name, entry in bundle.manifest.tensors.items()}
+    shape = shape_of_tensors(shapes, anchor.config)
+    largest = bundle.largest or {}
+    if find_reach(anchor.config, anchor.largest, largest, shape, router) < SAFE:
+        return []
     if isinstance(router, EvidenceSettings):  # so that it is run at every token
         router = router.model_copy(update={"min_weight": 0.0})
     name = bundle.manifest.name
-    tensors = tensors_of(bundle)
-    bundle.tensors.clear()
-    model = assemble_mixture(anchor, {name: tensors}, router, takes_over=True)
+    model = assemble_mixture(anchor, {name: dict(read())}, router, takes_over=True)
     length = min(64, anchor.config.max_seq_len)
     ids = torch.arange(length)[None] * 7919 % anchor.config.vocab_size  # [1,T]
     with torch.inference_mode():
@@ -194,13 +270,9 @@ def find_differences(
 def _untrained(anchor: Anchor, name: str, key: str, manifests: Sequence[Manifest]) -> set[str]:
     """Digests that a tensor of several experts may well share: zeros, and the anchor's own."""
     entry = next(m.tensors[key] for m in manifests if m.name == name)
-    width = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8, "I8": 1, "I64": 8}[entry.dtype]
     own = anchor_matrix(anchor, key.removesuffix(".weight")) if key.endswith(".weight") else None
-    found = {digest_bytes(bytes(width * prod(entry.shape)))}
-    if own is not None:
-        data = own.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-        found.add(digest_bytes(data))
-    return found
+    nothing = torch.zeros(1, dtype=DTYPE_OF[entry.dtype]).expand(entry.shape)
+    return {digest_data(t) for t in (nothing, own) if t is not None}
 
 
 def _dtypes_of(key: str, weights: str) -> list[str]:

@@ -11,13 +11,13 @@ N tokens, D d_model, E experts, L layers, F the widest FFN.
 import math
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor
 
 from flexolmo.bundle.bundle import write_bundle
@@ -27,7 +27,7 @@ from flexolmo.bundle.terms import Terms
 from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import CheckpointError, MergeError
-from flexolmo.files import digest_file, write_directory_aside, write_json
+from flexolmo.files import LaterTensor, digest_file, save_tensors, write_directory_aside, write_json
 from flexolmo.merge.mixture import LoadedMixture, build_mixture
 from flexolmo.model.checkpoint import build_anchor, save_anchor
 from flexolmo.model.moe import MixtureModel
@@ -66,18 +66,23 @@ def refuse_more_than_ffn(model: MixtureModel) -> None:
         )
 
 
-def whole_ffn(model: MixtureModel, name: str, layer: int) -> dict[str, Tensor]:
-    """The matrices of one expert's FFN by part, a low-rank expert's written out as W + B A."""
+def whole_ffn(
+    model: MixtureModel, name: str, layer: int, part: str, width: int | None = None
+) -> Tensor:
+    """A matrix of one expert's FFN, a low-rank expert's written out as W + B A, with zeros up to
+    an FFN of `width`."""
     mixture = model.mixtures()[layer]
-    found = {}
-    for part in FFN_PARTS:
-        matrix = getattr(mixture.expert(name), part)
-        found[part] = (
-            matrix.weight
-            if isinstance(matrix, Linear)
-            else (getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a)
-        )
-    return found
+    matrix = getattr(mixture.expert(name), part)
+    whole: Tensor = (
+        matrix.weight
+        if isinstance(matrix, Linear)
+        else getattr(mixture.expert(PUBLIC), part).weight + matrix.lora_b @ matrix.lora_a
+    )
+    inner = 1 if part == "down_proj" else 0  # the dimension of size F
+    if width is None or width == whole.shape[inner]:
+        return whole
+    short = width - whole.shape[inner]
+    return F.pad(whole, (0, short) if inner else (0, 0, 0, short))
 
 
 def refit_router(
@@ -125,8 +130,10 @@ def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureMod
     """
     refuse_more_than_ffn(model)
     config = model.config.model_copy(update={"document_mask": False})
-    stock = MixtureModel(config, model.shapes, LinearSettings(has_bias=False), top_k=model.top_k)
-    stock.to(model.embed_tokens.weight.dtype)
+    with torch.device("meta"):  # the matrices are those of `model` itself
+        stock = MixtureModel(
+            config, model.shapes, LinearSettings(has_bias=False), top_k=model.top_k
+        )
     kept = {
         k: v
         for k, v in model.state_dict().items()
@@ -135,10 +142,7 @@ def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureMod
     for i, layer_rows in enumerate(rows):
         for e, name in enumerate(model.expert_names):
             kept[f"layers.{i}.mlp.router.rows.{slot(name)}.weight"] = layer_rows[e][None]
-    for mixture in stock.mixtures():
-        assert mixture.router is not None
-        mixture.router.float()
-    stock.load_state_dict(kept)
+    stock.load_state_dict(kept, assign=True)
     return stock.requires_grad_(False).eval()
 
 
@@ -164,22 +168,23 @@ def export_stock(
         raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
     refuse_more_than_ffn(model)
     names = model.expert_names
-    tensors: dict[str, Tensor] = {
+    tensors: dict[str, Tensor | LaterTensor] = {
         stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k
     }
+    D, dtype = model.config.d_model, model.embed_tokens.weight.dtype
     width = max([model.config.d_ff, *(s.d_ff for s in model.shapes.values())])
     width = math.ceil(width / 8) * 8  # stock's grouped products want rows of whole 16 bytes
     for i, rows in enumerate(router_rows(model)):
         prefix = f"model.layers.{i}.mlp."
-        tensors[prefix + "gate.weight"] = rows.to(model.embed_tokens.weight.dtype)
+        tensors[prefix + "gate.weight"] = rows.to(dtype)
         for e, name in enumerate(names):
-            for part, w in whole_ffn(model, name, i).items():
-                short = width - w.shape[1 if part == "down_proj" else 0]
-                w = F.pad(w, (0, short) if part == "down_proj" else (0, 0, 0, short))
-                tensors[f"{prefix}experts.{e}.{part}.weight"] = w
+            for part in FFN_PARTS:
+                shape = (D, width) if part == "down_proj" else (width, D)
+                make = partial(whole_ffn, model, name, i, part, width)
+                tensors[f"{prefix}experts.{e}.{part}.weight"] = LaterTensor(dtype, shape, make)
     config = stock_config(
         mixture.model.config,
-        model.embed_tokens.weight.dtype,
+        dtype,
         architectures=["FlexOlmoForCausalLM"],
         model_type="flex_olmo",
         intermediate_size=width,
@@ -195,6 +200,7 @@ def export_stock(
             aside / "flexolmo.json",
             {"experts": names, "document_mask": mixture.model.config.document_mask, **about},
         )
+        mixture.refuse_changed_files()
 
 
 def import_stock(
@@ -240,10 +246,10 @@ def import_stock(
                 if e == 0:
                     dense[f"model.layers.{i}.mlp.{part}.weight"] = w
                 else:
-                    experts[e][f"layers.{i}.{part}.weight"] = w.contiguous()
+                    experts[e][f"layers.{i}.{part}.weight"] = w
             if e > 0:
                 experts[e][f"layers.{i}.router.weight"] = gates[i][e : e + 1].float().contiguous()
-    model = build_transformer(config, dense, str(directory))
+    model = build_transformer(config, dense, str(directory), is_mapped=True)
     even = np.full(config.vocab_size, -math.log(config.vocab_size), dtype=np.float32)
     nothing = BigramModel(
         even, np.zeros_like(even), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
@@ -266,7 +272,9 @@ def import_stock(
         save_anchor(anchor, aside / "anchor")
         bundles = []
         for name, expert in zip(names, experts[1:], strict=True):
-            weights = save(expert)
+            weights = aside / "expert.safetensors"
+            save_tensors(weights, expert)
+            expert.clear()
             manifest = build_manifest(
                 weights,
                 name=name,

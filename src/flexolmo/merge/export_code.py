@@ -70,6 +70,7 @@ def export_code(mixture: LoadedMixture, out: Path) -> None:
             for n, f in mixture.facts.items()
         }
         write_json(aside / "flexolmo.json", {"experts": facts, "exact": True})
+        mixture.refuse_changed_files()
 
 
 def code_tensors(model: MixtureModel) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from flexolmo.files import digest_bytes, digest_file
 from flexolmo.merge.checks import DTYPES
 from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.assemble import expert_tensors
-from flexolmo.model.checkpoint import anchor_files
+from flexolmo.model.checkpoint import anchor_files, digest_data
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings, slot
 from flexolmo.train.expert import ExpertRecipe
@@ -168,7 +168,7 @@ def _find_unsigned(model: MixtureModel, manifest: Manifest) -> Iterator[str]:
     for key, tensor in expert_tensors(model, manifest.name).items():
         entry = manifest.tensors[key]
         signed = tensor.detach().to(dtypes[entry.dtype])  # a mixture may have widened it
-        is_signed = digest_bytes(bytes_of(signed).numpy().tobytes()) == entry.digest
+        is_signed = digest_data(signed) == entry.digest
         if not (is_signed and has_same_bits(signed.to(tensor.dtype), tensor)):
             yield f"{key} in memory is not what its owner signed"
 

@@ -11,20 +11,26 @@ a directory, and any owner can check what the coordinator publishes. Source: §3
 
 import copy
 import datetime
-import os
-import shutil
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from torch import Tensor
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, Bundle, check_signer, open_bundle
+from flexolmo.bundle.bundle import (
+    MAX_FILE_BYTES,
+    WEIGHTS_FILE,
+    Begun,
+    Bundle,
+    begin_bundle,
+    check_signer,
+    open_bundle,
+)
 from flexolmo.bundle.facts import Barred, ExpertFacts
-from flexolmo.bundle.manifest import Manifest, Name
+from flexolmo.bundle.manifest import Manifest
 from flexolmo.bundle.release import (
     Release,
     check_release,
@@ -33,104 +39,41 @@ from flexolmo.bundle.release import (
     refuse_excess,
     take_release,
 )
-from flexolmo.bundle.tensors import Digest
 from flexolmo.bundle.terms import Terms
 from flexolmo.bundle.trust import TrustedOwners
-from flexolmo.config import Settings
+from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, RevokedError, SignatureError
-from flexolmo.files import (
-    lock_directory,
-    read_json,
-    recover_missing,
-    write_directory_aside,
-    write_json,
-)
+from flexolmo.files import lock_directory, recover_missing, write_directory_aside, write_json
 from flexolmo.merge.checks import (
     ROUTER,
+    ExpertFiller,
+    SeenWeights,
     find_differences,
     find_misfits,
     find_unstable,
+    map_expert,
     shared_settings,
     tensors_of,
 )
+from flexolmo.merge.index import ABOUT, read_about
+from flexolmo.merge.known import (
+    are_same,
+    find_again,
+    find_anchor,
+    find_known,
+    open_anchor,
+    remember_anchor,
+    remember_bundle,
+    remember_moved,
+)
+from flexolmo.merge.placing import link_or_copy, place_files
 from flexolmo.merge.rollback import Seen, find_rollback, join_seen, seen_of
-from flexolmo.model.assemble import assemble_mixture
-from flexolmo.model.checkpoint import Anchor, anchor_files, load_anchor
+from flexolmo.model.assemble import frame_mixture, weigh_table
+from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.moe import MixtureModel
-from flexolmo.model.router import RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.terminal import echo
-
-ABOUT = "mixture.json"
-Demand = Literal["extraction", "membership_auc", "epsilon"]
-
-
-class _Newest(Settings):
-    """The newest bundle of one owner and name that a mixture ever held."""
-
-    serial: Annotated[StrictInt, Field(ge=0)]
-    bundle_digest: Digest
-
-
-class _Expert(BaseModel):
-    """Digests of a bundle's files; the other fields are compared with its manifest's."""
-
-    model_config = ConfigDict(extra="allow")
-
-    files: dict[
-        Literal["expert.safetensors", "manifest.json", "signature.sig", "signer.pub"], Digest
-    ]
-
-
-class _Effect(Settings):
-    change: float
-    weight: float
-
-
-class _Effects(Settings):
-    public: _Effect
-    forms: dict[str, _Effect]
-    others: dict[Name, _Effect]
-
-
-class _Influence(Settings):
-    """Findings of `flexolmo.evaluation.influence`, and the limits that they were held to."""
-
-    limits: dict[Literal["public", "claims", "forms", "others"], float]
-    public_digest: Digest
-    seed: int
-    seq_len: int
-    experts: dict[Name, _Effects]
-    together: _Effects | None
-
-
-class _Reported(Settings):
-    """The release report that came with a bundle, and what `demanded_values` says of it."""
-
-    report_digest: Digest
-    values: dict[Demand, float | None]
-
-
-class _Release(Settings):
-    """Limits that release reports were held to."""
-
-    limits: dict[Demand, float]
-    experts: dict[Name, _Reported]
-
-
-class _Index(Settings):
-    """`mixture.json`. All that it says of an expert is read again from that expert's bundle."""
-
-    format: Literal["flexolmo-mixture"]
-    format_version: Literal[4]
-    anchor_digest: Digest
-    router: RouterSettings
-    top_k: Annotated[StrictInt, Field(ge=1)] | None
-    experts: dict[Name, _Expert]
-    seen: dict[Name, dict[str, _Newest]]  # by name and owner, of those who were removed too
-    influence: _Influence | None
-    release: _Release | None = None  # absent in mixtures of before there were reports
 
 
 @dataclass(frozen=True)
@@ -143,11 +86,22 @@ class LoadedMixture:
     facts: Mapping[str, ExpertFacts]  # by expert
     seen: Seen = field(default_factory=dict)  # for `load_mixture`, when the model is loaded again
     barred: Mapping[str, Barred] = field(default_factory=dict)  # experts that were not loaded
+    # Files that the model stays in, as they were when they were verified; None: changed even then.
+    mapped: Mapping[Path, Identity | None] = field(default_factory=dict)
 
     @property
     def expert_names(self) -> list[str]:
         """Owners' experts, alphabetically; `public` is not among them."""
         return self.model.expert_names[1:]
+
+    def refuse_changed_files(self) -> None:
+        """Raises MergeError if a file that the model is mapped from has changed since it was
+        verified; what was made of the model meanwhile is then worth nothing."""
+        changed = [str(p) for p, x in self.mapped.items() if not p.exists() or Identity.of(p) != x]
+        if changed:
+            raise MergeError(
+                f"Changed while the mixture was read: {', '.join(changed)}. Begin again at rest."
+            )
 
     @property
     def terms(self) -> dict[str, Terms]:
@@ -170,6 +124,7 @@ def build_mixture(
     max_bytes: int | None = None,
     admission: Admission | None = None,
     demands: Mapping[str, float] | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Check `bundles` against the anchor and each other, and write the mixture to `out`.
 
@@ -179,6 +134,8 @@ def build_mixture(
         admission: Asked last, of the whole mixture.
         demands: Limits, by measure of `bundle.release.DEMANDS`, that the release report beside
             each bundle must keep; the mixture keeps reports and limits.
+        verify: Hash the anchor too if the user's record says that it was verified before
+            (`flexolmo.bundle.verified`).
 
     Raises:
         BundleError, SignatureError: a bundle that does not hold up by itself.
@@ -194,7 +151,9 @@ def build_mixture(
         recover_missing(out)
         about["seen"] = read_about(out)["seen"] if (Path(out) / ABOUT).is_file() else {}
         sources = [Path(b) for b in bundles]
-        return _write(Path(out), Path(anchor_dir), sources, about, trusted, max_bytes, admission)
+        record = VerifiedFiles.of_user(verify)
+        change = _Change(Path(out), Path(anchor_dir), sources, trusted, record, max_bytes)
+        return _write(change, about, admission)
 
 
 def add_experts(
@@ -205,12 +164,15 @@ def add_experts(
     max_bytes: int | None = None,
     admission: Admission | None = None,
     demands: Mapping[str, float] | None = None,
+    verify: bool = False,
 ) -> dict[str, Any]:
     """Add `bundles` to the mixture in `model_dir`, with every check of `build_mixture`.
 
     Those already in it must be trusted and within their terms. A bundle older than one that this
     mixture ever held of its owner and name is refused. A mixture that was built with `admission`
-    needs it here. Demands that it keeps hold for `bundles` too, unless `demands` has others.
+    needs it here. Demands that it keeps hold for `bundles` too, unless `demands` has others. With
+    `verify` those already in it are hashed again whatever the user's record
+    says.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -224,17 +186,19 @@ def add_experts(
         if demands:
             kept = about.get("release") or {"limits": {}, "experts": {}}
             about["release"] = kept | {"limits": kept["limits"] | demands}
-        anchor = model_dir / "anchor"
-        return _write(model_dir, anchor, sources, about, trusted, max_bytes, admission)
+        record = VerifiedFiles.of_user(verify)
+        change = _Change(model_dir, model_dir / "anchor", sources, trusted, record, max_bytes)
+        return _write(change, about, admission)
 
 
 def remove_experts(
-    model_dir: Path, names: Iterable[str], trusted: TrustedOwners | None
+    model_dir: Path, names: Iterable[str], trusted: TrustedOwners | None, *, verify: bool = False
 ) -> dict[str, Any]:
     """Remove owners' experts, files and all, from the mixture in `model_dir`.
 
     Signers of those who stay must be trusted; nothing is asked of those who go. Serial and
-    digest of what they signed stay in mixture.json, so that nothing older comes back.
+    digest of what they signed stay in mixture.json, so that nothing older comes back. With `verify`
+    those who stay are hashed again whatever the user's record says.
     """
     trusted = _require(trusted)
     model_dir = Path(model_dir)
@@ -254,7 +218,8 @@ def remove_experts(
         if reported := about.get("release"):
             kept = {n: x for n, x in reported["experts"].items() if n not in gone}
             about["release"] = reported | {"experts": kept}
-        return _write(model_dir, model_dir / "anchor", [], about, trusted)
+        record = VerifiedFiles.of_user(verify)
+        return _write(_Change(model_dir, model_dir / "anchor", [], trusted, record), about)
 
 
 def remove_revoked(model_dir: Path, trusted: TrustedOwners) -> dict[str, str]:
@@ -290,7 +255,7 @@ def rebuild_mixture(
     bundles = [model_dir / "experts" / f"{n}.bundle" for n in kept]
     new = about | {"experts": {}, "seen": {}, "influence": None, "release": None}
     with _hold(out):
-        return _write(Path(out), model_dir / "anchor", bundles, new, trusted)
+        return _write(_Change(Path(out), model_dir / "anchor", bundles, trusted), new)
 
 
 def load_mixture(
@@ -300,6 +265,8 @@ def load_mixture(
     seen: Seen | None = None,
     *,
     leaves_out_barred: bool = False,
+    is_mapped: bool = False,
+    verify: bool = False,
 ) -> LoadedMixture:
     """The mixture in `model_dir`, with all its experts or only those named.
 
@@ -313,65 +280,80 @@ def load_mixture(
     left out; `barred` of the result says why, also of those that `experts` does not name. Of such
     bundles the signature and all else but the weights are checked, which are not read; whatever
     does not hold up is refused as without.
+
+    Weights that the user's record says were verified, and that have not changed since, are read but
+    not hashed again, unless `verify` asks for it (`flexolmo.bundle.verified`). Of experts that are
+    not named no weight is read.
+
+    With `is_mapped` weights stay in their files and take no memory but the page cache: to be
+    exported, where speed and the last bit do not matter. Whoever can change the files can stop the
+    program, and spoil what it computes until `refuse_changed_files` is asked.
     """
-    trusted = _require(trusted)
-    model_dir = Path(model_dir)
+    return _load(
+        Path(model_dir),
+        _require(trusted),
+        experts,
+        seen,
+        leaves_out_barred,
+        VerifiedFiles.of_user(verify),
+        is_mapped,
+    )
+
+
+def _load(
+    model_dir: Path,
+    trusted: TrustedOwners,
+    experts: Iterable[str] | None = None,
+    seen: Seen | None = None,
+    leaves_out_barred: bool = False,
+    record: VerifiedFiles | None = None,
+    is_mapped: bool = False,
+) -> LoadedMixture:
+    """`load_mixture`, by the statements in `record` if there is one."""
     about = read_about(model_dir)
-    anchor = load_anchor(model_dir / "anchor")
+    found, verified = find_anchor(model_dir / "anchor", record)
+    anchor = open_anchor(model_dir / "anchor", found, verified, is_mapped=is_mapped)
+    if verified is None:
+        remember_anchor(model_dir / "anchor", anchor, found, record)
     _refuse_other_anchor(model_dir, anchor, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
     _refuse_unknown(chosen, about)
     today = datetime.datetime.now(datetime.UTC).date()
     barred = _find_barred(model_dir, about, chosen, trusted, today) if leaves_out_barred else {}
-    opened = [
-        _reopen(model_dir / "experts" / f"{n}.bundle", n, about, trusted, keep_tensors=True)
-        for n in sorted(chosen - barred.keys())
-    ]
-    _refuse_late(model_dir, [b.manifest for b in opened], today)
-    lines = [line for b in opened for line in find_rollback(seen or {}, b.manifest.name, b.facts)]
-    lines += [line for bundle in opened for line in find_misfits(anchor, bundle)]
-    _refuse(lines + find_differences(anchor, [b.manifest for b in opened], about["router"]))
-    tensors = {b.manifest.name: tensors_of(b) for b in opened}
-    for bundle in opened:
-        bundle.tensors.clear()
+    paths = {n: model_dir / "experts" / f"{n}.bundle" for n in sorted(chosen - barred.keys())}
     router = ROUTER.validate_python(about["router"])
-    model = assemble_mixture(anchor, tensors, router, top_k=about["top_k"], takes_over=True)
-    facts = {b.manifest.name: b.facts for b in opened}
+    mapped: dict[Path, Identity | None] = {}
+    if is_mapped:
+        mapped = {model_dir / "anchor" / n: x for n, x in found.items()}
+    with ExitStack() as stack:
+        begun: dict[str, Begun] = {}
+        for name, path in paths.items():
+            files = about["experts"][name]["files"]
+            begun[name] = stack.enter_context(begin_bundle(path, trusted, expected=files))
+            _refuse_other_bundle(path, name, about, begun[name].bundle)
+        bundles = {name: x.bundle for name, x in begun.items()}
+        manifests = [bundle.manifest for bundle in bundles.values()]
+        _refuse_late(model_dir, manifests, today)
+        lines = [x for n, b in bundles.items() for x in find_rollback(seen or {}, n, b.facts)]
+        lines += [line for bundle in bundles.values() for line in find_misfits(anchor, bundle)]
+        _refuse(lines + find_differences(anchor, manifests, about["router"]))
+        shapes = {m.name: {k: e.shape for k, e in m.tensors.items()} for m in manifests}
+        model = frame_mixture(anchor, shapes, router, top_k=about["top_k"])
+        for name, path in paths.items():
+            known = find_known(path, about["experts"][name]["files"], record)
+            filler = None if is_mapped else ExpertFiller(model, name)
+            seen_weights = SeenWeights(anchor, filler)
+            bundle = begun[name].read(seen_weights if known is None else filler, known)
+            _refuse(find_misfits(anchor, bundle, seen_weights))
+            if is_mapped:
+                map_expert(model, name, path / WEIGHTS_FILE)
+                mapped[path / WEIGHTS_FILE] = bundle.identity
+            weigh_table(model, anchor, name)
+            if known is None:
+                remember_bundle(path, bundle, record)
+    facts = {name: bundle.facts for name, bundle in bundles.items()}
     seen = join_seen(seen or {}, about["seen"])
-    return LoadedMixture(model, anchor.tokenizer, about, facts, seen, barred)
-
-
-def read_about(model_dir: Path) -> dict[str, Any]:
-    """The content of `mixture.json`: anchor digest, router, top_k, and each expert's claims."""
-    path = Path(model_dir) / ABOUT
-    recover_missing(path.parent)
-    if not path.is_file():
-        raise MergeError(
-            f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."
-        )
-    if (Path(model_dir) / "anchor.json").exists():
-        raise MergeError(
-            f"{model_dir} has both {ABOUT} and anchor.json, so it is not clear what it is. A "
-            "mixture's own anchor is in its directory anchor/. Remove the one that was put there."
-        )
-    about = read_json(path, MergeError)
-    if not isinstance(about, dict):
-        raise MergeError(f"{path} does not describe a mixture.")
-    if about.get("format") != "flexolmo-mixture" or about.get("format_version") != 4:
-        raise MergeError(
-            f"{path} is format {about.get('format')!r} version {about.get('format_version')!r}; "
-            "expected 'flexolmo-mixture' version 4. Build it again, in another place, from "
-            f"{model_dir}/anchor and the bundles in {model_dir}/experts."
-        )
-    try:
-        _Index.model_validate(about)
-    except ValidationError as e:
-        lines = [
-            f"{'.'.join(map(str, x['loc']))}: {x['msg']}, found {str(x['input'])[:100]!r}"
-            for x in e.errors()
-        ]
-        raise MergeError(f"{path} does not describe a mixture:\n  " + "\n  ".join(lines)) from None
-    return about
+    return LoadedMixture(model, anchor.tokenizer, about, facts, seen, barred, mapped)
 
 
 @contextmanager
@@ -511,55 +493,65 @@ def _refuse_other_bundle(path: Path, name: str, about: Mapping[str, Any], found:
 # --- writing ------------------------------------------------------------------------------------
 
 
-def _write(
-    out: Path,
-    anchor_dir: Path,
-    bundles: Sequence[Path],
-    about: Mapping[str, Any],
-    trusted: TrustedOwners,
-    max_bytes: int | None = None,
-    admission: Admission | None = None,
-) -> dict[str, Any]:
-    """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up.
+@dataclass(frozen=True)
+class _Change:
+    """A mixture to write at `out`, of an anchor, of what is there, and of more bundles."""
 
-    One expert's tensors at a time are in memory, but for `admission`, which is given all.
+    out: Path
+    anchor_dir: Path
+    bundles: Sequence[Path]
+    trusted: TrustedOwners
+    record: VerifiedFiles | None = None
+    max_bytes: int | None = None
+
+
+def _write(
+    change: _Change, about: Mapping[str, Any], admission: Admission | None = None
+) -> dict[str, Any]:
+    """Write the mixture of `about` with `bundles` added; each file is read once, where it ends up,
+    or not at all if it was verified before.
+
+    Weights pass through in pieces, but for `admission`, which is given the whole mixture.
     """
-    with write_directory_aside(out, ABOUT) as aside:
-        with _naming(aside / "anchor", anchor_dir):
-            _place(anchor_dir, aside / "anchor", anchor_files(anchor_dir))
-            anchor = load_anchor(aside / "anchor")
+    out, trusted, record = change.out, change.trusted, change.record
+    with _remembering(change) as verified, write_directory_aside(out, ABOUT) as aside:
+        opened = verified.bundles
+        with _naming(aside / "anchor", change.anchor_dir):
+            anchor = _place_anchor(change, aside / "anchor", verified)
         if "anchor_digest" in about:
             _refuse_other_anchor(out, anchor, about)
         (aside / "experts").mkdir()
         experts: dict[str, Any] = {}
-        manifests: list[Manifest] = []
         lines: list[str] = []
         seen = about["seen"]
         release = copy.deepcopy(about.get("release"))
         reports: list[str] = []
-        for name in about["experts"]:
+        for name, entry in about["experts"].items():
             source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
             with _naming(target, source):
-                place, options = _link_or_copy(source, target, trusted)
-                held = _reopen(place, name, about, trusted, **options)
+                known = find_known(source, entry["files"], record)
+                place, options = link_or_copy(source, target, trusted)
+                known = find_again(known, target)
+                opened[name] = _reopen(place, name, about, trusted, known=known, **options)
                 if release and name in release["experts"]:
                     digest = release["experts"][name]["report_digest"]
-                    _carry_report(place_of(source), place_of(target), held, digest)
-            experts[name] = about["experts"][name]
-            seen = join_seen(seen, seen_of(name, held.facts))
-            manifests.append(held.manifest)
-        if bundles:
-            _refuse_late(out, manifests)
-        for source in bundles:
+                    _carry_report(place_of(source), place_of(target), opened[name], digest)
+            experts[name] = entry
+            seen = join_seen(seen, seen_of(name, opened[name].facts))
+        if change.bundles:
+            _refuse_late(out, [b.manifest for b in opened.values()])
+        manifests = [bundle.manifest for bundle in opened.values()]
+        for source in change.bundles:
             target = aside / "incoming"
+            watch = SeenWeights(anchor)
             with _naming(target, source):
-                place, options = _link_or_copy(source, target, trusted, max_bytes)
-                bundle = open_bundle(
-                    place, trusted, trusted.allows_unknown, keep_tensors=True, **options
-                )
+                place, options = link_or_copy(source, target, trusted, change.max_bytes)
+                bundle = open_bundle(place, trusted, trusted.allows_unknown, watch=watch, **options)
             m = bundle.manifest
-            misfits = find_rollback(seen, m.name, bundle.facts)
-            misfits = misfits or find_misfits(anchor, bundle) or find_unstable(anchor, bundle)
+            misfits = find_rollback(seen, m.name, bundle.facts) or find_misfits(
+                anchor, bundle, watch
+            )
+            misfits = misfits or find_unstable(anchor, bundle, partial(_read_tensors, target))
             if release:
                 report, problems = take_release(source, bundle, release["limits"])
                 reports += problems
@@ -572,7 +564,9 @@ def _write(
                 target.rename(aside / "experts" / f"{m.name}.bundle")
                 experts[m.name] = _describe_expert(bundle)
                 seen = join_seen(seen, seen_of(m.name, bundle.facts))
-                manifests.append(m)
+                if not misfits:
+                    opened[m.name] = bundle
+            manifests.append(m)
             lines += misfits
         _refuse(lines + find_differences(anchor, manifests, about.get("router")))
         refuse_excess(reports)
@@ -592,9 +586,52 @@ def _write(
         write_json(aside / ABOUT, new)
         if admission is not None:
             newcomers = sorted(experts.keys() - about["experts"].keys())
-            new["influence"] = admission(load_mixture(aside, trusted), newcomers)
+            new["influence"] = admission(_load(aside, trusted), newcomers)
             write_json(aside / ABOUT, new)
     return new
+
+
+@dataclass
+class _Verified:
+    """Bundles and the anchor that passed every check while a mixture was written."""
+
+    bundles: dict[str, Bundle] = field(default_factory=dict)
+    anchor: Anchor | None = None
+    anchor_files: Identities = field(default_factory=dict)
+
+
+@contextmanager
+def _remembering(change: _Change) -> Iterator[_Verified]:
+    """Yield what is to be filled in, and keep it in the record however the change ends: where the
+    old mixture stays, links to its files have come and gone."""
+    verified = _Verified()
+    try:
+        yield verified
+    finally:
+        if change.record is not None:
+            for name, bundle in verified.bundles.items():
+                path = change.out / "experts" / f"{name}.bundle"
+                remember_moved(path, bundle, change.record)
+            if verified.anchor is not None:
+                for directory in {change.out / "anchor", change.anchor_dir}:
+                    files = verified.anchor_files
+                    remember_anchor(directory, verified.anchor, files, change.record)
+
+
+def _place_anchor(change: _Change, target: Path, verified: _Verified) -> Anchor:
+    """Put the anchor at `target`, and open it there, mapped."""
+    found, before = find_anchor(change.anchor_dir, change.record)
+    place_files(change.anchor_dir, target, found)
+    placed = identify(target, found)
+    is_linked = are_same(placed, found)
+    verified.anchor = open_anchor(target, placed, before if is_linked else None, is_mapped=True)
+    verified.anchor_files = placed
+    return verified.anchor
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a bundle that was verified a moment ago, where nobody else can change it."""
+    return tensors_of(open_bundle(path, None, True, judges_days=False, keep_tensors=True))
 
 
 def _describe_report(report: Release, manifest: Manifest) -> dict[str, Any]:
@@ -626,63 +663,3 @@ def _naming(target: Path, source: Path) -> Iterator[None]:
         yield
     except (BundleError, CheckpointError, MergeError) as e:
         raise type(e)(str(e).replace(str(target), str(source))) from None
-
-
-def _link_or_copy(
-    source: Path, target: Path, trusted: TrustedOwners, max_bytes: int | None = None
-) -> tuple[Path, dict[str, Any]]:
-    """Begin to take a bundle in at `target`; where to open it, and with which options.
-
-    It is then read once: where nobody but us can change its files, `target` has links to them and
-    is opened, after a check of the signer; else `source` is, and copied as it is checked.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
-    names = sorted(MAX_FILE_BYTES)
-    if all(_is_ours(path) for path in (source, *(source / name for name in names))):
-        check_signer(source, trusted, max_bytes)
-        try:
-            for name in names:
-                os.link(source / name, target / name, follow_symlinks=False)
-            return target, {}
-        except OSError:  # another file system, or one without hard links
-            shutil.rmtree(target)
-            target.mkdir()
-    return source, {"copy_to": target, "max_bytes": max_bytes}
-
-
-def _is_ours(path: Path) -> bool:
-    """True for a file or directory, and no link, that nobody but us can change."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return False
-    is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    return is_plain and status.st_uid == os.geteuid() and not status.st_mode & 0o022
-
-
-def _place(source: Path, target: Path, names: Iterable[str]) -> None:
-    """Copy the plain files `names`; by hard link where nobody but us can change them.
-
-    No link is followed: what it points to might not be meant for others.
-    """
-    target.mkdir()
-    for name in names:
-        try:
-            fd = os.open(source / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError as e:
-            raise MergeError(
-                f"{source / name} is a link, or cannot be read ({e.strerror}). Expected a plain "
-                "file: put a copy of what it points to in its place."
-            ) from None
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise MergeError(f"{source / name} is not a plain file.")
-            if _is_ours(source / name) and _is_ours(source):
-                try:
-                    os.link(source / name, target / name, follow_symlinks=False)
-                    continue
-                except OSError:  # another file system, or one without hard links
-                    pass
-            with open(target / name, "xb") as copy:
-                shutil.copyfileobj(file, copy, 1 << 20)

@@ -41,6 +41,7 @@ from flexolmo.merge.compare import (
     random_sequences,
     text_sequences,
 )
+from flexolmo.merge.index import read_about
 from flexolmo.merge.lineage import (
     BundleFacts,
     anchor_facts,
@@ -48,7 +49,7 @@ from flexolmo.merge.lineage import (
     find_unequal,
     trace_experts,
 )
-from flexolmo.merge.mixture import LoadedMixture, load_mixture, read_about, rebuild_mixture
+from flexolmo.merge.mixture import LoadedMixture, load_mixture, rebuild_mixture
 from flexolmo.runtime import software_versions
 
 MAX_TEXTS_BYTES = 16 << 20

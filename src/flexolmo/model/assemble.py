@@ -7,7 +7,7 @@ V vocabulary, D d_model, F the expert's own FFN width, L layers.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import cast
 
@@ -27,12 +27,11 @@ from flexolmo.model.shape import (
     BIGRAM_LEVELS,
     FFN_PARTS,
     TOKEN_LEVELS,
-    ExpertShape,
     expert_shapes,
     shape_of_tensors,
 )
 from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys, in_public_steps
-from flexolmo.model.transformer import Block, Linear
+from flexolmo.model.transformer import Block, Linear, copy_matrix
 
 
 def assemble_mixture(
@@ -51,51 +50,118 @@ def assemble_mixture(
     Everything inherited is a bit-for-bit copy of the anchor's, and all is on its device. Raises
     MergeError that lists missing, extra and misshapen tensors of every expert.
     """
-    config = anchor.config
-    lines: list[str] = []
-    shapes: dict[str, ExpertShape] = {}
-    if PUBLIC in experts:
-        lines.append(f"{PUBLIC}: this name is the anchor's own")
+    given = {name: _shapes_of(tensors) for name, tensors in experts.items()}
+    lines = _find_misfits(anchor, given, router)
     for name, tensors in sorted(experts.items()):
-        shapes[name] = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, config)
-        expected = expert_shapes(config, shapes[name], router)
-        lines += [f"{name}: missing {n}" for n in sorted(expected.keys() - tensors.keys())]
-        lines += [f"{name}: extra {n}" for n in sorted(tensors.keys() - expected.keys())]
-        lines += [
-            f"{name}: shape of {n} is {list(tensors[n].shape)}, expected {list(shape)}"
-            for n, shape in expected.items()
-            if n in tensors and tuple(tensors[n].shape) != shape
-        ]
         keys = tensors.get(BIGRAM_KEYS)
         if (
             keys is not None
             and keys.dim() == 1
-            and not are_bigram_keys(keys.cpu().numpy(), config.vocab_size)
+            and not are_bigram_keys(keys.cpu().numpy(), anchor.config.vocab_size)
         ):
             lines.append(f"{name}: {BIGRAM_KEYS} are not ascending pairs of token ids")
-        if not (shapes[name].is_ffn_only or isinstance(router, EvidenceSettings)):
+    _refuse(lines)
+    model = _frame(anchor, given, router, top_k, takes_over)
+    with torch.no_grad():
+        for name, tensors in experts.items():
+            _copy_expert(model, name, tensors, takes_over)
+            weigh_table(model, anchor, name)
+    return model
+
+
+def frame_mixture(
+    anchor: Anchor,
+    experts: Mapping[str, Mapping[str, tuple[int, ...]]],
+    router: RouterSettings,
+    *,
+    top_k: int | None = None,
+) -> MixtureModel:
+    """A mixture that shares `anchor`'s matrices, with room for the tensors of `experts`, of which
+    the shapes are given.
+
+    What stands in that room means nothing until every one of `expert_tensors` has been copied in
+    and `weigh_table` called. Raises MergeError as `assemble_mixture` does.
+    """
+    _refuse(_find_misfits(anchor, experts, router))
+    return _frame(anchor, experts, router, top_k, is_shared=True)
+
+
+def weigh_table(model: MixtureModel, anchor: Anchor, name: str) -> None:
+    """Find the evidence that follows from an expert's table, if the router has one."""
+    if isinstance(model.settings, EvidenceSettings):
+        cast(EvidenceRouter, model.router).table(name).weigh(anchor.public, model.settings)
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def _find_misfits(
+    anchor: Anchor, experts: Mapping[str, Mapping[str, tuple[int, ...]]], router: RouterSettings
+) -> list[str]:
+    """A line for each missing, extra and misshapen tensor of every expert."""
+    lines: list[str] = []
+    if PUBLIC in experts:
+        lines.append(f"{PUBLIC}: this name is the anchor's own")
+    for name, found in sorted(experts.items()):
+        shape = shape_of_tensors(found, anchor.config)
+        expected = expert_shapes(anchor.config, shape, router)
+        lines += [f"{name}: missing {n}" for n in sorted(expected.keys() - found.keys())]
+        lines += [f"{name}: extra {n}" for n in sorted(found.keys() - expected.keys())]
+        lines += [
+            f"{name}: shape of {n} is {list(found[n])}, expected {list(dims)}"
+            for n, dims in expected.items()
+            if n in found and found[n] != dims
+        ]
+        if not (shape.is_ffn_only or isinstance(router, EvidenceSettings)):
             lines.append(
                 f"{name}: changes more than the FFN, which needs a router that decides "
                 "once for all layers (kind evidence)"
             )
+    return lines
+
+
+def _refuse(lines: Sequence[str]) -> None:
     if lines:
         raise MergeError("Experts that do not fit the anchor:\n  " + "\n  ".join(lines))
-    model = MixtureModel(
-        config,
-        shapes,
-        router,
-        top_k=top_k,
-        public_bigrams=len(anchor.public.keys),
-        form_bigrams=[len(table.keys) for table in anchor.forms],
-    )
-    model.to(anchor.model.device, anchor.model.embed_tokens.weight.dtype)
+
+
+def _frame(
+    anchor: Anchor,
+    experts: Mapping[str, Mapping[str, tuple[int, ...]]],
+    router: RouterSettings,
+    top_k: int | None,
+    is_shared: bool,
+) -> MixtureModel:
+    """The mixture with all that is the anchor's, frozen."""
+    with torch.device("meta"):  # memory comes once, in the precision that is used
+        model = MixtureModel(
+            anchor.config,
+            {name: shape_of_tensors(found, anchor.config) for name, found in experts.items()},
+            router,
+            top_k=top_k,
+            public_bigrams=len(anchor.public.keys),
+            form_bigrams=[len(table.keys) for table in anchor.forms],
+        )
+    _give_memory(model, anchor.model.embed_tokens.weight)
     with torch.no_grad():
-        _copy_anchor(model, anchor, takes_over)
-        for name, tensors in experts.items():
-            _copy_expert(model, name, tensors, takes_over)
-            if isinstance(router, EvidenceSettings):
-                cast(EvidenceRouter, model.router).table(name).weigh(anchor.public, router)
+        _copy_anchor(model, anchor, is_shared)
     return model.requires_grad_(False).eval()
+
+
+def _give_memory(model: nn.Module, like: Tensor) -> None:
+    """Memory of dtype and device of `like` for a model on torch's device without any: zeros for its
+    buffers, nothing yet for parameters, which are all copied into. (torch's own `to_empty` brings a
+    compiler along.)"""
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            memory = torch.empty_strided(
+                tuple(p.shape), p.stride(), dtype=like.dtype, device=like.device
+            )
+            setattr(module, name, nn.Parameter(memory))
+        for name, b in list(module.named_buffers(recurse=False)):
+            dtype = like.dtype if b.is_floating_point() else b.dtype
+            setattr(module, name, torch.zeros(tuple(b.shape), dtype=dtype, device=like.device))
 
 
 def anchor_matrix(anchor: Anchor, name: str) -> Tensor | None:
@@ -161,7 +227,7 @@ def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:
         if is_shared:
             target.data = values
         else:
-            target.copy_(values)
+            copy_matrix(target, values)
 
     source = anchor.model.state_dict()
     for name, target in model.state_dict(keep_vars=True).items():
@@ -197,6 +263,6 @@ def _copy_expert(
     model: MixtureModel, name: str, tensors: Mapping[str, Tensor], takes_over: bool
 ) -> None:
     for key, target in expert_tensors(model, name).items():
-        target.copy_(tensors[key])
+        copy_matrix(target, tensors[key])
         if takes_over:
             cast(dict[str, Tensor], tensors).pop(key)

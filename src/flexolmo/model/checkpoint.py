@@ -8,9 +8,11 @@ D d_model, L layers.
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,15 @@ from torch import Tensor
 
 from flexolmo.bundle.signing import read_signature, sign_files
 from flexolmo.bundle.strict import raise_listed
+from flexolmo.bundle.tensors import largest_bits, value_of
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import CheckpointError, SignatureError
 from flexolmo.files import (
     canonical_json,
     digest_bytes,
     digest_file,
+    dtype_name,
+    pieces_of,
     read_json,
     save_tensors,
     write_bytes,
@@ -74,22 +79,49 @@ _FILES = (
 # --- digests ------------------------------------------------------------------------------------
 
 
+def look_at(tensor: Tensor) -> tuple[str, float]:
+    """Digest of dtype, shape and bytes, and the largest absolute value, of numbers in whatever
+    memory, in pieces: infinity if not all are finite."""
+    kind, bits = dtype_name(tensor.dtype), 0
+    head = json.dumps([str(tensor.dtype), list(tensor.shape)]).encode()
+    found = hashlib.sha256(head)
+    for piece in pieces_of(tensor):
+        found.update(piece)
+        bits = max(bits, largest_bits(piece, kind))
+    return "sha256:" + found.hexdigest(), value_of(bits, kind)
+
+
+def digest_data(tensor: Tensor) -> str:
+    """Digest of the bytes alone, as a bundle's manifest has it."""
+    found = hashlib.sha256()
+    for piece in pieces_of(tensor):
+        found.update(piece)
+    return "sha256:" + found.hexdigest()
+
+
 def digest_tensor(tensor: Tensor) -> str:
     """Digest of dtype, shape and bytes."""
-    t = tensor.detach().contiguous().cpu()
-    head = json.dumps([str(t.dtype), list(t.shape)]).encode()
-    found = hashlib.sha256(head)
-    if t.numel():
-        found.update(t.reshape(-1).view(torch.uint8).numpy().data)
-    return "sha256:" + found.hexdigest()
+    return look_at(tensor)[0]
 
 
 def digest_tensors(tensors: Iterable[tuple[str, Tensor]], **more: str) -> str:
     """One digest over names and contents, whatever their order and files."""
-    return digest_bytes(canonical_json({**more, **{n: digest_tensor(t) for n, t in tensors}}))
+    return _join({n: digest_tensor(t) for n, t in tensors}, more)
+
+
+def _join(digests: Mapping[str, str], more: Mapping[str, str]) -> str:
+    return digest_bytes(canonical_json({**more, **digests}))
 
 
 # --- the anchor ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VerifiedAnchor:
+    """Findings about an anchor's files when they were last read whole."""
+
+    digest: str
+    largest: Mapping[str, float]  # absolute value of each of the model's tensors
 
 
 @dataclass(frozen=True)
@@ -104,6 +136,8 @@ class Anchor:
     record: dict[str, Any]
     format_version: int = ANCHOR_VERSION
     forms: tuple[OwnerTable, ...] = ()  # of public text in other forms, fitted as an owner's
+    # Largest absolute value of each of the model's tensors.
+    largest: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> ModelConfig:
@@ -118,10 +152,11 @@ def build_anchor(
     record: dict[str, Any],
     format_version: int = ANCHOR_VERSION,
     forms: Sequence[OwnerTable] = (),
+    verified: VerifiedAnchor | None = None,
 ) -> Anchor:
     """An anchor in memory; its digest covers configuration, weights, tokenizer and statistics.
 
-    In `format_version` 1 it leaves out max_seq_len.
+    In `format_version` 1 it leaves out max_seq_len. Numbers that are `verified` are not looked at.
     """
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CheckpointError(
@@ -133,34 +168,60 @@ def build_anchor(
             f"The tokenizer ends texts with id {tokenizer.eos_id}, the model's "
             f"config says {model.config.eos_token_id}."
         )
+    model.requires_grad_(False)
+    found = verified or _look_over(model, tokenizer, public, router_rows, forms, format_version)
+    return Anchor(
+        model.eval(),
+        tokenizer,
+        public,
+        router_rows,
+        found.digest,
+        record,
+        format_version,
+        tuple(forms),
+        found.largest,
+    )
+
+
+def _look_over(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    public: BigramModel,
+    router_rows: Tensor,
+    forms: Sequence[OwnerTable],
+    format_version: int,
+) -> VerifiedAnchor:
+    """Digest and largest numbers; CheckpointError if nobody could use them."""
     state = model.state_dict()
-    _refuse_numbers(state | {"router_rows": router_rows})
+    _refuse_halves(state)
+    tensors = state | _public_tensors(public, router_rows, forms)
+    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
+        found = dict(zip(tensors, pool.map(look_at, tensors.values()), strict=True))
+    largest = {name: found[name][1] for name in state}
+    _refuse_nonfinite(largest | {"router_rows": found["public.router_rows"][1]})
     unsaid = set() if model.config.document_mask else {"document_mask"}
     if format_version == 1:
         unsaid.add("max_seq_len")
-    digest = digest_tensors(
-        [*state.items(), *_public_tensors(public, router_rows, forms).items()],
-        tokenizer=tokenizer.digest,
-        config=digest_bytes(
-            canonical_json(
-                {**model.config.model_dump(exclude=unsaid), "num_kv_heads": model.config.kv_heads}
-            )
-        ),
-    )
-    model.requires_grad_(False)
-    return Anchor(
-        model.eval(), tokenizer, public, router_rows, digest, record, format_version, tuple(forms)
+    settings = {**model.config.model_dump(exclude=unsaid), "num_kv_heads": model.config.kv_heads}
+    digests = {name: digest for name, (digest, _) in found.items()}
+    config = digest_bytes(canonical_json(settings))
+    return VerifiedAnchor(
+        _join(digests, {"tokenizer": tokenizer.digest, "config": config}), largest
     )
 
 
-def _refuse_numbers(tensors: dict[str, Tensor]) -> None:
-    """Raises CheckpointError for numbers beside which no expert can be trained."""
+def _refuse_halves(tensors: Mapping[str, Tensor]) -> None:
+    """Raises CheckpointError for a precision in which no expert can be trained."""
     if any(t.dtype == torch.float16 for t in tensors.values()):
         raise CheckpointError(
             "The anchor is in float16, in which gradients vanish or overflow and no expert can be "
             "trained. Import it with --dtype float32 (exact) or --dtype bfloat16."
         )
-    bad = [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+
+
+def _refuse_nonfinite(largest: Mapping[str, float]) -> None:
+    """Raises CheckpointError for numbers beside which no expert can be trained."""
+    bad = [name for name, value in largest.items() if not math.isfinite(value)]
     if bad:
         raise CheckpointError(
             f"The anchor holds NaN or infinity in {', '.join(bad)}: neither reading nor training "
@@ -220,8 +281,17 @@ def save_anchor(anchor: Anchor, directory: Path) -> None:
         )
 
 
-def load_anchor(directory: Path) -> Anchor:
-    """The anchor in `directory`; refuses one whose content does not have its stated digest."""
+def load_anchor(
+    directory: Path, *, is_mapped: bool = False, verified: VerifiedAnchor | None = None
+) -> Anchor:
+    """The anchor in `directory`; refuses one whose content does not have its stated digest.
+
+    Args:
+        is_mapped: Leave the weights in their file, which nobody else may be able to change, mapped
+            into memory: to look at, not to run.
+        verified: Findings about these very files, which the caller knows to be unchanged. Their
+            numbers are then not looked at again.
+    """
     directory = Path(directory)
     if (directory / "mixture.json").exists():
         raise CheckpointError(
@@ -240,7 +310,7 @@ def load_anchor(directory: Path) -> Anchor:
             f"{about.get('format_version')!r}; expected 'flexolmo-anchor' version {ANCHOR_VERSION}."
         )
     config, tensors = read_stock(directory, StockConfig)
-    model = build_transformer(config.decoder, tensors, str(directory))
+    model = build_transformer(config.decoder, tensors, str(directory), is_mapped=is_mapped)
     try:
         with safetensors.safe_open(directory / "public.safetensors", framework="pt") as f:
             found = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
@@ -258,7 +328,7 @@ def load_anchor(directory: Path) -> Anchor:
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
     tokenizer, version = load_tokenizer(directory), about["format_version"]
-    anchor = build_anchor(model, tokenizer, public, rows, about["record"], version, forms)
+    anchor = build_anchor(model, tokenizer, public, rows, about["record"], version, forms, verified)
     if anchor.digest != about.get("digest"):
         raise CheckpointError(
             f"{directory} was changed: its content has digest {anchor.digest}, anchor.json says "
@@ -280,7 +350,7 @@ def anchor_files(directory: Path) -> list[str]:
 def sign_anchor(directory: Path, key: ec.EllipticCurvePrivateKey) -> Anchor:
     """Sign the anchor's digest and each of its files, as bundles are signed, into anchor.sig."""
     directory = Path(directory)
-    anchor = load_anchor(directory)
+    anchor = load_anchor(directory, is_mapped=True)
     write_bytes(
         directory / SIGNATURE_FILE, sign_files(anchor.digest, _digest_files(directory), key)
     )

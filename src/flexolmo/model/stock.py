@@ -18,8 +18,8 @@ from torch import Tensor
 from flexolmo.config import parse_settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import read_json, save_tensors, write_json
-from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.files import LaterTensor, read_json, save_tensors, write_json
+from flexolmo.model.transformer import ModelConfig, Transformer, copy_matrix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -260,9 +260,12 @@ def stock_name(name: str) -> str:
 
 
 def build_transformer(
-    config: ModelConfig, tensors: Mapping[str, Tensor], where: str
+    config: ModelConfig, tensors: Mapping[str, Tensor], where: str, *, is_mapped: bool = False
 ) -> Transformer:
     """The dense decoder of `tensors`, by stock names, in their own precision.
+
+    With `is_mapped` it is made of the very tensors, to look at them where they are: mapped from a
+    file they take no memory, but compute more slowly. Else they are copied.
 
     Raises CheckpointError that lists every missing, extra and misshapen tensor of `where`.
     """
@@ -282,13 +285,17 @@ def build_transformer(
     ]
     if lines:
         raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
+    if is_mapped:
+        mapped = {name: tensors[stock_name(name)] for name in model.state_dict()}
+        model.load_state_dict(mapped, assign=True)
+        return model.eval()
     # Copied, for mapped tensors are aligned to 8 bytes alone, tied ones are parted, and a matrix of
     # ours has the numbers of a column together.
     loaded: dict[str, Tensor] = {}
     for name, place in model.state_dict().items():
         given = tensors[stock_name(name)]
-        memory = torch.empty_strided(place.shape, place.stride(), dtype=given.dtype)
-        loaded[name] = memory.copy_(given)
+        loaded[name] = torch.empty_strided(place.shape, place.stride(), dtype=given.dtype)
+        copy_matrix(loaded[name], given)
     model.load_state_dict(loaded, assign=True)
     return model.eval()
 
@@ -323,7 +330,10 @@ def stock_config(config: ModelConfig, dtype: torch.dtype, **more: Any) -> dict[s
 
 
 def write_stock(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], tokenizer: Tokenizer
+    directory: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor | LaterTensor],
+    tokenizer: Tokenizer,
 ) -> None:
     """Write config.json, model.safetensors, tokenizer.json into an existing directory."""
     write_json(directory / "config.json", dict(config))
@@ -331,11 +341,7 @@ def write_stock(
         directory / "generation_config.json",
         {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    save_tensors(
-        directory / "model.safetensors",
-        {n: t.clone() for n, t in tensors.items()},  # safetensors takes no two of one memory
-        {"format": "pt"},
-    )
+    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     tokenizer.save(directory / "tokenizer.json")
     write_json(
         directory / "tokenizer_config.json",

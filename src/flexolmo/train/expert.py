@@ -16,7 +16,6 @@ import numpy as np
 import safetensors
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
@@ -27,7 +26,14 @@ from flexolmo.config import Settings
 from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
 from flexolmo.data.units import unit_offsets
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import canonical_json, digest_bytes, read_json, save_tensors, write_json
+from flexolmo.files import (
+    canonical_json,
+    digest_bytes,
+    read_json,
+    save_tensors,
+    work_aside,
+    write_json,
+)
 from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
@@ -705,31 +711,34 @@ def pack_expert(
     anchor weights, no text, no file names of the owner's. For `passphrase` see
     `flexolmo.bundle.signing.read_private_key`.
     """
-    weights = save({n: t.contiguous() for n, t in expert.tensors.items()})
-    manifest = build_manifest(
-        weights,
-        name=expert.name,
-        owner=owner,
-        anchor_digest=expert.anchor_digest,
-        architecture=expert.architecture,
-        router_kind=expert.router.kind,
-        router_settings=expert.router.model_dump(mode="json"),
-        recipe=copy.deepcopy(
-            expert.record["config"]
-            | {
-                k: expert.record[k]
-                for k in ("compressed", "healed", "budget")
-                if k in expert.record
-            }
-        ),
-        tokens_seen=expert.record["tokens"],
-        data_card_digest=expert.data_card_digest,
-        serial=take_serial(private_key, owner, expert.name, serial),
-        licence=licence,
-        terms=terms,
-        software=_versions(expert.record),
-    )
-    return write_bundle(Path(path), weights, manifest, Path(private_key), passphrase=passphrase)
+    path = Path(path)
+    with work_aside(path) as around:
+        weights = around / "expert.safetensors"
+        save_tensors(weights, expert.tensors)
+        manifest = build_manifest(
+            weights,
+            name=expert.name,
+            owner=owner,
+            anchor_digest=expert.anchor_digest,
+            architecture=expert.architecture,
+            router_kind=expert.router.kind,
+            router_settings=expert.router.model_dump(mode="json"),
+            recipe=copy.deepcopy(
+                expert.record["config"]
+                | {
+                    k: expert.record[k]
+                    for k in ("compressed", "healed", "budget")
+                    if k in expert.record
+                }
+            ),
+            tokens_seen=expert.record["tokens"],
+            data_card_digest=expert.data_card_digest,
+            serial=take_serial(private_key, owner, expert.name, serial),
+            licence=licence,
+            terms=terms,
+            software=_versions(expert.record),
+        )
+        return write_bundle(path, weights, manifest, Path(private_key), passphrase=passphrase)
 
 
 def _versions(record: Mapping[str, Any]) -> dict[str, str]:

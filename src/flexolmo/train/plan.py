@@ -10,9 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from flexolmo.data.batches import TokenSet
+from flexolmo.files import size_of_tensors
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.runtime import set_up
 from flexolmo.train.blocks import arrange_blocks
@@ -67,7 +67,7 @@ def plan_training(
         "seconds": preparation + settings.steps * median,
         "step_seconds": median,
         "memory_bytes": memory,
-        "weights_bytes": len(save(packed_tensors(pair, name, recipe))),
+        "weights_bytes": size_of_tensors(packed_tensors(pair, name, recipe)),
         "parameters": sum(p.numel() for p in parameters.values()),
         "steps": settings.steps,
         "tokens": settings.tokens,

