@@ -20,6 +20,7 @@ from flexolmo.inference.opening import Opening
 from flexolmo.inference.stepping import EngineModel, refuse_unserved
 from flexolmo.model.assemble import erase_expert
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.panels import Panels
 from flexolmo_vllm.admission import refuse_unsafe
 from flexolmo_vllm.step import Routing, predict, public_alone, read_tokens
 
@@ -46,6 +47,7 @@ class MixtureForCausalLM(nn.Module):
             for i in range(config.num_hidden_layers)
         )
         self.served: EngineModel
+        self.panels: Panels
         self.read_again: Callable[[], EngineModel]
 
     @property
@@ -60,10 +62,11 @@ class MixtureForCausalLM(nn.Module):
         refuse_unserved(served.model)
         served.model.space_weights()
         self.served = served
+        self.panels = served.model.cut_panels()
 
     def erase(self, name: str) -> None:
         """Overwrite what is in memory of an expert."""
-        erase_expert(self.mixture, name, {})
+        erase_expert(self.mixture, name, self.panels)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Part of vLLM's interface; refuses, since an embedding depends on a request's experts."""
@@ -80,11 +83,11 @@ class MixtureForCausalLM(nn.Module):
         """The residual stream, as `read_tokens` gives it. `routing` is the worker's; a step that
         vLLM makes up has none, and then nothing is on."""
         routing = routing or public_alone(self.mixture, len(input_ids))
-        return read_tokens(self.mixture, input_ids, positions, routing, self._attend)
+        return read_tokens(self.mixture, input_ids, positions, routing, self._attend, self.panels)
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Logits [.,V] after some of the tokens, from their rows of what `forward` gave."""
-        return predict(self.mixture, hidden_states)
+        return predict(self.mixture, hidden_states, self.panels)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Part of vLLM's interface; refuses, since a mixture is read by `MixtureLoader` alone."""

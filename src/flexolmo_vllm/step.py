@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexolmo.model.deltas import DeltaLinear
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.panels import Panels
 from flexolmo.model.router import EvidenceRouter
 from flexolmo.model.transformer import ForwardContext
 
@@ -59,16 +60,29 @@ def public_alone(model: MixtureModel, count: int) -> Routing:
 
 
 def read_tokens(
-    model: MixtureModel, ids: Tensor, positions: Tensor, routing: Routing, attention: Attention
+    model: MixtureModel,
+    ids: Tensor,
+    positions: Tensor,
+    routing: Routing,
+    attention: Attention,
+    panels: Panels | None = None,
 ) -> Tensor:
     """The residual stream after the last norm for ids [n] at positions [n], float32 [n,D]; where
     the output head depends on each token's weights of experts, with these behind it, [n,D+E].
 
-    Says in `routing` what weights the layers' own routers have given.
+    Says in `routing` what weights the layers' own routers have given. With `panels`, of
+    `cut_panels`, products are faster.
     """
-    step = Step(ids.long()[:, None], positions[:, None], routing.active, routing.logs, attention)
+    step = Step(
+        ids.long()[:, None],
+        positions[:, None],
+        routing.active,
+        routing.logs,
+        attention,
+        batch_rows=len(ids) if panels else None,
+    )
     seen: list[Tensor] | None = [] if model.router is None else None
-    x, ctx = model.read_spans(step, None, seen)
+    x, ctx = model.read_spans(step, panels, seen)
     if seen:
         routing.weights = torch.stack(seen).mean(0)[:, 0]
     x = x[:, 0].float()
@@ -78,12 +92,14 @@ def read_tokens(
     return torch.cat([x, ctx.weights[:, 0]], dim=1)
 
 
-def predict(model: MixtureModel, read: Tensor) -> Tensor:
+def predict(model: MixtureModel, read: Tensor, panels: Panels | None = None) -> Tensor:
     """Logits [.,V] after some of the tokens, from their rows of what `read_tokens` gave."""
     dtype = model.embed_tokens.weight.dtype
     d_model = model.config.d_model
     nothing = torch.empty(0)  # no layer is run
     ctx = ForwardContext(dtype, nothing, nothing, attention_bias=None, is_token=None)
+    if panels:
+        ctx.panels, ctx.batch_rows = panels, len(read)
     if read.shape[1] > d_model:
         ctx.weights = read[:, None, d_model:]  # [.,1,E]
     return model.predict_at(read[:, None, :d_model].to(dtype), ctx, slice(None))

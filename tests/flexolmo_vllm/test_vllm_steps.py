@@ -43,8 +43,8 @@ def mixtures(wild):
 class Runner:
     """Does what vLLM does: reads parts of requests, with keys and values of each apart."""
 
-    def __init__(self, model):
-        self.model, self.follower = model, Follower(model)
+    def __init__(self, model, panels=None):
+        self.model, self.follower, self.panels = model, Follower(model), panels
         self.kept = {}  # of each request and layer, keys and values
 
     def read(self, parts):
@@ -52,10 +52,12 @@ class Runner:
         routing = Routing(self.follower.mask(parts), self.follower.follow(parts))
         ids = torch.from_numpy(np.concatenate([p.ids[p.start :] for p in parts]))
         positions = torch.cat([torch.arange(p.start, len(p.ids)) for p in parts])
-        rows = read_tokens(self.model, ids, positions, routing, lambda *x: self.attend(parts, *x))
+        rows = read_tokens(
+            self.model, ids, positions, routing, lambda *x: self.attend(parts, *x), self.panels
+        )
         if routing.weights is not None:
             self.follower.count(parts, routing.weights)
-        return predict(self.model, rows).split([p.num_tokens for p in parts])
+        return predict(self.model, rows, self.panels).split([p.num_tokens for p in parts])
 
     def attend(self, parts, layer, q, k, v):
         sizes = [p.num_tokens for p in parts]
@@ -87,11 +89,12 @@ PLANS = st.lists(
 
 @pytest.mark.parametrize("kind", ROUTERS)
 @IN_SESSION
-@given(PLANS, st.integers(0, 3), st.sampled_from([None, 0.0, 0.5]))
+@given(PLANS, st.integers(0, 3), st.sampled_from([None, 0.0, 0.5]), st.booleans())
 def test_requests_side_by_side_are_read_as_if_each_alone(
-    mixtures, wild, kind, plans, seed, puts_back
+    mixtures, wild, kind, plans, seed, puts_back, has_panels
 ):
-    runner = Runner(mixtures(kind))
+    model = mixtures(kind)
+    runner = Runner(model, model.cut_panels() if has_panels else None)
     texts = [wild.ids(1, sum(sizes), seed=10 * seed + i)[0] for i, (_, sizes) in enumerate(plans)]
     read = [[] for _ in plans]  # logits
     starts = [0] * len(plans)
@@ -146,11 +149,12 @@ def test_an_expert_of_nan_that_is_off_changes_no_bit(mixtures, wild):
             Part(str(i), wild.ids(1, 30, seed=i)[0].numpy(), 0, frozenset(s))
             for i, s in enumerate([(), ("amber",), ("amber", "basalt")])
         ]
-        before = Runner(model).read(parts)
-        erase_expert(model, "zinc", {})
-        assert all(map(torch.equal, before, Runner(model).read(parts)))
+        panels = model.cut_panels()
+        before = Runner(model, panels).read(parts)
+        erase_expert(model, "zinc", panels)
+        assert all(map(torch.equal, before, Runner(model, panels).read(parts)))
         broken = [Part("3", parts[0].ids, 0, frozenset({"zinc"}))]
-        assert Runner(model).read(broken)[0].isnan().any()
+        assert Runner(model, panels).read(broken)[0].isnan().any()
 
 
 @pytest.mark.parametrize("kind", ROUTERS)
