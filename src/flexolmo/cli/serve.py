@@ -80,7 +80,7 @@ def serve(
     ] = None,
     engine: Annotated[
         Literal["own", "vllm"],
-        typer.Option(help="Engine that computes: our own, exact to the bit; or vLLM, for many texts."),
+        typer.Option(help="Engine: our own, exact to the bit; or vLLM, for many texts at once."),
     ] = "own",
     engine_python: Annotated[
         Path | None,
