@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flexolmo.cli import audit_attacks, audit_canaries, audit_log, audit_report
+from flexolmo.cli import audit_attacks, audit_canaries, audit_log, audit_report, audit_summary
 from flexolmo.cli.trust import TrustAny, TrustDirectory, trusted_owners
 from flexolmo.terminal import PlainConsole, echo
 
@@ -21,6 +21,7 @@ app.add_typer(audit_log.app)
 app.add_typer(audit_attacks.app)
 app.add_typer(audit_canaries.app)
 app.add_typer(audit_report.app)
+app.add_typer(audit_summary.app)
 
 
 @app.command("statistics")
