@@ -185,6 +185,13 @@ def test_a_size_is_a_range_that_follows_from_what_is_said(
     assert ("zinc.size" in find_unstated(found)["Bob"]) == (size is None)
 
 
+def test_the_publisher_comes_before_a_report_and_one_source_may_be_of_two_kinds(summary, tmp_path):
+    zinc = {"licences": ["CC0-1.0", "MIT"], "kinds": ["crawled", "synthetic"]}
+    md = pages(summary(["zinc"], about(sources={"zinc": zinc})), tmp_path)["md"]
+    assert "| Licences of the text | CC0-1.0; MIT |" in md and "as reported" not in md
+    assert "**zinc** is described under 2.3." in md and md.count("| Licences of the text") == 2
+
+
 def test_what_nobody_said_is_not_stated_with_whom_to_ask(summary, tmp_path):
     found = summary(["zinc"], About(), findings={})
     asked = find_unstated(found)

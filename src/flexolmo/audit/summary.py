@@ -16,7 +16,7 @@ from pydantic import Field, StrictBool, StrictInt, StringConstraints
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, Bundle, open_bundle
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.bundle.release import Release, check_release, place_of, stated_epsilon
+from flexolmo.bundle.release import check_release, place_of, stated_epsilon
 from flexolmo.bundle.terms import Day
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
@@ -159,12 +159,14 @@ def make_summary(
             trusted is not None and trusted.allows_unknown,
             expected=held[name]["files"],
         )
-        release = _read_report(Path(model_dir), name, bundle, index)
-        findings = {} if release is None else dict(release.report.findings)
+        findings, report_digest = _read_report(Path(model_dir), name, bundle, index)
         tokens = said[name].tokens or _look(findings, "text", "counts", "tokens")
         bounds[name] = _bounds(tokens, bundle.manifest.tokens_seen)
         sources[name] = _describe(said[name], bounds[name], bundle.manifest.owner)
-        sources[name] |= _signed(bundle, release, sources[name]["licences"])
+        sources[name] |= _signed(bundle, findings) | {"report_digest": report_digest}
+        sources[name]["licences"] = sources[name]["licences"] or _listed(
+            findings, "data", "licences"
+        )
         digests[name] = bundle.digests[MANIFEST_FILE]
     model = about.model.model_dump(mode="json")
     model["dependencies"] = model["dependencies"] or _look(record, "config", "imported_from")
@@ -208,47 +210,41 @@ def _describe(said: Source, bounds: tuple[float, float], ask: str) -> dict[str, 
     return said.model_dump(mode="json", exclude={"tokens"}) | {"size": _range(bounds), "ask": ask}
 
 
-def _signed(bundle: Bundle, release: Release | None, licences: Any) -> dict[str, Any]:
+def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
     """What an owner's manifest and release report say."""
     m = bundle.manifest
-    findings = {} if release is None else dict(release.report.findings)
-    reported = _look(findings, "data", "licences")
-    if isinstance(reported, list):
-        licences = licences or [str(x) for x in reported] or None
+    epsilon = stated_epsilon(m)
+    unit, delta = (_look(m.recipe, "budget", key) for key in ("unit", "delta"))
+    privacy = None if epsilon is None else f"epsilon {epsilon:.3g}, delta {delta}, for each {unit}"
     personal = _look(findings, "text", "personal")
     kinds = None
     if isinstance(personal, dict):
         kinds = [k for k, x in personal.items() if _look(x, "documents") is not None]
-    epsilon = stated_epsilon(m)
-    unit, delta = (_look(m.recipe, "budget", key) for key in ("unit", "delta"))
-    privacy = None if epsilon is None else f"epsilon {epsilon:.3g}, delta {delta}, for each {unit}"
     return {
         "owner": m.owner,
         "bundle_digest": bundle.digests[MANIFEST_FILE],
         "packed": m.created[:10],
-        "licences": licences,
         "expert_licence": m.licence,
         "terms": m.terms.summary(),
         "privacy": privacy,
         "personal_data": kinds,
-        "report_digest": None if release is None else release.digest,
     }
 
 
 def _read_report(
     model_dir: Path, name: str, bundle: Bundle, index: Mapping[str, Any]
-) -> Release | None:
-    """The release report that the mixture took in with the bundle, if it demanded one."""
+) -> tuple[dict[str, Any], str | None]:
+    """Findings and digest of the release report that the mixture demanded, if it did."""
     known = _look(index.get("release"), "experts", name, "report_digest")
     if known is None:
-        return None
+        return {}, None
     release = check_release(place_of(model_dir / "experts" / f"{name}.bundle"), bundle)
     if release.digest != known:
         raise MergeError(
             f"The release report of {name} has digest {release.digest}, {ABOUT} says {known}. Put "
             "the one back that came with the bundle."
         )
-    return release
+    return dict(release.report.findings), release.digest
 
 
 def _overall(
@@ -277,6 +273,12 @@ def _range(bounds: tuple[float, float]) -> str | None:
     """The one of SIZES that holds both ends; None if there is none."""
     first, last = (bisect_right(_EDGES, end) for end in bounds)
     return SIZES[first] if first == last else None
+
+
+def _listed(value: Any, *keys: str) -> list[str] | None:
+    """The list that stands there, of words; None if there is none, or it is empty."""
+    found = _look(value, *keys)
+    return [str(x) for x in found] or None if isinstance(found, list) else None
 
 
 def _look(value: Any, *keys: str) -> Any:

@@ -19,7 +19,7 @@ _ROWS = {  # of a source, which says of each that it is not stated
 }
 _MORE = {  # of a source, if there is such a thing
     "link": "Where it can be had",
-    "owner": "Owner, who trained an expert on it and did not give it away",
+    "owner": "Owner, who keeps the text",
     "packed": "Expert packed",
     "expert_licence": "Licence of the expert",
     "terms": "Terms of use",
