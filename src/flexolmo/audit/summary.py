@@ -23,7 +23,8 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError, MergeError
 from flexolmo.files import canonical_json, digest_bytes, digest_file, read_json
 from flexolmo.inference.policy import choose_experts
-from flexolmo.merge.mixture import ABOUT, load_mixture
+from flexolmo.merge.index import ABOUT
+from flexolmo.merge.mixture import load_mixture
 
 TEMPLATE = (
     "Explanatory Notice and Template for the Public Summary of Training Content for "
@@ -107,7 +108,7 @@ class Source(Settings):
 
 
 class About(Settings):
-    """What the publisher says, in the file of --about."""
+    """The publisher's own words, in the file of --about."""
 
     provider: Provider = Provider()
     model: Model = Model()
@@ -194,7 +195,7 @@ def make_summary(
 
 
 def find_unstated(summary: Mapping[str, Any]) -> dict[str, list[str]]:
-    """What nobody said, as `part.key`, by whom to ask."""
+    """Keys that nobody gave a value, as `part.key`, by whom to ask."""
     found: dict[str, list[str]] = {}
     for part in ("provider", "model", "processing"):
         keys = [k for k, v in summary[part].items() if v is None and k not in OPTIONAL]
@@ -206,12 +207,12 @@ def find_unstated(summary: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _describe(said: Source, bounds: tuple[float, float], ask: str) -> dict[str, Any]:
-    """What the publisher says of a source, its size as a range, and whom to ask the rest."""
+    """The publisher's words on a source, its size as a range, and whom to ask the rest."""
     return said.model_dump(mode="json", exclude={"tokens"}) | {"size": _range(bounds), "ask": ask}
 
 
 def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
-    """What an owner's manifest and release report say."""
+    """Claims of an owner's manifest and release report."""
     m = bundle.manifest
     epsilon = stated_epsilon(m)
     unit, delta = (_look(m.recipe, "budget", key) for key in ("unit", "delta"))
@@ -282,7 +283,7 @@ def _listed(value: Any, *keys: str) -> list[str] | None:
 
 
 def _look(value: Any, *keys: str) -> Any:
-    """What stands in `value` under these keys, of a form that is not ours to know; else None."""
+    """The value under these keys of a `value` whose form is not ours to know; else None."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
