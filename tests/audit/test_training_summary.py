@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from flexolmo.audit.summary import SIZES, About, find_unstated, make_summary
 from flexolmo.bundle.release import place_of
 from flexolmo.config import parse_settings, read_recipe
-from flexolmo.errors import BundleError, ConfigError, FlexOlmoError, MergeError, PolicyError
+from flexolmo.errors import BundleError, ConfigError, MergeError, PolicyError, SignatureError
 from flexolmo.merge.mixture import build_mixture
 from flexolmo.report.summary_page import write_summary_page
 from made_bundles import TERMS, terms_until
-from made_mixtures import IN_SESSION, NAMES, owner_of
+from made_mixtures import IN_SESSION, NAMES, flip, owner_of
 from made_reports import figure, write_made_report
 
 TODAY = datetime.date(2026, 11, 27)
@@ -255,7 +255,7 @@ def test_unknown_names_and_changed_files_are_refused(workshop, house, tmp_path):
         make_summary(model, house.trusted, without=["quartz"])
     with pytest.raises(ConfigError, match="quartz is of no source here"):
         make_summary(model, house.trusted, about(sources={"quartz": {}}))
-    with pytest.raises(FlexOlmoError, match="Nobody was said to be trusted"):
+    with pytest.raises(SignatureError, match="Nobody was said to be trusted"):
         make_summary(model, None)
 
 
@@ -281,3 +281,13 @@ def test_a_source_whose_terms_have_expired_is_refused_unless_it_is_off(
     with pytest.raises(BundleError, match="expired"):
         make_summary(model, house.trusted)
     assert make_summary(model, house.trusted, without=["zinc"])["held"]["off"]
+
+
+def test_a_bundle_that_is_on_is_checked_and_one_that_is_off_is_not_opened(house, tmp_path):
+    model = house.build(["amber", "zinc"], tmp_path / "model")
+    before = make_summary(model, house.trusted, without=["zinc"], created=TODAY)
+    flip(model / "experts" / "zinc.bundle" / "expert.safetensors", 0.9, 1)
+    with pytest.raises(SignatureError, match=r"expert\.safetensors"):
+        make_summary(model, house.trusted)
+    shutil.rmtree(model / "experts" / "zinc.bundle")
+    assert make_summary(model, house.trusted, without=["zinc"], created=TODAY) == before
