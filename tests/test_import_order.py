@@ -33,7 +33,7 @@ ORDER = [
     ["model.panels", "model.router"],
     ["model.lanes", "model.spans"],
     ["model.private_statistics", "model.transformer"],
-    ["model.loss"],
+    ["model.loss", "model.parallel"],
     ["model.shape", "model.groups"],
     ["model.deltas"],
     ["model.moe"],

@@ -301,10 +301,9 @@ def save_tensors(
     whole. In place of a tensor a `LaterTensor` may stand, which is made when it is its turn.
     """
     header = _header_of(tensors, metadata)
-    order = [name for name in json.loads(header) if name != "__metadata__"]
     with write_aside(path, is_private=is_private) as aside, open(aside, "wb") as f:
         f.write(len(header).to_bytes(8, "little") + header)
-        for name in order:
+        for name in written_order(tensors):
             given = tensors[name]
             for piece in pieces_of(given.make() if isinstance(given, LaterTensor) else given):
                 f.write(piece)
@@ -323,6 +322,13 @@ class LaterTensor:
     dtype: Any
     shape: tuple[int, ...]
     make: Callable[[], Any]
+
+
+def written_order(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of torch `tensors` in the order in which `save_tensors` writes them: those of wide
+    dtypes first, then by name."""
+    order = list(_DTYPES.values())
+    return sorted(tensors, key=lambda n: (order.index(dtype_name(tensors[n].dtype)), n))
 
 
 def dtype_name(dtype: Any) -> str:
@@ -349,16 +355,14 @@ def pieces_of(tensor: Any) -> Iterator[memoryview]:
 
 
 def _header_of(tensors: Mapping[str, Any], metadata: dict[str, str] | None) -> bytes:
-    """The header of a safetensors file, spelled as the library spells it: wide dtypes first, then
-    by name, filled up to whole 8 bytes."""
-    kinds = {name: dtype_name(t.dtype) for name, t in tensors.items()}
-    order = list(_DTYPES.values())
+    """The header of a safetensors file, spelled as the library spells it, filled up to whole 8
+    bytes."""
     table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     begin = 0
-    for name in sorted(tensors, key=lambda n: (order.index(kinds[n]), n)):
-        shape = list(tensors[name].shape)
+    for name in written_order(tensors):
+        kind, shape = dtype_name(tensors[name].dtype), list(tensors[name].shape)
         end = begin + prod(shape) * tensors[name].dtype.itemsize
-        table[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [begin, end]}
+        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return header + b" " * (-len(header) % 8)

@@ -24,10 +24,11 @@ _HUGE_PAGES = 14
 _PAGE_BYTES = 4096
 
 
-def set_up(seed: int, num_threads: int | None = None) -> None:
+def set_up(seed: int, num_threads: int | None = None, *, keeps_memory: bool = True) -> None:
     """Seed every generator we use, set torch's threads (none: leave torch's choice), and see
-    `keep_memory`."""
-    keep_memory()
+    `keep_memory`, which costs more than it gives where matrices come and go."""
+    if keeps_memory:
+        keep_memory()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     random.seed(seed)

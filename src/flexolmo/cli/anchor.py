@@ -53,25 +53,28 @@ def train(
     """Train a small anchor on public text. Resumes after a kill.
 
     Example: flexolmo anchor train --data prepared/public --out anchor
+
+    By several processes: torchrun --nproc-per-node 2 -m flexolmo anchor train ...
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.model.checkpoint import save_anchor
-    from flexolmo.runtime import choose_device
+    from flexolmo.model.parallel import processes
     from flexolmo.train.anchor import AnchorRecipe, train_anchor
 
-    settings = read_recipe(recipe, AnchorRecipe, overrides or ())
-    made = train_anchor(
-        open_set(data),
-        load_tokenizer(data),
-        settings,
-        run or out.with_name(out.name + ".run"),
-        threads,
-        choose_device(device),
-    )
-    save_anchor(made, out)
-    echo(f"{out}: anchor {made.digest}")
+    with processes(device) as own_device:
+        settings = read_recipe(recipe, AnchorRecipe, overrides or ())
+        made = train_anchor(
+            open_set(data),
+            load_tokenizer(data),
+            settings,
+            run or out.with_name(out.name + ".run"),
+            threads,
+            own_device,
+        )
+        save_anchor(made, out)
+        echo(f"{out}: anchor {made.digest}")
 
 
 @app.command("import")

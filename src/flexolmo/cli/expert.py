@@ -125,60 +125,66 @@ def train(
     With one sequence in ten public: add --public prepared/public --set replay=0.1
 
     Differentially private: --dp-epsilon 8 --dp-delta 1e-6 --dp-unit document
+
+    By several processes: torchrun --nproc-per-node 2 -m flexolmo expert train ...
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
     from flexolmo.model.checkpoint import check_anchor, load_anchor
-    from flexolmo.runtime import choose_device
+    from flexolmo.model.parallel import are_several, processes
     from flexolmo.train.expert import ExpertRecipe, save_expert, train_expert
     from flexolmo.train.plan import plan_training
 
-    if as_json and not plan:
-        raise ConfigError("--json goes with --plan, which was not given.")
-    if dp_epsilon is None and (dp_delta is not None or dp_unit is not None):
-        raise ConfigError("--dp-delta and --dp-unit go with --dp-epsilon, which was not given.")
-    short = {
-        "scope": scope,
-        "rank": rank,
-        "width": width,
-        "privacy.epsilon": dp_epsilon,
-        "privacy.delta": dp_delta,
-        "router.delta": dp_delta,
-        "privacy.unit": dp_unit,
-    }
-    if dp_epsilon is not None and not any(o.startswith("router.epsilon=") for o in overrides or ()):
-        short["router.epsilon"] = dp_epsilon / 4
-    settings = read_recipe(
-        recipe,
-        ExpertRecipe,
-        [*(overrides or ()), *(f"{k}={v}" for k, v in short.items() if v is not None)],
-    )
-    if public is not None and not (settings.replay or settings.router.kind == "discriminant"):
-        raise ConfigError(
-            f"Found a public set, {public}, but replay is 0, so none of it would be "
-            "read. Say how much: --set replay=0.1, or leave --public out."
+    with processes(device) as own_device:
+        if as_json and not plan:
+            raise ConfigError("--json goes with --plan, which was not given.")
+        if dp_epsilon is None and (dp_delta is not None or dp_unit is not None):
+            raise ConfigError("--dp-delta and --dp-unit go with --dp-epsilon, which was not given.")
+        short = {
+            "scope": scope,
+            "rank": rank,
+            "width": width,
+            "privacy.epsilon": dp_epsilon,
+            "privacy.delta": dp_delta,
+            "router.delta": dp_delta,
+            "privacy.unit": dp_unit,
+        }
+        if dp_epsilon is not None and not any(
+            o.startswith("router.epsilon=") for o in overrides or ()
+        ):
+            short["router.epsilon"] = dp_epsilon / 4
+        settings = read_recipe(
+            recipe,
+            ExpertRecipe,
+            [*(overrides or ()), *(f"{k}={v}" for k, v in short.items() if v is not None)],
         )
-    if public is None and settings.replay:
-        raise ConfigError(
-            f"Replay is {settings.replay}, but no public set was given: add --public "
-            "DIRECTORY, or --set replay=0."
-        )
-    start = load_anchor(anchor)
-    check_anchor(start, anchor, anchor_digest, trust_coordinator)
-    start.model.to(choose_device(device))
-    replayed = None if public is None else open_set(public, start.tokenizer.digest)
-    own = open_set(data, start.tokenizer.digest)
-    if plan:
-        told = plan_training(start, own, name, settings, threads, replayed)
-        if as_json:
-            echo(json.dumps(told, indent=2))
-        else:
-            print_plan(name, told)
-        return
-    out = out or Path(f"{name}.run")
-    save_expert(train_expert(start, own, name, settings, out, threads, public=replayed), out)
-    echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
+        if public is not None and not (settings.replay or settings.router.kind == "discriminant"):
+            raise ConfigError(
+                f"Found a public set, {public}, but replay is 0, so none of it would be "
+                "read. Say how much: --set replay=0.1, or leave --public out."
+            )
+        if public is None and settings.replay:
+            raise ConfigError(
+                f"Replay is {settings.replay}, but no public set was given: add --public "
+                "DIRECTORY, or --set replay=0."
+            )
+        start = load_anchor(anchor, is_mapped=are_several())
+        check_anchor(start, anchor, anchor_digest, trust_coordinator)
+        if not are_several():
+            start.model.to(own_device)
+        replayed = None if public is None else open_set(public, start.tokenizer.digest)
+        own = open_set(data, start.tokenizer.digest)
+        if plan:
+            told = plan_training(start, own, name, settings, threads, replayed)
+            if as_json:
+                echo(json.dumps(told, indent=2))
+            else:
+                print_plan(name, told)
+            return
+        out = out or Path(f"{name}.run")
+        save_expert(train_expert(start, own, name, settings, out, threads, public=replayed), out)
+        echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
 
 
 def print_plan(name: str, plan: dict[str, Any]) -> None:

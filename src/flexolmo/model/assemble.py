@@ -20,6 +20,7 @@ from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.deltas import DeltaEmbedding, DeltaLinear, LowRank
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.panels import Panels
+from flexolmo.model.parallel import fill, place
 from flexolmo.model.router import EvidenceRouter, LevelTable, LinearRouter, RouterSettings, slot
 from flexolmo.model.shape import (
     ATTENTION_PARTS,
@@ -31,7 +32,7 @@ from flexolmo.model.shape import (
     shape_of_tensors,
 )
 from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys, in_public_steps
-from flexolmo.model.transformer import Block, Linear, copy_matrix
+from flexolmo.model.transformer import Block, Linear
 
 
 def assemble_mixture(
@@ -143,25 +144,10 @@ def _frame(
             public_bigrams=len(anchor.public.keys),
             form_bigrams=[len(table.keys) for table in anchor.forms],
         )
-    _give_memory(model, anchor.model.embed_tokens.weight)
+    place(model, anchor.model.embed_tokens.weight)
     with torch.no_grad():
         _copy_anchor(model, anchor, is_shared)
     return model.requires_grad_(False).eval()
-
-
-def _give_memory(model: nn.Module, like: Tensor) -> None:
-    """Memory of dtype and device of `like` for a model on torch's device without any: zeros for its
-    buffers, nothing yet for parameters, which are all copied into. (torch's own `to_empty` brings a
-    compiler along.)"""
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            memory = torch.empty_strided(
-                tuple(p.shape), p.stride(), dtype=like.dtype, device=like.device
-            )
-            setattr(module, name, nn.Parameter(memory))
-        for name, b in list(module.named_buffers(recurse=False)):
-            dtype = like.dtype if b.is_floating_point() else b.dtype
-            setattr(module, name, torch.zeros(tuple(b.shape), dtype=dtype, device=like.device))
 
 
 def anchor_matrix(anchor: Anchor, name: str) -> Tensor | None:
@@ -223,26 +209,26 @@ def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
 
 
 def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:
-    def fill(target: Tensor, values: Tensor) -> None:
+    def put(target: Tensor, values: Tensor) -> None:
         if is_shared:
             target.data = values
         else:
-            copy_matrix(target, values)
+            fill(target, values)
 
     source = anchor.model.state_dict()
     for name, target in model.state_dict(keep_vars=True).items():
         if not (".mlp." in name or ".deltas." in name or name.startswith("router.")):
-            fill(target, source[name])
+            put(target, source[name])
     for i, mixture in enumerate(model.mixtures()):
         for part in FFN_PARTS:
-            fill(
+            put(
                 getattr(mixture.expert(PUBLIC), part).weight,
                 source[f"layers.{i}.mlp.{part}.weight"],
             )
         if mixture.router is not None:
             mixture.router.float()  # routing is in float32 whatever the weights are
-            if isinstance(mixture.router, LinearRouter):
-                mixture.router.row(PUBLIC).weight.copy_(anchor.router_rows[i][None])
+        if isinstance(mixture.router, LinearRouter):
+            fill(mixture.router.row(PUBLIC).weight, anchor.router_rows[i][None])
     if model.router is not None:
         model.router.float()
         table, public = model.router.public, anchor.public
@@ -263,6 +249,6 @@ def _copy_expert(
     model: MixtureModel, name: str, tensors: Mapping[str, Tensor], takes_over: bool
 ) -> None:
     for key, target in expert_tensors(model, name).items():
-        copy_matrix(target, tensors[key])
+        fill(target, tensors[key])
         if takes_over:
             cast(dict[str, Tensor], tensors).pop(key)

@@ -364,15 +364,16 @@ class Transformer(nn.Module):
         """Device of the weights; inputs may be on any other."""
         return self.embed_tokens.weight.device
 
-    def initialise(self, seed: int) -> None:
-        """Draw matrices from a normal of deviation 0.02 and set norms to 1. Source: OLMo 2."""
+    def initialise(self, seed: int, copy: Callable[[Tensor, Tensor], None] = copy_matrix) -> None:
+        """Draw matrices from a normal of deviation 0.02, each put in its place by `copy`, and set
+        norms to 1. Source: OLMo 2."""
         generator = torch.Generator().manual_seed(seed)
         for p in self.parameters():
             if p.dim() == 2:  # drawn row by row, whatever the layout of `p`
                 drawn = torch.empty(p.shape)
                 nn.init.trunc_normal_(drawn, std=0.02, a=-0.06, b=0.06, generator=generator)
                 with torch.no_grad():
-                    p.copy_(drawn)
+                    copy(p, drawn)
             else:
                 nn.init.ones_(p)
 

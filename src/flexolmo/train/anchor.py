@@ -17,6 +17,7 @@ from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.hidden_statistics import mean_hidden_state
 from flexolmo.model.loss import language_model_loss
+from flexolmo.model.parallel import are_several, count, fill, first_goes_on, place
 from flexolmo.model.statistics import (
     PUBLIC_DOCUMENTS,
     BigramModel,
@@ -26,12 +27,12 @@ from flexolmo.model.statistics import (
     fit_table,
     in_public_steps,
 )
-from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock
+from flexolmo.model.stock import DtypeName, StockConfig, build_transformer, read_stock, stock_name
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.progress import progress
 from flexolmo.runtime import run_record, set_up
 from flexolmo.train.blocks import arrange_blocks
-from flexolmo.train.loop import TrainSettings, identity_of, in_parts, train
+from flexolmo.train.loop import TrainSettings, identity_of, in_parts, read_learnt, train
 
 FORM_DOCUMENTS = 20_000  # of public text, that are written in other forms
 FORM_SENTENCES = 20  # of each
@@ -74,17 +75,19 @@ def train_anchor(
     """Train an anchor on the public set's training split.
 
     With `run_dir`, resumes a run that was cut off there and writes its record beside the metrics.
-    The anchor's model stays on `device`.
+    The anchor's model stays on `device`; after several processes (see `model.parallel`), of which
+    the first alone returns, it is mapped from the run's checkpoint.
     """
     public.check_tokenizer(tokenizer.digest, "the anchor")
-    set_up(recipe.seed, num_threads)
+    set_up(recipe.seed, num_threads, keeps_memory=not are_several())
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, eos_token_id=tokenizer.eos_id, **recipe.model.model_dump()
     )
     config.refuse_longer(recipe.train.seq_len, "train.seq_len")
-    model = Transformer(config)
-    model.initialise(recipe.seed)
-    model.to(device)
+    with torch.device("meta"):
+        model = Transformer(config)
+    place(model, torch.empty(0, device=device))
+    model.initialise(recipe.seed, fill)
     record = run_record(recipe.model_dump(mode="json"), recipe.seed, {public.name: public.digest})
     batches = training_batches(
         public, "train", recipe.train.batch_size, recipe.train.seq_len, recipe.seed
@@ -106,6 +109,11 @@ def train_anchor(
         record,
     )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
+    if are_several() and run_dir is not None:
+        record["processes"] = count()
+        first_goes_on()
+        learnt = {stock_name(n): t for n, t in read_learnt(run_dir).items()}
+        model = build_transformer(config, learnt, str(run_dir), is_mapped=True)
     return describe_anchor(model, tokenizer, public, record)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from flexolmo.errors import ConfigError
+from flexolmo.model.parallel import are_several, run_block
 from flexolmo.model.transformer import Block, ForwardContext, Transformer
 from flexolmo.terminal import echo
 from flexolmo.train.loop import TrainSettings
@@ -44,7 +45,7 @@ def arrange_blocks(model: Transformer, settings: TrainSettings, label: str) -> b
             )
     if is_compiled and obstacle is not None:
         raise ConfigError(f"train.compile is on, but {obstacle}, or set train.compile=off.")
-    run: Any = _run_compiled(torch.compile(_run_block)) if is_compiled else _run_block
+    run: Any = _run_compiled(torch.compile(_run_block)) if is_compiled else run_block
 
     def run_again(block: Block, x: Tensor, ctx: ForwardContext, layer: int) -> Tensor:
         found: Tensor = checkpoint(run, block, x, ctx, layer, use_reentrant=False)
@@ -86,6 +87,8 @@ def _estimate_seconds(model: Transformer, settings: TrainSettings) -> float:
 
 def _obstacle(model: Transformer) -> str | None:
     """Reason why nothing can be compiled here, and what to do; None: it can."""
+    if are_several():
+        return "blocks held in parts by several processes are not compiled: run it without torchrun"
     if Version(torch.__version__) < COMPILES_FROM:
         return f"torch is {torch.__version__}: install {COMPILES_FROM} or newer"
     if model.device.type == "cpu" and not any(shutil.which(c) for c in ("g++", "clang++")):

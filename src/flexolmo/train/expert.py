@@ -39,6 +39,7 @@ from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.hidden_statistics import discriminant_tensors, gather, mean_hidden_state
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.parallel import are_several, count, cut, first_goes_on, local, refuse_several
 from flexolmo.model.private_statistics import tabulate
 from flexolmo.model.router import (
     DiscriminantSettings,
@@ -62,7 +63,15 @@ from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.compress import prune_width
 from flexolmo.train.dp_sgd import PrivateSteps
-from flexolmo.train.loop import TOKEN_ROWS, Losses, TrainSettings, identity_of, in_parts, train
+from flexolmo.train.loop import (
+    TOKEN_ROWS,
+    Losses,
+    TrainSettings,
+    identity_of,
+    in_parts,
+    read_learnt,
+    train,
+)
 from flexolmo.train.protect import in_units, protect, state_budget
 
 Scope = Literal["ffn", "ffn+head", "all"]
@@ -221,7 +230,8 @@ def start_expert(
     public: TokenSet | None = None,
     run_dir: Path | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors of the expert before training: the anchor's, deltas that add nothing, a router's.
+    """Tensors of the expert before training: the anchor's own memory where it begins with that,
+    deltas that add nothing, a router's.
 
     FFN of a width of its own: those columns of the anchor's that the owner's text uses most.
     Deltas: B zero, A drawn from a normal of deviation 1/sqrt(in).
@@ -241,7 +251,7 @@ def start_expert(
         elif name.endswith(".weight"):
             base = anchor_matrix(anchor, name.removesuffix(".weight"))
             if base is not None:  # not a router's row
-                tensors[name] = base.detach().cpu().clone()
+                tensors[name] = base.detach().cpu()
     if shape.d_ff != config.d_ff:
         tensors = prune_width(anchor, tensors, data, shape.d_ff)
     return tensors | start_router(anchor, data, router, public, run_dir, _offsets(data, recipe))
@@ -386,14 +396,17 @@ def train_expert(
     With `run_dir`, resumes a run that was cut off there. `public` is the prepared public set, for
     replay and for the discriminant router. `start` are first values in place of `start_expert`'s;
     a private expert has none.
+    Of several processes (see `model.parallel`) the first alone returns.
     Source: §3.3.1.
     """
+    if recipe.privacy is not None or _draws_noise(recipe.router):
+        refuse_several("Training with noise (privacy.epsilon, router.epsilon), drawn in secret,")
     if recipe.privacy is not None and start is not None:
         raise ConfigError(
             "Private training starts from the anchor: first values that were given may tell of the "
             "text outside its budget."
         )
-    set_up(recipe.seed, num_threads)
+    set_up(recipe.seed, num_threads, keeps_memory=not are_several())
     commitment = data.commitment  # refused before anything is trained
     pair, parameters, loss_of_step, private = prepare_training(
         anchor, data, name, recipe, public, start, run_dir
@@ -411,22 +424,31 @@ def train_expert(
     identity |= {"is_compiled": True} if record["is_compiled"] else {}
     if start is not None:
         identity["start"] = digest_tensors(start.items())
-    if isinstance(recipe.router, EvidenceSettings) and recipe.router.epsilon is not None:
+    if _draws_noise(recipe.router):
         table = {k: t for k, t in expert_tensors(pair, name).items() if k.startswith("router.")}
         identity["table"] = digest_tensors(table.items())
     result = train(
         parameters, loss_of_step, recipe.train, run_dir, label, identity, record, private
     )
     record |= {"tokens": result.tokens, "seconds": round(result.seconds, 1)}
+    tensors = expert_tensors(pair, name)
+    if are_several() and run_dir is not None:
+        record["processes"] = count()
+        first_goes_on()
+        tensors |= read_learnt(run_dir)
     return Expert(
         name,
         anchor.digest,
         recipe.router,
-        packed_tensors(pair, name, recipe),
+        pack_tensors(tensors, recipe),
         record,
         commitment,
         architecture_of(anchor.config, pair.shapes[name]),
     )
+
+
+def _draws_noise(router: RouterSettings) -> bool:
+    return isinstance(router, EvidenceSettings) and router.epsilon is not None
 
 
 def prepare_training(
@@ -501,10 +523,9 @@ def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:
     """Let no row of embedding and head learn but those in `is_open` [V], so that which rows have
     moved shows no word of a few documents. Source: ours."""
 
-    closed = (~is_open).nonzero()[:, 0]
-
     def clear(p: Tensor) -> None:
-        cast(Tensor, p.grad).index_fill_(0, closed.to(p.device), 0.0)
+        closed = (~cut(is_open, p)).nonzero()[:, 0]
+        local(cast(Tensor, p.grad)).index_fill_(0, closed.to(p.device), 0.0)
 
     for key, p in parameters.items():
         if key in TOKEN_ROWS:
@@ -544,16 +565,13 @@ def moved_rows(anchor: Anchor, tensors: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
-def packed_tensors(pair: MixtureModel, name: str, recipe: ExpertRecipe) -> dict[str, Tensor]:
-    """The expert's tensors as a bundle will hold them, on the CPU."""
-    in_rows = torch.contiguous_format
-    tensors = {
-        n: t.detach().cpu().clone(memory_format=in_rows)
-        for n, t in expert_tensors(pair, name).items()
-    }
+def pack_tensors(tensors: Mapping[str, Tensor], recipe: ExpertRecipe) -> dict[str, Tensor]:
+    """The expert's tensors as a bundle will hold them, on the CPU; may share memory with
+    `tensors`."""
+    packed = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     if recipe.has_half_deltas:
-        tensors |= {n: t.bfloat16() for n, t in tensors.items() if ".lora_" in n}
-    return tensors
+        packed |= {n: t.bfloat16() for n, t in packed.items() if ".lora_" in n}
+    return packed
 
 
 def refuse_private(expert: Expert, what: str) -> None:

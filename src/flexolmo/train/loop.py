@@ -19,7 +19,20 @@ from torch import Tensor, nn
 
 from flexolmo.config import Settings
 from flexolmo.errors import CheckpointError
-from flexolmo.files import canonical_json, digest_bytes, parse_json, save_tensors, write_json
+from flexolmo.files import canonical_json, digest_bytes, parse_json, write_json
+from flexolmo.model.parallel import (
+    agree,
+    are_several,
+    count,
+    fill,
+    is_first,
+    mean,
+    own_rows,
+    refuse_several,
+    refuse_uneven,
+    save_parts,
+    whole,
+)
 from flexolmo.progress import progress
 from flexolmo.train.dp_sgd import PrivateSteps
 from flexolmo.train.muon import Muon
@@ -186,21 +199,26 @@ def train(
     it. The first call writes `record` there as `run.json`, the last one the losses as
     `metrics.json`. All of it is for the user alone, since the text may be an owner's.
 
+    Several processes (see `model.parallel`) take the same steps but for rounding, and go on from
+    what any number of processes with any number of threads have done; they need a `run_dir` that
+    all of them see.
+
     Raises:
         CheckpointError: `run_dir` belongs to a run of another identity, or a loss is not finite.
+        ConfigError: the settings are not for several processes.
     """
+    if run_dir is None:
+        refuse_several("Training without a directory for its run")
     optimizers = build_optimizers(parameters, settings)
     device = next(iter(parameters.values())).device.type
-    identity_digest = digest_bytes(
-        canonical_json({**identity, **({} if device == "cpu" else {"device": device})})
-    )
+    identities = _identify({**identity, **({} if device == "cpu" else {"device": device})})
     result = TrainResult(tokens=settings.tokens)
     if run_dir is not None:
-        _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
-        if not result.losses_nats:
+        _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identities)
+        if not result.losses_nats and is_first():
             write_json(run_dir / "run.json", dict(record), is_private=True)
     if private is not None and len(result.losses_nats) < settings.steps:
-        private.open(run_dir, identity_digest, bool(result.losses_nats))
+        private.open(run_dir, identities["identity"], bool(result.losses_nats))
     tokens_a_step = settings.batch_size * settings.seq_len
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
@@ -224,13 +242,11 @@ def train(
             result.losses_nats.append(nats)
             meter.advance(tokens_a_step, f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
-            if run_dir is not None and (
-                step + 1 == settings.steps
-                or time.monotonic() - last_save > settings.checkpoint_every_seconds
-            ):
-                _save(run_dir / CHECKPOINT, parameters, optimizers, result, identity_digest)
+            is_due = time.monotonic() - last_save > settings.checkpoint_every_seconds
+            if run_dir is not None and (step + 1 == settings.steps or agree(is_due)):
+                _save(run_dir / CHECKPOINT, parameters, optimizers, result, identities)
                 last_save = time.monotonic()
-    if run_dir is not None:
+    if run_dir is not None and is_first():
         write_json(
             run_dir / "metrics.json",
             {"loss_nats": result.losses_nats, "seconds": result.seconds, "tokens": result.tokens},
@@ -239,6 +255,28 @@ def train(
     if private is not None:
         private.close(run_dir)
     return result
+
+
+def _identify(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of all that decides a run's numbers, and of all that does so but for rounding, which
+    several processes go by."""
+    several = {"processes": count()} if are_several() else {}
+    loose = {k: v for k, v in identity.items() if k != "threads"}
+    return {
+        "identity": digest_bytes(canonical_json({**identity, **several})),
+        "identity_but_for_rounding": digest_bytes(canonical_json(loose)),
+    }
+
+
+def read_learnt(run_dir: Path) -> dict[str, Tensor]:
+    """Parameters by name, as the run in `run_dir` left them, mapped into memory."""
+    prefix = "parameter."
+    with safetensors.safe_open(Path(run_dir) / CHECKPOINT, framework="pt") as f:
+        return {
+            n.removeprefix(prefix): f.get_tensor(n)
+            for n in f.keys()  # noqa: SIM118
+            if n.startswith(prefix)
+        }
 
 
 def compute_gradients(
@@ -263,22 +301,22 @@ def compute_gradients(
         given = loss_of_step(step)
         parts = iter([given] if isinstance(given, Tensor) else given)
         part = next(parts, None)
-    total = next(iter(parameters.values())).new_zeros((), dtype=torch.float32)
-    count = 0
+    total = torch.zeros((), device=next(iter(parameters.values())).device)
+    num_parts = 0
     while part is not None:
         part.backward()
         if private is not None:
             private.add(parameters)
         total += part.detach()
-        count += 1
+        num_parts += 1
         with in_precision():
             part = next(parts, None)
     if private is not None:
         private.finish(parameters, step)
-        total /= max(count, 1)
+        total /= max(num_parts, 1)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
-    norm = nn.utils.get_total_norm(grads)
-    nats, size = torch.stack([total, norm.float()]).tolist()  # one wait for a GPU
+    norm = whole(nn.utils.get_total_norm(grads))
+    nats, size = torch.stack([mean(total), norm.float()]).tolist()  # one wait for a GPU
     if size > settings.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters.values(), settings.grad_clip, norm)
     return nats, size
@@ -289,10 +327,12 @@ def in_parts(
     loss_of: Callable[[Tensor], Tensor],
     settings: TrainSettings,
 ) -> Callable[[int], Iterable[Tensor]]:
-    """Function from a step to the losses of the parts in which its batch [B,T+1] is read."""
+    """Function from a step to the losses of the parts in which its batch [B,T+1] is read, by this
+    process. ConfigError if several processes cannot share a batch."""
+    refuse_uneven(settings.batch_size, settings.accumulate)
 
     def losses(step: int) -> Iterator[Tensor]:
-        for ids in torch.from_numpy(batch_of_step(step)).chunk(settings.accumulate):
+        for ids in torch.from_numpy(own_rows(batch_of_step(step))).chunk(settings.accumulate):
             yield loss_of(ids) / settings.accumulate
 
     return losses
@@ -315,16 +355,12 @@ def _save(
     parameters: Mapping[str, nn.Parameter],
     optimizers: list[tuple[torch.optim.Optimizer, float]],
     result: TrainResult,
-    identity_digest: str,
+    identities: Mapping[str, str],
 ) -> None:
     tensors = {f"parameter.{n}": p.detach() for n, p in parameters.items()}
     tensors |= _optimizer_tensors(parameters, optimizers)
-    state = {
-        "losses_nats": result.losses_nats,
-        "seconds": result.seconds,
-        "identity": identity_digest,
-    }
-    save_tensors(path, tensors, {"state": json.dumps(state)}, is_private=True)
+    state = {"losses_nats": result.losses_nats, "seconds": result.seconds, **identities}
+    save_parts(path, tensors, {"state": json.dumps(state)}, is_private=True)
 
 
 def _resume(
@@ -332,7 +368,7 @@ def _resume(
     parameters: Mapping[str, nn.Parameter],
     optimizers: list[tuple[torch.optim.Optimizer, float]],
     result: TrainResult,
-    identity_digest: str,
+    identities: Mapping[str, str],
 ) -> None:
     if not path.exists():
         return
@@ -344,14 +380,16 @@ def _resume(
         raise CheckpointError(
             f"{path} is not a checkpoint of this loop: {e}. Remove it to start again."
         ) from None
-    if state["identity"] != identity_digest:
+    key = "identity_but_for_rounding" if are_several() else "identity"
+    if state.get(key) != identities[key]:
         raise CheckpointError(
             f"{path} belongs to a run with another recipe, seed, anchor, data, device or number "
-            "of threads. Give this run a directory of its own, or remove the old one."
+            "of threads or processes. Give this run a directory of its own, remove the old one, "
+            "or, if only threads or processes differ, go on under torchrun."
         )
     with torch.no_grad():
         for n, p in parameters.items():
-            p.copy_(tensors.pop(f"parameter.{n}"))
+            fill(p, tensors.pop(f"parameter.{n}"))
     for optimizer, _ in optimizers:
         for group in optimizer.param_groups:
             for p in group["params"]:
@@ -362,6 +400,7 @@ def _resume(
                 }
                 for key, value in saved.items():  # in the parameter's own order in memory
                     place = torch.empty_like(p if value.shape == p.shape else value)
-                    optimizer.state[p][key] = place.to(p.device).copy_(value)
+                    optimizer.state[p][key] = place.to(p.device)
+                    fill(optimizer.state[p][key], value)
     result.losses_nats[:] = state["losses_nats"]
     result.seconds = state["seconds"]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexolmo.model.parallel import at_owners, count, local
+
 BATCH_NUMBERS = 2**18  # of matrices orthogonalised together, which a processor's cache holds
 
 
@@ -58,25 +60,30 @@ class Muon(torch.optim.Muon):
                 if p.grad is not None:
                     alike[p.shape, p.device].append(p)
             for (shape, device), found in alike.items():
-                size = max(1, BATCH_NUMBERS // shape.numel())
+                size = max(1, BATCH_NUMBERS // shape.numel()) * count()
                 dtype = product_dtype(device)
                 for start in range(0, len(found), size):
                     self._move(found[start : start + size], group, dtype)
 
     def _move(self, parameters: list[Tensor], group: dict[str, Any], dtype: torch.dtype) -> None:
         """Move `parameters` of one shape by a step in products of this `dtype`."""
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum_buffer"] for p in parameters]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in parameters]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-        stacked = torch.stack([x.to(dtype) for x in ahead])  # [n,a,b]
-        moves = orthogonalise(stacked, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        stacked = torch.stack([x.to(dtype) for x in ahead])  # [n,a,b], or the rows held here
+
+        def turn(x: Tensor) -> Tensor:
+            return orthogonalise(x, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
         rows, columns = parameters[0].shape
+        moves = at_owners(stacked, rows, turn)
+        held = [local(p) for p in parameters]
         rate = group["lr"] * max(1.0, rows / columns) ** 0.5
         if group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        for p, move in zip(parameters, moves, strict=True):
+            torch._foreach_mul_(held, 1 - group["lr"] * group["weight_decay"])
+        for p, move in zip(held, moves, strict=True):
             p.add_(move, alpha=-rate)

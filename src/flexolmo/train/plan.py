@@ -13,10 +13,12 @@ import torch
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.files import size_of_tensors
+from flexolmo.model.assemble import expert_tensors
 from flexolmo.model.checkpoint import Anchor
+from flexolmo.model.parallel import refuse_several
 from flexolmo.runtime import set_up
 from flexolmo.train.blocks import arrange_blocks
-from flexolmo.train.expert import ExpertRecipe, packed_tensors, prepare_training
+from flexolmo.train.expert import ExpertRecipe, pack_tensors, prepare_training
 from flexolmo.train.loop import Losses, train
 
 TIMED_STEPS = 5  # and one before them, which is slower
@@ -42,6 +44,7 @@ def plan_training(
         own_tokens: tokens of the owner's training text.
         passes: times that text is read.
     """
+    refuse_several("A plan")
     set_up(recipe.seed, num_threads)
     started = time.monotonic()
     pair, parameters, loss_of_step, private = prepare_training(anchor, data, name, recipe, public)
@@ -67,7 +70,7 @@ def plan_training(
         "seconds": preparation + settings.steps * median,
         "step_seconds": median,
         "memory_bytes": memory,
-        "weights_bytes": size_of_tensors(packed_tensors(pair, name, recipe)),
+        "weights_bytes": size_of_tensors(pack_tensors(expert_tensors(pair, name), recipe)),
         "parameters": sum(p.numel() for p in parameters.values()),
         "steps": settings.steps,
         "tokens": settings.tokens,
