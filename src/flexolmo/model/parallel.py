@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from flexolmo.errors import ConfigError, FlexOlmoError
+from flexolmo.errors import CheckpointError, ConfigError, FlexOlmoError
 from flexolmo.files import LaterTensor, save_tensors, written_order
 from flexolmo.model.router import LinearRouter
 from flexolmo.model.transformer import Block, ForwardContext, Transformer, copy_matrix
@@ -159,6 +159,20 @@ def agree(flag: bool) -> bool:
     said = torch.tensor([flag], dtype=torch.uint8)
     dist.broadcast(said, 0)
     return bool(said.item())
+
+
+def refuse_apart(num_steps: int, path: Path) -> None:
+    """Raise CheckpointError unless every process found `num_steps` steps done in `path`."""
+    if not are_several():
+        return
+    least, most = torch.tensor(num_steps), torch.tensor(num_steps)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if least != most:
+        raise CheckpointError(
+            f"Processes found between {least} and {most} steps done in {path}. Put it where all "
+            "machines see the same files."
+        )
 
 
 # --- models and tensors in parts ----------------------------------------------------------------

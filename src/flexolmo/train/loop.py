@@ -28,6 +28,7 @@ from flexolmo.model.parallel import (
     is_first,
     mean,
     own_rows,
+    refuse_apart,
     refuse_several,
     refuse_uneven,
     save_parts,
@@ -215,6 +216,7 @@ def train(
     result = TrainResult(tokens=settings.tokens)
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identities)
+        refuse_apart(len(result.losses_nats), run_dir)
         if not result.losses_nats and is_first():
             write_json(run_dir / "run.json", dict(record), is_private=True)
     if private is not None and len(result.losses_nats) < settings.steps:
