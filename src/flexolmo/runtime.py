@@ -19,6 +19,7 @@ from flexolmo.errors import ConfigError
 
 # Numbers of glibc's and Linux's headers.
 _TRIM_THRESHOLD = -1
+_MMAP_THRESHOLD = -3
 _MMAP_MAX = -4
 _HUGE_PAGES = 14
 _PAGE_BYTES = 4096
@@ -26,9 +27,11 @@ _PAGE_BYTES = 4096
 
 def set_up(seed: int, num_threads: int | None = None, *, keeps_memory: bool = True) -> None:
     """Seed every generator we use, set torch's threads (none: leave torch's choice), and see
-    `keep_memory`, which costs more than it gives where matrices come and go."""
+    `keep_memory`; or, where little memory matters more than time, `give_memory_back`."""
     if keeps_memory:
         keep_memory()
+    else:
+        give_memory_back()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     random.seed(seed)
@@ -62,6 +65,13 @@ def keep_memory(room_bytes: int = 2**33) -> bool:
     libc.free(libc.malloc(room_bytes))  # grows the heap, which it now stays
     size = libc.sbrk(0) - start
     return size > 0 and libc.madvise(start, size, _HUGE_PAGES) == 0
+
+
+def give_memory_back() -> None:
+    """Have this process give the memory of tensors back to the system at once, which costs time:
+    matrices of many sizes that come and go leave holes else. glibc only. Source: mallopt(3)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**20)
 
 
 def choose_device(name: str) -> torch.device:
