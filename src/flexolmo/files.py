@@ -360,9 +360,10 @@ def _header_of(tensors: Mapping[str, Any], metadata: dict[str, str] | None) -> b
     table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     begin = 0
     for name in written_order(tensors):
-        kind, shape = dtype_name(tensors[name].dtype), list(tensors[name].shape)
-        end = begin + prod(shape) * tensors[name].dtype.itemsize
-        table[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+        shape = list(tensors[name].shape)
+        dtype = tensors[name].dtype
+        end = begin + prod(shape) * dtype.itemsize
+        table[name] = {"dtype": dtype_name(dtype), "shape": shape, "data_offsets": [begin, end]}
         begin = end
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     return header + b" " * (-len(header) % 8)

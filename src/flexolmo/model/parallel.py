@@ -165,7 +165,8 @@ def refuse_apart(num_steps: int, path: Path) -> None:
     """Raise CheckpointError unless every process found `num_steps` steps done in `path`."""
     if not are_several():
         return
-    least, most = torch.tensor(num_steps), torch.tensor(num_steps)
+    least = torch.tensor(num_steps)
+    most = least.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     if least != most:
@@ -268,7 +269,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def cut(rows: Tensor, like: Tensor) -> Tensor:
-    """Of `rows` [a,...], those that this process holds of `like` [a,...]."""
+    """Rows of `rows` [a,...] at the places that this process holds of `like` [a,...]."""
     if not _is_in_parts(like):
         return rows
     size = -(-len(like) // count())
