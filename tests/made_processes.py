@@ -61,7 +61,9 @@ def losses_of(anchor, sets, kind, run_dir, threads=1, stop_after=None):
             raise KeyboardInterrupt
         return loss(step)
 
-    settings = recipe.train.model_copy(update={"checkpoint_every_seconds": 1e-9})
+    settings = recipe.train
+    if stop_after is not None:
+        settings = settings.model_copy(update={"checkpoint_every_seconds": 1e-9})
     about = {"kind": kind, "threads": threads}
     losses = None
     with contextlib.suppress(KeyboardInterrupt):
