@@ -2,12 +2,13 @@
 # make test   set up, then the tests
 # make check  set up, then ruff format, ruff, mypy and a strict build of the documentation
 # make docs   set up, then the documentation in site/
+# make test-vllm  vLLM in an environment of its own (3 GB, minutes), then the tests that need it
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup test demo check docs clean
+.PHONY: setup test test-vllm demo check docs clean
 
 setup: $(VENV)/.installed
 
@@ -18,6 +19,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 test: setup
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# vLLM brings three packages that do not fit the torch it runs on, and needs none of them
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --progress-bar off -c constraints-vllm.txt \
+	    -e '.[vllm,serve]' pytest hypothesis httpx
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: .venv-vllm/.installed
+	.venv-vllm/bin/python -m pytest tests/flexolmo_vllm
 
 demo: setup
 	$(BIN)/flexolmo demo
@@ -32,4 +44,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) runs build dist site
+	rm -rf $(VENV) .venv-vllm runs build dist site
