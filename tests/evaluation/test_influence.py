@@ -57,9 +57,9 @@ LIMITS = {"public": 0.02, "forms": 0.03, "others": 0.03, "claims": 0.2}
 def less_text():
     """A fraction of the text, for speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "PUBLIC_BYTES", 6000)
+        patch.setattr(room, "PUBLIC_BYTES", 4000)
         patch.setattr(room, "FORM_BYTES", 600)
-        patch.setattr(room, "OWN_TOKENS", 80)
+        patch.setattr(room, "OWN_TOKENS", 48)
         yield
 
 
@@ -165,12 +165,12 @@ def test_measures_are_those_of_reading_by_hand(town, village, honest):
     def bits(windows, on):
         return read_windows(mixture.model, windows, enabled=on).bits_per_byte
 
-    written = own_windows(mixture, tokens=80, seed=5)["news"]
+    written = own_windows(mixture, tokens=room.OWN_TOKENS, seed=5)["news"]
     found = honest["experts"]["maths"]["others"]["news"]
     pair = read_windows(mixture.model, written, enabled=["maths", "news"])
     assert found["change"] == pytest.approx(pair.bits_per_byte / bits(written, ["news"]) - 1)
     assert found["weight"] == pytest.approx(pair.routing[0][1])
-    plain = list(evaluation_windows(town.public, "validation", 256, 6000))
+    plain = list(evaluation_windows(town.public, "validation", 256, room.PUBLIC_BYTES))
     found = honest["experts"]["maths"]["public"]
     with_it = read_windows(mixture.model, plain, enabled=["maths"])
     assert found["change"] == pytest.approx(with_it.bits_per_byte / bits(plain, []) - 1)

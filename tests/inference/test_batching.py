@@ -136,7 +136,7 @@ def crowd(engine, requests, joins):
 
 
 @given(case=SCHEDULES)
-@IN_SESSION.__class__(IN_SESSION, max_examples=60)
+@IN_SESSION.__class__(IN_SESSION, max_examples=40)
 def test_whoever_else_is_served_every_bit_is_that_of_a_model_of_its_experts_alone(
     mixtures, tokenizer, case
 ):

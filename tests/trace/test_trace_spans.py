@@ -36,7 +36,7 @@ def clinic(tmp_path_factory):
 
 
 @given(TEXT, st.integers(1, 6), st.data())
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_every_maximal_span_is_found_with_all_its_places(clinic, text, min_tokens, data):
     documents = documents_of(clinic)
     copied = data.draw(st.sampled_from(documents))[0]
