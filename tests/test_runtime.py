@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from flexolmo.runtime import leave_a_core
 
 REPEAT = """
 import resource, torch
@@ -33,3 +36,15 @@ def test_where_addresses_are_limited_memory_is_left_alone():
     asked = "from flexolmo.runtime import keep_memory; print(keep_memory())"
     said = subprocess.check_output([sys.executable, "-c", limited + asked], text=True)
     assert said.strip() == "False"
+
+
+@pytest.mark.parametrize(("has", "asked", "left"), [(8, None, 7), (1, None, 1), (3, "3", 3)])
+def test_a_server_leaves_a_core_unless_told_otherwise(monkeypatch, has, asked, left):
+    threads = [has]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    leave_a_core()
+    assert threads[-1] == left

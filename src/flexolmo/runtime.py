@@ -39,6 +39,13 @@ def set_up(seed: int, num_threads: int | None = None, *, keeps_memory: bool = Tr
     torch.manual_seed(seed)
 
 
+def leave_a_core() -> None:
+    """Have torch leave one core to what else this process does, as a server's HTTP, if there are
+    two or more; unless OMP_NUM_THREADS says how many threads it takes."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+
+
 @cache
 def keep_memory(room_bytes: int = 2**33) -> bool:
     """Have this process keep the memory that it frees, in large pages; whether it does.

@@ -219,7 +219,9 @@ def open_engine_of(
         raise ConfigError("--engine-python is for --engine vllm.")
     from flexolmo.inference.batching import EngineSettings  # brings torch
     from flexolmo.inference.open_engine import open_engine
+    from flexolmo.runtime import leave_a_core
 
+    leave_a_core()
     settings = EngineSettings(memory_bytes=opening.memory_bytes)
     return open_engine(
         opening.model, opening.read_owners, settings, experts=opening.experts, verify=opening.verify
