@@ -77,7 +77,8 @@ def check(
     if as_json:
         echo(json.dumps(_as_json(decision), indent=2))
         return
-    echo(f"{len(policies.names)} policies in {policy}, {policies.digest}")
+    noun = "policy" if len(policies.names) == 1 else "policies"
+    echo(f"{len(policies.names)} {noun} in {policy}, {policies.digest}")
     print_decision(decision)
 
 
