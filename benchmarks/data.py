@@ -54,43 +54,18 @@ def read_texts(path: Path) -> list[str]:
 
 def write_bundles(root: Path, size: str) -> None:
     """Write an anchor, owners' keys and signed bundles of our default kind into `root`."""
-    import safetensors.torch
     import shapes
 
-    from flexolmo.bundle.bundle import write_bundle
-    from flexolmo.bundle.manifest import build_manifest
-    from flexolmo.bundle.signing import create_key
-    from flexolmo.bundle.terms import make_terms
     from flexolmo.model.checkpoint import save_anchor
-    from flexolmo.model.shape import architecture_of, shape_of_tensors
     from flexolmo.model.statistics import EvidenceSettings
 
     anchor = shapes.make_anchor(size)
     save_anchor(anchor, root / "anchor")
     settings = EvidenceSettings()
     for number in range(1, NUM_OWNERS + 1):
-        name = f"owner{number}"
         tensors = shapes.make_expert(anchor, number, settings, "all")
-        weights = safetensors.torch.save(tensors)
-        shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
-        manifest = build_manifest(
-            weights,
-            name=name,
-            owner=name,
-            anchor_digest=anchor.digest,
-            architecture=architecture_of(anchor.config, shape),
-            router_kind=settings.kind,
-            router_settings=settings.model_dump(mode="json"),
-            recipe={},
-            tokens_seen=1,
-            data_card_digest="sha256:" + "0" * 64,
-            licence="MIT",
-            serial=1,
-            terms=make_terms("For a benchmark.", ["any"]),
-        )
-        create_key(root / "keys" / name)
-        write_bundle(root / f"{name}.bundle", weights, manifest, root / "keys" / name)
-        (root / "keys" / name).unlink()  # the public keys stay
+        key = shapes.sign_expert(root, f"owner{number}", tensors, anchor, settings)
+        key.unlink()  # the public keys stay
 
 
 # --- jobs, each in a process of its own ---------------------------------------------------------

@@ -9,15 +9,20 @@ B batch, T positions, D d_model, F d_ff, V vocabulary.
 
 import functools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
+from flexolmo.bundle.bundle import write_bundle
+from flexolmo.bundle.manifest import build_manifest
+from flexolmo.bundle.signing import create_key
+from flexolmo.bundle.terms import make_terms
 from flexolmo.data.forms import FAMILIES
 from flexolmo.data.tokenizer import train_tokenizer
 from flexolmo.merge.export import export_stock
@@ -26,7 +31,7 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, build_anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, RouterSettings
-from flexolmo.model.shape import ExpertShape, expert_shapes
+from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes, shape_of_tensors
 from flexolmo.model.statistics import (
     BigramModel,
     EvidenceSettings,
@@ -183,6 +188,34 @@ def make_expert(
             "router.bigram_levels": torch.from_numpy(table.pair_levels),
         }
     return tensors
+
+
+def sign_expert(
+    root: Path, name: str, tensors: Mapping[str, Tensor], anchor: Anchor, router: RouterSettings
+) -> Path:
+    """Write an expert's bundle to `root`/NAME.bundle, signed with a new key in `root`/keys; returns
+    the private key's path."""
+    weights = safetensors.torch.save(dict(tensors))
+    shape = shape_of_tensors({n: tuple(t.shape) for n, t in tensors.items()}, anchor.config)
+    manifest = build_manifest(
+        weights,
+        name=name,
+        owner=name,
+        anchor_digest=anchor.digest,
+        architecture=architecture_of(anchor.config, shape),
+        router_kind=router.kind,
+        router_settings=router.model_dump(mode="json"),
+        recipe={},
+        tokens_seen=1,
+        data_card_digest="sha256:" + "0" * 64,
+        licence="MIT",
+        serial=1,
+        terms=make_terms("For a benchmark.", ["any"]),
+    )
+    key = root / "keys" / name
+    create_key(key)
+    write_bundle(root / f"{name}.bundle", weights, manifest, key)
+    return key
 
 
 def make_mixture(

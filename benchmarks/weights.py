@@ -44,17 +44,13 @@ RESULTS = Path(__file__).with_name("results") / "weights.json"
 
 def make(root: Path, gigabytes: float) -> None:
     """Write an anchor, owners' keys and bundles of `gigabytes` in all into `root`."""
-    import safetensors.torch
     import torch
+    from shapes import sign_expert
 
-    from flexolmo.bundle.bundle import write_bundle
-    from flexolmo.bundle.manifest import build_manifest
-    from flexolmo.bundle.signing import create_key
-    from flexolmo.bundle.terms import make_terms
     from flexolmo.data.tokenizer import train_tokenizer
     from flexolmo.model.checkpoint import build_anchor, save_anchor
     from flexolmo.model.router import LinearSettings
-    from flexolmo.model.shape import ExpertShape, architecture_of, expert_shapes
+    from flexolmo.model.shape import ExpertShape, expert_shapes
     from flexolmo.model.statistics import BigramModel
     from flexolmo.model.transformer import ModelConfig, Transformer
 
@@ -98,25 +94,8 @@ def make(root: Path, gigabytes: float) -> None:
             dtype = torch.float32 if "router" in key else torch.bfloat16
             tensors[key] = torch.empty(dims, dtype=dtype)
             draw(tensors[key])
-        weights = safetensors.torch.save(tensors)
-        manifest = build_manifest(
-            weights,
-            name=name,
-            owner=name,
-            anchor_digest=anchor.digest,
-            architecture=architecture_of(config, shape),
-            router_kind=router.kind,
-            router_settings=router.model_dump(mode="json"),
-            recipe={},
-            tokens_seen=1,
-            data_card_digest="sha256:" + "0" * 64,
-            licence="MIT",
-            serial=1,
-            terms=make_terms("For a benchmark.", ["any"]),
-        )
-        create_key(root / "keys" / name)
-        write_bundle(root / f"{name}.bundle", weights, manifest, root / "keys" / name)
-        (root / "keys" / name).rename(root / f"{name}.private")  # the public keys stay
+        key = sign_expert(root, name, tensors, anchor, router)
+        key.rename(root / f"{name}.private")  # the public keys stay
 
 
 # --- measuring ----------------------------------------------------------------------------------
