@@ -339,6 +339,15 @@ def test_every_import_of_the_code_is_torch_or_transformers():
 WRONG = {
     "an unknown expert": ({"experts": ["amber", "tin"]}, "Unknown expert tin: this checkpoint"),
     "a bare name": ({"experts": "amber"}, r"expected a list of names: \['amber'\]"),
+    "a name for a list": ({"experts": [["amber"], "zinc"]}, "mixes names and lists"),
+    "a list for a name": ({"experts": ["zinc", ["amber"]]}, "mixes names and lists"),
+    "nothing for a list": ({"experts": [["amber"], None]}, "mixes names and lists"),
+    "numbers": ({"experts": torch.ones(2, 4)}, "expected names, or bool"),
+    "a mask of others": (
+        {"experts": torch.ones(2, 9, dtype=torch.bool)},
+        "expected names, or bool",
+    ),
+    "public off": ({"experts": torch.zeros(2, 4, dtype=torch.bool)}, "True for public"),
     "too few lists": ({"experts": [["amber"]]}, "1 lists of names for 2 texts"),
     "a short mask": ({"attention_mask": torch.ones(2, 3)}, r"expected \[2, 10\]"),
     "no tokens": ({"inputs_embeds": torch.zeros(2, 10, 32)}, "reads input_ids"),

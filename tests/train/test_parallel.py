@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 import made_processes
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, ConfigError
+from flexolmo.model import parallel
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.expert import load_expert, train_expert
@@ -140,6 +141,23 @@ def test_a_process_that_dies_ends_all_with_one_message(two):
     assert err.count("One of the 2 processes ended") == 1
     assert "One of the 2" not in other
     assert not (here / "dying" / "expert.json").exists()
+
+
+def test_a_meeting_that_unpickles_is_refused(monkeypatch):
+    for name in (*parallel.VARIABLES, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "167cb18f")
+    with pytest.raises(ConfigError, match="--rdzv-backend static"), parallel.processes("cpu"):
+        pass
+
+
+def test_a_process_group_of_somebody_else_is_none_of_ours():
+    """As vLLM opens one; whoever loads a mixture there is one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert not parallel.are_several()
+        assert parallel.count() == 1
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_command_line_writes_the_anchor_and_the_expert_of_one_process(

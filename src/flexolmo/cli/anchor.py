@@ -54,7 +54,7 @@ def train(
 
     Example: flexolmo anchor train --data prepared/public --out anchor
 
-    By several processes: torchrun --nproc-per-node 2 -m flexolmo anchor train ...
+    By several processes, with torchrun: docs/guides/many_processes.md
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set

@@ -126,7 +126,7 @@ def train(
 
     Differentially private: --dp-epsilon 8 --dp-delta 1e-6 --dp-unit document
 
-    By several processes: torchrun --nproc-per-node 2 -m flexolmo expert train ...
+    By several processes, with torchrun: docs/guides/many_processes.md
     """
     from flexolmo.config import read_recipe
     from flexolmo.data.batches import open_set

@@ -533,18 +533,33 @@ class FlexOlmoMixtureForCausalLM(Olmo2PreTrainedModel, GenerationMixin):
     def expert_mask(self, experts: Experts | None, batch_size: int) -> Tensor:
         """Experts that are on, [B,E]: by names, the same for all texts or a list for each.
 
-        None: all. ValueError for a name that this checkpoint does not hold.
+        None: all. ValueError for a name that this checkpoint does not hold, and for a mask that is
+        none of this method's.
         """
         names = self.expert_names
         if isinstance(experts, Tensor):
+            shape = [batch_size, len(names)]
+            if (
+                experts.dtype != torch.bool
+                or list(experts.shape) != shape
+                or not experts[:, 0].all()
+            ):
+                raise ValueError(
+                    f"experts is {experts.dtype} {list(experts.shape)}; expected names, or bool "
+                    f"{shape} with True for {PUBLIC}, which comes first."
+                )
             return experts.to(self.device)
         if isinstance(experts, str):
             raise ValueError(f"experts is {experts!r}; expected a list of names: [{experts!r}].")
         given = list[Any](names if experts is None else experts)
-        if not given or isinstance(given[0], str):
+        if all(isinstance(one, str) for one in given):
             given = [given] * batch_size
         if len(given) != batch_size:
             raise ValueError(f"experts has {len(given)} lists of names for {batch_size} texts.")
+        if any(one is None or isinstance(one, str) for one in given):
+            raise ValueError(
+                "experts mixes names and lists; expected names, or a list for each text."
+            )
         every = [set(chosen) for chosen in given]
         unknown = sorted(set().union(*every) - set(names))
         if unknown:

@@ -27,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 
 from flexolmo.errors import CheckpointError, ConfigError, FlexOlmoError
 from flexolmo.files import LaterTensor, save_tensors, written_order
@@ -37,7 +36,10 @@ from flexolmo.runtime import choose_device
 
 VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # that torchrun sets
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+STATIC = "--rdzv-backend static --master-addr 127.0.0.1 --master-port 29500"
+STATIC_RUN = "none"  # the name that torchrun then gives a run
 _FAILED = "flexolmo/failed"  # counts the processes that ended with an error
+_inside: list[int] = []  # the number of processes while in `processes`, though others have groups
 
 
 class _Finished(Exception):
@@ -57,7 +59,7 @@ class _Sealed:
 
 def are_several() -> bool:
     """True inside `processes`, under torchrun, if only with one process."""
-    return dist.is_available() and dist.is_initialized()
+    return bool(_inside)
 
 
 def count() -> int:
@@ -84,54 +86,81 @@ def processes(device: str) -> Iterator[torch.device]:
     end without a word. `device` "cuda" is one GPU for each process.
 
     Raises:
+        ConfigError: torchrun meets in a way that unpickles what others send.
         FlexOlmoError: another process ended before its time.
     """
     if not os.environ.keys() >= VARIABLES:
         yield choose_device(device)
         return
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)  # one machine: no other can connect
+    from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
+
+    _refuse_pickles()
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # no other can connect
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
     store, rank, size = next(rendezvous("env://"))
-    ended = FlexOlmoError(
+    ended = (
         f"One of the {size} processes ended, was stopped or cannot be reached, so all end. Run the "
         "same command again to go on from the last checkpoint."
     )
 
     def stop(*_: Any) -> None:  # torchrun asks the others to end
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise ended
+        raise FlexOlmoError(ended)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        with ExitStack() as stack:
-            if rank != 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(redirect_stdout(nowhere))
-                stack.enter_context(redirect_stderr(nowhere))
+        with _quiet(rank != 0):
             if device == "cuda":
                 device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
             chosen = choose_device(device)
             backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+            _inside.append(size)
             yield chosen
         signal.signal(signal.SIGTERM, before)
     except _Finished:
         signal.signal(signal.SIGTERM, before)
-    except FlexOlmoError:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not _is_first_to_fail(store):
-            raise SystemExit(2) from None
-        raise
-    except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+    except (FlexOlmoError, RuntimeError) as e:
+        is_ours = isinstance(e, FlexOlmoError)
+        if not is_ours and not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not _is_first_to_fail(store):
             raise SystemExit(2) from None
-        raise ended from None
+        if is_ours:
+            raise
+        raise FlexOlmoError(f"{ended} Torch says: {str(e).splitlines()[0]}") from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        _leave()
+
+
+def _refuse_pickles() -> None:
+    """Raise ConfigError for torchrun's own way to meet (c10d), the default of some releases: it
+    unpickles what anybody puts who reaches its port, and gives its run a random name."""
+    if os.environ.get("TORCHELASTIC_RUN_ID", STATIC_RUN) != STATIC_RUN:
+        raise ConfigError(
+            "torchrun meets in a way that runs what anybody sends who reaches its port. Start it "
+            f"with {STATIC}, and without --rdzv-id."
+        )
+
+
+@contextmanager
+def _quiet(is_quiet: bool) -> Iterator[None]:
+    """Let this process print nothing, if it is to be quiet."""
+    with ExitStack() as stack:
+        if is_quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield
+
+
+def _leave() -> None:
+    """Be one process again."""
+    if are_several():
+        _inside.clear()
+        dist.destroy_process_group()
 
 
 def _is_first_to_fail(store: Any) -> bool:
@@ -149,7 +178,7 @@ def first_goes_on() -> None:
         dist.barrier()
         if is_done:
             raise _Finished
-        dist.destroy_process_group()
+        _leave()
 
 
 def agree(flag: bool) -> bool:

@@ -260,8 +260,8 @@ def train(
 
 
 def _identify(identity: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of all that decides a run's numbers, and of all that does so but for rounding, which
-    several processes go by."""
+    """Two digests: of everything that decides a run's numbers, and of the same without threads and
+    processes, which decide the rounding alone."""
     several = {"processes": count()} if are_several() else {}
     loose = {k: v for k, v in identity.items() if k != "threads"}
     return {
@@ -383,7 +383,12 @@ def _resume(
             f"{path} is not a checkpoint of this loop: {e}. Remove it to start again."
         ) from None
     key = "identity_but_for_rounding" if are_several() else "identity"
-    if state.get(key) != identities[key]:
+    if key not in state:
+        raise CheckpointError(
+            f"{path} is of an older FlexOlmo, so it cannot be told whose it is. Go on without "
+            "torchrun."
+        )
+    if state[key] != identities[key]:
         raise CheckpointError(
             f"{path} belongs to a run with another recipe, seed, anchor, data, device or number "
             "of threads or processes. Give this run a directory of its own, remove the old one, "
