@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from flexolmo.audit import results as room
 from flexolmo.audit.cards import bill_of_materials, data_card
-from flexolmo.audit.release import coarse, make_findings, memorised_spans
+from flexolmo.audit.release import coarse, make_coarse, make_findings, memorised_spans
 from flexolmo.audit.results import AUDITS, Results, read_results, refuse_no_control, summarise
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.data.batches import open_set
@@ -235,8 +235,33 @@ def test_counts_that_leave_are_coarse(count, least):
     told = coarse(count, least)
     assert (told is None) == (count < least)
     if told is not None:
-        assert told >= least and abs(told - count) <= max(0.05 * count, least - count)
-        assert told == least or len(str(told).rstrip("0")) <= 2
+        assert told >= least and abs(told - count) <= max(5, 0.05 * count, least - count)
+        assert told == least or (told % 10 == 0 and len(str(told).rstrip("0")) <= 2)
+
+
+@given(st.integers(0, 60), st.integers(20, 40))
+def test_of_too_few_documents_nothing_that_follows_from_their_number_leaves(documents, least):
+    exact = {
+        "counts": {"documents": documents, "bytes": 98_765, "tokens": 4321, "removed_as_public": 0},
+        "personal": {"IBAN": {"documents": min(documents, 19), "matches": 77}},
+        "overlap": {"short": 0.123, "short_tokens": 8, "long": 0, "long_tokens": 50},
+    }
+    told = make_coarse(exact, least)
+    is_told = documents >= least
+    assert (told["counts"]["bytes"] is not None) == is_told
+    assert (told["counts"]["tokens"] is not None) == is_told
+    assert (told["overlap"]["short"] is not None) == is_told
+    assert told["personal"]["IBAN"] == {"documents": None, "matches": None}
+
+
+def test_sizes_of_splits_leave_coarse(attacked, given_results, pico_sets):
+    (found,) = [r for r in given_results if r.audit == "membership"]
+    found.found["documents"] |= {"members": 63, "others": 7}
+    made = make_findings(opened(attacked), pico_sets["maths"], [found])
+    (told,) = made.report.findings["attacks"]
+    assert told["settings"]["members"] == told["texts"] == 60
+    assert told["settings"]["others"] == "fewer than 20"
+    assert "figures of attacks are exact" in render_release(made.report)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """The release report of an owner's bundle: what was trained, what is promised, what attacks found.
 
-Two copies are made of one set of findings. The one that may leave holds figures alone: none of its
-counts depends on fewer source documents than the router's table would need, and they are rounded.
-The one that stays has the exact counts too, the documents that attacks hit worst, and what the
-model knows by heart. No weights are read, and no model is run.
+Two copies are made of one set of findings. The one that may leave holds figures alone: its counts
+of the text are rounded, and none is of fewer source documents than the router's table would need;
+figures of attacks are exact, of the documents that were attacked. The one that stays has the exact
+counts too, the documents that attacks hit worst, and what the model knows by heart. No weights are
+read, and no model is run.
 """
 
 import datetime
@@ -35,6 +36,7 @@ from flexolmo.data.personal import PATTERNS, count_personal
 from flexolmo.errors import ConfigError, DataError
 
 LEAST_DOCUMENTS = 20  # if the router's table has no higher number
+SPLIT_SIZES = {"members", "others"}  # settings of an attack that count the owner's documents
 LEAST_SPAN = 40  # characters of a memorised span that is shown
 LEAST_CHANCE = 1e-6  # of a text that is shown where nothing was sampled
 NOTICE = "This copy quotes the training text. It must not leave the owner's house."
@@ -112,7 +114,7 @@ def make_findings(
         "guarantee": _guarantee(m),
         "outside": [*(_OUTSIDE_A_GUARANTEE if epsilon is not None else ()), *_ALWAYS_OUTSIDE],
         "attacks": [
-            _attack(by_audit[name], summaries[name], known_by_heart.get(name), origin)
+            _attack(by_audit[name], summaries[name], known_by_heart.get(name), origin, least)
             for name in AUDITS
             if name in by_audit
         ],
@@ -165,8 +167,15 @@ def _measure_text(data: TokenSet, public: TokenSet | None) -> dict[str, Any]:
 
 
 def make_coarse(exact: Mapping[str, Any], least: int) -> dict[str, Any]:
-    """The part of `_measure_text` that may leave, see `coarse`. Where fewer than `least` documents
-    hold a kind of personal data, its matches are not told either."""
+    """The part of `_measure_text` that may leave, see `coarse`.
+
+    Where fewer than `least` documents hold a kind of personal data, its matches are not told
+    either; of a text of fewer, neither its size nor the share that is public.
+    """
+    counts = {name: coarse(n, least) for name, n in exact["counts"].items()}
+    is_told = counts["documents"] is not None
+    if not is_told:
+        counts |= {"bytes": None, "tokens": None}
     personal = {}
     for kind, found in exact["personal"].items():
         documents = coarse(found["documents"], least)
@@ -176,21 +185,21 @@ def make_coarse(exact: Mapping[str, Any], least: int) -> dict[str, Any]:
     if overlap is not None:
         share = overlap["short"]
         overlap = overlap | {
-            "short": None if share is None else round(share, 2),
+            "short": round(share, 2) if is_told and share is not None else None,
             "long": coarse(overlap["long"], least),
         }
     return {
-        "counts": {name: coarse(n, least) for name, n in exact["counts"].items()},
+        "counts": counts,
         "personal": personal,
         "overlap": overlap,
     }
 
 
 def coarse(count: int, least: int) -> int | None:
-    """`count` to two significant digits; None if it is below `least`, zero too."""
+    """`count` to two significant digits, and to tens; None if it is below `least`, zero too."""
     if count < least:
         return None
-    unit = 10 ** max(0, len(str(count)) - 2)
+    unit = max(10, 10 ** (len(str(count)) - 2))
     return max(round(count / unit) * unit, least)
 
 
@@ -227,10 +236,14 @@ def _rounded(value: float) -> float:
 
 
 def _attack(
-    results: Results, summary: Summary, control: Row | None, origin: Mapping[str, str]
+    results: Results, summary: Summary, control: Row | None, origin: Mapping[str, str], least: int
 ) -> dict[str, Any]:
+    """One attack as both copies tell it; the sizes of the splits, which bound it, are rounded."""
     assert results.origin is not None
     assert summary.level in LEVELS
+    settings = dict(summary.settings)
+    for name in SPLIT_SIZES & settings.keys():
+        settings[name] = coarse(settings[name], least) or f"fewer than {least}"
     return {
         "audit": results.audit,
         "question": AUDITS[results.audit].question,
@@ -238,8 +251,8 @@ def _attack(
         "level": summary.level,
         "headline": None if summary.headline is None else _figures(summary.headline),
         "rows": [_figures(row) for row in summary.rows],
-        "texts": summary.texts,
-        "settings": dict(summary.settings),
+        "texts": None if summary.texts is None else coarse(summary.texts, least),
+        "settings": settings,
         "off_equals_anchor": summary.off_equals_anchor,
         "control": None if control is None else _figures(control),
         "results_digest": digest_of_results(results),

@@ -39,8 +39,9 @@ def _blocks(report: ReleaseReport, stays: Mapping[str, Any] | None) -> Iterator[
     )
     if stays is None:
         yield Text(
-            "This copy may leave with the bundle. It holds no text of the owner's, and its counts "
-            f"are rounded: none depends on fewer than {found['least_documents']} documents."
+            "This copy may leave with the bundle. It holds no text of the owner's. Counts of the "
+            f"text are rounded, and none is of fewer than {found['least_documents']} documents; "
+            "figures of attacks are exact, of the documents that were attacked, which may be fewer."
         )
     else:
         yield Text(str(stays["notice"]), term="Stays here. ")
@@ -249,7 +250,9 @@ def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator
     if overlap is None:
         yield Text("Distance from public text was not measured: no public set was given.")
         return
-    short = "None" if overlap["short"] is None else format_percent(overlap["short"], 0)
+    short = "An untold share (the text is too short)"
+    if overlap["short"] is not None:
+        short = format_percent(overlap["short"], 0)
     yield Text(
         f"{short} of all spans of {overlap['short_tokens']} tokens occur word for word in the "
         f"public set's training text. A span of {overlap['long_tokens']} tokens that does is in "
