@@ -66,3 +66,16 @@ def test_the_data_card_has_what_croissant_asks_for_and_nothing_of_the_text(made)
     assert card["conformsTo"] == "http://mlcommons.org/croissant/1.1"
     assert card["@type"] == "sc:Dataset" and card["distribution"] == [] == card["recordSet"]
     assert card["license"] == ["CC0-1.0"] and made[0].data_card_digest in card["url"]
+
+
+def test_what_fewer_documents_hold_is_told_as_such(made, validator):
+    manifest, findings, created = made
+    for documents, said in ((None, "no kind that patterns found"), (40, "IBAN, by a pattern,")):
+        personal = {"IBAN": {"documents": documents, "matches": documents}}
+        changed = findings | {"text": findings["text"] | {"personal": personal}}
+        bill = bill_of_materials(manifest, changed, created)
+        assert [e.message for e in validator.iter_errors(bill)] == []
+        (line,) = bill["components"][1]["data"][0]["sensitiveData"]
+        assert said in line and "in at least 20 documents" in line
+        card = data_card(manifest, changed, created)
+        assert line in card["rai:personalSensitiveInformation"]

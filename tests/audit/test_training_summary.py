@@ -27,6 +27,7 @@ TOKENS_SEEN = 7_654_321
 COUNTED = 1_234_567  # as if an owner's report did not round
 FOUND = {"membership_auc": figure(0.5)}  # which a mixture demands, so that it keeps reports
 FINDINGS = {
+    "least_documents": 23,
     "data": {"licences": ["CC-BY-4.0 as reported"]},
     "text": {
         "counts": {"tokens": COUNTED, "documents": 4242},
@@ -160,6 +161,15 @@ def test_counts_of_an_owner_are_never_printed(summary, tmp_path):
         assert str(count) not in shown and f"{count:,}" not in shown
     assert SIZES[0] in shown and "CC-BY-4.0 as reported" in shown
     assert found["sources"]["amber"]["personal_data"] == ["IBAN"]
+
+
+def test_what_fewer_documents_hold_is_not_told_as_none(summary, tmp_path):
+    md = pages(summary(["zinc"], About(), ["zinc"]), tmp_path)["md"]
+    assert "found in at least 23 documents: IBAN |" in md
+    few = FINDINGS | {"text": {"personal": {"IBAN": {"documents": None}}}}
+    md = pages(summary(["zinc"], About(), ["zinc"], findings=few), tmp_path)["md"]
+    assert "found in at least 23 documents: no kind in so many documents |" in md
+    assert ": none" not in md
 
 
 @pytest.mark.parametrize(

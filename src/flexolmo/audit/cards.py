@@ -111,9 +111,12 @@ def _hash(digest: str) -> dict[str, str]:
 
 
 def _sensitive(findings: Mapping[str, Any]) -> list[str]:
-    """Kinds of personal data of which enough documents have something to say so."""
+    """A line for each kind of personal data that enough documents hold for it to be told."""
     found = findings["text"]["personal"]
-    return [kind for kind, x in found.items() if x["documents"] is not None]
+    least = f"at least {findings['least_documents']} documents"
+    kinds = [kind for kind, x in found.items() if x["documents"] is not None]
+    told = [f"{kind}, by a pattern, in {least}" for kind in kinds]
+    return told or [f"no kind that patterns found in {least}; what fewer hold is not told"]
 
 
 def _model_card(m: Manifest, findings: Mapping[str, Any], data_ref: str) -> dict[str, Any]:
@@ -162,7 +165,6 @@ def data_card(manifest: Manifest, findings: Mapping[str, Any], created: str) -> 
     data = findings["data"]
     counts = findings["text"]["counts"]
     unit = "documents" if data["unit_field"] is None else f"units ({data['unit_field']})"
-    kinds = _sensitive(findings)
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
@@ -182,9 +184,7 @@ def data_card(manifest: Manifest, findings: Mapping[str, Any], created: str) -> 
         "isLiveDataset": False,
         "citeAs": f"{m.owner}: {m.name}, set {m.data_card_digest}",
         "conditionsOfAccess": "Not given out.",
-        "rai:personalSensitiveInformation": (
-            f"Patterns found: {', '.join(kinds)}." if kinds else "Patterns found little or nothing."
-        ),
+        "rai:personalSensitiveInformation": f"Personal data: {'; '.join(_sensitive(findings))}.",
         "distribution": [],
         "recordSet": [],
     }

@@ -218,8 +218,9 @@ def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
     unit, delta = (_look(m.recipe, "budget", key) for key in ("unit", "delta"))
     privacy = None if epsilon is None else f"epsilon {epsilon:.3g}, delta {delta}, for each {unit}"
     personal = _look(findings, "text", "personal")
+    least = _look(findings, "least_documents")
     kinds = None
-    if isinstance(personal, dict):
+    if isinstance(personal, dict) and type(least) is int:
         kinds = [k for k, x in personal.items() if _look(x, "documents") is not None]
     return {
         "owner": m.owner,
@@ -229,6 +230,7 @@ def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
         "terms": m.terms.summary(),
         "privacy": privacy,
         "personal_data": kinds,
+        "personal_data_documents": None if kinds is None else least,  # of fewer nothing is told
     }
 
 

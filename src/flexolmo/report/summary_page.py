@@ -24,10 +24,6 @@ _MORE = {  # of a source, if there is such a thing
     "expert_licence": "Licence of the expert",
     "terms": "Terms of use",
 }
-_OTHER = {
-    "privacy": "differentially private training",
-    "personal_data": "personal data found by patterns, of a form and not of names",
-}
 
 
 def write_summary_page(summary: Mapping[str, Any], out: Path) -> Path:
@@ -146,13 +142,20 @@ def _processing(summary: Mapping[str, Any]) -> Iterator[Block]:
             rows.insert(0, ["Signatory to the Code of Practice", signed])
         rows += [[name, say(source[key], source["ask"])] for name, source in sources.items()]
         yield Table(title, ["of", "answer"], rows)
-    rows = [
-        [name, f"{title}: {say(source[key], '') if source[key] else 'none'}"]
-        for name, source in sources.items()
-        for key, title in _OTHER.items()
-        if source.get(key) is not None
-    ]
-    rows.insert(0, ["Provider", whole["other"] or "nothing"])
+    rows = [["Provider", whole["other"] or "nothing"]]
+    for name, source in sources.items():
+        if source.get("privacy") is not None:
+            rows.append([name, f"differentially private training: {source['privacy']}"])
+        kinds = source.get("personal_data")
+        if kinds is not None:
+            found = say(kinds, "") if kinds else "no kind in so many documents"
+            rows.append(
+                [
+                    name,
+                    "personal data that patterns, of a form and not of names, found in at least "
+                    f"{source['personal_data_documents']} documents: {found}",
+                ]
+            )
     yield Table("3.3 Other information", ["of", "answer"], rows)
 
 
