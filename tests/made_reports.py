@@ -23,6 +23,19 @@ from made_attacks import WHOLE, build_attacked
 BRIEF = ExtractionSettings(
     prefix_tokens=8, continuation_tokens=16, samples=2, max_documents=12, threshold=0.5
 )
+BUDGET = {  # as `train.protect` states one
+    "unit": "document",
+    "neighbours": "one unit added or removed",
+    "epsilon": 7.9961,
+    "delta": 1e-6,
+    "accountant": "PRV (Opacus)",
+    "sampling": "Poisson",
+    "sampling_rate": 0.1634,
+    "steps": 20,
+    "noise": 0.9123,
+    "clip_norm": 0.1,
+    "table_noise": 2.345,
+}
 
 
 def attack(house, data, here: Path, recipe=WHOLE, **claims: Any) -> SimpleNamespace:

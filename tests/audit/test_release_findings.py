@@ -18,7 +18,7 @@ from flexolmo.data.documents import read_documents
 from flexolmo.errors import ConfigError, DataError
 from flexolmo.files import read_json, write_json
 from flexolmo.report.release_page import render_release
-from made_reports import attack
+from made_reports import BUDGET, attack
 
 WINDOW = 24  # characters of text in a row that no copy that leaves may hold
 
@@ -100,21 +100,9 @@ def test_a_report_says_what_was_promised_attacked_and_not(attacked, given_result
 
 
 def test_a_guarantee_is_told_with_all_its_numbers(house, pico_sets, tmp_path):
-    budget = {
-        "unit": "document",
-        "neighbours": "one unit added or removed",
-        "epsilon": 7.9961,
-        "delta": 1e-6,
-        "accountant": "PRV (Opacus)",
-        "sampling": "Poisson",
-        "sampling_rate": 0.1634,
-        "steps": 20,
-        "noise": 0.9123,
-        "clip_norm": 0.1,
-        "table_noise": 2.345,
-    }
     tensors = house.tensors("maths", "evidence")
-    claims = {"data_card_digest": pico_sets["maths"].commitment, "recipe": {"budget": budget}}
+    recipe = {"budget": BUDGET, "privacy": {"epsilon": 8.0}}
+    claims = {"data_card_digest": pico_sets["maths"].commitment, "recipe": recipe}
     bundle = house.write(tmp_path, "maths", tensors, "evidence", **claims)
     made = make_findings(
         open_bundle(bundle, None, allow_unknown_signer=True), pico_sets["maths"], []

@@ -20,7 +20,7 @@ from flexolmo.merge.mixture import build_mixture
 from flexolmo.report.summary_page import write_summary_page
 from made_bundles import TERMS, terms_until
 from made_mixtures import IN_SESSION, NAMES, flip, owner_of
-from made_reports import figure, write_made_report
+from made_reports import BUDGET, figure, write_made_report
 
 TODAY = datetime.date(2026, 11, 27)
 TOKENS_SEEN = 7_654_321
@@ -70,6 +70,8 @@ def workshop(house, tmp_path_factory):
             "tokens_seen": TOKENS_SEEN,
             "terms": TERMS.model_copy(update={"attribution": f"credit-{name}"}),
         } | dict(changes)
+        if "recipe" in claims:
+            claims["recipe"] = json.loads(claims["recipe"])
         here = root / str(bundle.cache_info().misses)
         path = house.write(here, name, house.tensors(name, "evidence"), "evidence", **claims)
         key, report = house.keys[owner_of(name)], place_of(path)
@@ -161,6 +163,16 @@ def test_counts_of_an_owner_are_never_printed(summary, tmp_path):
         assert str(count) not in shown and f"{count:,}" not in shown
     assert SIZES[0] in shown and "CC-BY-4.0 as reported" in shown
     assert found["sources"]["amber"]["personal_data"] == ["IBAN"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({}, "epsilon 8, delta 1e-06, for each document"), ({"epsilon": 10**400}, None)],
+)
+def test_a_guarantee_is_told_if_it_is_whole(summary, changes, said):
+    recipe = {"budget": BUDGET | changes, "privacy": {"epsilon": 8.0}}
+    found = summary(["zinc"], About(), ["zinc"], recipe=json.dumps(recipe))
+    assert found["sources"]["zinc"]["privacy"] == said
 
 
 def test_what_fewer_documents_hold_is_not_told_as_none(summary, tmp_path):

@@ -1,6 +1,7 @@
 """A release report is what its owner's key signed, of the bundle it names, and nothing else."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -20,8 +21,8 @@ from flexolmo.bundle.release import (
     take_release,
 )
 from flexolmo.errors import BundleError, FlexOlmoError, SignatureError
-from made_mixtures import IN_SESSION, flip, owner_of
-from made_reports import figure, write_made_report
+from made_mixtures import IN_SESSION, flip
+from made_reports import BUDGET, figure, write_made_report
 
 
 @pytest.fixture(scope="module")
@@ -134,16 +135,35 @@ def test_no_report_and_a_spoilt_one_are_each_a_line(copied, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("budget", "epsilon"),
-    [({"epsilon": 8}, 8.0), ({"epsilon": 0}, None), ({"epsilon": "8"}, None), ("8", None)],
+    ("changes", "epsilon"),
+    [
+        ({}, 7.9961),
+        ({"epsilon": 8}, 8.0),
+        ({"epsilon": 0}, None),
+        ({"epsilon": True}, None),
+        ({"epsilon": "8"}, None),
+        ({"epsilon": 1_000_001}, None),
+        ({"epsilon": 10**400}, None),
+        ({"delta": 1}, None),
+        ({"delta": 0.0}, None),
+        ({"noise": 10**400}, None),
+        ({"unit": "house"}, None),
+        ({"more": 1}, None),
+    ],
 )
-def test_epsilon_is_what_the_manifest_states(house, tmp_path, budget, epsilon):
-    recipe = {"recipe": {"budget": budget}}
-    tensors = house.tensors("amber", "evidence")
-    bundle = house.write(tmp_path, "amber", tensors, "evidence", **recipe)
-    opened = open_bundle(bundle, None, allow_unknown_signer=True)
-    assert stated_epsilon(opened.manifest) == epsilon
-    assert owner_of("amber") == opened.manifest.owner
+def test_epsilon_is_what_the_manifest_states(changes, epsilon):
+    budget = BUDGET | changes
+    recipe = {"budget": budget, "privacy": {"epsilon": 8.0}}
+    assert stated_epsilon(SimpleNamespace(recipe=recipe)) == epsilon
+    assert stated_epsilon(SimpleNamespace(recipe=recipe | {"privacy": None})) is None
+
+
+@pytest.mark.parametrize("key", BUDGET)
+def test_a_guarantee_of_which_something_is_missing_is_none(key):
+    short = {k: v for k, v in BUDGET.items() if k != key}
+    for budget in (short, None, "8", [8]):
+        recipe = {"budget": budget, "privacy": {}}
+        assert stated_epsilon(SimpleNamespace(recipe=recipe)) is None
 
 
 def test_an_origin_leaves_out_the_budget_alone():

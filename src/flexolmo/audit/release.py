@@ -29,7 +29,14 @@ from flexolmo.audit.results import (
 )
 from flexolmo.bundle.bundle import MANIFEST_FILE, Bundle
 from flexolmo.bundle.manifest import Manifest
-from flexolmo.bundle.release import Figure, Measure, ReleaseReport, origin_of, stated_epsilon
+from flexolmo.bundle.release import (
+    Figure,
+    Measure,
+    ReleaseReport,
+    origin_of,
+    stated_budget,
+    stated_epsilon,
+)
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.overlap import measure_overlap
 from flexolmo.data.personal import PATTERNS, count_personal
@@ -284,8 +291,9 @@ def _training(bundle: Bundle) -> dict[str, Any]:
 def _guarantee(m: Manifest) -> dict[str, Any]:
     """The budget of weights and table, that of the table alone, and documents behind each count."""
     settings = m.router.settings
+    budget = stated_budget(m)
     return {
-        "budget": m.recipe.get("budget") if stated_epsilon(m) is not None else None,
+        "budget": None if budget is None else budget.model_dump(mode="json"),
         "table_epsilon": settings.get("epsilon"),
         "table_delta": settings.get("delta"),
         "least_documents": settings.get("min_documents"),

@@ -16,7 +16,7 @@ from pydantic import Field, StrictBool, StrictInt, StringConstraints
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, Bundle, open_bundle
 from flexolmo.bundle.manifest import PUBLIC
-from flexolmo.bundle.release import check_release, place_of, stated_epsilon
+from flexolmo.bundle.release import check_release, place_of, stated_budget
 from flexolmo.bundle.terms import Day
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
@@ -214,9 +214,10 @@ def _describe(said: Source, bounds: tuple[float, float], ask: str) -> dict[str, 
 def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
     """Claims of an owner's manifest and release report."""
     m = bundle.manifest
-    epsilon = stated_epsilon(m)
-    unit, delta = (_look(m.recipe, "budget", key) for key in ("unit", "delta"))
-    privacy = None if epsilon is None else f"epsilon {epsilon:.3g}, delta {delta}, for each {unit}"
+    budget = stated_budget(m)
+    privacy = None
+    if budget is not None:
+        privacy = f"epsilon {budget.epsilon:.3g}, delta {budget.delta:g}, for each {budget.unit}"
     personal = _look(findings, "text", "personal")
     least = _look(findings, "least_documents")
     kinds = None

@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, SIGNATURE_FILE, SIGNER_FILE, Bundle
 from flexolmo.bundle.manifest import Count, Created, Manifest, Name, Owner, Word
 from flexolmo.bundle.signing import encode_public, read_signature, sign_files
 from flexolmo.bundle.strict import Claim, check_canonical, parse_object, raise_listed, read_claims
-from flexolmo.bundle.tensors import Digest
+from flexolmo.bundle.tensors import Digest, Positive
 from flexolmo.errors import BundleError, FlexOlmoError, MergeError, SignatureError
 from flexolmo.files import canonical_json, digest_bytes, read_bytes, write_directory_aside
 from flexolmo.numbers import format_percent
@@ -61,12 +61,30 @@ EXAMPLE = "extraction<=0.2%,membership_auc<=0.55,epsilon<=8"
 
 Measure = Literal["extraction", "membership_auc"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(gt=0, le=1e9)]
+Stated = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 def _check_length(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     if len(canonical_json(value)) > MAX_FINDINGS_BYTES:
         raise ValueError(f"longer than {MAX_FINDINGS_BYTES} bytes as JSON")
     return value
+
+
+class Budget(Claim):
+    """Guarantee of weights and table together, as `train.protect` writes it into a recipe."""
+
+    unit: Literal["document", "sequence", "unit"]
+    neighbours: Stated
+    epsilon: Annotated[float, Field(gt=0, le=1e6)]
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    accountant: Stated
+    sampling: Stated
+    sampling_rate: Annotated[float, Field(gt=0, le=1)]
+    steps: Positive
+    noise: Number  # of a step, in clipping norms
+    clip_norm: Number
+    table_noise: Number
 
 
 class Figure(Claim):
@@ -235,11 +253,21 @@ def check_release(path: Path, bundle: Bundle) -> Release:
 # --- demands of a coordinator -------------------------------------------------------------------
 
 
+def stated_budget(manifest: Manifest) -> Budget | None:
+    """The guarantee that the manifest states; None if training was not private, or if anything is
+    missing in what is stated, or malformed."""
+    if manifest.recipe.get("privacy") is None:
+        return None
+    try:
+        return Budget.model_validate(manifest.recipe.get("budget"))
+    except ValidationError:
+        return None
+
+
 def stated_epsilon(manifest: Manifest) -> float | None:
-    """Epsilon that the manifest states for weights and table together; None: no guarantee."""
-    budget = manifest.recipe.get("budget")
-    epsilon = budget.get("epsilon") if isinstance(budget, dict) else None
-    return float(epsilon) if isinstance(epsilon, int | float) and epsilon > 0 else None
+    """Epsilon of `stated_budget`; None: no guarantee."""
+    budget = stated_budget(manifest)
+    return None if budget is None else budget.epsilon
 
 
 def demanded_values(release: Release, manifest: Manifest) -> dict[str, float | None]:
