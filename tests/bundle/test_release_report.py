@@ -6,11 +6,17 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.limits import parse_limits
 from flexolmo.bundle.release import (
     DEMANDS,
+    EXAMPLE,
     MAX_BYTES,
+    NO_PERCENT,
+    UP_TO_ONE,
+    Figure,
     check_release,
     demanded_values,
     find_excess,
@@ -20,7 +26,7 @@ from flexolmo.bundle.release import (
     stated_epsilon,
     take_release,
 )
-from flexolmo.errors import BundleError, FlexOlmoError, SignatureError
+from flexolmo.errors import BundleError, ConfigError, FlexOlmoError, SignatureError
 from made_mixtures import IN_SESSION, flip
 from made_reports import BUDGET, figure, write_made_report
 
@@ -90,6 +96,43 @@ def test_a_report_by_another_key_or_of_another_bundle_is_refused(house, copied, 
     newer = open_bundle(again, None, allow_unknown_signer=True)
     with pytest.raises(BundleError, match=r"serial 1, bundle[\s\S]*serial 2"):
         check_release(path, newer)
+
+
+@pytest.mark.parametrize("change", [{"name": "zinc"}, {"owner": "Bob"}, {"serial": 7}])
+def test_a_report_that_calls_the_bundle_something_else_is_refused(house, copied, change):
+    path, bundle = copied
+    write_made_report(path.with_suffix(".bundle"), house.keys["Ann"], path, **change)
+    with pytest.raises(BundleError, match="it is the report of"):
+        check_release(path, bundle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"high": 0.1}, {"low": 0.3}, {"model": "off"}, {"high": 1.5}, {"value": float("nan")}],
+)
+def test_a_figure_lies_in_its_interval_and_is_of_a_model_with_the_expert(change):
+    claims = {"value": 0.2, "low": 0.1, "high": 0.4, "model": "on"}
+    assert Figure(**claims).high == 0.4
+    with pytest.raises(ValidationError):
+        Figure(**(claims | change))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("extraction<=20", "below 1, or below 100%"),
+        ("extraction<=100%", "below 1, or below 100%"),
+        ("membership_auc<=55", "one below 1, as"),
+        ("membership_auc<=1", "one below 1, as"),
+        ("membership_auc<=55%", "percent sign"),
+        ("epsilon<=8%", "percent sign"),
+        ("epsilon<=" + "9" * 800, "one that is finite"),
+    ],
+)
+def test_a_limit_that_demands_nothing_is_refused(text, said):
+    with pytest.raises(ConfigError) as e:
+        parse_limits(text, DEMANDS, EXAMPLE, up_to_one=UP_TO_ONE, no_percent=NO_PERCENT)
+    assert said in str(e.value) and len(str(e.value)) < 300
 
 
 def test_a_report_is_replaced_but_nothing_else_is(house, copied):

@@ -5,9 +5,10 @@ import stat
 
 import pytest
 
+from flexolmo.bundle.release import read_release
 from flexolmo.merge.index import read_about
 from made_mixtures import flip, tree
-from made_reports import attack
+from made_reports import attack, write_made_report
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def test_a_report_is_written_checked_and_refused_when_altered(
         and "the upper end of its interval" in err
         and "the bundle states no guarantee" in err
     )
-    works(*check, "--require", "extraction<=100%")
+    assert works(*check, "--require", "extraction<=99%").count("Warning") == 0
+    code, _, err = run(*check, "--require", "extraction<=20")
+    assert code == 2 and "demands nothing" in err
     assert run(*check, "--require", "public<=1%")[0] == 2
     flip(out / "report.json", 0.5, 1)
     code, _, err = run(*check)
@@ -66,7 +69,7 @@ def test_a_report_is_signed_by_the_bundles_key_and_lies_apart_from_what_stays(
 
 def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_path, trust_dir):
     build = ("mix", "build", house.anchor_dir, attacked.bundle, "-o", tmp_path / "m")
-    limits = "extraction<=100%,membership_auc<=1"
+    limits = "extraction<=99%"
     code, _, err = run(*build, "--require", limits)
     assert code == 2 and "maths: found no release report at" in err and "audit report" in err
     place = given.index("--out")
@@ -75,10 +78,22 @@ def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_p
     assert code == 2 and "maths: membership_auc is" in err and not (tmp_path / "m").exists()
     works(*build, "--require", limits)
     kept = read_about(tmp_path / "m")["release"]
-    assert kept["limits"] == {"extraction": 1.0, "membership_auc": 1.0}
+    assert kept["limits"] == {"extraction": 0.99}
     assert (tmp_path / "m" / "experts" / "maths.report" / "page.html").is_file()
     code, _, err = run("mix", "add", tmp_path / "m", house.bundle("amber"))
     assert code == 2 and "amber: found no release report at" in err
     works("mix", "remove", tmp_path / "m", "maths")
     code, _, err = run("mix", "build", *build[2:], "--require", "claims<=1%,epsilon<=8")
     assert code == 2 and "give --public" in err
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_page_that_does_not_show_the_claims_is_warned_of(
+    works, run, given, attacked, house, tmp_path, is_whole
+):
+    works("audit", "report", *given)
+    out = tmp_path / "maths.report"
+    findings = read_release(out).report.findings if is_whole else {"attacks": 3}
+    write_made_report(attacked.bundle, house.keys["Ann"], out, findings=findings)
+    code, said, err = run("audit", "verify-report", out, "--bundle", attacked.bundle)
+    assert code == 0 and "holds, of" in said and "Warning" in err and "Believe report.json" in err

@@ -7,6 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.release import stated_epsilon
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
@@ -111,6 +112,7 @@ def test_the_bundle_states_one_budget_and_no_loss(
     assert stated["sampling_rate"] == 4 / 36 and stated["clip_norm"] == 0.1
     assert stated["epsilon"] == spent_epsilon(1e-6, stated["noise"], 4 / 36, 3, table) <= 8.0
     assert manifest.recipe["privacy"]["epsilon"] == 8.0
+    assert stated_epsilon(manifest) == stated["epsilon"]
     assert manifest.recipe["router"]["epsilon"] == manifest.router.settings["epsilon"] == 4.0
     assert manifest.tokens_seen == 3 * 4 * 16  # whoever was read
     losses = json.loads((run_dir / "metrics.json").read_text())["loss_nats"]

@@ -19,6 +19,7 @@ from pydantic import JsonValue
 from flexolmo.audit.results import (
     AUDITS,
     LEVELS,
+    SUBJECTS,
     Results,
     Row,
     Summary,
@@ -195,11 +196,7 @@ def make_coarse(exact: Mapping[str, Any], least: int) -> dict[str, Any]:
             "short": round(share, 2) if is_told and share is not None else None,
             "long": coarse(overlap["long"], least),
         }
-    return {
-        "counts": counts,
-        "personal": personal,
-        "overlap": overlap,
-    }
+    return {"counts": counts, "personal": personal, "overlap": overlap}
 
 
 def coarse(count: int, least: int) -> int | None:
@@ -228,12 +225,11 @@ def _measures(summaries: Mapping[str, Summary]) -> dict[Measure, Figure]:
     for measure, audit in audits.items():
         row = summaries[audit].headline if audit in summaries else None
         if row is not None and row.low is not None and row.high is not None:
-            model = "alone" if row.model == "expert alone" else "on"
             found[measure] = Figure(
                 value=_rounded(row.value),
-                low=_rounded(row.low),
-                high=_rounded(row.high),
-                model=model,
+                low=_rounded(min(row.low, row.value)),  # resampling may leave the value outside
+                high=_rounded(max(row.high, row.value)),
+                model="alone" if row.model == SUBJECTS["alone"] else "on",
             )
     return found
 

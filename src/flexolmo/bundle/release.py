@@ -22,10 +22,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from pydantic import AfterValidator, Field, JsonValue, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    Field,
+    JsonValue,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, SIGNATURE_FILE, SIGNER_FILE, Bundle
-from flexolmo.bundle.manifest import Count, Created, Manifest, Name, Owner, Word
+from flexolmo.bundle.manifest import Count, Created, Manifest, Name, Owner
 from flexolmo.bundle.signing import encode_public, read_signature, sign_files
 from flexolmo.bundle.strict import Claim, check_canonical, parse_object, raise_listed, read_claims
 from flexolmo.bundle.tensors import Digest, Positive
@@ -52,6 +59,8 @@ DEMANDS = {
     "membership_auc": "AUC of the strongest attack that tells training documents from others",
     "epsilon": "epsilon of the differential privacy that the bundle states",
 }
+UP_TO_ONE = ("extraction", "membership_auc")  # of DEMANDS: no value is above 1
+NO_PERCENT = ("membership_auc", "epsilon")
 _MISSING = {
     "extraction": "the report has no such attack, or one that sampled nothing",
     "membership_auc": "the report has no such attack",
@@ -93,7 +102,13 @@ class Figure(Claim):
     value: Share
     low: Share
     high: Share
-    model: Word  # attacked: alone, on
+    model: Literal["alone", "on"]  # attacked: the expert, or the mixture with it
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "Figure":
+        if not self.low <= self.value <= self.high:
+            raise ValueError(f"low <= value <= high: {self.low}, {self.value}, {self.high} are not")
+        return self
 
 
 class ReleaseReport(Claim):
@@ -232,7 +247,8 @@ def check_release(path: Path, bundle: Bundle) -> Release:
 
     Raises as `read_release`, and:
         SignatureError: signed by another key.
-        BundleError: a report of another bundle.
+        BundleError: a report of another bundle, or one that calls this one by another name, owner
+            or serial than its manifest does.
     """
     found = read_release(path)
     if found.key_id != bundle.key_id:
@@ -240,12 +256,14 @@ def check_release(path: Path, bundle: Bundle) -> Release:
             f"{path} was refused: found a signature by the key {found.key_id}, expected one by "
             f"{bundle.key_id}, which signed the bundle. {ADVICE}"
         )
-    manifest = bundle.digests[MANIFEST_FILE]
-    if found.report.bundle_digest != manifest:
+    r = found.report
+    m = bundle.manifest
+    digest = bundle.digests[MANIFEST_FILE]
+    if (r.bundle_digest, r.name, r.owner, r.serial) != (digest, m.name, m.owner, m.serial):
         raise BundleError(
-            f"{path} was refused: it is the report of {found.report.name}, serial "
-            f"{found.report.serial}, bundle {found.report.bundle_digest}; this bundle is "
-            f"{bundle.manifest.name}, serial {bundle.manifest.serial}, {manifest}. {ADVICE}"
+            f"{path} was refused: it is the report of {r.name} of {r.owner}, serial {r.serial}, "
+            f"bundle {r.bundle_digest}; this bundle is {m.name} of {m.owner}, serial {m.serial}, "
+            f"{digest}. {ADVICE}"
         )
     return found
 

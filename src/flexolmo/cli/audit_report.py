@@ -133,7 +133,7 @@ def verify_report(
     """Check a release report: signed by the bundle's key, of this bundle, and not altered.
 
     With --require it fails, too, if the report is above a limit: the upper end of an interval
-    counts.
+    counts. It warns if the page is not the one that report.json makes.
 
     Example: flexolmo audit verify-report code.report --bundle code.bundle --trust trusted/
     """
@@ -142,6 +142,9 @@ def verify_report(
     from flexolmo.bundle.release import (
         DEMANDS,
         EXAMPLE,
+        NO_PERCENT,
+        PAGE_FILE,
+        UP_TO_ONE,
         check_release,
         demanded_values,
         find_excess,
@@ -149,6 +152,7 @@ def verify_report(
         show_value,
     )
     from flexolmo.errors import SignatureError
+    from flexolmo.report.release_page import has_own_page
 
     trusted = trusted_owners(trust, trust_any_signer)
     if trusted is None:
@@ -160,7 +164,14 @@ def verify_report(
         value = values[name]
         echo(f"{name}: {'not known' if value is None else show_value(name, value)} ({meaning})")
     if require is not None:
-        limits = parse_limits(require, DEMANDS, EXAMPLE)
+        limits = parse_limits(require, DEMANDS, EXAMPLE, up_to_one=UP_TO_ONE, no_percent=NO_PERCENT)
         refuse_excess(find_excess(found.report.name, values, limits))
+    if not has_own_page(found):
+        echo(
+            f"Warning: {path / PAGE_FILE} is not the page that this release of FlexOlmo makes of "
+            "report.json: another release wrote it, or its owner did. Believe report.json, which "
+            "the figures above are from.",
+            err=True,
+        )
     signer = opened.signer or "an unknown signer"
     echo(f"{path}: holds, of {bundle}, signed by {signer} ({found.key_id})")

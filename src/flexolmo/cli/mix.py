@@ -58,12 +58,15 @@ def _limits(
     """Limits of influence, those that a mixture keeps and those asked for in their place; and
     limits of release reports that are asked for."""
     from flexolmo.bundle.limits import parse_limits
-    from flexolmo.bundle.release import DEMANDS
+    from flexolmo.bundle.release import DEMANDS, NO_PERCENT, UP_TO_ONE
     from flexolmo.bundle.release import EXAMPLE as OF_REPORTS
     from flexolmo.evaluation.influence import EXAMPLE, MEASURES
 
     known = [*MEASURES, *DEMANDS]
-    asked = {} if require is None else parse_limits(require, known, f"{EXAMPLE},{OF_REPORTS}")
+    asked = {}
+    if require is not None:
+        example = f"{EXAMPLE},{OF_REPORTS}"
+        asked = parse_limits(require, known, example, up_to_one=UP_TO_ONE, no_percent=NO_PERCENT)
     of_reports = {k: v for k, v in asked.items() if k in DEMANDS}
     influence = {k: v for k, v in asked.items() if k in MEASURES}
     return (kept["limits"] if kept else {}) | influence, of_reports

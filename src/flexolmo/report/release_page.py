@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flexolmo.audit.results import AUDITS
-from flexolmo.bundle.release import ReleaseReport, show_value
+from flexolmo.bundle.release import PAGE_FILE, Release, ReleaseReport, show_value
+from flexolmo.files import canonical_json, parse_json
 from flexolmo.numbers import format_count, format_megabytes, format_percent
 from flexolmo.report.page import Block, Cell, Items, Row, Table, Text, render_page
 
@@ -27,8 +28,18 @@ def render_release(report: ReleaseReport, stays: Mapping[str, Any] | None = None
     return render_page([*_blocks(report, stays)], "html", {})
 
 
+def has_own_page(release: Release) -> bool:
+    """True if the page that was signed is the one that this release of FlexOlmo makes of the
+    claims, so that it says what they say and nothing else."""
+    try:
+        page = render_release(release.report)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False  # findings of another form
+    return release.files[PAGE_FILE] == page.encode()
+
+
 def _blocks(report: ReleaseReport, stays: Mapping[str, Any] | None) -> Iterator[Block]:
-    found: dict[str, Any] = dict(report.findings)
+    found = parse_json(canonical_json(report.findings))  # the order of keys is as when read again
     yield Text(f"Release report: {report.name}", "h1")
     yield Text(
         f"Bundle number {report.serial} of {report.owner}. For the owner and the owner's "
