@@ -1,6 +1,8 @@
 """The record of verified files: what counts, and all that does not."""
 
+import fcntl
 import json
+import mmap
 import os
 import shutil
 
@@ -9,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.bundle import verified as room
-from flexolmo.bundle.verified import Identity, VerifiedFiles, identify, wait_until_past
+from flexolmo.bundle.verified import (
+    Identity,
+    VerifiedFiles,
+    are_ours_alone,
+    identify,
+    wait_until_past,
+)
 from flexolmo.files import canonical_json
 from made_mixtures import IN_SESSION
 
@@ -222,3 +230,57 @@ def test_time_moves_on_before_what_is_read_can_be_kept(model):
         wait_until_past(found)
         (model / "a").write_bytes(b"changed")
         assert identify(model, ["a"])["a"].touched_ns > found["a"].touched_ns
+
+
+# --- who can change a file ----------------------------------------------------------------------
+
+
+def map_for_writing(path):
+    """Memory whose writes go to the file, as any process of ours or of one that may write has."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(fd, 0)
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_somebody_can_write_through_memory_is_not_ours_alone(model):
+    found = identify(model, ["a", "b"])
+    assert are_ours_alone(model, found)
+    with map_for_writing(model / "b"):
+        assert not are_ours_alone(model, found)
+    with open(model / "a", "r+b"):
+        assert not are_ours_alone(model, found)
+    assert are_ours_alone(model, found)
+
+
+def test_a_file_that_others_may_write_is_not_ours_alone(model, monkeypatch):
+    (model / "a").chmod(0o664)
+    assert not are_ours_alone(model, identify(model, ["a"]))
+    (model / "a").chmod(0o644)
+    assert are_ours_alone(model, identify(model, ["a"]))
+    os.symlink("a", model / "c")
+    os.mkfifo(model / "d")
+    assert not are_ours_alone(model, identify(model, ["c"]))
+    assert not are_ours_alone(model, identify(model, ["d"]))
+    before = identify(model, ["a"])
+    os.utime(model / "a")
+    assert not are_ours_alone(model, before)
+    me = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
+    assert not are_ours_alone(model, identify(model, ["a"]))
+
+
+def test_whoever_opens_a_file_while_it_is_asked_about_does_not_end_us(model, monkeypatch):
+    """The system tells the holder of a lease by a signal, which must be one that is ignored."""
+    lease = fcntl.fcntl
+
+    def open_between(fd, command, argument):
+        done = lease(fd, command, argument)
+        if command == fcntl.F_SETLEASE and argument == fcntl.F_RDLCK:
+            with pytest.raises(BlockingIOError):
+                os.open(model / "a", os.O_WRONLY | os.O_NONBLOCK)
+        return done
+
+    monkeypatch.setattr(fcntl, "fcntl", open_between)
+    assert are_ours_alone(model, identify(model, ["a"]))

@@ -1,6 +1,7 @@
 """Weights that stream: what is read of a mixture's files, and what is not read again."""
 
 import io
+import mmap
 import os
 import shutil
 from collections import Counter
@@ -218,6 +219,48 @@ def test_terms_and_trust_are_asked_though_weights_are_known(house, tmp_path, has
     ann = TrustedOwners.from_keys({"Ann": house.keys["Ann"].with_name("Ann.pub").read_bytes()})
     with pytest.raises(SignatureError, match=r"zinc\.bundle was refused.*unknown key"):
         load_mixture(model, ann)
+
+
+@pytest.mark.parametrize("name", ["zinc", "anchor"])
+def test_what_can_be_written_through_memory_is_hashed_each_time(house, tmp_path, hashed, name):
+    """Such a write changes no time of a file whose page was written before."""
+    model = house.build(NAMES, tmp_path / "m")
+    path = weights_of(model, name) if name == "zinc" else model / "anchor/model.safetensors"
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as memory:
+        file.close()
+        memory[-1] = memory[-1]
+        load_mixture(model, house.trusted)
+        hashed()
+        memory[-1] ^= 1
+        with pytest.raises((SignatureError, CheckpointError)):
+            load_mixture(model, house.trusted)
+        memory[-1] ^= 1
+        load_mixture(model, house.trusted)
+        assert hashed()[name] == 2
+    load_mixture(model, house.trusted)
+    assert hashed()[name] == 1  # nobody has it open any more
+    load_mixture(model, house.trusted)
+    assert hashed() == {}
+
+
+@pytest.mark.parametrize("name", ["amber", "anchor"])
+def test_what_others_can_change_is_loaded_not_mapped(house, tmp_path, hashed, name):
+    model = house.build(["amber"], tmp_path / "m", "stock")
+    path = weights_of(model, name) if name == "amber" else model / "anchor/model.safetensors"
+    path.chmod(0o664)
+    for _ in range(2):
+        hashed()
+        found = load_mixture(model, house.trusted, is_mapped=True)
+        assert name in hashed()
+        assert found.mapped and path not in found.mapped
+        before = {n: t.clone() for n, t in found.model.state_dict().items()}
+        old = flip(path, 0.9, 1)
+        assert all(torch.equal(t, before[n]) for n, t in found.model.state_dict().items())
+        found.refuse_changed_files()
+        path.write_bytes(old)
 
 
 # --- mapped -------------------------------------------------------------------------------------

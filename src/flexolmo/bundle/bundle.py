@@ -43,7 +43,7 @@ from flexolmo.bundle.tensors import (
     watch_weights,
 )
 from flexolmo.bundle.trust import TrustedOwners
-from flexolmo.bundle.verified import Identity, wait_until_past
+from flexolmo.bundle.verified import Identity, is_ours, is_ours_alone, wait_until_past
 from flexolmo.errors import BundleError, RevokedError, SignatureError
 from flexolmo.files import digest_bytes, digest_file, read_bytes, write_directory_aside
 
@@ -75,7 +75,7 @@ class Bundle:
     # Largest absolute value of each tensor; None if the weights were not read, or not again.
     largest: Mapping[str, float] | None = None
     # Of expert.safetensors, where it ends up, as it was before and after it was verified; None if
-    # it changed meanwhile.
+    # it changed meanwhile, or others could change it unseen.
     identity: Identity | None = None
 
     @property
@@ -481,6 +481,12 @@ class Begun:
     _signer: str | None
     _manifest: Manifest
 
+    def is_ours_alone(self) -> bool:
+        """True if nobody but us can change the weights (`flexolmo.bundle.verified`)."""
+        (file,) = self._files.weights
+        wait_until_past({WEIGHTS_FILE: Identity.of(file.fileno())})
+        return is_ours_alone(file.fileno())
+
     @property
     def bundle(self) -> Bundle:
         """The bundle, without anything of its weights."""
@@ -506,9 +512,9 @@ class Begun:
         files, manifest = self._files, self._manifest
         (file,) = files.weights
         identity = Identity.of(file.fileno())
+        is_alone = known is not None or self.is_ours_alone()
         weights = None
         if known is None:
-            wait_until_past({WEIGHTS_FILE: identity})
             weights = self._check_weights(watch, copy_to)
         elif known == identity and watch is not None:
             watch_weights(file, files.sizes[WEIGHTS_FILE], watch)
@@ -533,10 +539,11 @@ class Begun:
             )
         if copy_to is not None:
             identity = Identity.of(copy_to / WEIGHTS_FILE)
+            is_alone = is_ours(os.lstat(copy_to / WEIGHTS_FILE))  # we made it
         return replace(
             self.bundle,
             largest=None if weights is None else weights.largest,
-            identity=identity if is_same else None,
+            identity=identity if is_same and is_alone else None,
         )
 
     def _check_weights(self, watch: Watch | None, copy_to: Path | None) -> Weights:

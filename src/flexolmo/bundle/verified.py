@@ -4,7 +4,9 @@ A statement says that the files of one directory, of these inodes, sizes and tim
 `subject`. It lies in the user's cache, under a message authentication code whose key lies in the
 user's configuration, readable by nobody else: whoever can write to a model's directory, or to the
 cache, can take statements away and make none. A statement counts as long as nothing in it has
-changed; whatever does not count is no error, for the files are then hashed again.
+changed; whatever does not count is no error, for the files are then hashed again. Times tell of
+every change only where nobody can change a file through memory, so statements are kept of files
+that are the user's alone (`are_ours_alone`).
 
 Knows nothing of what makes a bundle or an anchor right.
 """
@@ -12,6 +14,7 @@ Knows nothing of what makes a bundle or an anchor right.
 import hmac
 import os
 import secrets
+import signal
 import stat
 import time
 from collections.abc import Iterable, Mapping
@@ -76,6 +79,52 @@ Identities = Mapping[str, Identity]  # by the file's name in its directory
 def identify(directory: Path, names: Iterable[str]) -> dict[str, Identity]:
     """Identities of files of `directory`."""
     return {name: Identity.of(directory / name) for name in names}
+
+
+def is_ours(status: os.stat_result) -> bool:
+    """True if nobody but us may open the file for writing, or change the directory."""
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+
+
+def is_ours_alone(file: int) -> bool:
+    """True if nobody can change the content of an open file, read-only, but by a new opening, which
+    only we can do: no process has it open for writing, nor mapped into memory from such a time.
+
+    Writing through such a mapping need not change any of the file's times. False too where that
+    cannot be found out.
+    """
+    import fcntl  # not on every system that reads files
+
+    status = os.fstat(file)
+    if not (is_ours(status) and stat.S_ISREG(status.st_mode) and hasattr(fcntl, "F_SETLEASE")):
+        return False
+    try:
+        # A signal that is ignored, in place of one that ends us, if somebody opens it just now.
+        fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)  # fails if anybody could write
+        fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    return True
+
+
+def are_ours_alone(directory: Path, found: Identities) -> bool:
+    """True if that holds of the files of `directory`, plain ones, which are those `found` there.
+
+    Waits first, so that whatever changes them from now on gives them another identity.
+    """
+    wait_until_past(found)
+    for name, identity in found.items():
+        try:
+            file = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            if Identity.of(file) != identity or not is_ours_alone(file):
+                return False
+        finally:
+            os.close(file)
+    return True
 
 
 def wait_until_past(found: Identities) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, subject_of
-from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify, wait_until_past
+from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
 from flexolmo.errors import CheckpointError
 from flexolmo.files import read_json
 from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, anchor_files, load_anchor
@@ -76,8 +76,6 @@ def open_anchor(
 
     Raises CheckpointError if they are not the same afterwards.
     """
-    if verified is None and found:
-        wait_until_past(found)
     anchor = load_anchor(directory, is_mapped=is_mapped, verified=verified)
     if identify(directory, found) != found:
         raise CheckpointError(f"{directory} changed while it was read. Read it again once at rest.")

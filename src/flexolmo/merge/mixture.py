@@ -41,7 +41,7 @@ from flexolmo.bundle.release import (
 )
 from flexolmo.bundle.terms import Terms
 from flexolmo.bundle.trust import TrustedOwners
-from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
+from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, are_ours_alone, identify
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import BundleError, CheckpointError, MergeError, RevokedError, SignatureError
 from flexolmo.files import lock_directory, recover_missing, write_directory_aside, write_json
@@ -287,7 +287,8 @@ def load_mixture(
 
     With `is_mapped` weights stay in their files and take no memory but the page cache: to be
     exported, where speed and the last bit do not matter. Whoever can change the files can stop the
-    program, and spoil what it computes until `refuse_changed_files` is asked.
+    program, and spoil what it computes until `refuse_changed_files` is asked; files that others
+    than the user can change are loaded all the same.
     """
     return _load(
         Path(model_dir),
@@ -312,8 +313,9 @@ def _load(
     """`load_mixture`, by the statements in `record` if there is one."""
     about = read_about(model_dir)
     found, verified = find_anchor(model_dir / "anchor", record)
-    anchor = open_anchor(model_dir / "anchor", found, verified, is_mapped=is_mapped)
-    if verified is None:
+    is_alone = verified is not None or are_ours_alone(model_dir / "anchor", found)
+    anchor = open_anchor(model_dir / "anchor", found, verified, is_mapped=is_mapped and is_alone)
+    if verified is None and is_alone:
         remember_anchor(model_dir / "anchor", anchor, found, record)
     _refuse_other_anchor(model_dir, anchor, about)
     chosen = set(about["experts"]) if experts is None else set(experts)
@@ -323,7 +325,7 @@ def _load(
     paths = {n: model_dir / "experts" / f"{n}.bundle" for n in sorted(chosen - barred.keys())}
     router = ROUTER.validate_python(about["router"])
     mapped: dict[Path, Identity | None] = {}
-    if is_mapped:
+    if is_mapped and is_alone:
         mapped = {model_dir / "anchor" / n: x for n, x in found.items()}
     with ExitStack() as stack:
         begun: dict[str, Begun] = {}
@@ -341,11 +343,12 @@ def _load(
         model = frame_mixture(anchor, shapes, router, top_k=about["top_k"])
         for name, path in paths.items():
             known = find_known(path, about["experts"][name]["files"], record)
-            filler = None if is_mapped else ExpertFiller(model, name)
+            stays = is_mapped and (known is not None or begun[name].is_ours_alone())
+            filler = None if stays else ExpertFiller(model, name)
             seen_weights = SeenWeights(anchor, filler)
             bundle = begun[name].read(seen_weights if known is None else filler, known)
             _refuse(find_misfits(anchor, bundle, seen_weights))
-            if is_mapped:
+            if stays:
                 map_expert(model, name, path / WEIGHTS_FILE)
                 mapped[path / WEIGHTS_FILE] = bundle.identity
             weigh_table(model, anchor, name)
@@ -596,7 +599,7 @@ class _Verified:
     """Bundles and the anchor that passed every check while a mixture was written."""
 
     bundles: dict[str, Bundle] = field(default_factory=dict)
-    anchor: Anchor | None = None
+    anchor: Anchor | None = None  # if nobody but us can change its files
     anchor_files: Identities = field(default_factory=dict)
 
 
@@ -624,9 +627,13 @@ def _place_anchor(change: _Change, target: Path, verified: _Verified) -> Anchor:
     place_files(change.anchor_dir, target, found)
     placed = identify(target, found)
     is_linked = are_same(placed, found)
-    verified.anchor = open_anchor(target, placed, before if is_linked else None, is_mapped=True)
-    verified.anchor_files = placed
-    return verified.anchor
+    before = before if is_linked else None
+    is_alone = before is not None or are_ours_alone(target, placed)
+    anchor = open_anchor(target, placed, before, is_mapped=is_alone)
+    if is_alone:
+        verified.anchor = anchor
+        verified.anchor_files = placed
+    return anchor
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, check_signer
 from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.bundle.verified import is_ours
 from flexolmo.errors import MergeError
 
 
@@ -45,7 +46,7 @@ def _is_ours(path: Path) -> bool:
     except OSError:
         return False
     is_plain = stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)
-    return is_plain and status.st_uid == os.geteuid() and not status.st_mode & 0o022
+    return is_plain and is_ours(status)
 
 
 def place_files(source: Path, target: Path, names: Iterable[str]) -> None:
