@@ -4,15 +4,19 @@ Finds out whether files are still those that were verified, also after links to 
 or removed, and keeps that they are. Knows nothing of what is checked, nor of mixture.json.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, subject_of
 from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, DataError
 from flexolmo.files import read_json
 from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, anchor_files, load_anchor
+
+HELD = "/proc/self/fd/{}"  # leads to what is open under this number, whatever its name is now
 
 # --- bundles ------------------------------------------------------------------------------------
 
@@ -74,12 +78,43 @@ def open_anchor(
 ) -> Anchor:
     """The anchor in `directory`, whose files are those `found` there, `verified` before or not.
 
-    Raises CheckpointError if they are not the same afterwards.
+    Raises CheckpointError if its files are not the same, before they are read and afterwards.
     """
-    anchor = load_anchor(directory, is_mapped=is_mapped, verified=verified)
-    if identify(directory, found) != found:
-        raise CheckpointError(f"{directory} changed while it was read. Read it again once at rest.")
+    with _hold(directory) as held:
+        _refuse_others(held, found)
+        is_held = held != directory
+        anchor = load_anchor(held, is_mapped=is_mapped, verified=verified if is_held else None)
+        _refuse_others(held, found)
     return anchor
+
+
+@contextmanager
+def _hold(directory: Path) -> Iterator[Path]:
+    """A path to `directory` that leads there even if others exchange it, or one around it, for
+    another meanwhile, which changes no time of a file; `directory` itself where the system has no
+    such path. Errors name `directory`."""
+    try:
+        number = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield directory  # is refused for it
+        return
+    held = Path(HELD.format(number))
+    try:
+        yield held if held.exists() else directory
+    except (CheckpointError, DataError) as e:
+        raise type(e)(str(e).replace(str(held), str(directory))) from None
+    finally:
+        os.close(number)
+
+
+def _refuse_others(directory: Path, found: Identities) -> None:
+    """Raises CheckpointError if the anchor's files in `directory` are others than those `found`."""
+    try:
+        now = identify(directory, anchor_files(directory))
+    except OSError:  # one has gone in between
+        now = {}
+    if now != found:
+        raise CheckpointError(f"{directory} changed while it was read. Read it again once at rest.")
 
 
 def remember_anchor(
