@@ -1,11 +1,13 @@
 """An engine's process without a model: `python made_process.py HOW NUMBER`.
 
-HOW it behaves: serves; holds every answer until told to stop; refuses to open; ends at once.
+HOW it behaves: serves; holds every answer until told to stop; refuses to open; ends at once; hangs
+up but stays; breaks off in the middle of what it says of a request; babbles about it.
 """
 
 import os
 import socket
 import sys
+import time
 
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import FlexOlmoError, MergeError
@@ -16,12 +18,16 @@ from made_engine import MadeEngine, made_facts, with_expert
 
 def main(how, number):
     """Do as a gateway says."""
-    line = Line(socket.socket(fileno=int(number)))
+    end = socket.socket(fileno=int(number))
+    line = Line(end)
     messages = line.messages()
     _, (_, settings) = next(messages)
     opening = Opening.model_validate(settings)
     if how == "ends":
         os._exit(3)
+    if how == "hangs up":
+        line.close()
+        time.sleep(60)
     if how == "refuses":
         line.send("failed", 0, *write_error(MergeError("not a mixture")))
         return
@@ -32,7 +38,12 @@ def main(how, number):
     line.send("opened", write_facts(engine.facts))
     texts = {}
     for word, values in messages:
-        if word == "submit":
+        if word == "submit" and how == "breaks off":
+            end.sendall(b'["said", 1, "PromptRe')
+            os._exit(9)
+        if word == "submit" and how == "babbles":
+            end.sendall(b"a traceback\n")
+        elif word == "submit":
             text, content = values
             say = Saying(line, text)
             texts[text] = engine.submit(REQUEST.validate_python(content), say)

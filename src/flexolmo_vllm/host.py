@@ -93,9 +93,11 @@ class Host:
             raise
 
     def _listen(self) -> None:
-        for message in self._line.messages():
-            self._inbox.put(message)
-        self._inbox.put(("gone", []))
+        try:
+            for message in self._line.messages():
+                self._inbox.put(message)
+        finally:
+            self._inbox.put(("gone", []))
 
     def _hear(self) -> bool:
         """Do what the gateway has asked for, and wait for that if nothing is under way; False if it

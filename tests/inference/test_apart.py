@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,12 @@ from hypothesis import strategies as st
 import made_process
 from flexolmo.bundle.facts import Barred
 from flexolmo.errors import BusyError, ConfigError, FlexOlmoError, MergeError, PolicyError
+from flexolmo.inference import apart
 from flexolmo.inference.apart import ApartEngine, vllm_command
 from flexolmo.inference.engine import Ended, ModelFacts, PromptRead, Scored, TokenWritten
 from flexolmo.inference.messages import (
     REQUEST,
+    Line,
     read_error,
     read_event,
     read_facts,
@@ -68,6 +72,14 @@ def test_an_error_arrives_as_it_was_sent_and_one_of_others_as_ours():
     assert type(found) is MergeError and str(found) == "two experts have this name"
     assert type(read_error("KeyError", "'x'")) is FlexOlmoError
     assert type(read_error("Path", "x")) is FlexOlmoError
+
+
+@pytest.mark.parametrize("cut", [1, 10, 20])
+def test_what_is_broken_off_is_no_message(cut):
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b'["a", 1]\n' + b'["cancel", 12345678]\n'[:cut])
+    theirs.close()
+    assert list(Line(ours).messages()) == [("a", [1])]
 
 
 @pytest.fixture
@@ -159,16 +171,59 @@ def test_a_process_that_dies_is_started_again_without_what_was_withdrawn(start):
     assert engine.stats().blocks == 64
 
 
+@pytest.mark.parametrize("how", ["breaks off", "babbles"])
+def test_a_process_that_breaks_off_or_is_not_understood_is_started_again(start, how):
+    engine, heard = start(how), Heard()
+    before = engine.process_id
+    engine.submit(request(engine), heard)
+    assert heard.ended.reason == "failed"
+    wait_until(lambda: engine.process_id != before, seconds=60)
+    assert engine.stats().blocks == 64
+
+
+@pytest.mark.parametrize("place", [socket, subprocess])
+def test_a_start_that_this_machine_refuses_is_tried_again(start, monkeypatch, place):
+    name = "socketpair" if place is socket else "Popen"
+    monkeypatch.setattr(apart, "_START_SECONDS", 0.01)
+    engine = start()
+    known = getattr(place, name)
+    refusals = iter([OSError(24, "Too many"), KeyError])
+
+    def refuse(*args, **options):
+        for error in refusals:
+            raise error
+        return known(*args, **options)
+
+    before = engine.process_id
+    monkeypatch.setattr(place, name, refuse)
+    os.kill(before, signal.SIGKILL)
+    wait_until(lambda: engine.process_id != before, seconds=60)
+    assert next(refusals, None) is None and engine.stats().blocks == 64
+
+
+def test_a_process_that_is_gone_before_it_is_told_anything_says_why(model, monkeypatch):
+    class Gone(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.wait()
+
+    monkeypatch.setattr(subprocess, "Popen", Gone)
+    with pytest.raises(ConfigError, match="ended with 3 before"):
+        ApartEngine(["/bin/sh", "-c", "exit 3"], Opening(model=model, trusts_any_signer=True))
+
+
 @pytest.mark.parametrize(
     "command, error, words",
     [
         ([sys.executable, made_process.__file__, "refuses"], MergeError, "not a mixture"),
         ([sys.executable, made_process.__file__, "ends"], ConfigError, "ended with 3 before"),
+        ([sys.executable, made_process.__file__, "hangs up"], ConfigError, "ended with -9 before"),
         (["/nowhere/python", "-m", "x"], ConfigError, "cannot be started with /nowhere/python"),
         (vllm_command(Path(sys.executable)), ConfigError, "docs/guides/vllm.md"),
     ],
 )
 def test_a_process_that_cannot_serve_says_why(model, monkeypatch, command, error, words):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setattr(apart, "_STOP_SECONDS", 0.5)
     with pytest.raises(error, match=words):
         ApartEngine(command, Opening(model=model, trusts_any_signer=True))

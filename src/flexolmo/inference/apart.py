@@ -171,10 +171,10 @@ class ApartEngine:
 
     def _start(self) -> tuple["subprocess.Popen[bytes]", Line, ModelFacts]:
         """A process that has opened the model."""
-        ours, theirs = socket.socketpair()
-        command = [*self._command, str(theirs.fileno())]
         try:
+            ours, theirs = socket.socketpair()
             with theirs:
+                command = [*self._command, str(theirs.fileno())]
                 process = subprocess.Popen(
                     command,
                     pass_fds=[theirs.fileno()],
@@ -184,26 +184,28 @@ class ApartEngine:
                 )
         except OSError as e:
             raise ConfigError(
-                f"The engine cannot be started with {command[0]} ({e.strerror}). Give the Python "
-                "of the environment that it is installed in."
+                f"The engine cannot be started with {self._command[0]} ({e.strerror}). Give the "
+                "Python of the environment that it is installed in."
             ) from None
         line = Line(ours)
         try:
-            line.send("open", version("flexolmo"), self._opening.model_dump(mode="json"))
+            with suppress(OSError):  # it is gone already, and says nothing then
+                line.send("open", version("flexolmo"), self._opening.model_dump(mode="json"))
             word, values = next(line.messages(), ("", []))
             if word == "failed":
                 raise read_error(*values[1:])
             if word != "opened":
                 raise ConfigError(
-                    f"{' '.join(self._command)} ended with {process.wait(_STOP_SECONDS)} before it "
-                    "was ready; its last words are above. docs/guides/vllm.md says how to make an "
+                    f"{' '.join(self._command)} ended with {self._stop(process)} before it was "
+                    "ready; its last words are above. docs/guides/vllm.md says how to make an "
                     "environment for it; give its Python with --engine-python."
                 )
+            facts = read_facts(values[0])
         except BaseException:
             line.close()
             self._stop(process)
             raise
-        return process, line, read_facts(values[0])
+        return process, line, facts
 
     def _take_up(self, process: "subprocess.Popen[bytes]", line: Line, facts: ModelFacts) -> Line:
         """Use a process from now on, without what was withdrawn before it began; returns `line`."""
@@ -216,12 +218,13 @@ class ApartEngine:
                 line.close()
         return line
 
-    def _stop(self, process: "subprocess.Popen[bytes]") -> None:
+    def _stop(self, process: "subprocess.Popen[bytes]") -> int:
+        """Wait for its end, and kill it if that does not come; its exit status."""
         try:
-            process.wait(_STOP_SECONDS)
+            return process.wait(_STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            return process.wait()
 
     def _without_withdrawn(self, facts: ModelFacts) -> ModelFacts:
         """`facts` less the experts that were withdrawn, if their bundles are still those."""
@@ -238,8 +241,12 @@ class ApartEngine:
     def _listen(self, line: Line | None) -> None:
         """Take in what the process says, and start another one when it ends."""
         while line is not None:
-            for word, values in line.messages():
-                self._take_in(word, values)
+            try:
+                for word, values in line.messages():
+                    self._take_in(word, values)
+            except Exception:  # nothing that it says can be relied on
+                _log.exception("The engine's process is not understood, and ended.")
+                self._process.kill()
             line.close()
             self._end_all()
             self._stop(self._process)
@@ -298,8 +305,9 @@ class ApartEngine:
             begun = time.monotonic()
             try:
                 return self._take_up(*self._start())
-            except FlexOlmoError as e:
-                _log.error("the engine cannot be started", extra={"detail": str(e)})
+            except Exception as e:  # whatever it is may be over soon
+                detail = str(e) if isinstance(e, FlexOlmoError) else repr(e)
+                _log.error("the engine cannot be started", extra={"detail": detail})
                 with self._changed:
                     rest = begun + _START_SECONDS - time.monotonic()
                     self._changed.wait_for(lambda: self._is_closing, max(rest, 0.0))

@@ -68,6 +68,8 @@ class Line:
         """First word and values of each message, until the other end is gone."""
         with suppress(ConnectionError):
             for data in self._file:
+                if not data.endswith(b"\n"):  # the other end is gone in the middle of one
+                    return
                 word, *values = json.loads(data)
                 yield word, values
 
