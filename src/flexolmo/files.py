@@ -88,6 +88,13 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         ) from None
 
 
+def path_of_open(file: int) -> Path | None:
+    """A path to an open file or directory, whatever is now where it was opened; None where the
+    system has none."""
+    path = Path(f"/proc/self/fd/{file}")
+    return path if path.exists() else None
+
+
 def sync(path: Path) -> None:
     """Bring a file, or a directory's list of names, to the disk."""
     fd = os.open(path, os.O_RDONLY)

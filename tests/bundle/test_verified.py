@@ -1,5 +1,6 @@
 """The record of verified files: what counts, and all that does not."""
 
+import errno
 import fcntl
 import json
 import mmap
@@ -267,8 +268,31 @@ def test_a_file_that_others_may_write_is_not_ours_alone(model, monkeypatch):
     os.utime(model / "a")
     assert not are_ours_alone(model, before)
     me = os.geteuid()
-    monkeypatch.setattr(os, "geteuid", lambda: me + 1)
-    assert not are_ours_alone(model, identify(model, ["a"]))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: me + 1)
+        assert not are_ours_alone(model, identify(model, ["a"]))
+
+
+def refuse(*_):
+    raise OSError(errno.EINVAL, "Invalid argument")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        (fcntl, "F_SETLEASE", None),  # another system
+        (fcntl, "fcntl", refuse),  # a file system without leases
+        (room, "path_of_open", lambda _: None),  # no /proc
+    ],
+)
+def test_where_the_system_cannot_tell_no_file_is_ours_alone(model, monkeypatch, owner, name, value):
+    found = identify(model, ["a"])
+    assert are_ours_alone(model, found)
+    if value is None:
+        monkeypatch.delattr(owner, name)
+    else:
+        monkeypatch.setattr(owner, name, value)
+    assert not are_ours_alone(model, found)
 
 
 def test_whoever_opens_a_file_while_it_is_asked_about_does_not_end_us(model, monkeypatch):

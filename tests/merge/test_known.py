@@ -71,17 +71,22 @@ def test_other_files_than_were_found_are_refused(anchor_dir, record, tmp_path, w
         open_anchor(anchor_dir, found, verified)
 
 
-def test_without_a_path_to_what_is_held_nothing_counts_as_verified(anchor_dir, record, monkeypatch):
+def test_without_a_path_to_what_is_held_nothing_is_verified_or_mapped(
+    anchor_dir, record, monkeypatch
+):
     found, verified = verify(anchor_dir, record)
     given = []
     load = room.load_anchor
     monkeypatch.setattr(
         room, "load_anchor", lambda d, **options: given.append(options) or load(d, **options)
     )
-    open_anchor(anchor_dir, found, verified)
-    monkeypatch.setattr(room, "HELD", "/nowhere/{}")
-    open_anchor(anchor_dir, found, verified)
-    assert [x["verified"] for x in given] == [verified, None]
+    open_anchor(anchor_dir, found, verified, is_mapped=True)
+    monkeypatch.setattr(room, "path_of_open", lambda _: None)
+    open_anchor(anchor_dir, found, verified, is_mapped=True)
+    assert given == [
+        {"verified": verified, "is_mapped": True},
+        {"verified": None, "is_mapped": False},
+    ]
 
 
 def test_errors_name_the_directory_and_nothing_stays_open(anchor_dir, record):

@@ -13,6 +13,8 @@ from flexolmo.bundle import bundle as bundle_room
 from flexolmo.bundle import tensors as tensors_room
 from flexolmo.bundle import verified as verified_room
 from flexolmo.errors import CheckpointError, MergeError, SignatureError
+from flexolmo.files import _exchange
+from flexolmo.merge import mixture as mixture_room
 from flexolmo.merge.export import export_stock
 from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
 from flexolmo.model import checkpoint as checkpoint_room
@@ -278,6 +280,31 @@ def test_a_mapped_mixture_is_exported_as_a_loaded_one_is(house, tmp_path):
         mapped = load_mixture(model, house.trusted, is_mapped=True).model
         loaded = house.mixture(NAMES, router).model
         torch.testing.assert_close(mapped(ids), loaded(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_file_that_was_verified_is_mapped_whatever_is_in_its_place(
+    house, tmp_path, hashed, monkeypatch, verify
+):
+    """The bundle is another while it is mapped; no file changes."""
+    model = house.build(["amber"], tmp_path / "m", "stock")
+    expected = load_mixture(model, house.trusted).model.state_dict()
+    bundle = weights_of(model, "amber").parent
+    other = shutil.copytree(bundle, tmp_path / "other")
+    flip(other / "expert.safetensors", 0.9, 1)
+    real = mixture_room.map_expert
+
+    def map_exchanged(*arguments):
+        assert _exchange(bundle, other)
+        real(*arguments)
+        assert _exchange(bundle, other)
+
+    monkeypatch.setattr(mixture_room, "map_expert", map_exchanged)
+    found = load_mixture(model, house.trusted, is_mapped=True, verify=verify)
+    own = found.model.state_dict()
+    assert weights_of(model, "amber") in found.mapped
+    assert all(torch.equal(own[name], tensor) for name, tensor in expected.items())
+    found.refuse_changed_files()
 
 
 @pytest.mark.parametrize("name", ["amber", "anchor"])

@@ -45,7 +45,13 @@ from flexolmo.bundle.tensors import (
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.bundle.verified import Identity, is_ours, is_ours_alone, wait_until_past
 from flexolmo.errors import BundleError, RevokedError, SignatureError
-from flexolmo.files import digest_bytes, digest_file, read_bytes, write_directory_aside
+from flexolmo.files import (
+    digest_bytes,
+    digest_file,
+    path_of_open,
+    read_bytes,
+    write_directory_aside,
+)
 
 WEIGHTS_FILE = "expert.safetensors"
 MANIFEST_FILE = "manifest.json"
@@ -480,6 +486,13 @@ class Begun:
     _signed: Signed
     _signer: str | None
     _manifest: Manifest
+
+    @property
+    def weights(self) -> Path | None:
+        """A path to the very file of weights that is read, whatever is in the bundle by now; None
+        where the system has none."""
+        (file,) = self._files.weights
+        return path_of_open(file.fileno())
 
     def is_ours_alone(self) -> bool:
         """True if nobody but us can change the weights (`flexolmo.bundle.verified`)."""

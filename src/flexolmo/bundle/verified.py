@@ -30,6 +30,7 @@ from flexolmo.files import (
     digest_bytes,
     hold_directory,
     parse_json,
+    path_of_open,
     read_bytes,
     write_bytes,
 )
@@ -91,12 +92,13 @@ def is_ours_alone(file: int) -> bool:
     only we can do: no process has it open for writing, nor mapped into memory from such a time.
 
     Writing through such a mapping need not change any of the file's times. False too where that
-    cannot be found out.
+    cannot be found out, or an open file has no path, by which alone the very file can be mapped.
     """
     import fcntl  # not on every system that reads files
 
     status = os.fstat(file)
-    if not (is_ours(status) and stat.S_ISREG(status.st_mode) and hasattr(fcntl, "F_SETLEASE")):
+    can_tell = hasattr(fcntl, "F_SETLEASE") and path_of_open(file) is not None
+    if not (can_tell and is_ours(status) and stat.S_ISREG(status.st_mode)):
         return False
     try:
         # A signal that is ignored, in place of one that ends us, if somebody opens it just now.

@@ -13,10 +13,8 @@ from pathlib import Path
 from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, subject_of
 from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
 from flexolmo.errors import CheckpointError, DataError
-from flexolmo.files import read_json
+from flexolmo.files import path_of_open, read_json
 from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, anchor_files, load_anchor
-
-HELD = "/proc/self/fd/{}"  # leads to what is open under this number, whatever its name is now
 
 # --- bundles ------------------------------------------------------------------------------------
 
@@ -83,7 +81,9 @@ def open_anchor(
     with _hold(directory) as held:
         _refuse_others(held, found)
         is_held = held != directory
-        anchor = load_anchor(held, is_mapped=is_mapped, verified=verified if is_held else None)
+        anchor = load_anchor(
+            held, is_mapped=is_mapped and is_held, verified=verified if is_held else None
+        )
         _refuse_others(held, found)
     return anchor
 
@@ -98,9 +98,9 @@ def _hold(directory: Path) -> Iterator[Path]:
     except OSError:
         yield directory  # is refused for it
         return
-    held = Path(HELD.format(number))
+    held = path_of_open(number) or directory
     try:
-        yield held if held.exists() else directory
+        yield held
     except (CheckpointError, DataError) as e:
         raise type(e)(str(e).replace(str(held), str(directory))) from None
     finally:

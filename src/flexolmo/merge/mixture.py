@@ -344,12 +344,13 @@ def _load(
         for name, path in paths.items():
             known = find_known(path, about["experts"][name]["files"], record)
             stays = is_mapped and (known is not None or begun[name].is_ours_alone())
-            filler = None if stays else ExpertFiller(model, name)
+            weights = begun[name].weights if stays else None
+            filler = ExpertFiller(model, name) if weights is None else None
             seen_weights = SeenWeights(anchor, filler)
             bundle = begun[name].read(seen_weights if known is None else filler, known)
             _refuse(find_misfits(anchor, bundle, seen_weights))
-            if stays:
-                map_expert(model, name, path / WEIGHTS_FILE)
+            if weights is not None:
+                map_expert(model, name, weights)
                 mapped[path / WEIGHTS_FILE] = bundle.identity
             weigh_table(model, anchor, name)
             if known is None:
