@@ -61,10 +61,24 @@ def test_a_report_is_signed_by_the_bundles_key_and_lies_apart_from_what_stays(
     code, _, err = run("audit", "report", *given[:-1], owner_keys["Bob"])
     assert code == 2 and "Sign the report with the bundle's own key" in err
     place = given.index("--stays") + 1
-    inside = [*given[:place], tmp_path / "maths.report" / "stays", *given[place + 1 :]]
-    code, _, err = run("audit", "report", *inside)
-    assert code == 2 and "which may leave" in err
-    assert not (tmp_path / "maths.report").exists()
+    bundle = given[0]
+    link = tmp_path / "linked"
+    link.symlink_to(bundle)
+    before = tree(bundle)
+    for stays in (
+        tmp_path / "maths.report",
+        tmp_path / "maths.report" / "stays",
+        tmp_path,  # beside the report
+        bundle,
+        bundle / "in" / "it",
+        bundle.parent,  # the outbox
+        bundle.parent / "x" / "..",
+        link,
+    ):
+        words = [bundle, "--data", tmp_path / "none", *given[3:place], stays, *given[place + 1 :]]
+        code, _, err = run("audit", "report", *words)  # before the set is read
+        assert code == 2 and "which may leave" in err, stays
+    assert not (tmp_path / "maths.report").exists() and tree(bundle) == before
 
 
 def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_path, trust_dir):

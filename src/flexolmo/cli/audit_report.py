@@ -73,11 +73,15 @@ def report(
     from flexolmo.report.release_page import render_release
 
     out = out or place_of(bundle)
-    if stays.resolve() == out.resolve() or out.resolve() in stays.resolve().parents:
-        raise ConfigError(
-            f"--stays {stays} is in {out}, which may leave. Give a directory elsewhere, such as "
-            "one beside your attacks."
-        )
+    kept = stays.resolve()
+    for leaving in (bundle, out):
+        place = leaving.resolve()
+        beside = {place.parent, leaving.parent.resolve()}  # two if it is a link
+        if kept == place or place in kept.parents or kept in beside:
+            raise ConfigError(
+                f"Files of --stays {stays} would lie in {leaving}, which may leave, or right "
+                "beside it. Give a directory elsewhere, such as one beside your attacks."
+            )
     private = read_private_key(key, read_passphrase(passphrase_file))
     opened = open_bundle(bundle, None, allow_unknown_signer=True, judges_days=False)
     own = key_id(encode_public(private))
