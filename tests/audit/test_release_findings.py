@@ -310,6 +310,66 @@ def test_files_that_are_no_results_are_refused_plainly(attacked, tmp_path):
     assert read_results(tmp_path).stays is None
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[0.2, float("nan")], [-3, 5], [0.4, 0.3], ["a", 1], [0.1, None], [10**400, 1], [], None],
+)
+@pytest.mark.parametrize("audit", ["membership", "extraction"])
+def test_an_interval_that_is_none_is_refused_plainly(attacked, pico_sets, tmp_path, audit, value):
+    found = read_json(attacked.results[audit] / f"{audit}.json")
+    for x in found["subjects"].values():
+        for figure in x.values():
+            if isinstance(figure, dict) and "interval" in figure:
+                figure["interval"] = value
+    path = tmp_path / f"{audit}.json"
+    path.write_text(json.dumps(found))
+    with pytest.raises(DataError, match="Make the attack again"):
+        make_findings(opened(attacked), pico_sets["maths"], [read_results(path)])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"audit": ["a"]},
+        {"about": {"origin": 3}},
+        {"about": {"origin": {"bundle": "x"}}},
+        {"subjects": []},
+        {"subjects": {}},
+        {"documents": "many"},
+        {"documents": {"members": "many", "others": 3}},
+        {"run": {"config": [3]}},
+        {"run": 3},
+    ],
+)
+@pytest.mark.parametrize("audit", ["membership", "extraction"])
+def test_results_of_another_form_are_refused_plainly(attacked, tmp_path, audit, change):
+    found = read_json(attacked.results[audit] / f"{audit}.json")
+    write_json(tmp_path / "membership.json", found | change)
+    with pytest.raises(DataError, match="Make the attack again"):
+        summarise(read_results(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    "stays",
+    [
+        [],
+        3,
+        {"more": float("nan")},
+        {"worst": 3, "documents": 3},
+        {"worst": [3], "documents": [{}]},
+    ],
+)
+@pytest.mark.parametrize("audit", ["membership", "extraction"])
+def test_what_stays_in_another_form_is_refused_plainly(attacked, pico_sets, tmp_path, audit, stays):
+    found = read_json(attacked.results[audit] / f"{audit}.json")
+    write_json(tmp_path / f"{audit}.json", found)
+    if isinstance(stays, dict):  # of this attack
+        stays = {"audit": audit, "origin": found["about"]["origin"]} | stays
+    (tmp_path / room.STAYS_FILE).write_text(json.dumps(stays))
+    with pytest.raises(DataError, match="ake the attack again"):
+        make_findings(opened(attacked), pico_sets["maths"], [read_results(tmp_path)])
+
+
 def test_relearning_that_brings_something_back_is_much(tmp_path):
     found = {
         "extra": {"bits_per_byte": 0.02, "interval": [0.01, 0.03]},

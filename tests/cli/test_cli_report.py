@@ -111,3 +111,14 @@ def test_a_page_that_does_not_show_the_claims_is_warned_of(
     write_made_report(attacked.bundle, house.keys["Ann"], out, findings=findings)
     code, said, err = run("audit", "verify-report", out, "--bundle", attacked.bundle)
     assert code == 0 and "holds, of" in said and "Warning" in err and "Believe report.json" in err
+
+
+def test_a_file_in_place_of_a_directory_is_refused_by_name(run, given, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    code, _, err = run("audit", "summary", "--model", tmp_path, "--out", file)
+    assert code == 2 and f"--out {file} is a file, expected a directory" in err
+    place = given.index("--stays") + 1
+    code, _, err = run("audit", "report", *given[:place], file, *given[place + 1 :])
+    assert code == 2 and f"--stays {file} is a file, expected a directory" in err
+    assert file.read_text() == "mine"

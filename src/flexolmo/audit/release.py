@@ -307,16 +307,26 @@ def _hits(results: Sequence[Results]) -> dict[str, Any]:
             continue
         try:
             if one.audit == "membership":
-                found["worst_documents"] = one.stays["worst"]
+                found["worst_documents"] = [_worst_document(x) for x in one.stays["worst"]]
             elif one.audit == "extraction":
                 threshold = one.found["run"]["config"]["threshold"]
                 found["memorised"] = memorised_spans(one.stays["documents"], threshold)
-        except (KeyError, TypeError) as e:
+        except (AttributeError, LookupError, TypeError, ValueError) as e:
             raise DataError(
                 f"What stays beside {one.path} is not as this release writes it ({e}). Make the "
                 "attack again."
             ) from None
     return found
+
+
+def _worst_document(worst: Mapping[str, Any]) -> dict[str, Any]:
+    """A document that membership attacks hit, as the page shows it."""
+    return {
+        "document": int(worst["document"]),
+        "above_others": float(worst["above_others"]),
+        "begins": str(worst["begins"]),
+        "tokens": [{"token": str(x["token"])} for x in worst["tokens"]],
+    }
 
 
 def memorised_spans(

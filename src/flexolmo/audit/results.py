@@ -4,6 +4,7 @@ Which results belong to which bundle is decided here; what an officer reads of t
 in `audit.release`. Knows no model and no text.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,10 @@ class Results:
         return self.found["about"].get("origin")
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 @dataclass(frozen=True)
 class Row:
     """One figure of an attack, with its 95 % interval."""
@@ -60,6 +65,18 @@ class Row:
     low: float | None
     high: float | None
     chance: float | None  # that guessing, or no leak at all, would give
+
+    def __post_init__(self) -> None:
+        """Refuse what a file may hold in place of a figure: ValueError, OverflowError."""
+        least, most = (0, 1) if self.unit in ("share", "auc") else (-math.inf, math.inf)
+        others = (self.low, self.high, self.chance)
+        for number in (self.value, *(x for x in others if x is not None)):
+            if not (_is_finite(number) and least <= number <= most):
+                raise ValueError(f"{self.measure}: found {number!r}, expected a {self.unit}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"{self.measure}: found one end of an interval, expected two")
+        if self.low is not None and self.low > self.most:
+            raise ValueError(f"{self.measure}: found an interval that ends before it begins")
 
     @property
     def most(self) -> float:
@@ -79,6 +96,13 @@ class Summary:
     settings: Mapping[str, Any]
     off_equals_anchor: bool | None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.settings, Mapping):
+            raise ValueError("the settings of the run are no object")
+        counts = [self.texts, *(self.settings.get(name, 0) for name in ("members", "others"))]
+        if any(n is not None and type(n) is not int for n in counts):
+            raise ValueError("the number of documents or canaries is no whole number")
+
 
 def read_results(path: Path) -> Results:
     """The results in a JSON file of `flexolmo audit`, or in the directory that it was written to.
@@ -94,15 +118,20 @@ def read_results(path: Path) -> Results:
                 f"{', '.join(f'{name}.json' for name in AUDITS)}. Name the file."
             )
         path = held[0]
-    found = read_json(path, DataError)
+    found = _read_finite(path)
     audit = found.get("audit") if isinstance(found, dict) else None
-    if audit not in AUDITS or not isinstance(found.get("about"), dict):
+    is_known = isinstance(audit, str) and audit in AUDITS and _names_origin(found.get("about"))
+    if not is_known:
         raise DataError(
             f"{path} holds no results of flexolmo audit {', '.join(AUDITS)} that say which bundle "
             "they are of. Make the attack again with this release."
         )
     beside = path.with_name(STAYS_FILE)
-    stays = read_json(beside, DataError) if beside.is_file() else None
+    stays = _read_finite(beside) if beside.is_file() else None
+    if stays is not None and not isinstance(stays, dict):
+        raise DataError(
+            f"{beside} holds {type(stays).__name__}, expected an object. Make the attack again."
+        )
     if stays is not None and stays.get("audit") != audit:
         stays = None  # of another attack that was written to the same place
     if stays is not None and stays.get("origin") != found["about"].get("origin"):
@@ -110,7 +139,29 @@ def read_results(path: Path) -> Results:
             f"{beside} is of another bundle than {path}. Make the attack again, into a directory "
             "of its own."
         )
-    return Results(audit, path, found, stays)
+    return Results(str(audit), path, found, stays)
+
+
+def _read_finite(path: Path) -> Any:
+    """The JSON value in `path`; DataError if it cannot be written again, as NaN cannot."""
+    value = read_json(path, DataError)
+    try:
+        canonical_json(value)
+    except ValueError as e:
+        raise DataError(f"{path} is no plain JSON: {e}. Make the attack again.") from None
+    return value
+
+
+def _names_origin(about: Any) -> bool:
+    """True if `about` names a bundle by three digests, see `bundle.release.origin_of`, or says that
+    there is none."""
+    if not isinstance(about, dict):
+        return False
+    origin = about.get("origin")
+    parts = ("bundle", "anchor", "recipe")
+    return origin is None or (
+        isinstance(origin, dict) and all(isinstance(origin.get(part), str) for part in parts)
+    )
 
 
 def digest_of_results(results: Results) -> str:
@@ -154,11 +205,11 @@ def refuse_no_control(results: Results, origin: Mapping[str, str]) -> None:
 def summarise(results: Results, epsilon: float | None) -> Summary:
     """The figures of an attack and a verdict; `epsilon` is what the bundle states.
 
-    Raises DataError if something is missing in the results.
+    Raises DataError if something is missing in the results, or malformed.
     """
     try:
         return AUDITS[results.audit].summarise(results.found, epsilon)
-    except (KeyError, TypeError, ValueError, IndexError) as e:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
         raise DataError(
             f"{results.path} is not as this release writes it ({type(e).__name__}: {e}). Make the "
             "attack again."
@@ -179,6 +230,12 @@ def _worst(rows: list[Row]) -> Row | None:
     """The row with the highest upper end, of models that hold what the expert learnt."""
     names = [SUBJECTS[name] for name in WITH_IT]
     return max((r for r in rows if r.model in names), key=lambda r: r.most, default=None)
+
+
+def _found(row: Row | None) -> Row:
+    if row is None:
+        raise ValueError("no figure of a model that holds what the expert learnt")
+    return row
 
 
 def _level_of_auc(row: Row) -> str:
@@ -212,8 +269,7 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
         for subject, by_attack in found["subjects"].items()
         for name, x in by_attack.items()
     ]
-    worst = _worst(ends)
-    assert worst is not None
+    worst = _found(_worst(ends))
     level = _level_of_auc(worst)
     answer = _ANSWERS[level]
     right = 100 * worst.value
@@ -242,8 +298,7 @@ def _extraction(found: Mapping[str, Any], _: float | None) -> Summary:
         measure = "word for word within a million attempts, probability 0.9"
         exact.append(_row(subject, measure, by_heart, None))
     worst = _worst(rows)
-    shown = worst or _worst(exact)
-    assert shown is not None
+    shown = _found(worst or _worst(exact))
     count = found["documents"]
     extracted = round(shown.value * count)
     if shown.most <= LITTLE_EXTRACTED:
@@ -272,10 +327,8 @@ def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
         bounds.append(
             Row(SUBJECTS[subject], "epsilon, at least", "epsilon", bound, None, None, 0.0)
         )
-    worst = _worst(rows)
-    bound_row = _worst(bounds)
-    assert worst is not None and bound_row is not None
-    bound = bound_row.value
+    worst = _found(_worst(rows))
+    bound = _found(_worst(bounds)).value
     said = f"Whoever guesses which canaries were planted shows an epsilon of at least {bound:.1f}. "
     if epsilon is None:
         said += "No epsilon is stated that this could contradict."

@@ -73,6 +73,8 @@ def report(
     from flexolmo.report.release_page import render_release
 
     out = out or place_of(bundle)
+    if stays.exists() and not stays.is_dir():
+        raise ConfigError(f"--stays {stays} is a file, expected a directory. Choose another place.")
     kept = stays.resolve()
     for leaving in (bundle, out):
         place = leaving.resolve()

@@ -40,9 +40,12 @@ def summary(
     """
     from flexolmo.audit.summary import About, find_unstated, make_summary
     from flexolmo.config import read_recipe
+    from flexolmo.errors import ConfigError
     from flexolmo.files import write_json
     from flexolmo.report.summary_page import write_summary_page
 
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file, expected a directory. Choose another place.")
     said = About() if about is None else read_recipe(about, About)
     trusted = trusted_owners(trust, trust_any_signer)
     found = make_summary(model, trusted, said, **switches(without, only))
