@@ -62,11 +62,12 @@ def test_a_model_that_has_learnt_them_gives_them_away(planted, pico_anchor, tmp_
     assert "Exposure" in write_canaries_page(found, tmp_path / "out").read_text()
 
 
-def test_a_mixture_that_has_not_gives_nothing_away(planted, house, tmp_path):
+def test_a_mixture_that_has_not_gives_nothing_away(planted, house, pico_sets, tmp_path):
     data, key = planted
     directory = build_attacked(house, data, tmp_path / "model")
     found = audit_canaries(open_subjects(directory, data, house.trusted), data, key)
     assert json.loads(json.dumps(found)) == found
+    assert found["planted_in"] == pico_sets["maths"].commitment
     assert found["off_equals_anchor"] is True
     assert found["subjects"]["on"]["epsilon"]["epsilon"] < 1.0  # false with odds of 5 % at 0
     assert found["subjects"]["off"]["exposure"]["largest"] == 0.0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from flexolmo.audit import results as room
 from flexolmo.audit.cards import bill_of_materials, data_card
 from flexolmo.audit.release import coarse, make_coarse, make_findings, memorised_spans
-from flexolmo.audit.results import AUDITS, Results, read_results, refuse_no_control, summarise
+from flexolmo.audit.results import AUDITS, Results, read_results, summarise, summarise_control
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
@@ -139,7 +139,7 @@ def test_results_that_name_no_bundle_are_refused(attacked, given_results, pico_s
         make_findings(opened(attacked), pico_sets["maths"], given_results)
 
 
-def canaries(origin):
+def canaries(origin, planted_in=None):
     """Results of canaries, of a twin."""
     subject = {
         "membership": {"auc": 0.9, "interval": [0.85, 0.95]},
@@ -152,23 +152,32 @@ def canaries(origin):
         "subjects": {"alone": subject, "off": subject},
         "canaries": 120,
         "planted": 57,
+        "planted_in": planted_in,
         "tokens": 32,
         "off_equals_anchor": True,
         "run": {"config": {"delta": 1e-6}},
     }
 
 
-def test_canaries_are_taken_of_a_twin_alone(attacked, given_results, pico_sets, tmp_path):
-    origin = given_results[0].origin
-    twin = Results("canaries", tmp_path, canaries(origin | {"bundle": "sha256:twin"}), None)
+def test_canaries_are_taken_of_a_twin_on_the_same_set_alone(
+    attacked, given_results, pico_sets, tmp_path
+):
+    origin = given_results[0].origin | {"bundle": "sha256:twin"}
+    commitment = pico_sets["maths"].commitment
+    twin = Results("canaries", tmp_path, canaries(origin, commitment), None)
     made = make_findings(opened(attacked), pico_sets["maths"], [*given_results, twin])
     (told,) = [x for x in made.report.findings["attacks"] if x["audit"] == "canaries"]
-    assert told["is_of_a_twin"] and "on a twin" in render_release(made.report)
-    for part in ("anchor", "recipe"):
-        changed = canaries(origin | {"bundle": "sha256:twin", part: "sha256:other"})
-        with pytest.raises(DataError, match="is of the bundle"):
-            stranger = Results("canaries", tmp_path, changed, None)
-            make_findings(opened(attacked), pico_sets["maths"], [stranger])
+    assert told["is_of_a_twin"]
+    assert "what the owner says is this text with canaries" in render_release(made.report)
+    for stranger in (
+        canaries(origin | {"anchor": "sha256:other"}, commitment),
+        canaries(origin | {"recipe": "sha256:other"}, commitment),
+        canaries(origin, pico_sets["news"].commitment),  # of an owner with the same recipe
+        canaries(origin),
+    ):
+        with pytest.raises(DataError, match="with canaries planted in it"):
+            one = Results("canaries", tmp_path, stranger, None)
+            make_findings(opened(attacked), pico_sets["maths"], [one])
 
 
 def test_canaries_that_contradict_the_epsilon_that_is_stated_are_much(tmp_path):
@@ -179,17 +188,23 @@ def test_canaries_that_contradict_the_epsilon_that_is_stated_are_much(tmp_path):
     assert contradicted.level == "much" and "do not release" in contradicted.verdict
 
 
-def test_a_control_is_of_another_expert_beside_the_same_anchor(attacked, given_results, pico_sets):
+def test_a_control_is_of_another_expert_beside_the_same_anchor_that_is_found_out(
+    attacked, given_results, pico_sets
+):
     first = given_results[0]
     with pytest.raises(DataError, match="is no control"):
-        refuse_no_control(first, first.origin)
+        summarise_control(first, first.origin)
     other = copy.deepcopy(first)
     other.found["about"]["origin"]["bundle"] = "sha256:overfitted"
+    membership([other], {"ratio": (0.6, [0.55, 0.64])})  # some
+    with pytest.raises(DataError, match="expected 'much'"):
+        make_findings(opened(attacked), pico_sets["maths"], given_results, controls=[other])
+    membership([other], {"ratio": (0.97, [0.91, 0.99])})
     made = make_findings(opened(attacked), pico_sets["maths"], given_results, controls=[other])
-    assert "an overfitted expert: 0." in render_release(made.report)
+    assert "an overfitted expert: 0.970" in render_release(made.report)
     other.found["about"]["origin"]["anchor"] = "sha256:other"
     with pytest.raises(DataError, match="is no control"):
-        refuse_no_control(other, first.origin)
+        summarise_control(other, first.origin)
 
 
 @pytest.mark.parametrize(
@@ -197,25 +212,49 @@ def test_a_control_is_of_another_expert_beside_the_same_anchor(attacked, given_r
     [
         (0.51, [0.48, 0.55], "little", "Hardly"),
         (0.60, [0.52, 0.65], "some", "To some degree"),
-        (0.60, [0.45, 0.75], "unclear", "Not shown, and not excluded"),
+        (0.60, [0.45, 0.75], "unclear", "Not shown, and not excluded: so few"),
         (0.80, [0.7, 0.9], "much", "Yes"),
-        (0.50, [0.4, 0.6], "unclear", "Not shown, and not excluded"),  # not the strongest
+        (0.50, [0.4, 0.6], "unclear", "Not shown, and not excluded: so few"),  # not the strongest
     ],
 )
 def test_membership_is_judged_by_the_upper_end_of_any_attack(
     given_results, auc, interval, level, said
 ):
-    (found,) = [r for r in given_results if r.audit == "membership"]
-    for subject, by_attack in found.found["subjects"].items():
-        for x in by_attack.values():
-            x |= {"auc": 0.505, "interval": [0.49, 0.51]}
-        if subject == "alone":
-            by_attack["zlib"] |= {"auc": auc, "interval": interval}
-        if subject == "anchor":  # never saw the text: decides nothing
-            by_attack["loss"] |= {"auc": 0.99, "interval": [0.98, 1.0]}
+    found = membership(given_results, {"zlib": (auc, interval)})
     summary = summarise(found, None)
     assert summary.level == level and summary.verdict.startswith(said)
     assert summary.headline.most == interval[1] and "zlib" in summary.headline.measure
+
+
+def membership(given_results, of_the_expert, others=(0.505, [0.49, 0.51])) -> Results:
+    """Results of membership in which these attacks on the expert alone gave these figures."""
+    (found,) = [r for r in given_results if r.audit == "membership"]
+    for subject, by_attack in found.found["subjects"].items():
+        for name, x in by_attack.items():
+            figures = of_the_expert.get(name, others) if subject == "alone" else others
+            if subject == "anchor":  # never saw the text: decides nothing
+                figures = (0.99, [0.98, 1.0])
+            x["auc"], x["interval"] = figures
+    return found
+
+
+def test_an_attack_that_succeeds_is_not_hidden_by_one_that_knows_little(
+    attacked, given_results, pico_sets
+):
+    figures = {"zlib": (0.8, [0.7, 0.9]), "loss": (0.6, [0.2, 0.97])}
+    found = membership(given_results, figures)
+    summary = summarise(found, None)
+    assert summary.level == "much" and "zlib" in summary.headline.measure
+    assert "leaves 97 open" in summary.verdict
+    made = make_findings(opened(attacked), pico_sets["maths"], [found])
+    assert made.report.measures["membership_auc"].high == 0.97
+
+
+def test_an_attack_that_is_wrong_more_often_than_by_guessing_says_nothing(given_results):
+    summary = summarise(membership(given_results, {}, (0.3, [0.2, 0.4])), None)
+    assert summary.level == "unclear" and "wrong more often" in summary.verdict
+    some = {"zlib": (0.51, [0.48, 0.54])}  # one of them is as by guessing
+    assert summarise(membership(given_results, some, (0.3, [0.2, 0.4])), None).level == "little"
 
 
 @given(st.integers(0, 10**7), st.integers(1, 1000))
@@ -261,15 +300,37 @@ def test_sizes_of_splits_leave_coarse(attacked, given_results, pico_sets):
         (0.02, [0.01, 0.03], "much"),
     ],
 )
+@pytest.mark.parametrize("kind", ["extracted", "exact", "near"])
 def test_extraction_is_judged_by_what_was_written_and_what_could_be(
-    given_results, share, interval, level
+    attacked, given_results, pico_sets, kind, share, interval, level
 ):
     (found,) = [r for r in given_results if r.audit == "extraction"]
     found.found["documents"] = 1000
     for subject, x in found.found["subjects"].items():
         is_own = subject in ("alone", "on")
-        x["extracted"] |= {"share": share, "interval": interval} if is_own else {"share": 1.0}
-    assert summarise(found, None).level == level
+        nothing = {"share": 0.0, "interval": [0.0, 0.004]} if is_own else {"share": 1.0}
+        x["extracted"] |= nothing
+        x["near"] = copy.deepcopy(x["exact"])
+        for curve in (x["exact"], x["near"]):
+            curve["discoverable"]["0.9"][6] |= nothing  # within a million
+        decides = x[kind] if kind == "extracted" else x[kind]["discoverable"]["0.9"][6]
+        if is_own:
+            decides |= {"share": share, "interval": interval}
+    summary = summarise(found, None)
+    assert summary.level == level and summary.headline.most == interval[1]
+    assert "within 2 samples" in summary.verdict and "a million attempts" in summary.verdict
+    made = make_findings(opened(attacked), pico_sets["maths"], [found])
+    assert made.report.measures["extraction"].high == interval[1]
+
+
+def test_no_limit_is_held_to_extraction_that_sampled_nothing(attacked, given_results, pico_sets):
+    (found,) = [r for r in given_results if r.audit == "extraction"]
+    for x in found.found["subjects"].values():
+        del x["extracted"]
+    made = make_findings(opened(attacked), pico_sets["maths"], [found])
+    (told,) = made.report.findings["attacks"]
+    assert not made.report.measures and "Nothing was sampled" in told["verdict"]
+    assert "a million attempts" in told["headline"]["measure"]
 
 
 def test_spans_known_by_heart_are_found_in_samples():

@@ -16,7 +16,7 @@ from flexolmo.audit.epsilon import epsilon_bound
 from flexolmo.audit.intervals import area, share
 from flexolmo.audit.reading import read_signals
 from flexolmo.audit.subjects import OFF, Subjects
-from flexolmo.data.batches import TokenSet
+from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.insert import insert_documents
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import DataError
@@ -44,10 +44,12 @@ def plant_canaries(
     rng = np.random.default_rng(secrets.randbits(256))
     ids = rng.choice(_plain_tokens(load_tokenizer(prepared)), size=(count, tokens))
     is_in = rng.random(count) < 0.5
+    commitment = open_set(prepared).commitment
     card = insert_documents(prepared, out, list(ids[is_in]), SOURCE, secrets.randbits(64))
     record = {
         "format": FORMAT,
         "recipe": card["recipe"],
+        "planted_in": commitment,
         "ids": ids.tolist(),
         "is_in": is_in.tolist(),
     }
@@ -71,13 +73,16 @@ def audit_canaries(
     "subjects": exposure, log2 of the number of canaries that were not planted (and itself) over its
     rank among them, as mean and largest, with what chance gives and the most that so many can show;
     `first`, the share of planted ones that are above all others; the AUC; and the lower bound on
-    epsilon of `epsilon_bound`. "off_equals_anchor": whether without the expert every canary is as
+    epsilon of `epsilon_bound`. "planted_in": the commitment of the set that they were planted in.
+    "off_equals_anchor": whether without the expert every canary is as
     likely as the anchor makes it, to the bit; none where other experts are on.
 
     Raises DataError if `key` is not of this set.
     """
     subjects.check_set(token_set)
-    ids, is_in = _open_key(token_set, key)
+    record = _open_key(token_set, key)
+    ids = np.array(record["ids"], dtype=np.int64)  # [m,T]
+    is_in = np.array(record["is_in"], dtype=bool)  # [m]
     start = np.full((len(ids), 1), token_set.eos_id)
     scores = _score(subjects, np.concatenate([start, ids], axis=1))
     return {
@@ -85,6 +90,7 @@ def audit_canaries(
         "about": subjects.about,
         "canaries": len(ids),
         "planted": int(is_in.sum()),
+        "planted_in": record.get("planted_in"),
         "tokens": ids.shape[1],
         "subjects": {
             name: measure_canaries(values, is_in, delta, seed) for name, values in scores.items()
@@ -137,13 +143,13 @@ def _score(subjects: Subjects, rows: np.ndarray) -> dict[str, np.ndarray]:
     return found
 
 
-def _open_key(token_set: TokenSet, key: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [m,T] and which are planted [m], from a key that is of this set."""
-    record = read_json(key, DataError)
+def _open_key(token_set: TokenSet, key: Path) -> dict[str, Any]:
+    """The record of `plant_canaries` in a key that is of this set."""
+    record: Any = read_json(key, DataError)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise DataError(
             f"{key} is no key to canaries: expected the file of `audit canaries plant`."
         )
     if record["recipe"] != token_set.card["recipe"]:
         raise DataError(f"{key} is of another set than {token_set.directory}.")
-    return np.array(record["ids"], dtype=np.int64), np.array(record["is_in"], dtype=bool)
+    return dict(record)

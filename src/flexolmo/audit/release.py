@@ -24,9 +24,9 @@ from flexolmo.audit.results import (
     Row,
     Summary,
     digest_of_results,
-    refuse_no_control,
     refuse_other_bundle,
     summarise,
+    summarise_control,
 )
 from flexolmo.bundle.bundle import MANIFEST_FILE, Bundle
 from flexolmo.bundle.manifest import Manifest
@@ -95,7 +95,7 @@ def make_findings(
         created: UTC time like 2026-01-31T12:00:00Z; default: now.
     Raises:
         ConfigError: the set is not that of the bundle, or an attack is given twice.
-        DataError: results of another bundle.
+        DataError: results of another bundle, or a control that the attack did not find out.
     """
     m = bundle.manifest
     if data.commitment != m.data_card_digest:
@@ -105,14 +105,13 @@ def make_findings(
         )
     origin = origin_of(bundle.digests[MANIFEST_FILE], m.anchor_digest, m.recipe)
     for one in results:
-        refuse_other_bundle(one, origin)
-    for one in controls:
-        refuse_no_control(one, origin)
+        refuse_other_bundle(one, origin, m.data_card_digest)
     epsilon = stated_epsilon(m)
     by_audit = _by_audit(results, "results")
     summaries = {name: summarise(one, epsilon) for name, one in by_audit.items()}
     known_by_heart = {
-        name: summarise(one, None).headline for name, one in _by_audit(controls, "control").items()
+        name: summarise_control(one, origin).headline
+        for name, one in _by_audit(controls, "control").items()
     }
     least = _least_documents(m)
     exact = _measure_text(data, public)
@@ -223,7 +222,8 @@ def _measures(summaries: Mapping[str, Summary]) -> dict[Measure, Figure]:
     found: dict[Measure, Figure] = {}
     audits: dict[Measure, str] = {"extraction": "extraction", "membership_auc": "membership"}
     for measure, audit in audits.items():
-        row = summaries[audit].headline if audit in summaries else None
+        summary = summaries.get(audit)
+        row = None if summary is None else summary.limited
         if row is not None and row.low is not None and row.high is not None:
             found[measure] = Figure(
                 value=_rounded(row.value),

@@ -22,6 +22,7 @@ SUBJECTS = {
     "anchor": "anchor",
     "model": "model",
 }
+_MODELS_WITH_IT = tuple(SUBJECTS[name] for name in WITH_IT)
 ATTACKS = {
     "informia": "InfoRMIA",
     "ratio": "likelihood ratio",
@@ -95,6 +96,7 @@ class Summary:
     texts: int | None  # documents, or canaries, that were attacked
     settings: Mapping[str, Any]
     off_equals_anchor: bool | None
+    limited: Row | None = None  # whose upper end a limit is held against; None: no such limit
 
     def __post_init__(self) -> None:
         if not isinstance(self.settings, Mapping):
@@ -169,11 +171,11 @@ def digest_of_results(results: Results) -> str:
     return digest_bytes(canonical_json(results.found))
 
 
-def refuse_other_bundle(results: Results, origin: Mapping[str, str]) -> None:
+def refuse_other_bundle(results: Results, origin: Mapping[str, str], commitment: str) -> None:
     """Raise DataError if the results are of another bundle than that of `origin`.
 
-    Canaries are measured on a twin, which was trained by the same recipe beside the same anchor on
-    the same text with canaries in it, for an expert with canaries is not sent.
+    Canaries are measured on a twin, for an expert with canaries is not sent: it was trained by the
+    same recipe beside the same anchor, on the set of this `commitment` with canaries in it.
     """
     found = results.origin
     if found is None:
@@ -181,24 +183,21 @@ def refuse_other_bundle(results: Results, origin: Mapping[str, str]) -> None:
             f"{results.path} does not say which bundle it is of: it attacks a model that is no "
             "mixture, or a run that was not signed yet. Attack the signed bundle, in a mixture."
         )
-    is_twin = results.audit == "canaries" and all(
-        found.get(part) == origin[part] for part in ("anchor", "recipe")
+    is_twin = (
+        results.audit == "canaries"
+        and all(found[part] == origin[part] for part in ("anchor", "recipe"))
+        and results.found.get("planted_in") == commitment
     )
     if found != origin and not is_twin:
+        or_twin = ""
+        if results.audit == "canaries":
+            or_twin = (
+                ", or an expert that was trained by its recipe, beside its anchor, on its set "
+                f"{commitment} with canaries planted in it"
+            )
         raise DataError(
-            f"{results.path} is of the bundle {found.get('bundle')}; this bundle is "
-            f"{origin['bundle']}. Attack this one, and give those results."
-        )
-
-
-def refuse_no_control(results: Results, origin: Mapping[str, str]) -> None:
-    """Raise DataError unless the results are of another expert beside the same anchor."""
-    found = results.origin
-    is_other = found is not None and found.get("bundle") != origin["bundle"]
-    if not is_other or found is None or found.get("anchor") != origin["anchor"]:
-        raise DataError(
-            f"{results.path} is no control: expected the same attack on another expert, which "
-            f"knows its text by heart, beside the anchor {origin['anchor']}."
+            f"{results.path} is of the bundle {found['bundle']}; this bundle is "
+            f"{origin['bundle']}. Attack this one{or_twin}, and give those results."
         )
 
 
@@ -216,6 +215,29 @@ def summarise(results: Results, epsilon: float | None) -> Summary:
         ) from None
 
 
+def summarise_control(results: Results, origin: Mapping[str, str]) -> Summary:
+    """The figures of an attack on an expert that knows its text by heart, which it must find out.
+
+    Raises DataError unless the results are of another expert than that of `origin`, beside the same
+    anchor, and the attack found much.
+    """
+    found = results.origin
+    is_other = found is not None and found.get("bundle") != origin["bundle"]
+    if not is_other or found is None or found.get("anchor") != origin["anchor"]:
+        raise DataError(
+            f"{results.path} is no control: expected the same attack on another expert, which "
+            f"knows its text by heart, beside the anchor {origin['anchor']}."
+        )
+    summary = summarise(results, None)
+    if summary.level != "much":
+        raise DataError(
+            f"{results.path} is no control: the level of what the attack found there is "
+            f"{summary.level!r}, expected 'much', as of an expert that knows its text by heart. "
+            "Overfit one on a few dozen documents, or attack more of its documents."
+        )
+    return summary
+
+
 # --- each attack --------------------------------------------------------------------------------
 
 
@@ -228,8 +250,7 @@ def _row(subject: str, measure: str, figure: Mapping[str, Any], chance: float | 
 
 def _worst(rows: list[Row]) -> Row | None:
     """The row with the highest upper end, of models that hold what the expert learnt."""
-    names = [SUBJECTS[name] for name in WITH_IT]
-    return max((r for r in rows if r.model in names), key=lambda r: r.most, default=None)
+    return max((r for r in rows if r.model in _MODELS_WITH_IT), key=lambda r: r.most, default=None)
 
 
 def _found(row: Row | None) -> Row:
@@ -246,12 +267,25 @@ def _level_of_auc(row: Row) -> str:
     return "some" if row.most <= MANY else "much"
 
 
+def _judge(rows: list[Row]) -> tuple[Row, str]:
+    """The AUC that found most, and its level: one that is told from guessing counts more than a
+    higher upper end of one that is not. ValueError if there is no row."""
+    gravity = {level: i for i, level in enumerate(("little", "unclear", "some", "much"))}
+    row = max(rows, key=lambda r: (gravity[_level_of_auc(r)], r.most))
+    is_reversed = row.most < 0.5  # something else than training tells the two kinds apart
+    return row, "unclear" if is_reversed else _level_of_auc(row)
+
+
 _ANSWERS = {
     "little": "Hardly",
     "some": "To some degree",
     "much": "Yes",
     "unclear": "Not shown, and not excluded: so few documents leave much open",
 }
+_REVERSED = (
+    "Not shown, and not excluded: even the attack that finds most is wrong more often than by "
+    "guessing, so the two kinds of documents differ in more than training"
+)
 
 
 def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
@@ -268,54 +302,75 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
         _row(subject, f"AUC, {ATTACKS.get(name, name)}", x, 0.5)
         for subject, by_attack in found["subjects"].items()
         for name, x in by_attack.items()
+        if subject in WITH_IT
     ]
-    worst = _found(_worst(ends))
-    level = _level_of_auc(worst)
-    answer = _ANSWERS[level]
-    right = 100 * worst.value
+    decides, level = _judge(ends)
+    highest = max(ends, key=lambda row: row.most)
+    answer = _REVERSED if decides.most < 0.5 else _ANSWERS[level]
     verdict = (
-        f"{answer}. Of two documents, one of which was trained on, the attack that may find most "
-        f"picks the right one {right:.0f} times in 100 ({100 * (worst.low or 0):.0f} to "
-        f"{100 * worst.most:.0f}; {worst.model}); guessing does so 50 times."
+        f"{answer}. Of two documents, one of which was trained on, the attack that found most "
+        f"picks the right one {100 * decides.value:.0f} times in 100 ("
+        f"{100 * (decides.low or 0):.0f} to {100 * decides.most:.0f}; {decides.model}); guessing "
+        "does so 50 times."
     )
+    if highest.most > decides.most:
+        verdict += (
+            f" Another attack, which is not told from guessing, leaves {100 * highest.most:.0f} "
+            "open."
+        )
     counts = found["documents"]
     settings = found["run"]["config"] | {"members": counts["members"], "others": counts["others"]}
-    return Summary(
-        rows + others, worst, level, verdict, counts["members"], settings, _control(found)
-    )
+    texts = counts["members"]
+    control = _control(found)
+    return Summary(rows + others, decides, level, verdict, texts, settings, control, highest)
 
 
 def _extraction(found: Mapping[str, Any], _: float | None) -> Summary:
     config = found["run"]["config"]
-    rows = []
-    exact = []
+    rows: dict[str, list[Row]] = {"extracted": [], "exact": [], "near": []}
+    within = "within a million attempts, probability 0.9"
+    measures = {
+        "exact": f"word for word {within}",
+        "near": f"but for {config.get('near_tokens')} tokens {within}",
+    }
     for subject, x in found["subjects"].items():
         if "extracted" in x:
             measure = f"extracted within {config['samples']} samples"
-            rows.append(_row(subject, measure, x["extracted"], None))
-        curve = x["exact"]
-        by_heart = curve["discoverable"]["0.9"][curve["attempts"].index(1_000_000)]
-        measure = "word for word within a million attempts, probability 0.9"
-        exact.append(_row(subject, measure, by_heart, None))
-    worst = _worst(rows)
-    shown = _found(worst or _worst(exact))
+            rows["extracted"].append(_row(subject, measure, x["extracted"], None))
+        for kind in ("exact", "near") if "near" in x else ("exact",):
+            curve = x[kind]
+            share = curve["discoverable"]["0.9"][curve["attempts"].index(1_000_000)]
+            rows[kind].append(_row(subject, measures[kind], share, None))
+    by_kind = [worst for worst in map(_worst, rows.values()) if worst is not None]
+    decides = _found(_worst(by_kind))
     count = found["documents"]
-    extracted = round(shown.value * count)
-    if shown.most <= LITTLE_EXTRACTED:
+    if decides.most <= LITTLE_EXTRACTED:
         level = "little"
-    elif not extracted:
+    elif not round(decides.value * count):
         level = "unclear"
     else:
-        level = "some" if shown.value <= LITTLE_EXTRACTED else "much"
-    verdict = (
-        f"{extracted:,} of {count:,} documents were written by the {shown.model}, given their "
-        f"first {config['prefix_tokens']} tokens; at most {100 * shown.most:.2g} % of all could be."
-    )
+        level = "some" if decides.value <= LITTLE_EXTRACTED else "much"
+    said = [
+        f"{round(row.value * count):,} {row.measure} ({row.model}), at most "
+        f"{100 * row.most:.2g} % of all"
+        for row in by_kind
+    ]
+    beginning = f"given their first {config['prefix_tokens']} tokens"
+    verdict = f"Of {count:,} documents, {beginning}: {'; '.join(said)}."
     if level == "unclear":
         verdict += " So few documents leave that much open; more of them narrow it."
-    if worst is None:
-        verdict += " Nothing was sampled: this counts text written word for word alone."
-    return Summary(rows + exact, worst, level, verdict, count, config, _control(found))
+    if not rows["extracted"]:
+        verdict += " Nothing was sampled: text that is nearly the document's is not counted."
+    return Summary(
+        [row for kind in rows.values() for row in kind],
+        decides,
+        level,
+        verdict,
+        count,
+        config,
+        _control(found),
+        decides if rows["extracted"] else None,
+    )
 
 
 def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
@@ -327,12 +382,11 @@ def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
         bounds.append(
             Row(SUBJECTS[subject], "epsilon, at least", "epsilon", bound, None, None, 0.0)
         )
-    worst = _found(_worst(rows))
+    worst, level = _judge([row for row in rows if row.model in _MODELS_WITH_IT])
     bound = _found(_worst(bounds)).value
     said = f"Whoever guesses which canaries were planted shows an epsilon of at least {bound:.1f}. "
     if epsilon is None:
         said += "No epsilon is stated that this could contradict."
-        level = _level_of_auc(worst)
     elif bound > epsilon:
         said += f"That contradicts the {epsilon:g} that is stated: do not release this expert."
         level = "much"
@@ -382,8 +436,8 @@ def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
     if "too_few" not in members:
         measure = "a document's membership, by who has others of its kind"
         add(measure, members["calibrated"], 0.5)
-    worst = max((r for r in rows if r.unit == "auc"), key=lambda r: r.most, default=None)
-    level = "unclear" if worst is None else _level_of_auc(worst)
+    areas = [row for row in rows if row.unit == "auc"]
+    worst, level = _judge(areas) if areas else (None, "unclear")
     tokens = found["tokens"]
     how = f"each in at least {found['min_documents']} documents"
     if found["epsilon"] is not None:
@@ -398,7 +452,7 @@ def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
         said += "There were too few documents to ask for members."
     else:
         said += (
-            f"The attack that may find most, {worst.measure}, is right {100 * worst.value:.0f} "
+            f"The attack that found most, {worst.measure}, is right {100 * worst.value:.0f} "
             f"times in 100 ({100 * (worst.low or 0):.0f} to {100 * worst.most:.0f})."
         )
     settings = {"min_documents": found["min_documents"]}

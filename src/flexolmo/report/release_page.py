@@ -103,7 +103,7 @@ def _glance(found: Mapping[str, Any]) -> Table:
 
 def answer_of(level: str) -> str:
     """The words of one of `audit.results.LEVELS`."""
-    return "too few to say" if level == "unclear" else f"{level} found"
+    return level if level == "unclear" else f"{level} found"
 
 
 def _control(made: Mapping[str, Any]) -> str:
@@ -202,7 +202,10 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
         how = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
         twin = ""
         if made["is_of_a_twin"]:
-            twin = " on a twin, an expert that was trained alike on the text with canaries,"
+            twin = (
+                " on a twin, an expert that was trained alike on what the owner says is this text "
+                "with canaries,"
+            )
         yield Text(f"Made{twin} with {how}. Control: {_control(made)}.{_doubt(made)}", "note")
     if found["not_made"]:
         yield Text("Not made, so that nothing is known of what they ask:", term="")

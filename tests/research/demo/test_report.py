@@ -194,7 +194,7 @@ def test_owners_who_made_different_attacks_are_shown_side_by_side(
     release = {"a": told | {"attacks": []}, "b": told | {"attacks": [attack]}}
     page, _ = read_page(make_page(release=release), tmp_path)
     row = page[page.index("Can documents be told") :].split("</tr>")[0]
-    assert row.index("not made") < row.index("too few to say: AUC, loss 0.600 (0.400 to 0.800)")
+    assert row.index("not made") < row.index("unclear: AUC, loss 0.600 (0.400 to 0.800)")
     assert 'href="owners/b/release/b.report/page.html"' in page and "Control: with" in page
     attack["off_equals_anchor"] = False
     page, _ = read_page(make_page(release=release), tmp_path)
