@@ -1,7 +1,9 @@
 """An engine's process without a model: `python made_process.py HOW NUMBER`.
 
 HOW it behaves: serves; holds every answer until told to stop; refuses to open; ends at once; hangs
-up but stays; breaks off in the middle of what it says of a request; babbles about it.
+up but stays; breaks off in the middle of what it says of a request; babbles about it; hears calls
+and does nothing; or reads nothing more. One that is started again in the same directory, where it
+writes what it was told, takes its time if it "starts slowly".
 """
 
 import os
@@ -11,9 +13,14 @@ import time
 
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import FlexOlmoError, MergeError
+from flexolmo.files import write_json
 from flexolmo.inference.messages import REQUEST, STATS, Line, write_error, write_event, write_facts
 from flexolmo.inference.opening import Opening
 from made_engine import MadeEngine, made_facts, with_expert
+
+TOLD = "told.json"  # the settings that it was opened with
+SEEN = {"notes": {"Ann": {"serial": 2, "bundle_digest": "b"}}}
+SEEN_LATER = {"papers": {"Ben": {"serial": 1, "bundle_digest": "c"}}}
 
 
 def main(how, number):
@@ -23,6 +30,10 @@ def main(how, number):
     messages = line.messages()
     _, (_, settings) = next(messages)
     opening = Opening.model_validate(settings)
+    told = opening.model / TOLD
+    if how == "starts slowly" and told.exists():
+        time.sleep(60)
+    write_json(told, settings)
     if how == "ends":
         os._exit(3)
     if how == "hangs up":
@@ -35,9 +46,13 @@ def main(how, number):
     engine = MadeEngine(load_tokenizer(opening.model / "anchor"), {n: made_facts(n) for n in names})
     if how == "holds":
         engine.hold()
-    line.send("opened", write_facts(engine.facts))
+    line.send("opened", write_facts(engine.facts), SEEN)
+    if how == "reads nothing":
+        time.sleep(60)
     texts = {}
     for word, values in messages:
+        if word not in ("submit", "cancel") and how == "does nothing":
+            continue
         if word == "submit" and how == "breaks off":
             end.sendall(b'["said", 1, "PromptRe')
             os._exit(9)
@@ -77,7 +92,7 @@ def answer(engine, opening, word, *values):
         engine.next_facts = with_expert(engine.facts, "papers", made_facts("papers"))
         if (opening.model / "damaged").exists():
             engine.next_facts = MergeError("damaged")
-        return write_facts(engine.reload())
+        return [write_facts(engine.reload()), SEEN_LATER]
     return engine.close(0)
 
 

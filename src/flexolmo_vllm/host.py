@@ -79,7 +79,7 @@ class Host:
         """Serve until the gateway is gone or says so. Raises what vLLM fails with, after all texts
         have been ended."""
         self._warm_up()
-        self._line.send("opened", write_facts(self._facts))
+        self._line.send("opened", *self._told())
         threading.Thread(target=self._listen, name="gateway", daemon=True).start()
         try:
             while self._hear():
@@ -204,7 +204,11 @@ class Host:
         for name in self._withdrawn:
             self._model.erase(name)
         self._tell_scheduler(new.facts)
-        return write_facts(self._facts)
+        return self._told()
+
+    def _told(self) -> list[Any]:
+        """Facts of the model, and the record of the bundles that were seen."""
+        return [write_facts(self._facts), self._model.served.seen]
 
     def _tell_scheduler(self, facts: ModelFacts) -> None:
         """Take requests to the model of `facts`, less what was withdrawn, from now on."""

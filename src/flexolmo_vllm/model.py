@@ -112,7 +112,11 @@ class MixtureLoader(BaseModelLoader):
         assert isinstance(model, MixtureForCausalLM)
         opening = Opening.model_validate(self.load_config.model_loader_extra_config)
         model.read_again = model_reader(
-            opening.model, opening.read_owners, opening.experts, opening.verify
+            opening.model,
+            opening.read_owners,
+            opening.experts,
+            opening.verify,
+            opening.seen or None,
         )
         served = model.read_again()
         told = model_config.hf_config.flexolmo

@@ -6,12 +6,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import PydanticSerializationError
 
 import made_process
 from flexolmo.bundle.facts import Barred
@@ -33,6 +35,7 @@ from flexolmo.inference.opening import Opening
 from made_engine import made_facts, said
 from made_engines import Heard, ask, hear
 from made_owners import DAY
+from made_process import SEEN, SEEN_LATER, TOLD
 from made_server import wait_until
 
 NUMBERS = st.floats(allow_nan=False, max_value=0)
@@ -110,6 +113,11 @@ def request(engine, enabled=(), **more):
     return ask([0, 5], enabled, 100, model_digest=engine.facts.digest, **more)
 
 
+def wait_for_another(engine, before):
+    """Wait until a process other than the one `before` serves."""
+    wait_until(lambda: engine.process_id != before and engine.stats().blocks == 64, seconds=60)
+
+
 def text_of(heard, tokenizer):
     return tokenizer.decode(heard.tokens)
 
@@ -157,17 +165,20 @@ def test_no_more_requests_are_taken_than_may_wait(start):
         engine.submit(request(engine), print)
 
 
-def test_a_process_that_dies_is_started_again_without_what_was_withdrawn(start):
+def test_a_process_that_dies_is_started_again_without_what_was_withdrawn(start, model):
     engine = start("holds")
     heard, before = Heard(), engine.process_id
-    engine.submit(request(engine, ["trials"]), heard)
+    engine.reload()
+    begun = engine.submit(request(engine, ["trials"]), heard)
     engine.withdraw(["notes"], "Revoked.")
     os.kill(before, signal.SIGKILL)
     assert (heard.ended.reason, heard.ended.detail) == ("failed", "The engine's process has ended.")
     with pytest.raises(BusyError, match="being started again"):
         engine.submit(request(engine, ["trials"]), print)
-    wait_until(lambda: engine.process_id != before, seconds=60)
+    wait_for_another(engine, before)
     assert engine.facts.experts.keys() == {"trials"}
+    assert json.loads((model / TOLD).read_text())["seen"] == SEEN | SEEN_LATER
+    begun.cancel()  # says nothing to the new process, which ends if it does not know what to cancel
     assert engine.stats().blocks == 64
 
 
@@ -177,8 +188,7 @@ def test_a_process_that_breaks_off_or_is_not_understood_is_started_again(start, 
     before = engine.process_id
     engine.submit(request(engine), heard)
     assert heard.ended.reason == "failed"
-    wait_until(lambda: engine.process_id != before, seconds=60)
-    assert engine.stats().blocks == 64
+    wait_for_another(engine, before)
 
 
 @pytest.mark.parametrize("place", [socket, subprocess])
@@ -197,8 +207,89 @@ def test_a_start_that_this_machine_refuses_is_tried_again(start, monkeypatch, pl
     before = engine.process_id
     monkeypatch.setattr(place, name, refuse)
     os.kill(before, signal.SIGKILL)
-    wait_until(lambda: engine.process_id != before, seconds=60)
-    assert next(refusals, None) is None and engine.stats().blocks == 64
+    wait_for_another(engine, before)
+    assert next(refusals, None) is None
+
+
+def test_a_process_that_does_nothing_is_killed_so_that_a_withdrawal_holds(start, monkeypatch):
+    engine = start("does nothing")
+    monkeypatch.setattr(apart, "_ANSWER_SECONDS", 0.1)
+    heard, before = Heard(), engine.process_id
+    engine.submit(request(engine, ["notes"]), heard)
+    assert engine.stats().blocks == 0 and engine.process_id == before
+    engine.withdraw(["notes"], "Revoked.")
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+    assert heard.ended.reason in ("failed", "end_of_text")
+    assert engine.facts.experts.keys() == {"trials"}
+
+
+def test_a_process_that_reads_no_model_in_time_is_killed(start, monkeypatch):
+    engine = start("does nothing")
+    monkeypatch.setattr(apart, "_READ_SECONDS", 0.1)
+    before = engine.process_id
+    with pytest.raises(BusyError, match="did not read the model in time"):
+        engine.reload()
+    with pytest.raises(ProcessLookupError):
+        os.kill(before, 0)
+
+
+@pytest.mark.parametrize("how", ["does nothing", "reads nothing"])
+def test_closing_ends_in_time_whatever_the_process_does(start, monkeypatch, how):
+    monkeypatch.setattr(apart, "_STOP_SECONDS", 0.2)
+    engine, heard = start(how), Heard()
+    engine.submit(request(engine), heard)
+    before = time.monotonic()
+    engine.close(0.1)
+    assert time.monotonic() - before < 10
+    assert heard.ended.reason in ("closed", "end_of_text")
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine.process_id, 0)
+
+
+def test_closing_does_not_wait_for_a_process_that_starts(start, model):
+    engine = start("starts slowly")
+    first = engine.process_id
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: engine.process_id != first)
+    before = time.monotonic()
+    engine.close(0)
+    assert time.monotonic() - before < 10
+
+
+def test_a_start_that_takes_too_long_is_ended(start, monkeypatch):
+    engine = start("starts slowly")
+    monkeypatch.setattr(apart, "_READ_SECONDS", 0.1)
+    monkeypatch.setattr(apart, "_START_SECONDS", 0.01)
+    ids = {engine.process_id}
+    os.kill(engine.process_id, signal.SIGKILL)
+
+    def has_had_three():
+        ids.add(engine.process_id)
+        return len(ids) >= 3
+
+    wait_until(has_had_three)
+
+
+def test_a_process_that_takes_in_no_more_is_given_up(start, monkeypatch):
+    monkeypatch.setattr(apart, "_ANSWER_SECONDS", 0.1)
+    monkeypatch.setattr(apart, "_STOP_SECONDS", 0.1)
+    engine = start("reads nothing")
+    before, heard = engine.process_id, []
+    big = request(engine, stops=["x" * 100_000])
+    with pytest.raises(BusyError, match="being started again"):
+        for _ in range(100):
+            heard.append(Heard())
+            engine.submit(big, heard[-1])
+    assert all(h.ended.reason == "failed" for h in heard[:-1])
+    wait_until(lambda: engine.process_id != before)
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing(start):
+    engine = start("holds", max_running=1, max_waiting=0)
+    with pytest.raises(PydanticSerializationError):
+        engine.submit(request(engine, stops=[object()]), print)
+    engine.submit(request(engine), Heard())
 
 
 def test_a_process_that_is_gone_before_it_is_told_anything_says_why(model, monkeypatch):

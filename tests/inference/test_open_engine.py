@@ -8,7 +8,7 @@ from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.errors import BundleError, MergeError, PolicyError
 from flexolmo.files import digest_file
 from flexolmo.inference.decode import continue_ids
-from flexolmo.inference.open_engine import open_engine
+from flexolmo.inference.open_engine import model_reader, open_engine
 from flexolmo.inference.reader import OwnReader
 from flexolmo.inference.sampling import Sampling
 from flexolmo.merge.mixture import build_mixture, load_mixture, remove_experts
@@ -71,6 +71,15 @@ def test_a_reload_takes_no_other_bundle_of_a_serial_it_has_seen(engine, house, m
     with pytest.raises(MergeError, match="serial 1"):
         engine.reload()
     assert engine.facts == facts
+
+
+def test_a_reader_takes_nothing_older_than_another_has_seen(house, model):
+    seen = model_reader(model, lambda: house.trusted)().seen
+    served = model_reader(model, lambda: house.trusted, seen=seen)()
+    assert served.facts.experts.keys() == set(NAMES) and served.seen == seen
+    seen["zinc"]["Bob"]["serial"] += 1
+    with pytest.raises(MergeError, match="zinc: serial 1"):
+        model_reader(model, lambda: house.trusted, seen=seen)()
 
 
 @pytest.fixture

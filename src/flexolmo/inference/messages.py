@@ -15,14 +15,15 @@ To the engine, in order of their first words:
 
 From it:
 
-    opened    facts                      or, in place of it, failed with call 0
+    opened    facts seen                 or, in place of it, failed with call 0; seen: as Opening's
     said      number kind event
-    returned  call value
+    returned  call value                 of reload: facts and seen
     failed    call error message         error: name of a class in `errors`
 """
 
 import json
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -53,13 +54,18 @@ _EVENTS: dict[str, TypeAdapter[Any]] = {
 class Line:
     """One end of a line; `send` may be called from any thread."""
 
-    def __init__(self, end: socket.socket):
+    def __init__(self, end: socket.socket, send_seconds: float = 0):
+        """The other end has so many seconds to make room for a message; 0: as long as it takes."""
+        whole = int(send_seconds)
+        limit = struct.pack("ll", whole, int((send_seconds - whole) * 1e6))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._end = end
         self._file = end.makefile("rb")
         self._sending = threading.Lock()
 
     def send(self, word: str, *values: Any) -> None:
-        """Send a message, of values as JSON has them. OSError if the other end is gone."""
+        """Send a message, of values as JSON has them. OSError if the other end is gone, or
+        makes no room: then the message may be broken off, and the line is of no more use."""
         data = json.dumps([word, *values]).encode() + b"\n"
         with self._sending:
             self._end.sendall(data)

@@ -39,17 +39,18 @@ def model_reader(
     read_owners: Callable[[], TrustedOwners],
     experts: Collection[str] | None = None,
     verify: bool = False,
+    seen: Seen | None = None,
 ) -> Callable[[], EngineModel]:
     """A function that reads the mixture in `model_dir` as it is when called.
 
     Only `experts` are loaded, by default all; a name that leaves the mixture later is passed over.
     The owners' keys and revocations are read again too. An expert that is revoked, or whose terms
     refuse today, is not loaded, and the others are. No call takes an expert that is older than
-    one that a call before has seen. Files that the user's record says were verified are hashed
-    again only with `verify`. The function raises what `load_mixture` raises, and MergeError
-    if the mixture changes while it is read.
+    one that a call before has seen, or another reader, of which `seen` is the record, as the
+    models that it read have it. Files that the user's record says were verified are hashed again
+    only with `verify`. The function raises what `load_mixture` raises, and MergeError if the
+    mixture changes while it is read.
     """
-    seen: Seen | None = None
 
     def load() -> EngineModel:
         nonlocal seen
@@ -78,6 +79,6 @@ def model_reader(
             mixture.barred,
         )
         frame = digest_bytes(canonical_json({key: mixture.about[key] for key in FRAME}))
-        return EngineModel(mixture.model, mixture.tokenizer, facts, frame)
+        return EngineModel(mixture.model, mixture.tokenizer, facts, frame, seen)
 
     return load

@@ -1,6 +1,7 @@
 """Settings of an engine in a process of its own, which is told them when it starts. No torch."""
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -17,6 +18,9 @@ class Opening(Settings):
     trusts_any_signer: bool = Field(False, description="True to accept signers you do not know.")
     verify: bool = Field(False, description="True to hash again what was verified before.")
     experts: tuple[str, ...] | None = Field(None, description="Experts to load; none: all.")
+    seen: dict[str, dict[str, dict[str, Any]]] = Field(
+        {}, description="Record of bundles that were seen: no expert older than these is loaded."
+    )
     memory_bytes: int = Field(1 << 30, ge=1, description="Memory for keys and values, in bytes.")
     max_running: int = Field(64, ge=1, description="Requests that are read and written at once.")
     step_tokens: int = Field(

@@ -4,7 +4,7 @@ n tokens of a step, E experts, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError
 from flexolmo.inference.engine import ModelFacts
 from flexolmo.inference.texts import Text
+from flexolmo.merge.rollback import Seen
 from flexolmo.model.assemble import erase_expert
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings
@@ -29,6 +30,7 @@ class EngineModel:
     tokenizer: Tokenizer
     facts: ModelFacts
     frame: str  # names all that every request depends on: anchor, settings of the router, top_k
+    seen: Seen = field(default_factory=dict)  # record of all bundles that its reader has seen
 
 
 def refuse_unserved(model: Transformer) -> None:
