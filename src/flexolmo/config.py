@@ -53,9 +53,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"Recipe {path} does not exist.") from None
+        raise ConfigError(f"{path} does not exist. Name a TOML file.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise ConfigError(f"Recipe {path} is not readable TOML: {e}.") from None
+        raise ConfigError(f"{path} is not readable TOML: {e}.") from None
 
 
 def parse_settings(values: dict[str, Any], schema: type[Schema], where: str) -> Schema:

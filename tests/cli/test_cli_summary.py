@@ -40,4 +40,7 @@ def test_a_summary_refuses_unknown_names_and_keys(run, house, tmp_path):
     about.write_text('[provider]\nnaem = "x"\n')
     code, _, err = run(*words, "--about", about)
     assert code == 2 and "provider.naem: unknown key. Did you mean provider.name?" in err
+    code, _, err = run(*words, "--about", tmp_path / "none.toml")
+    assert code == 2 and "none.toml does not exist. Name a TOML file." in err
+    assert "recipe" not in err.lower()
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,9 @@ from flexolmo.data.prepare import prepare_set
 from made_documents import write_documents
 from made_sets import SMALL
 
+GERMAN = """
+Januar Februar März April Mai Juni Juli August September Oktober November Dezember
+""".split()  # noqa: SIM905
 FOUND = {
     "e-mail address": ["write to anna.b+x@mail.example.org.", "<o'neil@example.co.uk>"],
     "phone number": ["+49 30 901820", "call (555) 123-4567", "Tel.: 030 90 18 20", "0033 1 42 68"],
@@ -23,7 +26,10 @@ FOUND = {
     "IP address": ["from 8.8.8.8:53", "2001:4860:4860::8888"],
     "URL with credentials": ["postgres://bob:secret@db.example.org/x"],
     "private key": ["-----BEGIN RSA PRIVATE KEY-----"],
-    "date of birth": ["born on 3 May 1980", "DOB: 1980-05-03", "geboren am 03.05.1980"],
+    "date of birth": [
+        *["born on 3 May 1980", "DOB: 1980-05-03", "geboren am 03.05.1980", "geb. 7. Dez. 1980"],
+        *[f"geboren am 3. {month} 1980" for month in GERMAN],
+    ],
 }  # fmt: skip
 LEFT = [
     "a@b, @home, x@localhost",

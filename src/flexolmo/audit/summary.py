@@ -266,11 +266,19 @@ def _overall(
     }
 
 
-def _bounds(about: Any, most: Any) -> tuple[float, float]:
-    """Least and most tokens of a text: `about` as many as somebody says, and never more than
-    training read, which may have read some twice."""
-    end = most if isinstance(most, int) else float("inf")
-    return (min(about, end),) * 2 if isinstance(about, int) else (0, end)
+def _bounds(stated: Any, read: Any) -> tuple[float, float]:
+    """Least and most tokens that a text can have.
+
+    Args:
+        stated: tokens that somebody states; anything but a whole number: nobody does.
+        read: tokens that training read, each as often as it read it, so that the text has no more;
+            anything but a whole number: not known.
+    """
+    most = read if isinstance(read, int) else float("inf")
+    if not isinstance(stated, int):
+        return 0, most
+    size = min(stated, most)
+    return size, size
 
 
 def _range(bounds: tuple[float, float]) -> str | None:

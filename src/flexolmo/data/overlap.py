@@ -78,8 +78,11 @@ def span_digests(tokens: np.ndarray, k: int, eos_id: int) -> tuple[np.ndarray, n
 
 
 def _sums(mixed: np.ndarray, k: int) -> np.ndarray:
-    """Sums, by place, of the next `k` numbers, each times a power of _FACTOR by its place
-    among them; the sum of a span is made of those of its halves."""
+    """One number for each span of `k` of `mixed` [n], uint64 [n - k + 1], modulo 2^64: a span of
+    x_1 to x_k has x_1 f^(k-1) + x_2 f^(k-2) + ... + x_k, where f is _FACTOR.
+
+    A span's number is worked out from those of its two halves, so that log k passes suffice.
+    """
     if k == 1:
         return mixed
     half = k // 2

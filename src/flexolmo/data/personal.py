@@ -42,9 +42,9 @@ _IBAN_LENGTHS = {
     }.items()
 }
 _IBAN_LENGTH = {c: length for length, found in _IBAN_LENGTHS.items() for c in found}
-_MONTHS = (
-    "jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|"
-    "sep(?:t(?:ember)?)?|oct(?:ober)?|nov(?:ember)?|dec(?:ember)?"
+_MONTHS = (  # in English and in German
+    "jan(?:uary?)?|feb(?:ruary?)?|mar(?:ch)?|m(?:ä|Ä|ae)rz|apr(?:il)?|may|mai|jun[ei]?|jul[yi]?|"
+    "aug(?:ust)?|sep(?:t(?:ember)?)?|o[ck]t(?:ober)?|nov(?:ember)?|de[cz](?:ember)?"
 )
 _DAY = (
     r"(?:\d{1,2}[./-]\d{1,2}[./-]\d{2,4}|\d{4}-\d{2}-\d{2}"
@@ -151,7 +151,8 @@ PATTERNS = {
             rf"|née? le|nacid[oa] el)[\s:,]{{0,4}}{_DAY}(?!\w)",
             re.IGNORECASE,
         ),
-        "right after a word such as born or geboren; other dates are not counted",
+        "right after a word such as born, geboren, née le or nacido el, its month a number or a "
+        "name in English or German; other dates are not counted",
     ),
 }
 
@@ -195,5 +196,6 @@ def _by_source(token_set: TokenSet, split: str) -> Iterator[dict[str, int]]:
 
 
 def _ends(sources: np.ndarray) -> Iterable[bool]:
-    """True for each piece [n] that is the last of its source document."""
+    """For each piece [n] of a split, whether the next one is of another source document; true for
+    the last. `sources` [n] has the number of each piece's source document."""
     return (np.diff(sources, append=-1) != 0).tolist()

@@ -119,7 +119,9 @@ def _control(made: Mapping[str, Any]) -> str:
 
 def figure_of(row: Mapping[str, Any]) -> str:
     """A figure with its interval, as its unit is written."""
-    value, low, high = row["value"], row["low"], row["high"]
+    value = row["value"]
+    low = row["low"]
+    high = row["high"]
     if row["unit"] == "share":
         ends = "" if low is None else f" ({100 * low:.1f} to {100 * high:.1f})"
         return f"{format_percent(value)}{ends}"

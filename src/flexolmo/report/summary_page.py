@@ -64,7 +64,8 @@ def _blocks(summary: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _general(summary: Mapping[str, Any]) -> Iterator[Block]:
-    provider, model = summary["provider"], summary["model"]
+    provider = summary["provider"]
+    model = summary["model"]
     rows: list[Row] = [
         ["Name", say(provider["name"], PROVIDER)],
         ["Contact", say(provider["contact"], PROVIDER)],
@@ -131,7 +132,8 @@ def _source(name: str, source: Mapping[str, Any]) -> Table:
 
 
 def _processing(summary: Mapping[str, Any]) -> Iterator[Block]:
-    whole, sources = summary["processing"], summary["sources"]
+    whole = summary["processing"]
+    sources = summary["sources"]
     for key, title in (
         ("reservations", "3.1 Respect of reservation of rights from text and data mining"),
         ("illegal_content", "3.2 Removal of illegal content"),
@@ -160,7 +162,8 @@ def _processing(summary: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def _digests(summary: Mapping[str, Any]) -> Iterator[Block]:
-    model, held = summary["model"], summary["held"]
+    model = summary["model"]
+    held = summary["held"]
     yield Text("Which model this is a summary of", "h2")
     rows: list[Row] = [
         ["Model, with what is on and nothing else", Cell(model["digest"], mono=True)],
