@@ -11,9 +11,14 @@ from flexolmo.train.loop import TrainSettings
 WHOLE = ExpertRecipe(train=TrainSettings(steps=500, batch_size=8, seq_len=32))  # reads all of it
 
 
-def build_attacked(house, data, out: Path, others=(), recipe=WHOLE, **changes) -> Path:
+def build_attacked(
+    house, data, out: Path, others=(), recipe=WHOLE, recorded=None, **changes
+) -> Path:
     """A mixture in `out` of an expert for `data` and of `others`; its weights are random."""
-    claims = {"data_card_digest": data.commitment, "recipe": recipe.model_dump(mode="json")}
+    claims = {
+        "data_card_digest": data.commitment,
+        "recipe": recipe.model_dump(mode="json") | (recorded or {}),
+    }
     claims |= changes
     tensors = house.tensors(data.name, "evidence")
     own = house.write(out.parent / f"{out.name}-bundles", data.name, tensors, "evidence", **claims)

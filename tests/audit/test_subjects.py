@@ -8,8 +8,9 @@ from flexolmo.audit.texts import read_members, tokens_read
 from flexolmo.data.batches import training_batches
 from flexolmo.errors import ConfigError, DataError, PolicyError
 from flexolmo.train.budget import PrivacySettings
-from flexolmo.train.expert import ExpertRecipe
+from flexolmo.train.expert import RECORDED, ExpertRecipe
 from flexolmo.train.loop import TrainSettings
+from made_attacks import WHOLE, build_attacked
 
 
 def test_a_mixture_is_attacked_with_the_expert_on_and_off(attacked):
@@ -29,6 +30,13 @@ def test_an_expert_that_is_switched_off_is_attacked_as_it_is(attacked):
     assert [s.name for s in subjects.models] == ["off", "anchor"]
     with pytest.raises(PolicyError):
         attacked("code", without=["nobody"])
+
+
+@pytest.mark.parametrize("key", RECORDED)
+def test_what_was_done_after_training_hides_no_recipe(house, pico_sets, tmp_path, key):
+    data = pico_sets["maths"]
+    mixture = build_attacked(house, data, tmp_path / "model", recorded={key: [{"rank": 4}]})
+    assert open_subjects(mixture, data, house.trusted).recipe == WHOLE
 
 
 def test_a_dense_model_is_held_against_another(house, pico_sets, pico_anchor_dir):

@@ -22,7 +22,7 @@ from flexolmo.merge.index import ABOUT
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.probabilities import Mix, arrange
-from flexolmo.train.expert import ExpertRecipe
+from flexolmo.train.expert import RECORDED, ExpertRecipe
 
 ALONE = "alone"
 ON = "on"
@@ -136,8 +136,9 @@ def open_subjects(
 
 def _recipe_of(manifest: dict[str, Any]) -> ExpertRecipe | None:
     """The recipe in an expert's manifest, which was checked; None if this release cannot read it,
-    as of an imported expert."""
+    as of an imported expert. What was done after training, and the budget, are no settings."""
+    settings = {k: v for k, v in manifest["recipe"].items() if k not in RECORDED}
     try:
-        return ExpertRecipe.model_validate(manifest["recipe"])
+        return ExpertRecipe.model_validate(settings)
     except ValidationError:
         return None

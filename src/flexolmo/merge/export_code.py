@@ -76,8 +76,8 @@ def export_code(mixture: LoadedMixture, out: Path) -> None:
 def code_tensors(model: MixtureModel) -> dict[str, Tensor]:
     """Every tensor of the mixture, by its name in `modeling_flexolmo.py`.
 
-    Names are those of our own modules, but of routers: of tables there is the evidence that follows
-    from them, and of rows the bias that acts.
+    Names are those of our own modules. Routers are written as they are used: a table as the
+    evidence worked out from it, a row's bias as what is added to the logit.
     """
     found = {
         stock_name(name): tensor
@@ -98,7 +98,7 @@ def code_tensors(model: MixtureModel) -> dict[str, Tensor]:
 
 
 def _with_start(tokenizer: Tokenizer) -> Tokenizer:
-    """The same, but that every text starts with the token that ends one, as it does here."""
+    """A copy of `tokenizer` that puts the end-of-text token before every text, as is done here."""
     start = {"SpecialToken": {"id": tokenizer.eos, "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 0}}
@@ -113,6 +113,7 @@ def _with_start(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _router_config(model: MixtureModel) -> dict[str, Any]:
+    """The router's kind, the settings that it computes with, and the sizes of its tables."""
     settings = model.settings
     if isinstance(settings, EvidenceSettings):
         router = cast(EvidenceRouter, model.router)
@@ -171,6 +172,7 @@ def _row(
 
 
 def _readme(mixture: LoadedMixture, name: str) -> str:
+    """Markdown that says how the checkpoint `name` is loaded, and whose experts it holds."""
     names = mixture.expert_names
     some = ", ".join(f'"{n}"' for n in names[:1])
     arguments = f'**tokenizer("The", return_tensors="pt"), experts=[{some}], max_new_tokens=20'

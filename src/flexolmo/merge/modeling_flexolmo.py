@@ -313,6 +313,10 @@ class LowRank(nn.Module):
         self.lora_a = nn.Parameter(torch.zeros(rank, d_in))
         self.lora_b = nn.Parameter(torch.zeros(d_out, rank))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The difference that it makes to rows x [.,in]."""
+        return F.linear(F.linear(x, self.lora_a), self.lora_b)
+
 
 def matrix_of(d_in: int, d_out: int, rank: int) -> nn.Module:
     """A matrix of an owner's own, or a difference of lower `rank` than the anchor's (0: whole)."""
@@ -333,14 +337,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, public: "FeedForward") -> Tensor:
         """Output of rows x [n,D]."""
 
-        def times(part: str, x: Tensor) -> Tensor:
+        def read(part: str, x: Tensor) -> Tensor:
             own = getattr(self, part)
             if isinstance(own, LowRank):
-                base = getattr(public, part)(x)
-                return cast(Tensor, base + F.linear(F.linear(x, own.lora_a), own.lora_b))
+                return cast(Tensor, getattr(public, part)(x) + own(x))
             return cast(Tensor, own(x))
 
-        return times("down_proj", F.silu(times("gate_proj", x)) * times("up_proj", x))
+        return read("down_proj", F.silu(read("gate_proj", x)) * read("up_proj", x))
 
 
 class Mixture(nn.Module):
@@ -394,9 +397,8 @@ class MixedMatrix(nn.Module):
             if isinstance(own, LowRank):
                 return F.linear(F.embedding(x, own.lora_b), own.lora_a.T)
             return F.embedding(x, cast(Tensor, own.weight))
-        if isinstance(own, LowRank):
-            return F.linear(F.linear(x, own.lora_a), own.lora_b)
-        return F.linear(x, cast(Tensor, own.weight))
+        # of the anchor's, `own` is this module
+        return cast(Tensor, F.linear(x, self.weight) if own is self else own(x))
 
     def forward(self, x: Tensor, reading: "Reading") -> Tensor:
         """Output of x [B,T,in], or ids [B,T], by share."""

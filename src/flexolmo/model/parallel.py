@@ -92,13 +92,7 @@ def processes(device: str) -> Iterator[torch.device]:
     if not os.environ.keys() >= VARIABLES:
         yield choose_device(device)
         return
-    from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
-
-    _refuse_pickles()
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # no other can connect
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
-    store, rank, size = next(rendezvous("env://"))
+    store, rank, size = _meet()
     ended = (
         f"One of the {size} processes ended, was stopped or cannot be reached, so all end. Run the "
         "same command again to go on from the last checkpoint."
@@ -133,6 +127,18 @@ def processes(device: str) -> Iterator[torch.device]:
         raise FlexOlmoError(f"{ended} Torch says: {str(e).splitlines()[0]}") from None
     finally:
         _leave()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The store that all processes share, this one's rank, and how many there are."""
+    from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
+
+    _refuse_pickles()
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # no other can connect
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+    store, rank, size = next(rendezvous("env://"))
+    return store, rank, size
 
 
 def _refuse_pickles() -> None:

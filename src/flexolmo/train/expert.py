@@ -76,6 +76,7 @@ from flexolmo.train.protect import in_units, protect, state_budget
 
 Scope = Literal["ffn", "ffn+head", "all"]
 PUBLIC_WINDOWS = 256  # of public text, whose states' covariance the discriminant router needs
+RECORDED = ("compressed", "healed", "budget")  # in a manifest, beside the recipe's settings
 NOISED_TABLE = "noised_table.safetensors"  # in a run's directory, if router.epsilon is given
 
 
@@ -743,11 +744,7 @@ def pack_expert(
             router_settings=expert.router.model_dump(mode="json"),
             recipe=copy.deepcopy(
                 expert.record["config"]
-                | {
-                    k: expert.record[k]
-                    for k in ("compressed", "healed", "budget")
-                    if k in expert.record
-                }
+                | {k: expert.record[k] for k in RECORDED if k in expert.record}
             ),
             tokens_seen=expert.record["tokens"],
             data_card_digest=expert.data_card_digest,
