@@ -9,6 +9,7 @@ import shutil
 import threading
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from flexolmo.bundle import bundle as bundle_room
+from flexolmo.bundle import verified
 from flexolmo.bundle.bundle import MAX_FILE_BYTES, open_bundle
 from flexolmo.bundle.signing import create_key, read_private_key
 from flexolmo.bundle.trust import ANY_SIGNER, TrustedOwners
@@ -270,15 +272,55 @@ def test_weights_out_of_range_are_refused_by_name(house, tmp_path, router, key):
         build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
 
 
-def test_an_expert_that_gives_no_finite_number_is_refused(house, tmp_path, monkeypatch):
+def test_an_expert_that_could_give_no_finite_number_is_refused(house, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "MAX_WEIGHT", float("inf"))
     tensors = house.tensors("amber", "evidence")
     tensors["layers.1.down_proj.weight"] = torch.full_like(
         tensors["layers.1.down_proj.weight"], 3e38
     )
-    bundle = house.write(tmp_path, "amber", tensors, "evidence")
-    with pytest.raises(MergeError, match="amber: gives NaN or infinity for a plain text"):
-        build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+    bundles = [house.write(tmp_path, "amber", tensors, "evidence"), house.bundle("zinc")]
+    with pytest.raises(MergeError, match=r"\n  amber: numbers so large that a text might give"):
+        build_mixture(house.anchor_dir, bundles, tmp_path / "m", house.trusted)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_experts_that_could_give_no_finite_number_together_are_refused(
+    house, tmp_path, monkeypatch, is_known
+):
+    """Each alone gives none above 1e37: the one reads large numbers, the other makes them."""
+    monkeypatch.setenv("FLEXOLMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setattr(verified, "SMALLEST_BYTES", 1 if is_known else 1 << 40)
+    bundles = [house.bundle("zinc", "rich")]
+    for name, parts in (("amber", ["embed_tokens."]), ("basalt", ["gate", "up", "down"])):
+        tensors = {
+            n: t * (9000 / t.abs().max()) if "lora" in n and any(p in n for p in parts) else t
+            for n, t in house.tensors(name, "rich").items()
+        }
+        bundles.append(house.write(tmp_path, name, tensors, "rich"))
+    zinc, amber, basalt = bundles
+    model = tmp_path / "m"
+    for pair in ([zinc, basalt], [zinc, amber]):
+        build_mixture(house.anchor_dir, pair, model, house.trusted)
+    refused = pytest.raises(MergeError, match=r"\n  amber, basalt: numbers so large that a text mi")
+    read = []
+    real = bundle_room._read_weights
+    monkeypatch.setattr(
+        bundle_room, "_read_weights", lambda *a: read.append(a[1].subject) or real(*a)
+    )
+    with refused:
+        add_experts(model, [basalt], house.trusted)
+    assert ("amber.bundle" in read) != is_known
+    with refused:
+        build_mixture(house.anchor_dir, bundles, tmp_path / "n", house.trusted)
+    assert load_mixture(model, house.trusted).expert_names == ["amber", "zinc"]
+
+
+def test_an_expert_whose_largest_numbers_nobody_knows_is_not_taken_for_a_safe_one(house):
+    found = open_bundle(house.bundle("amber"), house.trusted)
+    assert checks.find_unstable(house.anchor, [found]) == []
+    for largest in (None, {}):
+        assert checks.find_unstable(house.anchor, [replace(found, largest=largest)])
 
 
 def test_a_router_table_that_is_none_is_refused_by_name(house, tmp_path):

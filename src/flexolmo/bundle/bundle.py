@@ -67,6 +67,14 @@ MAX_FILE_BYTES = {
 
 
 @dataclass(frozen=True)
+class VerifiedWeights:
+    """Findings about a file of weights that nobody else can change, when it was last read whole."""
+
+    identity: Identity  # before it was read and after
+    largest: Mapping[str, float]  # absolute value of each tensor
+
+
+@dataclass(frozen=True)
 class Bundle:
     """A bundle that passed every check that it was opened with."""
 
@@ -78,11 +86,11 @@ class Bundle:
     # Verified bytes of each tensor, little-endian, with dtype and shape in `manifest.tensors`;
     # empty unless opened with `keep_tensors`.
     tensors: dict[str, mmap.mmap] = field(repr=False, default_factory=dict)
-    # Largest absolute value of each tensor; None if the weights were not read, or not again.
+    # Largest absolute value of each tensor; None if only the signer was checked.
     largest: Mapping[str, float] | None = None
-    # Of expert.safetensors, where it ends up, as it was before and after it was verified; None if
-    # it changed meanwhile, or others could change it unseen.
-    identity: Identity | None = None
+    # The weights where they end up; None if they changed meanwhile, or others could change them
+    # unseen.
+    verified: VerifiedWeights | None = None
 
     @property
     def facts(self) -> ExpertFacts:
@@ -101,7 +109,7 @@ def open_bundle(
     max_bytes: int | None = None,
     expected: Mapping[str, str] | None = None,
     copy_to: Path | None = None,
-    known: Identity | None = None,
+    known: VerifiedWeights | None = None,
     judges_days: bool = True,
 ) -> Bundle:
     """The bundle in directory `path`, after every check of docs/bundle_format.md, in its order.
@@ -118,8 +126,8 @@ def open_bundle(
             anything else is asked of them, the weights as with what was signed.
         copy_to: Empty directory that gets the four files: the very bytes that are checked. Nothing
             is written before all checks but those of the weights have passed.
-        known: Identity of weights that passed every check before with this very manifest. They are
-            not checked again, and read only if asked to be watched; not with `copy_to`.
+        known: Weights that passed every check before with this very manifest. They are not checked
+            again, and read only if asked to be watched; not with `copy_to`.
         judges_days: False leaves it to the caller whether today is within the terms.
 
     Raises:
@@ -515,7 +523,7 @@ class Begun:
     def read(
         self,
         watch: Watch | None = None,
-        known: Identity | None = None,
+        known: VerifiedWeights | None = None,
         *,
         copy_to: Path | None = None,
         day: datetime.date | None = None,
@@ -529,8 +537,11 @@ class Begun:
         weights = None
         if known is None:
             weights = self._check_weights(watch, copy_to)
-        elif known == identity and watch is not None:
-            watch_weights(file, files.sizes[WEIGHTS_FILE], watch)
+            largest: Mapping[str, float] = weights.largest
+        else:
+            largest = known.largest
+            if known.identity == identity and watch is not None:
+                watch_weights(file, files.sizes[WEIGHTS_FILE], watch)
         lines = []
         if self._signed.subject != f"{manifest.name}.bundle":
             lines.append(
@@ -546,18 +557,15 @@ class Begun:
             f"Ask the owner ({manifest.owner}) for a new bundle.",
         )
         is_same = identity == Identity.of(file.fileno())
-        if known is not None and not (is_same and known == identity):
+        if known is not None and not (is_same and known.identity == identity):
             raise BundleError(
                 f"{files.path} changed while it was read. Open it once it is at rest."
             )
         if copy_to is not None:
             identity = Identity.of(copy_to / WEIGHTS_FILE)
             is_alone = is_ours(os.lstat(copy_to / WEIGHTS_FILE))  # we made it
-        return replace(
-            self.bundle,
-            largest=None if weights is None else weights.largest,
-            identity=identity if is_same and is_alone else None,
-        )
+        verified = VerifiedWeights(identity, largest) if is_same and is_alone else None
+        return replace(self.bundle, largest=largest, verified=verified)
 
     def _check_weights(self, watch: Watch | None, copy_to: Path | None) -> Weights:
         """The weights if they are those that were signed; all files go to `copy_to` too."""

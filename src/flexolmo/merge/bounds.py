@@ -1,81 +1,117 @@
 """Bounds on every number that a model can compute, from the largest numbers in its tensors.
 
-They tell, without running a model or reading its weights again, that an expert beside the anchor
-gives no infinity and no NaN for any text at all. Where they do not tell, a text must be tried.
+They tell, without running a model or reading its weights again, that experts beside the anchor,
+whichever of them are on, give no infinity and no NaN for any text at all.
 
-D d_model, F the wider of the two FFNs, r rank.
+D d_model, F the widest FFN, r rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import sqrt
 
-from flexolmo.model.router import LinearSettings, RouterSettings
-from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS, ExpertShape
-from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.router import DiscriminantSettings, LinearSettings, RouterSettings
+from flexolmo.model.shape import ATTENTION_PARTS, FFN_PARTS, ExpertShape, expert_shapes
 from flexolmo.model.transformer import ModelConfig
 
 SAFE = 1e37  # float32 and bfloat16 reach 3.4e38; the rest is room for rounding
 
 
+@dataclass(frozen=True)
+class Extremes:
+    """An expert's shape, and the largest absolute value of each of its tensors, by name."""
+
+    shape: ExpertShape
+    largest: Mapping[str, float]
+
+
 def find_reach(
     config: ModelConfig,
     anchor: Mapping[str, float],
-    expert: Mapping[str, float],
-    shape: ExpertShape,
+    experts: Sequence[Extremes],
     router: RouterSettings,
 ) -> float:
-    """A number that the anchor and the expert together never exceed, whatever the text, in exact
-    arithmetic; infinity if none is known. Squares in norms and exponentials in SiLU may, and give 0
-    where they overflow.
+    """A number that nothing exceeds which the anchor and any of `experts` compute together for any
+    text, in exact arithmetic; infinity or NaN if none is known.
+
+    Only squares in norms and exponentials in SiLU may exceed it, and do no harm: where they
+    overflow, the norm or the SiLU gives 0.
 
     Every sub-layer's output is normed, so that the residual stream stays within the embedding and
-    the norms' own weights, whatever stands in the matrices; what they make of it is no more than
-    width times largest number each. Source: ours.
+    the norms' own weights, whatever stands in the matrices; products of it are no more than width
+    times largest number each. Experts' shares sum to at most 1, so that the largest number of all
+    experts bounds their sum. Source: ours.
 
     Args:
         anchor: Largest absolute value of each of the anchor's tensors, by name.
-        expert: The same of the expert's, as in `expert_shapes`.
+        experts: Each with the largest values of all tensors of `expert_shapes`.
     """
-    if not isinstance(router, EvidenceSettings | LinearSettings):
-        return math.inf
-    D, F = config.d_model, max(config.d_ff, shape.d_ff)
+    for e in experts:
+        if expert_shapes(config, e.shape, router).keys() - e.largest.keys():
+            return math.inf
+    D, F = config.d_model, max([config.d_ff, *(e.shape.d_ff for e in experts)])
     queries, keys = config.num_heads * config.d_head, config.kv_heads * config.d_head
+    reached = [*anchor.values(), *(value for e in experts for value in e.largest.values())]
 
-    def largest(key: str, place: str, rank: int) -> float:
-        """Largest number of the anchor's matrix and the expert's, however they are summed."""
-        low = rank * expert.get(f"{key}.lora_a", 0.0) * expert.get(f"{key}.lora_b", 0.0)
-        return anchor[f"{place}.weight"] + expert.get(f"{key}.weight", 0.0) + low
+    def most(name: str) -> float:
+        """Largest number of the experts' tensors of this name."""
+        return max((e.largest.get(name, 0.0) for e in experts), default=0.0)
 
-    def normed(place: str, width: int) -> float:
+    def multiply(x: float, width: int, key: str) -> float:
+        """Largest number that the anchor's matrix for `key`, with the experts' in its place or
+        added to it, gives for `width` numbers of at most `x`."""
+        place, rank = _place_of(key)
+        low = [width * e.largest.get(f"{key}.lora_a", 0.0) * x for e in experts]
+        own = [
+            width * e.largest.get(f"{key}.weight", 0.0) * x
+            + getattr(e.shape, rank) * e.largest.get(f"{key}.lora_b", 0.0) * of_rank
+            for e, of_rank in zip(experts, low, strict=True)
+        ]
+        y = width * anchor[f"{place}.weight"] * x + max(own, default=0.0)
+        reached.extend([*low, y])
+        return y
+
+    def norm(place: str, width: int) -> float:
         """Largest number that a norm over `width` numbers gives."""
         return sqrt(width) * anchor[f"{place}.weight"]
 
-    x = largest("embed_tokens", "embed_tokens", shape.embedding_rank)
-    reached = [x]
+    def route(x: float, key: str) -> float:
+        """Largest number of a router that reads states of at most `x`."""
+        if isinstance(router, LinearSettings):
+            return D * most(f"{key}.weight") * x + most(f"{key}.raw_bias")
+        if isinstance(router, DiscriminantSettings):
+            tokens = 1 + router.half_life_tokens / math.log(2)  # that count in a sum of states
+            logit = router.num_features(D) * most(f"{key}.weight") * x + most(f"{key}.offset")
+            return max(tokens * x, logit)
+        return 0.0  # reads no states, and clips its evidence
+
+    x = multiply(1.0, 1, "embed_tokens")
     for i in range(config.num_layers):
         layer = f"layers.{i}"
-        attention = {
-            part: largest(f"{layer}.{part}", f"{layer}.self_attn.{part}", shape.attention_rank)
-            for part in ATTENTION_PARTS
-        }
-        ffn = {
-            part: largest(f"{layer}.{part}", f"{layer}.mlp.{part}", shape.rank)
-            for part in FFN_PARTS
-        }
-        q, k = (
-            2 * normed(f"{layer}.self_attn.{name}_norm", width)  # turned by rotary positions
-            for name, width in (("q", queries), ("k", keys))
-        )
-        v = D * attention["v_proj"] * x
-        reached += [D * attention["q_proj"] * x, D * attention["k_proj"] * x, config.d_head * q * k]
-        reached += [v, queries * attention["o_proj"] * v]
-        x += normed(f"{layer}.post_attention_layernorm", D)
-        inner = (D * ffn["gate_proj"] * x) * (D * ffn["up_proj"] * x)
-        reached += [inner, F * ffn["down_proj"] * inner]
-        reached.append(D * expert.get(f"{layer}.router.weight", 0.0) * x)
-        x += normed(f"{layer}.post_feedforward_layernorm", D)
-    reached += [x, D * largest("lm_head", "lm_head", shape.head_rank) * normed("norm", D)]
-    inside = max(expert.values(), default=0.0) * max(D, F)  # of A x, before B
-    is_low_rank = any(".lora_" in key for key in expert)
-    return max(reached) * max(1.0, inside if is_low_rank else 1.0)
+        multiply(x, D, f"{layer}.q_proj")
+        multiply(x, D, f"{layer}.k_proj")
+        q = 2 * norm(f"{layer}.self_attn.q_norm", queries)  # turned by rotary positions
+        k = 2 * norm(f"{layer}.self_attn.k_norm", keys)
+        reached.append(config.d_head * q * k)
+        v = multiply(x, D, f"{layer}.v_proj")
+        multiply(v, queries, f"{layer}.o_proj")
+        x += norm(f"{layer}.post_attention_layernorm", D)
+        reached.append(route(x, f"{layer}.router"))
+        gate = multiply(x, D, f"{layer}.gate_proj")
+        inner = gate * multiply(x, D, f"{layer}.up_proj")
+        reached.append(inner)
+        multiply(inner, F, f"{layer}.down_proj")
+        x += norm(f"{layer}.post_feedforward_layernorm", D)
+    multiply(norm("norm", D), D, "lm_head")
+    return max([*reached, x])
+
+
+def _place_of(key: str) -> tuple[str, str]:
+    """Name of the anchor's matrix for an expert's matrix `key`, and of the rank of deltas to it."""
+    layer, _, part = key.rpartition(".")
+    if part in FFN_PARTS:
+        return f"{layer}.mlp.{part}", "rank"
+    if part in ATTENTION_PARTS:
+        return f"{layer}.self_attn.{part}", "attention_rank"
+    return part, {"embed_tokens": "embedding_rank", "lm_head": "head_rank"}[part]

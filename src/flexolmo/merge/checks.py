@@ -4,7 +4,7 @@ They ask of tensors and tables whether training can have made them. What an expe
 measured by `flexolmo.evaluation.influence`. Source: §3.3.3; the checks ours.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -17,8 +17,8 @@ from torch import Tensor
 from flexolmo.bundle.bundle import Bundle
 from flexolmo.bundle.manifest import Manifest
 from flexolmo.bundle.tensors import Span, Watch, compare_tensors
-from flexolmo.merge.bounds import SAFE, find_reach
-from flexolmo.model.assemble import anchor_matrix, assemble_mixture, expert_tensors
+from flexolmo.merge.bounds import SAFE, Extremes, find_reach
+from flexolmo.model.assemble import anchor_matrix, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_data
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import RouterSettings
@@ -199,29 +199,32 @@ def _find_told(seen: SeenWeights, is_told: Tensor) -> list[str]:
     ]
 
 
-def find_unstable(
-    anchor: Anchor, bundle: Bundle, read: Callable[[], Mapping[str, Tensor]]
-) -> list[str]:
-    """A line if the expert, beside the anchor, gives no finite number for a fixed text.
-
-    The text is read only if the largest numbers of the two leave that open; `read` gives the
-    expert's tensors then.
-    """
-    router = ROUTER.validate_python(bundle.manifest.router.settings)
-    shapes = {name: entry.shape for name, entry in bundle.manifest.tensors.items()}
-    shape = shape_of_tensors(shapes, anchor.config)
-    largest = bundle.largest or {}
-    if find_reach(anchor.config, anchor.largest, largest, shape, router) < SAFE:
+def find_unstable(anchor: Anchor, bundles: Sequence[Bundle]) -> list[str]:
+    """A line if some text might give infinity or NaN when these experts are on beside the anchor,
+    some of them or all, for how large the numbers are that they hold. No text is read."""
+    if not bundles:
         return []
-    if isinstance(router, EvidenceSettings):  # so that it is run at every token
-        router = router.model_copy(update={"min_weight": 0.0})
-    name = bundle.manifest.name
-    model = assemble_mixture(anchor, {name: dict(read())}, router, takes_over=True)
-    length = min(64, anchor.config.max_seq_len)
-    ids = torch.arange(length)[None] * 7919 % anchor.config.vocab_size  # [1,T]
-    with torch.inference_mode():
-        is_finite = bool(torch.isfinite(model(ids)).all())
-    return [] if is_finite else [f"{name}: gives NaN or infinity for a plain text"]
+    router = ROUTER.validate_python(bundles[0].manifest.router.settings)
+    extremes = {b.manifest.name: _extremes_of(anchor, b) for b in bundles}
+
+    def reach(names: Collection[str]) -> float:
+        chosen = [extremes[name] for name in names]
+        return find_reach(anchor.config, anchor.largest, chosen, router)
+
+    whole = reach(extremes)
+    if whole < SAFE:
+        return []
+    alone = [name for name in extremes if not reach([name]) < SAFE]
+    together = [name for name in extremes if reach(extremes.keys() - {name}) < whole]
+    return [
+        f"{', '.join(alone or together or extremes)}: numbers so large that a text might give "
+        f"infinity or NaN: up to {whole:.0e}, expected less than {SAFE:.0e}"
+    ]
+
+
+def _extremes_of(anchor: Anchor, bundle: Bundle) -> Extremes:
+    shapes = {name: entry.shape for name, entry in bundle.manifest.tensors.items()}
+    return Extremes(shape_of_tensors(shapes, anchor.config), bundle.largest or {})
 
 
 def shared_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

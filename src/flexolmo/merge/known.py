@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, subject_of
+from flexolmo.bundle.bundle import WEIGHTS_FILE, Bundle, VerifiedWeights, subject_of
 from flexolmo.bundle.verified import Identities, Identity, VerifiedFiles, identify
 from flexolmo.errors import CheckpointError, DataError
 from flexolmo.files import path_of_open, read_json
@@ -21,37 +21,39 @@ from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, anchor_files, load
 
 def find_known(
     path: Path, digests: Mapping[str, str], record: VerifiedFiles | None
-) -> Identity | None:
-    """Identity of the weights in the bundle at `path`, if `record` says that they were verified as
-    those of these `digests` of its files, and they have not changed."""
+) -> VerifiedWeights | None:
+    """The weights in the bundle at `path`, if `record` says that they were verified as those of
+    these `digests` of its files, and they have not changed."""
     if record is None:
         return None
     try:
         found = identify(path, [WEIGHTS_FILE])
     except OSError:
         return None  # the bundle is refused for it later
-    is_known = record.find(path, subject_of(digests), found) is not None
-    return found[WEIGHTS_FILE] if is_known else None
+    facts = record.find(path, subject_of(digests), found)
+    return None if facts is None else VerifiedWeights(found[WEIGHTS_FILE], facts["largest"])
 
 
-def find_again(known: Identity | None, bundle: Path) -> Identity | None:
-    """Identity of the weights in `bundle` if they are the `known` ones, to which links were made or
-    removed since, while nobody but us could change them."""
+def find_again(known: VerifiedWeights | None, bundle: Path) -> VerifiedWeights | None:
+    """The weights in `bundle` if they are the `known` ones, to which links were made or removed
+    since, while nobody but us could change them."""
     if known is None or not (bundle / WEIGHTS_FILE).exists():
         return None
     found = Identity.of(bundle / WEIGHTS_FILE)
-    return found if found.is_same_content(known) else None
+    return replace(known, identity=found) if found.is_same_content(known.identity) else None
 
 
 def remember_bundle(path: Path, bundle: Bundle, record: VerifiedFiles | None) -> None:
     """Keep that the weights in `path`, which are the opened bundle's, passed every check."""
-    if record is not None and bundle.identity is not None:
-        record.keep(path, subject_of(bundle.digests), {WEIGHTS_FILE: bundle.identity}, {})
+    if record is not None and bundle.verified is not None:
+        files = {WEIGHTS_FILE: bundle.verified.identity}
+        facts = {"largest": dict(bundle.verified.largest)}
+        record.keep(path, subject_of(bundle.digests), files, facts)
 
 
 def remember_moved(path: Path, bundle: Bundle, record: VerifiedFiles | None) -> None:
-    """The same of a bundle that has come to `path` since it was opened."""
-    remember_bundle(path, replace(bundle, identity=find_again(bundle.identity, path)), record)
+    """Keep that of a bundle that has come to `path` since it was opened."""
+    remember_bundle(path, replace(bundle, verified=find_again(bundle.verified, path)), record)
 
 
 # --- the anchor ---------------------------------------------------------------------------------

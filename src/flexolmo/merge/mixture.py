@@ -14,11 +14,8 @@ import datetime
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from flexolmo.bundle.bundle import (
     MAX_FILE_BYTES,
@@ -54,7 +51,6 @@ from flexolmo.merge.checks import (
     find_unstable,
     map_expert,
     shared_settings,
-    tensors_of,
 )
 from flexolmo.merge.index import ABOUT, read_about
 from flexolmo.merge.known import (
@@ -348,10 +344,10 @@ def _load(
             filler = ExpertFiller(model, name) if weights is None else None
             seen_weights = SeenWeights(anchor, filler)
             bundle = begun[name].read(seen_weights if known is None else filler, known)
-            _refuse(find_misfits(anchor, bundle, seen_weights))
+            _refuse(find_misfits(anchor, bundle, seen_weights if known is None else None))
             if weights is not None:
                 map_expert(model, name, weights)
-                mapped[path / WEIGHTS_FILE] = bundle.identity
+                mapped[path / WEIGHTS_FILE] = bundle.verified.identity if bundle.verified else None
             weigh_table(model, anchor, name)
             if known is None:
                 remember_bundle(path, bundle, record)
@@ -555,7 +551,6 @@ def _write(
             misfits = find_rollback(seen, m.name, bundle.facts) or find_misfits(
                 anchor, bundle, watch
             )
-            misfits = misfits or find_unstable(anchor, bundle, partial(_read_tensors, target))
             if release:
                 report, problems = take_release(source, bundle, release["limits"])
                 reports += problems
@@ -573,6 +568,8 @@ def _write(
             manifests.append(m)
             lines += misfits
         _refuse(lines + find_differences(anchor, manifests, about.get("router")))
+        if change.bundles:
+            _refuse(find_unstable(anchor, list(opened.values())))
         refuse_excess(reports)
         default = about.get("router") or EvidenceSettings()
         router = shared_settings(manifests[0].router.settings) if manifests else default
@@ -635,11 +632,6 @@ def _place_anchor(change: _Change, target: Path, verified: _Verified) -> Anchor:
         verified.anchor = anchor
         verified.anchor_files = placed
     return anchor
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a bundle that was verified a moment ago, where nobody else can change it."""
-    return tensors_of(open_bundle(path, None, True, judges_days=False, keep_tensors=True))
 
 
 def _describe_report(report: Release, manifest: Manifest) -> dict[str, Any]:
