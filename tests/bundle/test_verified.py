@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -42,9 +43,7 @@ def model(tmp_path):
 
 
 def keep(record, model, facts=None):
-    found = identify(model, ["a", "b"])
-    wait_until_past(found)
-    record.keep(model, "this", found, facts or {})
+    record.keep(model, "this", identify(model, ["a", "b"]), facts or {})
 
 
 def counts(record, model, subject="this", names=("a", "b")):
@@ -210,6 +209,7 @@ def test_small_files_and_files_of_the_future_get_no_statement(record, model, mon
     found = identify(model, ["a"])
     ahead = {"a": Identity(**vars(found["a"]) | {"touched_ns": 2**62})}
     record.keep(model, "this", ahead, {})
+    assert not are_ours_alone(model, ahead)
     monkeypatch.setattr(room, "SMALLEST_BYTES", 1 << 20)
     record.keep(model, "this", found, {})
     assert not record._cache.exists()
@@ -219,18 +219,40 @@ def test_a_cache_that_cannot_be_written_is_said_and_stops_nothing(model, tmp_pat
     (tmp_path / "file").touch()
     record = VerifiedFiles(tmp_path / "file" / "cache", tmp_path / "key")
     keep(record, model)
-    assert "is hashed again next time" in capsys.readouterr().err
+    assert "model was verified could not be written (" in capsys.readouterr().err
     assert not counts(record, model)
 
 
-def test_time_moves_on_before_what_is_read_can_be_kept(model):
+def test_time_moves_on_before_what_is_read_can_be_relied_on(model):
     """Whatever is written after the wait has another time, on clocks of any grain."""
     for _ in range(5):
         (model / "a").write_bytes(b"weights")
         found = identify(model, ["a"])
-        wait_until_past(found)
+        assert wait_until_past(found)
         (model / "a").write_bytes(b"changed")
         assert identify(model, ["a"])["a"].touched_ns > found["a"].touched_ns
+
+
+@pytest.mark.parametrize(
+    ("smallest_bytes", "is_kept"), [(1, True), (1, False), (1 << 40, False)]
+)  # small files, of which nothing is kept, are mapped too
+def test_the_wait_is_for_the_clock_that_gives_files_their_times(
+    record, model, monkeypatch, smallest_bytes, is_kept
+):
+    """It stands still for milliseconds, while the system's own clock goes on."""
+    monkeypatch.setattr(room, "SMALLEST_BYTES", smallest_bytes)
+    found = identify(model, ["a"])
+    stamp = found["a"].touched_ns
+    ticks = iter([stamp, stamp, stamp + 4_000_000])
+    coarse = 5  # CLOCK_REALTIME_COARSE of linux/time.h
+    clocks = {coarse: lambda: next(ticks), time.CLOCK_REALTIME: lambda: stamp + 1000}
+    monkeypatch.setattr(time, "clock_gettime_ns", lambda clock: clocks[clock]())
+    if is_kept:
+        record.keep(model, "this", found, {})
+        assert counts(record, model, names=["a"])
+    else:
+        assert wait_until_past(found)
+    assert not list(ticks)
 
 
 # --- who can change a file ----------------------------------------------------------------------

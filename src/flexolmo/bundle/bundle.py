@@ -505,8 +505,8 @@ class Begun:
     def is_ours_alone(self) -> bool:
         """True if nobody but us can change the weights (`flexolmo.bundle.verified`)."""
         (file,) = self._files.weights
-        wait_until_past({WEIGHTS_FILE: Identity.of(file.fileno())})
-        return is_ours_alone(file.fileno())
+        found = {WEIGHTS_FILE: Identity.of(file.fileno())}
+        return wait_until_past(found) and is_ours_alone(file.fileno())
 
     @property
     def bundle(self) -> Bundle:

@@ -16,6 +16,7 @@ import os
 import secrets
 import signal
 import stat
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,9 @@ KEY_BYTES = 32
 _MAX_STATEMENT_BYTES = 8 << 20
 _CHECKS = 2  # raised when bundles or anchors are checked for more than before, or more is kept
 _SECOND = 10**9
+# The clock that gives files their times. On Linux it is CLOCK_REALTIME_COARSE, which Python has no
+# name for: it stands still between ticks of a few milliseconds, while the other goes on.
+_FILE_CLOCK = 5 if sys.platform == "linux" else time.CLOCK_REALTIME
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def are_ours_alone(directory: Path, found: Identities) -> bool:
 
     Waits first, so that whatever changes them from now on gives them another identity.
     """
-    wait_until_past(found)
+    if not wait_until_past(found):
+        return False
     for name, identity in found.items():
         try:
             file = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -129,18 +134,18 @@ def are_ours_alone(directory: Path, found: Identities) -> bool:
     return True
 
 
-def wait_until_past(found: Identities) -> None:
-    """Wait, a few milliseconds at most on most file systems, until the clock that gives files their
-    times has moved on, so that whatever changes from now on has another time. Files that are worth
-    no statement are not waited for."""
-    if not _is_worth_it(found):
-        return
+def wait_until_past(found: Identities) -> bool:
+    """Wait until the clock that gives files their times has moved on, so that whatever changes from
+    now on has another time: a few milliseconds at most, three seconds on a file system that counts
+    in seconds. False if the times lie further in the future."""
     last = max(x.touched_ns for x in found.values())
     if last % _SECOND == 0:  # a file system that knows whole seconds, or two
         last += 2 * _SECOND
-    clock = getattr(time, "CLOCK_REALTIME_COARSE", time.CLOCK_REALTIME)
-    while 0 <= last - time.clock_gettime_ns(clock) < 3 * _SECOND:
+    while (ahead := last - time.clock_gettime_ns(_FILE_CLOCK)) >= 0:
+        if ahead >= 3 * _SECOND:
+            return False
         time.sleep(0.002)
+    return True
 
 
 class VerifiedFiles:
@@ -185,8 +190,7 @@ class VerifiedFiles:
         """Keep a statement that files of `directory`, looked at before they were read and after,
         are `subject`, in the place of any other about that directory. If it cannot be written that
         is said, and nothing else changes."""
-        is_past = all(x.touched_ns < time.time_ns() for x in found.values())
-        if not (is_past and _is_worth_it(found)):
+        if not (_is_worth_it(found) and wait_until_past(found)):
             return
         try:
             key = self._read_key() or self._make_key()
@@ -195,7 +199,8 @@ class VerifiedFiles:
             write_bytes(self._place(directory), canonical_json(whole), is_private=True)
         except (OSError, FlexOlmoError) as e:
             echo(
-                f"{directory} is hashed again next time, for that it was cannot be kept: {e}",
+                f"The record that {directory} was verified could not be written ({e}); it will be "
+                "hashed again next time.",
                 err=True,
             )
 

@@ -126,7 +126,10 @@ class StockConfig(BaseModel):
             "eos_token_id": self.first_eos_id,
             "document_mask": self.document_mask,
         }
-        names = "hidden_size is d_model, num_attention_heads and num_key_value_heads num_heads"
+        names = (
+            "hidden_size is d_model, num_attention_heads and num_key_value_heads num_heads, "
+            "rms_norm_eps norm_eps"
+        )
         return parse_settings(values, ModelConfig, f"config.json ({names})")
 
 

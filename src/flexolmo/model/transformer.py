@@ -43,7 +43,11 @@ class ModelConfig(Settings):
     d_ff: int = Field(ge=1, description="Width of the FFN, F.")
     max_seq_len: int = Field(4096, ge=2, description="Positions, in tokens (paper: 4,096).")
     rope_theta: float = Field(500_000.0, gt=0, description="Base of the rotary angles (paper).")
-    norm_eps: float = Field(1e-6, gt=0, description="Number added to the mean square in RMSNorm.")
+    norm_eps: float = Field(
+        1e-6,
+        ge=1e-12,
+        description="Number added to the mean square in RMSNorm, which float32 must not lose.",
+    )
     eos_token_id: int = Field(
         0, ge=0, description="Token that ends a document; also starts one and pads."
     )
