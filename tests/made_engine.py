@@ -64,6 +64,7 @@ class MadeEngine:
         )
         self._model = self.facts  # with those that are withdrawn
         self.next_facts = self.facts  # after a reload, or an error that it raises
+        self.is_running = True
         self.seen: list[EngineRequest] = []
         self.texts: list[_Text] = []
         self.written = 0

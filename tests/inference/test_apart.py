@@ -115,7 +115,8 @@ def request(engine, enabled=(), **more):
 
 def wait_for_another(engine, before):
     """Wait until a process other than the one `before` serves."""
-    wait_until(lambda: engine.process_id != before and engine.stats().blocks == 64, seconds=60)
+    wait_until(lambda: engine.process_id != before and engine.is_running, seconds=60)
+    assert engine.stats().blocks == 64
 
 
 def text_of(heard, tokenizer):
@@ -175,6 +176,7 @@ def test_a_process_that_dies_is_started_again_without_what_was_withdrawn(start, 
     assert (heard.ended.reason, heard.ended.detail) == ("failed", "The engine's process has ended.")
     with pytest.raises(BusyError, match="being started again"):
         engine.submit(request(engine, ["trials"]), print)
+    assert not engine.is_running
     wait_for_another(engine, before)
     assert engine.facts.experts.keys() == {"trials"}
     assert json.loads((model / TOLD).read_text())["seen"] == SEEN | SEEN_LATER

@@ -9,7 +9,7 @@ import pytest
 
 from flexolmo.bundle.facts import Barred
 from flexolmo.bundle.trust import TrustedOwners
-from flexolmo.errors import MergeError
+from flexolmo.errors import BusyError, MergeError
 from flexolmo.serving import upkeep as upkeep_room
 from flexolmo.serving.answer import Answer
 from flexolmo.serving.keys import revoke_key
@@ -171,6 +171,46 @@ def test_a_model_that_does_not_hold_up_leaves_the_former(upkeep, gateway, engine
     upkeep.look()
     assert failures(gateway) == {"model": 1.0} and not log.entries
     assert enabled(gateway) == ["notes", "papers"]
+
+
+def test_a_change_during_a_start_of_the_engine_is_taken_over_once_it_runs(
+    upkeep, gateway, engine, owners, index, log
+):
+    new = with_expert(engine.facts, "papers", None)
+    engine.next_facts = BusyError("it is being started again")
+    owners.revoked = {"notes": "revoked"}
+    touch(index)
+    for _ in range(2):
+        upkeep.look()
+    assert "notes" not in engine.facts.experts, "what is revoked does not wait"
+    engine.next_facts = new
+    for _ in range(2):
+        upkeep.look()
+    assert [kind for kind, _ in log.entries] == ["revoked", "reloaded"]
+    assert log.entries[1][1]["model_digest"] == new.digest == gateway.texts.digest
+    assert not failures(gateway)
+
+
+def test_an_engine_that_was_started_again_on_another_model_is_followed_and_logged(
+    upkeep, gateway, engine, log
+):
+    why = "notes was revoked."
+    barred = {"notes": Barred(engine.facts.experts["notes"], why)}
+    engine.facts = replace(with_expert(engine.facts, "notes", None), barred=barred)
+    engine.next_facts = MergeError("asked to reload")
+    assert gateway.problems() == ["the model is being changed"]
+    for _ in range(2):
+        upkeep.look()
+    assert gateway.problems() == [] and not failures(gateway)
+    assert [kind for kind, _ in log.entries] == ["reloaded", "revoked"]
+    assert log.entries[0][1]["model_digest"] == engine.facts.digest
+    assert log.entries[1][1] == {"experts": ["notes"], "why": why}
+    assert enabled(gateway) == ["papers"]
+
+
+def test_an_engine_that_is_being_started_again_is_said_to_be(gateway, engine):
+    engine.is_running = False
+    assert gateway.problems() == ["the engine is being started again"]
 
 
 def test_an_expert_that_a_new_model_leaves_out_is_logged_once_and_said(

@@ -92,6 +92,11 @@ class ApartEngine:
         return self._facts
 
     @property
+    def is_running(self) -> bool:
+        """See `Engine`."""
+        return self._line is not None
+
+    @property
     def process_id(self) -> int:
         """The process that runs now, or starts."""
         return self._process.pid

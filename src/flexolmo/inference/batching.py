@@ -97,6 +97,11 @@ class BatchEngine:
         """See `Engine`; experts that were withdrawn are not among them."""
         return self._facts
 
+    @property
+    def is_running(self) -> bool:
+        """See `Engine`."""
+        return self._thread.is_alive()
+
     def submit(self, request: EngineRequest, say: Callable[[Event], None]) -> Text:
         """See `Engine`. `say` must be quick: the next step waits for it."""
         with self._changed:

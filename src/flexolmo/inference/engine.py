@@ -115,6 +115,10 @@ class Engine(Protocol):
     def facts(self) -> ModelFacts:
         """The model that new requests are run on; experts that were withdrawn are not in it."""
 
+    @property
+    def is_running(self) -> bool:
+        """False while no request can begin, for the engine ended and is being started again."""
+
     def submit(self, request: EngineRequest, say: Callable[[Event], None]) -> Request:
         """Begin `request`; its events go to `say`, in order, on a thread of the engine's.
 

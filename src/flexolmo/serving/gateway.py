@@ -372,6 +372,8 @@ class Gateway:
             found.append("the server is about to stop")
         if not self.can_audit:
             found.append("the audit log cannot be written")
+        if not self.engine.is_running:
+            found.append("the engine is being started again")
         if self.texts.digest != self.engine.facts.digest:
             found.append("the model is being changed")
         return found

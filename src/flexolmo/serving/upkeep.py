@@ -16,7 +16,8 @@ from pydantic import JsonValue
 from flexolmo.bundle.facts import ExpertFacts
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.errors import AuditError, FlexOlmoError
+from flexolmo.errors import AuditError, BusyError, FlexOlmoError
+from flexolmo.inference.engine import ModelFacts
 from flexolmo.serving.chat import ChatTemplate
 from flexolmo.serving.entries import Kind
 from flexolmo.serving.gateway import Gateway, note_barred
@@ -94,6 +95,8 @@ class Upkeep:
         self._sources = sources
         self._seen = seen
         self._day = _today()
+        self._told = gateway.barred(gateway.engine.facts)  # of which the log knows
+        self._must_reload = False
 
     def look(self) -> None:
         """Take over all that has changed since the last look."""
@@ -109,7 +112,11 @@ class Upkeep:
         self._try("terms", self._withdraw_ended)
         if "model" in changed or self._has_begun():
             self._try("revocations", self._withdraw_revoked)
+            self._must_reload = True
+        if self._must_reload:
             self._try("model", self._reload)
+        elif gateway.texts.digest != gateway.engine.facts.digest:
+            self._try("model", self._catch_up)
         if not gateway.can_audit:
             self._try("audit", self._retry_audit)
 
@@ -126,14 +133,28 @@ class Upkeep:
         self._append("reloaded", self._gateway.describe())
 
     def _reload(self) -> None:
-        tokenizer, chat = self._sources.read_texts()
-        known = self._gateway.barred(self._gateway.engine.facts)
-        facts = self._gateway.engine.reload()
-        self._gateway.texts = TextModel(facts.digest, tokenizer, chat)
-        self._append("reloaded", self._gateway.describe())
+        """Have the engine read the model; at a later look if it is being started again now."""
+        self._must_reload = False
+        texts = self._sources.read_texts()
+        try:
+            facts = self._gateway.engine.reload()
+        except BusyError:
+            self._must_reload = True
+        else:
+            self._take_up(facts, *texts)
+
+    def _catch_up(self) -> None:
+        """Serve the model that the engine runs since it was started again."""
+        self._take_up(self._gateway.engine.facts, *self._sources.read_texts())
+
+    def _take_up(self, facts: ModelFacts, tokenizer: Tokenizer, chat: ChatTemplate | None) -> None:
+        gateway = self._gateway
+        gateway.texts = TextModel(facts.digest, tokenizer, chat)
+        self._append("reloaded", gateway.describe())
         for name, barred in facts.barred.items():
-            if known.get(name) != barred:
+            if self._told.get(name) != barred:
                 self._append("revoked", note_barred(name, barred.why))
+        self._told = gateway.barred(facts)
 
     def _has_begun(self) -> bool:
         """True, once a day, if the terms of an expert that was not loaded have begun."""
@@ -157,8 +178,11 @@ class Upkeep:
         self._withdraw(find_revoked(owners, self._gateway.engine.facts.experts))
 
     def _withdraw(self, experts: Mapping[str, str]) -> None:
-        for name, why in self._gateway.withdraw(experts).items():
+        gone = self._gateway.withdraw(experts)
+        for name, why in gone.items():
             self._append("revoked", note_barred(name, why))
+        barred = self._gateway.barred(self._gateway.engine.facts)
+        self._told |= {name: barred[name] for name in gone.keys() & barred.keys()}
 
     def _append(self, kind: Kind, fields: Mapping[str, JsonValue]) -> None:
         """Log what has been done already; that the log cannot be written undoes nothing."""
