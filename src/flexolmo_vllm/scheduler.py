@@ -18,6 +18,14 @@ class MixtureScheduler(Scheduler):
         told = self.vllm_config.model_config.hf_config.flexolmo
         self.use(told["digest"], told["experts"])
         self.damaged: set[str] = set()  # requests whose logits in the last step were no numbers
+        self._clear_new_blocks()
+
+    def _clear_new_blocks(self) -> None:
+        """Have memory that a request is given filled with 0 before: attention multiplies what is
+        behind a text's last token by 0, and damaged experts of others leave NaN there."""
+        self.needs_kv_cache_zeroing = True
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            manager._record_new_block_ids = True
 
     def use(self, model_digest: str, known: Collection[str]) -> None:
         """Schedule requests to this model, of `known` experts, from now on."""

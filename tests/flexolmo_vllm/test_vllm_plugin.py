@@ -122,3 +122,24 @@ def test_vllm_does_not_start_where_requests_would_be_mixed_up(arguments, changes
     config = EngineArgs(**arguments | changes).create_engine_config()
     with pytest.raises(ConfigError, match=words):
         MixtureForCausalLM(vllm_config=config)
+
+
+def test_a_damaged_expert_leaves_nothing_in_memory_that_harms_others(vllm, ask):
+    """Erases zinc's weights in memory, and has it fill the whole memory for keys and values."""
+    from vllm import SamplingParams
+
+    core = vllm.llm_engine.engine_core.engine_core
+    lengths = (3, 20, 37, 70, 100, 133, 201)  # in blocks of 32 that they do not fill
+    beginnings = [[EOS, *range(1, n)] for n in lengths]
+    before = [ask(ids, {"experts": ["amber"]}) for ids in beginnings]
+    core.model_executor.driver_worker.worker.model_runner.model.erase("zinc")
+    size = 400
+    count = len(core.scheduler.kv_cache_manager.block_pool.blocks) * 32 // size + 8
+    texts = [{"prompt_token_ids": [EOS, 1 + i % 200, *[7] * (size - 2)]} for i in range(count)]
+    damaged = SamplingParams(temperature=0, max_tokens=2, extra_args={"experts": ["zinc"]})
+    vllm.generate(texts, damaged, use_tqdm=False)
+    vllm.reset_prefix_cache()
+    after = [ask(ids, {"experts": ["amber"]}) for ids in beginnings]
+    assert [tokens for tokens, *_ in after] == [tokens for tokens, *_ in before]
+    for (_, logs, _), (_, expected, _) in zip(after, before, strict=True):
+        assert logs == pytest.approx(expected, abs=1e-4)
