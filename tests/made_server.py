@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from typing import NamedTuple
 
 import uvicorn
 
@@ -46,6 +47,34 @@ def serving(app):
         finally:
             server.should_exit = True
             thread.join(10)
+
+
+class Streamed(NamedTuple):
+    """A streamed answer: text, sources, and the code and message of its error, if there is one."""
+
+    text: str
+    told: dict | None
+    code: str | None
+    message: str | None
+
+
+def read_stream(client, has_begun=None, **request):
+    """The whole answer to a `request`; `has_begun()` is called at its first piece."""
+    text, told, error = "", None, {}
+    with client.stream("POST", **request) as reply:
+        for line in reply.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            if "error" in chunk:
+                error = chunk["error"]
+                continue
+            text += "".join(choice["text"] for choice in chunk["choices"])
+            told = chunk.get("flexolmo", told)
+            if has_begun is not None:
+                has_begun()
+                has_begun = None
+    return Streamed(text, told, error.get("code"), error.get("message"))
 
 
 def wait_until(holds, seconds=5.0):

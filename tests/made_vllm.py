@@ -1,4 +1,4 @@
-"""Whether vLLM is here, and mixtures that are served on it."""
+"""A mark of tests that need vLLM, and mixtures that are served on it."""
 
 import itertools
 import random
@@ -12,8 +12,10 @@ from flexolmo.model.statistics import EvidenceSettings
 NAMES = ("amber", "basalt", "coral", "flint", "zinc")
 SETS = [c for n in range(len(NAMES) + 1) for c in itertools.combinations(NAMES, n)]
 EOS = 0
+# a directory called vllm, such as a checkout of it, would be found too, but holds no vllm.engine
+has_vllm = find_spec("vllm") is not None and find_spec("vllm.engine") is not None
 needs_vllm = pytest.mark.skipif(
-    find_spec("vllm.engine") is None if find_spec("vllm") else True,
+    not has_vllm,
     reason="vLLM is not installed here: make test-vllm makes an environment for it and runs these",
 )
 

@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -254,6 +255,13 @@ class Host:
         text = self._texts.get(int(output.request_id))
         if text is None:
             return
+        try:
+            self._take_in_of(text, output)
+        except Exception as e:  # the others go on
+            _log.error("A request has failed.", exc_info=e)
+            self._end(text, "failed", f"The engine failed on this request: {e}")
+
+    def _take_in_of(self, text: Text, output: RequestOutput) -> None:
         if text.id in self._scheduler.damaged:
             self._end(text, "failed", DAMAGED)
             return
@@ -304,7 +312,8 @@ class Host:
         self._say(text, ended)
 
     def _say(self, text: Text, event: Event) -> None:
-        self._line.send("said", text.number, *write_event(event))
+        with suppress(OSError):  # the gateway is gone, which `_hear` hears
+            self._line.send("said", text.number, *write_event(event))
 
     def _warm_up(self) -> None:
         """Have vLLM compile what it does at the first request, so that nobody waits for it."""

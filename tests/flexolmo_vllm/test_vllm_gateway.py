@@ -1,6 +1,5 @@
 """The gateway in front of vLLM: an owner revokes while others are served. Needs vLLM."""
 
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -9,7 +8,7 @@ import pytest
 
 from made_owners import entry, revoke
 from made_policies import PERMIT_ALL, write_policies
-from made_server import serving, wait_until
+from made_server import read_stream, serving, wait_until
 from made_vllm import NAMES, needs_vllm
 
 pytestmark = needs_vllm
@@ -79,22 +78,8 @@ def test_a_revocation_under_load_ends_what_used_the_expert_and_harms_nobody_else
         }  # fmt: skip
 
     def stream(client, prompt, names, has_begun=None):
-        """Text of a streamed answer, and the code and message of its error."""
-        text, error = "", (None, None)
         asked = body(prompt, names, stream=True)
-        with client.stream("POST", "/v1/completions", json=asked) as reply:
-            for line in reply.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    error = chunk["error"]["code"], chunk["error"]["message"]
-                    continue
-                text += "".join(choice["text"] for choice in chunk["choices"])
-                if has_begun is not None:
-                    has_begun()
-                    has_begun = None
-        return text, error
+        return read_stream(client, has_begun, url="/v1/completions", json=asked)
 
     app = app_room.create_app(gateway, Upkeep(gateway, sources, seen))
     with (
@@ -102,7 +87,7 @@ def test_a_revocation_under_load_ends_what_used_the_expert_and_harms_nobody_else
         httpx.Client(base_url=address, timeout=120) as client,
         ThreadPoolExecutor(len(jobs)) as pool,
     ):
-        before = [stream(client, *job)[0] for job in jobs]
+        before = [stream(client, *job).text for job in jobs]
         under_way = [pool.submit(stream, client, *job, all_write.wait) for job in jobs]
         all_write.wait()
         revoke(trust, house.keys["Bob"], entry("expert", name="zinc", up_to_serial=1), owner="Bob")
@@ -112,9 +97,10 @@ def test_a_revocation_under_load_ends_what_used_the_expert_and_harms_nobody_else
         later = client.post("/v1/completions", json=body(*jobs[2])).json()
     assert refused["error"]["code"] == "not_permitted" and WHY in refused["error"]["message"]
     assert later["choices"][0]["text"] == before[2]
-    for (_, names), expected, (text, (code, message)) in zip(jobs, before, found, strict=True):
+    for (_, names), expected, answer in zip(jobs, before, found, strict=True):
         if "zinc" in names:
-            assert code == "source_withdrawn" and WHY in message
-            assert expected.startswith(text.rstrip("\ufffd")) and len(text) < len(expected)
+            assert answer.code == "source_withdrawn" and WHY in answer.message
+            text = answer.text.rstrip("\ufffd")
+            assert expected.startswith(text) and len(answer.text) < len(expected)
         else:
-            assert code is None and text == expected
+            assert answer.code is None and answer.text == expected

@@ -3,7 +3,6 @@
 Every answer is held against the one that a model of its experts alone gives.
 """
 
-import json
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +36,7 @@ from made_disks import file_size_limit
 from made_mixtures import NAMES
 from made_owners import entry, revoke
 from made_policies import PERMIT_ALL, write_policies
-from made_server import serving, wait_until
+from made_server import read_stream, serving, wait_until
 
 SETTINGS = EngineSettings(memory_bytes=16 << 20, max_running=32, prompt_tokens=64)
 SETS = [c for n in range(len(NAMES) + 1) for c in combinations(NAMES, n)]
@@ -94,24 +93,9 @@ class Place:
     def complete(self, number, enabled, **more):
         return self.client.post(**self.ask(number, {"only": list(enabled)}, **more))
 
-    def stream(self, number, enabled, has_begun=lambda: None):
-        """Text of a streamed answer, its sources, and the code and message of its error."""
-        text, error, told = "", (None, None), None
+    def stream(self, number, enabled, has_begun=None):
         asked = self.ask(number, {"only": list(enabled)}, stream=True)
-        with self.client.stream("POST", **asked) as reply:
-            for line in reply.iter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line.removeprefix("data: "))
-                if "error" in chunk:
-                    error = chunk["error"]["code"], chunk["error"]["message"]
-                    continue
-                text += "".join(choice["text"] for choice in chunk["choices"])
-                told = chunk.get("flexolmo", told)
-                if has_begun is not None:
-                    has_begun()
-                    has_begun = None
-        return text, told, error
+        return read_stream(self.client, has_begun, **asked)
 
     def alone(self, number, enabled):
         """The text that a model of these experts alone writes."""
@@ -180,7 +164,7 @@ def test_a_revocation_under_load_ends_what_used_the_expert_and_harms_nobody_else
         later = place.client.post(**place.ask(50, {"without": ["amber"]})).json()
         assert place.complete(51, ["zinc"]).json()["error"]["code"] == "not_permitted"
         assert place.client.get("/readyz").json() == {"problems": []}
-    for (number, enabled), (text, told, (code, message)) in zip(jobs, found, strict=True):
+    for (number, enabled), (text, told, code, message) in zip(jobs, found, strict=True):
         expected = place.alone(number, enabled)
         if "zinc" in enabled:
             assert code == "source_withdrawn" and WHY in message and told is None
@@ -242,7 +226,7 @@ def test_with_a_full_disk_nothing_is_served_and_afterwards_all_is(place):
         after = [place.pool.submit(place.stream, *job) for job in jobs]
         after = [answer.result() for answer in after]
     alone = [place.alone(*job) for job in jobs]
-    for expected, (text, told, (code, _)) in zip(alone, cut, strict=True):
+    for expected, (text, told, code, _) in zip(alone, cut, strict=True):
         assert code == "audit_unavailable" and told is None  # its end could not be logged
         assert expected.startswith(text.rstrip("\ufffd"))
     for reply in refused:
@@ -251,10 +235,10 @@ def test_with_a_full_disk_nothing_is_served_and_afterwards_all_is(place):
         assert int(reply.headers["Retry-After"]) > 0
     assert problems.status_code == 503
     assert problems.json()["problems"] == ["the audit log cannot be written"]
-    for (_, enabled), expected, (text, told, (code, _)) in zip(jobs, alone, after, strict=True):
+    for (_, enabled), expected, (text, told, code, _) in zip(jobs, alone, after, strict=True):
         assert code is None and text == expected and told["enabled"] == list(enabled)
     decisions = {d["number"]: d for d in place.entries("decision")}
     assert len(decisions) == 1 + 2 * len(jobs)  # of those refused there is none
     finished = {e["decision"] for e in place.entries("finished")}
-    whole = {told["entry"] for _, told, _ in after}
+    whole = {answer.told["entry"] for answer in after}
     assert finished == whole | {before.json()["flexolmo"]["entry"]}
