@@ -64,7 +64,7 @@ def make_texts(megabytes: int, seed: int = 0) -> Iterator[str]:
 def write_set(directory: Path, megabytes: int) -> None:
     """Write a prepared set of made text, without the search for duplicates."""
     from flexolmo.data.documents import Document, write_documents
-    from flexolmo.data.prepare import FORMAT, PARTS, SPLITS
+    from flexolmo.data.prepared import FORMAT, PARTS, SPLITS
     from flexolmo.data.tokenizer import train_tokenizer
 
     directory.mkdir()

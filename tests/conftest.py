@@ -25,7 +25,8 @@ from hypothesis import settings
 from flexolmo.bundle.signing import create_key
 from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.corpus import open_corpus
-from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, build_anchor, save_anchor

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 from flexolmo.data.corpus import Corpus, open_corpus
-from flexolmo.data.prepare import PrepareSettings
+from flexolmo.data.settings import PrepareSettings
 
 SMALL = PrepareSettings(
     min_document_bytes=20,

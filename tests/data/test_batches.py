@@ -14,7 +14,7 @@ from flexolmo.data.batches import (
     open_set,
     training_batches,
 )
-from flexolmo.data.prepare import PARTS, SPLITS, read_card
+from flexolmo.data.prepared import PARTS, SPLITS, read_card
 from flexolmo.errors import DataError
 from flexolmo.files import digest_file, write_json
 

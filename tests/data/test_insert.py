@@ -6,7 +6,8 @@ import pytest
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.data.insert import insert_documents
-from flexolmo.data.prepare import prepare_set, read_salt
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.prepared import read_salt
 from flexolmo.errors import DataError
 from made_sets import SMALL, made_text, write_raw
 

@@ -13,12 +13,14 @@ import pytest
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers
 
-from flexolmo.data import prepare
+from flexolmo.data import pieces, prepare, rows
 from flexolmo.data.batches import open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.documents import read_documents
 from flexolmo.data.formats import ReadSettings
-from flexolmo.data.prepare import SPLITS, PrepareSettings, card_digest, prepare_set, read_salt
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.prepared import SPLITS, card_digest, read_salt
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import digest_file, write_json
@@ -75,13 +77,14 @@ def test_the_order_of_documents_does_not_matter(tmp_path, public_set):
 
 
 def test_the_number_of_processes_changes_no_byte(tmp_path, public_set, monkeypatch):
-    """Nor does how the documents are dealt out to them."""
+    """Nor does how the documents are dealt out to them, or how few are in memory together."""
     texts = [made_text(i % 37 + 50) + " more" * (i % 3) for i in range(150)] + ["", "é\x00" * 30]
     raw = write_raw(tmp_path, "owner", texts)
     settings = SMALL.model_copy(update={"near_duplicate": 0.7})
     cards = []
     for workers, size in ((1, 1 << 20), (1, 700), (4, 700)):
-        monkeypatch.setattr(prepare, "_BYTES_AT_ONCE", size)
+        monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", size)
+        monkeypatch.setattr(rows, "BYTES_AT_ONCE", size)
         out = tmp_path / f"p{len(cards)}"
         said: list[str] = []
         cards.append(
@@ -446,7 +449,7 @@ def test_a_run_that_is_killed_leaves_nothing(tmp_path, public_set, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare, "save_fingerprints", killed)
+    monkeypatch.setattr(prepare, "write_splits", killed)
     with pytest.raises(KeyboardInterrupt):
         prepare_set(raw, tmp_path / "out" / "p", public=public_set, settings=SMALL)
     assert list((tmp_path / "out").iterdir()) == []

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from flexolmo.data.batches import TokenSet, TokenSplit, open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.formats import ReadSettings
-from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.data.units import read_unit, unit_offsets
 from flexolmo.errors import DataError

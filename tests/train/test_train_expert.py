@@ -15,7 +15,8 @@ from flexolmo.bundle.signing import create_key
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.data.batches import TrainingBatches, open_set, training_batches
 from flexolmo.data.corpus import open_corpus
-from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.errors import CheckpointError, ConfigError, DataError
 from flexolmo.evaluation.curve import measure_curve
 from flexolmo.evaluation.likelihood import measure_likelihood

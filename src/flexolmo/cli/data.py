@@ -243,7 +243,8 @@ def prepare(
     from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
-    from flexolmo.data.prepare import PrepareSettings, prepare_set
+    from flexolmo.data.prepare import prepare_set
+    from flexolmo.data.settings import PrepareSettings
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.data.workers import count_cores
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flexolmo.data.prepare import (
+from flexolmo.data.prepared import (
     PARTS,
     SPLITS,
     card_digest,
@@ -77,7 +77,7 @@ class TokenSet:
 
     @property
     def commitment(self) -> str:
-        """Name of the set in a bundle, see `prepare.commit_card`; DataError if its salt is lost."""
+        """Name of the set in a bundle, see `commit_card`; DataError if its salt is lost."""
         return commit_card(self.card, read_salt(self.directory))
 
     @property

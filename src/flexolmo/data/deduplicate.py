@@ -12,19 +12,24 @@ import hashlib
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from flexolmo.data.rows import Rows
 from flexolmo.errors import DataError
 
 SHINGLE_WORDS = 5
 SIGNATURE_SIZE = 128
+SIGNATURE = np.dtype((np.uint32, (SIGNATURE_SIZE,)))
+EXACT_FILE = "fingerprints_exact.npy"
+NEAR_FILE = "fingerprints_near.npy"
 NEAR_DUPLICATE_JACCARD = 0.7
-_BANDS, _BAND_ROWS = 14, 9  # datasketch's choice for that share: what it finds is compared again
+BANDS = (
+    14,
+    9,
+)  # and their rows: datasketch's choice for that share: what it finds is compared again
 _HASHES_AT_ONCE = 256  # so that a block of their 128 permutations stays in the processor's cache
-_ROWS_AT_ONCE = 4096
 _WORD = re.compile(r"\w+")
 # datasketch's "legacy" scheme, pinned: signatures of different versions must stay comparable.
 _RANDOM = np.random.RandomState(1)
@@ -34,14 +39,6 @@ _FACTORS, _OFFSETS = np.array(
         for _ in range(SIGNATURE_SIZE)
     ]
 ).T.copy()
-
-
-@dataclass(frozen=True)
-class Fingerprints:
-    """Digests and sketches by which texts are compared with others."""
-
-    exact: np.ndarray  # uint8 [n,32]
-    signatures: np.ndarray  # uint32 [n,S]
 
 
 def split_words(text: str) -> list[str]:
@@ -94,7 +91,7 @@ def _hash_shingles(words: Sequence[str]) -> np.ndarray:
     )
 
 
-def _hash_bands(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
+def hash_bands(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
     """uint64 [n,B], a number for each band of `rows` parts of a signature, and its place."""
     parts = signatures[:, : bands * rows].reshape(-1, bands, rows).astype(np.uint64)
     mixed = np.full(parts.shape[:2], 0x9E3779B97F4A7C15, dtype=np.uint64)
@@ -105,118 +102,30 @@ def _hash_bands(signatures: np.ndarray, bands: int, rows: int) -> np.ndarray:
     return mixed
 
 
-class Index:
-    """Fingerprints of one set, sorted, to ask which other texts repeat one of them."""
-
-    def __init__(self, marks: Fingerprints) -> None:
-        self._exact = {row.tobytes() for row in marks.exact}
-        self._signatures = marks.signatures
-        keys = _hash_bands(marks.signatures, _BANDS, _BAND_ROWS)
-        self._order = np.argsort(keys, axis=0, kind="stable").astype(np.int32)  # [n,B]
-        self._keys = np.take_along_axis(keys, self._order, axis=0)
-
-    def find(self, marks: Fingerprints) -> np.ndarray:
-        """True, [n], for each text that is in the set, or whose words nearly are."""
-        found = np.array([row.tobytes() in self._exact for row in marks.exact], dtype=bool)
-        keys = _hash_bands(marks.signatures, _BANDS, _BAND_ROWS)
-        for band in range(_BANDS):
-            asked = np.flatnonzero(~found)
-            held = self._keys[:, band]
-            at = np.searchsorted(held, keys[asked, band])
-            end = np.searchsorted(held, keys[asked, band], side="right")
-            while len(asked := asked[is_left := at < end]):  # one candidate of each at a time
-                at, end = at[is_left], end[is_left]
-                others = self._signatures[self._order[at, band]]
-                is_near = _are_near(others, marks.signatures[asked], NEAR_DUPLICATE_JACCARD)
-                found[asked[is_near]] = True
-                asked, at, end = asked[~is_near], at[~is_near] + 1, end[~is_near]
-        return found
-
-
-class Seen:
-    """Texts of one set that were kept so far, and which of them another repeats.
-
-    Args:
-        signatures: uint32 [n,S] of all texts of the set, those that may come.
-        near: share of word 5-grams (estimated Jaccard) from which two texts are near duplicates;
-            none: they are never looked for.
-    """
-
-    def __init__(self, signatures: np.ndarray, near: float | None) -> None:
-        self._signatures = signatures
-        self._near = near
-        self._exact: dict[bytes, int] = {}
-        self._buckets: dict[int, list[int]] = {}
-        self._keys = np.zeros((len(signatures), 0), dtype=np.uint64)
-        if near is not None:
-            keys = _hash_bands(signatures, *_choose_bands(near))
-            values, counts = np.unique(keys, return_counts=True)
-            keys[~np.isin(keys, values[counts > 1])] = 0  # no other text has it
-            self._keys = keys
-
-    def add(self, exact: bytes, number: int) -> None:
-        """Remember text `number` of the set, with its digest."""
-        self._exact.setdefault(exact, number)
-        for key in self._keys[number].tolist():
-            if key:
-                self._buckets.setdefault(key, []).append(number)
-
-    def find_exact(self, exact: bytes) -> int | None:
-        """Number of the first remembered text that is the same, character by character."""
-        return self._exact.get(exact)
-
-    def find_near(self, number: int) -> int | None:
-        """Number of a remembered text with nearly the same words as text `number`."""
-        if self._near is None:
-            return None
-        keys = self._keys[number].tolist()
-        others = {other for key in keys for other in self._buckets.get(key, [])}
-        if not others:
-            return None
-        asked = np.array(sorted(others))
-        signature = self._signatures[number]
-        is_near = _are_near(self._signatures[asked], signature, self._near)
-        return int(asked[is_near.argmax()]) if is_near.any() else None
-
-
-def _are_near(one: np.ndarray, other: np.ndarray, near: float) -> np.ndarray:
+def are_near(one: np.ndarray, other: np.ndarray, near: float) -> np.ndarray:
     """True, [n], where two signatures [n,S] agree in at least a share `near`."""
     return np.mean(one == other, axis=1) >= near
 
 
-def _choose_bands(near: float) -> tuple[int, int]:
+def choose_bands(near: float) -> tuple[int, int]:
     """Bands and rows of a band that find texts which share `near`, or more loosely."""
     if near >= NEAR_DUPLICATE_JACCARD:
-        return _BANDS, _BAND_ROWS
+        return BANDS
     from datasketch import MinHashLSH  # brings scipy, and is seldom needed
 
     chosen = MinHashLSH(threshold=near, num_perm=SIGNATURE_SIZE)
     return chosen.b, chosen.r
 
 
-def save_fingerprints(
-    directory: Path, exact: np.ndarray, signatures: np.ndarray, order: np.ndarray
-) -> None:
-    """Write `fingerprints_exact.npy`, and `fingerprints_near.npy` of `signatures[order]`, into
-    `directory`."""
-    exact_path, near_path = _paths(directory)
-    np.save(exact_path, exact, allow_pickle=False)
-    shape = (len(order), SIGNATURE_SIZE)
-    kind = {"descr": signatures.dtype.str, "fortran_order": False, "shape": shape}
-    with open(near_path, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, kind)
-        for first in range(0, len(order), _ROWS_AT_ONCE):
-            f.write(signatures[order[first : first + _ROWS_AT_ONCE]].tobytes())
-
-
-def load_fingerprints(directory: Path) -> Fingerprints:
-    """The fingerprints of a prepared set, mapped.
+def open_fingerprints(directory: Path) -> tuple[Rows, Rows]:
+    """The fingerprints of a prepared set: digests "S32", and signatures uint32 [S].
 
     Raises:
         DataError: the directory has none, or not of this size.
     """
+    paths = [Path(directory) / EXACT_FILE, Path(directory) / NEAR_FILE]
     try:
-        exact, near = (np.load(p, mmap_mode="r", allow_pickle=False) for p in _paths(directory))
+        exact, near = (np.load(path, mmap_mode="r", allow_pickle=False) for path in paths)
     except (OSError, ValueError) as e:
         raise DataError(
             f"{directory} has no readable fingerprints ({e}): it must be a directory "
@@ -227,8 +136,4 @@ def load_fingerprints(directory: Path) -> Fingerprints:
             f"{directory}: fingerprints of shapes {exact.shape} and {near.shape}; "
             f"expected [n, 32] and [n, {SIGNATURE_SIZE}]. Prepare the set again."
         )
-    return Fingerprints(exact, near)
-
-
-def _paths(directory: Path) -> list[Path]:
-    return [Path(directory) / "fingerprints_exact.npy", Path(directory) / "fingerprints_near.npy"]
+    return Rows("S32", paths[0], offset=exact.offset), Rows(SIGNATURE, paths[1], offset=near.offset)

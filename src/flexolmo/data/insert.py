@@ -10,7 +10,7 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSplit, open_set
 from flexolmo.data.documents import Document, read_documents, write_documents
-from flexolmo.data.prepare import SALT_BYTES, SALT_FILE
+from flexolmo.data.prepared import SALT_BYTES, SALT_FILE
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import (

@@ -14,7 +14,7 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import check_file
+from flexolmo.data.prepared import check_file
 from flexolmo.progress import progress
 
 # Length of an IBAN by country. Source: IBAN registry of SWIFT.

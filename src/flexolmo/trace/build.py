@@ -15,7 +15,7 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import check_file
+from flexolmo.data.prepared import check_file
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.data.workers import open_workers
 from flexolmo.errors import DataError

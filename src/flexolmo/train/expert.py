@@ -220,7 +220,7 @@ class Expert:
     router: RouterSettings
     tensors: dict[str, Tensor]  # see shape.expert_shapes
     record: dict[str, Any]
-    data_card_digest: str  # see prepare.commit_card
+    data_card_digest: str  # see prepared.commit_card
     architecture: dict[str, int]  # see shape.architecture_of
 
 

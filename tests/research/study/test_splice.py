@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import SPLITS, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.prepared import SPLITS
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import ConfigError, DataError
 from flexolmo.research.study.splice import (

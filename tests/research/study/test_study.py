@@ -11,7 +11,8 @@ import pytest
 import flexolmo
 from flexolmo.config import read_recipe
 from flexolmo.data.corpus import open_corpus
-from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.evaluation.scorer import Scorer
 from flexolmo.files import read_json, write_json

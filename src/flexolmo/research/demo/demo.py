@@ -29,7 +29,7 @@ from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.config import Settings
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import read_card
+from flexolmo.data.prepared import read_card
 from flexolmo.errors import ConfigError, DataError, FlexOlmoError
 from flexolmo.files import read_json, write_directory_aside, write_json
 from flexolmo.inference.generate import generate

@@ -19,7 +19,7 @@ import numpy as np
 
 from flexolmo.data.batches import TokenSet
 from flexolmo.data.documents import read_documents
-from flexolmo.data.prepare import check_file
+from flexolmo.data.prepared import check_file
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
 from flexolmo.errors import ConfigError, DataError
 from flexolmo.files import canonical_json, parse_json, write_aside

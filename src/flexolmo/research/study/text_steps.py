@@ -10,7 +10,8 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, evaluation_windows, open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.deduplicate import NEAR_DUPLICATE_JACCARD
-from flexolmo.data.prepare import PrepareSettings, prepare_set
+from flexolmo.data.prepare import prepare_set
+from flexolmo.data.settings import PrepareSettings
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.files import save_arrays, write_bytes
 from flexolmo.research.corpora.fetch import fetch_set

@@ -1,0 +1,207 @@
+"""Rows of one size in a file: appended, read by place, and sorted, with only some in memory.
+
+For what is known of every document of a set that may be larger than memory. Knows nothing of
+documents. Files are read, not mapped: mapped pages would count as memory of the process.
+"""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BYTES_AT_ONCE = 1 << 22
+_LEAST_BYTES_OF_RUN = 1 << 12
+
+
+class Rows:
+    """Rows of `dtype` in a file, which is made if absent.
+
+    Args:
+        dtype: of one row; one with a shape, such as `(np.uint32, (128,))`, gives arrays [n,128].
+        path: the file; none is one in `directory` that has no name and goes with this object.
+        offset: bytes of the file before the first row.
+    """
+
+    def __init__(
+        self, dtype: Any, path: Path | None = None, directory: Path | None = None, offset: int = 0
+    ) -> None:
+        self.dtype = np.dtype(dtype)
+        self._offset = offset
+        if path is None:
+            with tempfile.TemporaryFile(dir=directory) as f:
+                self._fd = os.dup(f.fileno())
+        else:
+            can_write = not path.exists() or os.access(path, os.W_OK)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT if can_write else os.O_RDONLY, 0o600)
+        weakref.finalize(self, os.close, self._fd)
+        self._count = (os.fstat(self._fd).st_size - offset) // self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write `rows` after the last."""
+        self.write(self._count, rows)
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        """Write `rows` from row `first` on; any that are skipped are zero."""
+        data = memoryview(np.ascontiguousarray(rows, self.dtype.base).tobytes())
+        at = self._offset + first * self.dtype.itemsize
+        while data:
+            written = os.pwrite(self._fd, data, at)
+            data = data[written:]
+            at += written
+        self._count = max(self._count, first + len(rows))
+
+    def read(self, first: int, end: int) -> np.ndarray:
+        """Rows `first` to `end`, or to the last; may not be written to."""
+        size = self.dtype.itemsize
+        data = os.pread(self._fd, max(0, min(end, self._count) - first) * size, self._at(first))
+        return np.frombuffer(data, dtype=self.dtype)
+
+    def take(self, places: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The rows at `places`, in that order."""
+        if len(places) and np.all(np.diff(places) == 1):
+            return self.read(int(places[0]), int(places[-1]) + 1)
+        size = self.dtype.itemsize
+        data = b"".join(os.pread(self._fd, size, self._at(int(place))) for place in places)
+        return np.frombuffer(data, dtype=self.dtype)
+
+    def batches(self, first: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
+        """Rows `first` to `end` in order, some at a time."""
+        end = self._count if end is None else end
+        step = rows_at_once(self.dtype)
+        for start in range(first, end, step):
+            yield self.read(start, min(start + step, end))
+
+    def _at(self, row: int) -> int:
+        return self._offset + row * self.dtype.itemsize
+
+
+class ArrayWriter:
+    """An .npy file of numbers or rows that are appended; the same bytes as `numpy.save` writes."""
+
+    def __init__(self, path: Path, dtype: Any) -> None:
+        self.dtype = np.dtype(dtype)
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by __exit__
+        self.count = 0
+
+    def __enter__(self) -> "ArrayWriter":
+        self._write_header()  # as long whatever the count, which is known at the end
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._file:
+            self._file.seek(0)
+            self._write_header()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Write `rows` after the last."""
+        self._file.write(np.ascontiguousarray(rows, self.dtype.base).tobytes())
+        self.count += len(rows)
+
+    def _write_header(self) -> None:
+        kind = {
+            "descr": np.lib.format.dtype_to_descr(self.dtype.base),
+            "fortran_order": False,
+            "shape": (self.count, *self.dtype.shape),
+        }
+        np.lib.format.write_array_header_1_0(self._file, kind)
+
+
+def rows_at_once(dtype: Any) -> int:
+    """Rows of `dtype` that are held in memory together."""
+    return max(1, BYTES_AT_ONCE // np.dtype(dtype).itemsize)
+
+
+def sort_rows(batches: Iterable[np.ndarray], key: str, directory: Path) -> Iterator[np.ndarray]:
+    """All rows of `batches`, some at a time, in rising order of their field `key`.
+
+    Sorted stretches are written to `directory` and merged. Memory is that of one stretch, and
+    4 KiB more for each beyond a thousand. Rows with the same key come in any order.
+    """
+    starts = [0]
+    runs: Rows | None = None
+    held: np.ndarray | None = None
+    for run in _in_runs(batches):
+        if held is not None:
+            runs = runs or Rows(run.dtype, directory=directory)
+            runs.append(held)
+            starts.append(len(runs))
+        held = _sorted(run, key)
+    if held is None:
+        return
+    if runs is None:
+        yield held
+        return
+    runs.append(held)
+    del held
+    ends = [*starts[1:], len(runs)]
+    size = runs.dtype.itemsize
+    step = max(1, max(BYTES_AT_ONCE // len(ends), _LEAST_BYTES_OF_RUN) // size)
+    while starts:
+        blocks = [runs.read(at, min(at + step, end)) for at, end in zip(starts, ends, strict=True)]
+        keys = [np.ascontiguousarray(block[key]) for block in blocks]
+        # No row after these blocks comes before the least of their last rows
+        lasts = [
+            some[-1]
+            for some, at, end in zip(keys, starts, ends, strict=True)
+            if at + len(some) < end
+        ]
+        taken = [len(some) for some in keys]
+        if lasts:
+            least = min(lasts)
+            taken = [int(np.searchsorted(some, least, side="right")) for some in keys]
+        yield _sorted(np.concatenate([b[:n] for b, n in zip(blocks, taken, strict=True)]), key)
+        starts = [at + n for at, n in zip(starts, taken, strict=True)]
+        left = [at < end for at, end in zip(starts, ends, strict=True)]
+        starts = [at for at, is_left in zip(starts, left, strict=True) if is_left]
+        ends = [end for end, is_left in zip(ends, left, strict=True) if is_left]
+
+
+def whole_groups(batches: Iterable[np.ndarray], key: str) -> Iterator[np.ndarray]:
+    """Sorted rows cut elsewhere, so that rows of one `key` come together."""
+    held: np.ndarray | None = None
+    for batch in batches:
+        if not len(batch):
+            continue
+        joined = batch if held is None else np.concatenate([held, batch])
+        keys = joined[key]
+        last = int(np.searchsorted(keys, keys[-1], side="left"))
+        if last:
+            yield joined[:last]
+        held = joined[last:]
+    if held is not None:
+        yield held
+
+
+def group_starts(keys: np.ndarray) -> np.ndarray:
+    """Places, int64, where sorted `keys` differ from the one before; the first, too."""
+    is_first = np.ones(len(keys), dtype=bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    return np.flatnonzero(is_first)
+
+
+def _in_runs(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Rows joined to stretches of at least BYTES_AT_ONCE, but for the last."""
+    held: list[np.ndarray] = []
+    held_bytes = 0
+    for batch in batches:
+        if not len(batch):
+            continue
+        held.append(batch)
+        held_bytes += batch.nbytes
+        if held_bytes >= BYTES_AT_ONCE:
+            yield np.concatenate(held)
+            held = []
+            held_bytes = 0
+    if held:
+        yield np.concatenate(held)
+
+
+def _sorted(rows: np.ndarray, key: str) -> np.ndarray:
+    return rows[np.argsort(rows[key], kind="stable")]
