@@ -196,6 +196,6 @@ def _by_source(token_set: TokenSet, split: str) -> Iterator[dict[str, int]]:
 
 
 def _ends(sources: np.ndarray) -> Iterable[bool]:
-    """For each piece [n] of a split, whether the next one is of another source document; true for
+    """True for each piece [n] of a split if the next one is of another source document, or it is
     the last. `sources` [n] has the number of each piece's source document."""
     return (np.diff(sources, append=-1) != 0).tolist()
