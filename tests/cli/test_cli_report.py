@@ -88,6 +88,8 @@ def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_p
     assert code == 2 and "maths: found no release report at" in err and "audit report" in err
     place = given.index("--out")
     works("audit", "report", *given[:place], *given[place + 2 :])  # beside the bundle
+    code, _, err = run(*build, "--require", "extraction<=20")
+    assert code == 2 and "demands nothing" in err
     code, _, err = run(*build, "--require", "membership_auc<=0.01")
     assert code == 2 and "maths: membership_auc is" in err and not (tmp_path / "m").exists()
     works(*build, "--require", limits)
