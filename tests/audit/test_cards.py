@@ -68,6 +68,14 @@ def test_the_data_card_has_what_croissant_asks_for_and_nothing_of_the_text(made)
     assert card["license"] == ["CC0-1.0"] and made[0].data_card_digest in card["url"]
 
 
+def test_the_size_of_a_set_is_told_if_enough_documents_make_it_up(made):
+    manifest, findings, created = made
+    counts = {"documents": 430, "bytes": 8_600_000, "tokens": 2_900_000}
+    changed = findings | {"text": findings["text"] | {"counts": counts}}
+    told = data_card(manifest, changed, created)["description"]
+    assert "about 430 documents and 8,600,000 bytes" in told
+
+
 def test_what_fewer_documents_hold_is_told_as_such(made, validator):
     manifest, findings, created = made
     for documents, said in ((None, "no kind that patterns found"), (40, "IBAN, by a pattern,")):

@@ -13,11 +13,12 @@ from flexolmo.audit.cards import bill_of_materials, data_card
 from flexolmo.audit.release import coarse, make_coarse, make_findings, memorised_spans
 from flexolmo.audit.results import AUDITS, Results, read_results, summarise, summarise_control
 from flexolmo.bundle.bundle import open_bundle
+from flexolmo.bundle.release import ReleaseReport
 from flexolmo.data.batches import open_set
 from flexolmo.data.documents import read_documents
 from flexolmo.errors import ConfigError, DataError
-from flexolmo.files import read_json, write_json
-from flexolmo.report.release_page import render_release
+from flexolmo.files import canonical_json, read_json, write_json
+from flexolmo.report.release_page import make_shown, render_release
 from made_reports import BUDGET, attack
 
 WINDOW = 24  # characters of text in a row that no copy that leaves may hold
@@ -224,6 +225,7 @@ def test_membership_is_judged_by_the_upper_end_of_any_attack(
     summary = summarise(found, None)
     assert summary.level == level and summary.verdict.startswith(said)
     assert summary.headline.most == interval[1] and "zlib" in summary.headline.measure
+    assert "On the anchor, which never saw the text, it does so 99 times" in summary.verdict
 
 
 def membership(given_results, of_the_expert, others=(0.505, [0.49, 0.51])) -> Results:
@@ -279,6 +281,44 @@ def test_of_too_few_documents_nothing_that_follows_from_their_number_leaves(docu
     assert (told["counts"]["tokens"] is not None) == is_told
     assert (told["overlap"]["short"] is not None) == is_told
     assert told["personal"]["IBAN"] == {"documents": None, "matches": None}
+
+
+def test_what_stays_does_not_take_a_missing_file_for_nothing_found(
+    attacked, given_results, pico_sets
+):
+    found = [Results(r.audit, r.path, r.found, None) for r in given_results]
+    made = make_findings(opened(attacked), pico_sets["maths"], found)
+    page = render_release(made.report, made.stays)
+    assert page.count("Not known: there are no results of") == 2
+    made = make_findings(opened(attacked), pico_sets["maths"], given_results)
+    assert "Not known: there are no results" not in render_release(made.report, made.stays)
+
+
+def test_a_number_that_is_withheld_is_not_told_as_small(attacked, pico_sets):
+    """Five documents may hold 77 addresses, and a text of 19 may have a million bytes."""
+    made = make_findings(opened(attacked), pico_sets["maths"], [])
+    text = made.report.findings["text"]
+    text["counts"] |= {"documents": None, "bytes": None, "tokens": None}
+    for found in text["personal"].values():
+        found |= {"documents": None, "matches": None}
+    text["overlap"] = {"short": 0.0, "short_tokens": 8, "long": None, "long_tokens": 50}
+    page = " ".join(render_release(made.report).split()).partition("The text</h2>")[2]
+    kinds = len(text["personal"])
+    assert page.count("not told") == kinds + 2  # matches; bytes and tokens
+    assert page.count("fewer than 20") == kinds + 3  # documents of each; and of the text
+    assert "Less than 1 % of all spans" in page
+    card = data_card(opened(attacked).manifest, made.report.findings, "2026-11-22")
+    assert "fewer than 20 documents. The text" in card["description"]
+
+
+def test_what_was_signed_shows_the_same_when_read_again(attacked, given_results, pico_sets):
+    made = make_findings(opened(attacked), pico_sets["maths"], given_results).report
+    personal = made.findings["text"]["personal"]
+    made.findings["text"]["personal"] = {k: {"documents": 30, "matches": 40} for k in personal}
+    again = ReleaseReport.model_validate_json(canonical_json(made.model_dump(mode="json")))
+    manifest = opened(attacked).manifest
+    assert list(again.findings["text"]["personal"]) != list(personal)
+    assert make_shown(again, manifest) == make_shown(made, manifest)
 
 
 def test_sizes_of_splits_leave_coarse(attacked, given_results, pico_sets):

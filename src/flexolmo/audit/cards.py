@@ -165,15 +165,17 @@ def data_card(manifest: Manifest, findings: Mapping[str, Any], created: str) -> 
     data = findings["data"]
     counts = findings["text"]["counts"]
     unit = "documents" if data["unit_field"] is None else f"units ({data['unit_field']})"
+    size = f"fewer than {findings['least_documents']} {unit}"
+    if counts["documents"] is not None:
+        size = f"about {counts['documents']:,} {unit} and {counts['bytes']:,} bytes"
     return {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.1",
         "name": m.name,
         "description": (
-            f"Text of {m.owner} on which the expert {m.name} was trained: about "
-            f"{_about(counts['documents'])} {unit} and {_about(counts['bytes'])} bytes. The text "
-            "stays with its owner; this card describes it and holds none of it."
+            f"Text of {m.owner} on which the expert {m.name} was trained: {size}. The text stays "
+            "with its owner; this card describes it and holds none of it."
         ),
         "url": f"urn:flexolmo:set:{m.data_card_digest}",
         "version": f"{m.serial}.0.0",
@@ -188,7 +190,3 @@ def data_card(manifest: Manifest, findings: Mapping[str, Any], created: str) -> 
         "distribution": [],
         "recordSet": [],
     }
-
-
-def _about(count: int | None) -> str:
-    return "a few" if count is None else f"{count:,}"

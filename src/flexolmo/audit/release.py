@@ -300,8 +300,8 @@ def _guarantee(m: Manifest) -> dict[str, Any]:
 
 
 def _hits(results: Sequence[Results]) -> dict[str, Any]:
-    """Documents that attacks hit worst, and spans that the model wrote."""
-    found: dict[str, Any] = {"worst_documents": [], "memorised": []}
+    """Documents that attacks hit worst, and spans that the model wrote; None: nothing is known."""
+    found: dict[str, Any] = {"worst_documents": None, "memorised": None}
     for one in results:
         if one.stays is None:
             continue

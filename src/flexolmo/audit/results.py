@@ -298,12 +298,12 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
         measure = "members found at 1 % false alarms"
         others.append(_row(subject, measure, x["caught"]["0.01"], 0.01))
     # every attack counts: the one with the highest upper end need not be the strongest
-    ends = [
+    areas = [
         _row(subject, f"AUC, {ATTACKS.get(name, name)}", x, 0.5)
         for subject, by_attack in found["subjects"].items()
         for name, x in by_attack.items()
-        if subject in WITH_IT
     ]
+    ends = [row for row in areas if row.model in _MODELS_WITH_IT]
     decides, level = _judge(ends)
     highest = max(ends, key=lambda row: row.most)
     answer = _REVERSED if decides.most < 0.5 else _ANSWERS[level]
@@ -313,6 +313,12 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
         f"{100 * (decides.low or 0):.0f} to {100 * decides.most:.0f}; {decides.model}); guessing "
         "does so 50 times."
     )
+    for row in areas:
+        if row.model == SUBJECTS["anchor"] and row.measure == decides.measure:
+            verdict += (
+                f" On the anchor, which never saw the text, it does so {100 * row.value:.0f} times "
+                f"({100 * (row.low or 0):.0f} to {100 * row.most:.0f})."
+            )
     if highest.most > decides.most:
         verdict += (
             f" Another attack, which is not told from guessing, leaves {100 * highest.most:.0f} "

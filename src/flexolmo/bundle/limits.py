@@ -40,7 +40,7 @@ def parse_limits(
             below = "below 1" if name in no_percent else "below 1, or below 100%"
             expected = "one that is finite" if most == math.inf else f"one {below}"
             raise ConfigError(
-                f"{_shorten(part)} is above all that {name} can be, so that it demands nothing. "
+                f"{_shorten(part)} demands nothing: {name} is always within it. "
                 f'Expected {expected}, as in "{example}".'
             )
         limits[name] = limit

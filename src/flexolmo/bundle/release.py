@@ -55,8 +55,10 @@ MAX_BYTES = {
 MAX_FINDINGS_BYTES = 512 << 10  # of which recipe and router settings of a manifest have 128 << 10
 ADVICE = "Ask the owner to send the report again, or to make it again: flexolmo audit report."
 DEMANDS = {
-    "extraction": "share of training documents that the model writes when given their beginnings",
-    "membership_auc": "AUC of the strongest attack that tells training documents from others",
+    "extraction": "share of training documents that the model writes when given their beginnings, "
+    "upper end of its interval",
+    "membership_auc": "AUC of attacks that tell training documents from others, upper end of the "
+    "highest interval",
     "epsilon": "epsilon of the differential privacy that the bundle states",
 }
 UP_TO_ONE = ("extraction", "membership_auc")  # of DEMANDS: no value is above 1

@@ -59,18 +59,15 @@ def report(
     Example: flexolmo audit report code.bundle --data prepared/code --key code.pem
     --results audits/membership --results audits/extraction --stays audits/report
     """
-    import json
-
-    from flexolmo.audit.cards import bill_of_materials, data_card
     from flexolmo.audit.release import make_findings
     from flexolmo.audit.results import read_results
     from flexolmo.bundle.bundle import open_bundle
-    from flexolmo.bundle.release import BOM_FILE, DATA_CARD_FILE, PAGE_FILE, place_of, write_release
+    from flexolmo.bundle.release import place_of, write_release
     from flexolmo.bundle.signing import encode_public, key_id, read_private_key
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
     from flexolmo.files import write_bytes, write_json
-    from flexolmo.report.release_page import render_release
+    from flexolmo.report.release_page import make_shown, render_release
 
     out = out or place_of(bundle)
     if stays.exists() and not stays.is_dir():
@@ -100,15 +97,7 @@ def report(
         public=None if public is None else open_set(public),
     )
     findings = made.report.findings
-    cards = {
-        BOM_FILE: bill_of_materials(opened.manifest, findings, made.report.created),
-        DATA_CARD_FILE: data_card(opened.manifest, findings, made.report.created),
-    }
-    shown = {
-        name: (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode()
-        for name, card in cards.items()
-    }
-    shown[PAGE_FILE] = render_release(made.report).encode()
+    shown = make_shown(made.report, opened.manifest)
     write_json(
         stays / "report.json",
         {"report": made.report.model_dump(mode="json")} | made.stays,
@@ -139,7 +128,7 @@ def verify_report(
     """Check a release report: signed by the bundle's key, of this bundle, and not altered.
 
     With --require it fails, too, if the report is above a limit: the upper end of an interval
-    counts. It warns if the page is not the one that report.json makes.
+    counts. It warns if page or cards are not those that report.json makes.
 
     Example: flexolmo audit verify-report code.report --bundle code.bundle --trust trusted/
     """
@@ -149,7 +138,6 @@ def verify_report(
         DEMANDS,
         EXAMPLE,
         NO_PERCENT,
-        PAGE_FILE,
         UP_TO_ONE,
         check_release,
         demanded_values,
@@ -158,7 +146,7 @@ def verify_report(
         show_value,
     )
     from flexolmo.errors import SignatureError
-    from flexolmo.report.release_page import has_own_page
+    from flexolmo.report.release_page import find_unlike
 
     trusted = trusted_owners(trust, trust_any_signer)
     if trusted is None:
@@ -172,11 +160,12 @@ def verify_report(
     if require is not None:
         limits = parse_limits(require, DEMANDS, EXAMPLE, up_to_one=UP_TO_ONE, no_percent=NO_PERCENT)
         refuse_excess(find_excess(found.report.name, values, limits))
-    if not has_own_page(found):
+    unlike = find_unlike(found, opened.manifest)
+    if unlike:
         echo(
-            f"Warning: {path / PAGE_FILE} is not the page that this release of FlexOlmo makes of "
-            "report.json: another release wrote it, or its owner did. Believe report.json, which "
-            "the figures above are from.",
+            f"Warning: in {path}, {', '.join(unlike)} is not what this release of FlexOlmo makes "
+            "of report.json: another release wrote it, or its owner did. Believe report.json, "
+            "which the figures above are from.",
             err=True,
         )
     signer = opened.signer or "an unknown signer"

@@ -1,13 +1,24 @@
 """The page of `flexolmo audit report`: what a data-protection officer reads before a bundle leaves.
 
-Shows what `audit.release` found, and computes nothing. The copy that stays has two more parts.
+Shows what `audit.release` found, and computes nothing. The copy that stays has two more parts; the
+one that may leave has two cards beside it.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flexolmo.audit.cards import bill_of_materials, data_card
 from flexolmo.audit.results import AUDITS
-from flexolmo.bundle.release import PAGE_FILE, Release, ReleaseReport, show_value
+from flexolmo.bundle.manifest import Manifest
+from flexolmo.bundle.release import (
+    BOM_FILE,
+    DATA_CARD_FILE,
+    PAGE_FILE,
+    Release,
+    ReleaseReport,
+    show_value,
+)
 from flexolmo.files import canonical_json, parse_json
 from flexolmo.numbers import format_count, format_megabytes, format_percent
 from flexolmo.report.page import Block, Cell, Items, Row, Table, Text, render_page
@@ -18,6 +29,10 @@ _UNITS = {
     "sequence": "a stretch of one document: weak, for who has ten is protected by ten times "
     "epsilon",
 }
+_UNKNOWN = (
+    "Not known: there are no results of {}, or no stays_here.json lay beside them, as the attack "
+    "writes it."
+)
 _COMMANDS = {name: f"flexolmo audit {name}" for name in AUDITS} | {
     "canaries": "flexolmo audit canaries plant, then measure"
 }
@@ -28,18 +43,37 @@ def render_release(report: ReleaseReport, stays: Mapping[str, Any] | None = None
     return render_page([*_blocks(report, stays)], "html", {})
 
 
-def has_own_page(release: Release) -> bool:
-    """True if the page that was signed is the one that this release of FlexOlmo makes of the
-    claims, so that it says what they say and nothing else."""
+def make_shown(report: ReleaseReport, manifest: Manifest) -> dict[str, bytes]:
+    """The files of the copy that may leave which show the claims: page, bill and data card."""
+    findings = _read_again(report)
+    cards = {
+        BOM_FILE: bill_of_materials(manifest, findings, report.created),
+        DATA_CARD_FILE: data_card(manifest, findings, report.created),
+    }
+    shown = {
+        name: (json.dumps(card, indent=2, ensure_ascii=False) + "\n").encode()
+        for name, card in cards.items()
+    }
+    return {PAGE_FILE: render_release(report).encode()} | shown
+
+
+def _read_again(report: ReleaseReport) -> dict[str, Any]:
+    """The findings, with the order of keys that whoever reads the report gets."""
+    return dict(parse_json(canonical_json(report.findings)))
+
+
+def find_unlike(release: Release, manifest: Manifest) -> list[str]:
+    """Names of the files that were signed, but are not those that this release of FlexOlmo makes of
+    the claims, so that they may say something else."""
     try:
-        page = render_release(release.report)
+        shown = make_shown(release.report, manifest)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        return False  # findings of another form
-    return release.files[PAGE_FILE] == page.encode()
+        return [PAGE_FILE, BOM_FILE, DATA_CARD_FILE]  # findings of another form
+    return [name for name, data in shown.items() if release.files[name] != data]
 
 
 def _blocks(report: ReleaseReport, stays: Mapping[str, Any] | None) -> Iterator[Block]:
-    found = parse_json(canonical_json(report.findings))  # the order of keys is as when read again
+    found = _read_again(report)
     yield Text(f"Release report: {report.name}", "h1")
     yield Text(
         f"Bundle number {report.serial} of {report.owner}. For the owner and the owner's "
@@ -93,7 +127,7 @@ def _glance(found: Mapping[str, Any]) -> Table:
                 _control(made),
             ]
         )
-    head = ["question", "answer", "figure that decides, with its 95 % interval", "control"]
+    head = ["question", "answer", "figure that decides, with its 95\u00a0% interval", "control"]
     return Table(
         "Levels go by the upper end of the interval, of the expert alone or in its mixture",
         head,
@@ -201,7 +235,7 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
             [[r["model"], r["measure"], figure_of(r), _chance(r)] for r in made["rows"]],
             "llr",
         )
-        how = ", ".join(f"{k} {v}" for k, v in made["settings"].items())
+        how = _in_words(made["settings"])
         twin = ""
         if made["is_of_a_twin"]:
             twin = (
@@ -217,6 +251,11 @@ def _attacks(found: Mapping[str, Any]) -> Iterator[Block]:
                 for name in found["not_made"]
             ]
         )
+
+
+def _in_words(settings: Mapping[str, Any]) -> str:
+    """Settings for people, by name."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in settings.items())
 
 
 def _doubt(made: Mapping[str, Any]) -> str:
@@ -240,14 +279,15 @@ def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator
     text = found["text"] if stays is None else stays["text"]
     counts = text["counts"]
 
-    def said(count: int | None) -> str:
-        return f"fewer than {found['least_documents']}" if count is None else f"{count:,}"
+    def said(count: int | None, withheld: str = f"fewer than {found['least_documents']}") -> str:
+        return withheld if count is None else f"{count:,}"
 
     yield Text("The text", "h2")
     unit = "documents" if data["unit_field"] is None else f"units, by {data['unit_field']}"
     rows: list[Row] = [
         [f"Source {unit}, in the training split", said(counts["documents"])],
-        ["Bytes; tokens", f"{said(counts['bytes'])}; {said(counts['tokens'])}"],
+        ["Bytes", said(counts["bytes"], "not told")],
+        ["Tokens", said(counts["tokens"], "not told")],
         ["Left out, being in the public set too", said(counts["removed_as_public"])],
         ["Licences", "; ".join(data["licences"]) or "–"],
     ]
@@ -257,7 +297,12 @@ def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator
         "of people, are not found",
         ["kind", "documents", "matches", "counted is, and is not"],
         [
-            [kind, said(x["documents"]), said(x["matches"]), found["limits_of_patterns"][kind]]
+            [
+                kind,
+                said(x["documents"]),
+                said(x["matches"], "not told"),
+                found["limits_of_patterns"][kind],
+            ]
             for kind, x in text["personal"].items()
         ],
         "lrrl",
@@ -268,7 +313,8 @@ def _text(found: Mapping[str, Any], stays: Mapping[str, Any] | None) -> Iterator
         return
     short = "An untold share (the text is too short)"
     if overlap["short"] is not None:
-        short = format_percent(overlap["short"], 0)
+        is_less = overlap["short"] < 0.01
+        short = "Less than 1 %" if is_less else format_percent(overlap["short"], 0)
     yield Text(
         f"{short} of all spans of {overlap['short_tokens']} tokens occur word for word in the "
         f"public set's training text. A span of {overlap['long_tokens']} tokens that does is in "
@@ -281,11 +327,10 @@ def _training(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
     training = found["training"]
     recipe = training["recipe"]
     steps = recipe.get("train", {}) if isinstance(recipe.get("train"), dict) else {}
-    sizes = ", ".join(f"{k} {v}" for k, v in training["architecture"].items())
     yield Text("What was trained", "h2")
     rows: list[Row] = [
         ["Parts that training could change", str(recipe.get("scope", "–"))],
-        ["Sizes", sizes],
+        ["Sizes", _in_words(training["architecture"])],
         ["Parameters", format_count(training["parameters"])],
         ["Bytes of weights", f"{format_megabytes(training['weights_bytes'])} MB"],
         [
@@ -327,13 +372,15 @@ def _checking(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
             "note",
         )
     yield Text(
-        f"flexolmo audit verify-report {report.name}.report --bundle {report.name}.bundle", "pre"
+        f"flexolmo audit verify-report {report.name}.report --bundle {report.name}.bundle "
+        "--trust DIRECTORY_OF_OWNERS",
+        "pre",
     )
 
 
 def _hits(stays: Mapping[str, Any]) -> Iterator[Block]:
     yield Text("Known by heart (stays here)", "h2")
-    memorised: Sequence[Mapping[str, Any]] = stays["memorised"]
+    memorised: Sequence[Mapping[str, Any]] | None = stays["memorised"]
     if memorised:
         yield Table(
             "The longest span of each document that the model wrote word for word, after its "
@@ -350,10 +397,12 @@ def _hits(stays: Mapping[str, Any]) -> Iterator[Block]:
             ],
             "lrl",
         )
+    elif memorised is None:
+        yield Text(_UNKNOWN.format("extraction"))
     else:
-        yield Text("Extraction wrote no span worth showing, or was not made.")
+        yield Text("Extraction wrote no span that is long enough to be shown.")
     yield Text("Documents hit worst by membership attacks (stays here)", "h2")
-    worst: Sequence[Mapping[str, Any]] = stays["worst_documents"]
+    worst: Sequence[Mapping[str, Any]] | None = stays["worst_documents"]
     if worst:
         yield Table(
             "Documents of the training split that the strongest attack is surest of",
@@ -369,5 +418,7 @@ def _hits(stays: Mapping[str, Any]) -> Iterator[Block]:
             ],
             "lrl",
         )
+    elif worst is None:
+        yield Text(_UNKNOWN.format("membership"))
     else:
-        yield Text("Membership was not attacked.")
+        yield Text("The attack on membership lists no document.")
