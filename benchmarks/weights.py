@@ -1,4 +1,4 @@
-"""What merging, removing, exporting and loading take of memory, reading and time, in gigabytes.
+"""Memory, reading and time that merging, removing, exporting and loading take, in gigabytes.
 
     .venv/bin/python benchmarks/weights.py [--gigabytes 1,2,4,9] [--room DIR] [--out FILE]
 
@@ -201,7 +201,7 @@ def load_two(root: Path, verify: bool = False) -> dict[str, Any]:
 
 
 def load_two_verify(root: Path) -> dict[str, Any]:
-    """The same, hashed again."""
+    """Load two of the eight experts, hashed again."""
     return load_two(root, verify=True)
 
 
@@ -249,7 +249,7 @@ JOBS = {
 
 
 def run_job(name: str, root: Path) -> dict[str, Any]:
-    """What a job found, in a process of its own, with what each file was touched."""
+    """Figures of a job that ran in a process of its own, and how much of each file it touched."""
     files = sorted(f for f in root.rglob("*.safetensors"))
     forget(files)
     own = {"FLEXOLMO_CACHE": str(root / "cache"), "XDG_CONFIG_HOME": str(root / "config")}

@@ -511,7 +511,8 @@ class Begun:
     @property
     def bundle(self) -> Bundle:
         """The bundle, without anything of its weights."""
-        small, sizes = self._files.small, self._files.sizes
+        small = self._files.small
+        sizes = self._files.sizes
         return Bundle(
             self._manifest,
             self._signer,
@@ -530,7 +531,8 @@ class Begun:
     ) -> Bundle:
         """The bundle after every other check; to be called once. Arguments and errors are those of
         `open_bundle`; without a `day` the caller judges the terms."""
-        files, manifest = self._files, self._manifest
+        files = self._files
+        manifest = self._manifest
         (file,) = files.weights
         identity = Identity.of(file.fileno())
         is_alone = known is not None or self.is_ours_alone()
@@ -619,7 +621,8 @@ def _find_content_problems(
         lines.append(
             f"{WEIGHTS_FILE}: found digest {weights.digest}, expected {manifest.weights_digest}"
         )
-    found, expected = weights.tensors, manifest.tensors
+    found = weights.tensors
+    expected = manifest.tensors
     lines += compare_tensors(found, {name: entry.shape for name, entry in expected.items()})
     for name in sorted(found.keys() & expected.keys()):
         if found[name].dtype != expected[name].dtype:

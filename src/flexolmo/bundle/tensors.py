@@ -92,7 +92,9 @@ def _read_span(name: str, entry: Any, data_begin: int, size: int) -> Span | str:
         return f"{name[:200]!a}: a tensor's name has 1 to 200 of A-Z a-z 0-9 _ . -"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return f"{name}: expected exactly dtype, shape and data_offsets"
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    shape = entry["shape"]
+    offsets = entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _EXPONENT_BITS:
         return f"{name}: found dtype {ascii(dtype)[:40]}, expected one of {sorted(_EXPONENT_BITS)}"
     if not isinstance(shape, list) or not all(type(n) is int and 1 <= n < 2**53 for n in shape):

@@ -50,8 +50,10 @@ def find_reach(
     for e in experts:
         if expert_shapes(config, e.shape, router).keys() - e.largest.keys():
             return math.inf
-    D, F = config.d_model, max([config.d_ff, *(e.shape.d_ff for e in experts)])
-    queries, keys = config.num_heads * config.d_head, config.kv_heads * config.d_head
+    D = config.d_model
+    F = max([config.d_ff, *(e.shape.d_ff for e in experts)])
+    queries = config.num_heads * config.d_head
+    keys = config.kv_heads * config.d_head
     reached = [*anchor.values(), *(value for e in experts for value in e.largest.values())]
 
     def most(name: str) -> float:

@@ -93,7 +93,8 @@ class SeenWeights:
         moved = self.moved.setdefault(part, torch.zeros(len(base), dtype=torch.bool))
         begin = at // numbers.element_size()
         if span.shape == base.shape:
-            first, last = begin // width, (begin + len(numbers) - 1) // width
+            first = begin // width
+            last = (begin + len(numbers) - 1) // width
             rows = base[first : last + 1].cpu().reshape(-1)
             is_new = numbers != rows[begin - first * width :][: len(numbers)]
         else:
@@ -236,7 +237,8 @@ def find_differences(
     anchor: Anchor, manifests: Sequence[Manifest], router: Any = None
 ) -> list[str]:
     """A line for each way in which experts do not go together: names, routers, equal tensors."""
-    lines, seen = [], set()
+    lines: list[str] = []
+    seen: set[str] = set()
     for m in manifests:
         if m.name in seen:
             lines.append(f"{m.name}: two experts have this name")

@@ -124,7 +124,8 @@ def refit_router(
 
 
 def with_stock_router(model: MixtureModel, rows: Sequence[Tensor]) -> MixtureModel:
-    """The same experts under a linear router without bias; `rows` are [E,D], one a layer.
+    """A mixture of the experts of `model`, sharing their matrices, under a linear router without
+    bias that has these `rows`, [E,D] a layer.
 
     Attention reaches over documents, as in stock, which has no document mask.
     """

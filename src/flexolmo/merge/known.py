@@ -52,7 +52,8 @@ def remember_bundle(path: Path, bundle: Bundle, record: VerifiedFiles | None) ->
 
 
 def remember_moved(path: Path, bundle: Bundle, record: VerifiedFiles | None) -> None:
-    """Keep that of a bundle that has come to `path` since it was opened."""
+    """Keep that the weights in `path` passed every check, if they are those of `bundle`, which was
+    opened elsewhere and has been moved or linked to `path` since."""
     remember_bundle(path, replace(bundle, verified=find_again(bundle.verified, path)), record)
 
 

@@ -173,7 +173,8 @@ def add_experts(
     trusted = _require(trusted)
     model_dir = Path(model_dir)
     with _hold(model_dir):
-        about, sources = read_about(model_dir), [Path(b) for b in bundles]
+        about = read_about(model_dir)
+        sources = [Path(b) for b in bundles]
         if admission is None and about["influence"]:
             raise MergeError(
                 f"{model_dir} keeps what its experts do to text that is not their owners', which "
@@ -527,7 +528,8 @@ def _write(
         release = copy.deepcopy(about.get("release"))
         reports: list[str] = []
         for name, entry in about["experts"].items():
-            source, target = (d / "experts" / f"{name}.bundle" for d in (out, aside))
+            source = out / "experts" / f"{name}.bundle"
+            target = aside / "experts" / f"{name}.bundle"
             with _naming(target, source):
                 known = find_known(source, entry["files"], record)
                 place, options = link_or_copy(source, target, trusted)

@@ -82,7 +82,8 @@ _FILES = (
 def look_at(tensor: Tensor) -> tuple[str, float]:
     """Digest of dtype, shape and bytes, and the largest absolute value, of numbers in whatever
     memory, in pieces: infinity if not all are finite."""
-    kind, bits = dtype_name(tensor.dtype), 0
+    kind = dtype_name(tensor.dtype)
+    bits = 0
     head = json.dumps([str(tensor.dtype), list(tensor.shape)]).encode()
     found = hashlib.sha256(head)
     for piece in pieces_of(tensor):
@@ -327,7 +328,8 @@ def load_anchor(
         rows = found["public.router_rows"]
     except (OSError, KeyError, safetensors.SafetensorError) as e:
         raise CheckpointError(f"{directory}/public.safetensors cannot be read: {e}.") from None
-    tokenizer, version = load_tokenizer(directory), about["format_version"]
+    tokenizer = load_tokenizer(directory)
+    version = about["format_version"]
     anchor = build_anchor(model, tokenizer, public, rows, about["record"], version, forms, verified)
     if anchor.digest != about.get("digest"):
         raise CheckpointError(

@@ -134,7 +134,7 @@ class StockConfig(BaseModel):
 
 
 class StockMixtureConfig(StockConfig):
-    """The same of a stock mixture."""
+    """config.json of a stock mixture: that of a dense model, and how its experts are routed."""
 
     num_experts: Size | None = None
     num_local_experts: Size | None = Field(None, description="Another name of num_experts.")
@@ -188,7 +188,8 @@ def read_stock(
         )
     chosen = DTYPES[name] if name is not None else dtypes.pop()
     tensors = {n: t.to(chosen) for n, t in tensors.items()}
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    embedding = "model.embed_tokens.weight"
+    head = "lm_head.weight"
     if config.tie_word_embeddings and embedding in tensors:
         if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointError(
@@ -217,7 +218,8 @@ def read_stock_config(directory: Path, kind: type[Kind]) -> Kind:
 def read_tensors(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a stock checkpoint, mapped from one file or from those its index names."""
     directory = Path(directory)
-    single, index = directory / "model.safetensors", directory / INDEX
+    single = directory / "model.safetensors"
+    index = directory / INDEX
     for other in (index, directory / "adapter_config.json"):
         if other.exists() and (single.exists() or other != index):
             raise CheckpointError(
@@ -245,6 +247,10 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def files_of_index(index: Path) -> list[str]:
+    """Names of the safetensors files, all beside `index`, that it spreads the tensors over.
+
+    Raises CheckpointError for an index of another form, or one that names anything else.
+    """
     raw = read_json(index, CheckpointError)
     where = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(where, dict) or not where:
