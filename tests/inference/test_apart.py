@@ -253,7 +253,7 @@ def test_closing_does_not_wait_for_a_process_that_starts(start, model):
     engine = start("starts slowly")
     first = engine.process_id
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: engine.process_id != first)
+    wait_until(lambda: engine.process_id != first, seconds=60)
     before = time.monotonic()
     engine.close(0)
     assert time.monotonic() - before < 10
@@ -270,7 +270,7 @@ def test_a_start_that_takes_too_long_is_ended(start, monkeypatch):
         ids.add(engine.process_id)
         return len(ids) >= 3
 
-    wait_until(has_had_three)
+    wait_until(has_had_three, seconds=60)
 
 
 def test_a_process_that_takes_in_no_more_is_given_up(start, monkeypatch):
@@ -284,7 +284,7 @@ def test_a_process_that_takes_in_no_more_is_given_up(start, monkeypatch):
             heard.append(Heard())
             engine.submit(big, heard[-1])
     assert all(h.ended.reason == "failed" for h in heard[:-1])
-    wait_until(lambda: engine.process_id != before)
+    wait_until(lambda: engine.process_id != before, seconds=60)
 
 
 def test_a_request_that_cannot_be_sent_leaves_nothing(start):
