@@ -32,7 +32,7 @@ class Client(HttpUser):
         if number >= len(REQUESTS):
             raise StopUser
         asked = REQUESTS[number]
-        found = {"number": number, "text": "", "times": [], "status": 0}
+        found = {"number": number, "text": "", "times": [], "status": 0, "scores": []}
         start = time.perf_counter()
         with self.client.post(
             "/v1/completions",
@@ -49,8 +49,11 @@ class Client(HttpUser):
                 self._read_stream(reply, found, start)
             else:
                 body = reply.json()
-                found["text"] = body["choices"][0]["text"]
-                found["ended"] = body["choices"][0]["finish_reason"]
+                (choice,) = body["choices"]
+                found["text"] = choice["text"]
+                found["ended"] = choice["finish_reason"]
+                found["scores"] = _scores_of(choice)
+                found["cached"] = body["usage"]["prompt_tokens_details"]["cached_tokens"]
                 found["told"] = body["flexolmo"]
                 found["times"].append(time.perf_counter() - start)
             reply.success() if found.get("told") else reply.failure(found.get("error", "no end"))
@@ -72,4 +75,10 @@ class Client(HttpUser):
                     found["text"] += choice["text"]
                     found["times"].append(time.perf_counter() - start)
                 found["ended"] = choice["finish_reason"] or found.get("ended")
+                found["scores"] += _scores_of(choice)
             found["told"] = event.get("flexolmo") or found.get("told")
+
+
+def _scores_of(choice) -> list[float]:
+    """Log-probabilities of the tokens of a reply, if they were asked for."""
+    return choice["logprobs"]["token_logprobs"] if choice["logprobs"] else []
