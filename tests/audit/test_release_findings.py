@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,17 @@ def test_a_guarantee_is_told_with_all_its_numbers(house, pico_sets, tmp_path):
     assert "no epsilon covers it" in page  # the report itself
 
 
+@pytest.mark.parametrize("value", ["much", True, 10**400, [8], None])
+def test_settings_of_a_router_that_are_no_numbers_are_not_told(attacked, pico_sets, value):
+    bundle = opened(attacked)
+    router = bundle.manifest.router
+    settings = dict.fromkeys(("epsilon", "delta", "min_documents"), value)
+    changed = router.model_copy(update={"settings": settings})
+    manifest = bundle.manifest.model_copy(update={"router": changed})
+    made = make_findings(replace(bundle, manifest=manifest), pico_sets["maths"], [])
+    assert "The router's table" not in render_release(made.report)
+
+
 def test_results_of_another_bundle_are_refused(house, attacked, given_results, pico_sets, tmp_path):
     again = house.write(
         tmp_path,
@@ -185,7 +197,9 @@ def test_canaries_that_contradict_the_epsilon_that_is_stated_are_much(tmp_path):
     found = Results("canaries", tmp_path, canaries({}), None)
     assert summarise(found, None).level == "much"  # by their AUC
     assert summarise(found, 8.0).level == "little"
+    assert summarise(found, None).headline.unit == "auc"
     contradicted = summarise(found, 2.0)
+    assert contradicted.headline.unit == "epsilon" and contradicted.headline.value == 2.6
     assert contradicted.level == "much" and "do not release" in contradicted.verdict
 
 
@@ -469,6 +483,33 @@ def test_what_stays_in_another_form_is_refused_plainly(attacked, pico_sets, tmp_
     (tmp_path / room.STAYS_FILE).write_text(json.dumps(stays))
     with pytest.raises(DataError, match="ake the attack again"):
         make_findings(opened(attacked), pico_sets["maths"], [read_results(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("auc", "spelled", "level"),
+    [
+        ([0.48, 0.54], [0.0, 0.2], "little"),
+        ([0.48, 0.54], [0.3, 0.5], "some"),  # more than public pairs spell
+        ([0.45, 0.75], [0.1, 0.3], "unclear"),
+        ([0.45, 0.75], [0.3, 0.5], "some"),
+        ([0.7, 0.9], [0.3, 0.5], "much"),
+    ],
+)
+def test_a_table_is_judged_by_documents_and_by_words_of_one_document(tmp_path, auc, spelled, level):
+    def share(interval):
+        return {"share": sum(interval) / 2, "interval": interval}
+
+    found = {
+        "count_recovery": {"determined": share([0.0, 0.1])},
+        "rare_words": {"spelled": share(spelled), "by_public": share([0.05, 0.2])},
+        "membership": {"calibrated": {"auc": sum(auc) / 2, "interval": auc}},
+        "token_presence": {},
+        "tokens": {"told": 30, "pairs": 40},
+        "min_documents": 8,
+        "epsilon": None,
+    }
+    summary = summarise(Results("statistics", tmp_path, found, None), None)
+    assert summary.level == level and "30 tokens and 40 pairs" in summary.verdict
 
 
 def test_relearning_that_brings_something_back_is_much(tmp_path):

@@ -290,10 +290,16 @@ def _guarantee(m: Manifest) -> dict[str, Any]:
     budget = stated_budget(m)
     return {
         "budget": None if budget is None else budget.model_dump(mode="json"),
-        "table_epsilon": settings.get("epsilon"),
-        "table_delta": settings.get("delta"),
-        "least_documents": settings.get("min_documents"),
+        "table_epsilon": _stated_number(settings.get("epsilon")),
+        "table_delta": _stated_number(settings.get("delta")),
+        "least_documents": _stated_number(settings.get("min_documents")),
     }
+
+
+def _stated_number(value: Any) -> float | None:
+    """`value` of a router's settings, which nobody checked, if it is a number of the size of one
+    that means something; else None."""
+    return value if type(value) in (int, float) and 0 <= value <= 1e9 else None
 
 
 # --- for the owner alone ------------------------------------------------------------------------

@@ -389,7 +389,8 @@ def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
             Row(SUBJECTS[subject], "epsilon, at least", "epsilon", bound, None, None, 0.0)
         )
     worst, level = _judge([row for row in rows if row.model in _MODELS_WITH_IT])
-    bound = _found(_worst(bounds)).value
+    highest = _found(_worst(bounds))
+    bound = highest.value
     said = f"Whoever guesses which canaries were planted shows an epsilon of at least {bound:.1f}. "
     if epsilon is None:
         said += "No epsilon is stated that this could contradict."
@@ -400,7 +401,9 @@ def _canaries(found: Mapping[str, Any], epsilon: float | None) -> Summary:
         said += f"The {epsilon:g} that is stated is not contradicted, which does not prove it."
         level = "little"
     settings = found["run"]["config"] | {"planted": found["planted"], "tokens": found["tokens"]}
-    return Summary(rows + bounds, worst, level, said, found["canaries"], settings, _control(found))
+    decides = worst if epsilon is None else highest
+    count = found["canaries"]
+    return Summary(rows + bounds, decides, level, said, count, settings, _control(found))
 
 
 def _relearning(found: Mapping[str, Any], _: float | None) -> Summary:
@@ -443,7 +446,15 @@ def _statistics(found: Mapping[str, Any], _: float | None) -> Summary:
         measure = "a document's membership, by who has others of its kind"
         add(measure, members["calibrated"], 0.5)
     areas = [row for row in rows if row.unit == "auc"]
-    worst, level = _judge(areas) if areas else (None, "unclear")
+    worst = None
+    level = "unclear"
+    if areas:
+        worst, level = _judge(areas)
+    by_public = words["by_public"]["interval"]
+    spelled = words["spelled"]["interval"]
+    is_spelled = None not in (by_public, spelled) and spelled[0] > by_public[1]
+    if is_spelled and level in ("little", "unclear"):
+        level = "some"  # words of one document, which public pairs do not spell
     tokens = found["tokens"]
     how = f"each in at least {found['min_documents']} documents"
     if found["epsilon"] is not None:

@@ -178,6 +178,9 @@ def _promise(found: Mapping[str, Any]) -> Iterator[Block]:
             f"{budget['delta']:g}: whatever else somebody knows, and whatever attack they think "
             "of. This holds for the weights and the router's table together."
         )
+        of_the_table = ""
+        if guarantee["table_epsilon"] is not None:
+            of_the_table = f" (alone, epsilon {guarantee['table_epsilon']:.4g})"
         unit = _UNITS.get(budget["unit"], "all texts of one value of the field named below")
         rows: list[Row] = [
             ["Protected as one", f"{budget['unit']}: {unit}"],
@@ -187,10 +190,7 @@ def _promise(found: Mapping[str, Any]) -> Iterator[Block]:
             ["Sampling", f"{budget['sampling']}, rate {budget['sampling_rate']:.4g}"],
             ["Steps", f"{budget['steps']:,}"],
             ["Noise of a step", f"{budget['noise']:.4g} clipping norms"],
-            [
-                "Noise of the table",
-                f"{budget['table_noise']:.4g} (epsilon {guarantee['table_epsilon']})",
-            ],
+            ["Noise of the table", f"{budget['table_noise']:.4g}{of_the_table}"],
             ["Accountant", str(budget["accountant"])],
         ]
         yield Table(
@@ -204,7 +204,7 @@ def _promise(found: Mapping[str, Any]) -> Iterator[Block]:
             "follows is what attacks found, and another attack may find more.",
             term="In plain words: ",
         )
-        if guarantee["table_epsilon"] is not None:
+        if None not in (guarantee["table_epsilon"], guarantee["table_delta"]):
             yield Text(
                 f"The router's table alone is noised, to epsilon {guarantee['table_epsilon']:g} "
                 f"and delta {guarantee['table_delta']:g}; the weights are not."
