@@ -307,6 +307,14 @@ def test_the_file_that_was_verified_is_mapped_whatever_is_in_its_place(
     found.refuse_changed_files()
 
 
+def test_a_file_cut_short_before_it_is_mapped_is_refused(house, tmp_path, monkeypatch):
+    model = house.build(["amber"], tmp_path / "m", "stock")
+    path, real = weights_of(model, "amber"), mixture_room.map_expert
+    monkeypatch.setattr(mixture_room, "map_expert", lambda *a: os.truncate(path, 4096) or real(*a))
+    with pytest.raises(MergeError, match="The weights of amber changed while they were read"):
+        load_mixture(model, house.trusted, is_mapped=True)
+
+
 @pytest.mark.parametrize("name", ["amber", "anchor"])
 def test_a_file_that_changes_while_it_is_exported_spoils_the_export(house, tmp_path, name):
     model = house.build(NAMES, tmp_path / "m", "stock")

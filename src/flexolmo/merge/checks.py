@@ -17,6 +17,7 @@ from torch import Tensor
 from flexolmo.bundle.bundle import Bundle
 from flexolmo.bundle.manifest import Manifest
 from flexolmo.bundle.tensors import Span, Watch, compare_tensors
+from flexolmo.errors import MergeError
 from flexolmo.merge.bounds import SAFE, Extremes, find_reach
 from flexolmo.model.assemble import anchor_matrix, expert_tensors
 from flexolmo.model.checkpoint import Anchor, digest_data
@@ -125,15 +126,20 @@ class ExpertFiller:
 
 def map_expert(model: MixtureModel, name: str, weights: Path) -> None:
     """Let an expert's matrices in `model` stay in its verified file `weights`; of all else, which
-    is small, a copy is made."""
-    with safetensors.safe_open(weights, framework="pt") as file:
-        for key, place in expert_tensors(model, name).items():
-            tensor = file.get_tensor(key)
-            if place.dim() == 2 and place.dtype == tensor.dtype:
-                place.data = tensor
-            else:
-                with torch.no_grad():
-                    place.copy_(tensor)
+    is small, a copy is made. Raises MergeError if the file is not whole any more."""
+    try:
+        with safetensors.safe_open(weights, framework="pt") as file:
+            for key, place in expert_tensors(model, name).items():
+                tensor = file.get_tensor(key)
+                if place.dim() == 2 and place.dtype == tensor.dtype:
+                    place.data = tensor
+                else:
+                    with torch.no_grad():
+                        place.copy_(tensor)
+    except (OSError, ValueError, safetensors.SafetensorError) as e:
+        raise MergeError(
+            f"The weights of {name} changed while they were read: {e}. Begin again at rest."
+        ) from None
 
 
 def find_misfits(anchor: Anchor, bundle: Bundle, seen: SeenWeights | None = None) -> list[str]:
