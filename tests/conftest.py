@@ -37,11 +37,13 @@ from flexolmo.model.statistics import UNTOLD, BigramModel, EvidenceSettings, log
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
+from made_commands import build_commands_once
 from made_documents import write_documents
 from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
+build_commands_once()
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
 settings.load_profile("untimed")

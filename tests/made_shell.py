@@ -16,10 +16,13 @@ import sys
 import traceback
 from pathlib import Path
 
+import typer.main
+
 import made_documents
 from flexolmo.data.corpus import DOCUMENTS, FORMAT
 from flexolmo.data.documents import Document, write_documents
 from flexolmo.files import digest_bytes, digest_file, write_json
+from made_commands import build_commands_once
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 600
@@ -88,8 +91,10 @@ def serve(address: str) -> None:
     """Fork for every client and run the command line as its process; never returns."""
     for name in PRELOADED:
         importlib.import_module(name)
-    from flexolmo.cli import main
+    from flexolmo.cli import app, main
 
+    build_commands_once()
+    typer.main.get_command(app)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()

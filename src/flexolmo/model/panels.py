@@ -119,8 +119,8 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
         while compared < ENOUGH_NUMBERS:
             generator = torch.Generator().manual_seed(compared)
             rows = torch.randn(REFERENCE_ROWS, d_in, generator=generator)
-            some = torch.randn(NUMBERS_TO_TRY, generator=generator)
-            some = some.repeat(-(-d_in * step // NUMBERS_TO_TRY))
+            some = torch.randn(min(NUMBERS_TO_TRY, d_in * step), generator=generator)
+            some = some.repeat(-(-d_in * step // len(some)))
             matrix = some[: d_in * step].view(d_in, step)[:, :d_out]
             panels = _cut(matrix)
             right = _multiply(rows, matrix, panels)
