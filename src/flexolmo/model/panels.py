@@ -112,7 +112,7 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
     in whatever place. Found by trying, with rows of the matrix that begin `step` numbers apart.
     Raises ConfigError if these have not."""
     if n <= PANEL_ROWS:
-        d_out = min(d_out, COLUMNS_TO_TRY)  # other panels are read as these are
+        d_out = min(-(-d_out // WIDTH) * WIDTH, COLUMNS_TO_TRY)  # whole panels, all read alike
         step = d_out
     compared = 0
     with torch.inference_mode():
