@@ -223,6 +223,8 @@ def least_tiles(
     """
     most = in_all or max(MOST_TILES, 2 * num_threads)
     tiles = in_all or 2 * most
+    if tiles * tile == 1:
+        return 1  # a row by itself
     wrong: set[int] = set()
     compared = 0
     with torch.inference_mode():
@@ -230,11 +232,11 @@ def least_tiles(
             x, weight = _to_try(compared, (tiles, tile, d_in), d_out, step, dtype, device)
             right = _multiply(x, weight).view(tiles, tile, d_out)
             for count in range(1, most + 1):
+                shift = count % tile  # within each tile
+                expected = right.roll(shift, 1).flatten(0, 1)
                 for place in {0, (tiles - count) // 2, tiles - count}:
-                    shift = count % tile  # within each tile
                     found = _multiply(x[place : place + count].roll(shift, 1), weight)
-                    found = found.view(count, tile, d_out).roll(-shift, 1)
-                    if not torch.equal(found, right[place : place + count]):
+                    if not torch.equal(found, expected[place * tile : (place + count) * tile]):
                         wrong.add(count)
                     compared += found.numel()
     least = max(wrong, default=0) + 1
