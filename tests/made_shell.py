@@ -28,6 +28,9 @@ ROOT = Path(__file__).parents[1]
 SECONDS = 600
 MADE_SETS = (("public", "public", 150), ("code", "maths", 60), ("academic", "news", 60))
 PRELOADED = (
+    "flexolmo.audit.access",
+    "flexolmo.inference.generate",
+    "flexolmo.merge.mixture",
     "flexolmo.merge.export",
     "flexolmo.report.plots",
     "flexolmo.research.tasks.run",

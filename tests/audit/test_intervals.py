@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import auc, roc_auc_score
+from sklearn.metrics import auc, roc_auc_score, roc_curve
 
 from flexolmo.audit.intervals import area, caught, roc
 
@@ -19,6 +19,8 @@ def test_area_and_curve_are_scikit_learns(yes, no):
     curve = roc(yes, no)
     assert curve[0] == [0, 0] and curve[-1] == [1, 1]
     assert auc(*zip(*curve, strict=True)) == pytest.approx(expected)
+    false, true, _ = roc_curve(labels, np.concatenate([yes, no]))
+    assert curve == [list(point) for point in zip(false, true, strict=True)]
 
 
 def test_a_long_curve_keeps_its_ends():

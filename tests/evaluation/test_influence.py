@@ -57,9 +57,10 @@ LIMITS = {"public": 0.02, "forms": 0.03, "others": 0.03, "claims": 0.2}
 def less_text():
     """A fraction of the text, for speed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "PUBLIC_BYTES", 4000)
-        patch.setattr(room, "FORM_BYTES", 600)
-        patch.setattr(room, "OWN_TOKENS", 48)
+        patch.setattr(room, "PUBLIC_BYTES", 3000)
+        patch.setattr(room, "FORM_BYTES", 300)
+        patch.setattr(room, "OWN_SEQUENCES", 12)
+        patch.setattr(room, "OWN_TOKENS", 24)
         yield
 
 
@@ -165,7 +166,7 @@ def test_measures_are_those_of_reading_by_hand(town, village, honest):
     def bits(windows, on):
         return read_windows(mixture.model, windows, enabled=on).bits_per_byte
 
-    written = own_windows(mixture, tokens=room.OWN_TOKENS, seed=5)["news"]
+    written = own_windows(mixture, room.OWN_SEQUENCES, room.OWN_TOKENS, seed=5)["news"]
     found = honest["experts"]["maths"]["others"]["news"]
     pair = read_windows(mixture.model, written, enabled=["maths", "news"])
     assert found["change"] == pytest.approx(pair.bits_per_byte / bits(written, ["news"]) - 1)
@@ -194,14 +195,16 @@ def test_forms_are_of_text_that_nobody_trained_on(town, village):
         assert any(all(line in text for line in lines if line) for text in documents)
 
 
-def test_the_seed_decides_what_is_written(town, honest):
+def test_the_seed_decides_what_is_written(town, monkeypatch):
+    monkeypatch.setattr(room, "PUBLIC_BYTES", 300)
+    monkeypatch.setattr(room, "OWN_SEQUENCES", 2)
     bundles = [town.bundles["maths"], town.bundles["news"]]
     drawn = [
         check_bundles(bundles, town.public, town.trusted, anchor_dir=town.anchor) for _ in range(2)
     ]
-    assert len({found["seed"] for found in (honest, *drawn)}) == 3
-    others = [f["experts"]["maths"]["others"]["news"]["change"] for f in (honest, *drawn)]
-    assert len(set(others)) == 3
+    assert drawn[0]["seed"] != drawn[1]["seed"]
+    others = [found["experts"]["maths"]["others"]["news"]["change"] for found in drawn]
+    assert others[0] != others[1]
 
 
 def test_an_expert_writes_its_own_text_and_leaves_the_model_as_it_was(town, village):
@@ -278,21 +281,23 @@ def test_what_is_no_limit_is_refused_with_an_example(text):
 
 
 @pytest.mark.parametrize(
-    "name, measure",
-    [("everything", "public"), ("huge", "claims"), ("rival", "others"), ("everything", "forms")],
+    "name, measures",
+    [("everything", ("public", "forms")), ("huge", ("claims",)), ("rival", ("others",))],
 )
 def test_a_hostile_expert_is_refused_and_nothing_has_changed(
-    town, village, tmp_path, name, measure
+    town, village, tmp_path, name, measures
 ):
     before = tree(village)
-    judge = admission(town.public, {measure: LIMITS[measure]})
-    with pytest.raises(MergeError, match=rf"  {name}: {measure}"):
+    judge = admission(town.public, {measure: LIMITS[measure] for measure in measures})
+    with pytest.raises(MergeError) as added:
         add_experts(village, [town.bundles[name]], town.trusted, admission=judge)
     assert tree(village) == before
     bundles = [town.bundles[n] for n in ("maths", "news", name)]
-    with pytest.raises(MergeError, match=rf"  {name}: {measure}"):
+    with pytest.raises(MergeError) as built:
         build_mixture(town.anchor, bundles, tmp_path / "m", town.trusted, admission=judge)
     assert not list(tmp_path.iterdir())
+    for refused in (added, built):
+        assert all(f"  {name}: {measure}" in str(refused.value) for measure in measures)
 
 
 def test_several_alike_do_not_hide_one_another(town):

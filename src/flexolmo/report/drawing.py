@@ -67,7 +67,14 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def save_figure(fig: Figure, path: Path, dpi: int = 160, *, is_private: bool = False) -> None:
-    """Write `fig` as `path`, a PNG, and as an SVG beside it, each all or nothing, with no date."""
+    """Write `fig` as `path`, a PNG, and as an SVG beside it, each all or nothing, with no date.
+
+    Its parts are laid out once, for both.
+    """
+    with rc_context(STYLE):
+        fig.set_dpi(dpi)
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
     for kind, metadata in (("png", {}), ("svg", {"Date": None})):
         file = Path(path).with_suffix(f".{kind}")
         with rc_context(STYLE), write_aside(file, is_private=is_private) as aside:

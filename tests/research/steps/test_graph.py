@@ -368,8 +368,8 @@ def test_a_step_runs_with_the_seed_it_names_and_says_where_it_was_made(tmp_path)
     """The real thing, torch included: a kind in a module of its own."""
     (tmp_path / "kinds").mkdir()
     (tmp_path / "kinds" / "drawing_kinds.py").write_text(
-        "import torch\nfrom flexolmo.research.steps.step import step_kind\n\n\n"
-        "@step_kind('draw', version=1)\ndef draw(step):\n"
+        "from flexolmo.research.steps.step import step_kind\n\n\n"
+        "@step_kind('draw', version=1)\ndef draw(step):\n    import torch\n"
         "    return {'x': torch.rand(()).item(), 'threads': torch.get_num_threads()}\n"
     )
     code = (

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+from flexolmo.files import write_bytes
 from flexolmo.research.study.study_page import write_page
 from made_results import make_results
 
@@ -14,6 +16,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     """Three seeds with ablations: results, directory, page."""
     results, out = make_results(3, has_ablations=True), tmp_path_factory.mktemp("study")
     return results, out, write_page(results, out).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at no picture: each is drawn once, for a file that stays empty."""
+
+    def sketch(fig: Figure, path: Path) -> None:
+        fig.draw_without_rendering()
+        write_bytes(path, b"")
+
+    monkeypatch.setattr("flexolmo.report.page.save_figure", sketch)
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def study(tmp_path_factory):
     return graph, root
 
 
-def test_every_method_has_its_figures(study):
+def test_every_method_has_its_figures(study, sketched):
     graph, root = study
     results = read_json(write_results(graph, root))
     cost = results["cost_by_method"]

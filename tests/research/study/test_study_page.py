@@ -244,7 +244,7 @@ def test_notes_become_part_of_the_page_as_they_are(tmp_path: Path, no_figures: N
     assert '<pre class="mono">The **why**: café, 漢字.</pre>' in text
 
 
-def test_names_cannot_act_on_the_page(tmp_path: Path) -> None:
+def test_names_cannot_act_on_the_page(tmp_path: Path, sketched: None) -> None:
     names = ("a|b_c*d", "<script>x</script>", "é漢\ud83d\u202e`$x_{1}$", "line\nend")
     page = write_page(make_results(1, names), tmp_path).read_bytes()
     text = page.decode("utf-8")
