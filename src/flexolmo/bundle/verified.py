@@ -138,7 +138,7 @@ def wait_until_past(found: Identities) -> bool:
     """Wait until the clock that gives files their times has moved on, so that whatever changes from
     now on has another time: a few milliseconds at most, three seconds on a file system that counts
     in seconds. False if the times lie further in the future."""
-    last = max(x.touched_ns for x in found.values())
+    last = max((x.touched_ns for x in found.values()), default=0)
     if last % _SECOND == 0:  # a file system that knows whole seconds, or two
         last += 2 * _SECOND
     while (ahead := last - time.clock_gettime_ns(_FILE_CLOCK)) >= 0:
