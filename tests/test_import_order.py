@@ -46,7 +46,9 @@ ORDER = [
     ["train.blocks", "train.protect"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
-    ["train.shrink", "train.plan"],
+    ["train.shrink", "train.plan", "train.count", "train.launch"],
+    ["train.rates"],
+    ["train.forecast"],
     ["merge.bounds", "merge.index"],
     ["merge.checks", "merge.rollback", "merge.known", "merge.placing"],
     ["merge.modeling_flexolmo"],  # leaves with a checkpoint, and imports nothing of ours

@@ -10,6 +10,7 @@ import typer
 
 from flexolmo.cli import anchor, audit, data, eval, expert, mix, policy, run, serve, trace
 from flexolmo.cli.doctor import doctor
+from flexolmo.cli.plan import plan
 from flexolmo.cli.study import study
 from flexolmo.errors import FlexOlmoError, ProofError, SourceUnavailable
 from flexolmo.research.steps.jobs import UNAVAILABLE
@@ -41,6 +42,7 @@ app.add_typer(trace.app, name="trace")
 app.command()(run.generate)
 app.command()(run.demo)
 app.command()(study)
+app.command()(plan)
 app.command()(doctor)
 
 

@@ -264,6 +264,16 @@ def blend_low_rank(
     return blend.join(own, F.linear(F.silu(public_gate) * public_up, public.down_proj.weight))
 
 
+def _union(shares: Sequence[Share], h: Tensor, batch_rows: int | None) -> Share:
+    """The share, of weight 1, of the rows of h [N,D] that any of `shares` picks."""
+    if any(share.rows is None for share in shares):
+        return Share(h.new_ones(len(h), 1), len(h))
+    picked = torch.zeros(len(h), dtype=torch.bool, device=h.device)
+    for share in shares:
+        picked[share.rows] = True
+    return share_of(picked, picked.nonzero()[:, 0], batch_rows, h.dtype)
+
+
 def mix_low_rank(
     h: Tensor,
     total: Tensor | None,
@@ -278,11 +288,7 @@ def mix_low_rank(
     weighted sum, being linear. Source: ours.
     """
     batch_rows = ctx.batch_rows
-    picked = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-    for own in (share, *(s for s, _ in experts)):
-        if own is not None:
-            picked[own.rows if own.rows is not None else slice(None)] = True
-    union = share_of(picked, picked.nonzero()[:, 0], ctx.rows_to_fill, h.dtype)
+    union = _union([s for s in (share, *(s for s, _ in experts)) if s], h, ctx.rows_to_fill)
     gate, up = public.gate_and_up(h, ctx)  # [N,F]
     inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:

@@ -214,7 +214,7 @@ def refuse_apart(num_steps: int, path: Path) -> None:
 # --- models and tensors in parts ----------------------------------------------------------------
 
 
-def place(model: Transformer, like: Tensor) -> None:
+def place(model: nn.Module, like: Tensor) -> None:
     """Memory of dtype and device of `like` for a model on torch's device without any, or for this
     process's part of it on its own device: zeros for its buffers, nothing yet for parameters, which
     are all copied into."""
@@ -226,7 +226,7 @@ def place(model: Transformer, like: Tensor) -> None:
         if isinstance(module, LinearRouter):
             module.float()  # before it is shared out
     device = _own_device()
-    _share_out(model, device)
+    _share_out(cast(Transformer, model), device)
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
@@ -340,13 +340,15 @@ def save_parts(
 # --- a step -------------------------------------------------------------------------------------
 
 
-def refuse_uneven(batch_size: int, accumulate: int) -> None:
-    """Raise ConfigError if the processes cannot read equal parts of a batch."""
-    if batch_size % (count() * accumulate):
+def refuse_uneven(batch_size: int, accumulate: int, processes: int | None = None) -> None:
+    """Raise ConfigError if the processes (none: those that run) cannot read equal parts of a
+    batch."""
+    size = count() if processes is None else processes
+    if batch_size % (size * accumulate):
         raise ConfigError(
             f"A batch of {batch_size} sequences (train.batch_size), read in {accumulate} parts "
-            f"(train.accumulate), cannot be shared by {count()} processes: batch_size must be a "
-            f"multiple of {count() * accumulate}."
+            f"(train.accumulate), cannot be shared by {size} processes: batch_size must be a "
+            f"multiple of {size * accumulate}."
         )
 
 

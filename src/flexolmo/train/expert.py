@@ -477,14 +477,7 @@ def prepare_training(
 
     pair.trains_alone = recipe.is_alone
 
-    def loss_of(ids: Tensor) -> Tensor:
-        logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
-        learns = isinstance(recipe.router, LinearSettings)
-        loss = language_model_loss(pair, ids, router_logits=logits if learns else None)
-        for z in logits:
-            loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
-        return loss
-
+    loss_of = expert_loss(pair, recipe)
     pair.train()
     if privacy is None:
         parts = in_parts(_batches(data, public, recipe), loss_of, recipe.train)
@@ -495,6 +488,20 @@ def prepare_training(
     private.closed = {key: closed for key in parameters.keys() & set(TOKEN_ROWS)}
     units = in_units(data, privacy, recipe.train, private, recipe.seed, loss_of)
     return pair, parameters, units, private
+
+
+def expert_loss(pair: MixtureModel, recipe: ExpertRecipe) -> Callable[[Tensor], Tensor]:
+    """Function from ids [B,T+1] to the loss that an expert in `pair` minimises."""
+    learns = isinstance(recipe.router, LinearSettings)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
+        loss = language_model_loss(pair, ids, router_logits=logits if learns else None)
+        for z in logits:
+            loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
+        return loss
+
+    return loss_of
 
 
 def find_open_rows(

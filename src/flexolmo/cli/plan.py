@@ -1,0 +1,275 @@
+"""`flexolmo plan`: what a recipe takes, on machines that need not be at hand."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexolmo.cli.anchor import Overrides, Threads
+from flexolmo.terminal import PlainConsole, echo
+
+if TYPE_CHECKING:
+    from flexolmo.model.stock import DtypeName
+    from flexolmo.model.transformer import ModelConfig
+    from flexolmo.train.anchor import AnchorRecipe
+    from flexolmo.train.expert import ExpertRecipe
+    from flexolmo.train.forecast import Forecast
+    from flexolmo.train.rates import Machine
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PAPER_ANCHOR = RECIPES / "paper" / "olmo2_7b"
+
+
+def plan(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="TOML recipe of anchor train or expert train, or one that comes with FlexOlmo: "
+            "paper/anchor, paper/expert, paper/expert_low_rank, anchor, expert, expert_paper."
+        ),
+    ] = None,
+    anchor: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of the anchor, or of a stock OLMo 2 checkpoint, that an expert is "
+            "trained beside. Of it only config.json is read.",
+            show_default="for paper/ recipes, the paper's 7B",
+        ),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of the vocabulary, for an anchor's recipe.")
+    ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(help="GPUs to plan for, of the table: A100, H100, H200. Example: 8xH100"),
+    ] = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(help="Machine to plan for, by the file that --measure wrote on it."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of torchrun, each with a --machine to itself.")
+    ] = 1,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of one GPU or machine an hour, for the cost.")
+    ] = None,
+    overrides: Overrides = None,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory to write into: the recipe, and files that start it by torchrun, under "
+            "Slurm and on Kubernetes."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Name of the expert in these files.")] = "expert",
+    measure: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure this machine, in one to five minutes, and write what is found here."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device that --measure measures: cpu or cuda.")] = (
+        "cpu"
+    ),
+    threads: Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say what a training will take: size, memory, FLOPs, time, money. Trains nothing.
+
+    No text and no weights are needed, and none of the machines. How it is worked out, and how far
+    to trust it: docs/guides/planning.md. To time a few steps on your own text instead:
+    flexolmo expert train --plan
+
+    The paper's expert: flexolmo plan paper/expert --gpus 8xH100 --price 2.50
+
+    Yours, here: flexolmo plan --measure here.json
+
+    then: flexolmo plan expert --anchor anchor --machine here.json
+
+    Files to start it: flexolmo plan paper/expert --gpus 16xH100 --set train.accumulate=64
+    --write launch
+    """
+    import json
+
+    from flexolmo.errors import ConfigError
+    from flexolmo.files import write_json
+
+    if measure is not None:
+        from flexolmo.train.rates import measure_machine
+
+        if measure.exists():
+            raise ConfigError(f"{measure} is there already; give another --measure.")
+        found = measure_machine(device, threads)
+        write_json(measure, found.model_dump())
+        echo(f"{measure}: {found.name}; {found.source}")
+    if recipe is None:
+        if measure is None:
+            raise ConfigError("Name a recipe, such as paper/expert, or a TOML file.")
+        return
+    chosen, count = _choose_machine(gpus, machine or measure, processes)
+    settings, path = _read(recipe, overrides or ())
+    config, dtype = _shape(settings, path, anchor, vocab_size)
+    from flexolmo.train.forecast import forecast
+
+    told = forecast(settings, config, chosen, count, dtype, price)
+    if as_json:
+        echo(json.dumps(told.to_json(), indent=2))
+    else:
+        print_forecast(recipe, told)
+    if write is not None:
+        _write(write, settings, told, name, "cpu" if gpus is None else "cuda", as_json)
+
+
+def _choose_machine(gpus: str | None, path: Path | None, processes: int) -> "tuple[Machine, int]":
+    from flexolmo.errors import ConfigError
+    from flexolmo.train.forecast import parse_gpus
+    from flexolmo.train.rates import find_machine, read_machine
+
+    if (gpus is None) == (path is None):
+        raise ConfigError(
+            "Say on what, in one way: --gpus 8xH100, or --machine FILE, which --measure FILE "
+            "writes on that machine."
+        )
+    if path is not None:
+        return read_machine(path), processes
+    if processes != 1:
+        raise ConfigError("--processes goes with --machine: of --gpus each has one process.")
+    count, name = parse_gpus(gpus or "")
+    found = find_machine(name)
+    if count > found.per_node and count % found.per_node:
+        raise ConfigError(
+            f"Found {count} GPUs, which do not fill computers of {found.per_node}: give a multiple."
+        )
+    return found, count
+
+
+def _read(
+    recipe: str, overrides: "list[str] | tuple[()]"
+) -> "tuple[AnchorRecipe | ExpertRecipe, Path]":
+    from flexolmo.config import has_key, read_recipe
+    from flexolmo.train.anchor import AnchorRecipe
+    from flexolmo.train.expert import ExpertRecipe
+
+    shipped = RECIPES / f"{recipe}.toml"
+    path = shipped if shipped.is_file() else Path(recipe)
+    schema = AnchorRecipe if has_key(path, "model") else ExpertRecipe
+    return read_recipe(path, schema, overrides), path
+
+
+def _shape(
+    settings: "AnchorRecipe | ExpertRecipe", path: Path, anchor: Path | None, vocab_size: int | None
+) -> "tuple[ModelConfig, DtypeName]":
+    """The decoder, and the precision of its weights."""
+    from flexolmo.config import parse_settings
+    from flexolmo.errors import ConfigError
+    from flexolmo.model.stock import StockConfig, read_stock_config
+    from flexolmo.model.transformer import ModelConfig
+    from flexolmo.train.anchor import AnchorRecipe
+
+    is_paper = path.parent == PAPER_ANCHOR.parent
+    if isinstance(settings, AnchorRecipe):
+        if anchor is not None:
+            raise ConfigError("--anchor is for an expert's recipe; this one is an anchor's.")
+        if vocab_size is None and is_paper:
+            vocab_size = read_stock_config(PAPER_ANCHOR, StockConfig).vocab_size
+        if vocab_size is None:
+            raise ConfigError("An anchor's vocabulary is its tokenizer's: give --vocab-size.")
+        values = settings.model.model_dump() | {"vocab_size": vocab_size}
+        return parse_settings(values, ModelConfig, str(path)), "float32"
+    if vocab_size is not None:
+        raise ConfigError("--vocab-size is for an anchor's recipe; this one is an expert's.")
+    if anchor is None and not is_paper:
+        raise ConfigError(
+            "Say beside which anchor: --anchor DIRECTORY, of which config.json is read."
+        )
+    stock = read_stock_config(anchor or PAPER_ANCHOR, StockConfig)
+    return stock.decoder, stock.dtype or stock.torch_dtype or "float32"
+
+
+def _write(
+    directory: Path,
+    settings: "AnchorRecipe | ExpertRecipe",
+    told: "Forecast",
+    name: str,
+    device: str,
+    is_quiet: bool,
+) -> None:
+    from flexolmo.train.expert import ExpertRecipe
+    from flexolmo.train.launch import Launch, write_launch
+
+    nodes = max(1, told.processes // told.machine.per_node) if device != "cpu" else 1
+    launch = Launch(
+        settings.model_dump(mode="json", exclude_none=True),
+        isinstance(settings, ExpertRecipe),
+        nodes,
+        told.processes // nodes,
+        device,
+        told.seconds / 3600,
+        name,
+    )
+    written = write_launch(directory, launch)
+    if not is_quiet:
+        echo(f"Written: {', '.join(map(str, written))}")
+
+
+def print_forecast(recipe: str, told: "Forecast") -> None:
+    """A forecast as a table, for a terminal."""
+    from rich.table import Table
+
+    from flexolmo.numbers import format_count, format_number, format_percent, format_seconds
+
+    gigabytes = _gigabytes
+    step, memory = told.step, told.memory
+    many = f"{told.processes} x " if told.processes > 1 else ""
+    table = Table("", f"{recipe} on {many}{told.machine.name} would take")
+    table.add_row(
+        "parameters",
+        f"{format_count(told.parameters)}, of which {format_count(told.trained_parameters)} learn; "
+        f"{format_count(told.active_parameters)} work on a token",
+    )
+    if told.bundle_bytes is not None:
+        table.add_row("bundle", f"{gigabytes(told.bundle_bytes)} of weights")
+    parts = {
+        "weights": memory.weights,
+        "optimizer": memory.optimizer,
+        "gathered": memory.gathered,
+        "gradients and activations": memory.step,
+        "the anchor as loaded": memory.anchor,
+        "the process": memory.process,
+    }
+    room = told.machine.memory_bytes
+    table.add_row(
+        "memory of each",
+        gigabytes(memory.total) + (f" of {gigabytes(room)}" if room is not None else ""),
+    )
+    table.add_row("", "; ".join(f"{k} {gigabytes(v)}" for k, v in parts.items() if v))
+    flops = told.flops_a_token
+    table.add_row("FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all")
+    shares = {
+        "products": step.products,
+        "other work": step.rest,
+        "optimizer": step.update,
+        "waiting for others": step.waiting,
+    }
+    table.add_row("tokens", f"{told.tokens:,} in {told.steps:,} steps of {step.total:.3g} s")
+    table.add_row(
+        "", "; ".join(f"{k} {format_percent(v / step.total, 0)}" for k, v in shares.items() if v)
+    )
+    table.add_row("tokens a second", format_number(told.tokens_a_second, 0))
+    hours = told.seconds / 3600
+    table.add_row("time", f"{format_seconds(told.seconds)} ({format_number(hours, 1)} hours)")
+    if told.cost is not None:
+        table.add_row(
+            "cost", f"{format_number(told.cost, 2)} at {told.price_an_hour:g} an hour each"
+        )
+    table.add_row("rates", told.machine.source)
+    PlainConsole().print(table)
+    if told.fits is False:
+        echo(
+            "It does not fit. Read the batch in more parts (--set train.accumulate=N), compute "
+            "blocks again on the way back (--set train.recompute=true), or take more machines."
+        )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.3g} GB"

@@ -1,0 +1,197 @@
+"""What a recipe will take on a machine that need not be at hand: size, memory, FLOPs, time, money.
+
+Puts `count` (what a step does) and `rates` (how fast machines are) together. No text, no weights
+and no directory but the anchor's config are read. See docs/guides/planning.md for the model.
+
+W processes.
+"""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from flexolmo.errors import ConfigError
+from flexolmo.model.shape import expert_shapes
+from flexolmo.model.stock import DTYPES, DtypeName
+from flexolmo.model.transformer import ModelConfig
+from flexolmo.train.anchor import AnchorRecipe
+from flexolmo.train.count import StepCount, count_step
+from flexolmo.train.expert import ExpertRecipe
+from flexolmo.train.rates import Machine, StepSeconds, time_step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory of one process at its peak, in bytes, by what it is for."""
+
+    weights: float  # of all parameters, this process's part
+    optimizer: float
+    gathered: float  # matrices that are whole while they are used
+    step: float  # gradients, activations and what products are made from, at their highest
+    anchor: float  # the loaded anchor, of which a single process copies what it trains beside
+    process: float  # Python, PyTorch, a GPU's context
+
+    @property
+    def total(self) -> float:
+        return (
+            self.weights + self.optimizer + self.gathered + self.step + self.anchor + self.process
+        )
+
+
+def find_memory(
+    count: StepCount, machine: Machine, processes: int = 1, anchor_bytes: float = 0.0
+) -> Memory:
+    """Memory of one of `processes` that take the counted step; `anchor_bytes` are those of a loaded
+    anchor beside the model."""
+    gathered = 0.0
+    if processes > 1:  # the head; the block in use, the next one, and gradients on their way
+        part = 1 - 1 / processes
+        gathered = part * (count.root_bytes + 2 * count.block_bytes + 2 * count.block_learnt_bytes)
+        anchor_bytes = 0.0  # mapped from its file
+    return Memory(
+        weights=count.weight_bytes / processes,
+        optimizer=count.state_bytes / processes,
+        gathered=gathered,
+        step=max(count.part_peak_bytes, count.update_peak_bytes),
+        anchor=anchor_bytes,
+        process=machine.process_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a recipe will take."""
+
+    machine: Machine
+    processes: int
+    dtype: DtypeName
+    parameters: int
+    trained_parameters: int
+    active_parameters: int
+    bundle_bytes: int | None
+    tokens: int
+    steps: int
+    flops_a_token: float
+    step: StepSeconds
+    memory: Memory
+    price_an_hour: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time of the whole run."""
+        return self.steps * self.step.total
+
+    @property
+    def tokens_a_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def cost(self) -> float | None:
+        """Money, in the price's; None without a price."""
+        if self.price_an_hour is None:
+            return None
+        return self.processes * self.seconds / 3600 * self.price_an_hour
+
+    @property
+    def fits(self) -> bool | None:
+        """True if the memory suffices; None if the machine's is not known."""
+        room = self.machine.memory_bytes
+        return None if room is None else self.memory.total <= room
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as a program reads it."""
+        return {
+            "machine": self.machine.model_dump(),
+            "processes": self.processes,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "trained_parameters": self.trained_parameters,
+            "active_parameters": self.active_parameters,
+            "bundle_bytes": self.bundle_bytes,
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "flops_a_token": self.flops_a_token,
+            "flops": self.flops_a_token * self.tokens,
+            "step_seconds": vars(self.step) | {"total": self.step.total},
+            "tokens_a_second": self.tokens_a_second,
+            "seconds": self.seconds,
+            "memory_bytes": vars(self.memory) | {"total": self.memory.total},
+            "fits": self.fits,
+            "price_an_hour": self.price_an_hour,
+            "cost": self.cost,
+        }
+
+
+def forecast(
+    recipe: AnchorRecipe | ExpertRecipe,
+    config: ModelConfig,
+    machine: Machine,
+    processes: int = 1,
+    dtype: DtypeName = "float32",
+    price_an_hour: float | None = None,
+) -> Forecast:
+    """What `recipe` will take in `processes`, each with a `machine` to itself.
+
+    Args:
+        config: of the anchor that is trained, or that an expert is trained beside.
+        dtype: precision of the anchor's weights, and so of an expert's.
+        price_an_hour: of one machine.
+
+    Raises ConfigError as `count_step` does.
+    """
+    count = count_step(config, recipe, processes, dtype)
+    settings = recipe.train
+    size = DTYPES[dtype].itemsize
+    dense = dense_parameters(config)
+    bundle: int | None = None
+    anchor_bytes = 0.0
+    trained = active = total = dense
+    if isinstance(recipe, ExpertRecipe):
+        shapes = expert_shapes(config, recipe.shape(config), recipe.router)
+        bundle = sum(prod(s) * _itemsize(n, size, recipe) for n, s in shapes.items())
+        trained = sum(prod(s) for n, s in shapes.items() if not n.startswith("router."))
+        total = dense + trained
+        is_whole = recipe.is_alone and not recipe.rank and recipe.shape(config).head_rank
+        active = dense if is_whole else total
+        anchor_bytes = float(size * dense)
+    flops = count.part.flops * processes * settings.accumulate + count.update.flops
+    return Forecast(
+        machine,
+        processes,
+        dtype,
+        parameters=total,
+        trained_parameters=trained,
+        active_parameters=active,
+        bundle_bytes=bundle,
+        tokens=settings.tokens,
+        steps=settings.steps,
+        flops_a_token=flops / (settings.batch_size * settings.seq_len),
+        step=time_step(count, machine, settings.accumulate, processes),
+        memory=find_memory(count, machine, processes, anchor_bytes),
+        price_an_hour=price_an_hour,
+    )
+
+
+def dense_parameters(config: ModelConfig) -> int:
+    """Numbers in a dense decoder."""
+    D, C = config.d_model, config.d_head
+    heads, kv = config.num_heads * C, config.kv_heads * C
+    attention = 2 * D * (heads + kv) + heads + kv
+    layer = attention + 3 * D * config.d_ff + 2 * D
+    return config.num_layers * layer + 2 * config.vocab_size * D + D
+
+
+def _itemsize(name: str, size: int, recipe: ExpertRecipe) -> int:
+    if name.startswith("router."):  # the table's levels
+        return 1
+    if ".router." in name:
+        return 4
+    return 2 if recipe.has_half_deltas and ".lora_" in name else size
+
+
+def parse_gpus(text: str) -> tuple[int, str]:
+    """Number and name of "8xH100"; ConfigError for anything else."""
+    count, sign, name = text.partition("x")
+    if not sign or not count.isascii() or not count.isdigit() or int(count) < 1:
+        raise ConfigError(f"--gpus {text!r} is not of the form NUMBERxNAME, such as 8xH100.")
+    return int(count), name
