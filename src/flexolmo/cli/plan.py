@@ -152,8 +152,9 @@ def _read(
 
     shipped = RECIPES / f"{recipe}.toml"
     path = shipped if shipped.is_file() else Path(recipe)
-    schema = AnchorRecipe if has_key(path, "model") else ExpertRecipe
-    return read_recipe(path, schema, overrides), path
+    if has_key(path, "model"):
+        return read_recipe(path, AnchorRecipe, overrides), path
+    return read_recipe(path, ExpertRecipe, overrides), path
 
 
 def _shape(

@@ -100,7 +100,7 @@ class _Counter(TorchDispatchMode):
     """Adds up the work of every operation, and the memory that is alive."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work = Work()
         self.alive_bytes = self.peak_bytes = 0.0
         self._sizes: dict[int, float] = {}
@@ -274,7 +274,7 @@ class StepProgram:
         is_half = self.settings.precision == "bfloat16"
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=is_half):
             loss = self.loss_of(ids) / self.settings.accumulate
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def update(self) -> None:
         """Clip and move, as `loop.train` does."""

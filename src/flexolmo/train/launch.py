@@ -64,8 +64,8 @@ def torchrun_script(launch: Launch) -> str:
         meet = 'MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"\nNODE_RANK=0'
     else:
         meet = (
-            ': "${MASTER_ADDR:?Set it to the name of the first computer, which all others reach.}"\n'
-            f': "${{NODE_RANK:?Set it to this computer\'s number, 0 to {launch.nodes - 1}.}}"'
+            ': "${MASTER_ADDR:?Set it to the name of the first computer.}"\n'
+            f': "${{NODE_RANK:?Set it to the number of this computer, 0 to {launch.nodes - 1}.}}"'
         )
     return f"""\
 #!/usr/bin/env bash

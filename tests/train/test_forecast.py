@@ -1,0 +1,206 @@
+"""What a training takes is counted from the program that trains."""
+
+import math
+import subprocess
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from flexolmo.config import read_recipe
+from flexolmo.errors import ConfigError
+from flexolmo.model.loss import language_model_loss
+from flexolmo.model.router import DiscriminantSettings, LinearSettings
+from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.train import count as counting
+from flexolmo.train.anchor import AnchorRecipe
+from flexolmo.train.count import StepProgram, Work, count_step
+from flexolmo.train.expert import ExpertRecipe
+from flexolmo.train.forecast import dense_parameters, find_memory, forecast, parse_gpus
+from flexolmo.train.launch import Launch, torchrun_script, write_launch
+from flexolmo.train.loop import TrainSettings
+from flexolmo.train.rates import GPUS, Timed, fit_machine, time_step
+
+PICO = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=48, max_seq_len=32)
+TRAIN = TrainSettings(steps=10, batch_size=4, seq_len=16, warmup_steps=2, optimizer="adamw")
+KINDS = {
+    "anchor": AnchorRecipe(train=TRAIN),
+    "whole": ExpertRecipe(train=TRAIN),
+    "paper": ExpertRecipe(scope="ffn", router=LinearSettings(), train=TRAIN),
+    "low rank": ExpertRecipe(rank=4, attention_rank=4, embedding_rank=4, head_rank=4, train=TRAIN),
+    "low rank of the paper's": ExpertRecipe(
+        scope="ffn", rank=4, router=LinearSettings(), train=TRAIN
+    ),
+    "ffn": ExpertRecipe(scope="ffn", train=TRAIN),
+}
+
+
+def test_products_of_a_dense_step_are_six_a_number_and_token_and_attention():
+    c, tokens = PICO, TRAIN.batch_size * TRAIN.seq_len
+    matrices = c.num_layers * (4 * c.d_model**2 + 3 * c.d_model * c.d_ff)
+    matrices += c.vocab_size * c.d_model
+    scores = 7 * TRAIN.seq_len * c.d_model * c.num_layers  # a token, half of them masked
+    found = count_step(c, KINDS["anchor"])
+    assert found.part.flops == tokens * (6 * matrices + scores)
+    assert found.update.flops == 0
+
+
+def test_products_are_those_that_torch_counts_of_a_real_step():
+    model = Transformer(PICO).train()
+    model.initialise(0)
+    with FlopCounterMode(display=False) as theirs:
+        language_model_loss(model, torch.zeros(4, 17, dtype=torch.long)).backward()
+    attention = 7 * 4 * 16 * 16 * 32 * 2  # this and the next torch's counter lacks
+    head = 2 * 64 * 64 * 32  # a product that is added in place
+    found = count_step(PICO, KINDS["anchor"]).part.flops
+    assert found == theirs.get_total_flops() + attention + head
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_counted_runs(kind):
+    program = StepProgram(PICO, KINDS[kind])
+    program.model.initialise(0)
+    before = {n: p.detach().clone() for n, p in program.parameters.items()}
+    program.read(4)
+    program.update()
+    assert any(not torch.equal(before[n], p) for n, p in program.parameters.items())
+    assert count_step(PICO, KINDS[kind]).learnt_bytes == 4 * sum(map(torch.numel, before.values()))
+
+
+def test_layers_that_were_not_counted_follow(monkeypatch):
+    deep = PICO.model_copy(update={"num_layers": 5})
+    told = count_step(deep, KINDS["paper"])
+    monkeypatch.setattr(counting, "COUNTED_LAYERS", (2, 5))
+    for one, other in zip(flat(told), flat(count_step(deep, KINDS["paper"])), strict=True):
+        assert one == pytest.approx(other, rel=0.02)
+
+
+def flat(found):
+    values = vars(found).values()
+    return [x for v in values for x in (vars(v).values() if isinstance(v, Work) else [v])]
+
+
+def test_parts_and_processes_share_a_step_and_recomputing_spares_memory():
+    base = count_step(PICO, KINDS["anchor"])
+    halves = TRAIN.model_copy(update={"accumulate": 2})
+    half = count_step(PICO, AnchorRecipe(train=halves))
+    assert half.part.flops == base.part.flops / 2
+    assert count_step(PICO, KINDS["anchor"], processes=2).part.flops == base.part.flops / 2
+    again = TRAIN.model_copy(update={"recompute": True})
+    found = count_step(PICO, AnchorRecipe(train=again))
+    assert found.part.flops > base.part.flops
+    assert found.part_peak_bytes < base.part_peak_bytes
+    both = find_memory(count_step(PICO, KINDS["anchor"], processes=2), GPUS["H100"], 2)
+    one = find_memory(base, GPUS["H100"], 1)
+    assert both.weights == one.weights / 2
+    assert both.optimizer == one.optimizer / 2
+
+
+def test_rates_are_found_again_from_steps_that_they_made():
+    rates = GPUS["A100"]
+    timed = []
+    for kind in ("anchor", "paper"):
+        for optimizer in ("adamw", "muon"):
+            train = TRAIN.model_copy(update={"optimizer": optimizer})
+            found = count_step(PICO, KINDS[kind].model_copy(update={"train": train}))
+            timed.append(Timed(found, time_step(found, rates).total))
+    fitted = fit_machine(timed)
+    assert fitted.float32_flops == pytest.approx(rates.float32_flops, rel=1e-3)
+    assert fitted.moved_bytes == pytest.approx(rates.moved_bytes, rel=1e-3)
+
+
+def test_time_that_work_does_not_explain_is_refused():
+    found = count_step(PICO, KINDS["anchor"])
+    with pytest.raises(ConfigError, match="idle"):
+        fit_machine([Timed(found, 1.0)])
+
+
+def test_the_papers_sizes_are_the_papers():
+    """2.97B outside the FFN and 4.33B in an expert; bundles of 8.7 GB in bfloat16, ours a tenth."""
+    from flexolmo.cli.plan import PAPER_ANCHOR, RECIPES
+    from flexolmo.model.stock import StockConfig, read_stock_config
+
+    config = read_stock_config(PAPER_ANCHOR, StockConfig).decoder
+    assert dense_parameters(config) == pytest.approx((2.97 + 4.33) * 1e9, rel=0.002)
+    paper = read_recipe(RECIPES / "paper" / "expert.toml", ExpertRecipe)
+    few = {"batch_size": 8, "accumulate": 1, "steps": 128 * paper.train.steps}  # a part is a step
+    part = paper.model_copy(update={"train": paper.train.model_copy(update=few)})
+    told = forecast(part, config, GPUS["H100"], 8, "bfloat16", price_an_hour=2.0)
+    assert told.tokens == pytest.approx(50e9, rel=1e-3)
+    assert told.bundle_bytes == pytest.approx(8.66e9, rel=0.005)
+    assert told.trained_parameters == pytest.approx(4.33e9, rel=0.002)
+    # four FLOPs for what is frozen, six for what learns, as by hand
+    frozen = 32 * 4 * 4096**2 + 4.33e9 + 100352 * 4096
+    scores = 7 * 4096 * 4096 * 32
+    assert told.flops_a_token == pytest.approx(4 * frozen + 6 * 4.33e9 + scores, rel=0.02)
+    assert 3_000 < told.tokens_a_second / 8 < 10_000
+    assert told.cost == pytest.approx(8 * 2.0 * told.seconds / 3600)
+    small = read_recipe(RECIPES / "paper" / "expert_low_rank.toml", ExpertRecipe)
+    shapes = small.shape(config)
+    assert shapes.head_rank == shapes.rank == 128
+    anchor = read_recipe(RECIPES / "paper" / "anchor.toml", AnchorRecipe)
+    assert anchor.train.tokens == pytest.approx(1e12, rel=1e-3)
+
+
+def test_a_dense_decoder_has_as_many_numbers_as_told():
+    for config in (PICO, PICO.model_copy(update={"num_kv_heads": 1})):
+        with torch.device("meta"):
+            model = Transformer(config)
+        assert dense_parameters(config) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("text", ["H100", "0xH100", "8", "8xB9", "-1xH100", ""])
+def test_gpus_that_are_not_understood_are_refused(text):
+    from flexolmo.train.rates import find_machine
+
+    with pytest.raises(ConfigError, match=r"--gpus|not in the table"):
+        find_machine(parse_gpus(text)[1])
+
+
+def test_what_depends_on_the_text_is_refused():
+    recipe = ExpertRecipe(scope="ffn", router=DiscriminantSettings(), train=TRAIN)
+    with pytest.raises(ConfigError, match="expert train --plan"):
+        count_step(PICO, recipe)
+    with pytest.raises(ConfigError, match="multiple of 3"):
+        count_step(PICO, KINDS["anchor"], processes=3)
+
+
+@pytest.mark.parametrize("nodes", [1, 4])
+@pytest.mark.parametrize("is_expert", [True, False])
+def test_launch_files_are_ones_that_their_readers_take(tmp_path, nodes, is_expert):
+    launch = Launch({"train": {"steps": 30}}, is_expert, nodes, 8, "cuda", 30.0, "maths")
+    paths = {p.name: p for p in write_launch(tmp_path / "out", launch)}
+    for name in ("torchrun.sh", "slurm.sh"):
+        subprocess.run(["bash", "-n", paths[name]], check=True)
+    assert "#SBATCH --time=1-13:00:00" in paths["slurm.sh"].read_text()
+    config_map, service, job = yaml.safe_load_all(paths["kubernetes.yaml"].read_text())
+    for name in ("recipe.toml", "torchrun.sh"):
+        assert config_map["data"][name].rstrip() == paths[name].read_text().rstrip()
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == nodes
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    if is_expert:
+        assert read_recipe(paths["recipe.toml"], ExpertRecipe).train.steps == 30
+    with pytest.raises(ConfigError, match="already"):
+        write_launch(tmp_path / "out", launch)
+
+
+def test_the_script_starts_torchrun_without_pickles(tmp_path):
+    """A torchrun that prints what it was given stands in for the real one."""
+    write_launch(tmp_path, Launch({}, True, 2, 4, "cpu", 1.0, "maths"))
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODE_RANK": "1", "ANCHOR": "my anchor"}
+    told = ["bash", str(tmp_path / "torchrun.sh")]
+    missing = subprocess.run(told, env=variables, capture_output=True, text=True)
+    assert missing.returncode != 0 and "MASTER_ADDR" in missing.stderr
+    done = subprocess.run(
+        told, env=variables | {"MASTER_ADDR": "first"}, capture_output=True, text=True, check=True
+    )
+    given = done.stdout.splitlines()
+    assert "--rdzv-backend static --master-addr first" in " ".join(given)
+    assert given[given.index("--anchor") + 1] == "my anchor"
+    assert given[given.index("--node-rank") + 1] == "1"
+    assert given[given.index("--recipe") + 1] == str(tmp_path / "recipe.toml")
+    assert "c10d" not in torchrun_script(Launch({}, False, 1, 1, "cpu", math.pi))
