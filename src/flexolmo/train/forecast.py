@@ -1,4 +1,4 @@
-"""What a recipe will take on a machine that need not be at hand: size, memory, FLOPs, time, money.
+"""Forecast of what a recipe takes on machines that need not be at hand, from memory to money.
 
 Puts `count` (what a step does) and `rates` (how fast machines are) together. No text, no weights
 and no directory but the anchor's config are read. See docs/guides/planning.md for the model.
@@ -60,7 +60,7 @@ def find_memory(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a recipe will take."""
+    """Everything that a recipe will take."""
 
     machine: Machine
     processes: int
@@ -130,7 +130,7 @@ def forecast(
     dtype: DtypeName = "float32",
     price_an_hour: float | None = None,
 ) -> Forecast:
-    """What `recipe` will take in `processes`, each with a `machine` to itself.
+    """Forecast of `recipe` in `processes`, each with a `machine` to itself.
 
     Args:
         config: of the anchor that is trained, or that an expert is trained beside.

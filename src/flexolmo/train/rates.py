@@ -1,4 +1,4 @@
-"""How fast machines are, and what a counted step takes on them.
+"""Speed of machines, and the time that a counted step takes on them.
 
 A machine is a few rates: of matrix products by precision, of bytes that all other operations read
 and write, and of bytes between processes. This machine's are fitted to steps that are timed; those
@@ -35,7 +35,7 @@ class Machine(Settings):
     """Rates and memory of what one process of training has to itself."""
 
     name: str = Field(description="Name of the machine.")
-    source: str = Field(description="Where its rates are from.")
+    source: str = Field(description="Source of its rates.")
     float32_flops: float = Field(gt=0, description="FLOPs a second of products in float32.")
     bfloat16_flops: float = Field(gt=0, description="FLOPs a second of products in bfloat16.")
     moved_bytes: float = Field(
@@ -46,7 +46,7 @@ class Machine(Settings):
     link_bytes: float | None = Field(
         None, description="Bytes a second between processes; none: their time is left out."
     )
-    per_node: int = Field(1, ge=1, description="How many of them one computer holds.")
+    per_node: int = Field(1, ge=1, description="Number of them in one computer.")
 
 
 # From the data sheets of the SXM modules, of which training reaches a part: MEMORY_PART of the
@@ -100,7 +100,7 @@ def read_machine(path: Path) -> Machine:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Where the time of a step goes, in seconds."""
+    """Seconds of a step, by what they are spent on."""
 
     products: float
     rest: float
