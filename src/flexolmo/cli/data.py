@@ -3,6 +3,7 @@
 The functions raise `FlexOlmoError`; the main command line prints the message.
 """
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,21 @@ app = typer.Typer(
 _console = PlainConsole(stderr=True)
 _FEW_BYTES = 16_000_000  # read by one process before others have started
 _DEMO = "public,code,academic,creative"
+
+
+class Engine(StrEnum):
+    """What does the work of `data prepare`."""
+
+    small = "small"
+    datatrove = "datatrove"
+
+
+class Executor(StrEnum):
+    """Where datatrove runs tasks."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 @app.command("list")
@@ -226,6 +242,28 @@ def prepare(
             "one in all for files of fewer than 16 MB.",
         ),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="small: this process and its workers. datatrove: the same as tasks, of which a "
+            "run that was killed repeats only the unfinished ones (needs the extra `scale`)."
+        ),
+    ] = Engine.small,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="Where datatrove runs its tasks: here, on a Slurm cluster (submitted, not waited "
+            "for), or on a Ray cluster. All share the disk of --out."
+        ),
+    ] = Executor.local,
+    tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tasks to cut the work into, with datatrove; default --workers."),
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Partition of the Slurm cluster.")] = None,
+    time_limit: Annotated[
+        str, typer.Option(help="Longest time of one task on the Slurm cluster.")
+    ] = "24:00:00",
 ) -> None:
     """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
@@ -239,15 +277,21 @@ def prepare(
         flexolmo data prepare records/ --name hospital --licence closed --public public/
 
         flexolmo data prepare corpus/*
+
+        flexolmo data prepare web/ --name public --engine datatrove --workers 16
     """
     from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
-    from flexolmo.data.prepare import prepare_set
+    from flexolmo.data.prepare import plan_preparation, prepare_set
     from flexolmo.data.settings import PrepareSettings
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.data.workers import count_cores
 
+    if engine == Engine.small and (executor != Executor.local or tasks is not None):
+        raise ConfigError("--executor and --tasks are for --engine datatrove: name it too.")
+    if executor == Executor.slurm and partition is None:
+        raise ConfigError("--executor slurm needs the name of a partition: --partition NAME.")
     if name is not None and len(sources) > 1:
         raise ConfigError(
             f"--name {name} names one set, and {len(sources)} were given: prepare them one by one."
@@ -283,17 +327,24 @@ def prepare(
     lines: list[str] = []
     for corpus in sorted(corpora.values(), key=lambda corpus: corpus.name != PUBLIC):
         target = out / corpus.name
-        card = prepare_set(
-            corpus,
-            target,
-            given,
-            public,
-            done if disjoint else (),
-            settings,
-            replace,
-            say=lambda line: _console.print(line, style="yellow"),
-            workers=workers or (1 if corpus.num_bytes < _FEW_BYTES else count_cores()),
-        )
+        others = tuple(done) if disjoint else ()
+        processes = workers or (1 if corpus.num_bytes < _FEW_BYTES else count_cores())
+        if engine == Engine.small:
+            card = prepare_set(
+                corpus, target, given, public, others, settings, replace, _warn, processes
+            )
+        else:
+            task = plan_preparation(corpus, target, given, public, others, settings)
+            options = {}
+            if executor == Executor.slurm:
+                options = {"partition": partition, "time": time_limit}
+            found = _prepare_at_scale(
+                task, replace, _warn, processes, tasks, executor.value, **options
+            )
+            if found is None:
+                _console.print(f"{corpus.name}: submitted. Run this again to see how it stands.")
+                continue
+            card = found
         if corpus.name == PUBLIC and public is None:
             public = target
         else:
@@ -310,6 +361,20 @@ def prepare(
     PlainConsole().print(table)
     for line in lines:
         PlainConsole().print(line)
+
+
+def _warn(line: str) -> None:
+    _console.print(line, style="yellow")
+
+
+def _prepare_at_scale(task: Any, *arguments: Any, **options: Any) -> dict[str, Any] | None:
+    try:
+        from flexolmo.data.scale import prepare_at_scale
+    except ImportError as e:
+        raise ConfigError(
+            f"--engine datatrove needs datatrove ({e}): pip install 'flexolmo[scale]'."
+        ) from None
+    return prepare_at_scale(task, *arguments, **options)
 
 
 def _describe_losses(card: dict[str, Any]) -> list[str]:

@@ -229,8 +229,7 @@ class PieceStore:
 
 
 def sort_pieces(directory: Path, parts: int) -> tuple[Rows, Rows]:
-    """Pieces of all parts in the order of their hashes, and their signatures; in new files, in
-    place of those of the parts."""
+    """Pieces of all parts in the order of their hashes, and their signatures, in new files."""
     stores = [PieceStore(directory, part) for part in range(parts)]
     pieces = Rows(PIECE, directory / "pieces")
     signatures = Rows(SIGNATURE, directory / "signatures")
@@ -244,9 +243,6 @@ def sort_pieces(directory: Path, parts: int) -> tuple[Rows, Rows]:
                 if is_there.any():
                     found[is_there] = store.signatures.take(few["row"][is_there])
             signatures.append(found)
-    for part in range(parts):
-        _pieces(directory, part).unlink()
-        _signatures(directory, part).unlink()
     return pieces, signatures
 
 

@@ -14,7 +14,7 @@ document; of texts of the same words in several units one is kept.
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from flexolmo.data.deduplicate import EXACT_FILE, NEAR_FILE, SIGNATURE, open_fin
 from flexolmo.data.pieces import (
     PIECE,
     PieceStore,
+    Place,
     Removed,
     Spill,
     batch_documents,
@@ -64,6 +65,7 @@ from flexolmo.files import (
 )
 from flexolmo.progress import progress
 
+MARKER = "train_tokens.npy"  # says that a directory is a prepared set
 _WORK = "work"  # directory of what is only needed on the way
 _CHOSEN = "chosen.json"
 _KEPT = "kept"
@@ -160,7 +162,7 @@ def prepare_set(
         return done
     is_private = task.corpus.is_private
     with (
-        write_directory_aside(task.out, "train_tokens.npy", is_private=is_private) as aside,
+        write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
         open_workers(workers) as run,
     ):
         work = aside / _WORK
@@ -218,6 +220,15 @@ def choose_pieces(
     ranges = {split: [chosen.first, chosen.end] for split, chosen in splits.items()}
     reading = task.corpus.describe_reading()
     write_json(work / _CHOSEN, {"splits": ranges, "removed": removed.card(), "reading": reading})
+
+
+def chosen_batches(work: Path) -> Iterator[list[Place]]:
+    """Places of the texts that `write_set` asks tokens for, batch by batch, of all splits."""
+    kept = Rows(PIECE, work / _KEPT)
+    splits = open_splits(work, read_json(work / _CHOSEN, DataError)["splits"])
+    for documents in splits.values():
+        for batch in batch_pieces(kept, documents.places()):
+            yield places_of(batch.pieces)
 
 
 def write_set(

@@ -25,6 +25,7 @@ from flexolmo.data.workers import Run
 from flexolmo.errors import DataError
 from flexolmo.progress import Meter, progress
 
+TOKENIZER_FILE = "tokenizer.json"
 # Of some texts: tokens, each text's followed by the eos; their numbers; and by place in the list,
 # texts that the tokenizer reads back as others.
 Tokenized = tuple[bytes, list[int], dict[int, str]]
@@ -156,7 +157,7 @@ class _SplitWriter(ExitStack):
 
 def tokenize_texts(work: Path, places: Sequence[Place]) -> Tokenized:
     """Tokens of the texts at `places` in the spill files of `work`."""
-    tokenizer = _load_tokenizer_once(work)
+    tokenizer = _load_tokenizer_once(work, (work / TOKENIZER_FILE).stat().st_mtime_ns)
     spill = Spill(work)
     texts = [spill.text(place) for place in places]
     batch = tokenizer.encode_arrays(texts)
@@ -172,5 +173,5 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer_once(work: Path) -> Tokenizer:
+def _load_tokenizer_once(work: Path, _: int) -> Tokenizer:
     return load_tokenizer(work)
