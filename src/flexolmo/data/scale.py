@@ -38,7 +38,7 @@ from flexolmo.data.prepare import (
     write_set,
 )
 from flexolmo.data.shards import Tokenized, tokenize_texts
-from flexolmo.errors import ConfigError, DataError
+from flexolmo.errors import ConfigError, DataError, FlexOlmoError
 from flexolmo.files import hold_lock, read_json, write_aside, write_directory_aside, write_json
 from flexolmo.progress import PROGRESS_FILE
 
@@ -84,7 +84,7 @@ def prepare_at_scale(
     ):
         shutil.rmtree(work)
     work.mkdir(mode=0o700, exist_ok=True)
-    with hold_lock(work / "lock", wait=False):
+    with _one_run(work / "lock"):
         write_json(work / _PLAN, plan)
         last = make_pipelines(task, tasks, workers, cluster, **options)
         try:
@@ -344,6 +344,22 @@ class _Replay:
 
 def _tokens(work: Path, part: int) -> Path:
     return work / f"tokens-{part:05d}"
+
+
+@contextmanager
+def _one_run(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`; processes made from this one, which may outlive it, do not."""
+    import fcntl  # not on every system that reads files
+
+    with open(path, "a") as f:
+        try:
+            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise FlexOlmoError(
+                f"Another run is at work in {path.parent}. Wait for its end, or stop it: this one "
+                "then goes on from there."
+            ) from None
+        yield
 
 
 @contextmanager
