@@ -24,14 +24,14 @@ _DEMO = "public,code,academic,creative"
 
 
 class Engine(StrEnum):
-    """What does the work of `data prepare`."""
+    """Machinery that does the work of `data prepare`."""
 
     small = "small"
     datatrove = "datatrove"
 
 
 class Executor(StrEnum):
-    """Where datatrove runs tasks."""
+    """Place where datatrove runs tasks."""
 
     local = "local"
     slurm = "slurm"
@@ -252,7 +252,7 @@ def prepare(
     executor: Annotated[
         Executor,
         typer.Option(
-            help="Where datatrove runs its tasks: here, on a Slurm cluster (submitted, not waited "
+            help="Place where datatrove runs its tasks: here, on a Slurm cluster (submitted, not waited "
             "for), or on a Ray cluster. All share the disk of --out."
         ),
     ] = Executor.local,

@@ -308,7 +308,7 @@ def share_of(corpus: Corpus, part: int, parts: int) -> tuple[Corpus, int, int, i
 
 
 def _join_removed(work: Path, parts: int) -> tuple[Removed, Counter[str]]:
-    """What cleaning left out, and what reading noted, in all parts; reasons in order of reading."""
+    """Losses of cleaning, and what reading noted, in all parts; reasons in order of reading."""
     found = [read_json(work / f"removed-{part:05d}.json", DataError) for part in range(parts)]
     first_batches = [(batch, r) for one in found for r, batch in one["first_batches"].items()]
     removed = Removed()
