@@ -252,7 +252,7 @@ def prepare(
     executor: Annotated[
         Executor,
         typer.Option(
-            help="Place where datatrove runs its tasks: here, on a Slurm cluster (submitted, not waited "
+            help="Place where datatrove runs its tasks: here, on Slurm (submitted, not waited "
             "for), or on a Ray cluster. All share the disk of --out."
         ),
     ] = Executor.local,
