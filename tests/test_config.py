@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import flexolmo
-from flexolmo.config import parse_settings, read_recipe
+from flexolmo.config import find_recipe, parse_settings, read_recipe
 from flexolmo.errors import ConfigError
 from flexolmo.inference.sampling import Sampling
 from flexolmo.research.demo.demo import DemoRecipe
@@ -36,7 +36,7 @@ def refusal(schema, path=None, *overrides):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_recipe_is_one(path):
     recipe = read_recipe(path, SCHEMA.get(path.stem) or SCHEMA[path.stem.split("_")[0]])
     assert type(recipe).model_validate(recipe.model_dump(mode="json")) == recipe
@@ -45,6 +45,14 @@ def test_every_shipped_recipe_is_one(path):
 def test_the_shipped_recipes_are_all_tested_and_the_demos_is_among_them():
     assert flexolmo.research.demo.demo.default_recipe() in RECIPES.glob("*.toml")
     assert {"demo"} <= {p.stem for p in RECIPES.glob("*.toml")}
+
+
+def test_a_recipe_that_is_shipped_goes_by_its_name_and_another_by_its_path(tmp_path):
+    assert read_recipe(find_recipe("expert_private"), ExpertRecipe).privacy is not None
+    assert find_recipe("paper/expert") == RECIPES / "paper" / "expert.toml"
+    assert find_recipe("expert.toml") == Path("expert.toml")
+    own = write(tmp_path, "seed = 3")
+    assert find_recipe(own) == own
 
 
 def test_no_recipe_is_all_defaults():

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from flexolmo.errors import ConfigError
 
 Schema = TypeVar("Schema", bound=BaseModel)
+RECIPES = Path(__file__).parent / "recipes"
 
 
 class Settings(BaseModel):
@@ -42,6 +43,13 @@ def read_recipe(path: Path | None, schema: type[Schema], overrides: Sequence[str
     return parse_settings(
         _merge(_defaults(schema), values), schema, str(path or "the command line")
     )
+
+
+def find_recipe(name: Path | str) -> Path:
+    """The file of a recipe that comes with FlexOlmo, by a name such as expert_private or
+    paper/expert; any other `name` is the path of one's own."""
+    shipped = RECIPES / f"{name}.toml"
+    return shipped if shipped.is_file() else Path(name)
 
 
 def has_key(path: Path, key: str) -> bool:

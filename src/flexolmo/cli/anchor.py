@@ -44,7 +44,11 @@ def train(
         Path | None, typer.Option(help="Directory for checkpoints and metrics. Default: OUT.run")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="TOML recipe; what it leaves out has defaults.")
+        Path | None,
+        typer.Option(
+            help="TOML recipe, or one that comes with FlexOlmo: anchor, paper/anchor. What it "
+            "leaves out has defaults."
+        ),
     ] = None,
     overrides: Overrides = None,
     threads: Threads = None,
@@ -56,7 +60,7 @@ def train(
 
     By several processes, with torchrun: docs/guides/many_processes.md
     """
-    from flexolmo.config import read_recipe
+    from flexolmo.config import find_recipe, read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.model.checkpoint import save_anchor
@@ -64,7 +68,7 @@ def train(
     from flexolmo.train.anchor import AnchorRecipe, train_anchor
 
     with processes(device) as own_device:
-        settings = read_recipe(recipe, AnchorRecipe, overrides or ())
+        settings = read_recipe(recipe and find_recipe(recipe), AnchorRecipe, overrides or ())
         made = train_anchor(
             open_set(data),
             load_tokenizer(data),

@@ -33,7 +33,11 @@ def train(
         Path | None, typer.Option(help="Directory of the run. Default: NAME.run")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="TOML recipe; what it leaves out has defaults.")
+        Path | None,
+        typer.Option(
+            help="TOML recipe, or one that comes with FlexOlmo: expert, expert_paper, "
+            "expert_private, paper/expert, paper/expert_low_rank. What it leaves out has defaults."
+        ),
     ] = None,
     scope: Annotated[
         str | None,
@@ -124,11 +128,11 @@ def train(
 
     With one sequence in ten public: add --public prepared/public --set replay=0.1
 
-    Differentially private: --dp-epsilon 8 --dp-delta 1e-6 --dp-unit document
+    Differentially private: --recipe expert_private --dp-epsilon 8 --dp-unit document
 
     By several processes, with torchrun: docs/guides/many_processes.md
     """
-    from flexolmo.config import read_recipe
+    from flexolmo.config import find_recipe, read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
     from flexolmo.model.checkpoint import check_anchor, load_anchor
@@ -155,7 +159,7 @@ def train(
         ):
             short["router.epsilon"] = dp_epsilon / 4
         settings = read_recipe(
-            recipe,
+            recipe and find_recipe(recipe),
             ExpertRecipe,
             [*(overrides or ()), *(f"{k}={v}" for k, v in short.items() if v is not None)],
         )

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from flexolmo.train.forecast import Forecast
     from flexolmo.train.rates import Machine
 
-RECIPES = Path(__file__).parents[1] / "recipes"
-PAPER_ANCHOR = RECIPES / "paper" / "olmo2_7b"
+PAPER_ANCHOR = Path(__file__).parents[1] / "recipes" / "paper" / "olmo2_7b"
 
 
 def plan(
@@ -25,7 +24,8 @@ def plan(
         str | None,
         typer.Argument(
             help="TOML recipe of anchor train or expert train, or one that comes with FlexOlmo: "
-            "paper/anchor, paper/expert, paper/expert_low_rank, anchor, expert, expert_paper."
+            "paper/anchor, paper/expert, paper/expert_low_rank, anchor, expert, expert_paper, "
+            "expert_private."
         ),
     ] = None,
     anchor: Annotated[
@@ -146,12 +146,11 @@ def _choose_machine(gpus: str | None, path: Path | None, processes: int) -> "tup
 def _read(
     recipe: str, overrides: "list[str] | tuple[()]"
 ) -> "tuple[AnchorRecipe | ExpertRecipe, Path]":
-    from flexolmo.config import has_key, read_recipe
+    from flexolmo.config import find_recipe, has_key, read_recipe
     from flexolmo.train.anchor import AnchorRecipe
     from flexolmo.train.expert import ExpertRecipe
 
-    shipped = RECIPES / f"{recipe}.toml"
-    path = shipped if shipped.is_file() else Path(recipe)
+    path = find_recipe(recipe)
     if has_key(path, "model"):
         return read_recipe(path, AnchorRecipe, overrides), path
     return read_recipe(path, ExpertRecipe, overrides), path
