@@ -90,7 +90,8 @@ def _combine(a: Any, b: Any, join: Callable[[float, float], float]) -> Any:
     """`join` of every number in two counts of one kind."""
     found = {}
     for f in fields(a):
-        one, other = getattr(a, f.name), getattr(b, f.name)
+        one = getattr(a, f.name)
+        other = getattr(b, f.name)
         nested = isinstance(one, Work)
         found[f.name] = _combine(one, other, join) if nested else join(one, other)
     return type(a)(**found)
@@ -217,7 +218,8 @@ def count_step(
     few, more = COUNTED_LAYERS
     if config.num_layers <= more:
         return at(config.num_layers)
-    low, high = at(few), at(more)
+    low = at(few)
+    high = at(more)
     steps = (config.num_layers - few) / (more - few)
     found: StepCount = _combine(low, high, lambda a, b: a + steps * (b - a))
     return found
