@@ -1,16 +1,20 @@
 """What comes before a model reads: preparing text, building and loading a mixture, starting.
 
     .venv/bin/python benchmarks/data.py [--rounds 5] [--megabytes 20] [--size S] [--out FILE]
+    .venv/bin/python benchmarks/data.py --memory 50,200,1000 --out benchmarks/results/data.json
 
 Each job runs in a process of its own, in turn. Seconds are those of the processor, of all threads
 and processes of a job, but where a name says wall. The text is Python's own and its packages'
 source code and documents, so it differs a little from machine to machine. Memory is the peak of
 the job above what the process held before; bytes read are those of read calls, not of maps.
+`--memory` prepares ever more text with all cores, once, and tells the peaks of the process and of
+the largest of its workers, whole.
 """
 
 import argparse
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import random
@@ -30,16 +34,20 @@ SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
 
 
 def write_text(out: Path, megabytes: float) -> None:
-    """Write a corpus of Python files and documents as JSON lines."""
+    """Write a corpus of Python files and documents as JSON lines; if they are too few, again and
+    again, each time with another word at the end of each line."""
     paths = sysconfig.get_paths()
     roots = {Path(paths["purelib"]), Path(paths["stdlib"])}
     files = sorted({f for root in roots for f in root.rglob("*") if f.suffix in SUFFIXES})
     random.Random(0).shuffle(files)
     left = megabytes * 1e6
     with open(out, "w", encoding="utf-8") as f:
-        for number, file in enumerate(files):
+        for number in itertools.count():
+            times, place = divmod(number, len(files))
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                text = file.read_text(encoding="utf-8")
+                text = files[place].read_text(encoding="utf-8")
+                if times:
+                    text = text.replace("\n", f" again{times}\n")
                 f.write(json.dumps({"id": str(number), "text": text}, ensure_ascii=False) + "\n")
                 left -= len(text.encode())
             if left < 0:
@@ -93,8 +101,17 @@ def watch(work: Callable[[], object]) -> dict[str, Any]:
         "bytes_read": _bytes_read() - read,
         "seconds": _processor_seconds() - start,
         "wall_seconds": time.perf_counter() - wall_start,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - held,
+        "peak_bytes": _peak_bytes() - held,
+        "whole_peak_bytes": _peak_bytes(),
+        "worker_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
     }
+
+
+def _peak_bytes() -> int:
+    """Of this program; what getrusage tells may be of the one that started it."""
+    with open("/proc/self/status", encoding="ascii") as f:
+        line = next(line for line in f if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def prepare_text(root: str, text: str, tokenizer: str, workers: str) -> dict[str, Any]:
@@ -233,6 +250,32 @@ def measure_preparing(rounds: int, megabytes: float) -> dict[str, Any]:
     }
 
 
+def measure_memory(sizes: list[float]) -> list[dict[str, Any]]:
+    """Peaks of `data prepare` with all cores, of so many megabytes of text each."""
+    cores = len(os.sched_getaffinity(0))
+    found = []
+    with tempfile.TemporaryDirectory() as root:
+        public = Path(root) / "public.jsonl"
+        write_text(public, 5)
+        _prepare_public(public, Path(root) / "public")
+        for megabytes in sizes:
+            text = Path(root) / "text.jsonl"
+            write_text(text, megabytes)
+            done = run_job("prepare_text", root, text, Path(root) / "public", cores)
+            found.append(
+                {
+                    "megabytes": megabytes,
+                    "workers": cores,
+                    "peak_bytes": done["whole_peak_bytes"],
+                    "worker_peak_bytes": done["worker_peak_bytes"],
+                    "megabytes_per_processor_second": megabytes / done["seconds"],
+                    "megabytes_per_wall_second": megabytes / done["wall_seconds"],
+                }
+            )
+            print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
 def _prepare_set() -> Callable[..., Any]:
     from flexolmo.data.prepare import prepare_set
 
@@ -293,6 +336,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--size", default="S")
+    parser.add_argument("--memory", help="megabytes of text, such as 50,200,1000")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--job", nargs="+", help="for this program itself")
     given = parser.parse_args()
@@ -300,7 +344,15 @@ def main() -> None:
         name, *arguments = given.job
         print(json.dumps(JOBS[name](*arguments)))
         return
-    text = json.dumps(measure(given.rounds, given.megabytes, given.size), indent=2)
+    if given.memory:
+        from flexolmo.runtime import software_versions, source_commit
+
+        sizes = [float(size) for size in given.memory.split(",")]
+        about = {"commit": source_commit(), "software": software_versions()}
+        result = {"memory": measure_memory(sizes), "load_average": os.getloadavg(), **about}
+    else:
+        result = measure(given.rounds, given.megabytes, given.size)
+    text = json.dumps(result, indent=2)
     print(text)
     if given.out:
         given.out.write_text(text + "\n", encoding="utf-8")
