@@ -51,6 +51,7 @@ def test_there_is_one_verb_for_each_stage():
         "eval",
         "demo",
         "study",
+        "plan",
         "doctor",
     }
     assert {path[1] for path in VERBS if path[:1] == ("mix",) and path[1:]} == {

@@ -118,7 +118,8 @@ def test_time_that_work_does_not_explain_is_refused():
 
 def test_the_papers_sizes_are_the_papers():
     """2.97B outside the FFN and 4.33B in an expert; bundles of 8.7 GB in bfloat16, ours a tenth."""
-    from flexolmo.cli.plan import PAPER_ANCHOR, RECIPES
+    from flexolmo.cli.plan import PAPER_ANCHOR
+    from flexolmo.config import RECIPES
     from flexolmo.model.stock import StockConfig, read_stock_config
 
     config = read_stock_config(PAPER_ANCHOR, StockConfig).decoder

@@ -77,8 +77,8 @@ def plan(
     """Say what a training will take: size, memory, FLOPs, time, money. Trains nothing.
 
     No text and no weights are needed, and none of the machines. How it is worked out, and how far
-    to trust it: docs/guides/planning.md. To time a few steps on your own text instead:
-    flexolmo expert train --plan
+    to trust it: docs/guides/planning.md. To time a few steps on your own text instead, give --plan
+    to expert train.
 
     The paper's expert: flexolmo plan paper/expert --gpus 8xH100 --price 2.50
 
