@@ -224,7 +224,7 @@ def remove(root: Path) -> dict[str, Any]:
 def import_(root: Path) -> dict[str, Any]:
     """Import the stock checkpoint."""
     from flexolmo.bundle.terms import make_terms
-    from flexolmo.merge.export import import_stock
+    from flexolmo.merge.importing import import_stock
 
     names = [f"owner{i}" for i in range(1, OWNERS + 1)]
     shutil.copy(root / "owner1.private", root / "importer")

@@ -379,6 +379,7 @@ def test_tensors_are_written_as_the_library_writes_them(tensors, layout, piece_b
         files.save_tensors(path, given_tensors, metadata)
         assert path.read_bytes() == safetensors.torch.save(tensors, metadata)
         assert files.size_of_tensors(tensors) == len(safetensors.torch.save(tensors))
+        assert files.size_of_tensors(tensors, metadata) == path.stat().st_size
 
 
 @given(rows=st.integers(1, 9), width=st.integers(1, 9), piece_bytes=st.sampled_from([4, 24, 4096]))

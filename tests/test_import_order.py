@@ -54,6 +54,7 @@ ORDER = [
     ["merge.modeling_flexolmo"],  # leaves with a checkpoint, and imports nothing of ours
     ["merge.mixture"],
     ["merge.export", "merge.export_code", "merge.lineage"],
+    ["merge.importing"],
     ["inference."],
     ["merge.compare"],  # also as a server computes
     ["merge.certificate"],

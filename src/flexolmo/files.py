@@ -316,10 +316,10 @@ def save_tensors(
                 f.write(piece)
 
 
-def size_of_tensors(tensors: Mapping[str, Any]) -> int:
+def size_of_tensors(tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> int:
     """Bytes of the file that `save_tensors` writes."""
     data = sum(prod(t.shape) * t.dtype.itemsize for t in tensors.values())
-    return 8 + len(_header_of(tensors, None)) + data
+    return 8 + len(_header_of(tensors, metadata)) + data
 
 
 @dataclass(frozen=True)

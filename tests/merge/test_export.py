@@ -17,7 +17,6 @@ from flexolmo.inference.own_text import own_windows
 from flexolmo.merge.export import (
     LARGEST_LOG_ODDS,
     export_stock,
-    import_stock,
     is_stock_router,
     refit_router,
     refuse_more_than_ffn,
@@ -25,6 +24,7 @@ from flexolmo.merge.export import (
     whole_ffn,
     with_stock_router,
 )
+from flexolmo.merge.importing import import_stock
 from flexolmo.merge.mixture import LoadedMixture, load_mixture
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.checkpoint import load_anchor, save_anchor

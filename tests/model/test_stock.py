@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FlexOlmoConfig, Olmo2Config
 from flexolmo.bundle.trust import ANY_SIGNER
 from flexolmo.errors import CheckpointError
 from flexolmo.inference.reader import StockReader
-from flexolmo.merge.export import import_stock
+from flexolmo.merge.importing import import_stock
 from flexolmo.merge.mixture import load_mixture
 from flexolmo.model.stock import (
     INDEX,

@@ -17,6 +17,8 @@ from pydantic import (
     Field,
     JsonValue,
     StringConstraints,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
 )
@@ -85,6 +87,18 @@ Word = Annotated[str, StringConstraints(pattern=rf"^{NAME_PATTERN}$")]
 Name = Annotated[Word, AfterValidator(_check_name)]
 Owner = Annotated[str, AfterValidator(check_owner)]
 Created = Annotated[str, AfterValidator(_check_created)]
+_NAME: TypeAdapter[str] = TypeAdapter(Name)
+
+
+def require_name(name: str) -> None:
+    """ConfigError unless `name`, as somebody gave it, can be an expert's."""
+    try:
+        _NAME.validate_python(name)
+    except ValidationError as e:
+        raise ConfigError(
+            f"{name!r} cannot name an expert: {e.errors()[0]['msg']}. Use lower-case "
+            "letters, digits, - and _, at most 64, starting with a letter or digit."
+        ) from None
 
 
 class Architecture(Claim):

@@ -14,6 +14,7 @@ from flexolmo.terminal import echo
 if TYPE_CHECKING:
     from flexolmo.data.batches import TokenSet
     from flexolmo.merge.certificate import Words
+    from flexolmo.merge.importing import ImportPlan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -396,27 +397,53 @@ def import_(
         Path, typer.Argument(help="Directory of a stock FlexOlmoForCausalLM checkpoint.")
     ],
     names: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Names of its experts after the first (public), in order, comma-separated."
         ),
-    ],
-    key: Annotated[Path, typer.Option(help="Your private key: you vouch for the import.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the mixture.")],
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option(help="Your private key: you vouch for the import.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory for the mixture.")
+    ] = None,
     owner: Annotated[str, typer.Option(help="Your name.")] = "importer",
     licence: Annotated[str, typer.Option(help="Licence of the checkpoint.")] = "Apache-2.0",
     dtype: Precision = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be made, or why nothing would be, and write nothing. Reads the "
+            "config, the index and headers, no weights; files of weights may still be missing.",
+        ),
+    ] = False,
 ) -> None:
     """Make a mixture from a stock FlexOlmo checkpoint.
+
+    --names, --key and --out are needed, but for a dry run.
+
+    Example: flexolmo mix import FlexOlmo-7x7B/ --dry-run
 
     Example: flexolmo mix import FlexOlmo-7x7B/ --names math,code --key me.pem -o model
     """
     from flexolmo.bundle.terms import make_terms
-    from flexolmo.merge.export import import_stock
+    from flexolmo.errors import ConfigError
+    from flexolmo.merge.importing import import_stock, plan_import
 
+    chosen = None if names is None else [n.strip() for n in names.split(",") if n.strip()]
+    if dry_run:
+        print_import_plan(checkpoint, plan_import(checkpoint, chosen, dtype))
+        return
+    if chosen is None or key is None or out is None:
+        raise ConfigError(
+            "An import needs --names, --key and --out. Without them: --dry-run, which says what "
+            "would be made."
+        )
     import_stock(
         checkpoint,
-        [n.strip() for n in names.split(",") if n.strip()],
+        chosen,
         out,
         key,
         owner=owner,
@@ -425,6 +452,41 @@ def import_(
         dtype=dtype,
     )
     echo(f"{out}: imported; with its linear router, without bias")
+
+
+def print_import_plan(checkpoint: Path, plan: "ImportPlan") -> None:
+    """Print what an import of `checkpoint` would make, and what it would not."""
+    from rich.table import Table
+
+    from flexolmo.numbers import format_count
+    from flexolmo.terminal import PlainConsole
+
+    def row(name: str, parameters: int, size: int) -> tuple[str, str, str]:
+        return name, format_count(parameters), f"{size:,}"
+
+    table = Table("", "parameters", "bytes of weights")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, parameters in plan.parameters.items():
+        place = "anchor" if name == "public" else f"{name}.bundle"
+        table.add_row(*row(place, parameters, plan.weights_bytes[name]))
+    whole = row("mixture", sum(plan.parameters.values()), sum(plan.weights_bytes.values()))
+    table.add_row(*whole)
+    there = len(plan.files) - len(plan.absent_files)
+    echo(
+        f"{checkpoint}: {len(plan.parameters)} experts in {plan.num_layers} layers, {plan.top_k} "
+        f"active per token; {plan.dtype}; {there} of {len(plan.files)} files of weights are there"
+    )
+    PlainConsole().print(table)
+    if plan.absent_files:
+        echo("The index names these, whose shapes are taken from the config: ", end="")
+        echo(", ".join(plan.absent_files))
+    if plan.changes:
+        echo("An export back to the stock format would have other tensors:")
+        echo("\n".join(f"  {line}" for line in plan.changes))
+    else:
+        echo("An export back to the stock format would have the same names and shapes.")
+    echo("Nothing was written. No weight was read, so none was looked at: the import does that.")
 
 
 Mixture = Annotated[Path, typer.Option("--model", help="Directory of a mixture.")]

@@ -1,4 +1,4 @@
-"""Export and import of the checkpoint that stock transformers loads as `FlexOlmoForCausalLM`.
+"""Export of the checkpoint that stock transformers loads as `FlexOlmoForCausalLM`.
 
 The stock router is linear and has no bias. A mixture with such a router is written exactly; any
 other router is refit in closed form, and what that costs is measured. Narrow experts are padded
@@ -9,7 +9,6 @@ N tokens, D d_model, E experts, L layers, F the widest FFN.
 """
 
 import math
-import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,31 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.manifest import PUBLIC, build_manifest
-from flexolmo.bundle.serials import take_serial
-from flexolmo.bundle.terms import Terms
-from flexolmo.bundle.trust import ANY_SIGNER
-from flexolmo.data.tokenizer import load_tokenizer
-from flexolmo.errors import CheckpointError, MergeError
-from flexolmo.files import LaterTensor, digest_file, save_tensors, write_directory_aside, write_json
-from flexolmo.merge.mixture import LoadedMixture, build_mixture
-from flexolmo.model.checkpoint import build_anchor, save_anchor
+from flexolmo.bundle.manifest import PUBLIC
+from flexolmo.errors import MergeError
+from flexolmo.files import LaterTensor, write_directory_aside, write_json
+from flexolmo.merge.mixture import LoadedMixture
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import LinearSettings, slot
-from flexolmo.model.shape import FFN_PARTS, ExpertShape, architecture_of
-from flexolmo.model.statistics import BigramModel
-from flexolmo.model.stock import (
-    DtypeName,
-    StockMixtureConfig,
-    build_transformer,
-    read_stock,
-    stock_config,
-    stock_name,
-    write_stock,
-)
+from flexolmo.model.shape import FFN_PARTS
+from flexolmo.model.stock import expert_name, gate_name, stock_config, stock_name, write_stock
 from flexolmo.model.transformer import Linear
-from flexolmo.runtime import run_record
 
 LARGEST_LOG_ODDS = 6.0  # refit targets are held within this, so that certainty is not chased
 
@@ -156,39 +139,53 @@ def router_rows(model: MixtureModel) -> list[Tensor]:
     return found
 
 
+def stock_width(model: MixtureModel) -> int:
+    """Width F of every FFN of `model` in the stock format, which narrower ones are padded to."""
+    width = max([model.config.d_ff, *(s.d_ff for s in model.shapes.values())])
+    return math.ceil(width / 8) * 8  # stock's grouped products want rows of whole 16 bytes
+
+
+def stock_tensors(model: MixtureModel) -> dict[str, Tensor | LaterTensor]:
+    """Tensors of `model`, whose router must be stock, by stock names; experts' matrices are made
+    when they are written.
+
+    Experts get contiguous numbers: public is 0, the owners follow alphabetically. Works on torch's
+    meta device too, for names and shapes. Raises MergeError for what the format has no place for.
+    """
+    if not is_stock_router(model):
+        raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
+    refuse_more_than_ffn(model)
+    tensors: dict[str, Tensor | LaterTensor] = {
+        stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k
+    }
+    D, dtype = model.config.d_model, model.embed_tokens.weight.dtype
+    width = stock_width(model)
+    for i, rows in enumerate(router_rows(model)):
+        tensors[gate_name(i)] = rows.to(dtype)
+        for e, name in enumerate(model.expert_names):
+            for part in FFN_PARTS:
+                shape = (D, width) if part == "down_proj" else (width, D)
+                make = partial(whole_ffn, model, name, i, part, width)
+                tensors[expert_name(i, e, part)] = LaterTensor(dtype, shape, make)
+    return tensors
+
+
 def export_stock(
     mixture: LoadedMixture, model: MixtureModel, out: Path, about: dict[str, Any]
 ) -> None:
     """Write `model` (its router must be stock) to `out` for `FlexOlmoForCausalLM`.
 
-    Experts get contiguous numbers: public is 0, the owners follow alphabetically; the names are
-    in flexolmo.json beside the weights, and whether the mixture has a document mask, which stock
-    does not apply.
+    The experts' names, in the order of their numbers, are in flexolmo.json beside the weights, and
+    whether the mixture has a document mask, which stock does not apply.
     """
-    if not is_stock_router(model):
-        raise MergeError("Only a linear router without bias fits the stock format; refit it first.")
-    refuse_more_than_ffn(model)
+    tensors = stock_tensors(model)
     names = model.expert_names
-    tensors: dict[str, Tensor | LaterTensor] = {
-        stock_name(k): v for k, v in model.state_dict().items() if ".mlp." not in k
-    }
-    D, dtype = model.config.d_model, model.embed_tokens.weight.dtype
-    width = max([model.config.d_ff, *(s.d_ff for s in model.shapes.values())])
-    width = math.ceil(width / 8) * 8  # stock's grouped products want rows of whole 16 bytes
-    for i, rows in enumerate(router_rows(model)):
-        prefix = f"model.layers.{i}.mlp."
-        tensors[prefix + "gate.weight"] = rows.to(dtype)
-        for e, name in enumerate(names):
-            for part in FFN_PARTS:
-                shape = (D, width) if part == "down_proj" else (width, D)
-                make = partial(whole_ffn, model, name, i, part, width)
-                tensors[f"{prefix}experts.{e}.{part}.weight"] = LaterTensor(dtype, shape, make)
     config = stock_config(
         mixture.model.config,
-        dtype,
+        model.embed_tokens.weight.dtype,
         architectures=["FlexOlmoForCausalLM"],
         model_type="flex_olmo",
-        intermediate_size=width,
+        intermediate_size=stock_width(model),
         num_experts=len(names),
         num_experts_per_tok=min(model.top_k or len(names), len(names)),
         norm_topk_prob=False,
@@ -202,103 +199,3 @@ def export_stock(
             {"experts": names, "document_mask": mixture.model.config.document_mask, **about},
         )
         mixture.refuse_changed_files()
-
-
-def import_stock(
-    directory: Path,
-    names: Sequence[str],
-    out: Path,
-    private_key: Path,
-    *,
-    owner: str,
-    licence: str,
-    terms: Terms,
-    dtype: DtypeName | None = None,
-) -> dict[str, Any]:
-    """A mixture of ours from a stock FlexOlmo checkpoint; expert 0 becomes the public anchor.
-
-    `names` are the other experts' names, in the checkpoint's order. Each is signed with the
-    importer's key, for whom `owner` stands: the checkpoint itself carries no signature. Routing is
-    in float32, the rest in the precision stock runs the checkpoint in, or in `dtype`.
-    """
-    stock, tensors = read_stock(directory, StockMixtureConfig, dtype)
-    count = stock.experts
-    if len(names) != count - 1 or len(set(names)) != len(names):
-        raise CheckpointError(
-            f"{directory} has {count} experts, the first of them public: give "
-            f"{count - 1} different names, found {len(names)}: "
-            f"{', '.join(names)}."
-        )
-    tokenizer = load_tokenizer(directory)
-    config = stock.decoder.model_copy(update={"eos_token_id": tokenizer.eos_id})
-    gates = [
-        _take(tensors, f"model.layers.{i}.mlp.gate.weight", directory)
-        for i in range(config.num_layers)
-    ]  # [E,D] each
-    if any(g.shape != (count, config.d_model) for g in gates):
-        raise CheckpointError(f"{directory}: a router is not of shape {[count, config.d_model]}.")
-    dense = {k: v for k, v in tensors.items() if ".mlp." not in k}
-    experts: list[dict[str, Tensor]] = [{} for _ in range(count)]
-    for i in range(config.num_layers):
-        for e in range(count):
-            for part in FFN_PARTS:
-                key = f"model.layers.{i}.mlp.experts.{e}.{part}.weight"
-                w = _take(tensors, key, directory)
-                if e == 0:
-                    dense[f"model.layers.{i}.mlp.{part}.weight"] = w
-                else:
-                    experts[e][f"layers.{i}.{part}.weight"] = w
-            if e > 0:
-                experts[e][f"layers.{i}.router.weight"] = gates[i][e : e + 1].float().contiguous()
-    model = build_transformer(config, dense, str(directory), is_mapped=True)
-    even = np.full(config.vocab_size, -math.log(config.vocab_size), dtype=np.float32)
-    nothing = BigramModel(
-        even, np.zeros_like(even), np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
-    )
-    record = run_record({"imported_from": Path(directory).name}, 0, {})
-    anchor = build_anchor(
-        model, tokenizer, nothing, torch.stack([g[0].float() for g in gates]), record
-    )
-    router = LinearSettings(has_bias=False).model_dump(mode="json")
-    source_digest = digest_file(Path(directory) / "config.json")
-    left = sorted(k for k in tensors if ".mlp." in k)
-    if left:
-        raise CheckpointError(
-            f"{directory} has tensors this format has no place for; left out, "
-            f"the model would silently differ: {', '.join(left)}."
-        )
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent) as temporary:
-        aside = Path(temporary)
-        save_anchor(anchor, aside / "anchor")
-        bundles = []
-        for name, expert in zip(names, experts[1:], strict=True):
-            weights = aside / "expert.safetensors"
-            save_tensors(weights, expert)
-            expert.clear()
-            manifest = build_manifest(
-                weights,
-                name=name,
-                owner=owner,
-                anchor_digest=anchor.digest,
-                architecture=architecture_of(config, ExpertShape(d_ff=config.d_ff)),
-                router_kind="linear",
-                router_settings=router,
-                recipe={"imported_from": Path(directory).name},
-                tokens_seen=0,
-                data_card_digest=source_digest,
-                serial=take_serial(private_key, owner, name),
-                licence=licence,
-                terms=terms,
-            )
-            bundles.append(write_bundle(aside / f"{name}.bundle", weights, manifest, private_key))
-        about = build_mixture(
-            aside / "anchor", bundles, Path(out), ANY_SIGNER, top_k=stock.num_experts_per_tok
-        )
-    return about
-
-
-def _take(tensors: dict[str, Tensor], name: str, directory: Path) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"{directory} has no {name}.")
-    return tensors.pop(name)

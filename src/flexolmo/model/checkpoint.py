@@ -170,6 +170,7 @@ def build_anchor(
             f"config says {model.config.eos_token_id}."
         )
     model.requires_grad_(False)
+    _refuse_halves(model.state_dict())
     found = verified or _look_over(model, tokenizer, public, router_rows, forms, format_version)
     return Anchor(
         model.eval(),
@@ -194,7 +195,6 @@ def _look_over(
 ) -> VerifiedAnchor:
     """Digest and largest numbers; CheckpointError if nobody could use them."""
     state = model.state_dict()
-    _refuse_halves(state)
     tensors = state | _public_tensors(public, router_rows, forms)
     with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
         found = dict(zip(tensors, pool.map(look_at, tensors.values()), strict=True))

@@ -6,7 +6,7 @@ guessed, for versions of transformers differ in their defaults. safetensors only
 directory runs. Knows nothing of anchors, owners or bundles.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -18,12 +18,20 @@ from torch import Tensor
 from flexolmo.config import parse_settings
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import CheckpointError, ConfigError
-from flexolmo.files import LaterTensor, read_json, save_tensors, write_json
+from flexolmo.files import (
+    LaterTensor,
+    dtype_name,
+    read_json,
+    save_tensors,
+    size_of_tensors,
+    write_json,
+)
 from flexolmo.model.transformer import ModelConfig, Transformer, copy_matrix
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}  # of the safetensors file; transformers asks for it
 Size = Annotated[int, Field(ge=1, lt=2**24)]
 _STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -165,16 +173,20 @@ Kind = TypeVar("Kind", bound=StockConfig)
 
 
 def read_stock(
-    directory: Path, kind: type[Kind], dtype: DtypeName | None = None
+    directory: Path,
+    kind: type[Kind],
+    dtype: DtypeName | None = None,
+    *,
+    presumed: Mapping[str, Tensor] | None = None,
 ) -> tuple[Kind, dict[str, Tensor]]:
     """A stock checkpoint: its config and its tensors, by stock names, all of one precision.
 
     The precision is the config's, as in stock, else the files' own; `dtype` puts another in its
-    place. Of tied weights both are given. Raises CheckpointError, naming it, for whatever would
-    make the model another than stock's.
+    place. Of tied weights both are given. With `presumed` no weight is read, see `read_tensors`.
+    Raises CheckpointError, naming it, for whatever would make the model another than stock's.
     """
     config = read_stock_config(directory, kind)
-    tensors = read_tensors(directory)
+    tensors = read_tensors(directory, presumed)
     dtypes = {t.dtype for t in tensors.values()}
     name = dtype or config.dtype or config.torch_dtype
     if unknown := sorted(str(d) for d in dtypes - {torch.float64, *DTYPES.values()}):
@@ -191,7 +203,8 @@ def read_stock(
     embedding = "model.embed_tokens.weight"
     head = "lm_head.weight"
     if config.tie_word_embeddings and embedding in tensors:
-        if head in tensors and not torch.equal(tensors[head], tensors[embedding]):
+        is_compared = head in tensors and presumed is None
+        if is_compared and not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointError(
                 f"{directory} says tie_word_embeddings, but its {head} is not its {embedding}."
             )
@@ -215,8 +228,15 @@ def read_stock_config(directory: Path, kind: type[Kind]) -> Kind:
     return config
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a stock checkpoint, mapped from one file or from those its index names."""
+def read_tensors(
+    directory: Path, presumed: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a stock checkpoint, mapped from one file or from those its index names.
+
+    With `presumed` all are on torch's meta device, of the dtypes and shapes that the files' headers
+    state. A file that is named by the index and is not there is then taken to hold those of
+    `presumed`, if there are any, that the index puts in it.
+    """
     directory = Path(directory)
     single = directory / "model.safetensors"
     index = directory / INDEX
@@ -228,13 +248,19 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
             )
     files = files_of_index(index) if index.exists() else [single.name]
     tensors: dict[str, Tensor] = {}
+    if presumed:
+        nothing = torch.empty(0, device="meta")
+        absent = {n for n in files if not (directory / n).exists()}
+        where = read_index(index)
+        tensors = {k: presumed.get(k, nothing) for k, name in where.items() if name in absent}
+        files = [n for n in files if n not in absent]
     for name in files:
         try:
             with safetensors.safe_open(directory / name, framework="pt") as f:
                 for key in f.keys():  # noqa: SIM118 (not a mapping)
                     if key in tensors:
                         raise CheckpointError(f"{directory}: {key} is in two files.")
-                    tensors[key] = f.get_tensor(key)
+                    tensors[key] = f.get_tensor(key) if presumed is None else _hollow(f, key)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{directory} has no {name}; only safetensors checkpoints are read."
@@ -246,8 +272,18 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def files_of_index(index: Path) -> list[str]:
-    """Names of the safetensors files, all beside `index`, that it spreads the tensors over.
+def _hollow(file: Any, key: str) -> Tensor:
+    """A tensor of an open safetensors file, on the meta device: of its numbers none is touched."""
+    stored = file.get_slice(key)
+    known = {dtype_name(dtype): dtype for dtype in (torch.float64, *DTYPES.values())}
+    name = stored.get_dtype()
+    if name not in known:
+        raise CheckpointError(f"{key} is of dtype {name}; expected one of {', '.join(known)}.")
+    return torch.empty(stored.get_shape(), dtype=known[name], device="meta")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The safetensors file, beside `index`, of each tensor.
 
     Raises CheckpointError for an index of another form, or one that names anything else.
     """
@@ -260,12 +296,81 @@ def files_of_index(index: Path) -> list[str]:
             raise CheckpointError(f"{index} names {file!r}, which is outside its directory.")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file!r}, which is no safetensors file.")
-    return sorted(set(where.values()))
+    return where
+
+
+def files_of_index(index: Path) -> list[str]:
+    """Names of the safetensors files, all beside `index`, that it spreads the tensors over;
+    CheckpointError as `read_index`."""
+    return sorted(set(read_index(index).values()))
 
 
 def stock_name(name: str) -> str:
     """Our parameter's name in a stock checkpoint."""
     return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def gate_name(layer: int) -> str:
+    """Name of a layer's router, [E,D], in a stock mixture."""
+    return f"model.layers.{layer}.mlp.gate.weight"
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    """Name of a matrix of an expert's FFN in a stock mixture; expert 0 is public."""
+    return f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
+
+
+def mixture_shapes(
+    config: ModelConfig, count: int, names: Collection[str], where: str
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a stock mixture of `count` experts.
+
+    Raises CheckpointError if `where`, which holds tensors of these `names`, holds so few that the
+    config cannot be theirs: it might ask for more than fits into memory.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in (
+        _frame(config, config.num_layers * count, names, where).state_dict().items()
+    ):
+        if ".mlp." not in name:
+            shapes[stock_name(name)] = tuple(tensor.shape)
+            continue
+        _, layer, _, part, _ = name.split(".")
+        shapes |= {expert_name(int(layer), e, part): tuple(tensor.shape) for e in range(count)}
+    gates = {gate_name(i): (count, config.d_model) for i in range(config.num_layers)}
+    return shapes | gates
+
+
+def _frame(config: ModelConfig, least: int, names: Collection[str], where: str) -> Transformer:
+    """The decoder on the meta device; CheckpointError for fewer than `least` names."""
+    if len(names) < least:
+        raise CheckpointError(
+            f"{where} holds {len(names)} tensors, too few for {config.num_layers} layers."
+        )
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def list_misfits(
+    tensors: Mapping[str, Tensor | LaterTensor], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """A line for each missing, extra and misshapen tensor."""
+    lines = [f"missing: {n}" for n in sorted(expected.keys() - tensors.keys())]
+    lines += [f"extra: {n}" for n in sorted(tensors.keys() - expected.keys())]
+    lines += [
+        f"shape of {n}: found {list(tensors[n].shape)}, expected {list(expected[n])}"
+        for n in sorted(expected.keys() & tensors.keys())
+        if tuple(tensors[n].shape) != tuple(expected[n])
+    ]
+    return lines
+
+
+def refuse_misfits(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    """CheckpointError with a line for each missing, extra and misshapen tensor of `where`."""
+    if lines := list_misfits(tensors, expected):
+        raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
 
 
 def build_transformer(
@@ -278,22 +383,8 @@ def build_transformer(
 
     Raises CheckpointError that lists every missing, extra and misshapen tensor of `where`.
     """
-    if config.num_layers > len(tensors):
-        raise CheckpointError(
-            f"{where} holds {len(tensors)} tensors, too few for {config.num_layers} layers."
-        )
-    with torch.device("meta"):
-        model = Transformer(config)
-    own = {stock_name(n): t for n, t in model.state_dict().items()}
-    lines = [f"missing: {n}" for n in sorted(own.keys() - tensors.keys())]
-    lines += [f"extra: {n}" for n in sorted(tensors.keys() - own.keys())]
-    lines += [
-        f"shape of {n}: found {list(tensors[n].shape)}, expected {list(own[n].shape)}"
-        for n in sorted(own.keys() & tensors.keys())
-        if tensors[n].shape != own[n].shape
-    ]
-    if lines:
-        raise CheckpointError(f"{where} does not fit the model:\n  " + "\n  ".join(lines))
+    model = _frame(config, config.num_layers, tensors, where)
+    refuse_misfits(tensors, {stock_name(n): t.shape for n, t in model.state_dict().items()}, where)
     if is_mapped:
         mapped = {name: tensors[stock_name(name)] for name in model.state_dict()}
         model.load_state_dict(mapped, assign=True)
@@ -350,7 +441,7 @@ def write_stock(
         directory / "generation_config.json",
         {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")},
     )
-    save_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    save_tensors(directory / "model.safetensors", tensors, METADATA)
     tokenizer.save(directory / "tokenizer.json")
     write_json(
         directory / "tokenizer_config.json",
@@ -362,3 +453,8 @@ def write_stock(
             "model_max_length": config["max_position_embeddings"],
         },
     )
+
+
+def size_of_stock(tensors: Mapping[str, Tensor | LaterTensor]) -> int:
+    """Bytes of the model.safetensors that `write_stock` writes."""
+    return size_of_tensors(tensors, METADATA)

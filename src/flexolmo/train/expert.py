@@ -15,11 +15,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import safetensors
 import torch
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from flexolmo.bundle.bundle import write_bundle
-from flexolmo.bundle.manifest import PUBLIC, Name, build_manifest
+from flexolmo.bundle.manifest import PUBLIC, build_manifest, require_name
 from flexolmo.bundle.serials import take_serial
 from flexolmo.bundle.terms import Terms
 from flexolmo.config import Settings
@@ -463,7 +463,7 @@ def prepare_training(
 ) -> tuple[MixtureModel, dict[str, nn.Parameter], Callable[[int], Losses], PrivateSteps | None]:
     """The pair of anchor and new expert, the parameters that learn, the loss of a step, and how its
     gradient is protected."""
-    _refuse_bad_name(name)
+    require_name(name)
     _refuse_other_tokenizers(anchor, data, public)
     anchor.config.refuse_longer(recipe.train.seq_len, "train.seq_len")
     first = start_expert(anchor, data, recipe, public, run_dir) if start is None else start
@@ -663,16 +663,6 @@ def _refuse_other_tokenizers(anchor: Anchor, data: TokenSet, public: TokenSet | 
     for token_set in (data, public):
         if token_set is not None:
             token_set.check_tokenizer(anchor.tokenizer.digest, "the anchor")
-
-
-def _refuse_bad_name(name: str) -> None:
-    try:
-        TypeAdapter(Name).validate_python(name)
-    except ValidationError as e:
-        raise ConfigError(
-            f"{name!r} cannot name an expert: {e.errors()[0]['msg']}. Use lower-case "
-            "letters, digits, - and _, at most 64, starting with a letter or digit."
-        ) from None
 
 
 def trainable_parameters(pair: MixtureModel, name: str) -> dict[str, nn.Parameter]:
