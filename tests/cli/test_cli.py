@@ -632,8 +632,14 @@ def test_another_routers_export_prints_its_cost_in_bits_per_byte(
             assert part in line
 
 
-def test_a_stock_checkpoint_is_imported(works, house, tmp_path):
+def test_a_stock_checkpoint_is_imported(run, works, house, tmp_path):
     works("mix", "export", house.mixture_dir(NAMES, "stock"), "-o", tmp_path / "hf")
+    said = works("mix", "import", tmp_path / "hf", "--dry-run", "--names", "one,two,three")
+    assert "4 experts in 2 layers, 4 active per token; float32; 1 of 1 files" in said
+    assert "two.bundle" in said and "the same names and shapes" in said
+    refused = run("mix", "import", tmp_path / "hf", "--names", "one,two,three")
+    is_plain_refusal(refused, "needs --names, --key and --out")
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"]
     works(
         "mix",
         "import",

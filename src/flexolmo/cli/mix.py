@@ -486,7 +486,7 @@ def print_import_plan(checkpoint: Path, plan: "ImportPlan") -> None:
         echo("\n".join(f"  {line}" for line in plan.changes))
     else:
         echo("An export back to the stock format would have the same names and shapes.")
-    echo("Nothing was written. No weight was read, so none was looked at: the import does that.")
+    echo("Nothing was written and no weight read: the import alone sees whether all are finite.")
 
 
 Mixture = Annotated[Path, typer.Option("--model", help="Directory of a mixture.")]
