@@ -16,6 +16,9 @@ class DiskFullError(FlexOlmoError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["DiskFullError"], tuple[str, str]]:
+        return type(self), (str(self), self.reason)  # so that a worker can send it
+
 
 class ConfigError(FlexOlmoError):
     """Error for whoever wrote the recipe or the command: unknown key, bad value."""

@@ -336,7 +336,9 @@ def test_a_fetched_set_has_no_units(public_set):
         open_corpus(public_set, settings=ReadSettings(unit_field="patient"))
 
 
-@pytest.mark.parametrize("value", [None, " ", True, 7.5, [1], {"a": 1}, "missing", "plain"])
+@pytest.mark.parametrize(
+    "value", [None, " ", True, 7.5, [1], {"a": 1}, "p\ud800", "missing", "plain"]
+)
 def test_a_text_that_is_of_no_unit_is_refused_by_its_place(tmp_path, value):
     record = {"text": "x"} | ({} if value == "missing" else {"patient": value})
     name, text = ("a.txt", "x") if value == "plain" else ("a.jsonl", json.dumps(record))

@@ -1,24 +1,34 @@
 """datatrove's tasks give the bytes of the small path, also when they are cut off midway."""
 
 import os
+import pickle
 import random
+import subprocess
+import sys
+from errno import ENOSPC
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexolmo.data import pieces
 from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.formats import READ_AS_USUAL
+from flexolmo.data.kept_work import hold_work, work_directory
 from flexolmo.data.prepare import plan_preparation, prepare_set
-from flexolmo.errors import ConfigError, DataError
+from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError
 from made_sets import SMALL, made_text, write_raw
 
 pytest.importorskip("datatrove", reason="datatrove is not here: pip install 'flexolmo[scale]'")
 from flexolmo.data import scale
-from flexolmo.data.scale import make_pipelines, prepare_at_scale, share_of, work_directory
+from flexolmo.data.scale import CleanStage, prepare_at_scale, share_of
 
 NEAR = SMALL.model_copy(update={"near_duplicate": 0.7})
+
+
+@pytest.fixture(autouse=True)
+def _no_sync(monkeypatch):
+    monkeypatch.setattr(os, "sync", lambda: None)  # waits for all that the machine writes
 
 
 def _corpus(directory, files):
@@ -64,9 +74,10 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
 
         def work_on(self, part, kind=kind, real=cls.work_on):
             ran.append((kind, part))
-            real(self, part)
+            found = real(self, part)
             if (kind, part) == (stage, 1) and ran.count((stage, 1)) == 1:
                 raise KeyboardInterrupt
+            return found
 
         monkeypatch.setattr(cls, "work_on", work_on)
     with pytest.raises(KeyboardInterrupt):
@@ -77,21 +88,148 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
     assert twice == {(stage, 1)}
 
 
-def test_other_settings_begin_anew_and_errors_come_out(tmp_path, public_set):
-    corpus = _corpus(tmp_path, 1)
-    task = plan_preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
-    work = work_directory(task.out)
-    work.mkdir()
-    (work / "plan.json").write_text('{"recipe": "another", "tasks": 1}')
-    (work / "pieces-00000").write_bytes(b"left")
-    with open(corpus.files[0][0], "a") as f:
-        f.write(" ")
-    with pytest.raises(DataError, match="has changed"):
+def _left_by_a_killed_run(task, tasks, monkeypatch):
+    """Work of a run that was killed when it had cleaned; the directory of the work."""
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(scale.ChooseStage, "work_on", _killed)
+        prepare_at_scale(task, tasks=tasks)
+    return work_directory(task.out)
+
+
+def _killed(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.fixture
+def task(tmp_path, public_set):
+    corpus = _corpus(tmp_path, 2)
+    return plan_preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
+
+
+def test_a_late_second_run_of_a_task_that_is_done_changes_no_file(task, monkeypatch):
+    left = _left_by_a_killed_run(task, 2, monkeypatch)
+    (work,) = (path for path in left.iterdir() if path.is_dir())
+    before = {f.name: (f.stat().st_ino, f.read_bytes()) for f in work.glob("*-0000*")}
+    assert len(before) == 4 * 2 + 2 + 1  # files and locks of two tasks, and a lock of choosing
+    list(CleanStage(task, work, 2).run(None, 1, 2))
+    assert {f.name: (f.stat().st_ino, f.read_bytes()) for f in work.glob("*-0000*")} == before
+
+
+@pytest.mark.parametrize("name", ["pieces", "signatures", "texts"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_part_that_lost_documents_is_refused(task, monkeypatch, name, is_gone):
+    left = _left_by_a_killed_run(task, 2, monkeypatch)
+    (file,) = left.glob(f"*/{name}-00001")
+    if is_gone:
+        file.unlink()
+    else:
+        os.truncate(file, 0)
+    with pytest.raises(DataError, match="missing" if is_gone else "not as its task left it"):
         prepare_at_scale(task)
-    assert (work / "pieces-00000").read_bytes() == b""
+    assert not left.exists()  # the next run begins anew
+
+
+def test_tokens_that_are_not_as_written_are_refused(task, monkeypatch):
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(scale.WriteStage, "work_on", _killed)
+        prepare_at_scale(task, say=len)
+    (file,) = work_directory(task.out).glob("*/tokens-00000")
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(DataError, match="not as its task left it"):
+        prepare_at_scale(task)
+
+
+def test_a_living_run_keeps_its_work_whatever_another_asks_for(task, monkeypatch):
+    left = _left_by_a_killed_run(task, 2, monkeypatch)
+    before = sorted(left.rglob("*"))
+    holder = (
+        "import sys; from pathlib import Path; from flexolmo.data.kept_work import hold_work\n"
+        "with hold_work(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", holder, str(task.out)]
+    other = plan_preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
+        living.stdout.readline()
+        for asked, tasks in ((task, None), (task, 3), (other, 2)):
+            with pytest.raises(FlexOlmoError, match="Another run is at work"):
+                prepare_at_scale(asked, tasks=tasks)
+        prepare_set(task.corpus, task.out, None, task.public, (), SMALL, say=len)
+        assert sorted(left.rglob("*")) == before
+        living.communicate()
+    assert living.returncode == 0
+    with hold_work(task.out):  # it was freed
+        pass
+
+
+def test_the_number_of_tasks_is_that_of_the_run_that_was_killed(task, monkeypatch):
+    left = _left_by_a_killed_run(task, 3, monkeypatch)
+    with pytest.raises(ConfigError, match=r"A run of 3 tasks .* 2 were asked for"):
+        prepare_at_scale(task, tasks=2)
+    assert left.exists()
+    monkeypatch.setattr(CleanStage, "work_on", pytest.fail)
+    prepare_at_scale(task, say=len, workers=1)
+    assert not left.exists() and not left.with_name(left.name + ".lock").exists()
+
+
+def test_other_settings_begin_anew_and_no_text_stays_after_a_refusal(task, monkeypatch):
+    left = _left_by_a_killed_run(task, 3, monkeypatch)
+    other = plan_preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    began = []
+    monkeypatch.setattr(CleanStage, "work_on", lambda *_: began.append(len([*left.iterdir()])))
+    monkeypatch.setattr(scale.ChooseStage, "work_on", _refused)
+    with pytest.raises(DataError, match="refused"):
+        prepare_at_scale(other, tasks=2)
+    assert began == [2, 2]  # the plan and its work, without that of before
+    assert not left.exists()
+
+
+def _refused(*_):
+    raise DataError("refused")
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_the_small_path_removes_what_a_killed_run_in_tasks_left(task, monkeypatch, is_refused):
+    left = _left_by_a_killed_run(task, 2, monkeypatch)
+    if is_refused:
+        monkeypatch.setattr("flexolmo.data.prepare.choose_pieces", _refused)
+        with pytest.raises(DataError, match="refused"):
+            prepare_set(task.corpus, task.out, None, task.public, (), NEAR)
+    else:
+        prepare_set(task.corpus, task.out, None, task.public, (), NEAR, say=len)
+    assert not left.exists()
+
+
+def test_work_and_new_directories_are_the_owners_alone(task, tmp_path, monkeypatch):
+    new = plan_preparation(task.corpus, tmp_path / "new" / "b", None, task.public, (), NEAR)
+    left = _left_by_a_killed_run(new, 2, monkeypatch)
+    inside = [path for path in left.iterdir() if path.is_dir()]
+    modes = [path.stat().st_mode & 0o777 for path in (new.out.parent, left, *inside)]
+    assert modes == [0o700] * 3
+    left.chmod(0o770)
+    with pytest.raises(FlexOlmoError, match="not a directory that you alone can read"):
+        prepare_at_scale(new)
+    left.chmod(0o700)
+    left.rename(tmp_path / "elsewhere")
+    left.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FlexOlmoError, match="not a directory that you alone can read"):
+        prepare_at_scale(new)
+    assert (tmp_path / "elsewhere" / "plan.json").exists()
+
+
+def test_a_full_disk_is_named_and_nothing_stays(task, monkeypatch):
+    def full(*_):
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pieces.PieceStore, "add", full)
+    with pytest.raises(DiskFullError, match=r"b cannot be written: No space.*Nothing was left"):
+        prepare_at_scale(task)
+    assert not work_directory(task.out).exists()
+    sent = pickle.loads(pickle.dumps(DiskFullError("full", "No space")))  # by a worker
+    assert (str(sent), sent.reason) == ("full", "No space")
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 12))
+@example([5, 0], 1)
 def test_every_batch_of_documents_is_one_tasks_in_the_order_of_reading(sizes, parts):
     class File:
         def __init__(self, size):
@@ -109,45 +247,3 @@ def test_every_batch_of_documents_is_one_tasks_in_the_order_of_reading(sizes, pa
     for some, group, _, lanes in shares:
         same = [lane for other, g, lane, _ in shares if g == group and other.files == some.files]
         assert not some.files or sorted(same) == list(range(lanes))
-
-
-def test_on_slurm_four_jobs_are_submitted_each_after_the_one_before(
-    tmp_path, public_set, monkeypatch
-):
-    tools = tmp_path / "tools"
-    tools.mkdir()
-    sbatch = tools / "sbatch"
-    sbatch.write_text(
-        f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n'
-        f'for file; do :; done\ncat "$file" >> {tmp_path}/scripts\n'
-        f"echo Submitted batch job $(wc -l < {tmp_path}/asked)\n"
-    )
-    sbatch.chmod(0o755)
-    task = plan_preparation(_corpus(tmp_path, 2), tmp_path / "b", None, public_set, (), NEAR)
-    cluster = {"cluster": "slurm", "partition": "cpu", "time": "1:00:00"}
-    monkeypatch.setenv("PATH", os.environ["PATH"].replace("/slurm/", "/"))
-    with pytest.raises(ConfigError, match="sbatch is not here"):
-        prepare_at_scale(task, tasks=3, workers=2, **cluster)
-    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    assert prepare_at_scale(task, tasks=3, workers=2, **cluster) is None
-    asked = (tmp_path / "asked").read_text().splitlines()
-    stages = [line for line in asked if "RUN_OFFSET" in line]
-    assert len(stages) == 4 and "dependency" not in stages[0]
-    numbers = [asked.index(line) + 1 for line in stages]
-    for line, before in zip(stages[1:], numbers, strict=False):
-        assert f"--dependency=afterok:{before}" in line
-    scripts = (tmp_path / "scripts").read_text()
-    assert scripts.count("#SBATCH --array=0-2%2") == 2 and "#SBATCH --partition=cpu" in scripts
-    for stage in ("clean", "choose", "tokenize", "write"):
-        assert f"launch_pickled_pipeline {work_directory(task.out)}/logs/{stage}" in scripts
-
-
-def test_on_ray_the_same_four_stages_wait_for_each_other(tmp_path, public_set):
-    task = plan_preparation(_corpus(tmp_path, 2), tmp_path / "b", None, public_set, (), NEAR)
-    last = make_pipelines(task, 4, 2, "ray")
-    found = []
-    while last is not None:
-        found.append((type(last).__name__, last.pipeline[0].name, last.tasks))
-        last = last.depends
-    names = [("write", 1), ("tokenize", 4), ("choose", 1), ("clean", 4)]
-    assert found == [("RayPipelineExecutor", name, tasks) for name, tasks in names]

@@ -30,14 +30,6 @@ class Engine(StrEnum):
     datatrove = "datatrove"
 
 
-class Executor(StrEnum):
-    """Place where datatrove runs tasks."""
-
-    local = "local"
-    slurm = "slurm"
-    ray = "ray"
-
-
 @app.command("list")
 def list_sets() -> None:
     """Show the sets that can be fetched, their packages and their licences.
@@ -245,25 +237,18 @@ def prepare(
     engine: Annotated[
         Engine,
         typer.Option(
-            help="small: this process and its workers. datatrove: the same as tasks, of which a "
-            "run that was killed repeats only the unfinished ones (needs the extra `scale`)."
+            help="small: this process and its workers. datatrove: the same as tasks of this "
+            "machine; a killed run repeats only the unfinished ones (needs the extra `scale`)."
         ),
     ] = Engine.small,
-    executor: Annotated[
-        Executor,
-        typer.Option(
-            help="Place where datatrove runs its tasks: here, on Slurm (submitted, not waited "
-            "for), or on a Ray cluster. All share the disk of --out."
-        ),
-    ] = Executor.local,
     tasks: Annotated[
         int | None,
-        typer.Option(min=1, help="Tasks to cut the work into, with datatrove; default --workers."),
+        typer.Option(
+            min=1,
+            help="Tasks to cut the work into, with datatrove; by default as many as the run that "
+            "was killed had, else as many as --workers.",
+        ),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Partition of the Slurm cluster.")] = None,
-    time_limit: Annotated[
-        str, typer.Option(help="Longest time of one task on the Slurm cluster.")
-    ] = "24:00:00",
 ) -> None:
     """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
@@ -288,10 +273,8 @@ def prepare(
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.data.workers import count_cores
 
-    if engine == Engine.small and (executor != Executor.local or tasks is not None):
-        raise ConfigError("--executor and --tasks are for --engine datatrove: name it too.")
-    if executor == Executor.slurm and partition is None:
-        raise ConfigError("--executor slurm needs the name of a partition: --partition NAME.")
+    if engine == Engine.small and tasks is not None:
+        raise ConfigError("--tasks is for --engine datatrove: name it too.")
     if name is not None and len(sources) > 1:
         raise ConfigError(
             f"--name {name} names one set, and {len(sources)} were given: prepare them one by one."
@@ -335,16 +318,7 @@ def prepare(
             )
         else:
             task = plan_preparation(corpus, target, given, public, others, settings)
-            options = {}
-            if executor == Executor.slurm:
-                options = {"partition": partition, "time": time_limit}
-            found = _prepare_at_scale(
-                task, replace, _warn, processes, tasks, executor.value, **options
-            )
-            if found is None:
-                _console.print(f"{corpus.name}: submitted. Run this again to see how it stands.")
-                continue
-            card = found
+            card = _prepare_at_scale(task, replace, _warn, processes, tasks)
         if corpus.name == PUBLIC and public is None:
             public = target
         else:
@@ -367,14 +341,14 @@ def _warn(line: str) -> None:
     _console.print(line, style="yellow")
 
 
-def _prepare_at_scale(task: Any, *arguments: Any, **options: Any) -> dict[str, Any] | None:
+def _prepare_at_scale(task: Any, *arguments: Any) -> dict[str, Any]:
     try:
         from flexolmo.data.scale import prepare_at_scale
     except ImportError as e:
         raise ConfigError(
             f"--engine datatrove needs datatrove ({e}): pip install 'flexolmo[scale]'."
         ) from None
-    return prepare_at_scale(task, *arguments, **options)
+    return prepare_at_scale(task, *arguments)
 
 
 def _describe_losses(card: dict[str, Any]) -> list[str]:

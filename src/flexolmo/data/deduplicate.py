@@ -136,4 +136,7 @@ def open_fingerprints(directory: Path) -> tuple[Rows, Rows]:
             f"{directory}: fingerprints of shapes {exact.shape} and {near.shape}; "
             f"expected [n, 32] and [n, {SIGNATURE_SIZE}]. Prepare the set again."
         )
-    return Rows("S32", paths[0], offset=exact.offset), Rows(SIGNATURE, paths[1], offset=near.offset)
+    return (
+        Rows("S32", paths[0], offset=exact.offset, is_read_only=True),
+        Rows(SIGNATURE, paths[1], offset=near.offset, is_read_only=True),
+    )

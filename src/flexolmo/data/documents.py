@@ -190,6 +190,13 @@ def _unit(record: dict[str, Any], field: str, where: str) -> str:
             f"{where}: field {field!r} is {value!r}; a string or a whole number was expected "
             "that says whom or what the text is about (--unit-field). Plain files have no fields."
         )
+    try:
+        unit.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where}: field {field!r} is {value!r}, which holds half of a character: whom or what "
+            "the text is about would be a guess. Correct it, or leave the record out."
+        ) from None
     return unit
 
 

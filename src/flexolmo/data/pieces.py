@@ -209,13 +209,26 @@ def batch_pieces(pieces: Rows, places: Iterable[tuple[np.ndarray, np.ndarray]]) 
 
 
 class PieceStore:
-    """Pieces of one part of a set, in files of `directory`, in the order of reading."""
+    """Pieces of one part of a set, in files of `directory`, in the order of reading.
 
-    def __init__(self, directory: Path, part: int = 0) -> None:
+    Raises:
+        DataError: they are only to be read, and one of them is missing.
+    """
+
+    def __init__(self, directory: Path, part: int = 0, is_read_only: bool = False) -> None:
         self.part = part
-        self.pieces = Rows(PIECE, _pieces(directory, part))
-        self.signatures = Rows(SIGNATURE, _signatures(directory, part))
-        self._texts = Rows("u1", _spill(directory, part))
+        self.pieces = Rows(PIECE, _pieces(directory, part), is_read_only=is_read_only)
+        self.signatures = Rows(SIGNATURE, _signatures(directory, part), is_read_only=is_read_only)
+        self._texts = Rows("u1", _spill(directory, part), is_read_only=is_read_only)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Pieces, signatures, and bytes of text with sources and ids, that are in the files."""
+        return {
+            "pieces": len(self.pieces),
+            "signatures": len(self.signatures),
+            "text_bytes": len(self._texts),
+        }
 
     def add(self, batch: int, cleaned: Cleaned) -> None:
         """Write what was made of batch number `batch` of the documents."""
@@ -230,7 +243,7 @@ class PieceStore:
 
 def sort_pieces(directory: Path, parts: int) -> tuple[Rows, Rows]:
     """Pieces of all parts in the order of their hashes, and their signatures, in new files."""
-    stores = [PieceStore(directory, part) for part in range(parts)]
+    stores = [PieceStore(directory, part, is_read_only=True) for part in range(parts)]
     pieces = Rows(PIECE, directory / "pieces")
     signatures = Rows(SIGNATURE, directory / "signatures")
     unsorted = chain.from_iterable(store.pieces.batches() for store in stores)

@@ -24,6 +24,7 @@ import numpy as np
 
 from flexolmo.data.corpus import Corpus, open_corpus, warn_of_losses
 from flexolmo.data.deduplicate import EXACT_FILE, NEAR_FILE, SIGNATURE, open_fingerprints
+from flexolmo.data.kept_work import without_dead_work
 from flexolmo.data.pieces import (
     PIECE,
     PieceStore,
@@ -157,21 +158,22 @@ def prepare_set(
             a fifth of the documents, or `out` holds another set.
     """
     task = plan_preparation(raw, out, tokenizer, public, disjoint_from, settings)
-    done = find_finished(task, may_replace)
-    if done is not None:
-        return done
     is_private = task.corpus.is_private
-    with (
-        write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
-        open_workers(workers) as run,
-    ):
-        work = aside / _WORK
-        work.mkdir(mode=0o700)
-        removed = _clean_all(task, work, run)
-        choose_pieces(task, work, 1, removed, say)
-        card = write_set(task, work, aside, run, say)
-        shutil.rmtree(work)
-    return card
+    with without_dead_work(task.out):
+        done = find_finished(task, may_replace)
+        if done is not None:
+            return done
+        with (
+            write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
+            open_workers(workers) as run,
+        ):
+            work = aside / _WORK
+            work.mkdir(mode=0o700)
+            removed = _clean_all(task, work, run)
+            choose_pieces(task, work, 1, removed, say)
+            card = write_set(task, work, aside, run, say)
+            shutil.rmtree(work)
+        return card
 
 
 def find_finished(task: Preparation, may_replace: bool) -> dict[str, Any] | None:
@@ -224,7 +226,7 @@ def choose_pieces(
 
 def chosen_batches(work: Path) -> Iterator[list[Place]]:
     """Places of the texts that `write_set` asks tokens for, batch by batch, of all splits."""
-    kept = Rows(PIECE, work / _KEPT)
+    kept = Rows(PIECE, work / _KEPT, is_read_only=True)
     splits = open_splits(work, read_json(work / _CHOSEN, DataError)["splits"])
     for documents in splits.values():
         for batch in batch_pieces(kept, documents.places()):
@@ -245,7 +247,10 @@ def write_set(
     chosen = read_json(work / _CHOSEN, DataError)
     tokenizer = load_tokenizer(work)
     tokenizer.save(aside / "tokenizer.json")
-    kept = (Rows(PIECE, work / _KEPT), Rows(SIGNATURE, work / _KEPT_SIGNATURES))
+    kept = (
+        Rows(PIECE, work / _KEPT, is_read_only=True),
+        Rows(SIGNATURE, work / _KEPT_SIGNATURES, is_read_only=True),
+    )
     written = write_splits(kept, open_splits(work, chosen["splits"]), work, aside, name, run)
     written.judge_tokenizer(name, say)
     corpus = task.corpus

@@ -13,30 +13,43 @@ from typing import Any
 
 import numpy as np
 
+from flexolmo.errors import DataError
+
 BYTES_AT_ONCE = 1 << 22
 _LEAST_BYTES_OF_RUN = 1 << 12
 
 
 class Rows:
-    """Rows of `dtype` in a file, which is made if absent.
+    """Rows of `dtype` in a file, which is made if absent, but for one that is only read.
 
     Args:
         dtype: of one row; one with a shape, such as `(np.uint32, (128,))`, gives arrays [n,128].
         path: the file; none is one in `directory` that has no name and goes with this object.
         offset: bytes of the file before the first row.
+    Raises:
+        DataError: a file that is only to be read is missing.
     """
 
     def __init__(
-        self, dtype: Any, path: Path | None = None, directory: Path | None = None, offset: int = 0
+        self,
+        dtype: Any,
+        path: Path | None = None,
+        directory: Path | None = None,
+        offset: int = 0,
+        is_read_only: bool = False,
     ) -> None:
         self.dtype = np.dtype(dtype)
         self._offset = offset
         if path is None:
             with tempfile.TemporaryFile(dir=directory) as f:
                 self._fd = os.dup(f.fileno())
+        elif is_read_only:
+            try:
+                self._fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                raise DataError(f"{path} is missing: prepare the set again.") from None
         else:
-            can_write = not path.exists() or os.access(path, os.W_OK)
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT if can_write else os.O_RDONLY, 0o600)
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         weakref.finalize(self, os.close, self._fd)
         self._count = (os.fstat(self._fd).st_size - offset) // self.dtype.itemsize
 

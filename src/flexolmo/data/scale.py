@@ -1,33 +1,30 @@
-"""The preparation of `prepare` as datatrove pipelines: on one machine, on Slurm, or on Ray.
+"""The preparation of `prepare` as datatrove pipelines, on one machine.
 
 datatrove deals out the tasks and notes which are done, so that a run killed at any moment goes on
 from there; what is kept and what is written is decided by the functions of the small path alone,
 and the result has the same bytes. Four stages, each of which waits for the one before: documents
-are cleaned in many tasks, chosen in one, tokenized in many, and written in one. All tasks share
-the file system of the result, beside which they keep their work.
+are cleaned in many tasks, chosen in one, tokenized in many, and written in one.
 
-Imports datatrove, of the extra `scale`.
+Imports datatrove, of the extra `scale`; nothing is unpickled from a file.
 """
 
+import fcntl
 import json
 import os
-import shutil
-import sys
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.executor.ray import RayPipelineExecutor
-from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
 
 from flexolmo.data.corpus import Corpus
+from flexolmo.data.kept_work import hold_work, remove_at_end, remove_work
 from flexolmo.data.pieces import PieceStore, Removed, batch_documents, clean_documents
 from flexolmo.data.prepare import (
     MARKER,
@@ -38,13 +35,11 @@ from flexolmo.data.prepare import (
     write_set,
 )
 from flexolmo.data.shards import Tokenized, tokenize_texts
-from flexolmo.errors import ConfigError, DataError, FlexOlmoError
-from flexolmo.files import hold_lock, read_json, write_aside, write_directory_aside, write_json
+from flexolmo.errors import ConfigError, DataError
+from flexolmo.files import explain_full_disk, read_json, write_directory_aside, write_json
 from flexolmo.progress import PROGRESS_FILE
 
-Cluster = Literal["local", "slurm", "ray"]
 _PLAN = "plan.json"
-_SAID = "said.json"
 
 
 def prepare_at_scale(
@@ -53,128 +48,113 @@ def prepare_at_scale(
     say: Callable[[str], object] = print,
     workers: int = 1,
     tasks: int | None = None,
-    cluster: Cluster = "local",
-    **options: Any,
-) -> dict[str, Any] | None:
-    """Prepare a set in tasks that datatrove runs; its card, or none where the tasks were only
-    handed to a cluster.
+) -> dict[str, Any]:
+    """Prepare a set in tasks that datatrove runs; returns its card.
 
     Args:
         task: what `plan_preparation` returns.
         say: told what `prepare_set` tells, at the end.
         workers: tasks that run at the same time.
-        tasks: tasks of a stage that is dealt out; by default as many as workers.
-        cluster: local runs them here and waits for their end; slurm submits them with `sbatch`;
-            ray runs them on the cluster that `ray.init` found.
-        options: of datatrove's executor of that cluster, such as `partition` and `time`.
+        tasks: tasks of a stage that is dealt out; by default as many as the run that was killed
+            had, else as many as workers.
     Raises:
-        DataError: as `prepare_set`.
-        ConfigError: the cluster cannot be reached.
+        DataError: as `prepare_set`, or files of a killed run are not as its tasks left them.
+        ConfigError: a run that was killed had another number of tasks.
+        FlexOlmoError: another run is at work on this set.
     """
-    work = work_directory(task.out)
-    done = find_finished(task, may_replace)
-    if done is not None:
-        shutil.rmtree(work, ignore_errors=True)
-        return done
-    tasks = tasks or workers
-    plan = {"recipe": task.recipe, "tasks": tasks}
-    task.out.parent.mkdir(parents=True, exist_ok=True)
-    if work.exists() and (
-        not (work / _PLAN).is_file() or read_json(work / _PLAN, DataError) != plan
-    ):
-        shutil.rmtree(work)
-    work.mkdir(mode=0o700, exist_ok=True)
-    with _one_run(work / "lock"):
-        write_json(work / _PLAN, plan)
-        last = make_pipelines(task, tasks, workers, cluster, **options)
-        try:
-            last.run()
-        except FileNotFoundError as e:
-            if e.filename != "sbatch":
-                raise
+    mode = 0o700 if task.corpus.is_private else 0o777
+    task.out.parent.mkdir(mode, parents=True, exist_ok=True)
+    with hold_work(task.out) as directory:
+        plan = _read_plan(directory, task)
+        if plan is not None and tasks not in (None, plan["tasks"]):
             raise ConfigError(
-                "sbatch is not here: submit from a machine of the Slurm cluster, or take "
-                "--executor local."
-            ) from None
-        if cluster == "slurm":
-            return None
-        for line in read_json(work / _SAID, DataError):
-            say(line)
-        card = find_finished(task, may_replace=True)
-        if card is None:
-            raise DataError(f"{task.out} was not written: see the logs in {work}/logs.")
-    shutil.rmtree(work)
-    return card
+                f"A run of {plan['tasks']} tasks was stopped here, and {tasks} were asked for. "
+                f"Leave out --tasks to go on from there, or remove {directory} to begin anew."
+            )
+        with remove_at_end(directory), explain_full_disk(task.out):
+            done = find_finished(task, may_replace)
+            if done is not None:
+                return done
+            if plan is None:
+                plan = _begin(directory, task, tasks or workers)
+            work = directory / plan["work"]
+            make_pipelines(task, work, plan["tasks"], workers).run()
+            for stage in (ChooseStage, WriteStage):
+                for line in read_json(_result(work, stage.name, 0), DataError):
+                    say(line)
+            card = find_finished(task, may_replace=True)
+            if card is None:
+                raise DataError(f"{task.out} is not as it was written: run this again.")
+            return card
 
 
-def work_directory(out: Path) -> Path:
-    """Directory beside a set where its tasks keep their work."""
-    return out.with_name(f".{out.name}.scale")
+def _read_plan(directory: Path, task: Preparation) -> dict[str, Any] | None:
+    """The plan that a killed run of the same task noted in `directory`, if any."""
+    if not (directory / _PLAN).is_file():
+        return None
+    plan: dict[str, Any] = read_json(directory / _PLAN, DataError)
+    return plan if plan["recipe"] == task.recipe else None
+
+
+def _begin(directory: Path, task: Preparation, tasks: int) -> dict[str, Any]:
+    """Begin anew. Processes of a killed run may still write to its work: ours has another name."""
+    remove_work(directory)
+    name = secrets.token_hex(8)
+    plan = {"recipe": task.recipe, "tasks": tasks, "work": name}
+    directory.mkdir(mode=0o700)
+    (directory / name).mkdir(mode=0o700)
+    write_json(directory / _PLAN, plan)
+    return plan
 
 
 def make_pipelines(
-    task: Preparation, tasks: int, workers: int, cluster: Cluster = "local", **options: Any
-) -> PipelineExecutor:
+    task: Preparation, work: Path, tasks: int, workers: int
+) -> LocalPipelineExecutor:
     """The last of the four pipelines, which depends on those before; arguments as in
     `prepare_at_scale`."""
-    work = work_directory(task.out)
-    executor = {
-        "local": LocalPipelineExecutor,
-        "slurm": SlurmPipelineExecutor,
-        "ray": RayPipelineExecutor,
-    }[cluster]
-    if cluster == "local":
-        logger.disable("datatrove")  # its lines would hide ours
-    if cluster == "slurm":
-        options = {
-            "env_command": f"export PATH={Path(sys.executable).parent}:$PATH",
-            "qos": "",
-            **options,
-        }
-    last: PipelineExecutor | None = None
+    logger.disable("datatrove")  # its lines would hide ours
+    last = None
     for stage, number in (
         (CleanStage, tasks),
         (ChooseStage, 1),
         (TokenizeStage, tasks),
         (WriteStage, 1),
     ):
-        step = stage(task, work, tasks, is_quiet=cluster == "local")
-        named = {"job_name": f"{task.corpus.name}-{step.name}"} if cluster == "slurm" else {}
-        last = executor(
-            pipeline=[step],
+        last = LocalPipelineExecutor(
+            pipeline=[stage(task, work, tasks)],
             tasks=number,
             workers=min(workers, number),
-            logging_dir=str(work / "logs" / step.name),
+            logging_dir=str(work / "logs" / stage.name),
             depends=last,
-            **named,
-            **options,
         )
-    assert last is not None
     return last
 
 
 class Stage(PipelineStep):
     """One stage of a preparation, of which each task does its part."""
 
+    name: str
     type = "flexolmo"
 
-    def __init__(self, task: Preparation, work: Path, tasks: int, is_quiet: bool) -> None:
+    def __init__(self, task: Preparation, work: Path, tasks: int) -> None:
         super().__init__()
-        self.job = _Job(task, work, tasks, is_quiet)
+        self.job = _Job(task, work, tasks)
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> Iterator[Any]:
-        """Do part `rank`. A task of a run that was killed may still be at work on it: wait."""
+        """Do part `rank`, but for one that is done. A task of a run that was killed may still be at
+        work on it: wait."""
         work = self.job.work
-        with (
-            hold_lock(work / f"lock-{self.name}-{rank:05d}", wait=True),
-            _one_shows_progress(work, rank),
-        ):
-            self.work_on(rank)
-            os.sync()  # before the task is noted as done
+        with _hold_part(work / f"lock-{self.name}-{rank:05d}"), _one_shows_progress(work, rank):
+            result = _result(work, self.name, rank)
+            if not result.exists():
+                found = self.work_on(rank)
+                os.sync()  # the files are there before the result, which says that they are
+                write_json(result, found)
         yield from ()
 
-    def work_on(self, part: int) -> None:
-        """Do part number `part`; doing it again gives the same files."""
+    def work_on(self, part: int) -> Any:
+        """Do part number `part`; doing it again gives the same files. Returns JSON for the stages
+        after this."""
         raise NotImplementedError
 
 
@@ -183,11 +163,10 @@ class CleanStage(Stage):
 
     name = "clean"
 
-    def work_on(self, part: int) -> None:
+    def work_on(self, part: int) -> dict[str, Any]:
         task, work = self.job.task, self.job.work
-        for left in work.glob(f"*-{part:05d}"):
-            if not left.name.startswith("lock"):
-                left.unlink()
+        for left in ("pieces", "signatures", "texts"):
+            (work / f"{left}-{part:05d}").unlink(missing_ok=True)
         store = PieceStore(work, part)
         corpus, group, lane, lanes = share_of(task.corpus, part, self.job.tasks)
         removed = Removed()
@@ -200,17 +179,15 @@ class CleanStage(Stage):
             removed.add(cleaned.removed)
             for reason in cleaned.removed.documents:
                 first_batches.setdefault(reason, (group << 40) + number)
-        write_json(
-            work / f"removed-{part:05d}.json",
-            {
-                "first_batches": first_batches,
-                "documents": removed.documents,
-                "bytes": removed.bytes,
-                "found": removed.found,
-                "replaced_characters": removed.replaced_characters,
-                "noted": corpus.noted if lane == 0 else {},  # all lanes read all
-            },
-        )
+        return {
+            "written": store.counts,
+            "first_batches": first_batches,
+            "documents": removed.documents,
+            "bytes": removed.bytes,
+            "found": removed.found,
+            "replaced_characters": removed.replaced_characters,
+            "noted": corpus.noted if lane == 0 else {},  # all lanes read all
+        }
 
 
 class ChooseStage(Stage):
@@ -218,7 +195,7 @@ class ChooseStage(Stage):
 
     name = "choose"
 
-    def work_on(self, part: int) -> None:
+    def work_on(self, part: int) -> list[str]:
         task, work = self.job.task, self.job.work
         for left in ("pieces", "signatures", "kept", "kept_signatures", "parents", "marks"):
             (work / left).unlink(missing_ok=True)
@@ -227,7 +204,7 @@ class ChooseStage(Stage):
         task.corpus.noted.update(noted)
         said: list[str] = []
         choose_pieces(task, work, self.job.tasks, removed, said.append)
-        write_json(work / _SAID, said)
+        return said
 
 
 class TokenizeStage(Stage):
@@ -235,14 +212,15 @@ class TokenizeStage(Stage):
 
     name = "tokenize"
 
-    def work_on(self, part: int) -> None:
+    def work_on(self, part: int) -> int:
         work = self.job.work
-        with write_aside(_tokens(work, part)) as aside, open(aside, "wb") as f:
+        with open(_tokens(work, part), "wb") as f:
             for number, places in enumerate(chosen_batches(work)):
                 if number % self.job.tasks == part:
                     tokens, lengths, changed = tokenize_texts(work, places)
                     head = {"bytes": len(tokens), "lengths": lengths, "changed": changed}
                     f.write(json.dumps(head).encode() + b"\n" + tokens)
+            return f.tell()
 
 
 class WriteStage(Stage):
@@ -250,36 +228,29 @@ class WriteStage(Stage):
 
     name = "write"
 
-    def work_on(self, part: int) -> None:
+    def work_on(self, part: int) -> list[str]:
         task, work = self.job.task, self.job.work
-        if find_finished(task, may_replace=True) is None:
-            said: list[str] = read_json(work / _SAID, DataError)
-            is_private = task.corpus.is_private
-            with (
-                ExitStack() as files,
-                write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
-            ):
-                tokenized = _Replay(work, self.job.tasks, files)
-                write_set(task, work, aside, tokenized, said.append)
-            write_json(work / _SAID, said)
-        for used in work.iterdir():  # no text stays where nobody waits for the end
-            if used.is_file() and used.name not in (_SAID, _PLAN) and "lock" not in used.name:
-                used.unlink()
+        said: list[str] = []
+        is_private = task.corpus.is_private
+        with (
+            ExitStack() as files,
+            write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
+        ):
+            write_set(task, work, aside, _Replay(work, self.job.tasks, files), said.append)
+        return said
 
 
 class _Job:
     """All that the tasks of a stage share, shown in a few words where datatrove shows a step."""
 
-    def __init__(self, task: Preparation, work: Path, tasks: int, is_quiet: bool) -> None:
+    def __init__(self, task: Preparation, work: Path, tasks: int) -> None:
         self.task = task
         self.work = work
         self.tasks = tasks
-        self.is_quiet = is_quiet
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.is_quiet:
-            logger.disable("datatrove")
+        logger.disable("datatrove")
 
     def __repr__(self) -> str:
         return f"{self.task.corpus.name} in {self.tasks} tasks"
@@ -308,8 +279,14 @@ def share_of(corpus: Corpus, part: int, parts: int) -> tuple[Corpus, int, int, i
 
 
 def _join_removed(work: Path, parts: int) -> tuple[Removed, Counter[str]]:
-    """Losses of cleaning, and what reading noted, in all parts; reasons in order of reading."""
-    found = [read_json(work / f"removed-{part:05d}.json", DataError) for part in range(parts)]
+    """Losses of cleaning, and what reading noted, in all parts; reasons in order of reading.
+
+    Raises:
+        DataError: files of a part are missing, or not as long as its task wrote them.
+    """
+    found = [read_json(_result(work, CleanStage.name, part), DataError) for part in range(parts)]
+    for part, one in enumerate(found):
+        _check_written(work, part, PieceStore(work, part, is_read_only=True).counts, one["written"])
     first_batches = [(batch, r) for one in found for r, batch in one["first_batches"].items()]
     removed = Removed()
     for _, reason in sorted(first_batches, key=lambda pair: pair[0]):
@@ -330,6 +307,9 @@ class _Replay:
 
     def __init__(self, work: Path, parts: int, files: ExitStack) -> None:
         paths = [_tokens(work, part) for part in range(parts)]
+        for part, path in enumerate(paths):
+            expected = read_json(_result(work, TokenizeStage.name, part), DataError)
+            _check_written(work, part, path.stat().st_size if path.exists() else None, expected)
         self._files = [files.enter_context(path.open("rb")) for path in paths]
         self._next = 0  # number of the batch
 
@@ -346,19 +326,24 @@ def _tokens(work: Path, part: int) -> Path:
     return work / f"tokens-{part:05d}"
 
 
-@contextmanager
-def _one_run(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`; processes made from this one, which may outlive it, do not."""
-    import fcntl  # not on every system that reads files
+def _result(work: Path, stage: str, part: int) -> Path:
+    """The file that says that a task is done, written after all others of that task."""
+    return work / f"done-{stage}-{part:05d}.json"
 
+
+def _check_written(work: Path, part: int, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise DataError(
+            f"{work}: part {part} is not as its task left it: found {found}, expected {expected}. "
+            "The work is removed: run this again to begin anew."
+        )
+
+
+@contextmanager
+def _hold_part(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, in a directory that is there; wait for another who holds it."""
     with open(path, "a") as f:
-        try:
-            fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise FlexOlmoError(
-                f"Another run is at work in {path.parent}. Wait for its end, or stop it: this one "
-                "then goes on from there."
-            ) from None
+        fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 

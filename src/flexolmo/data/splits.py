@@ -110,7 +110,7 @@ def split_by_hash(
 
 def open_splits(directory: Path, ranges: dict[str, list[int]]) -> dict[str, Split]:
     """The splits that `split_by_hash` wrote to `directory`, by `first` and `end` of each."""
-    parents = Rows(_PARENT, directory / "parents")
+    parents = Rows(_PARENT, directory / "parents", is_read_only=True)
     found = {}
     for split in SPLITS:
         first, end = ranges[split]

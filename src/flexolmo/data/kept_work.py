@@ -1,0 +1,110 @@
+"""The work of a preparation in tasks, kept beside its result so that a killed run can go on.
+
+It holds an owner's text, so it is readable by its owner alone, and goes when the set is finished or
+refused, or when the set is prepared in another way. Knows nothing of what the tasks do.
+"""
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from flexolmo.errors import FlexOlmoError
+
+
+def work_directory(out: Path) -> Path:
+    """Directory beside the set `out` where its tasks keep their work."""
+    return out.with_name(f".{out.name}.scale")
+
+
+@contextmanager
+def hold_work(out: Path) -> Iterator[Path]:
+    """Hold the lock on the work of the set `out`; yields its directory, which may not be there.
+
+    The system frees the lock when its holder ends, however it ends. Processes made from this one,
+    which may outlive it, do not hold it.
+
+    Raises:
+        FlexOlmoError: another run holds it, or the directory is not one that we made.
+    """
+    import fcntl  # not on every system that reads files
+
+    work = work_directory(out)
+    lock = work.with_name(f"{work.name}.lock")
+    while True:
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        except OSError as e:
+            raise FlexOlmoError(f"{lock} cannot be opened: {e.strerror}.") from None
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            os.close(file)
+            if not isinstance(e, BlockingIOError | PermissionError):
+                raise FlexOlmoError(
+                    f"{lock} cannot be locked ({e.strerror}), so two runs might work there at "
+                    "once. Put the set on a file system with locks."
+                ) from None
+            raise FlexOlmoError(
+                f"Another run is at work in {work}. Wait for its end, or stop it: this one then "
+                "goes on from there."
+            ) from None
+        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file)):
+            break
+        os.close(file)  # its last holder removed it before we had it
+    try:
+        _check_ours(work)
+        yield work
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+@contextmanager
+def remove_at_end(work: Path) -> Iterator[None]:
+    """Remove `work` on success and on a refusal; after any other end it stays for the next run."""
+    try:
+        yield
+    except FlexOlmoError:
+        remove_work(work)
+        raise
+    remove_work(work)
+
+
+def remove_work(work: Path) -> None:
+    """Remove `work`, whose lock is held, if it is there."""
+    if work.exists():
+        shutil.rmtree(work)
+
+
+@contextmanager
+def without_dead_work(out: Path) -> Iterator[None]:
+    """Remove, on success and on a refusal, work on the set `out` that a run in tasks left when it
+    was killed; that of a living run stays."""
+    try:
+        yield
+    except FlexOlmoError:
+        _remove_dead_work(out)
+        raise
+    _remove_dead_work(out)
+
+
+def _remove_dead_work(out: Path) -> None:
+    if os.path.lexists(work_directory(out)):
+        with suppress(FlexOlmoError), hold_work(out) as work:
+            remove_work(work)
+
+
+def _check_ours(work: Path) -> None:
+    """Refuse a link, another user's directory, and one that others can write to or read."""
+    if not os.path.lexists(work):
+        return
+    found = work.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise FlexOlmoError(
+            f"{work} is not a directory that you alone can read, as a run makes it: it is "
+            f"{stat.filemode(found.st_mode)} of user {found.st_uid}. Remove it, or choose another "
+            "--out."
+        )
