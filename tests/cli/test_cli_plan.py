@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from flexolmo.cli import app
 from flexolmo.errors import ConfigError
-from flexolmo.train.rates import GPUS
+from flexolmo.train.rates import GPUS, Machine
 
 EXPERT = """
 scope = "ffn"
@@ -46,6 +46,47 @@ def test_a_plan_is_told_to_people_and_to_programs(recipe, pico_anchor_dir, tmp_p
     assert "It does not fit" in small.output
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_started_is_what_was_planned(recipe, pico_anchor_dir, tmp_path, device):
+    here = tmp_path / "here.json"
+    here.write_text(
+        Machine(
+            name="mine", source="me", device=device, threads=3, float32_flops=1e11, moved_bytes=1e10
+        ).model_dump_json()
+    )
+    about = [recipe, "--anchor", pico_anchor_dir, "--machine", here, "--processes", 2]
+    shown = run(*about, "--write", tmp_path / "launch")
+    assert shown.exit_code == 0, shown.output
+    assert "waiting for others is not known" in shown.output
+    script = (tmp_path / "launch" / "torchrun.sh").read_text()
+    assert f"--device {device}" in script
+    assert "--nnodes 2" in script and "--nproc-per-node 1" in script  # a machine for each
+    assert "OMP_NUM_THREADS:-3}" in script
+
+
+def test_what_cannot_be_planned_is_refused_before_it_is_measured(
+    recipe, pico_anchor_dir, tmp_path, monkeypatch
+):
+    def measure(threads):
+        raise AssertionError("It was measured.")
+
+    monkeypatch.setattr("flexolmo.train.rates.measure_machine", measure)
+    here = ["--measure", tmp_path / "here.json"]
+    anchor = ["--anchor", pico_anchor_dir]
+    for words, says in {
+        (recipe, *anchor, "--set", "train.stepz=1"): "train.steps",
+        (recipe, *anchor, "--processes", 3): "multiple of 3",
+        (recipe,): "beside which anchor",
+        (recipe, *anchor, "--gpus", "1xH100"): "leave out --gpus",
+        ("--gpus", "1xH100"): "leave out --gpus",
+        ("--name", "$(id)"): "cannot name",
+    }.items():
+        found = run(*words, *here)
+        assert isinstance(found.exception, ConfigError), (words, found.output)
+        assert says in str(found.exception), words
+    assert str(run(*here).exception) == "It was measured."
+
+
 def test_what_is_wrong_is_said(recipe, pico_anchor_dir, tmp_path):
     bad = tmp_path / "bad.json"
     bad.write_text("[]")
@@ -58,6 +99,8 @@ def test_what_is_wrong_is_said(recipe, pico_anchor_dir, tmp_path):
         (recipe, *anchor, "--gpus", "8xH900"): "not in the table",
         (recipe, *anchor, "--gpus", "2xH100", "--processes", 2): "--processes goes with",
         (recipe, *anchor, "--machine", bad): "not what",
+        (recipe, *anchor, "--gpus", "1xH100", "--name", "$(id)"): "cannot name an expert",
+        (recipe, *anchor, "--gpus", "1xH100", "--price", "inf"): "--price inf",
         ("nothing", "--gpus", "1xH100"): "does not exist",
         ("anchor", "--gpus", "1xH100"): "--vocab-size",
         ("anchor", "--gpus", "1xH100", *anchor): "--anchor is for",

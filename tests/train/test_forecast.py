@@ -1,26 +1,29 @@
 """What a training takes is counted from the program that trains."""
 
+import json
 import math
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from torch.utils.flop_counter import FlopCounterMode
 
-from flexolmo.config import read_recipe
+from flexolmo.config import RECIPES, read_recipe
 from flexolmo.errors import ConfigError
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train import count as counting
+from flexolmo.train import rates as speeds
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.count import StepProgram, Work, count_step
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.forecast import dense_parameters, find_memory, forecast, parse_gpus
 from flexolmo.train.launch import Launch, torchrun_script, write_launch
 from flexolmo.train.loop import TrainSettings
-from flexolmo.train.rates import GPUS, Timed, fit_machine, time_step
+from flexolmo.train.rates import GPUS, Machine, Timed, fit_machine, kinds, read_machine, time_step
 
 PICO = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=48, max_seq_len=32)
 TRAIN = TrainSettings(steps=10, batch_size=4, seq_len=16, warmup_steps=2, optimizer="adamw")
@@ -110,6 +113,74 @@ def test_rates_are_found_again_from_steps_that_they_made():
     assert fitted.moved_bytes == pytest.approx(rates.moved_bytes, rel=1e-3)
 
 
+def test_bfloat16_is_timed_where_it_is_offered_and_else_unknown(monkeypatch):
+    monkeypatch.setattr(speeds, "product_dtype", lambda device: torch.bfloat16)
+    halves = [n for n, r in kinds().items() if r.train.precision == "bfloat16"]
+    assert halves == ["anchor, bfloat16"]
+    monkeypatch.setattr(speeds, "product_dtype", lambda device: torch.float32)
+    assert halves[0] not in kinds()
+    whole = [count_step(PICO, KINDS[kind]) for kind in ("anchor", "paper")]
+    half = count_step(PICO, AnchorRecipe(train=TRAIN.model_copy(update={"precision": "bfloat16"})))
+    timed = [Timed(c, time_step(c, GPUS["A100"]).total) for c in (*whole, half)]
+    fitted = fit_machine(timed)
+    assert fitted.bfloat16_flops == pytest.approx(GPUS["A100"].bfloat16_flops, rel=1e-3)
+    unknown = fit_machine(timed[:2])
+    assert unknown.bfloat16_flops is None
+    assert time_step(whole[0], unknown).total > 0
+    with pytest.raises(ConfigError, match=r"train\.precision=float32"):
+        time_step(half, unknown)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_muons_products_are_those_of_the_machine_that_is_planned_for(monkeypatch, has_bfloat16):
+    here = torch.float32 if has_bfloat16 else torch.bfloat16  # the other
+    monkeypatch.setattr("flexolmo.train.muon.product_dtype", lambda device: here)
+    machine = GPUS["H100"]
+    if not has_bfloat16:
+        machine = machine.model_copy(update={"bfloat16_flops": None})
+    recipe = AnchorRecipe(train=TRAIN.model_copy(update={"optimizer": "muon"}))
+    update = count_step(PICO, recipe, muon_dtype=machine.muon_dtype).update
+    flops = update.bfloat16_flops if has_bfloat16 else update.float32_flops
+    assert flops == update.flops > 0
+    rate = machine.bfloat16_flops or machine.float32_flops
+    moved = update.moved_bytes / machine.moved_bytes
+    told = forecast(recipe, PICO, machine)
+    assert told.step.update == pytest.approx(flops / rate + moved)
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1e-300", "1e400", "NaN", "Infinity", "-Infinity"])
+def test_machines_that_cannot_be_are_refused(tmp_path, value):
+    good = Machine(name="mine", source="me", float32_flops=1e12, moved_bytes=1e10)
+    path = tmp_path / "machine.json"
+    for field in ("float32_flops", "bfloat16_flops", "moved_bytes", "link_bytes", "memory_bytes"):
+        if (field, value) == ("memory_bytes", "1e-300"):
+            continue  # little memory is only little
+        values = good.model_dump() | {field: "here"}
+        path.write_text(json.dumps(values).replace('"here"', value))
+        with pytest.raises(ConfigError, match=r"machine\.json"):
+            read_machine(path)
+
+
+def test_the_slowest_machine_and_the_fastest_give_a_time():
+    for rate in (1e3, 1e21):
+        given = dict.fromkeys(
+            ("float32_flops", "bfloat16_flops", "moved_bytes", "link_bytes"), rate
+        )
+        told = forecast(KINDS["paper"], PICO, Machine(name="mine", source="me", **given), 2)
+        assert 0 < told.seconds < math.inf
+        assert told.tokens_a_second > 0
+
+
+@pytest.mark.parametrize(
+    ("part", "answer"), [(0.79, "yes"), (0.81, "close"), (1.19, "close"), (1.21, "no")]
+)
+def test_memory_near_the_machines_is_close(part, answer):
+    told = forecast(KINDS["anchor"], PICO, GPUS["H100"])
+    room = told.memory.total / part
+    machine = told.machine.model_copy(update={"memory_bytes": room})
+    assert replace(told, machine=machine).fits == answer
+
+
 def test_time_that_work_does_not_explain_is_refused():
     found = count_step(PICO, KINDS["anchor"])
     with pytest.raises(ConfigError, match="idle"):
@@ -119,7 +190,6 @@ def test_time_that_work_does_not_explain_is_refused():
 def test_the_papers_sizes_are_the_papers():
     """2.97B outside the FFN and 4.33B in an expert; bundles of 8.7 GB in bfloat16, ours a tenth."""
     from flexolmo.cli.plan import PAPER_ANCHOR
-    from flexolmo.config import RECIPES
     from flexolmo.model.stock import StockConfig, read_stock_config
 
     config = read_stock_config(PAPER_ANCHOR, StockConfig).decoder
@@ -170,7 +240,7 @@ def test_what_depends_on_the_text_is_refused():
 @pytest.mark.parametrize("nodes", [1, 4])
 @pytest.mark.parametrize("is_expert", [True, False])
 def test_launch_files_are_ones_that_their_readers_take(tmp_path, nodes, is_expert):
-    launch = Launch({"train": {"steps": 30}}, is_expert, nodes, 8, "cuda", 30.0, "maths")
+    launch = Launch({"train": {"steps": 30}}, is_expert, nodes, 8, "cuda", 4, 30.0, "maths")
     paths = {p.name: p for p in write_launch(tmp_path / "out", launch)}
     for name in ("torchrun.sh", "slurm.sh"):
         subprocess.run(["bash", "-n", paths[name]], check=True)
@@ -186,11 +256,28 @@ def test_launch_files_are_ones_that_their_readers_take(tmp_path, nodes, is_exper
         write_launch(tmp_path / "out", launch)
 
 
+def test_processors_are_asked_for_as_many_cores_as_threads_are_planned(tmp_path):
+    paths = write_launch(tmp_path, Launch({}, True, 2, 3, "cpu", 5, 1.0, "maths"))
+    texts = {p.name: p.read_text() for p in paths}
+    asked = [line.strip(" \\") for line in texts["slurm.sh"].splitlines() if "cpus" in line]
+    assert [line.split()[-1] for line in asked] == ["--cpus-per-task=15"] * 2
+    job = list(yaml.safe_load_all(texts["kubernetes.yaml"]))[-1]
+    limits = job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits == {"cpu": 15}
+
+
+@pytest.mark.parametrize("name", ["$(id)", "`id`", 'a"; id; "', "a b", "a\nb", "../a", "", "A"])
+def test_a_name_that_no_expert_can_have_reaches_no_script(tmp_path, name):
+    with pytest.raises(ConfigError, match="cannot name an expert"):
+        write_launch(tmp_path / "out", Launch({}, True, 1, 1, "cpu", 1, 1.0, name))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_script_starts_torchrun_without_pickles(tmp_path):
     """A torchrun that prints what it was given stands in for the real one."""
-    write_launch(tmp_path, Launch({}, True, 2, 4, "cpu", 1.0, "maths"))
+    write_launch(tmp_path, Launch({}, True, 2, 4, "cpu", 3, 1.0, "maths"))
     stand_in = tmp_path / "torchrun"
-    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@" "threads $OMP_NUM_THREADS"\n')
     stand_in.chmod(0o755)
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "NODE_RANK": "1", "ANCHOR": "my anchor"}
     told = ["bash", str(tmp_path / "torchrun.sh")]
@@ -203,5 +290,6 @@ def test_the_script_starts_torchrun_without_pickles(tmp_path):
     assert "--rdzv-backend static --master-addr first" in " ".join(given)
     assert given[given.index("--anchor") + 1] == "my anchor"
     assert given[given.index("--node-rank") + 1] == "1"
+    assert given[-1] == "threads 3"
     assert given[given.index("--recipe") + 1] == str(tmp_path / "recipe.toml")
-    assert "c10d" not in torchrun_script(Launch({}, False, 1, 1, "cpu", math.pi))
+    assert "c10d" not in torchrun_script(Launch({}, False, 1, 1, "cpu", 1, math.pi))

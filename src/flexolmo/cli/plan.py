@@ -65,12 +65,10 @@ def plan(
     measure: Annotated[
         Path | None,
         typer.Option(
-            help="Measure this machine, in one to five minutes, and write what is found here."
+            help="Measure this machine's processor, in one to five minutes, and write what is "
+            "found here. GPUs are not measured: use flexolmo expert train --plan on them."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Device that --measure measures: cpu or cuda.")] = (
-        "cpu"
-    ),
     threads: Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
@@ -90,34 +88,52 @@ def plan(
     --write launch
     """
     import json
+    import math
 
+    from flexolmo.bundle.manifest import require_name
     from flexolmo.errors import ConfigError
-    from flexolmo.files import write_json
 
-    if measure is not None:
-        from flexolmo.train.rates import measure_machine
-
-        if measure.exists():
-            raise ConfigError(f"{measure} is there already; give another --measure.")
-        found = measure_machine(device, threads)
-        write_json(measure, found.model_dump())
-        echo(f"{measure}: {found.name}; {found.source}")
+    require_name(name)
+    if price is not None and not math.isfinite(price):
+        raise ConfigError(f"--price {price} is not a number of money.")
     if recipe is None:
         if measure is None:
             raise ConfigError("Name a recipe, such as paper/expert, or a TOML file.")
+        _measure(measure, gpus, machine, threads)
         return
-    chosen, count = _choose_machine(gpus, machine or measure, processes)
     settings, path = _read(recipe, overrides or ())
     config, dtype = _shape(settings, path, anchor, vocab_size)
     from flexolmo.train.forecast import forecast
 
+    if measure is not None:
+        from flexolmo.train.count import count_step
+
+        count_step(config, settings, processes, dtype)  # refuses before time is spent
+        machine = _measure(measure, gpus, machine, threads)
+    chosen, count = _choose_machine(gpus, machine, processes)
     told = forecast(settings, config, chosen, count, dtype, price)
     if as_json:
         echo(json.dumps(told.to_json(), indent=2))
     else:
         print_forecast(recipe, told)
     if write is not None:
-        _write(write, settings, told, name, "cpu" if gpus is None else "cuda", as_json)
+        _write(write, settings, told, name, as_json)
+
+
+def _measure(path: Path, gpus: str | None, machine: Path | None, threads: int | None) -> Path:
+    """Measure this machine, and write it to `path`."""
+    from flexolmo.errors import ConfigError
+    from flexolmo.files import write_json
+    from flexolmo.train.rates import measure_machine
+
+    if gpus is not None or machine is not None:
+        raise ConfigError("--measure plans for this machine: leave out --gpus and --machine.")
+    if path.exists():
+        raise ConfigError(f"{path} is there already; give another --measure.")
+    found = measure_machine(threads)
+    write_json(path, found.model_dump())
+    echo(f"{path}: {found.name}; {found.source}")
+    return path
 
 
 def _choose_machine(gpus: str | None, path: Path | None, processes: int) -> "tuple[Machine, int]":
@@ -131,14 +147,16 @@ def _choose_machine(gpus: str | None, path: Path | None, processes: int) -> "tup
             "writes on that machine."
         )
     if path is not None:
-        return read_machine(path), processes
-    if processes != 1:
+        count, found = processes, read_machine(path)
+    elif processes != 1:
         raise ConfigError("--processes goes with --machine: of --gpus each has one process.")
-    count, name = parse_gpus(gpus or "")
-    found = find_machine(name)
+    else:
+        count, name = parse_gpus(gpus or "")
+        found = find_machine(name)
     if count > found.per_node and count % found.per_node:
         raise ConfigError(
-            f"Found {count} GPUs, which do not fill computers of {found.per_node}: give a multiple."
+            f"Found {count} of {found.name}, which do not fill computers of {found.per_node}: give "
+            "a multiple."
         )
     return found, count
 
@@ -191,19 +209,19 @@ def _write(
     settings: "AnchorRecipe | ExpertRecipe",
     told: "Forecast",
     name: str,
-    device: str,
     is_quiet: bool,
 ) -> None:
     from flexolmo.train.expert import ExpertRecipe
     from flexolmo.train.launch import Launch, write_launch
 
-    nodes = max(1, told.processes // told.machine.per_node) if device != "cpu" else 1
+    nodes = max(1, told.processes // told.machine.per_node)
     launch = Launch(
         settings.model_dump(mode="json", exclude_none=True),
         isinstance(settings, ExpertRecipe),
         nodes,
         told.processes // nodes,
-        device,
+        told.machine.device,
+        told.machine.threads,
         told.seconds / 3600,
         name,
     )
@@ -237,11 +255,11 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         "the anchor as loaded": memory.anchor,
         "the process": memory.process,
     }
-    room = told.machine.memory_bytes
-    table.add_row(
-        "memory of each",
-        gigabytes(memory.total) + (f" of {gigabytes(room)}" if room is not None else ""),
-    )
+    room = gigabytes(memory.total)
+    if told.fits is not None:
+        answer = {"yes": "fits", "close": "close", "no": "does not fit"}[told.fits]
+        room += f" of {gigabytes(told.machine.memory_bytes)}: {answer}"
+    table.add_row("memory of each", room)
     table.add_row("", "; ".join(f"{k} {gigabytes(v)}" for k, v in parts.items() if v))
     flops = told.flops_a_token
     table.add_row("FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all")
@@ -252,9 +270,10 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         "waiting for others": step.waiting,
     }
     table.add_row("tokens", f"{told.tokens:,} in {told.steps:,} steps of {step.total:.3g} s")
-    table.add_row(
-        "", "; ".join(f"{k} {format_percent(v / step.total, 0)}" for k, v in shares.items() if v)
-    )
+    percents = {k: v / step.total for k, v in shares.items() if v > 0.005 * step.total}
+    table.add_row("", "; ".join(f"{k} {format_percent(v, 0)}" for k, v in percents.items()))
+    if told.processes > 1 and told.machine.link_bytes is None:
+        table.add_row("", "waiting for others is not known, and left out")
     table.add_row("tokens a second", format_number(told.tokens_a_second, 0))
     hours = told.seconds / 3600
     table.add_row("time", f"{format_seconds(told.seconds)} ({format_number(hours, 1)} hours)")
@@ -264,12 +283,14 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         )
     table.add_row("rates", told.machine.source)
     PlainConsole().print(table)
-    if told.fits is False:
+    if told.fits in ("close", "no"):
+        is_no = told.fits == "no"
         echo(
-            "It does not fit. Read the batch in more parts (--set train.accumulate=N), compute "
-            "blocks again on the way back (--set train.recompute=true), or take more machines."
+            ("It does not fit." if is_no else "It may not fit: memory is told within 20 %.")
+            + " Compute blocks again on the way back (--set train.recompute=true), read the batch "
+            "in more parts (--set train.accumulate=N), or take more machines."
         )
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.3g} GB"
+def _gigabytes(size: float | None) -> str:
+    return "unknown" if size is None else f"{size / 1e9:.3g} GB"

@@ -35,6 +35,7 @@ from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, expert_loss, trainable_parameters
 from flexolmo.train.loop import build_optimizers
+from flexolmo.train.muon import Muon
 
 # Part of an owner's text at which the evidence router weighs the anchor beside the expert; as
 # benchmarks/training.py finds it.
@@ -197,9 +198,10 @@ def count_step(
     recipe: AnchorRecipe | ExpertRecipe,
     processes: int = 1,
     dtype: DtypeName = "float32",
+    muon_dtype: torch.dtype | None = None,
 ) -> StepCount:
     """Counts of a step of `recipe` in one of `processes`, for an anchor of this `config`, whose
-    weights are in `dtype`.
+    weights are in `dtype`; Muon's products are in `muon_dtype` (none: as on this machine).
 
     Raises ConfigError for what is not counted: private training, the discriminant router, a batch
     that the processes cannot share.
@@ -213,7 +215,11 @@ def count_step(
     def at(num_layers: int) -> StepCount:
         shallow = config.model_copy(update={"num_layers": num_layers})
         with FakeTensorMode():
-            return _count(StepProgram(shallow, recipe, dtype), processes)
+            program = StepProgram(shallow, recipe, dtype)
+            for optimizer in program.optimizers:
+                if isinstance(optimizer, Muon):
+                    optimizer.dtype = muon_dtype
+            return _count(program, processes)
 
     few, more = COUNTED_LAYERS
     if config.num_layers <= more:
@@ -239,15 +245,11 @@ class StepProgram:
     """A step of training on made-up text, to be counted or timed; weights mean nothing."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        recipe: AnchorRecipe | ExpertRecipe,
-        dtype: DtypeName = "float32",
-        device: str = "cpu",
+        self, config: ModelConfig, recipe: AnchorRecipe | ExpertRecipe, dtype: DtypeName = "float32"
     ):
         self.settings = recipe.train.model_copy(update={"compile": "off"})
         self.loss_of: Callable[[Tensor], Tensor]
-        like = torch.empty(0, dtype=DTYPES[dtype], device=device)
+        like = torch.empty(0, dtype=DTYPES[dtype])
         if isinstance(recipe, AnchorRecipe):
             self.model = Transformer(config)
             place(self.model, like)
@@ -261,7 +263,7 @@ class StepProgram:
             place(pair, like)
             for module in pair.modules():
                 if isinstance(module, LinearRouter | EvidenceRouter):
-                    place(module, torch.empty(0, device=device))  # in float32 always
+                    place(module, torch.empty(0))  # in float32 always
             pair.requires_grad_(False)
             self.parameters = trainable_parameters(pair, _NAME)
             self.loss_of = expert_loss(pair, recipe)

@@ -8,7 +8,7 @@ W processes.
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from flexolmo.errors import ConfigError
 from flexolmo.model.shape import expert_shapes
@@ -18,6 +18,9 @@ from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.count import StepCount, count_step
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.rates import Machine, StepSeconds, time_step
+
+# Part of a machine's memory by which what is told may be wrong: benchmarks/plan.py.
+MEMORY_ERROR = 0.2
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,15 @@ class Forecast:
         return self.processes * self.seconds / 3600 * self.price_an_hour
 
     @property
-    def fits(self) -> bool | None:
-        """True if the memory suffices; None if the machine's is not known."""
+    def fits(self) -> Literal["yes", "close", "no"] | None:
+        """Answer to whether the memory suffices, "close" if it is within MEMORY_ERROR of the
+        machine's; None if the machine's is not known."""
         room = self.machine.memory_bytes
-        return None if room is None else self.memory.total <= room
+        if room is None:
+            return None
+        if abs(self.memory.total - room) <= MEMORY_ERROR * room:
+            return "close"
+        return "yes" if self.memory.total < room else "no"
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as a program reads it."""
@@ -137,9 +145,9 @@ def forecast(
         dtype: precision of the anchor's weights, and so of an expert's.
         price_an_hour: of one machine.
 
-    Raises ConfigError as `count_step` does.
+    Raises ConfigError as `count_step` and `time_step` do.
     """
-    count = count_step(config, recipe, processes, dtype)
+    count = count_step(config, recipe, processes, dtype, machine.muon_dtype)
     settings = recipe.train
     size = DTYPES[dtype].itemsize
     dense = dense_parameters(config)

@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from flexolmo.bundle.manifest import require_name
 from flexolmo.errors import ConfigError
 from flexolmo.files import write_bytes
 
@@ -27,12 +28,22 @@ class Launch:
     nodes: int
     per_node: int
     device: str
+    threads: int  # of each process
     hours: float  # that it is thought to take
     name: str = "expert"
 
+    @property
+    def cpus(self) -> int:
+        """Processor cores that the processes of one computer use."""
+        return self.threads * self.per_node
+
 
 def write_launch(directory: Path, launch: Launch) -> list[Path]:
-    """Write recipe.toml, torchrun.sh, slurm.sh and kubernetes.yaml; ConfigError if one is there."""
+    """Write recipe.toml, torchrun.sh, slurm.sh and kubernetes.yaml.
+
+    Raises ConfigError if one is there, or for a name that no expert can have: scripts hold it.
+    """
+    require_name(launch.name)
     directory = Path(directory)
     script = torchrun_script(launch)
     recipe = tomli_w.dumps(launch.recipe)
@@ -78,6 +89,8 @@ HERE="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 # Where the processes meet. Nobody but them should reach this port.
 {meet}
 MASTER_PORT="${{MASTER_PORT:-{PORT}}}"
+# Threads of each process, as planned; torchrun alone gives one.
+export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-{launch.threads}}}"
 
 exec torchrun --nnodes {launch.nodes} --node-rank "$NODE_RANK" --nproc-per-node {launch.per_node} \\
     --rdzv-backend static --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" \\
@@ -99,7 +112,7 @@ def slurm_script(launch: Launch) -> str:
 #SBATCH --job-name=flexolmo
 #SBATCH --nodes={launch.nodes}
 #SBATCH --ntasks-per-node=1
-{gpus}#SBATCH --cpus-per-task={4 * launch.per_node}
+{gpus}#SBATCH --cpus-per-task={launch.cpus}
 #SBATCH --time={limit}
 #SBATCH --requeue
 # If your site allows less time, set it and submit again: the run goes on from its checkpoint.
@@ -108,13 +121,16 @@ set -euo pipefail
 export HERE
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR
-srun --kill-on-bad-exit=1 bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$HERE/torchrun.sh"'
+# srun does not take over the number of cores.
+srun --kill-on-bad-exit=1 --cpus-per-task={launch.cpus} \\
+    bash -c 'NODE_RANK="$SLURM_NODEID" exec bash "$HERE/torchrun.sh"'
 """
 
 
 def kubernetes_manifest(launch: Launch, script: str, recipe: str) -> str:
     """A Job of one pod a computer, a Service by which pods find the first, and their files."""
-    gpus = f"nvidia.com/gpu: {launch.per_node}" if launch.device != "cpu" else "cpu: 4"
+    is_cpu = launch.device == "cpu"
+    limit = f"cpu: {launch.cpus}" if is_cpu else f"nvidia.com/gpu: {launch.per_node}"
     return f"""\
 # Set the image (with flexolmo and, for GPUs, CUDA) and the claim of the shared volume, then:
 #   kubectl apply -f kubernetes.yaml
@@ -168,7 +184,7 @@ spec:
               value: flexolmo-train-0.flexolmo-train
           resources:
             limits:
-              {gpus}
+              {limit}
           volumeMounts:
             - name: launch
               mountPath: /launch

@@ -51,6 +51,8 @@ def orthogonalise(x: Tensor, coefficients: Sequence[float], steps: int, eps: flo
 class Muon(torch.optim.Muon):
     """torch.optim.Muon, faster for many small matrices."""
 
+    dtype: torch.dtype | None = None  # of its products; none: as the device is best at
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step; parameters without a gradient stay."""
@@ -61,7 +63,7 @@ class Muon(torch.optim.Muon):
                     alike[p.shape, p.device].append(p)
             for (shape, device), found in alike.items():
                 size = max(1, BATCH_NUMBERS // shape.numel()) * count()
-                dtype = product_dtype(device)
+                dtype = self.dtype or product_dtype(device)
                 for start in range(0, len(found), size):
                     self._move(found[start : start + size], group, dtype)
 
