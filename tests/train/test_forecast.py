@@ -266,7 +266,9 @@ def test_processors_are_asked_for_as_many_cores_as_threads_are_planned(tmp_path)
     assert limits == {"cpu": 15}
 
 
-@pytest.mark.parametrize("name", ["$(id)", "`id`", 'a"; id; "', "a b", "a\nb", "../a", "", "A"])
+@pytest.mark.parametrize(
+    "name", ["$(id)", "`id`", 'a"; id; "', "a b", "a\nb", "../a", "", "A", "a\n"]
+)
 def test_a_name_that_no_expert_can_have_reaches_no_script(tmp_path, name):
     with pytest.raises(ConfigError, match="cannot name an expert"):
         write_launch(tmp_path / "out", Launch({}, True, 1, 1, "cpu", 1, 1.0, name))

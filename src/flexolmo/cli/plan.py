@@ -236,7 +236,6 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
 
     from flexolmo.numbers import format_count, format_number, format_percent, format_seconds
 
-    gigabytes = _gigabytes
     step, memory = told.step, told.memory
     many = f"{told.processes} x " if told.processes > 1 else ""
     table = Table("", f"{recipe} on {many}{told.machine.name} would take")
@@ -246,7 +245,7 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         f"{format_count(told.active_parameters)} work on a token",
     )
     if told.bundle_bytes is not None:
-        table.add_row("bundle", f"{gigabytes(told.bundle_bytes)} of weights")
+        table.add_row("bundle", f"{_size(told.bundle_bytes)} of weights")
     parts = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
@@ -255,12 +254,13 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         "the anchor as loaded": memory.anchor,
         "the process": memory.process,
     }
-    room = gigabytes(memory.total)
-    if told.fits is not None:
+    room = told.machine.memory_bytes
+    need = _size(memory.total)
+    if room is not None and told.fits is not None:
         answer = {"yes": "fits", "close": "close", "no": "does not fit"}[told.fits]
-        room += f" of {gigabytes(told.machine.memory_bytes)}: {answer}"
-    table.add_row("memory of each", room)
-    table.add_row("", "; ".join(f"{k} {gigabytes(v)}" for k, v in parts.items() if v))
+        need += f" of {_size(room)}: {answer}"
+    table.add_row("memory of each", need)
+    table.add_row("", "; ".join(f"{k} {_size(v)}" for k, v in parts.items() if v))
     flops = told.flops_a_token
     table.add_row("FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all")
     shares = {
@@ -292,5 +292,6 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         )
 
 
-def _gigabytes(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / 1e9:.3g} GB"
+def _size(size_bytes: float) -> str:
+    is_large = size_bytes >= 1e9
+    return f"{size_bytes / 1e9:.3g} GB" if is_large else f"{size_bytes / 1e6:.3g} MB"
