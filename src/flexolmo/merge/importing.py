@@ -204,8 +204,8 @@ class ImportPlan:
 def plan_import(
     directory: Path, names: Sequence[str] | None = None, dtype: DtypeName | None = None
 ) -> ImportPlan:
-    """What `import_stock` would make of a checkpoint of which config, index, tokenizer and headers
-    are read, and no weight.
+    """Result that `import_stock` would have on a checkpoint of which config, index, tokenizer and
+    headers are read, and no weight.
 
     Files that the index names need not be there yet, if config or `dtype` state a precision.
     Without `names` experts are called by their numbers. Raises CheckpointError, or MergeError, for
