@@ -180,7 +180,7 @@ def test_other_settings_begin_anew_and_no_text_stays_after_a_refusal(task, monke
     with pytest.raises(DataError, match="refused"):
         prepare_at_scale(other, tasks=2)
     assert began == [2, 2]  # the plan and its work, without that of before
-    assert not left.exists()
+    assert not [*task.out.parent.rglob("pieces-*")] and not left.exists()
 
 
 def _refused(*_):
