@@ -8,6 +8,7 @@ import time
 from itertools import count
 from pathlib import Path
 
+from gevent import spawn
 from locust import HttpUser, events, task
 from locust.exception import StopUser
 
@@ -60,7 +61,7 @@ class Client(HttpUser):
         FOUND.write(json.dumps(found) + "\n")
         if next(DONE) == len(REQUESTS):
             FOUND.flush()
-            self.environment.runner.quit()
+            spawn(self.environment.runner.quit)  # not in here: it ends this client, too
 
     def _read_stream(self, reply, found, start) -> None:
         for line in reply.iter_lines():
