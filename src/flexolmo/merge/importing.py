@@ -231,18 +231,16 @@ def plan_import(
     sizes = {name: size_of_tensors(expert) for name, expert in parts.experts.items()}
     index = directory / INDEX
     files = files_of_index(index) if index.exists() else ["model.safetensors"]
+    parameters = {name: _count(expert) for name, expert in parts.experts.items()}
     return ImportPlan(
-        parts.config.num_layers,
-        stock.num_experts_per_tok,
-        str(anchor.model.embed_tokens.weight.dtype).removeprefix("torch."),
-        {
-            PUBLIC: _count(public) + parts.public_rows.numel(),
-            **{name: _count(expert) for name, expert in parts.experts.items()},
-        },
-        {PUBLIC: size_of_stock(public), **sizes},
-        files,
-        [name for name in files if not (directory / name).exists()],
-        list_misfits(stock_tensors(model), came),
+        num_layers=parts.config.num_layers,
+        top_k=stock.num_experts_per_tok,
+        dtype=str(anchor.model.embed_tokens.weight.dtype).removeprefix("torch."),
+        parameters={PUBLIC: _count(public) + parts.public_rows.numel(), **parameters},
+        weights_bytes={PUBLIC: size_of_stock(public), **sizes},
+        files=files,
+        absent_files=[name for name in files if not (directory / name).exists()],
+        changes=list_misfits(stock_tensors(model), came),
     )
 
 

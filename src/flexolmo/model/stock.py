@@ -329,9 +329,8 @@ def mixture_shapes(
     config cannot be theirs: it might ask for more than fits into memory.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in (
-        _frame(config, config.num_layers * count, names, where).state_dict().items()
-    ):
+    model = _frame(config, config.num_layers * count, names, where)
+    for name, tensor in model.state_dict().items():
         if ".mlp." not in name:
             shapes[stock_name(name)] = tuple(tensor.shape)
             continue
