@@ -1,11 +1,11 @@
-"""A step of training, counted without being run: products, bytes, operations and memory.
+"""A step of training, counted without being run: products, bytes and memory.
 
 The very program that trains runs here on tensors that have shapes and no numbers (torch's fake
 tensors), so nothing is computed, no memory is taken, and what is counted changes with the program.
 Knows nothing of machines, time or money.
 
-B batch, T positions, N = B*T, n positions at which the anchor is read beside the expert,
-L layers, W processes.
+B batch, H heads, T positions, C numbers of a head, N = B*T, n positions at which the anchor is read
+beside the expert, L layers, W processes.
 """
 
 import gc
@@ -54,7 +54,6 @@ class Work:
     float32_flops: float = 0.0  # of matrix products and attention, by precision
     bfloat16_flops: float = 0.0
     moved_bytes: float = 0.0  # read and written by every other operation
-    operations: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -62,9 +61,6 @@ class Work:
 
     def __add__(self, other: "Work") -> "Work":
         return _combine(self, other, lambda a, b: a + b)
-
-    def times(self, factor: float) -> "Work":
-        return _combine(self, self, lambda a, _: factor * a)
 
 
 @dataclass(frozen=True)
@@ -123,11 +119,11 @@ class _Counter(TorchDispatchMode):
     def _add(self, func: Any, given: list[Tensor], made: list[Tensor]) -> None:
         if flops := _flops_of(func, given, made):
             is_half = made[0].dtype == torch.bfloat16
-            more = Work(0.0, flops) if is_half else Work(flops)
+            more = Work(bfloat16_flops=flops) if is_half else Work(float32_flops=flops)
         else:
             read = made if func in _SPARSE else given
             more = Work(moved_bytes=float(sum(t.nbytes for t in (*read, *made))))
-        self.work = self.work + more + Work(operations=1.0)
+        self.work = self.work + more
 
     def _keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -154,9 +150,11 @@ class _Counter(TorchDispatchMode):
 
     def take(self) -> tuple[Work, float]:
         """Work and highest memory since the last call."""
-        found = self.work, self.peak_bytes
-        self.work, self.peak_bytes = Work(), self.alive_bytes
-        return found
+        work = self.work
+        peak_bytes = self.peak_bytes
+        self.work = Work()
+        self.peak_bytes = self.alive_bytes
+        return work, peak_bytes
 
 
 def _flops_of(func: Any, given: list[Tensor], made: list[Tensor]) -> float:
@@ -168,10 +166,11 @@ def _flops_of(func: Any, given: list[Tensor], made: list[Tensor]) -> float:
     name = func.name()
     if "scaled_dot_product" not in name:
         return 0.0
-    # Two products forward, five back, each over half of the places, as none looks ahead.
-    query = given[1] if "backward" in name else given[0]  # [B,H,T,C]
+    is_backward = "backward" in name
+    query = given[1] if is_backward else given[0]  # [B,H,T,C]
     B, H, T, C = query.shape
-    return (5 if "backward" in name else 2) * 0.5 * 2.0 * B * H * T * T * C
+    num_products = 5 if is_backward else 2
+    return num_products * B * H * T * T * C  # of 2*T*T*C, over the half of places that lie before
 
 
 class _CountedMixture(MixtureModel):
@@ -256,9 +255,8 @@ class StepProgram:
             self.parameters = dict(self.model.named_parameters())
             self.loss_of = partial(language_model_loss, self.model)
         else:
-            self.model = pair = _CountedMixture(
-                config, {_NAME: recipe.shape(config)}, recipe.router
-            )
+            pair = _CountedMixture(config, {_NAME: recipe.shape(config)}, recipe.router)
+            self.model = pair
             pair.trains_alone = recipe.is_alone
             place(pair, like)
             for module in pair.modules():
