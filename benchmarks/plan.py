@@ -37,16 +37,8 @@ from flexolmo.train.count import count_step
 from flexolmo.train.expert import ExpertRecipe, prepare_training
 from flexolmo.train.forecast import find_memory
 from flexolmo.train.loop import TrainSettings, in_parts
-from flexolmo.train.rates import (
-    GPUS,
-    SIZES,
-    fit_machine,
-    kinds,
-    resident_bytes,
-    shape_of,
-    time_program,
-    time_step,
-)
+from flexolmo.train.measure import SIZES, fit_machine, kinds, resident_bytes, shape_of, time_program
+from flexolmo.train.rates import GPUS, time_step
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
 ALL_SIZES = SIZES | {"30M": (512, 8, 8, 1408)}

@@ -48,7 +48,7 @@ ORDER = [
     ["train.expert"],
     ["train.shrink", "train.plan", "train.count", "train.launch"],
     ["train.rates"],
-    ["train.forecast"],
+    ["train.forecast", "train.measure"],
     ["merge.bounds", "merge.index"],
     ["merge.checks", "merge.rollback", "merge.known", "merge.placing"],
     ["merge.modeling_flexolmo"],  # leaves with a checkpoint, and imports nothing of ours

@@ -70,7 +70,7 @@ def test_what_cannot_be_planned_is_refused_before_it_is_measured(
     def measure(threads):
         raise AssertionError("It was measured.")
 
-    monkeypatch.setattr("flexolmo.train.rates.measure_machine", measure)
+    monkeypatch.setattr("flexolmo.train.measure.measure_machine", measure)
     here = ["--measure", tmp_path / "here.json"]
     anchor = ["--anchor", pico_anchor_dir]
     for words, says in {

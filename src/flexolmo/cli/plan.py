@@ -124,7 +124,7 @@ def _measure(path: Path, gpus: str | None, machine: Path | None, threads: int | 
     """Measure this machine, and write it to `path`."""
     from flexolmo.errors import ConfigError
     from flexolmo.files import write_json
-    from flexolmo.train.rates import measure_machine
+    from flexolmo.train.measure import measure_machine
 
     if gpus is not None or machine is not None:
         raise ConfigError("--measure plans for this machine: leave out --gpus and --machine.")
