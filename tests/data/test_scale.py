@@ -15,7 +15,7 @@ from flexolmo.data import pieces
 from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.formats import READ_AS_USUAL
 from flexolmo.data.kept_work import hold_work, work_directory
-from flexolmo.data.prepare import plan_preparation, prepare_set
+from flexolmo.data.prepare import Preparation, prepare_set
 from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError
 from made_sets import SMALL, made_text, write_raw
 
@@ -52,7 +52,7 @@ def test_the_result_is_that_of_the_small_path(tmp_path, public_set, monkeypatch,
     corpus = _corpus(tmp_path, files)
     said: list[list[str]] = [[], []]
     card = prepare_set(corpus, tmp_path / "a", None, public_set, (), NEAR, say=said[0].append)
-    task = plan_preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
+    task = Preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
     found = prepare_at_scale(task, say=said[1].append, tasks=tasks)
     assert found == card and said[0] == said[1] != []
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
@@ -67,7 +67,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
     monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", 900)
     corpus = _corpus(tmp_path, 2)
     prepare_set(corpus, tmp_path / "a", None, public_set, (), NEAR, say=len)
-    task = plan_preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
+    task = Preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
     ran = []
     for kind in ("CleanStage", "ChooseStage", "TokenizeStage", "WriteStage"):
         cls = getattr(scale, kind)
@@ -103,7 +103,7 @@ def _killed(*_):
 @pytest.fixture
 def task(tmp_path, public_set):
     corpus = _corpus(tmp_path, 2)
-    return plan_preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
+    return Preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
 
 
 def test_a_late_second_run_of_a_task_that_is_done_changes_no_file(task, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_living_run_keeps_its_work_whatever_another_asks_for(task, monkeypatch
         "with hold_work(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", holder, str(task.out)]
-    other = plan_preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    other = Preparation(task.corpus, task.out, None, task.public, (), SMALL)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
         living.stdout.readline()
         for asked, tasks in ((task, None), (task, 3), (other, 2)):
@@ -173,7 +173,7 @@ def test_the_number_of_tasks_is_that_of_the_run_that_was_killed(task, monkeypatc
 
 def test_other_settings_begin_anew_and_no_text_stays_after_a_refusal(task, monkeypatch):
     left = _left_by_a_killed_run(task, 3, monkeypatch)
-    other = plan_preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    other = Preparation(task.corpus, task.out, None, task.public, (), SMALL)
     began = []
     monkeypatch.setattr(CleanStage, "work_on", lambda *_: began.append(len([*left.iterdir()])))
     monkeypatch.setattr(scale.ChooseStage, "work_on", _refused)
@@ -200,7 +200,7 @@ def test_the_small_path_removes_what_a_killed_run_in_tasks_left(task, monkeypatc
 
 
 def test_work_and_new_directories_are_the_owners_alone(task, tmp_path, monkeypatch):
-    new = plan_preparation(task.corpus, tmp_path / "new" / "b", None, task.public, (), NEAR)
+    new = Preparation(task.corpus, tmp_path / "new" / "b", None, task.public, (), NEAR)
     left = _left_by_a_killed_run(new, 2, monkeypatch)
     inside = [path for path in left.iterdir() if path.is_dir()]
     modes = [path.stat().st_mode & 0o777 for path in (new.out.parent, left, *inside)]

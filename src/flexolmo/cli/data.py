@@ -5,7 +5,7 @@ The functions raise `FlexOlmoError`; the main command line prints the message.
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,6 +13,9 @@ from rich.table import Table
 from flexolmo.errors import ConfigError, SourceUnavailable
 from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole
+
+if TYPE_CHECKING:
+    from flexolmo.data.prepare import Preparation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -268,7 +271,7 @@ def prepare(
     from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
-    from flexolmo.data.prepare import plan_preparation, prepare_set
+    from flexolmo.data.prepare import Preparation, prepare_set
     from flexolmo.data.settings import PrepareSettings
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.data.workers import count_cores
@@ -317,7 +320,7 @@ def prepare(
                 corpus, target, given, public, others, settings, replace, _warn, processes
             )
         else:
-            task = plan_preparation(corpus, target, given, public, others, settings)
+            task = Preparation(corpus, target, given, public, others, settings)
             card = _prepare_at_scale(task, replace, _warn, processes, tasks)
         if corpus.name == PUBLIC and public is None:
             public = target
@@ -341,7 +344,7 @@ def _warn(line: str) -> None:
     _console.print(line, style="yellow")
 
 
-def _prepare_at_scale(task: Any, *arguments: Any) -> dict[str, Any]:
+def _prepare_at_scale(task: "Preparation", *arguments: Any) -> dict[str, Any]:
     try:
         from flexolmo.data.scale import prepare_at_scale
     except ImportError as e:

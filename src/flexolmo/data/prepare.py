@@ -15,7 +15,7 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -73,16 +73,20 @@ _KEPT = "kept"
 _KEPT_SIGNATURES = "kept_signatures"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preparation:
-    """One set to be prepared: from what, to where, and how."""
+    """One set to be prepared: from what, to where, and how; `prepare_set` tells of each field."""
 
     corpus: Corpus
     out: Path
-    tokenizer: Tokenizer | None
-    public: Path | None
-    disjoint_from: tuple[Path, ...]
-    settings: PrepareSettings
+    tokenizer: Tokenizer | None = None
+    public: Path | None = None
+    disjoint_from: tuple[Path, ...] = ()
+    settings: PrepareSettings = field(default_factory=PrepareSettings)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.public is not None:
+            self.tokenizer = load_tokenizer(self.public)
 
     @cached_property
     def recipe(self) -> str:
@@ -103,22 +107,6 @@ class Preparation:
         return self.corpus.settings.unit_field is not None
 
 
-def plan_preparation(
-    raw: Path | Corpus,
-    out: Path,
-    tokenizer: Tokenizer | None = None,
-    public: Path | None = None,
-    disjoint_from: Sequence[Path] = (),
-    settings: PrepareSettings | None = None,
-) -> Preparation:
-    """The preparation that `prepare_set` makes of these arguments."""
-    corpus = raw if isinstance(raw, Corpus) else open_corpus(raw)
-    if tokenizer is None and public is not None:
-        tokenizer = load_tokenizer(public)
-    chosen = settings or PrepareSettings()
-    return Preparation(corpus, Path(out), tokenizer, public, tuple(disjoint_from), chosen)
-
-
 def prepare_set(
     raw: Path | Corpus,
     out: Path,
@@ -136,8 +124,7 @@ def prepare_set(
     eos), `<split>_offsets.npy` (int64 [n + 1], where documents start), `<split>_bytes.npy`
     (int64 [n], UTF-8 bytes of each document), `<split>_sources.npy` (int64 [n], number of the
     source document it is a piece of, ascending; texts of the same words, or of one unit, share
-    one) and
-    `<split>.jsonl.zst` (the text), all in the same order; besides these fingerprints,
+    one) and `<split>.jsonl.zst` (the text), all in the same order; besides these fingerprints,
     `tokenizer.json` and `card.json`.
 
     Args:
@@ -157,14 +144,15 @@ def prepare_set(
         DataError: `raw` cannot be read, too little text is left, the tokenizer changes more than
             a fifth of the documents, or `out` holds another set.
     """
-    task = plan_preparation(raw, out, tokenizer, public, disjoint_from, settings)
-    is_private = task.corpus.is_private
+    corpus = raw if isinstance(raw, Corpus) else open_corpus(raw)
+    chosen = settings or PrepareSettings()
+    task = Preparation(corpus, Path(out), tokenizer, public, tuple(disjoint_from), chosen)
     with without_dead_work(task.out):
         done = find_finished(task, may_replace)
         if done is not None:
             return done
         with (
-            write_directory_aside(task.out, MARKER, is_private=is_private) as aside,
+            write_directory_aside(task.out, MARKER, is_private=corpus.is_private) as aside,
             open_workers(workers) as run,
         ):
             work = aside / _WORK

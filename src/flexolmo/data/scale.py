@@ -52,7 +52,8 @@ def prepare_at_scale(
     """Prepare a set in tasks that datatrove runs; returns its card.
 
     Args:
-        task: what `plan_preparation` returns.
+        task: the set, and how it is prepared.
+        may_replace: whether another prepared set in its place is replaced instead of refused.
         say: told what `prepare_set` tells, at the end.
         workers: tasks that run at the same time.
         tasks: tasks of a stage that is dealt out; by default as many as the run that was killed
