@@ -25,10 +25,8 @@ SIGNATURE = np.dtype((np.uint32, (SIGNATURE_SIZE,)))
 EXACT_FILE = "fingerprints_exact.npy"
 NEAR_FILE = "fingerprints_near.npy"
 NEAR_DUPLICATE_JACCARD = 0.7
-BANDS = (
-    14,
-    9,
-)  # and their rows: datasketch's choice for that share: what it finds is compared again
+# Bands and rows of each, datasketch's choice for that share; what they find is compared again.
+BANDS = (14, 9)
 _HASHES_AT_ONCE = 256  # so that a block of their 128 permutations stays in the processor's cache
 _WORD = re.compile(r"\w+")
 # datasketch's "legacy" scheme, pinned: signatures of different versions must stay comparable.

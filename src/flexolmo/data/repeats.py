@@ -106,16 +106,17 @@ def find_repeats(
     first = 0
     for batch in pieces.batches():
         end = first + len(batch)
-        exact_of, words_of, alike_of = (some.below(end) for some in (exact, words, alike))
+        exact_of = exact.below(end)
+        words_of = words.below(end)
+        alike_of = alike.below(end)
         marked = np.flatnonzero(marks[first:end]) + first
         repeats: list[Repeat] = []
         for number in sorted({*marked.tolist(), *exact_of, *words_of, *alike_of}):
-            piece = batch[number - first]
-            same = None
             if marks[number]:
                 repeats.append(Repeat(number, reasons[marks[number] - 1], None))
                 continue
-            if (same := kept_exact.first(exact_of[number])) is not None:
+            same = kept_exact.first(exact_of[number])
+            if same is not None:
                 repeats.append(Repeat(number, "exact duplicate", same))
                 continue
             if near is not None:
@@ -128,7 +129,7 @@ def find_repeats(
             same = kept_words.first(of_words)
             if same is None:
                 kept_words.add(of_words, number)
-            elif pieces.take([same])["parent"][0] != piece["parent"]:
+            elif pieces.take([same])["parent"][0] != batch["parent"][number - first]:
                 repeats.append(Repeat(number, "same words in another unit", same))
                 continue
             kept_exact.add(exact_of[number], number)

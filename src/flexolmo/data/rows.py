@@ -8,6 +8,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ class Rows:
     def write(self, first: int, rows: np.ndarray) -> None:
         """Write `rows` from row `first` on; any that are skipped are zero."""
         data = memoryview(np.ascontiguousarray(rows, self.dtype.base).tobytes())
-        at = self._offset + first * self.dtype.itemsize
+        at = self._at(first)
         while data:
             written = os.pwrite(self._fd, data, at)
             data = data[written:]
@@ -92,6 +93,7 @@ class Rows:
             yield self.read(start, min(start + step, end))
 
     def _at(self, row: int) -> int:
+        """Place of `row` in the file, in bytes."""
         return self._offset + row * self.dtype.itemsize
 
 
@@ -137,7 +139,7 @@ def sort_rows(batches: Iterable[np.ndarray], key: str, directory: Path) -> Itera
     Sorted stretches are written to `directory` and merged. Memory is that of one stretch, and
     4 KiB more for each beyond a thousand. Rows with the same key come in any order.
     """
-    starts = [0]
+    starts = [0]  # of the runs, as rows of `runs`
     runs: Rows | None = None
     held: np.ndarray | None = None
     for run in _in_runs(batches):
@@ -153,27 +155,30 @@ def sort_rows(batches: Iterable[np.ndarray], key: str, directory: Path) -> Itera
         return
     runs.append(held)
     del held
-    ends = [*starts[1:], len(runs)]
-    size = runs.dtype.itemsize
-    step = max(1, max(BYTES_AT_ONCE // len(ends), _LEAST_BYTES_OF_RUN) // size)
-    while starts:
-        blocks = [runs.read(at, min(at + step, end)) for at, end in zip(starts, ends, strict=True)]
+    yield from _merge(runs, list(pairwise([*starts, len(runs)])), key)
+
+
+def _merge(runs: Rows, left: list[tuple[int, int]], key: str) -> Iterator[np.ndarray]:
+    """Rows of all sorted runs in rising order of `key`; `left` has first and end of each run."""
+    bytes_of_run = max(BYTES_AT_ONCE // len(left), _LEAST_BYTES_OF_RUN)
+    step = max(1, bytes_of_run // runs.dtype.itemsize)
+    while left:
+        blocks = [runs.read(first, min(first + step, end)) for first, end in left]
         keys = [np.ascontiguousarray(block[key]) for block in blocks]
         # No row after these blocks comes before the least of their last rows
         lasts = [
             some[-1]
-            for some, at, end in zip(keys, starts, ends, strict=True)
-            if at + len(some) < end
+            for some, (first, end) in zip(keys, left, strict=True)
+            if first + len(some) < end
         ]
-        taken = [len(some) for some in keys]
+        taken = blocks
         if lasts:
             least = min(lasts)
-            taken = [int(np.searchsorted(some, least, side="right")) for some in keys]
-        yield _sorted(np.concatenate([b[:n] for b, n in zip(blocks, taken, strict=True)]), key)
-        starts = [at + n for at, n in zip(starts, taken, strict=True)]
-        left = [at < end for at, end in zip(starts, ends, strict=True)]
-        starts = [at for at, is_left in zip(starts, left, strict=True) if is_left]
-        ends = [end for end, is_left in zip(ends, left, strict=True) if is_left]
+            counts = [int(np.searchsorted(some, least, side="right")) for some in keys]
+            taken = [block[:count] for block, count in zip(blocks, counts, strict=True)]
+        yield _sorted(np.concatenate(taken), key)
+        moved = [(first + len(some), end) for some, (first, end) in zip(taken, left, strict=True)]
+        left = [(first, end) for first, end in moved if first < end]
 
 
 def whole_groups(batches: Iterable[np.ndarray], key: str) -> Iterator[np.ndarray]:

@@ -23,7 +23,7 @@ class Split:
     parents: Rows
     first: int
     end: int
-    falling: bool  # the last comes first
+    is_falling: bool  # the last comes first
 
     @property
     def num_pieces(self) -> int:
@@ -38,7 +38,7 @@ class Split:
         int64 [n]; some at a time, source documents whole."""
         step = rows_at_once(PIECE)
         count = 0
-        for parents in _batches(self.parents, self.first, self.end, self.falling, step):
+        for parents in _batches(self.parents, self.first, self.end, self.is_falling, step):
             sizes = parents["end"] - parents["first"]
             before = np.cumsum(sizes) - sizes
             places = np.repeat(parents["first"] - before, sizes) + np.arange(sizes.sum())
@@ -70,26 +70,27 @@ def split_by_hash(
     least_bytes = min(settings.min_split_bytes, total_bytes // 10)
     count = len(parents)
 
-    def take(batches: Iterable[np.ndarray], share: float, falling: bool) -> int:
+    def count_taken(batches: Iterable[np.ndarray], share: float, is_falling: bool) -> int:
         """Number of source documents that come first in `batches` and belong to the split."""
         taken = 0
         taken_bytes = 0
         for rows in batches:
-            for place, size in zip(rows["share"].tolist(), rows["size"].tolist(), strict=True):
-                if (1 - place if falling else place) >= share and taken_bytes >= least_bytes:
+            places = 1 - rows["share"] if is_falling else rows["share"]
+            for place, size in zip(places.tolist(), rows["size"].tolist(), strict=True):
+                if place >= share and taken_bytes >= least_bytes:
                     return taken
                 taken += 1
                 taken_bytes += size
         return taken
 
-    rising = _batches(parents, 0, count, False)
-    heldout = take(rising, settings.heldout_share, falling=False)
-    falling = _batches(parents, heldout, count, True)
-    validation = take(falling, settings.validation_share, falling=True)
+    rising = _batches(parents, 0, count, is_falling=False)
+    heldout = count_taken(rising, settings.heldout_share, is_falling=False)
+    falling = _batches(parents, heldout, count, is_falling=True)
+    validation = count_taken(falling, settings.validation_share, is_falling=True)
     splits = {
-        "train": Split(parents, heldout, count - validation, False),
-        "validation": Split(parents, count - validation, count, True),
-        "heldout": Split(parents, 0, heldout, False),
+        "train": Split(parents, heldout, count - validation, is_falling=False),
+        "validation": Split(parents, count - validation, count, is_falling=True),
+        "heldout": Split(parents, 0, heldout, is_falling=False),
     }
     if not all(split.first < split.end for split in splits.values()):
         largest = max((int(rows["size"].max()) for rows in parents.batches()), default=0)
@@ -114,15 +115,17 @@ def open_splits(directory: Path, ranges: dict[str, list[int]]) -> dict[str, Spli
     found = {}
     for split in SPLITS:
         first, end = ranges[split]
-        found[split] = Split(parents, first, end, falling=split == "validation")
+        found[split] = Split(parents, first, end, is_falling=split == "validation")
     return found
 
 
 def _batches(
-    parents: Rows, first: int, end: int, falling: bool, step: int = 1 << 13
+    parents: Rows, first: int, end: int, is_falling: bool, step: int = 1 << 13
 ) -> Iterator[np.ndarray]:
     """Source documents `first` to `end`, some at a time, in rising or falling order."""
     starts = range(first, end, step)
-    for start in reversed(starts) if falling else starts:
+    if is_falling:
+        starts = starts[::-1]
+    for start in starts:
         rows = parents.read(start, min(start + step, end))
-        yield rows[::-1] if falling else rows
+        yield rows[::-1] if is_falling else rows
