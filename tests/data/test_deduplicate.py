@@ -5,14 +5,8 @@ import pytest
 from datasketch import MinHash, MinHashLSH
 
 from flexolmo.data import deduplicate
-from flexolmo.data.deduplicate import (
-    EXACT_FILE,
-    NEAR_FILE,
-    hash_words,
-    open_fingerprints,
-    sketch,
-    split_words,
-)
+from flexolmo.data.deduplicate import hash_words, open_fingerprints, sketch, split_words
+from flexolmo.data.prepared import EXACT_FILE, NEAR_FILE
 from flexolmo.errors import DataError
 from made_sets import made_text
 

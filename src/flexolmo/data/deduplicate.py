@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from flexolmo.data.prepared import EXACT_FILE, NEAR_FILE
 from flexolmo.data.rows import Rows
 from flexolmo.errors import DataError
 
 SHINGLE_WORDS = 5
 SIGNATURE_SIZE = 128
 SIGNATURE = np.dtype((np.uint32, (SIGNATURE_SIZE,)))
-EXACT_FILE = "fingerprints_exact.npy"
-NEAR_FILE = "fingerprints_near.npy"
 NEAR_DUPLICATE_JACCARD = 0.7
 # Bands and rows of each, datasketch's choice for that share; what they find is compared again.
 BANDS = (14, 9)

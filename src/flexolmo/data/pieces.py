@@ -151,7 +151,8 @@ def clean_documents(settings: PrepareSettings, documents: Sequence[Document]) ->
             removed.count("too short" if text.strip() else "empty", len(whole))
             continue
         words = split_words(text)
-        unit, same_words = document.unit, hash_words(words)
+        same_words = hash_words(words)
+        unit = document.unit
         parent = same_words if unit is None else hashlib.sha256(unit.encode()).digest()
         parent_text = hashlib.sha256(whole).digest()
         name = document.id or parent_text.hex()[:16]
@@ -163,6 +164,7 @@ def clean_documents(settings: PrepareSettings, documents: Sequence[Document]) ->
             encoded = whole if is_whole else part.encode()
             exact = parent_text if is_whole else hashlib.sha256(encoded).digest()
             identity = (name if len(parts) == 1 else f"{name}#{index + 1}").encode()
+            # In the order of the fields of PIECE; batch, part and row are set where it is stored
             numbers = struct.pack(">IQI", index, 0, len(rows))
             sizes = struct.pack("<qqIIIq", start, len(encoded), len(source), len(identity), 0, 0)
             rows.append(parent + parent_text + numbers + same_words + exact + sizes)
@@ -208,6 +210,11 @@ def batch_pieces(pieces: Rows, places: Iterable[tuple[np.ndarray, np.ndarray]]) 
             yield from map(Batch, *(np.split(column, cuts) for column in columns))
 
 
+def cut(rows: np.ndarray) -> list[np.ndarray]:
+    """`rows` in arrays of at most 1024, where much belongs to each and little may be in memory."""
+    return np.array_split(rows, max(1, -(-len(rows) // _DOCUMENTS_AT_ONCE)))
+
+
 class PieceStore:
     """Pieces of one part of a set, in files of `directory`, in the order of reading.
 
@@ -241,6 +248,12 @@ class PieceStore:
         self._texts.append(np.frombuffer(cleaned.text, dtype=np.uint8))
 
 
+def remove_pieces(directory: Path, part: int) -> None:
+    """Remove the files that `PieceStore` wrote of one part, if they are there."""
+    for path in (_pieces(directory, part), _signatures(directory, part), _spill(directory, part)):
+        path.unlink(missing_ok=True)
+
+
 def sort_pieces(directory: Path, parts: int) -> tuple[Rows, Rows]:
     """Pieces of all parts in the order of their hashes, and their signatures, in new files."""
     stores = [PieceStore(directory, part, is_read_only=True) for part in range(parts)]
@@ -249,7 +262,7 @@ def sort_pieces(directory: Path, parts: int) -> tuple[Rows, Rows]:
     unsorted = chain.from_iterable(store.pieces.batches() for store in stores)
     for some in sort_rows(unsorted, "order", directory):
         pieces.append(some)
-        for few in np.array_split(some, -(-len(some) // _DOCUMENTS_AT_ONCE)):
+        for few in cut(some):
             found = np.empty((len(few), SIGNATURE_SIZE), dtype=np.uint32)
             for store in stores:
                 is_there = few["part"] == store.part

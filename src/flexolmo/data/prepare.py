@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from flexolmo.data.corpus import Corpus, open_corpus, warn_of_losses
-from flexolmo.data.deduplicate import EXACT_FILE, NEAR_FILE, SIGNATURE, open_fingerprints
+from flexolmo.data.deduplicate import SIGNATURE, open_fingerprints
 from flexolmo.data.kept_work import without_dead_work
 from flexolmo.data.pieces import (
     PIECE,
@@ -34,13 +34,17 @@ from flexolmo.data.pieces import (
     batch_documents,
     batch_pieces,
     clean_documents,
+    cut,
     places_of,
     sort_pieces,
 )
 from flexolmo.data.prepared import (
+    EXACT_FILE,
     FORMAT,
+    NEAR_FILE,
     SALT_BYTES,
     SALT_FILE,
+    TOKENIZER_FILE,
     card_digest,
     check_file,
     read_card,
@@ -71,6 +75,7 @@ _WORK = "work"  # directory of what is only needed on the way
 _CHOSEN = "chosen.json"
 _KEPT = "kept"
 _KEPT_SIGNATURES = "kept_signatures"
+_UNTIL_CHOSEN = ("marks", "pieces", "signatures")
 
 
 @dataclass
@@ -206,10 +211,16 @@ def choose_pieces(
             for place in places_of(batch.pieces)
         )
         tokenizer = train_tokenizer(texts, task.settings.vocab_size)
-    tokenizer.save(work / "tokenizer.json")
+    tokenizer.save(work / TOKENIZER_FILE)
     ranges = {split: [chosen.first, chosen.end] for split, chosen in splits.items()}
     reading = task.corpus.describe_reading()
     write_json(work / _CHOSEN, {"splits": ranges, "removed": removed.card(), "reading": reading})
+
+
+def remove_choice(work: Path) -> None:
+    """Remove the files in `work` that a killed run of `choose_pieces` left."""
+    for left in (*_UNTIL_CHOSEN, _KEPT, _KEPT_SIGNATURES, "parents"):
+        (work / left).unlink(missing_ok=True)
 
 
 def chosen_batches(work: Path) -> Iterator[list[Place]]:
@@ -234,7 +245,7 @@ def write_set(
     name = task.corpus.name
     chosen = read_json(work / _CHOSEN, DataError)
     tokenizer = load_tokenizer(work)
-    tokenizer.save(aside / "tokenizer.json")
+    tokenizer.save(aside / TOKENIZER_FILE)
     kept = (
         Rows(PIECE, work / _KEPT, is_read_only=True),
         Rows(SIGNATURE, work / _KEPT_SIGNATURES, is_read_only=True),
@@ -359,19 +370,19 @@ def _deduplicate(task: Preparation, work: Path, parts: int, removed: Removed) ->
         ):
             is_kept = np.ones(len(batch), dtype=bool)
             for repeat in repeats:
-                is_kept[repeat.number - first] = False
-                piece = batch[repeat.number - first :][:1]
-                removed.count(repeat.reason, int(piece["size"][0]))
+                place = repeat.number - first
+                is_kept[place] = False
+                removed.count(repeat.reason, int(batch["size"][place]))
                 if repeat.reason not in removed.examples:
-                    same = pieces.take([] if repeat.same is None else [repeat.same])
-                    pair = np.concatenate([piece, same])
-                    removed.examples[repeat.reason] = list(map(spill.document, places_of(pair)))
+                    shown = [n for n in (repeat.number, repeat.same) if n is not None]
+                    pair = places_of(pieces.take(shown))
+                    removed.examples[repeat.reason] = list(map(spill.document, pair))
             kept.append(batch[is_kept])
-            for some in np.array_split(np.flatnonzero(is_kept), -(-len(batch) // 1024)):
+            for some in cut(np.flatnonzero(is_kept)):
                 kept_signatures.append(signatures.take(first + some))
             first += len(batch)
             meter.advance(len(batch))
-    for used in ("marks", "pieces", "signatures"):
+    for used in _UNTIL_CHOSEN:
         (work / used).unlink()
     return kept
 

@@ -16,6 +16,9 @@ from flexolmo.files import canonical_json, digest_bytes, digest_file, read_json
 FORMAT = "flexolmo-prepared-set-2"
 SPLITS = ("train", "validation", "heldout")
 PARTS = ("tokens", "offsets", "bytes", "sources")  # the arrays of a split, see prepare_set
+EXACT_FILE = "fingerprints_exact.npy"  # uint8 [n,32], digests of the texts of all splits
+NEAR_FILE = "fingerprints_near.npy"  # uint32 [n,S], their MinHash signatures
+TOKENIZER_FILE = "tokenizer.json"
 SALT_FILE = "salt"
 SALT_BYTES = 32
 
@@ -124,4 +127,4 @@ def _files_of_set() -> Iterator[str]:
     for split in SPLITS:
         yield f"{split}.jsonl.zst"
         yield from (f"{split}_{part}.npy" for part in PARTS)
-    yield from ("fingerprints_exact.npy", "fingerprints_near.npy", "tokenizer.json")
+    yield from (EXACT_FILE, NEAR_FILE, TOKENIZER_FILE)

@@ -25,13 +25,20 @@ from datatrove.utils.logging import logger
 
 from flexolmo.data.corpus import Corpus
 from flexolmo.data.kept_work import hold_work, remove_at_end, remove_work
-from flexolmo.data.pieces import PieceStore, Removed, batch_documents, clean_documents
+from flexolmo.data.pieces import (
+    PieceStore,
+    Removed,
+    batch_documents,
+    clean_documents,
+    remove_pieces,
+)
 from flexolmo.data.prepare import (
     MARKER,
     Preparation,
     choose_pieces,
     chosen_batches,
     find_finished,
+    remove_choice,
     write_set,
 )
 from flexolmo.data.shards import Tokenized, tokenize_texts
@@ -166,8 +173,7 @@ class CleanStage(Stage):
 
     def work_on(self, part: int) -> dict[str, Any]:
         task, work = self.job.task, self.job.work
-        for left in ("pieces", "signatures", "texts"):
-            (work / f"{left}-{part:05d}").unlink(missing_ok=True)
+        remove_pieces(work, part)  # of a run that was killed
         store = PieceStore(work, part)
         corpus, group, lane, lanes = share_of(task.corpus, part, self.job.tasks)
         removed = Removed()
@@ -198,8 +204,7 @@ class ChooseStage(Stage):
 
     def work_on(self, part: int) -> list[str]:
         task, work = self.job.task, self.job.work
-        for left in ("pieces", "signatures", "kept", "kept_signatures", "parents", "marks"):
-            (work / left).unlink(missing_ok=True)
+        remove_choice(work)
         removed, noted = _join_removed(work, self.job.tasks)
         task.corpus.noted.clear()
         task.corpus.noted.update(noted)
@@ -218,9 +223,13 @@ class TokenizeStage(Stage):
         with open(_tokens(work, part), "wb") as f:
             for number, places in enumerate(chosen_batches(work)):
                 if number % self.job.tasks == part:
-                    tokens, lengths, changed = tokenize_texts(work, places)
-                    head = {"bytes": len(tokens), "lengths": lengths, "changed": changed}
-                    f.write(json.dumps(head).encode() + b"\n" + tokens)
+                    found = tokenize_texts(work, places)
+                    head = {
+                        "bytes": len(found.tokens),
+                        "lengths": found.lengths,
+                        "changed": found.changed,
+                    }
+                    f.write(json.dumps(head).encode() + b"\n" + found.tokens)
             return f.tell()
 
 
@@ -320,7 +329,7 @@ class _Replay:
             self._next += 1
             head = json.loads(file.readline())
             changed = {int(number): text for number, text in head["changed"].items()}
-            yield file.read(head["bytes"]), head["lengths"], changed
+            yield Tokenized(file.read(head["bytes"]), head["lengths"], changed)
 
 
 def _tokens(work: Path, part: int) -> Path:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import pairwise, tee
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from flexolmo.data.corpus import LARGE_SHARE
-from flexolmo.data.deduplicate import EXACT_FILE, NEAR_FILE, SIGNATURE
+from flexolmo.data.deduplicate import SIGNATURE
 from flexolmo.data.documents import Document, write_documents
 from flexolmo.data.pieces import Batch, Place, Spill, batch_pieces, places_of, show_difference
+from flexolmo.data.prepared import EXACT_FILE, NEAR_FILE, TOKENIZER_FILE
 from flexolmo.data.rows import ArrayWriter, Rows
 from flexolmo.data.splits import Split
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,10 +27,13 @@ from flexolmo.data.workers import Run
 from flexolmo.errors import DataError
 from flexolmo.progress import Meter, progress
 
-TOKENIZER_FILE = "tokenizer.json"
-# Of some texts: tokens, each text's followed by the eos; their numbers; and by place in the list,
-# texts that the tokenizer reads back as others.
-Tokenized = tuple[bytes, list[int], dict[int, str]]
+
+class Tokenized(NamedTuple):
+    """Tokens of some texts."""
+
+    tokens: bytes  # of one text after another, each followed by the eos, in `token_type`
+    lengths: list[int]  # tokens of each text, with its eos
+    changed: dict[int, str]  # by place among the texts: as it is read back, where that differs
 
 
 @dataclass
@@ -111,15 +116,14 @@ class _SplitWriter(ExitStack):
     def __init__(self, out: Path, split: str, tokenizer: Tokenizer, spill: Spill) -> None:
         super().__init__()
         self._spill = spill
-        self._tokens, self._offsets, self._bytes, self._sources = (
-            self.enter_context(ArrayWriter(out / f"{split}_{part}.npy", dtype))
-            for part, dtype in (
-                ("tokens", token_type(tokenizer)),
-                ("offsets", np.int64),
-                ("bytes", np.int64),
-                ("sources", np.int64),
-            )
-        )
+
+        def open_array(part: str, dtype: Any) -> ArrayWriter:
+            return self.enter_context(ArrayWriter(out / f"{split}_{part}.npy", dtype))
+
+        self._tokens = open_array("tokens", token_type(tokenizer))
+        self._offsets = open_array("offsets", np.int64)
+        self._bytes = open_array("bytes", np.int64)
+        self._sources = open_array("sources", np.int64)
         self._offsets.append(np.zeros(1))
         self._last_parent = b""
         self.counts = {"source_documents": 0, "documents": 0, "bytes": 0, "tokens": 0}
@@ -132,27 +136,27 @@ class _SplitWriter(ExitStack):
         meter: Meter,
     ) -> Iterator[Document]:
         """Write what is known of the pieces, and count and yield their documents."""
-        for batch, (tokens, lengths, changed) in zip(batches, tokenized, strict=True):
-            self._write_batch(batch, tokens, lengths)
+        for batch, found in zip(batches, tokenized, strict=True):
+            self._write_batch(batch, found)
             for number, place in enumerate(places_of(batch.pieces)):
                 document = self._spill.document(place)
-                written.count(document, place.size, changed.get(number))
+                written.count(document, place.size, found.changed.get(number))
                 yield document
-            meter.advance(len(lengths))
+            meter.advance(len(found.lengths))
 
-    def _write_batch(self, batch: Batch, tokens: bytes, lengths: list[int]) -> None:
+    def _write_batch(self, batch: Batch, found: Tokenized) -> None:
         counts = self.counts
-        self._tokens.append(np.frombuffer(tokens, dtype=self._tokens.dtype))
-        self._offsets.append(counts["tokens"] + np.cumsum(lengths))
+        self._tokens.append(np.frombuffer(found.tokens, dtype=self._tokens.dtype))
+        self._offsets.append(counts["tokens"] + np.cumsum(found.lengths))
         self._bytes.append(batch.pieces["size"])
         self._sources.append(batch.sources)
         # Pieces of one text follow one another
         parents = [self._last_parent, *batch.pieces["parent_text"].tolist()]
         self._last_parent = parents[-1]
         counts["source_documents"] += sum(one != next_one for one, next_one in pairwise(parents))
-        counts["documents"] += len(lengths)
+        counts["documents"] += len(found.lengths)
         counts["bytes"] += int(batch.pieces["size"].sum())
-        counts["tokens"] += sum(lengths)
+        counts["tokens"] += sum(found.lengths)
 
 
 def tokenize_texts(work: Path, places: Sequence[Place]) -> Tokenized:
@@ -164,7 +168,8 @@ def tokenize_texts(work: Path, places: Sequence[Place]) -> Tokenized:
     dtype = token_type(tokenizer)
     end = np.array([tokenizer.eos_id], dtype=dtype).tobytes()
     tokens = b"".join(ids.astype(dtype).tobytes() + end for ids in batch)
-    return tokens, [len(ids) + 1 for ids in batch], tokenizer.find_changed(texts, batch)
+    lengths = [len(ids) + 1 for ids in batch]
+    return Tokenized(tokens, lengths, tokenizer.find_changed(texts, batch))
 
 
 def token_type(tokenizer: Tokenizer) -> np.dtype:
@@ -173,5 +178,5 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer_once(work: Path, _: int) -> Tokenizer:
+def _load_tokenizer_once(work: Path, _modified: int) -> Tokenizer:
     return load_tokenizer(work)
