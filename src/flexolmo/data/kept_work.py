@@ -29,10 +29,21 @@ def hold_work(out: Path) -> Iterator[Path]:
     Raises:
         FlexOlmoError: another run holds it, or the directory is not one that we made.
     """
-    import fcntl  # not on every system that reads files
-
     work = work_directory(out)
     lock = work.with_name(f"{work.name}.lock")
+    file = _open_locked(lock, work)
+    try:
+        _check_ours(work)
+        yield work
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+
+
+def _open_locked(lock: Path, work: Path) -> int:
+    """Open the file `lock`, which guards `work`, and lock it; returns its descriptor."""
+    import fcntl  # not on every system that reads files
+
     while True:
         try:
             file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -52,14 +63,8 @@ def hold_work(out: Path) -> Iterator[Path]:
                 "goes on from there."
             ) from None
         if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file)):
-            break
+            return file
         os.close(file)  # its last holder removed it before we had it
-    try:
-        _check_ours(work)
-        yield work
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(file)
 
 
 @contextmanager

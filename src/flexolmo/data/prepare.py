@@ -54,7 +54,7 @@ from flexolmo.data.repeats import find_repeats, mark_those_in
 from flexolmo.data.rows import Rows
 from flexolmo.data.settings import PrepareSettings
 from flexolmo.data.shards import write_splits
-from flexolmo.data.splits import open_splits, split_by_hash
+from flexolmo.data.splits import PARENTS_FILE, open_splits, split_by_hash
 from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from flexolmo.data.workers import Run, open_workers
 from flexolmo.errors import DataError
@@ -219,7 +219,7 @@ def choose_pieces(
 
 def remove_choice(work: Path) -> None:
     """Remove the files in `work` that a killed run of `choose_pieces` left."""
-    for left in (*_UNTIL_CHOSEN, _KEPT, _KEPT_SIGNATURES, "parents"):
+    for left in (*_UNTIL_CHOSEN, _KEPT, _KEPT_SIGNATURES, PARENTS_FILE):
         (work / left).unlink(missing_ok=True)
 
 

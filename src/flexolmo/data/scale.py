@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import secrets
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,7 @@ _PLAN = "plan.json"
 def prepare_at_scale(
     task: Preparation,
     may_replace: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = warnings.warn,
     workers: int = 1,
     tasks: int | None = None,
 ) -> dict[str, Any]:
@@ -270,14 +271,14 @@ def share_of(corpus: Corpus, part: int, parts: int) -> tuple[Corpus, int, int, i
     """The files that part `part` of `parts` reads, and which batches of their documents are its.
 
     Files are dealt out in neighbouring groups of about as many bytes. Where there are fewer files
-    than parts, several parts (lanes) read the same group, and each takes every so-manieth batch.
+    than parts, several parts (lanes) read the same group and take its batches in turn.
 
     Returns:
         The files as a corpus, the number of their group, the lane, and lanes of that group.
     """
     groups = max(1, min(parts, len(corpus.files)))
-    lanes = parts // groups
-    group, lane = divmod(part, lanes)
+    lane, group = divmod(part, groups)
+    lanes = len(range(group, parts, groups))
     total = max(1, corpus.num_bytes)
     files = []
     before = 0
@@ -351,7 +352,8 @@ def _check_written(work: Path, part: int, found: Any, expected: Any) -> None:
 
 @contextmanager
 def _hold_part(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`, in a directory that is there; wait for another who holds it."""
+    """Hold the lock file `path`; wait for another who holds it. Its directory is not made, as
+    `files.hold_lock` would, for the work of a killed run may be removed while its tasks end."""
     with open(path, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield

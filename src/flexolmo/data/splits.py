@@ -12,6 +12,7 @@ from flexolmo.data.rows import Rows, group_starts, rows_at_once, whole_groups
 from flexolmo.data.settings import PrepareSettings
 from flexolmo.errors import DataError
 
+PARENTS_FILE = "parents"
 # A source document, or a unit: its pieces, their bytes, and its hash as a share of the range.
 _PARENT = np.dtype([("first", "<i8"), ("end", "<i8"), ("size", "<i8"), ("share", "<f8")])
 
@@ -56,7 +57,7 @@ def split_by_hash(
     join. So documents added later leave train documents where they are. `whole` is what source
     documents are called in errors; a file of them is written to `directory`.
     """
-    parents = Rows(_PARENT, directory / "parents")
+    parents = Rows(_PARENT, directory / PARENTS_FILE)
     for rows in whole_groups(pieces.batches(), "parent"):
         starts = group_starts(rows["parent"])
         found = np.empty(len(starts), dtype=_PARENT)
@@ -111,7 +112,7 @@ def split_by_hash(
 
 def open_splits(directory: Path, ranges: dict[str, list[int]]) -> dict[str, Split]:
     """The splits that `split_by_hash` wrote to `directory`, by `first` and `end` of each."""
-    parents = Rows(_PARENT, directory / "parents", is_read_only=True)
+    parents = Rows(_PARENT, directory / PARENTS_FILE, is_read_only=True)
     found = {}
     for split in SPLITS:
         first, end = ranges[split]
