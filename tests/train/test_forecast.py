@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flexolmo.config import RECIPES, read_recipe
 from flexolmo.errors import ConfigError
+from flexolmo.model.assemble import expert_tensors
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings
 from flexolmo.model.transformer import ModelConfig, Transformer
@@ -17,8 +18,16 @@ from flexolmo.train import count as counting
 from flexolmo.train import measure
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.count import StepProgram, Work, count_step
-from flexolmo.train.expert import ExpertRecipe
-from flexolmo.train.forecast import dense_parameters, find_memory, forecast, parse_gpus
+from flexolmo.train.expert import ExpertRecipe, pack_tensors
+from flexolmo.train.forecast import (
+    bundle_bytes,
+    dense_parameters,
+    find_memory,
+    forecast,
+    parse_gpus,
+    replaced_parameters,
+    trained_parameters,
+)
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.measure import Timed, fit_machine, kinds
 from flexolmo.train.rates import GPUS, Machine, find_machine, read_machine, time_step
@@ -214,9 +223,43 @@ def test_the_papers_sizes_are_the_papers():
 
 def test_a_dense_decoder_has_as_many_numbers_as_told():
     for config in (PICO, PICO.model_copy(update={"num_kv_heads": 1})):
-        with torch.device("meta"):
-            model = Transformer(config)
-        assert dense_parameters(config) == sum(p.numel() for p in model.parameters())
+        D, C = config.d_model, config.d_head
+        queries, keys = config.num_heads * C, config.kv_heads * C
+        attention = 2 * D * (queries + keys) + queries + keys  # with the norms of both
+        layer = attention + 3 * D * config.d_ff + 2 * D
+        embedding_and_head = 2 * config.vocab_size * D
+        assert dense_parameters(config) == config.num_layers * layer + embedding_and_head + D
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "anchor"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_half_deltas", [True, False])
+def test_a_bundle_has_as_many_bytes_as_told(kind, dtype, has_half_deltas):
+    recipe = KINDS[kind].model_copy(update={"has_half_deltas": has_half_deltas})
+    program = StepProgram(PICO, recipe, dtype)
+    packed = pack_tensors(expert_tensors(program.model, "expert"), recipe)
+    assert bundle_bytes(PICO, recipe, dtype) == sum(t.nbytes for t in packed.values())
+    assert trained_parameters(PICO, recipe) == sum(p.numel() for p in program.parameters.values())
+
+
+def test_whole_matrices_take_the_anchors_place_where_it_takes_no_part():
+    ffn = PICO.num_layers * 3 * PICO.d_model * PICO.d_ff
+    embedding = head = PICO.vocab_size * PICO.d_model
+    attention = PICO.num_layers * 4 * PICO.d_model**2
+    alone = {"beside_anchor": False}
+    for kind, changed, replaced in [
+        ("whole", {}, embedding + attention + ffn + head),
+        ("whole", {"head_rank": 4}, embedding + attention + ffn),
+        ("ffn", alone, ffn),
+        ("ffn", alone | {"width": 2 * PICO.d_ff}, ffn),
+        ("ffn", {}, 0),
+        ("paper", {}, 0),
+        ("low rank", {}, 0),
+    ]:
+        recipe = KINDS[kind].model_copy(update=changed)
+        assert replaced_parameters(PICO, recipe) == replaced
+    told = forecast(KINDS["whole"], PICO, GPUS["H100"])
+    assert told.active_parameters == dense_parameters(PICO) < told.parameters
 
 
 @pytest.mark.parametrize("text", ["H100", "0xH100", "8", "8xB9", "-1xH100", ""])

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
+import torch
+
 from flexolmo.errors import ConfigError
 from flexolmo.model.shape import expert_shapes
 from flexolmo.model.stock import DTYPES, DtypeName
-from flexolmo.model.transformer import ModelConfig
+from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.count import StepCount, count_step
 from flexolmo.train.expert import ExpertRecipe
 from flexolmo.train.rates import Machine, StepSeconds, time_step
 
-# Part of a machine's memory by which what is told may be wrong: benchmarks/plan.py.
+# Largest error of forecasts of memory that benchmarks/plan.py found, as a part of the machine's.
 MEMORY_ERROR = 0.2
 
 
@@ -31,7 +33,7 @@ class Memory:
     optimizer: float
     gathered: float  # matrices that are whole while they are used
     step: float  # gradients, activations and what products are made from, at their highest
-    anchor: float  # the loaded anchor, of which a single process copies what it trains beside
+    anchor: float  # the loaded anchor, beside the copy that a single process trains with
     process: float  # Python, PyTorch, a GPU's context
 
     @property
@@ -149,19 +151,19 @@ def forecast(
     """
     count = count_step(config, recipe, processes, dtype, machine.muon_dtype)
     settings = recipe.train
-    size = DTYPES[dtype].itemsize
     dense = dense_parameters(config)
-    bundle: int | None = None
-    anchor_bytes = 0.0
-    trained = active = total = dense
     if isinstance(recipe, ExpertRecipe):
-        shapes = expert_shapes(config, recipe.shape(config), recipe.router)
-        bundle = sum(prod(s) * _itemsize(n, size, recipe) for n, s in shapes.items())
-        trained = sum(prod(s) for n, s in shapes.items() if not n.startswith("router."))
+        trained = trained_parameters(config, recipe)
         total = dense + trained
-        is_whole = recipe.is_alone and not recipe.rank and recipe.shape(config).head_rank
-        active = dense if is_whole else total
-        anchor_bytes = float(size * dense)
+        active = total - replaced_parameters(config, recipe)
+        bundle = bundle_bytes(config, recipe, dtype)
+        anchor_bytes = DTYPES[dtype].itemsize * dense
+    else:
+        trained = dense
+        total = dense
+        active = dense
+        bundle = None
+        anchor_bytes = 0
     flops = count.part.flops * processes * settings.accumulate + count.update.flops
     return Forecast(
         machine,
@@ -181,20 +183,42 @@ def forecast(
 
 
 def dense_parameters(config: ModelConfig) -> int:
-    """Numbers in a dense decoder."""
-    D, C = config.d_model, config.d_head
-    heads, kv = config.num_heads * C, config.kv_heads * C
-    attention = 2 * D * (heads + kv) + heads + kv
-    layer = attention + 3 * D * config.d_ff + 2 * D
-    return config.num_layers * layer + 2 * config.vocab_size * D + D
+    """Numbers in a dense decoder, of which none is made."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for p in model.parameters())
 
 
-def _itemsize(name: str, size: int, recipe: ExpertRecipe) -> int:
-    if name.startswith("router."):  # the table's levels
-        return 1
-    if ".router." in name:
-        return 4
-    return 2 if recipe.has_half_deltas and ".lora_" in name else size
+def trained_parameters(config: ModelConfig, recipe: ExpertRecipe) -> int:
+    """Numbers of an expert that learn: all but the evidence router's table."""
+    shapes = expert_shapes(config, recipe.shape(config), recipe.router)
+    return sum(prod(s) for n, s in shapes.items() if not n.startswith("router."))
+
+
+def replaced_parameters(config: ModelConfig, recipe: ExpertRecipe) -> int:
+    """Numbers of the anchor that no token meets in training: an expert that is trained alone has
+    whole matrices in their place."""
+    if not recipe.is_alone:
+        return 0
+    as_wide = recipe.shape(config).model_copy(update={"d_ff": config.d_ff})
+    shapes = expert_shapes(config, as_wide, recipe.router)
+    return sum(prod(s) for n, s in shapes.items() if n.endswith(".weight"))
+
+
+def bundle_bytes(config: ModelConfig, recipe: ExpertRecipe, dtype: DtypeName) -> int:
+    """Bytes of the numbers in an expert's bundle, but for the table's list of word pairs."""
+    shapes = expert_shapes(config, recipe.shape(config), recipe.router)
+    total = 0
+    for name, shape in shapes.items():
+        itemsize = DTYPES[dtype].itemsize
+        if name.startswith("router."):  # the table's levels
+            itemsize = 1
+        elif ".router." in name:
+            itemsize = 4
+        elif recipe.has_half_deltas and ".lora_" in name:
+            itemsize = 2
+        total += itemsize * prod(shape)
+    return total
 
 
 def parse_gpus(text: str) -> tuple[int, str]:
