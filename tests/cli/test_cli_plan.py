@@ -72,6 +72,8 @@ def test_what_cannot_be_planned_is_refused_before_it_is_measured(
 
     monkeypatch.setattr("flexolmo.train.measure.measure_machine", measure)
     here = ["--measure", tmp_path / "here.json"]
+    there = tmp_path / "there.json"
+    there.write_text("{}")
     anchor = ["--anchor", pico_anchor_dir]
     for words, says in {
         (recipe, *anchor, "--set", "train.stepz=1"): "train.steps",
@@ -79,9 +81,11 @@ def test_what_cannot_be_planned_is_refused_before_it_is_measured(
         (recipe,): "beside which anchor",
         (recipe, *anchor, "--gpus", "1xH100"): "leave out --gpus",
         ("--gpus", "1xH100"): "leave out --gpus",
+        ("--machine", there): "leave out --gpus and --machine",
+        ("--measure", there): "there already",
         ("--name", "$(id)"): "cannot name",
     }.items():
-        found = run(*words, *here)
+        found = run(*here, *words)
         assert isinstance(found.exception, ConfigError), (words, found.output)
         assert says in str(found.exception), words
     assert str(run(*here).exception) == "It was measured."

@@ -196,10 +196,9 @@ def test_time_that_work_does_not_explain_is_refused():
 
 def test_the_papers_sizes_are_the_papers():
     """2.97B outside the FFN and 4.33B in an expert; bundles of 8.7 GB in bfloat16, ours a tenth."""
-    from flexolmo.cli.plan import PAPER_ANCHOR
     from flexolmo.model.stock import StockConfig, read_stock_config
 
-    config = read_stock_config(PAPER_ANCHOR, StockConfig).decoder
+    config = read_stock_config(RECIPES / "paper" / "olmo2_7b", StockConfig).decoder
     assert dense_parameters(config) == pytest.approx((2.97 + 4.33) * 1e9, rel=0.002)
     paper = read_recipe(RECIPES / "paper" / "expert.toml", ExpertRecipe)
     few = {"batch_size": 8, "accumulate": 1, "steps": 128 * paper.train.steps}  # a part is a step

@@ -1,5 +1,6 @@
 """`flexolmo plan`: what a recipe takes, on machines that need not be at hand."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from flexolmo.train.expert import ExpertRecipe
     from flexolmo.train.forecast import Forecast
     from flexolmo.train.rates import Machine
-
-PAPER_ANCHOR = Path(__file__).parents[1] / "recipes" / "paper" / "olmo2_7b"
 
 
 def plan(
@@ -178,18 +177,20 @@ def _shape(
     settings: "AnchorRecipe | ExpertRecipe", path: Path, anchor: Path | None, vocab_size: int | None
 ) -> "tuple[ModelConfig, DtypeName]":
     """The decoder, and the precision of its weights."""
-    from flexolmo.config import parse_settings
+    from flexolmo.config import RECIPES, parse_settings
     from flexolmo.errors import ConfigError
     from flexolmo.model.stock import StockConfig, read_stock_config
     from flexolmo.model.transformer import ModelConfig
     from flexolmo.train.anchor import AnchorRecipe
 
-    is_paper = path.parent == PAPER_ANCHOR.parent
+    papers = RECIPES / "paper"
+    is_paper = path.parent == papers
+    papers_anchor = papers / "olmo2_7b"
     if isinstance(settings, AnchorRecipe):
         if anchor is not None:
             raise ConfigError("--anchor is for an expert's recipe; this one is an anchor's.")
         if vocab_size is None and is_paper:
-            vocab_size = read_stock_config(PAPER_ANCHOR, StockConfig).vocab_size
+            vocab_size = read_stock_config(papers_anchor, StockConfig).vocab_size
         if vocab_size is None:
             raise ConfigError("An anchor's vocabulary is its tokenizer's: give --vocab-size.")
         values = settings.model.model_dump() | {"vocab_size": vocab_size}
@@ -200,7 +201,7 @@ def _shape(
         raise ConfigError(
             "Say beside which anchor: --anchor DIRECTORY, of which config.json is read."
         )
-    stock = read_stock_config(anchor or PAPER_ANCHOR, StockConfig)
+    stock = read_stock_config(anchor or papers_anchor, StockConfig)
     return stock.decoder, stock.dtype or stock.torch_dtype or "float32"
 
 
@@ -216,14 +217,14 @@ def _write(
 
     nodes = max(1, told.processes // told.machine.per_node)
     launch = Launch(
-        settings.model_dump(mode="json", exclude_none=True),
-        isinstance(settings, ExpertRecipe),
-        nodes,
-        told.processes // nodes,
-        told.machine.device,
-        told.machine.threads,
-        told.seconds / 3600,
-        name,
+        recipe=settings.model_dump(mode="json", exclude_none=True),
+        is_expert=isinstance(settings, ExpertRecipe),
+        nodes=nodes,
+        per_node=told.processes // nodes,
+        device=told.machine.device,
+        threads=told.machine.threads,
+        hours=told.seconds / 3600,
+        name=name,
     )
     written = write_launch(directory, launch)
     if not is_quiet:
@@ -234,18 +235,41 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
     """A forecast as a table, for a terminal."""
     from rich.table import Table
 
-    from flexolmo.numbers import format_count, format_number, format_percent, format_seconds
-
-    step, memory = told.step, told.memory
     many = f"{told.processes} x " if told.processes > 1 else ""
     table = Table("", f"{recipe} on {many}{told.machine.name} would take")
-    table.add_row(
+    for about, value in (*_size_rows(told), *_time_rows(told)):
+        table.add_row(about, value)
+    table.add_row("rates", told.machine.source)
+    PlainConsole().print(table)
+    verdict = {
+        "no": "It does not fit.",
+        "close": "It may not fit: memory is told within 20 %.",
+    }.get(told.fits or "")
+    if verdict is not None:
+        echo(
+            f"{verdict} Compute blocks again on the way back (--set train.recompute=true), read "
+            "the batch in more parts (--set train.accumulate=N), or take more machines."
+        )
+
+
+def _size_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
+    """Rows of the table on what is kept: parameters, the bundle and memory."""
+    from flexolmo.numbers import format_count
+
+    yield (
         "parameters",
         f"{format_count(told.parameters)}, of which {format_count(told.trained_parameters)} learn; "
         f"{format_count(told.active_parameters)} work on a token",
     )
     if told.bundle_bytes is not None:
-        table.add_row("bundle", f"{_size(told.bundle_bytes)} of weights")
+        yield "bundle", f"{_size(told.bundle_bytes)} of weights"
+    memory = told.memory
+    need = _size(memory.total)
+    room = told.machine.memory_bytes
+    if room is not None and told.fits is not None:
+        answer = {"yes": "fits", "close": "close", "no": "does not fit"}[told.fits]
+        need += f" of {_size(room)}: {answer}"
+    yield "memory of each", need
     parts = {
         "weights": memory.weights,
         "optimizer": memory.optimizer,
@@ -254,44 +278,34 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
         "the anchor as loaded": memory.anchor,
         "the process": memory.process,
     }
-    room = told.machine.memory_bytes
-    need = _size(memory.total)
-    if room is not None and told.fits is not None:
-        answer = {"yes": "fits", "close": "close", "no": "does not fit"}[told.fits]
-        need += f" of {_size(room)}: {answer}"
-    table.add_row("memory of each", need)
-    table.add_row("", "; ".join(f"{k} {_size(v)}" for k, v in parts.items() if v))
+    yield "", "; ".join(f"{k} {_size(v)}" for k, v in parts.items() if v)
+
+
+def _time_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
+    """Rows of the table on what is spent: FLOPs, time and money."""
+    from flexolmo.numbers import format_number, format_percent, format_seconds
+
     flops = told.flops_a_token
-    table.add_row("FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all")
+    yield "FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all"
+    step = told.step
+    yield "tokens", f"{told.tokens:,} in {told.steps:,} steps of {step.total:.3g} s"
     shares = {
-        "products": step.products,
-        "other work": step.rest,
-        "optimizer": step.update,
-        "waiting for others": step.waiting,
+        "products": step.products / step.total,
+        "other work": step.rest / step.total,
+        "optimizer": step.update / step.total,
+        "waiting for others": step.waiting / step.total,
     }
-    table.add_row("tokens", f"{told.tokens:,} in {told.steps:,} steps of {step.total:.3g} s")
-    percents = {k: v / step.total for k, v in shares.items() if v > 0.005 * step.total}
-    table.add_row("", "; ".join(f"{k} {format_percent(v, 0)}" for k, v in percents.items()))
+    yield "", "; ".join(f"{k} {format_percent(v, 0)}" for k, v in shares.items() if v > 0.005)
     if told.processes > 1 and told.machine.link_bytes is None:
-        table.add_row("", "waiting for others is not known, and left out")
-    table.add_row("tokens a second", format_number(told.tokens_a_second, 0))
-    hours = told.seconds / 3600
-    table.add_row("time", f"{format_seconds(told.seconds)} ({format_number(hours, 1)} hours)")
+        yield "", "waiting for others is not known, and left out"
+    yield "tokens a second", format_number(told.tokens_a_second, 0)
+    hours = format_number(told.seconds / 3600, 1)
+    yield "time", f"{format_seconds(told.seconds)} ({hours} hours)"
     if told.cost is not None:
-        table.add_row(
-            "cost", f"{format_number(told.cost, 2)} at {told.price_an_hour:g} an hour each"
-        )
-    table.add_row("rates", told.machine.source)
-    PlainConsole().print(table)
-    if told.fits in ("close", "no"):
-        is_no = told.fits == "no"
-        echo(
-            ("It does not fit." if is_no else "It may not fit: memory is told within 20 %.")
-            + " Compute blocks again on the way back (--set train.recompute=true), read the batch "
-            "in more parts (--set train.accumulate=N), or take more machines."
-        )
+        yield "cost", f"{format_number(told.cost, 2)} at {told.price_an_hour:g} an hour each"
 
 
 def _size(size_bytes: float) -> str:
-    is_large = size_bytes >= 1e9
-    return f"{size_bytes / 1e9:.3g} GB" if is_large else f"{size_bytes / 1e6:.3g} MB"
+    if size_bytes >= 1e9:
+        return f"{size_bytes / 1e9:.3g} GB"
+    return f"{size_bytes / 1e6:.3g} MB"
