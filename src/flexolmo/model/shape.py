@@ -122,3 +122,13 @@ def architecture_of(config: ModelConfig, shape: ExpertShape) -> dict[str, int]:
 def count_parameters(config: ModelConfig, shape: ExpertShape, router: RouterSettings) -> int:
     """Numbers in an expert of this shape."""
     return sum(prod(s) for s in expert_shapes(config, shape, router).values())
+
+
+def count_anchor(config: ModelConfig) -> int:
+    """Numbers in the anchor, or in any dense model of its size."""
+    D = config.d_model
+    heads = config.num_heads * config.d_head
+    kv = config.kv_heads * config.d_head
+    attention = 2 * D * (heads + kv) + heads + kv  # with the norms of queries and keys
+    block = attention + 3 * D * config.d_ff + 2 * D
+    return config.num_layers * block + 2 * config.vocab_size * D + D

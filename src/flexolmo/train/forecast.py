@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
-import torch
-
 from flexolmo.errors import ConfigError
-from flexolmo.model.shape import expert_shapes
+from flexolmo.model.shape import count_anchor, expert_shapes
 from flexolmo.model.stock import DTYPES, DtypeName
-from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.model.transformer import ModelConfig
 from flexolmo.train.anchor import AnchorRecipe
 from flexolmo.train.count import StepCount, count_step
 from flexolmo.train.expert import ExpertRecipe
@@ -151,7 +149,7 @@ def forecast(
     """
     count = count_step(config, recipe, processes, dtype, machine.muon_dtype)
     settings = recipe.train
-    dense = dense_parameters(config)
+    dense = count_anchor(config)
     if isinstance(recipe, ExpertRecipe):
         trained = trained_parameters(config, recipe)
         total = dense + trained
@@ -180,13 +178,6 @@ def forecast(
         memory=find_memory(count, machine, processes, anchor_bytes),
         price_an_hour=price_an_hour,
     )
-
-
-def dense_parameters(config: ModelConfig) -> int:
-    """Numbers in a dense decoder, of which none is made."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    return sum(p.numel() for p in model.parameters())
 
 
 def trained_parameters(config: ModelConfig, recipe: ExpertRecipe) -> int:

@@ -9,10 +9,10 @@ from test_study import RECIPE, RECIPES, do_all
 from flexolmo.config import read_recipe
 from flexolmo.errors import ConfigError
 from flexolmo.files import read_json
-from flexolmo.model.shape import ExpertShape
+from flexolmo.model.shape import ExpertShape, count_anchor
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.research.steps.graph import order_steps
-from flexolmo.research.study.cost import count_anchor, dense_flops, training_flops
+from flexolmo.research.study.cost import dense_flops, training_flops
 from flexolmo.research.study.scaling import Cell, ScalingRecipe, build_scaling_graph
 from flexolmo.research.study.scaling_page import write_scaling_page
 from flexolmo.research.study.scaling_results import (

@@ -4,21 +4,13 @@ One multiply-add is two FLOPs. Counted are the matrices a token passes through; 
 the custom, are attention scores, norms and look-ups, which are the same for all the methods
 compared. Source: ours, after the 2ND of Kaplan et al. 2020.
 
-D d_model, F d_ff, V vocabulary, L layers.
+D d_model, F d_ff, V vocabulary.
 """
 
 from collections.abc import Iterable
 
 from flexolmo.model.shape import ExpertShape
 from flexolmo.model.transformer import ModelConfig
-
-
-def count_anchor(config: ModelConfig) -> int:
-    """Numbers in the anchor, or in any dense model of its size."""
-    D, L, c = config.d_model, config.num_layers, config.d_head
-    heads, kv = config.num_heads * c, config.kv_heads * c
-    block = 2 * D * (heads + kv) + heads + kv + 3 * D * config.d_ff + 2 * D
-    return 2 * config.vocab_size * D + D + L * block
 
 
 def training_flops(config: ModelConfig, shape: ExpertShape, public: float = 0.0) -> float:

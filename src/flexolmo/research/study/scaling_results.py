@@ -14,10 +14,10 @@ import numpy as np
 from scipy import stats
 
 from flexolmo.files import read_json, write_json
-from flexolmo.model.shape import ExpertShape, expert_shapes
+from flexolmo.model.shape import ExpertShape, count_anchor, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ModelConfig
-from flexolmo.research.study.cost import count_anchor, dense_flops, training_flops
+from flexolmo.research.study.cost import dense_flops, training_flops
 from flexolmo.research.study.results import describe_runs
 from flexolmo.research.study.scaling import Cell, ScalingGraph, ScalingRecipe
 

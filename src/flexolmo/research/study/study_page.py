@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexolmo.model.shape import count_anchor
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.numbers import format_change, format_number, format_percent
 from flexolmo.report.page import Block, Cell, Fold, Items, Picture, Row, Table, Text, save_page
 from flexolmo.research.study import figures
-from flexolmo.research.study.cost import count_anchor
 from flexolmo.research.study.findings import (
     DEFAULT,
     PAPER_AVERAGES,
