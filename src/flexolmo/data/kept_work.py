@@ -62,8 +62,9 @@ def _open_locked(lock: Path, work: Path) -> int:
                 f"Another run is at work in {work}. Wait for its end, or stop it: this one then "
                 "goes on from there."
             ) from None
-        if lock.exists() and os.path.samestat(lock.stat(), os.fstat(file)):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(lock), os.fstat(file)):
+                return file
         os.close(file)  # its last holder removed it before we had it
 
 

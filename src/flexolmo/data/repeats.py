@@ -49,14 +49,23 @@ def mark_those_in(
         own: pieces of the set, rows of PIECE [n], and their signatures [n,S].
         other: digests "S32" of the other set's texts, and their signatures.
     """
-    both = chain(_keyed(own[0], "exact"), _theirs(_keyed(other[0])))
+    _mark_exact(own[0], other[0], marks, mark, scratch)
+    _mark_near(own[1], other[1], marks, mark, scratch)
+
+
+def _mark_exact(own: Rows, other: Rows, marks: np.ndarray, mark: int, scratch: Path) -> None:
+    both = chain(_keyed(own, "exact"), _theirs(_keyed(other)))
     for rows in whole_groups(sort_rows(both, "key", scratch), "key"):
         starts = group_starts(rows["key"])
         has_theirs = np.logical_or.reduceat(rows["number"] < 0, starts)
         sizes = np.diff(starts, append=len(rows))
         found = rows["number"][np.repeat(has_theirs, sizes) & (rows["number"] >= 0)]
         _mark(marks, found, mark)
-    both = chain(_band_rows(own[1], *BANDS), _theirs(_band_rows(other[1], *BANDS)))
+
+
+def _mark_near(own: Rows, other: Rows, marks: np.ndarray, mark: int, scratch: Path) -> None:
+    """Mark texts of which a band is that of another's, where their whole signatures are near."""
+    both = chain(_band_rows(own, *BANDS), _theirs(_band_rows(other, *BANDS)))
     for rows in whole_groups(sort_rows(both, "key", scratch), "key"):
         is_theirs = rows["number"] < 0
         theirs = rows[is_theirs]
@@ -66,11 +75,13 @@ def mark_those_in(
         asked = ours["number"]
         while True:  # one candidate of each at a time
             is_left = (at < end) & (marks[asked] == 0)
-            asked, at, end = asked[is_left], at[is_left], end[is_left]
-            if not len(asked):
+            if not is_left.any():
                 break
-            candidates = other[1].take(~theirs["number"][at])
-            is_near = are_near(candidates, own[1].take(asked), NEAR_DUPLICATE_JACCARD)
+            asked = asked[is_left]
+            at = at[is_left]
+            end = end[is_left]
+            candidates = other.take(~theirs["number"][at])
+            is_near = are_near(candidates, own.take(asked), NEAR_DUPLICATE_JACCARD)
             _mark(marks, asked[is_near], mark)
             at = at + 1
 
