@@ -30,7 +30,7 @@ from flexolmo.train.forecast import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.measure import Timed, fit_machine, kinds
-from flexolmo.train.rates import GPUS, Machine, find_machine, read_machine, time_step
+from flexolmo.train.rates import GPUS, NETWORK_BYTES, Machine, find_machine, read_machine, time_step
 
 PICO = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=48, max_seq_len=32)
 TRAIN = TrainSettings(steps=10, batch_size=4, seq_len=16, warmup_steps=2, optimizer="adamw")
@@ -105,6 +105,42 @@ def test_parts_and_processes_share_a_step_and_recomputing_spares_memory():
     one = find_memory(base, GPUS["H100"], 1)
     assert both.weights == one.weights / 2
     assert both.optimizer == one.optimizer / 2
+
+
+@pytest.mark.parametrize("kind", ["anchor", "ffn"])
+def test_each_process_gathers_the_head_two_blocks_and_the_gradients_of_two(kind):
+    head = PICO.vocab_size * PICO.d_model + PICO.d_model  # with the last norm
+    embedding = PICO.vocab_size * PICO.d_model
+    block = (count_anchor(PICO) - head - embedding) // PICO.num_layers
+    learnt = block
+    if kind == "ffn":
+        learnt = 3 * PICO.d_model * PICO.d_ff
+        block += learnt
+    counted = count_step(PICO, KINDS[kind], processes=4)
+    found = find_memory(counted, GPUS["H100"], 4, anchor_bytes=1e9)
+    assert found.gathered == 4 * 3 / 4 * (head + 2 * block + 2 * learnt)
+    assert found.anchor == 0  # its pages are those of its file
+    alone = find_memory(counted, GPUS["H100"], 1, anchor_bytes=1e9)
+    assert (alone.gathered, alone.anchor) == (0, 1e9)
+
+
+def test_processes_share_the_update_and_wait_for_what_work_does_not_hide():
+    counted = count_step(PICO, KINDS["anchor"])
+    second = Work(float32_flops=1e12, moved_bytes=1e10)  # and another, of a second each
+    counted = replace(counted, part=second, update=second, weight_bytes=4e12, learnt_bytes=2e12)
+    machine = Machine(name="mine", source="me", float32_flops=1e12, moved_bytes=1e10, per_node=8)
+    told = time_step(counted, machine, accumulate=3, processes=4)
+    assert (told.products, told.rest, told.update, told.waiting) == (3, 3, 2 / 4, 0)
+    sent = 3 * (2 * 4e12 + 2e12)  # of which each process has a part
+    for link_bytes, processes, waiting in [
+        (1e12, 4, 3 / 4 * sent / 1e12 - 6),
+        (1e13, 4, 0),
+        (1e12, 16, 15 / 16 * sent / NETWORK_BYTES - 6),
+        (1e11, 16, 15 / 16 * sent / 1e11 - 6),
+    ]:
+        linked = machine.model_copy(update={"link_bytes": link_bytes})
+        told = time_step(counted, linked, accumulate=3, processes=processes)
+        assert told.waiting == pytest.approx(waiting)
 
 
 def test_rates_are_found_again_from_steps_that_they_made():

@@ -288,7 +288,10 @@ def mix_low_rank(
     weighted sum, being linear. Source: ours.
     """
     batch_rows = ctx.batch_rows
-    union = _union([s for s in (share, *(s for s, _ in experts)) if s], h, ctx.rows_to_fill)
+    shares = [own for own, _ in experts]
+    if share is not None:
+        shares.append(share)
+    union = _union(shares, h, ctx.rows_to_fill)
     gate, up = public.gate_and_up(h, ctx)  # [N,F]
     inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:

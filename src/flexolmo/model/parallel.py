@@ -39,7 +39,7 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 STATIC = "--rdzv-backend static --master-addr 127.0.0.1 --master-port 29500"
 STATIC_RUN = "none"  # the name that torchrun then gives a run
 _FAILED = "flexolmo/failed"  # counts the processes that ended with an error
-_inside: list[int] = []  # the number of processes while in `processes`, though others have groups
+_inside: list[int] = []  # W while in `processes`; torch's group alone may be another program's
 
 
 class _Finished(Exception):

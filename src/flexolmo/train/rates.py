@@ -17,7 +17,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.files import read_json
 from flexolmo.train.count import StepCount, Work
 
-# Between what no machine is slower than, and what none is faster than.
+# Every machine there is lies within these bounds.
 Rate = Annotated[float, Field(ge=1e3, le=1e21)]
 
 
