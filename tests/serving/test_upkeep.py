@@ -243,29 +243,6 @@ def test_one_that_was_withdrawn_is_not_logged_again_when_it_is_left_out(
     assert [kind for kind, _ in log.entries] == ["revoked", "reloaded"]
 
 
-def test_a_revocation_that_comes_between_is_told_by_its_reason(
-    upkeep, gateway, engine, owners, trust, log, monkeypatch
-):
-    engine.next_facts = with_expert(engine.facts, "notes", None)  # the engine saw it
-    find = owners.find_revocation
-
-    def find_too_early(name, facts):
-        if not owners.revoked:
-            found = find(name, facts)
-            owners.revoked = {"notes": "revoked"}
-            touch(trust / "Ann.revoked.json")
-            return found
-        return find(name, facts)
-
-    monkeypatch.setattr(owners, "find_revocation", find_too_early)
-    touch(trust / "aside.json")
-    upkeep.look()
-    for _ in range(2):
-        upkeep.look()
-    assert [kind for kind, _ in log.entries] == ["revoked", "reloaded"]
-    assert log.entries[0][1]["experts"] == ["notes"]
-
-
 def test_an_expert_is_loaded_once_its_terms_have_begun_and_only_then(
     make_gateway, upkeep_of, engine, log, index, monkeypatch
 ):

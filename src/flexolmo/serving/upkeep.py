@@ -113,8 +113,7 @@ class Upkeep:
         if "model" in changed or self._has_begun():
             self._try("revocations", self._withdraw_revoked)
             self._must_reload = True
-        # what changed meanwhile may be a revocation, which the next look tells of by its reason
-        if self._must_reload and stamp(self._sources.model) == found["model"]:
+        if self._must_reload:
             self._try("model", self._reload)
         elif gateway.texts.digest != gateway.engine.facts.digest:
             self._try("model", self._catch_up)
