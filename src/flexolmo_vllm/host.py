@@ -188,15 +188,10 @@ class Host:
                 "The model that is there by now has other sizes, for which vLLM has to be started "
                 "again: start the server again. The former model is served on."
             )
-        facts = new.facts.experts
-        stay = {
-            name
-            for name, own in old.facts.experts.items()
-            if name in facts and facts[name].bundle_digest == own.bundle_digest
-        }
+        stay = new.facts.kept_from(old.facts)
         for text in list(self._texts.values()):
-            if gone := sorted(text.request.enabled - stay):
-                self._end(text, "withdrawn", f"Replaced or removed: {', '.join(gone)}.")
+            if gone := text.request.enabled - stay:
+                self._end(text, "withdrawn", new.facts.tell_gone(gone))
             elif new.frame != old.frame:
                 self._end(text, "withdrawn", "The public model, or the router, was replaced.")
         self._model.take_up(new)

@@ -121,6 +121,21 @@ def test_an_engine_starts_and_reloads_without_an_expert_that_is_revoked(house, m
         engine.close(0)
 
 
+def test_who_is_gone_after_a_reload_is_told_with_the_reason_if_there_is_one(
+    engine, house, model, trust
+):
+    former = engine.facts
+    engine.close(0)
+    remove_experts(model, ["basalt"], house.trusted)
+    revoke_zinc(house, trust)
+    facts = model_reader(model, lambda: TrustedOwners.load(trust))().facts
+    assert facts.kept_from(former) == {"amber"}
+    told = facts.tell_gone({"zinc", "basalt"})
+    assert told.startswith("zinc was revoked by its owner on 2026-11-23: ")
+    assert told.endswith(" Replaced or removed: basalt.")
+    assert facts.tell_gone({"basalt"}) == "Replaced or removed: basalt."
+
+
 def test_an_expert_that_is_withdrawn_and_then_left_out_stays_out(house, model, trust):
     engine = open_engine(model, lambda: TrustedOwners.load(trust), SMALL)
     engine.withdraw(["zinc"], "revoked")

@@ -305,18 +305,17 @@ class BatchEngine:
 
     def _take_up(self, stepper: Stepper) -> ModelFacts:
         """Run the model of `stepper` from now on."""
-        old, new = self._stepper.facts.experts, stepper.facts.experts
         is_same_frame = stepper.frame == self._stepper.frame
         memory = self._memory
         if not is_same_frame:
             memory = TextMemory(stepper.model, self._settings.memory_bytes)
-        stay = {n for n, f in new.items() if n in old and old[n].bundle_digest == f.bundle_digest}
+        stay = stepper.facts.kept_from(self._stepper.facts)
         self._withdrawn &= stay
         for name in self._withdrawn:
             stepper.erase(name)
         for text in self._texts():
-            if gone := sorted(text.request.enabled - stay):
-                self._end(text, "withdrawn", f"Replaced or removed: {', '.join(gone)}.")
+            if gone := text.request.enabled - stay:
+                self._end(text, "withdrawn", stepper.facts.tell_gone(gone))
             elif not is_same_frame:
                 self._end(text, "withdrawn", "The public model, or the router, was replaced.")
             else:

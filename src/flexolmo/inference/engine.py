@@ -28,6 +28,23 @@ class ModelFacts:
     # experts that belong to the model and are not in memory, since nobody may use them
     barred: Mapping[str, Barred] = field(default_factory=dict)
 
+    def kept_from(self, former: "ModelFacts") -> set[str]:
+        """Experts that `former` has too, with the very same bundle."""
+        return {
+            name
+            for name, own in self.experts.items()
+            if name in former.experts and former.experts[name].bundle_digest == own.bundle_digest
+        }
+
+    def tell_gone(self, gone: Collection[str]) -> str:
+        """Words for people on experts of a former model that are not in this one as they were: the
+        reasons why nobody may use them, and which were replaced or removed."""
+        reasons = [self.barred[name].why for name in sorted(gone) if name in self.barred]
+        others = sorted(set(gone) - self.barred.keys())
+        if others:
+            reasons.append(f"Replaced or removed: {', '.join(others)}.")
+        return " ".join(reasons)
+
 
 @dataclass(frozen=True)
 class EngineRequest:
