@@ -37,7 +37,14 @@ from flexolmo.train.count import count_step
 from flexolmo.train.expert import ExpertRecipe, prepare_training
 from flexolmo.train.forecast import find_memory
 from flexolmo.train.loop import TrainSettings, in_parts
-from flexolmo.train.measure import SIZES, fit_machine, kinds, resident_bytes, shape_of, time_program
+from flexolmo.train.measure import (
+    SIZES,
+    fit_machine,
+    resident_bytes,
+    shape_of,
+    time_program,
+    timed_recipes,
+)
 from flexolmo.train.rates import GPUS, time_step
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -130,7 +137,9 @@ def measure(sizes: list[str]) -> dict[str, Any]:
     with progress("plan", len(sizes) * (1 + 3 * len(KINDS)), "runs") as meter:
         timed = {}
         for size in sizes:
-            timed[size] = [time_program(shape_of(*ALL_SIZES[size]), r) for r in kinds().values()]
+            timed[size] = [
+                time_program(shape_of(*ALL_SIZES[size]), r) for r in timed_recipes().values()
+            ]
             meter.advance(note=f"rates, {size}")
         for size in sizes:
             machine = fit_machine([t for s in sizes if s != size for t in timed[s]])

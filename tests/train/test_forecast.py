@@ -29,7 +29,7 @@ from flexolmo.train.forecast import (
     trained_parameters,
 )
 from flexolmo.train.loop import TrainSettings
-from flexolmo.train.measure import Timed, fit_machine, kinds
+from flexolmo.train.measure import Timed, fit_machine, timed_recipes
 from flexolmo.train.rates import GPUS, NETWORK_BYTES, Machine, find_machine, read_machine, time_step
 
 PICO = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=48, max_seq_len=32)
@@ -158,10 +158,10 @@ def test_rates_are_found_again_from_steps_that_they_made():
 
 def test_bfloat16_is_timed_where_it_is_offered_and_else_unknown(monkeypatch):
     monkeypatch.setattr(measure, "product_dtype", lambda device: torch.bfloat16)
-    halves = [n for n, r in kinds().items() if r.train.precision == "bfloat16"]
+    halves = [n for n, r in timed_recipes().items() if r.train.precision == "bfloat16"]
     assert halves == ["anchor, bfloat16"]
     monkeypatch.setattr(measure, "product_dtype", lambda device: torch.float32)
-    assert halves[0] not in kinds()
+    assert halves[0] not in timed_recipes()
     whole = [count_step(PICO, KINDS[kind]) for kind in ("anchor", "paper")]
     half = count_step(PICO, AnchorRecipe(train=TRAIN.model_copy(update={"precision": "bfloat16"})))
     timed = [Timed(c, time_step(c, GPUS["A100"]).total) for c in (*whole, half)]

@@ -66,18 +66,18 @@ class Forecast:
     """Everything that a recipe will take."""
 
     machine: Machine
-    processes: int
-    dtype: DtypeName
-    parameters: int
+    processes: int  # each with a machine to itself
+    dtype: DtypeName  # of the anchor's weights, and so of an expert's
+    parameters: int  # of the anchor and what is trained beside it
     trained_parameters: int
-    active_parameters: int
-    bundle_bytes: int | None
-    tokens: int
+    active_parameters: int  # that a token meets
+    bundle_bytes: int | None  # None for an anchor
+    tokens: int  # predicted over the whole run
     steps: int
-    flops_a_token: float
+    flops_a_token: float  # forward, back and in the optimizer
     step: StepSeconds
     memory: Memory
-    price_an_hour: float | None = None
+    price_an_hour: float | None = None  # of one machine; None: not given
 
     @property
     def seconds(self) -> float:
@@ -164,9 +164,9 @@ def forecast(
         anchor_bytes = 0
     flops = count.part.flops * processes * settings.accumulate + count.update.flops
     return Forecast(
-        machine,
-        processes,
-        dtype,
+        machine=machine,
+        processes=processes,
+        dtype=dtype,
         parameters=total,
         trained_parameters=trained,
         active_parameters=active,

@@ -51,12 +51,13 @@ def shape_of(width: int, layers: int, heads: int, d_ff: int) -> ModelConfig:
     )
 
 
-def kinds(train: TrainSettings = _TRAIN) -> dict[str, AnchorRecipe | ExpertRecipe]:
-    """Trainings that are timed: all that is matrices, with both optimizers, and the paper's."""
-    adamw = train.model_copy(update={"optimizer": "adamw"})
+def timed_recipes() -> dict[str, AnchorRecipe | ExpertRecipe]:
+    """Trainings that are timed: an anchor with both optimizers, and the paper's expert; where the
+    processor has products in bfloat16, an anchor with these too."""
+    adamw = _TRAIN.model_copy(update={"optimizer": "adamw"})
     found: dict[str, AnchorRecipe | ExpertRecipe] = {
         "anchor, adamw": AnchorRecipe(train=adamw),
-        "anchor, muon": AnchorRecipe(train=train),
+        "anchor, muon": AnchorRecipe(train=_TRAIN),
         "expert of FFN": ExpertRecipe(scope="ffn", router=LinearSettings(), train=adamw),
     }
     if product_dtype(torch.device("cpu")) == torch.bfloat16:
@@ -75,9 +76,10 @@ def measure_machine(num_threads: int | None = None) -> Machine:
     time_program(shape_of(*SIZES["2M"]), AnchorRecipe(train=first))  # loads libraries
     process_bytes = resident_bytes("VmRSS")
     timed = []
-    with progress("measuring this machine", len(SIZES) * len(kinds()), "trainings") as meter:
+    recipes = timed_recipes().values()
+    with progress("measuring this machine", len(SIZES) * len(recipes), "trainings") as meter:
         for size in SIZES.values():
-            for recipe in kinds().values():
+            for recipe in recipes:
                 timed.append(time_program(shape_of(*size), recipe))
                 meter.advance()
     return fit_machine(timed).model_copy(update={"process_bytes": process_bytes})
