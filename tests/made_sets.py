@@ -4,8 +4,12 @@ import json
 import random
 from pathlib import Path
 
+from tokenizers import Tokenizer as Inner
+from tokenizers import decoders, models, pre_tokenizers
+
 from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.settings import PrepareSettings
+from flexolmo.data.tokenizer import Tokenizer
 
 SMALL = PrepareSettings(
     min_document_bytes=20,
@@ -30,3 +34,11 @@ def write_raw(directory: Path, name: str, texts: list[str]) -> Corpus:
     lines = [json.dumps({"text": text, "id": f"d{i}"}) for i, text in enumerate(texts)]
     (directory / "all.jsonl").write_text("\n".join(lines))
     return open_corpus(directory / "all.jsonl", name, licence="CC0-1.0")
+
+
+def word_tokenizer(*words: str) -> Tokenizer:
+    """A tokenizer that knows these words alone and reads every other as `?`."""
+    inner = Inner(models.WordLevel({w: i for i, w in enumerate(["</s>", "?", *words])}, "?"))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    inner.decoder = decoders.Fuse()
+    return Tokenizer(json.loads(inner.to_str()), "</s>")

@@ -10,8 +10,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers
 
 from flexolmo.data import pieces, prepare, rows
 from flexolmo.data.batches import open_set
@@ -21,10 +19,10 @@ from flexolmo.data.formats import ReadSettings
 from flexolmo.data.prepare import prepare_set
 from flexolmo.data.prepared import SPLITS, card_digest, read_salt
 from flexolmo.data.settings import PrepareSettings
-from flexolmo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
 from flexolmo.errors import DataError
 from flexolmo.files import digest_file, write_json
-from made_sets import SMALL, made_text, write_raw
+from made_sets import SMALL, made_text, word_tokenizer, write_raw
 
 BY_SHARE_ALONE = SMALL.model_copy(update={"min_split_bytes": 0})
 
@@ -245,25 +243,20 @@ def test_what_cleaning_replaces_is_counted_and_normalising_is_asked_for(tmp_path
         assert all(d.text.endswith(f"   {end}") for d in found)
 
 
-def _words(*words):
-    inner = Inner(models.WordLevel({w: i for i, w in enumerate(["</s>", "?", *words])}, "?"))
-    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    inner.decoder = decoders.Fuse()
-    return Tokenizer(json.loads(inner.to_str()), "</s>")
-
-
 def test_a_tokenizer_that_cannot_carry_the_text_is_refused_or_said_aloud(tmp_path):
     texts = [f"{'a ' * (i + 10)}b" for i in range(40)]
     said: list[str] = []
     raw = write_raw(tmp_path, "owner", [*texts, "a a a a a a a a a a a a c b a"])
-    card = prepare_set(raw, tmp_path / "p", _words("a", "b", " "), settings=SMALL, say=said.append)
+    card = prepare_set(
+        raw, tmp_path / "p", word_tokenizer("a", "b", " "), settings=SMALL, say=said.append
+    )
     assert card["tokenizer"]["changed_documents"] == 1
     assert said == [
         "owner: the tokenizer does not carry the text of 1 of 41 documents. For example d40 has "
         "'a a a a a a a a a a c b a' and is read back as 'a a a a a a a a a a ? b a'."
     ]
     with pytest.raises(DataError, match=r"text of 41 of 41 documents.*byte-level"):
-        prepare_set(raw, tmp_path / "q", _words("a", " "), settings=SMALL)
+        prepare_set(raw, tmp_path / "q", word_tokenizer("a", " "), settings=SMALL)
     assert not (tmp_path / "q").exists()
 
 

@@ -17,7 +17,7 @@ from flexolmo.data.formats import READ_AS_USUAL
 from flexolmo.data.kept_work import hold_work, work_directory
 from flexolmo.data.prepare import Preparation, prepare_set
 from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError
-from made_sets import SMALL, made_text, write_raw
+from made_sets import SMALL, made_text, word_tokenizer, write_raw
 
 pytest.importorskip("datatrove", reason="datatrove is not here: pip install 'flexolmo[scale]'")
 from flexolmo.data import scale
@@ -61,8 +61,26 @@ def test_the_result_is_that_of_the_small_path(tmp_path, public_set, monkeypatch,
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o700
 
 
-@pytest.mark.parametrize("stage", ["CleanStage", "TokenizeStage"])
-def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monkeypatch, stage):
+def test_losses_and_text_that_the_tokenizer_changes_are_told_in_the_order_of_reading(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pieces, "_DOCUMENTS_AT_ONCE", 1)
+    texts = [f"{'a ' * (i + 10)}b" for i in range(12)] + ["a a a a a a a a a a a a c b a"]
+    corpus = write_raw(tmp_path / "in", "owner", [texts[0], "tiny", "", *texts[1:]])
+    tokenizer = word_tokenizer("a", "b", " ")
+    card = prepare_set(corpus, tmp_path / "a", tokenizer, settings=SMALL, say=len)
+    prepare_at_scale(
+        Preparation(corpus, tmp_path / "b", tokenizer, settings=SMALL), say=len, tasks=2
+    )
+    assert card["tokenizer"]["changed_documents"] == 1
+    assert [*card["removed"]["documents"]] == ["too short", "empty"]
+    assert _files(tmp_path / "a") == _files(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "cut_off", [("CleanStage", 1), ("ChooseStage", 0), ("TokenizeStage", 1)], ids=lambda one: one[0]
+)
+def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monkeypatch, cut_off):
     """The task that was cut off is done again, from what it left; those before it are not."""
     monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", 900)
     corpus = _corpus(tmp_path, 2)
@@ -75,7 +93,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
         def work_on(self, part, kind=kind, real=cls.work_on):
             ran.append((kind, part))
             found = real(self, part)
-            if (kind, part) == (stage, 1) and ran.count((stage, 1)) == 1:
+            if (kind, part) == cut_off and ran.count(cut_off) == 1:
                 raise KeyboardInterrupt
             return found
 
@@ -85,7 +103,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
     prepare_at_scale(task, say=len, tasks=2)
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
     twice = {one for one in ran if ran.count(one) > 1}
-    assert twice == {(stage, 1)}
+    assert twice == {cut_off}
 
 
 def _left_by_a_killed_run(task, tasks, monkeypatch):
