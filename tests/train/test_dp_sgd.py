@@ -12,8 +12,10 @@ from torch import nn
 
 from flexolmo.data.units import read_unit, unit_offsets
 from flexolmo.errors import CheckpointError
+from flexolmo.files import read_json
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.progress import PROGRESS_FILE
 from flexolmo.train import loop
 from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.dp_sgd import KEY_FILE, ROUNDING, PrivateSteps
@@ -314,8 +316,10 @@ def test_a_killed_run_takes_the_steps_again_that_were_lost(tmp_path, monkeypatch
     assert not same(run_toy(tmp_path / "c"), whole)
 
 
-def test_the_key_goes_when_the_run_ends_and_the_run_stays_as_it_is(tmp_path):
+def test_the_key_goes_when_the_run_ends_and_the_run_stays_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setenv(PROGRESS_FILE, str(tmp_path / "progress"))
     whole = run_toy(tmp_path)
+    assert read_json(tmp_path / "progress")["text"].startswith("30/30 unit, ")
     assert not (tmp_path / KEY_FILE).exists()
     assert same(run_toy(tmp_path), whole)
     with pytest.raises(CheckpointError, match="another recipe"):

@@ -221,11 +221,13 @@ def train(
             write_json(run_dir / "run.json", dict(record), is_private=True)
     if private is not None and len(result.losses_nats) < settings.steps:
         private.open(run_dir, identities["identity"], bool(result.losses_nats))
-    tokens_a_step = settings.batch_size * settings.seq_len
+    a_step, what = settings.batch_size * settings.seq_len, "tok"
+    if private is not None:  # of which some are shorter, or read in several windows
+        a_step, what = settings.batch_size, "unit"
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
     before = result.seconds
-    with progress(label, settings.tokens, "tok", first * tokens_a_step) as meter:
+    with progress(label, settings.steps * a_step, what, first * a_step) as meter:
         for step in range(first, settings.steps):
             nats, norm = compute_gradients(parameters, loss_of_step, step, settings, private)
             if not math.isfinite(nats + norm):
@@ -242,7 +244,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             result.losses_nats.append(nats)
-            meter.advance(tokens_a_step, f"loss {nats:.3f}")
+            meter.advance(a_step, f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
             is_due = time.monotonic() - last_save > settings.checkpoint_every_seconds
             if run_dir is not None and (step + 1 == settings.steps or agree(is_due)):
