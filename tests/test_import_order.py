@@ -43,7 +43,7 @@ ORDER = [
     ["model.assemble"],
     ["train.muon", "train.budget", "train.dp_sgd"],
     ["train.loop"],
-    ["train.blocks", "train.protect"],
+    ["train.blocks", "train.protect", "train.rows"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
     ["train.shrink", "train.plan", "train.count", "train.launch"],

@@ -14,7 +14,8 @@ from flexolmo.bundle.terms import PURPOSES
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
-from flexolmo.train.expert import ExpertRecipe, hide_rows, load_expert
+from flexolmo.train.expert import ExpertRecipe, load_expert
+from flexolmo.train.rows import hide_rows
 from flexolmo.train.shrink import compress_expert
 
 BRIEF = [

@@ -18,8 +18,6 @@ from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.train.budget import PrivacySettings, spent_epsilon
 from flexolmo.train.expert import (
     ExpertRecipe,
-    find_frequent_rows,
-    moved_rows,
     pack_expert,
     prepare_training,
     reroute_expert,
@@ -28,6 +26,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.plan import plan_training
+from flexolmo.train.rows import find_frequent_rows, moved_rows
 from flexolmo.train.shrink import compress_expert, curvature_of, heal_expert
 from made_bundles import TERMS
 

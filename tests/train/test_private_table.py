@@ -18,7 +18,6 @@ from flexolmo.train.expert import (
     NOISED_TABLE,
     ExpertRecipe,
     load_expert,
-    moved_rows,
     pack_expert,
     reroute_expert,
     save_expert,
@@ -26,6 +25,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.rows import moved_rows
 from flexolmo.train.shrink import compress_expert
 from made_bundles import TERMS
 

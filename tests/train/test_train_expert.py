@@ -30,7 +30,6 @@ from flexolmo.train import expert as room
 from flexolmo.train import loop
 from flexolmo.train.expert import (
     ExpertRecipe,
-    find_open_rows,
     load_expert,
     pack_expert,
     prepare_training,
@@ -40,6 +39,7 @@ from flexolmo.train.expert import (
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.rows import find_open_rows
 from flexolmo.train.shrink import compress_expert, heal_expert
 from made_bundles import TERMS
 from made_documents import write_documents

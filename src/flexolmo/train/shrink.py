@@ -17,16 +17,9 @@ from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import Anchor, digest_tensors
 from flexolmo.model.shape import architecture_of, shape_of_tensors
 from flexolmo.train.compress import Curvature, compress_rank, measure_curvature, prune_width
-from flexolmo.train.expert import (
-    Expert,
-    ExpertRecipe,
-    Scope,
-    hide_rows,
-    moved_rows,
-    refuse_private,
-    train_expert,
-)
+from flexolmo.train.expert import Expert, ExpertRecipe, Scope, refuse_private, train_expert
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.rows import hide_rows, moved_rows
 
 HEALING = TrainSettings(steps=40, optimizer="adamw", learning_rate=4e-4, warmup_steps=4)
 
