@@ -345,7 +345,12 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     )
     assert "public + amber, basalt" in said
     works("mix", "add", model, bundles[2], "--trust", trust_dir)
-    assert json.loads(works("mix", "inspect", model)) == read_about(model)
+    about = read_about(model)
+    assert json.loads(works("mix", "inspect", model, "--json")) == about
+    told = works("mix", "inspect", model)
+    claimed = [(name, e["owner"], e["licence"]) for name, e in about["experts"].items()]
+    assert len(claimed) == 3 and all(value in told for row in claimed for value in row)
+    assert about["anchor_digest"] in told and "active for a token: 2" in told
     assert read_about(model)["top_k"] == 2
     said = works("mix", "remove", model, *NAMES)
     assert "no owner" in said
@@ -460,10 +465,29 @@ def test_a_bundle_is_verified_and_inspected(works, house, trust_dir, monkeypatch
     said = works("expert", "verify", bundle, "--trust", trust_dir)
     assert "trusted owner Ann" in said and house.anchor.digest in said
     assert "unknown key" in works("expert", "verify", bundle, "--trust-any-signer")
-    shown = json.loads(works("expert", "inspect", bundle, "--trust", trust_dir))
+    shown = json.loads(works("expert", "inspect", bundle, "--trust", trust_dir, "--json"))
     assert shown["verified"] is True and shown["claims"]["name"] == "amber"
-    shown = json.loads(works("expert", "inspect", house.anchor_dir))
+    shown = json.loads(works("expert", "inspect", house.anchor_dir, "--json"))
     assert shown["verified"] is False and "missing" in shown["why_not"]
+
+
+def test_people_see_each_claim_of_a_bundle_and_no_tensor(works, house, trust_dir, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    bundle = house.bundle("amber")
+    found = json.loads(works("expert", "inspect", bundle, "--trust", trust_dir, "--json"))
+    told = works("expert", "inspect", bundle, "--trust", trust_dir)
+    claims = found["claims"]
+    claimed = [
+        claims[k] for k in ("name", "owner", "serial", "licence", "created", "anchor_digest")
+    ]
+    claimed += [claims["data_card_digest"], claims["weights_digest"], claims["terms"]["text"]]
+    claimed += [f"{claims['tokens_seen']:,} tokens", found["key_id"], *found["file_bytes"]]
+    assert all(str(claim) in told for claim in claimed)
+    assert not any(name in told for name in claims["tensors"])
+    assert "trusted owner Ann" in told and "no guarantee" in told
+    monkeypatch.delenv("FLEXOLMO_TRUST", raising=False)
+    assert "unknown key" in works("expert", "inspect", bundle)
+    assert "missing: manifest.json" in works("expert", "inspect", house.anchor_dir)
 
 
 @pytest.mark.parametrize(

@@ -208,12 +208,12 @@ def test_terms_serial_and_purposes_are_packed_and_shown(run, works, trained, own
         *("--valid-from", "2020-01-02", "--valid-until", "2099-12-31"),
         *("--attribution", "Ann's maths", "--serial", "70"),
     )
-    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle"))
+    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle", "--json"))
     assert shown["verified"] and shown["claims"]["terms"] == terms
     assert (shown["claims"]["serial"], shown["claims"]["format_version"]) == (70, 4)
     shutil.rmtree(tmp_path / "maths.bundle")
     works(*said, "--purpose", "any")
-    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle"))
+    shown = json.loads(works("expert", "inspect", tmp_path / "maths.bundle", "--json"))
     assert shown["claims"]["serial"] == 71
     code, _, err = run(*said, "--purpose", "any", "--serial", "71")
     assert code == 2 and "Serial 71 is not higher than 71" in err

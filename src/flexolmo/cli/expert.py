@@ -498,13 +498,24 @@ def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory NAME.bundle.")],
     trust: TrustDirectory = None,
     max_bytes: MaxBytes = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print every entry, each tensor's too, as JSON.")
+    ] = False,
 ) -> None:
-    """Print everything a bundle claims, and whether it holds up, as JSON."""
+    """Print what a bundle claims, and whether it holds up.
+
+    Example: flexolmo expert inspect math.bundle --trust trusted/
+    """
     from flexolmo.bundle.bundle import inspect_bundle
     from flexolmo.bundle.trust import TrustedOwners
+    from flexolmo.cli.shown import print_bundle
 
     trusted = TrustedOwners.load(trust) if trust else None
-    echo(json.dumps(inspect_bundle(bundle, trusted, max_bytes=max_bytes), indent=2, default=str))
+    found = inspect_bundle(bundle, trusted, max_bytes=max_bytes)
+    if as_json:
+        echo(json.dumps(found, indent=2, default=str))
+    else:
+        print_bundle(found)
 
 
 @app.command("verify")

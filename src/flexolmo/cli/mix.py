@@ -291,13 +291,21 @@ def refresh(
 
 
 @app.command("inspect")
-def inspect(model: Model) -> None:
-    """Print what a mixture is built from, as JSON."""
+def inspect(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print mixture.json, all of it.")] = False,
+) -> None:
+    """Print what a mixture is built from: experts, owners, licences, terms."""
     import json
 
+    from flexolmo.cli.shown import print_mixture
     from flexolmo.merge.index import read_about
 
-    echo(json.dumps(read_about(model), indent=2))
+    about = read_about(model)
+    if as_json:
+        echo(json.dumps(about, indent=2))
+    else:
+        print_mixture(about)
 
 
 @app.command("export")
