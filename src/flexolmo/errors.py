@@ -20,6 +20,11 @@ class DiskFullError(FlexOlmoError):
         return type(self), (str(self), self.reason)  # so that a worker can send it
 
 
+class UnfinishedError(FlexOlmoError):
+    """Error for whoever runs the command: some work was not done; what was done is kept, and the
+    same command goes on from there."""
+
+
 class ConfigError(FlexOlmoError):
     """Error for whoever wrote the recipe or the command: unknown key, bad value."""
 

@@ -1,4 +1,4 @@
-"""datatrove's tasks give the bytes of the small path, also when they are cut off midway."""
+"""Parts give the bytes of the small path, also when they are cut off midway."""
 
 import os
 import pickle
@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from errno import ENOSPC
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -20,8 +21,8 @@ from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError
 from made_sets import SMALL, made_text, word_tokenizer, write_raw
 
 pytest.importorskip("datatrove", reason="datatrove is not here: pip install 'flexolmo[scale]'")
-from flexolmo.data import scale
-from flexolmo.data.scale import CleanStage, prepare_at_scale, share_of
+from flexolmo.data.parts import STAGES, Stage, do_part, share_of
+from flexolmo.data.scale import Execution, prepare_at_scale
 
 NEAR = SMALL.model_copy(update={"near_duplicate": 0.7})
 
@@ -53,7 +54,7 @@ def test_the_result_is_that_of_the_small_path(tmp_path, public_set, monkeypatch,
     said: list[list[str]] = [[], []]
     card = prepare_set(corpus, tmp_path / "a", None, public_set, (), NEAR, say=said[0].append)
     task = Preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
-    found = prepare_at_scale(task, say=said[1].append, tasks=tasks)
+    found = prepare_at_scale(task, say=said[1].append, execution=Execution(tasks=tasks))
     assert found == card and said[0] == said[1] != []
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
     assert not work_directory(tmp_path / "b").exists()
@@ -69,16 +70,22 @@ def test_losses_and_text_that_the_tokenizer_changes_are_told_in_the_order_of_rea
     corpus = write_raw(tmp_path / "in", "owner", [texts[0], "tiny", "", *texts[1:]])
     tokenizer = word_tokenizer("a", "b", " ")
     card = prepare_set(corpus, tmp_path / "a", tokenizer, settings=SMALL, say=len)
-    prepare_at_scale(
-        Preparation(corpus, tmp_path / "b", tokenizer, settings=SMALL), say=len, tasks=2
-    )
+    task = Preparation(corpus, tmp_path / "b", tokenizer, settings=SMALL)
+    prepare_at_scale(task, say=len, execution=Execution(tasks=2))
     assert card["tokenizer"]["changed_documents"] == 1
     assert [*card["removed"]["documents"]] == ["too short", "empty"]
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
 
 
+def _replace(monkeypatch, stage, work_on):
+    """Let `work_on(real, plan, part)` do the parts of a stage."""
+    real = STAGES[stage]
+    changed = Stage(lambda plan, part: work_on(real.work_on, plan, part), real.is_dealt_out)
+    monkeypatch.setitem(STAGES, stage, changed)
+
+
 @pytest.mark.parametrize(
-    "cut_off", [("CleanStage", 1), ("ChooseStage", 0), ("TokenizeStage", 1)], ids=lambda one: one[0]
+    "cut_off", [("clean", 1), ("choose", 0), ("tokenize", 1)], ids=lambda one: one[0]
 )
 def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monkeypatch, cut_off):
     """The task that was cut off is done again, from what it left; those before it are not."""
@@ -87,20 +94,19 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
     prepare_set(corpus, tmp_path / "a", None, public_set, (), NEAR, say=len)
     task = Preparation(corpus, tmp_path / "b", None, public_set, (), NEAR)
     ran = []
-    for kind in ("CleanStage", "ChooseStage", "TokenizeStage", "WriteStage"):
-        cls = getattr(scale, kind)
+    for kind in STAGES:
 
-        def work_on(self, part, kind=kind, real=cls.work_on):
+        def work_on(real, plan, part, kind=kind):
             ran.append((kind, part))
-            found = real(self, part)
+            found = real(plan, part)
             if (kind, part) == cut_off and ran.count(cut_off) == 1:
                 raise KeyboardInterrupt
             return found
 
-        monkeypatch.setattr(cls, "work_on", work_on)
+        _replace(monkeypatch, kind, work_on)
     with pytest.raises(KeyboardInterrupt):
-        prepare_at_scale(task, say=len, tasks=2)
-    prepare_at_scale(task, say=len, tasks=2)
+        prepare_at_scale(task, say=len, execution=Execution(tasks=2))
+    prepare_at_scale(task, say=len, execution=Execution(tasks=2))
     assert _files(tmp_path / "a") == _files(tmp_path / "b")
     twice = {one for one in ran if ran.count(one) > 1}
     assert twice == {cut_off}
@@ -109,8 +115,8 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(tmp_path, public_set, monke
 def _left_by_a_killed_run(task, tasks, monkeypatch):
     """Work of a run that was killed when it had cleaned; the directory of the work."""
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(scale.ChooseStage, "work_on", _killed)
-        prepare_at_scale(task, tasks=tasks)
+        _replace(m, "choose", _killed)
+        prepare_at_scale(task, execution=Execution(tasks=tasks))
     return work_directory(task.out)
 
 
@@ -129,7 +135,7 @@ def test_a_late_second_run_of_a_task_that_is_done_changes_no_file(task, monkeypa
     (work,) = (path for path in left.iterdir() if path.is_dir())
     before = {f.name: (f.stat().st_ino, f.read_bytes()) for f in work.glob("*-0000*")}
     assert len(before) == 4 * 2 + 2 + 1  # files and locks of two tasks, and a lock of choosing
-    list(CleanStage(task, work, 2).run(None, 1, 2))
+    do_part(work, "clean", 1)
     assert {f.name: (f.stat().st_ino, f.read_bytes()) for f in work.glob("*-0000*")} == before
 
 
@@ -149,7 +155,7 @@ def test_a_part_that_lost_documents_is_refused(task, monkeypatch, name, is_gone)
 
 def test_tokens_that_are_not_as_written_are_refused(task, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(scale.WriteStage, "work_on", _killed)
+        _replace(m, "write", _killed)
         prepare_at_scale(task, say=len)
     (file,) = work_directory(task.out).glob("*/tokens-00000")
     os.truncate(file, file.stat().st_size // 2)
@@ -170,7 +176,7 @@ def test_a_living_run_keeps_its_work_whatever_another_asks_for(task, monkeypatch
         living.stdout.readline()
         for asked, tasks in ((task, None), (task, 3), (other, 2)):
             with pytest.raises(FlexOlmoError, match="Another run is at work"):
-                prepare_at_scale(asked, tasks=tasks)
+                prepare_at_scale(asked, execution=Execution(tasks=tasks))
         prepare_set(task.corpus, task.out, None, task.public, (), SMALL, say=len)
         assert sorted(left.rglob("*")) == before
         living.communicate()
@@ -182,10 +188,10 @@ def test_a_living_run_keeps_its_work_whatever_another_asks_for(task, monkeypatch
 def test_the_number_of_tasks_is_that_of_the_run_that_was_killed(task, monkeypatch):
     left = _left_by_a_killed_run(task, 3, monkeypatch)
     with pytest.raises(ConfigError, match=r"A run of 3 tasks .* 2 were asked for"):
-        prepare_at_scale(task, tasks=2)
+        prepare_at_scale(task, execution=Execution(tasks=2))
     assert left.exists()
-    monkeypatch.setattr(CleanStage, "work_on", pytest.fail)
-    prepare_at_scale(task, say=len, workers=1)
+    _replace(monkeypatch, "clean", pytest.fail)
+    prepare_at_scale(task, say=len, execution=Execution(workers=1))
     assert not left.exists() and not left.with_name(left.name + ".lock").exists()
 
 
@@ -193,10 +199,10 @@ def test_other_settings_begin_anew_and_no_text_stays_after_a_refusal(task, monke
     left = _left_by_a_killed_run(task, 3, monkeypatch)
     other = Preparation(task.corpus, task.out, None, task.public, (), SMALL)
     began = []
-    monkeypatch.setattr(CleanStage, "work_on", lambda *_: began.append(len([*left.iterdir()])))
-    monkeypatch.setattr(scale.ChooseStage, "work_on", _refused)
+    _replace(monkeypatch, "clean", lambda *_: began.append(len([*left.iterdir()])))
+    _replace(monkeypatch, "choose", _refused)
     with pytest.raises(DataError, match="refused"):
-        prepare_at_scale(other, tasks=2)
+        prepare_at_scale(other, execution=Execution(tasks=2))
     assert began == [2, 2]  # the plan and its work, without that of before
     assert not [*task.out.parent.rglob("pieces-*")] and not left.exists()
 
@@ -248,18 +254,11 @@ def test_a_full_disk_is_named_and_nothing_stays(task, monkeypatch):
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.integers(1, 12))
 @example([5, 0], 1)
-def test_every_batch_of_documents_is_one_tasks_in_the_order_of_reading(sizes, parts):
-    class File:
-        def __init__(self, size):
-            self.st_size = size
-
-        def stat(self):
-            return self
-
-    files = [(File(size), number) for number, size in enumerate(sizes)]
+def test_every_batch_of_documents_is_one_parts_in_the_order_of_reading(sizes, parts):
+    files = [(Path(str(number)), str(number)) for number in range(len(sizes))]  # not on the disk
     corpus = Corpus({"name": "a"}, files, READ_AS_USUAL, "a", {})
-    shares = [share_of(corpus, part, parts) for part in range(parts)]
-    read = [number for some, _, lane, _ in shares if lane == 0 for _, number in some.files]
+    shares = [share_of(corpus, sizes, part, parts) for part in range(parts)]
+    read = [int(number) for some, _, lane, _ in shares if lane == 0 for _, number in some.files]
     assert read == list(range(len(files)))
     for some, group, _, lanes in shares:
         assert lanes in (parts // len(files), -(-parts // len(files))) or parts < len(files)

@@ -5,7 +5,7 @@ The functions raise `FlexOlmoError`; the main command line prints the message.
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -13,9 +13,6 @@ from rich.table import Table
 from flexolmo.errors import ConfigError, SourceUnavailable
 from flexolmo.numbers import format_megabytes
 from flexolmo.terminal import PlainConsole
-
-if TYPE_CHECKING:
-    from flexolmo.data.prepare import Preparation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +28,14 @@ class Engine(StrEnum):
 
     small = "small"
     datatrove = "datatrove"
+
+
+class Executor(StrEnum):
+    """Where the tasks of `data prepare --engine datatrove` run."""
+
+    local = "local"
+    slurm = "slurm"
+    ray = "ray"
 
 
 @app.command("list")
@@ -234,24 +239,47 @@ def prepare(
         typer.Option(
             min=1,
             help="Processes that do the work; the result is the same. By default one a core, or "
-            "one in all for files of fewer than 16 MB.",
+            "one in all for files of fewer than 16 MB. On Slurm and Ray, most tasks at a time.",
         ),
     ] = None,
     engine: Annotated[
         Engine,
         typer.Option(
-            help="small: this process and its workers. datatrove: the same as tasks of this "
-            "machine; a killed run repeats only the unfinished ones (needs the extra `scale`)."
+            help="small: this process and its workers. datatrove: the same cut into tasks, of "
+            "which a killed run repeats only the unfinished ones (needs the extra `scale`)."
         ),
     ] = Engine.small,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="Where tasks run, with datatrove: on this machine, as jobs of Slurm, or on Ray. "
+            "The result is the same."
+        ),
+    ] = Executor.local,
     tasks: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Tasks to cut the work into, with datatrove; by default as many as the run that "
-            "was killed had, else as many as --workers.",
+            "was killed had, else, on this machine, as many as --workers.",
         ),
     ] = None,
+    slurm_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An option for sbatch without its dashes, such as partition=cpu, time=12:00:00 or "
+            "mem=8G; give it once for each.",
+            show_default=False,
+        ),
+    ] = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option(
+            "--no-wait",
+            help="Submit to Slurm and end. The same command later shows how far the jobs are, "
+            "submits again what failed, and finishes.",
+        ),
+    ] = False,
 ) -> None:
     """Read text, clean it, remove duplicates, split by hash, and tokenize.
 
@@ -267,17 +295,23 @@ def prepare(
         flexolmo data prepare corpus/*
 
         flexolmo data prepare web/ --name public --engine datatrove --workers 16
+
+        flexolmo data prepare web/ --name public --engine datatrove --executor slurm --tasks 64
+            --slurm-option partition=cpu --slurm-option time=12:00:00
     """
     from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
     from flexolmo.data.prepare import Preparation, prepare_set
+    from flexolmo.data.scale import Execution, prepare_at_scale
     from flexolmo.data.settings import PrepareSettings
     from flexolmo.data.tokenizer import load_tokenizer
     from flexolmo.data.workers import count_cores
 
-    if engine == Engine.small and tasks is not None:
-        raise ConfigError("--tasks is for --engine datatrove: name it too.")
+    if engine == Engine.small and (tasks is not None or executor != Executor.local):
+        raise ConfigError("--tasks and --executor are for --engine datatrove: name it too.")
+    if executor != Executor.slurm and (slurm_option or no_wait):
+        raise ConfigError("--slurm-option and --no-wait are for --executor slurm: name it too.")
     if name is not None and len(sources) > 1:
         raise ConfigError(
             f"--name {name} names one set, and {len(sources)} were given: prepare them one by one."
@@ -321,7 +355,15 @@ def prepare(
             )
         else:
             task = Preparation(corpus, target, given, public, others, settings)
-            card = _prepare_at_scale(task, replace, _warn, processes, tasks)
+            here = processes if executor == Executor.local else workers
+            options = tuple(slurm_option or ())
+            execution = Execution(executor.value, tasks, here, options, waits=not no_wait)
+            made = prepare_at_scale(task, replace, _warn, execution)
+            if made is None:  # the sets after it may need it
+                if len(corpora) > 1:
+                    _warn(f"Sets after {corpus.name} are begun when it is there: come back.")
+                break
+            card = made
         if corpus.name == PUBLIC and public is None:
             public = target
         else:
@@ -335,23 +377,26 @@ def prepare(
                 str(counts["tokens"]),
             )
         lines += _describe_losses(card)
-    PlainConsole().print(table)
+    if lines:
+        PlainConsole().print(table)
     for line in lines:
         PlainConsole().print(line)
 
 
+@app.command(hidden=True)
+def part(
+    work: Annotated[Path, typer.Argument(help="Directory of a run's work, `.NAME.scale/...`.")],
+    stage: Annotated[str, typer.Argument(help="clean, choose, tokenize or write.")],
+    number: Annotated[int, typer.Argument(min=0, help="Number of the part.")],
+) -> None:
+    """Do one part of a preparation, as its jobs do."""
+    from flexolmo.data.parts import do_part
+
+    do_part(work, stage, number)
+
+
 def _warn(line: str) -> None:
     _console.print(line, style="yellow")
-
-
-def _prepare_at_scale(task: "Preparation", *arguments: Any) -> dict[str, Any]:
-    try:
-        from flexolmo.data.scale import prepare_at_scale
-    except ImportError as e:
-        raise ConfigError(
-            f"--engine datatrove needs datatrove ({e}): pip install 'flexolmo[scale]'."
-        ) from None
-    return prepare_at_scale(task, *arguments)
 
 
 def _describe_losses(card: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """The work of a preparation in tasks, kept beside its result so that a killed run can go on.
 
 It holds an owner's text, so it is readable by its owner alone, and goes when the set is finished or
-refused, or when the set is prepared in another way. Knows nothing of what the tasks do.
+refused, or when the set is prepared in another way; never while jobs are at work on it. Knows
+nothing of what the tasks do.
 """
 
 import os
@@ -11,7 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flexolmo.errors import FlexOlmoError
+from flexolmo.data.slurm import find_jobs, job_name
+from flexolmo.errors import FlexOlmoError, UnfinishedError
+from flexolmo.files import read_json
+
+PLAN = "plan.json"
+SLURM = "slurm"  # the executor that leaves jobs behind
 
 
 def work_directory(out: Path) -> Path:
@@ -33,7 +39,7 @@ def hold_work(out: Path) -> Iterator[Path]:
     lock = work.with_name(f"{work.name}.lock")
     file = _open_locked(lock, work)
     try:
-        _check_ours(work)
+        check_ours(work)
         yield work
     finally:
         lock.unlink(missing_ok=True)
@@ -69,20 +75,49 @@ def _open_locked(lock: Path, work: Path) -> int:
 
 
 @contextmanager
-def remove_at_end(work: Path) -> Iterator[None]:
-    """Remove `work` on success and on a refusal; after any other end it stays for the next run."""
+def remove_if_refused(work: Path) -> Iterator[None]:
+    """Remove `work` on a refusal; after any other end it stays, for the next run."""
     try:
         yield
+    except UnfinishedError:
+        raise
     except FlexOlmoError:
         remove_work(work)
         raise
-    remove_work(work)
 
 
 def remove_work(work: Path) -> None:
-    """Remove `work`, whose lock is held, if it is there."""
+    """Remove `work`, whose lock is held, if it is there.
+
+    Raises:
+        UnfinishedError: jobs of its run are at work there, or may be.
+    """
     if work.exists():
+        refuse_living_jobs(work)
         shutil.rmtree(work)
+
+
+def refuse_living_jobs(work: Path) -> None:
+    """Refuse what would harm jobs in Slurm's queue, which hold no lock while they wait.
+
+    Raises:
+        UnfinishedError: there are some, or there may be.
+    """
+    plan = read_json(work / PLAN) if (work / PLAN).is_file() else {}
+    if plan.get("executor") != SLURM:
+        return
+    name = job_name(work / plan["work"])
+    jobs = find_jobs(name)
+    if jobs is None:
+        raise UnfinishedError(
+            f"Slurm does not say whether jobs are at work in {work}. Ask it where squeue answers; "
+            f"or, if `squeue --name={name}` lists none, remove that directory."
+        )
+    if jobs:
+        raise UnfinishedError(
+            f"Jobs of another run are at work in {work}, or wait to be. Give the command that "
+            f"began it to go on with it, or end them with `scancel --name={name}`."
+        )
 
 
 @contextmanager
@@ -103,7 +138,7 @@ def _remove_dead_work(out: Path) -> None:
             remove_work(work)
 
 
-def _check_ours(work: Path) -> None:
+def check_ours(work: Path) -> None:
     """Refuse a link, another user's directory, and one that others can write to or read."""
     if not os.path.lexists(work):
         return

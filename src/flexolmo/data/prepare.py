@@ -179,7 +179,7 @@ def find_finished(task: Preparation, may_replace: bool) -> dict[str, Any] | None
         recover(task.out)  # text that a killed run left, even if this one has nothing to write
     done = _finished(task.out, task.recipe)
     if done is None and not may_replace:
-        _refuse_another(task.out, task.corpus, task.recipe)
+        refuse_another(task.out, task.corpus, task.recipe)
     return done
 
 
@@ -319,7 +319,7 @@ def _salt_for(out: Path, recipe: str) -> bytes:
     return secrets.token_bytes(SALT_BYTES)
 
 
-def _refuse_another(out: Path, corpus: Corpus, recipe: str) -> None:
+def refuse_another(out: Path, corpus: Corpus, recipe: str) -> None:
     """Refuse to prepare `corpus` into `out` if a set of other text or settings is there."""
     card = read_json(out / "card.json", DataError) if (out / "card.json").is_file() else None
     if card is not None and card.get("recipe") != recipe:

@@ -7,6 +7,7 @@ sent back, so that the number of processes changes no result.
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-from flexolmo.errors import FlexOlmoError
+from flexolmo.errors import UnfinishedError
 
 Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 _WAITING_EACH = 2  # items that wait for each process
@@ -51,10 +52,10 @@ def open_workers(count: int) -> Iterator[Run]:
         try:
             yield run
         except BrokenProcessPool:
-            raise FlexOlmoError(
+            raise UnfinishedError(
                 f"One of {count} processes ended before its work was done: for lack of memory, or "
                 "because a script calls this outside `if __name__ == '__main__':`. Run it again "
-                "with one worker."
+                "with fewer workers."
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -63,3 +64,12 @@ def open_workers(count: int) -> Iterator[Run]:
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked ends these
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End when the process that asked is gone; a killed one would leave these waiting for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

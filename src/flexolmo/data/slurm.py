@@ -1,0 +1,111 @@
+"""Jobs of Slurm that do the parts of a preparation, by way of sbatch, squeue and scancel.
+
+All jobs of a run have one name, which no other run has. So Slurm itself says whether any of them
+waits or works, also those that were submitted just before a kill. A script holds a path and the
+name of a stage. Knows nothing of what a part does.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from flexolmo.errors import ConfigError, UnfinishedError
+
+_OURS = {"array", "chdir", "dependency", "error", "job-name", "open-mode", "output", "parsable"}
+_NO_USE = {"clusters", "test-only", "wait", "wrap"}
+_SECONDS = 60  # that squeue may take
+
+
+def job_name(work: Path) -> str:
+    """Name of all jobs that do parts in the directory `work`, whose own name no other has."""
+    return f"flexolmo-{work.name}"
+
+
+def find_jobs(name: str) -> list[str] | None:
+    """State and reason of each of our jobs of this name that waits or works, such as
+    `PENDING (Resources)`; None where Slurm does not say."""
+    command = ["squeue", "--all", "--noheader", f"--name={name}", "--format=%T (%r)"]
+    # the user's own settings might leave jobs out
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, env=plain)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.splitlines() if asked.returncode == 0 else None
+
+
+def check_options(options: Sequence[str]) -> list[str]:
+    """Options for sbatch, such as `partition=cpu`, as it takes them.
+
+    Raises:
+        ConfigError: not of that form, or one that we set.
+    """
+    for option in options:
+        if not re.fullmatch(r"[a-z][a-z-]+(=.*)?", option, re.DOTALL):
+            raise ConfigError(
+                f"--slurm-option {option!r}: expected an option of sbatch without its dashes, such "
+                "as partition=cpu or time=12:00:00."
+            )
+        if option.partition("=")[0] in _OURS | _NO_USE:
+            raise ConfigError(
+                f"--slurm-option {option}: the preparation sets this one itself, or cannot use it. "
+                "Leave it out."
+            )
+    return [f"--{option}" for option in options]
+
+
+def submit_parts(
+    work: Path, arrays: Mapping[str, str], options: Sequence[str], most: int | None
+) -> None:
+    """Submit an array of jobs for each stage, which waits until all of the array before is done.
+
+    Args:
+        arrays: by stage, in order, the parts to do, such as 0-5,7.
+        options: as `check_options` gives them.
+        most: jobs of an array that work at the same time.
+    Raises:
+        UnfinishedError: sbatch cannot be run, or refuses; no job stays in the queue.
+    """
+    ids: list[str] = []
+    for stage, parts in arrays.items():
+        script = work / f"{stage}.sbatch"
+        script.write_text(_script(work, stage), encoding="utf-8", errors="surrogateescape")
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--job-name={job_name(work)}",
+            f"--array={parts}" + (f"%{most}" if most else ""),
+            f"--chdir={work}",
+            f"--output={stage}-%a.log",  # under --chdir, for its own % would be filled in
+            "--open-mode=append",
+            *([f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []),
+            *options,
+            str(script),
+        ]
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True)
+            failure = asked.stderr.strip() if asked.returncode else None
+        except OSError as e:
+            failure = f"{e.strerror}"
+        if failure is not None:
+            if ids:
+                subprocess.run(["scancel", *ids], capture_output=True)
+            raise UnfinishedError(
+                f"sbatch did not take the jobs of {stage}: {failure}. None is left in the queue. "
+                "Give the command again with other --slurm-option, or with fewer --tasks."
+            )
+        ids.append(asked.stdout.strip().partition(";")[0])  # a cluster's name may follow
+
+
+def was_submitted(work: Path) -> bool:
+    """True if jobs were submitted for parts in the directory `work`, or began to be."""
+    return any(work.glob("*.sbatch"))
+
+
+def _script(work: Path, stage: str) -> str:
+    command = [sys.executable, "-m", "flexolmo", "data", "part", str(work), stage]
+    return f'#!/bin/bash\nexec {shlex.join(command)} "$SLURM_ARRAY_TASK_ID"\n'
