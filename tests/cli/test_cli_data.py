@@ -1,17 +1,21 @@
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from flexolmo.cli.data import app
+from flexolmo.data import slurm
 from flexolmo.data.corpus import FORMAT
 from flexolmo.data.documents import Document, write_documents
 from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.files import digest_file, write_json
 from flexolmo.research.corpora import sources
 from flexolmo.research.corpora.sources import SETS
+from made_sets import made_text
+from made_slurm import Cluster
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -146,3 +150,45 @@ def test_all_sets_without_any_client_are_skipped_by_name(tmp_path, monkeypatch):
 def test_the_list_shows_every_set():
     output = _run("list").output
     assert all(name in output for name in SETS)
+
+
+def test_sets_on_a_cluster_are_begun_one_after_another_and_public_text_is_left_out(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "sync", lambda: None)
+    cluster = Cluster(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{cluster.bin}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm, "sys", SimpleNamespace(executable=cluster.python))
+    for name, first in (("public", 0), ("hospital", 40)):
+        corpus = tmp_path / "corpus" / name
+        corpus.mkdir(parents=True)
+        texts = [Document(made_text(i), name, str(i)) for i in range(first, first + 80)]
+        count = write_documents(corpus / "d.jsonl.zst", texts)
+        files = {"d.jsonl.zst": {"digest": digest_file(corpus / "d.jsonl.zst")}}
+        sources = [{"source": name, "licence": "CC0", "package": name, "client": "pip"}]
+        card = {"format": FORMAT, "name": name, "sources": sources}
+        write_json(corpus / "card.json", {**card, "documents": count, "files": files})
+    words = "prepare corpus/public corpus/hospital --vocab-size 300 --engine datatrove"
+    options = "--executor slurm --tasks 2 --no-wait --slurm-option partition=cpu"
+    said = []
+    for jobs in (4, 8, 8):
+        result = _run(*words.split(), *options.split())
+        assert result.exit_code == 0, result.output
+        said.append(result.output)
+        assert len(cluster.jobs()) == jobs
+        while cluster.step():
+            pass
+    assert "Sets after public are begun when it is there" in said[0]
+    assert "clean: 0 of 2 parts done; in the queue: 4 PENDING (Priority)" in said[0]
+    assert "hospital: read 1 files, 80 documents" in said[2] and "40 in public set" in said[2]
+
+
+def test_options_of_a_cluster_need_their_executor(tmp_path):
+    for options in ("--executor slurm", "--tasks 2", "--engine datatrove --no-wait"):
+        with pytest.raises(ConfigError, match="name it too"):
+            _run("prepare", tmp_path, *options.split())
+
+
+def test_the_verb_of_jobs_is_not_shown():
+    assert " part " not in _run("--help").output

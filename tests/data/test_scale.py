@@ -1,12 +1,17 @@
 """Parts give the bytes of the small path, also when they are cut off midway."""
 
+import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from errno import ENOSPC
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import example, given
@@ -17,10 +22,11 @@ from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.formats import READ_AS_USUAL
 from flexolmo.data.kept_work import hold_work, work_directory
 from flexolmo.data.prepare import Preparation, prepare_set
-from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError
+from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError, UnfinishedError
 from made_sets import SMALL, made_text, word_tokenizer, write_raw
 
 pytest.importorskip("datatrove", reason="datatrove is not here: pip install 'flexolmo[scale]'")
+from flexolmo.data import scale
 from flexolmo.data.parts import STAGES, Stage, do_part, share_of
 from flexolmo.data.scale import Execution, prepare_at_scale
 
@@ -264,3 +270,115 @@ def test_every_batch_of_documents_is_one_parts_in_the_order_of_reading(sizes, pa
         assert lanes in (parts // len(files), -(-parts // len(files))) or parts < len(files)
         same = [lane for other, g, lane, _ in shares if g == group and other.files == some.files]
         assert sorted(same) == list(range(lanes))
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """A list of what was sent to tasks of Ray, for which a module stands in that does them here,
+    the last first."""
+    sent = []
+    made = ModuleType("ray")
+    made.__spec__ = ModuleSpec("ray", None)
+
+    class RayError(Exception):
+        pass
+
+    def remote(**_):
+        def make(do):
+            def send(*arguments):
+                json.dumps(arguments)
+                sent.append(arguments)
+                return do, arguments
+
+            return SimpleNamespace(remote=send)
+
+        return make
+
+    def get(task):
+        do, arguments = task
+        try:
+            do(*arguments)
+        except Exception as e:
+            raise RayError(f"traceback\n{type(e).__name__}: {e}") from None
+
+    made.init, made.shutdown, made.is_initialized = lambda **_: None, int, lambda: False
+    made.remote, made.get, made.exceptions = remote, get, SimpleNamespace(RayError=RayError)
+    made.wait = lambda tasks, num_returns: ([tasks[-1]], tasks[:-1])
+    monkeypatch.setitem(sys.modules, "ray", made)
+    return sent
+
+
+def test_on_ray_the_result_is_that_of_the_small_path(task, tmp_path, monkeypatch, ray):
+    monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", 900)
+    card = prepare_set(task.corpus, tmp_path / "a", None, task.public, (), NEAR, say=len)
+    assert prepare_at_scale(task, say=len, execution=Execution("ray", tasks=3, workers=2)) == card
+    assert _files(tmp_path / "a") == _files(task.out)
+    assert not work_directory(task.out).exists()
+    assert [part for _, stage, part in ray if stage == "clean"] == [0, 1, 2]
+    assert len(ray) == 8 and len({work for work, _, _ in ray}) == 1
+
+
+def test_parts_that_fail_on_ray_are_named_and_the_others_are_kept(task, monkeypatch, ray):
+    def fail(real, plan, part):
+        if part == 1:
+            raise DataError("a line is cut off")
+        return real(plan, part)
+
+    with monkeypatch.context() as m:
+        _replace(m, "clean", fail)
+        with pytest.raises(UnfinishedError, match=r"1 of 3 parts of clean(.|\n)*part 1: a line is"):
+            prepare_at_scale(task, execution=Execution("ray", tasks=3))
+    assert {stage for _, stage, _ in ray} == {"clean"}
+    del ray[:]
+    prepare_at_scale(task, say=len, execution=Execution("ray"))
+    assert [part for _, stage, part in ray if stage == "clean"] == [1]
+
+
+def test_ray_and_datatrove_are_named_where_they_are_not_installed(task, monkeypatch):
+    monkeypatch.setattr(scale, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="--executor ray needs ray: pip install ray"):
+        prepare_at_scale(task, execution=Execution("ray", tasks=2))
+    with pytest.raises(ConfigError, match=r"needs datatrove: pip install 'flexolmo\[scale\]'"):
+        prepare_at_scale(task)
+    assert not work_directory(task.out).exists()
+
+
+def test_work_stays_when_the_system_kills_a_process(task, monkeypatch):
+    @contextmanager
+    def broken(count):
+        assert count == 2
+        raise UnfinishedError("One of 2 processes ended")
+        yield
+
+    with monkeypatch.context() as m, pytest.raises(UnfinishedError, match="One of 2 processes"):
+        m.setattr("flexolmo.data.on_datatrove.open_workers", broken)
+        prepare_at_scale(task, execution=Execution(tasks=2, workers=2))
+    assert work_directory(task.out).exists()
+    prepare_at_scale(task, say=len)
+    assert not work_directory(task.out).exists()
+
+
+def test_who_reads_a_file_does_not_change_with_the_file(task, monkeypatch):
+    """A file emptied after its part was done would give its neighbour's text to that part."""
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        _replace(m, "clean", lambda real, plan, part: real(plan, 0) if part == 0 else _killed())
+        prepare_at_scale(task, execution=Execution(tasks=2))
+    work = next(work_directory(task.out).glob("*/"))
+    task.corpus.files[0][0].write_text("")
+    do_part(work, "clean", 1)
+    found = [json.loads((work / f"done-clean-0000{part}.json").read_text()) for part in range(2)]
+    assert sum(one["found"] for one in found) == 94
+
+
+def test_parts_out_of_turn_and_unknown_ones_are_refused(task, monkeypatch):
+    work = next(_left_by_a_killed_run(task, 2, monkeypatch).glob("*/"))
+    with pytest.raises(UnfinishedError, match="tokenize needs all of choose, of which 1 of 1"):
+        do_part(work, "tokenize", 0)
+    with pytest.raises(ConfigError, match=r"no part 2 of clean in .* has parts 0 to 1"):
+        do_part(work, "clean", 2)
+    with pytest.raises(ConfigError, match=r"no stage '\.\./x'"):
+        do_part(work, "../x", 0)
+    shutil.rmtree(work.parent)
+    with pytest.raises(UnfinishedError, match="Nothing is left to do here"):
+        do_part(work, "clean", 0)
+    assert not work.parent.exists()

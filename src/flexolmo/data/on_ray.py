@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from flexolmo.data.parts import do_part, note_failure
+from flexolmo.data.parts import do_part, forget_failures, has_failed, note_failure
 from flexolmo.data.plan import Plan
 from flexolmo.errors import UnfinishedError
 from flexolmo.progress import progress
@@ -32,7 +32,7 @@ def open_ray() -> Iterator[None]:
         return
     try:
         ray.init(log_to_driver=False, include_dashboard=False)
-    except (ConnectionError, RuntimeError) as e:
+    except Exception as e:  # of no kind of its own, when a machine is slow to start
         raise UnfinishedError(f"Ray cannot be reached or started: {e}") from None
     try:
         yield
@@ -47,6 +47,7 @@ def do_parts(plan: Plan, stage: str, parts: Sequence[int], most: int | None) -> 
     """
     import ray
 
+    forget_failures(plan)
     send = ray.remote(num_cpus=1)(_do_part).remote
     waiting = deque(parts)
     running: dict[Any, int] = {}  # number of the part by its task
@@ -60,10 +61,10 @@ def do_parts(plan: Plan, stage: str, parts: Sequence[int], most: int | None) -> 
                 part = running.pop(task)
                 try:
                     ray.get(task)
-                except ray.exceptions.RayTaskError:
-                    pass  # noted by the part
                 except ray.exceptions.RayError as e:
-                    note_failure(plan.work, stage, part, e)
+                    if not has_failed(plan.work, stage, part):  # it was killed, or never begun
+                        reason = str(e).strip().rpartition("\n")[2]
+                        note_failure(plan.work, stage, part, UnfinishedError(reason))
                 meter.advance()
 
 

@@ -107,6 +107,11 @@ def note_failure(work: Path, stage: str, part: int, error: Exception) -> None:
         _write_note(_failure(work, stage, part), reason)
 
 
+def has_failed(work: Path, stage: str, part: int) -> bool:
+    """True if the last try of a part said why it failed."""
+    return _failure(work, stage, part).exists()
+
+
 def failed_parts(
     plan: Plan, missing: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[str, int, str]]:
