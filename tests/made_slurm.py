@@ -23,9 +23,9 @@ spool = "{spool}"
 options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
 (script,) = [a for a in sys.argv[1:] if not a.startswith("--")]
 assert "parsable" in options, sys.argv
-if os.path.exists(spool + "/down-sbatch") or options.get("partition") == "none":
-    sys.exit("sbatch: error: invalid partition specified")
 number = str(1000 + len(os.listdir(spool + "/jobs")))
+if os.path.exists(spool + "/down-sbatch") and options["array"] == "0":
+    sys.exit("sbatch: error: Batch job submission failed")
 array = []
 for run in options["array"].partition("%")[0].split(","):
     first, _, last = run.partition("-")
@@ -45,6 +45,7 @@ for job in '{spool}'/queue-"${{3#--name=}}"-*; do
 done
 """
 _SCANCEL = """#!/bin/sh
+case "$1" in --name=*) rm -f '{spool}'/queue-"${{1#--name=}}"-*; exit;; esac
 for job in "$@"; do rm -f '{spool}'/queue-*-"$job"; done
 """
 # Stands in for Python in the scripts: notes what it was asked for.

@@ -183,11 +183,21 @@ def test_data_uses_no_network_library(name):
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] == "data"])
 def test_data_runs_no_other_program(name):
-    """But for `workers`, whose processes are this very program, without a shell."""
+    """But for `workers`, whose processes are this very program, and `slurm`, which runs those of
+    Slurm where a user asks for it; without a shell."""
     found = {d.split(".")[0] for d in uses(name, {"subprocess", "multiprocessing", "pty"})}
-    assert found <= ({"multiprocessing"} if name == "data.workers" else set())
+    allowed = {"data.workers": {"multiprocessing"}, "data.slurm": {"subprocess"}}
+    assert found <= allowed.get(name, set())
     calls = {ast.unparse(n.func) for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)}
     assert not {c for c in calls if c.startswith(("os.system", "os.popen", "os.exec", "os.spawn"))}
+
+
+def test_slurm_runs_programs_of_slurm_alone_without_a_shell():
+    calls = [ast.unparse(n) for n in ast.walk(TREES["data.slurm"]) if isinstance(n, ast.Call)]
+    (run,) = [call for call in calls if call.startswith("subprocess.run(")]
+    assert run.startswith("subprocess.run([program, *arguments],") and "shell" not in run
+    asked = {call.split(",")[0] for call in calls if call.startswith("_ask(")}
+    assert asked == {"_ask('sbatch'", "_ask('squeue'", "_ask('scancel'"}
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -31,7 +31,7 @@ class Engine(StrEnum):
 
 
 class Executor(StrEnum):
-    """Where the tasks of `data prepare --engine datatrove` run."""
+    """Machinery that runs the tasks of `data prepare --engine datatrove`."""
 
     local = "local"
     slurm = "slurm"
@@ -252,8 +252,8 @@ def prepare(
     executor: Annotated[
         Executor,
         typer.Option(
-            help="Where tasks run, with datatrove: on this machine, as jobs of Slurm, or on Ray. "
-            "The result is the same."
+            help="Machinery that runs the tasks, with datatrove: this machine, Slurm, or Ray. The "
+            "result is the same."
         ),
     ] = Executor.local,
     tasks: Annotated[

@@ -5,9 +5,7 @@ has killed one of them, so the processes are those of `workers`, which notice. I
 the extra `scale`.
 """
 
-import multiprocessing
 import os
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +17,7 @@ from datatrove.utils.logging import logger
 
 from flexolmo.data.parts import do_part
 from flexolmo.data.plan import Plan
-from flexolmo.data.workers import open_workers
+from flexolmo.data.workers import end_at_interrupt, open_workers
 from flexolmo.progress import PROGRESS_FILE
 
 
@@ -37,8 +35,7 @@ def do_parts(plan: Plan, stage: str, parts: Sequence[int], workers: int) -> None
 
 def _do_part(work: Path, stage: str, tasks: int, shown: int, part: int) -> None:
     logger.disable("datatrove")  # its lines would hide ours
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a part is long, and is done again
+    end_at_interrupt()  # a part is long, and is done again
     with _progress_in_file(None if part == shown else work / f"progress-{part}"):
         _Executor(work, stage, tasks).run_task(part)
 

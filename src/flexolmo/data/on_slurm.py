@@ -99,7 +99,7 @@ def _describe_waiting(plan: Plan) -> str:
 
 
 def _describe(plan: Plan, missing: Mapping[str, Sequence[int]], jobs: list[str] | None) -> str:
-    """What is done of the first stage that lacks parts, and the jobs in the queue by state."""
+    """The first stage that lacks parts, how many it has, and the jobs in the queue by state."""
     stage, parts = next(iter(missing.items()), ("all", ()))
     total = parts_of(plan, stage) if parts else num_parts(plan)
     if jobs is None:

@@ -17,7 +17,7 @@ from flexolmo.errors import ConfigError, UnfinishedError
 
 _OURS = {"array", "chdir", "dependency", "error", "job-name", "open-mode", "output", "parsable"}
 _NO_USE = {"clusters", "test-only", "wait", "wrap"}
-_SECONDS = 60  # that squeue may take
+_SECONDS = 60  # that an answer may take
 
 
 def job_name(work: Path) -> str:
@@ -28,13 +28,7 @@ def job_name(work: Path) -> str:
 def find_jobs(name: str) -> list[str] | None:
     """State and reason of each of our jobs of this name that waits or works, such as
     `PENDING (Resources)`; None where Slurm does not say."""
-    command = ["squeue", "--all", "--noheader", f"--name={name}", "--format=%T (%r)"]
-    # the user's own settings might leave jobs out
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
-    try:
-        asked = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, env=plain)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+    asked = _ask("squeue", "--all", "--noheader", f"--name={name}", "--format=%T (%r)")
     return asked.stdout.splitlines() if asked.returncode == 0 else None
 
 
@@ -68,13 +62,14 @@ def submit_parts(
         options: as `check_options` gives them.
         most: jobs of an array that work at the same time.
     Raises:
-        UnfinishedError: sbatch cannot be run, or refuses; no job stays in the queue.
+        UnfinishedError: sbatch cannot be run, or refuses; jobs submitted before are cancelled.
     """
     ids: list[str] = []
     for stage, parts in arrays.items():
         script = work / f"{stage}.sbatch"
         script.write_text(_script(work, stage), encoding="utf-8", errors="surrogateescape")
-        command = [
+        waits = [f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
+        asked = _ask(
             "sbatch",
             "--parsable",
             f"--job-name={job_name(work)}",
@@ -82,23 +77,30 @@ def submit_parts(
             f"--chdir={work}",
             f"--output={stage}-%a.log",  # under --chdir, for its own % would be filled in
             "--open-mode=append",
-            *([f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []),
+            *waits,
             *options,
             str(script),
-        ]
-        try:
-            asked = subprocess.run(command, capture_output=True, text=True)
-            failure = asked.stderr.strip() if asked.returncode else None
-        except OSError as e:
-            failure = f"{e.strerror}"
-        if failure is not None:
-            if ids:
-                subprocess.run(["scancel", *ids], capture_output=True)
+        )
+        if asked.returncode != 0:
+            _ask("scancel", f"--name={job_name(work)}")
             raise UnfinishedError(
-                f"sbatch did not take the jobs of {stage}: {failure}. None is left in the queue. "
-                "Give the command again with other --slurm-option, or with fewer --tasks."
+                f"sbatch did not take the jobs of {stage}: {asked.stderr.strip()}. Jobs of stages "
+                "before were cancelled. Give the command again with other --slurm-option; for "
+                f"fewer --tasks, remove {work.parent} first."
             )
         ids.append(asked.stdout.strip().partition(";")[0])  # a cluster's name may follow
+
+
+def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of Slurm; one that cannot be run, or does not answer, has failed."""
+    # the user's own settings of squeue might leave jobs out
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    try:
+        return subprocess.run(
+            [program, *arguments], capture_output=True, text=True, timeout=_SECONDS, env=plain
+        )
+    except (OSError, subprocess.TimeoutExpired) as e:
+        return subprocess.CompletedProcess([program], 1, "", str(e))
 
 
 def was_submitted(work: Path) -> bool:

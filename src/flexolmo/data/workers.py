@@ -61,6 +61,12 @@ def open_workers(count: int) -> Iterator[Run]:
             pool.shutdown(cancel_futures=True)
 
 
+def end_at_interrupt() -> None:
+    """Let Ctrl-C end this process at once, if it is one of ours, for an item that takes long."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asked ends these
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
