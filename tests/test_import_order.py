@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -97,9 +98,15 @@ def name_of(path: Path) -> str:
 
 
 FILES = {name_of(p): p for p in sorted((SOURCE / "flexolmo").rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 
 
+@cache
+def tree_of(name: str) -> ast.Module:
+    """The file, parsed once: by the process that runs these tests, not by all that collect them."""
+    return ast.parse(FILES[name].read_text())
+
+
+@cache
 def imported_by(tree: ast.AST) -> set[str]:
     """Every dotted name imported, anywhere in the file, functions included."""
     found = set()
@@ -112,10 +119,11 @@ def imported_by(tree: ast.AST) -> set[str]:
     return found
 
 
+@cache
 def rooms_imported_by(name: str) -> set[str]:
     """Our own files that `name` imports, as keys of FILES."""
     found = set()
-    for dotted in imported_by(TREES[name]):
+    for dotted in imported_by(tree_of(name)):
         parts = dotted.split(".")
         if parts[0] == "flexolmo":
             candidates = [".".join(parts[1:n]) for n in range(len(parts), 1, -1)]
@@ -142,7 +150,7 @@ def level(name: str) -> int:
 
 def is_empty_room(name: str) -> bool:
     """A package's __init__ with nothing but a docstring."""
-    return FILES[name].name == "__init__.py" and not imported_by(TREES[name])
+    return FILES[name].name == "__init__.py" and not imported_by(tree_of(name))
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if not is_empty_room(n)])
@@ -155,8 +163,8 @@ def test_a_file_imports_only_from_above(name):
 
 def test_only_the_package_itself_imports_by_a_name_made_at_run_time():
     """It hands out its interface on first use; anywhere else, that would escape these checks."""
-    for name, tree in TREES.items():
-        calls = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+    for name in FILES:
+        calls = {ast.unparse(n.func) for n in ast.walk(tree_of(name)) if isinstance(n, ast.Call)}
         dynamic = calls & {"importlib.import_module", "import_module", "__import__"}
         assert not dynamic or name == "__init__", f"{name}: {dynamic}"
 
@@ -173,7 +181,7 @@ def test_there_is_no_circle():
 
 
 def uses(name: str, forbidden: set[str]) -> set[str]:
-    return {dotted for dotted in imported_by(TREES[name]) if dotted.split(".")[0] in forbidden}
+    return {dotted for dotted in imported_by(tree_of(name)) if dotted.split(".")[0] in forbidden}
 
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.split(".")[0] == "data"])
@@ -188,12 +196,12 @@ def test_data_runs_no_other_program(name):
     found = {d.split(".")[0] for d in uses(name, {"subprocess", "multiprocessing", "pty"})}
     allowed = {"data.workers": {"multiprocessing"}, "data.slurm": {"subprocess"}}
     assert found <= allowed.get(name, set())
-    calls = {ast.unparse(n.func) for n in ast.walk(TREES[name]) if isinstance(n, ast.Call)}
+    calls = {ast.unparse(n.func) for n in ast.walk(tree_of(name)) if isinstance(n, ast.Call)}
     assert not {c for c in calls if c.startswith(("os.system", "os.popen", "os.exec", "os.spawn"))}
 
 
 def test_slurm_runs_programs_of_slurm_alone_without_a_shell():
-    calls = [ast.unparse(n) for n in ast.walk(TREES["data.slurm"]) if isinstance(n, ast.Call)]
+    calls = [ast.unparse(n) for n in ast.walk(tree_of("data.slurm")) if isinstance(n, ast.Call)]
     (run,) = [call for call in calls if call.startswith("subprocess.run(")]
     assert run.startswith("subprocess.run([program, *arguments],") and "shell" not in run
     asked = {call.split(",")[0] for call in calls if call.startswith("_ask(")}
@@ -203,13 +211,13 @@ def test_slurm_runs_programs_of_slurm_alone_without_a_shell():
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_is_ever_unpickled(name):
     assert not uses(name, UNPICKLING)
-    for node in ast.walk(TREES[name]):
+    for node in ast.walk(tree_of(name)):
         if isinstance(node, ast.Attribute):
             assert ast.unparse(node) != "torch.load", f"{name}:{node.lineno}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
             assert options.get("allow_pickle") == "False", f"{name}:{node.lineno}"
-    assert "torch.load" not in imported_by(TREES[name])
+    assert "torch.load" not in imported_by(tree_of(name))
 
 
 def test_bundles_data_and_policy_come_without_torch():
