@@ -101,6 +101,8 @@ def _find_hidden_characters(value: Any) -> list[str]:
     """Characters that could fool a terminal, so that what a person reads is what was signed."""
     lines = []
     for where, text in _walk_strings(value, ""):
+        if text.isascii() and text.isprintable():  # nearly every text, told at once
+            continue
         bad = {c for c in text if c in _BIDI or unicodedata.category(c) in ("Cc", "Cs")}
         if bad := bad - {"\n", "\t"}:
             codes = ", ".join(f"U+{ord(c):04X}" for c in sorted(bad))
