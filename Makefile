@@ -17,8 +17,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[test,docs]'
 	touch $@
 
+# Tests start Python many times: it keeps what it has compiled, also where the shell forbids that
 test: setup
-	$(BIN)/pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
 # vLLM brings three packages that do not fit the torch it runs on, and needs none of them
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
