@@ -11,6 +11,7 @@ import shutil
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 # Read when torch is loaded, here and in the processes that tests start: one thread unless a test
@@ -177,6 +178,9 @@ class Wild:
 
     anchor: Anchor
 
+    def __post_init__(self) -> None:
+        self._drawn = lru_cache(maxsize=100)(self._draw)  # many tests merge the same few experts
+
     def shape(self, d_ff: int | None = None, **sizes: int) -> ExpertShape:
         """Of an expert with a whole FFN of the anchor's width, unless it says otherwise."""
         return ExpertShape(**{"d_ff": d_ff or self.anchor.config.d_ff, "num_bigrams": 3000} | sizes)
@@ -188,8 +192,14 @@ class Wild:
 
         Products B A are about as large as the matrices they are added to.
         """
+        drawn = self._drawn(router, seed, self.shape(d_ff, **sizes))
+        return {n: t.clone() for n, t in drawn.items()}
+
+    def _draw(
+        self, router: RouterSettings, seed: int, shape: ExpertShape
+    ) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(1000 + seed)
-        config, shape = self.anchor.config, self.shape(d_ff, **sizes)
+        config = self.anchor.config
         dtype = self.anchor.model.lm_head.weight.dtype
         tensors = {}
         for name, size in expert_shapes(config, shape, router).items():
