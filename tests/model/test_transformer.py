@@ -128,11 +128,18 @@ def mixtures(wild, router):
     return get
 
 
+@pytest.fixture(scope="module")
+def models(wild, router, mixtures):
+    """Of this router: of whole FFNs and of all kinds of parts; and once the anchor."""
+    of_router = [mixtures(), mixtures(2, is_rich=True)]
+    return [wild.anchor.model, *of_router] if router == EvidenceSettings() else of_router
+
+
 @given(cuts=st.sets(st.integers(1, 29)), seed=st.integers(0, 99))
-@IN_SESSION
-def test_reading_in_pieces_is_reading_at_once(wild, mixtures, cuts, seed):
+@settings(IN_SESSION, max_examples=12)  # for each router
+def test_reading_in_pieces_is_reading_at_once(wild, models, cuts, seed):
     ids = wild.ids(2, 30, seed)
-    for model in (wild.anchor.model, mixtures(), mixtures(is_rich=True)):
+    for model in models:
         edges, cache = [0, *sorted(cuts), 30], model.new_cache()
         pieces = [model(ids[:, a:b], cache=cache) for a, b in pairwise(edges)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids), **UNTIL_CLOSE)
@@ -144,15 +151,15 @@ def test_reading_in_pieces_is_reading_at_once(wild, mixtures, cuts, seed):
     seed=st.integers(0, 99),
     fill=st.sampled_from(["eos", "word"]),
 )
-@IN_SESSION
-def test_left_padding_is_no_padding(wild, mixtures, padding, seed, fill):
+@settings(IN_SESSION, max_examples=12)  # for each router
+def test_left_padding_is_no_padding(wild, models, padding, seed, fill):
     """In one pass and through the cache, whatever id the padding has."""
     texts = [wild.ids(1, 12 - p, seed + i) for i, p in enumerate(padding)]
     after = wild.ids(3, 4, seed)
     filler = wild.anchor.config.eos_token_id if fill == "eos" else 7
     ids = torch.cat([F.pad(t, (p, 0), value=filler) for t, p in zip(texts, padding, strict=True)])
     is_token = torch.arange(12)[None] >= torch.tensor(padding)[:, None]
-    for model in (wild.anchor.model, mixtures(2), mixtures(2, is_rich=True)):
+    for model in models:
         plain, cache = model(ids, is_token=is_token), model.new_cache()
         first = model(ids, is_token=is_token, cache=cache)
         rest = torch.cat([model(after[:, :1], cache=cache), model(after[:, 1:], cache=cache)], 1)
@@ -188,7 +195,7 @@ def test_the_last_positions_logits_are_those_of_all(wild, mixtures, last):
     first=st.integers(1, 8),
     pads=st.tuples(*[st.integers(0, 3)] * 3),
 )
-@IN_SESSION
+@settings(IN_SESSION, max_examples=12)  # for each router
 def test_a_selected_cache_goes_on_as_its_sequences_would(wild, mixtures, rows, first, pads):
     """And what the selection reads is not seen by what it was taken from."""
     model = mixtures(is_rich=True)
