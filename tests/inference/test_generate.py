@@ -20,7 +20,7 @@ NAMES = ("amber", "basalt", "zinc")
 PROMPTS = ["the time", "a proof of the lemma by the sum", "", "minister"]
 CHOICES = [[], ["amber"], list(NAMES), ["basalt", "zinc"]]
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
-BRIEF = Sampling(max_new_tokens=8, temperature=0)
+BRIEF = Sampling(max_new_tokens=5, temperature=0)
 IN_SESSION = settings(
     derandomize=True,
     max_examples=60,
@@ -66,7 +66,7 @@ def test_greedy_with_a_cache_is_greedy_without(house, router, top_k, without):
     reader = OwnReader(mixture.model, mixture.tokenizer)
     for prompt in PROMPTS:
         ids = mixture.tokenizer.encode(prompt)
-        expected = recompute(mixture.model, ids, 8, eos, without)
+        expected = recompute(mixture.model, ids, BRIEF.max_new_tokens, eos, without)
         assert columns(reader, [ids], BRIEF, enabled) == [expected]
         written.append(expected)
     found = generate(mixture, PROMPTS, without=without, sampling=BRIEF)
@@ -81,7 +81,7 @@ def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperatur
     """Row number i draws from seed + i."""
     mixture = house.mixture(NAMES, router, top_k)
     reader = OwnReader(mixture.model, mixture.tokenizer)
-    sampling = Sampling(max_new_tokens=10, temperature=temperature, top_p=1.0, seed=5)
+    sampling = Sampling(max_new_tokens=6, temperature=temperature, top_p=1.0, seed=5)
     ids = mixture.tokenizer.encode_batch(PROMPTS)
     enabled = [[n for n in NAMES if n not in off] for off in CHOICES]
     together = columns(reader, ids, sampling, enabled)
@@ -102,7 +102,7 @@ def test_each_row_of_a_batch_is_what_it_would_be_alone(house, router, temperatur
 def test_where_probabilities_are_mixed_each_row_is_what_it_would_be_alone(
     house, router, temperature
 ):
-    sampling = Sampling(max_new_tokens=10, temperature=temperature, top_p=1.0, seed=5)
+    sampling = Sampling(max_new_tokens=6, temperature=temperature, top_p=1.0, seed=5)
     mixture, alone = house.mixture(NAMES, router), []
     texts = generate(mixture, PROMPTS, without=CHOICES, sampling=sampling, mix="probabilities")
     assert texts != generate(mixture, PROMPTS, without=CHOICES, sampling=sampling)
