@@ -57,8 +57,13 @@ def make(house, where, barred, trust, router="evidence"):
     return where / "m"
 
 
-@pytest.mark.parametrize("router", ["evidence", "linear", "rich"])
-@pytest.mark.parametrize("barred", [c for n in range(4) for c in combinations(NAMES, n)])
+@pytest.mark.parametrize(
+    ("router", "barred"),
+    [
+        *(("evidence", c) for n in range(4) for c in combinations(NAMES, n)),
+        *((r, c) for r in ("linear", "rich") for c in ((), ("amber",), ("basalt", "zinc"))),
+    ],
+)
 def test_what_is_left_is_bit_for_bit_a_mixture_that_never_held_it(
     house, tmp_path, trust, router, barred
 ):
