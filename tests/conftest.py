@@ -44,6 +44,7 @@ from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
+gc.disable()  # until all tests are collected, see below: hardly any of that becomes garbage
 build_commands_once()
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine fails no test
@@ -70,6 +71,7 @@ def pytest_collection_finish() -> None:
     garbage."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:
