@@ -1,5 +1,6 @@
 """A finished study that never was, and its page."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     """Three seeds with ablations: results, directory, page."""
     results, out = make_results(3, has_ablations=True), tmp_path_factory.mktemp("study")
     return results, out, write_page(results, out).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def few_tried() -> Iterator[None]:
+    """Of all numbers that a study chooses from on validation text, as few as make a choice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexolmo.research.study.recipe.SOUP_PROMPTS", (8, 64))
+        patch.setattr("flexolmo.research.study.recipe.SOUP_TEMPERATURES", (1.0, 32.0))
+        patch.setattr("flexolmo.research.study.measure_steps.TEMPERATURES", (1.0, 16.0, 256.0))
+        yield
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ TINY = ScalingRecipe.model_validate(
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, few_tried):
     root = tmp_path_factory.mktemp("scaling")
     graph = build_scaling_graph(TINY)
     for target in graph.targets:

@@ -120,7 +120,7 @@ def do_all(step, root):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory, few_tried):
     root = tmp_path_factory.mktemp("study")
     graph = build_graph(RECIPE)
     for target in graph.targets:

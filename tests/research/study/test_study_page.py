@@ -209,7 +209,8 @@ def test_the_opening_says_what_was_run(whole: tuple[dict[str, Any], Path, str]) 
     ],
 )
 def test_what_is_missing_is_left_out(missing: set[str], tmp_path: Path, saved: set[str]) -> None:
-    results = pruned(make_results(1, ("code", "news"), has_ablations=True), missing)
+    made = make_results(1, ("code", "news"), has_ablations=True, num_layers=2)
+    results = pruned(made, missing)
     page = write_page(results, tmp_path).read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b|\binf\b|None", page)
     assert saved == set(re.findall(r"\(figures/(\w+)\.png\)", page))
