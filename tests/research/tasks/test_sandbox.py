@@ -285,7 +285,7 @@ def test_what_does_not_end_is_timed_out():
         "import os\n" + forever.format("os.fork()"),
     ]
     started = time.monotonic()
-    outcomes = run_programs(programs, Limits(wall_seconds=1.5), processes=4)
+    outcomes = run_programs(programs, Limits(wall_seconds=0.8), processes=4)
     assert [outcome.reason for outcome in outcomes] == ["timed out"] * 4
     assert not any(outcome.passed for outcome in outcomes)
     assert time.monotonic() - started < 10
