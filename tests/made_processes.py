@@ -19,6 +19,8 @@ from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.model import parallel
 from flexolmo.model.checkpoint import load_anchor
 from flexolmo.model.parallel import at_owners, cut, fill, local, processes, whole
+from flexolmo.research.steps.step import StepContext
+from flexolmo.research.study import train_steps
 from flexolmo.train import loop
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, prepare_training, train_expert
@@ -41,6 +43,15 @@ RECIPES = {
         "train": GENTLE.model_copy(update={"accumulate": 2, "recompute": True}),
     },
     "adamw": {"train": GENTLE.model_copy(update={"optimizer": "adamw", "grad_clip": 1e-2})},
+}
+STEPS = {  # of a study, by kind: settings and inputs
+    "dense": ({"set": "maths"}, {}),
+    "unrestricted": ({"sets": ["maths", "news"], "top_k": 2}, {}),
+    "compressed": (
+        {"set": "maths", "rank": 2, "delta_rank": {}, "has_half_deltas": False},
+        {"expert": "evidence maths"},
+    ),
+    "tuned": ({"sets": ["maths"]}, {"expert.maths": "linear maths", "proxy.maths": "proxy maths"}),
 }
 SHAPES = [(3, 5, 4), (4, 4, 7), (1, 9, 2), (2, 1, 3)]  # n, a, b: even and uneven over two
 
@@ -69,6 +80,26 @@ def losses_of(anchor, sets, kind, run_dir, threads=1, stop_after=None):
     with contextlib.suppress(KeyboardInterrupt):
         losses = train(parameters, stopping, settings, run_dir, "test", about, {}).losses_nats
     return losses, sum(local(p).numel() for p in parameters.values())
+
+
+def do_step(kind, here, inputs, device="cpu"):
+    """Losses of the training in a step of `kind`, done in `here`; `inputs` are directories."""
+    settings, more = STEPS[kind]
+    train = GENTLE.model_dump(mode="json")
+    if kind == "compressed":
+        train["optimizer"] = "adamw"
+    roles = {"corpus": "corpus", "anchor": "anchor", **more}
+    context = StepContext(
+        kind,
+        {**settings, "train": train, "seed": 0},
+        {role: inputs / place for role, place in roles.items()},
+        here,
+        device,
+    )
+    here.mkdir(parents=True, exist_ok=True)
+    getattr(train_steps, kind)(context)
+    parallel.first_goes_on()
+    return json.loads((here / "run" / "metrics.json").read_text())["loss_nats"]
 
 
 def square(x):
@@ -166,6 +197,11 @@ def work(here, anchor_dir, set_dirs, ports):
     own = [f"--anchor={anchor_dir}", f"--data={set_dirs['maths']}", "--name=maths", *gentle]
     found["expert"] = command(ports[2], "expert", "train", *own, f"--out={here / 'expert'}")
     found["bad"] = command(ports[3], "expert", "train", *own, "--set=train.batch_size=3")
+    found["steps"] = {}
+    for kind, port in zip(STEPS, ports[5:], strict=True):
+        os.environ["MASTER_PORT"] = port
+        with processes("cpu") as device:
+            found["steps"][kind] = do_step(kind, here / kind, here / "inputs", str(device))
     (here / f"found{rank}.json").write_text(json.dumps(found))
 
     def dies(batch):

@@ -10,14 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 import made_processes
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.model import parallel
 from flexolmo.model.checkpoint import load_anchor
+from flexolmo.research.rivals.proxy import save_proxy, select_proxy
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
-from flexolmo.train.expert import load_expert, train_expert
-from made_processes import GENTLE, RECIPES, SHAPES, losses_of, matrices, recipe_of, square
+from flexolmo.train.expert import ExpertRecipe, load_expert, save_expert, train_expert
+from made_processes import (
+    GENTLE,
+    RECIPES,
+    SHAPES,
+    STEPS,
+    do_step,
+    losses_of,
+    matrices,
+    recipe_of,
+    square,
+)
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),
@@ -34,15 +46,37 @@ def free_ports(count):
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs):
+def inputs(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs):
+    """What steps of a study are given: text, an anchor, experts and a proxy."""
+    here = tmp_path_factory.mktemp("inputs")
+    (here / "corpus" / "prepared").mkdir(parents=True)
+    for name, directory in pico_set_dirs.items():
+        (here / "corpus" / "prepared" / name).symlink_to(directory)
+    (here / "anchor").mkdir()
+    (here / "anchor" / "anchor").symlink_to(pico_anchor_dir)
+    brief = GENTLE.model_copy(update={"steps": 1, "warmup_steps": 0})
+    for kind in ("evidence", "linear"):
+        recipe = ExpertRecipe(scope="ffn", router={"kind": kind}, train=brief)
+        made = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe)
+        (here / f"{kind} maths").mkdir()
+        save_expert(made, here / f"{kind} maths" / "expert")
+    (here / "proxy maths").mkdir()
+    proxy = select_proxy(pico_sets["maths"], pico_sets["public"], tokens=200)
+    save_proxy(proxy, here / "proxy maths" / "proxy.json")
+    return here
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs, inputs):
     """What two processes found, what they printed, and where; one start for all tests."""
     here = tmp_path_factory.mktemp("two")
+    (here / "inputs").symlink_to(inputs)
     losses_of(pico_anchor, pico_sets, "whole", here / "stopped", stop_after=2)
     about = {
         "here": str(here),
         "anchor": str(pico_anchor_dir),
         "sets": {n: str(p) for n, p in pico_set_dirs.items()},
-        "ports": free_ports(5),
+        "ports": free_ports(5 + len(STEPS)),
     }
     running = []
     for rank in range(2):
@@ -57,7 +91,7 @@ def two(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs
                 text=True,
             )
         )
-    printed = [p.communicate(timeout=120) for p in running]
+    printed = [p.communicate(timeout=300) for p in running]
     assert (here / "found1.json").exists(), printed
     found = [json.loads((here / f"found{rank}.json").read_text()) for rank in range(2)]
     return found, printed, here
@@ -75,6 +109,26 @@ def test_losses_are_those_of_one_process(two, kind, pico_anchor, pico_sets, tmp_
         held.append(own)
     assert sum(held) == numbers  # each number is held once
     assert max(held) < 0.52 * numbers or kind == "low rank"
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_steps_of_a_study_are_those_of_one_process(two, kind, inputs, tmp_path):
+    found, _, here = two
+    expected = do_step(kind, tmp_path, inputs)
+    assert found[0]["steps"][kind] == pytest.approx(expected, rel=1e-5)
+    assert kind not in found[1]["steps"]  # the first alone goes on
+    files = [p.relative_to(tmp_path) for p in tmp_path.rglob("*.safetensors")]
+    for file in files:
+        mine, theirs = load_file(here / kind / file), load_file(tmp_path / file)
+        assert {n: t.shape for n, t in mine.items()} == {n: t.shape for n, t in theirs.items()}
+    assert len(files) == 2  # the checkpoint, and what the step leaves
+
+
+def test_one_process_ends_in_a_group_what_several_began(two, pico_anchor, pico_sets):
+    _, _, here = two
+    with parallel.processes("cpu", in_group=True):
+        losses, numbers = losses_of(pico_anchor, pico_sets, "whole", here / "two 0")
+    assert len(losses) == GENTLE.steps and numbers > 0
 
 
 def test_a_step_that_goes_wrong_is_seen(pico_anchor, pico_sets, tmp_path):

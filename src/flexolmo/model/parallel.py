@@ -15,6 +15,7 @@ W processes, n matrices of one shape [a,b].
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -38,7 +39,9 @@ VARIABLES = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}  # that torchru
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 STATIC = "--rdzv-backend static --master-addr 127.0.0.1 --master-port 29500"
 STATIC_RUN = "none"  # the name that torchrun then gives a run
+GROUP = "FLEXOLMO_GROUP"  # variable: the group of a process that one of torchrun's started
 _FAILED = "flexolmo/failed"  # counts the processes that ended with an error
+_SILENT_SECONDS = 60.0  # after which a process is taken to have ended
 _inside: list[int] = []  # W while in `processes`; torch's group alone may be another program's
 
 
@@ -79,24 +82,43 @@ def refuse_several(what: str) -> None:
 
 
 @contextmanager
-def processes(device: str) -> Iterator[torch.device]:
+def processes(device: str, in_group: bool = False) -> Iterator[torch.device]:
     """Take part in what torchrun started, if it did; yields the device that this process uses.
 
     Only the first process prints. An error is printed by the process that had it first; the others
-    end without a word. `device` "cuda" is one GPU for each process.
+    end without a word. `device` "cuda" is one GPU for each process. With `in_group` a process that
+    torchrun did not start is the one of a group of one, and goes on from what several began.
 
     Raises:
         ConfigError: torchrun meets in a way that unpickles what others send.
         FlexOlmoError: another process ended before its time.
     """
-    if not os.environ.keys() >= VARIABLES:
+    if _is_started_by_torchrun():
+        store, rank, size = _meet()
+    elif in_group:
+        store, rank, size = dist.HashStore(), 0, 1
+        _talk_within_this_machine()
+    else:
         yield choose_device(device)
         return
-    store, rank, size = _meet()
-    ended = (
-        f"One of the {size} processes ended, was stopped or cannot be reached, so all end. Run the "
-        "same command again to go on from the last checkpoint."
-    )
+    with _ending_together(store, rank, size):
+        if device == "cuda":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+        chosen = choose_device(device)
+        backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        _inside.append(size)
+        yield chosen
+
+
+def _is_started_by_torchrun() -> bool:
+    return os.environ.keys() >= VARIABLES
+
+
+@contextmanager
+def _ending_together(store: Any, rank: int, size: int) -> Iterator[None]:
+    """Have the first process alone print, and an error in one end all with one message."""
+    ended = _ended(size)
 
     def stop(*_: Any) -> None:  # torchrun asks the others to end
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -105,13 +127,7 @@ def processes(device: str) -> Iterator[torch.device]:
     before = signal.signal(signal.SIGTERM, stop)
     try:
         with _quiet(rank != 0):
-            if device == "cuda":
-                device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
-            chosen = choose_device(device)
-            backend = "gloo" if chosen.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-            _inside.append(size)
-            yield chosen
+            yield
         signal.signal(signal.SIGTERM, before)
     except _Finished:
         signal.signal(signal.SIGTERM, before)
@@ -129,16 +145,27 @@ def processes(device: str) -> Iterator[torch.device]:
         _leave()
 
 
+def _ended(size: int) -> str:
+    return (
+        f"One of the {size} processes ended, was stopped or cannot be reached, so all end. Run the "
+        "same command again to go on from the last checkpoint."
+    )
+
+
 def _meet() -> tuple[Any, int, int]:
     """The store that all processes share, this one's rank, and how many there are."""
     from torch.distributed.rendezvous import rendezvous  # which not every build of torch has
 
     _refuse_pickles()
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # no other can connect
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
+        _talk_within_this_machine()
     store, rank, size = next(rendezvous("env://"))
-    return store, rank, size
+    return dist.PrefixStore(os.environ.get(GROUP, ""), store), rank, size
+
+
+def _talk_within_this_machine() -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK)
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", LOOPBACK)
 
 
 def _refuse_pickles() -> None:
@@ -187,6 +214,27 @@ def first_goes_on() -> None:
         _leave()
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Let each process be one by itself, for work that each does whole."""
+    held = _inside[:]
+    _inside.clear()
+    try:
+        yield
+    finally:
+        _inside[:] = held
+
+
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The first process's values of `tensors`, which each has worked out: machines may round
+    differently, and parts of a matrix must fit together."""
+    found = {n: t.contiguous() for n, t in tensors.items()}
+    if are_several():
+        for t in found.values():
+            dist.broadcast(t, 0)
+    return found
+
+
 def agree(flag: bool) -> bool:
     """The first process's `flag`, for a decision by its clock."""
     if not are_several():
@@ -211,6 +259,61 @@ def refuse_apart(num_steps: int, path: Path) -> None:
         )
 
 
+# --- processes that start others ------------------------------------------------------------------
+
+
+class Meeting:
+    """The processes that torchrun started, for work in processes that each of them starts.
+
+    They leave words in the store where they met. None waits in a collective call, which would end
+    after half an hour.
+    """
+
+    def __init__(self, store: Any, rank: int, size: int):
+        self.rank, self.size = rank, size
+        self._store = store
+        self._heard: dict[int, tuple[int, float]] = {}  # signs of life of each, and when
+
+    def say(self, key: str, text: str) -> None:
+        """Leave `text` under `key` for all."""
+        self._store.set(key, text)
+
+    def heard(self, key: str) -> str | None:
+        """The text that was left under `key`; none so far: None."""
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def group(self, name: str) -> dict[str, str]:
+        """Variables of a process that takes this one's part in a group of all (see `processes`)."""
+        return {GROUP: name, "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def show_life(self) -> None:
+        """Tell the others that this process is there; to be called at least every few seconds."""
+        self._store.add(f"life {self.rank}", 1)
+
+    def refuse_silence(self) -> None:
+        """Raise FlexOlmoError if another process has shown no life for a minute."""
+        now = time.monotonic()
+        for rank in set(range(self.size)) - {self.rank}:
+            signs = self._store.add(f"life {rank}", 0)
+            before, since = self._heard.get(rank, (-1, now))
+            if signs != before:
+                self._heard[rank] = (signs, now)
+            elif now - since > _SILENT_SECONDS:
+                raise FlexOlmoError(_ended(self.size))
+
+
+@contextmanager
+def meeting() -> Iterator[Meeting | None]:
+    """What torchrun started, without a group; None without torchrun. Who prints is as in
+    `processes`."""
+    if not _is_started_by_torchrun():
+        yield None
+        return
+    store, rank, size = _meet()
+    with _ending_together(store, rank, size):
+        yield Meeting(dist.PrefixStore("meeting", store), rank, size)
+
+
 # --- models and tensors in parts ----------------------------------------------------------------
 
 
@@ -230,6 +333,13 @@ def place(model: nn.Module, like: Tensor) -> None:
     model.to_empty(device=device)
     for buffer in model.buffers():
         buffer.zero_()
+
+
+def share_out(model: Transformer) -> None:
+    """Leave each process its part of a model that every one has whole."""
+    if are_several():
+        device = _own_device()
+        _share_out(model.to(device), device)
 
 
 def _give_memory(model: nn.Module, like: Tensor) -> None:
@@ -267,6 +377,7 @@ def _share_out(model: Transformer, device: torch.device) -> None:
     parts = [m for m in model.modules() if _is_of_other_dtype(m, model)]
     for part in [*parts, *model.layers, model.embed_tokens, model]:
         fully_shard(part, mesh=mesh)
+    model.run_block = run_block
     for block in model.layers:
         block.register_forward_pre_hook(_unseal)
     register_fsdp_forward_method(model, "stream")  # and the head stays whole for the loss after it

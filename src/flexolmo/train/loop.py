@@ -262,10 +262,10 @@ def train(
 
 
 def _identify(identity: Mapping[str, Any]) -> dict[str, str]:
-    """Two digests: of everything that decides a run's numbers, and of the same without threads and
-    processes, which decide the rounding alone."""
+    """Two digests: of everything that decides a run's numbers, and of the same without threads,
+    processes and compiling, which decide the rounding alone."""
     several = {"processes": count()} if are_several() else {}
-    loose = {k: v for k, v in identity.items() if k != "threads"}
+    loose = {k: v for k, v in identity.items() if k not in ("threads", "is_compiled")}
     return {
         "identity": digest_bytes(canonical_json({**identity, **several})),
         "identity_but_for_rounding": digest_bytes(canonical_json(loose)),

@@ -12,7 +12,7 @@ from flexolmo.research.steps.step import StepContext, step_kind
 
 if "pytest" not in sys.modules:  # a step's own process, which is spared the import of torch
     runtime = ModuleType("flexolmo.runtime")
-    runtime.set_up = lambda seed, num_threads: None
+    runtime.set_up = lambda seed, **_: None
     runtime.run_record = lambda config, seed, data: {"config": config, "seed": seed, "data": data}
     sys.modules["flexolmo.runtime"] = runtime
 

@@ -117,7 +117,7 @@ edits = st.tuples(
 class _Ended:
     """A process that did its work at once."""
 
-    def __init__(self, job):
+    def __init__(self, job, *_):
         step._do_step(Path(job.arguments[0]), float(job.arguments[1]), job.arguments[2])
 
     def poll(self):
@@ -149,7 +149,7 @@ def test_just_the_work_never_done_before_is_done(made, changes):
         return Step(f"node {i}", kind, {"n": n}, inputs)
 
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "_start", _Ended)
+        patch.setattr(jobs, "start_child", _Ended)
         patch.setattr(jobs, "_POLL_SECONDS", 0.0)
         patch.setattr("flexolmo.runtime.run_record", lambda *_: {})
         patch.setattr(os, "fsync", lambda _: None)
@@ -181,14 +181,14 @@ def test_the_longest_chain_goes_first(tmp_path, ran):
 
 def test_a_step_starts_as_soon_as_it_can_while_others_run(tmp_path, monkeypatch):
     """One waits to meet another that must itself wait for a third."""
-    alive, most, start = [], [], jobs._start
+    alive, most, start = [], [], jobs.start_child
 
     def watch(job):
         alive.append(start(job))
         most.append(sum(p.poll() is None for p in alive))
         return alive[-1]
 
-    monkeypatch.setattr(jobs, "_start", watch)
+    monkeypatch.setattr(jobs, "start_child", watch)
     late = Step("late", "meet", {"me": 1, "other": 0}, {"x": Step("first", "add", {"n": 1})})
     run_graph([Step("early", "meet", {"me": 0, "other": 1}), late], tmp_path, 2)
     assert max(most) == 2
@@ -314,7 +314,7 @@ def test_stopped_from_outside_it_leaves_no_child_and_can_go_on(tmp_path, ran, si
 def test_a_step_waits_for_an_attempt_that_is_still_ending(tmp_path, ran):
     one = Step("one", "add", {"n": 1})
     lock = one.directory(tmp_path) / "log" / "lock"
-    with step.hold_lock(lock, wait=False), jobs.running_jobs(0, 1) as running:
+    with step.hold_lock(lock, wait=False), jobs.running_jobs(0, 1, jobs.Children(1)) as running:
         running.start(one.prepare(tmp_path)[0])
         for _ in range(20):
             assert not running.ended() and ran() == []

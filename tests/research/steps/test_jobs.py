@@ -10,7 +10,7 @@ import time
 import pytest
 
 from flexolmo.research.steps import jobs as room
-from flexolmo.research.steps.jobs import Job, running_jobs
+from flexolmo.research.steps.jobs import Children, Job, running_jobs
 
 PROGRAM = f"""#!{sys.executable} -S
 import os, sys, time
@@ -55,7 +55,7 @@ def is_alive(directory):
 def run_jobs(jobs):
     """Run `jobs` together until one fails; exit code and seconds of each that ended, by label."""
     found = {}
-    with running_jobs(done=0, total=len(jobs)) as running:
+    with running_jobs(0, len(jobs), Children(len(jobs))) as running:
         for job in jobs:
             running.start(job)
         while running.seconds() and not any(code for code, _ in found.values()):

@@ -21,6 +21,7 @@ from flexolmo.errors import MergeError
 from flexolmo.model.hidden_statistics import HiddenSums
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.parallel import own_rows, refuse_uneven
 from flexolmo.model.router import LinearRouter
 from flexolmo.research.rivals.proxy import Proxy
 from flexolmo.train.loop import TrainSettings, train
@@ -58,13 +59,15 @@ def tune_router(
                 else pieces[which][turn % len(pieces[which])]
             )
         logits: list[Tensor] = []
-        loss = language_model_loss(model, torch.from_numpy(np.stack(rows)), router_logits=logits)
+        ids = torch.from_numpy(own_rows(np.stack(rows)))
+        loss = language_model_loss(model, ids, router_logits=logits)
         return (
             loss
             + settings.z_loss
             * torch.stack([z.logsumexp(-1).square().mean() for z in logits]).mean()
         )
 
+    refuse_uneven(settings.batch_size, 1)
     model.train()
     train(
         parameters,

@@ -15,23 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, training_batches
-from flexolmo.files import save_arrays, save_tensors
+from flexolmo.files import save_arrays
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.moe import MixtureModel
+from flexolmo.model.parallel import mean, own_rows, refuse_uneven, save_parts, share_out
 from flexolmo.model.router import LinearSettings
 from flexolmo.model.shape import ExpertShape
 from flexolmo.model.transformer import Transformer
 from flexolmo.research.rivals.baselines import average_shared
-from flexolmo.train.loop import TrainSettings, train
+from flexolmo.train.loop import TrainSettings, in_parts, train
 
 ROW_DEVIATION = 0.02  # of a rival's router rows before training, as all matrices of OLMo 2
 BALANCE = 0.01  # weight of the load-balancing loss. Source: OLMoE (arXiv 2409.02060)
 
 
 def save_model(model: Transformer, path: Path, **about: Any) -> None:
-    """Write a model's tensors, and `about` it, into one file."""
-    save_tensors(path, model.state_dict(), {"about": json.dumps(about)})
+    """Write a model's tensors, and `about` it, into one file; by all processes that hold it."""
+    save_parts(path, model.state_dict(), {"about": json.dumps(about)}, is_private=False)
 
 
 def load_dense(anchor: Anchor, path: Path) -> Transformer:
@@ -46,10 +47,11 @@ def train_dense(
 ) -> Transformer:
     """Continued training of all of the anchor on one owner's text: the rivals' expert (§4.3)."""
     model = anchor.model.requires_grad_(True).train()
+    share_out(model)
     batches = training_batches(data, "train", settings.batch_size, settings.seq_len, seed)
     train(
         dict(model.named_parameters()),
-        lambda step: language_model_loss(model, torch.from_numpy(batches.batch(step))),
+        in_parts(batches.batch, lambda ids: language_model_loss(model, ids), settings),
         settings,
         out / "run",
         f"dense {data.name}",
@@ -134,10 +136,10 @@ def train_rival(
         routing: list[Tensor] = []
         logits: list[Tensor] = []
         loss = language_model_loss(
-            model, torch.from_numpy(ids), routing=routing, router_logits=logits
+            model, torch.from_numpy(own_rows(ids)), routing=routing, router_logits=logits
         )
         for weights, z in zip(routing, logits, strict=True):
-            picked = (weights > 0).float().mean((0, 1))  # [E] fraction of tokens
+            picked = mean((weights > 0).float().mean((0, 1)))  # [E] fraction of the batch's tokens
             chance = z.softmax(-1).mean((0, 1))  # [E]
             balance = len(picked) / (model.top_k or len(picked)) * (picked * chance).sum()
             loss = loss + (
@@ -145,7 +147,9 @@ def train_rival(
             ) / len(routing)
         return loss
 
+    refuse_uneven(settings.batch_size, 1)
     model.requires_grad_(True).train()
+    share_out(model)
     train(
         dict(model.named_parameters()),
         loss_of_step,

@@ -14,7 +14,14 @@ from statistics import fmean
 
 from flexolmo.errors import ConfigError
 from flexolmo.files import hold_lock
-from flexolmo.research.steps.jobs import Job, JobFailed, RunningJobs, running_jobs
+from flexolmo.research.steps.jobs import (
+    Children,
+    Job,
+    JobFailed,
+    RunningJobs,
+    Workers,
+    running_jobs,
+)
 from flexolmo.research.steps.step import Step, exit_on_sigterm, note_seconds, read_done
 
 _NOTE_EVERY_SECONDS = 5.0
@@ -41,15 +48,22 @@ def order_steps(targets: Sequence[Step], root: Path) -> list[tuple[Step, bool]]:
 
 
 def run_graph(
-    targets: Sequence[Step], root: Path, processes: int, verify: bool = False, device: str = "cpu"
+    targets: Sequence[Step],
+    root: Path,
+    workers: int | Workers,
+    verify: bool = False,
+    device: str = "cpu",
 ) -> list[str]:
-    """Run whatever `targets` need and is not done, `processes` at a time; labels of what ran.
+    """Run whatever `targets` need and is not done; labels of what ran.
+
+    `workers` is the number of steps that run at a time, or who runs them (see `steps.crew`).
 
     When a step fails, the steps that do not need it still run; then JobFailed lists what failed
     and what was not run for it. `verify` first reads every file of the steps done before.
     FlexOlmoError if one is damaged or another run is at work in `root`.
     """
     root = Path(root).resolve()
+    workers = Children(workers) if isinstance(workers, int) else workers
     with hold_lock(root / "lock", wait=False), exit_on_sigterm():
         ordered = order_steps(targets, root)
         for step, is_done in ordered:
@@ -57,8 +71,9 @@ def run_graph(
                 step.result(root, verify=True)
         left = {step.identity: step for step, is_done in ordered if not is_done}
         urgency = _seconds_to_the_end([step for step, _ in ordered], root)
-        with running_jobs(done=len(ordered) - len(left), total=len(ordered)) as running:
-            tried = _run_all(left, urgency, root, processes, running, device)
+        done = len(ordered) - len(left)
+        with running_jobs(done, len(ordered), workers) as running:
+            tried = _run_all(left, urgency, root, workers, running, device)
     failed = {a.job: a.code for a in tried.values() if a.step.identity in left}
     if failed:
         lines = [
@@ -87,7 +102,7 @@ def _run_all(
     left: dict[str, Step],
     urgency: dict[str, float],
     root: Path,
-    processes: int,
+    workers: Workers,
     running: RunningJobs,
     device: str,
 ) -> dict[str, _Attempt]:
@@ -103,10 +118,12 @@ def _run_all(
                 and not any(needed.identity in left for needed in step.inputs.values())
             ]
             ready.sort(key=lambda step: -urgency[step.identity])
-            for step in ready[: processes - len(running.seconds())]:
+            for step in ready:
+                if not workers.has_room(step.is_shared):  # nor go less urgent ones before it
+                    break
                 job, earlier = step.prepare(root, device)
                 tried[step.label] = _Attempt(step, step.directory(root), job, earlier)
-                running.start(job)
+                running.start(job, step.is_shared)
             if not running.seconds():
                 return tried
             for job, code, seconds in running.ended():

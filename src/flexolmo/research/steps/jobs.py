@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 
@@ -65,15 +65,57 @@ class JobFailed(FlexOlmoError):
         self.codes = codes  # exit codes
 
 
+class Started(Protocol):
+    """A job that was started: a child, or something that answers as one."""
+
+    def poll(self) -> int | None:
+        """Its exit code; still running: None."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait for its end; subprocess.TimeoutExpired if that takes longer."""
+
+    def kill(self) -> None:
+        """Have it end at once."""
+
+
+class Workers(Protocol):
+    """Who runs jobs."""
+
+    def has_room(self, is_shared: bool) -> bool:
+        """True if another job may be started: one that all share out, or one for one of them."""
+
+    def start(self, job: Job, is_shared: bool) -> Started:
+        """Start `job`."""
+
+
+class Children:
+    """Jobs as children of this process, up to `count` at a time; each is for one."""
+
+    def __init__(self, count: int):
+        self._count = count
+        self._running: list[Started] = []
+
+    def has_room(self, is_shared: bool) -> bool:
+        self._running = [child for child in self._running if child.poll() is None]
+        return len(self._running) < self._count
+
+    def start(self, job: Job, is_shared: bool) -> Started:
+        self._running.append(start_child(job))
+        return self._running[-1]
+
+
 @contextmanager
-def running_jobs(done: int, total: int) -> Iterator["RunningJobs"]:
+def running_jobs(done: int, total: int, workers: Workers) -> Iterator["RunningJobs"]:
     """Jobs to be started one by one; on the way out, those still running are stopped.
 
     The display counts those that end well, up to `total`, `done` of them done before; a failure is
     shown when it happens.
     """
     with ExitStack() as stack:
-        running = RunningJobs(_Display(stack, done, total))
+        running = RunningJobs(_Display(stack, done, total), workers)
         try:
             yield running
         finally:
@@ -83,13 +125,15 @@ def running_jobs(done: int, total: int) -> Iterator["RunningJobs"]:
 class RunningJobs:
     """The jobs under way, by label; made by `running_jobs`."""
 
-    def __init__(self, display: "_Display"):
+    def __init__(self, display: "_Display", workers: Workers):
         self._display = display
-        self._running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
+        self._workers = workers
+        self._running: dict[str, tuple[Job, Started, float]] = {}
 
-    def start(self, job: Job) -> None:
-        """Start `job` in a process of its own."""
-        self._running[job.label] = (job, _start(job), time.monotonic())
+    def start(self, job: Job, is_shared: bool = False) -> None:
+        """Start `job` in a process of its own, or, shared out, in several."""
+        started = self._workers.start(job, is_shared)
+        self._running[job.label] = (job, started, time.monotonic())
 
     def seconds(self) -> dict[str, float]:
         """Seconds that each job under way has been running, by label."""
@@ -115,24 +159,40 @@ class RunningJobs:
         return found
 
     def stop(self) -> None:
-        """End every job: ask first, then kill those that stay."""
-        for _, process, _ in self._running.values():
-            process.terminate()
-        deadline = time.monotonic() + _STOP_SECONDS
-        for _, process, _ in self._running.values():
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """End every job."""
+        stop([started for _, started, _ in self._running.values()])
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
+def stop(running: Collection[Started]) -> None:
+    """End what is running: ask first, then kill those that stay."""
+    for one in running:
+        one.terminate()
+    deadline = time.monotonic() + _STOP_SECONDS
+    for one in running:
+        try:
+            one.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            one.kill()
+            one.wait()
+
+
+def start_child(
+    job: Job, variables: Mapping[str, str] | None = None, is_first: bool = True
+) -> "subprocess.Popen[bytes]":
+    """Start `job` in a child, with `variables` beside those of this process.
+
+    Of several children that share a job out the first begins its log and tells of its progress.
+    """
     job.log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **(variables or {}), "COLUMNS": "100"}
     state = _state_file(job)
-    state.unlink(missing_ok=True)
-    environment = {**os.environ, PROGRESS_FILE: str(state.resolve()), "COLUMNS": "100"}
-    with open(job.log, "wb") as log:
+    if is_first:
+        job.log.write_bytes(b"")
+        state.unlink(missing_ok=True)
+        environment[PROGRESS_FILE] = str(state.resolve())
+    else:
+        environment.pop(PROGRESS_FILE, None)
+    with open(job.log, "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-P", *job.program, *job.arguments],
             cwd=job.directory,

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -66,16 +66,18 @@ Run = Callable[[StepContext], Mapping[str, Any] | None]  # returns metrics: JSON
 class _Kind:
     run: Run
     version: int
+    is_shared: bool
 
 
 _KINDS: dict[str, _Kind] = {}
 
 
-def step_kind(name: str, version: int) -> Callable[[Run], Run]:
+def step_kind(name: str, version: int, is_shared: bool = False) -> Callable[[Run], Run]:
     """Register a function as the kind `name`; with a new `version`, old results are stale.
 
     It runs in a process that imports its module by name, in the step's directory, with one thread
-    and every generator seeded with the setting `seed` (none: 0).
+    and every generator seeded with the setting `seed` (none: 0). One that `is_shared` runs in all
+    processes that torchrun started, as one of `model.parallel`; what the first returns counts.
     """
 
     def register(run: Run) -> Run:
@@ -85,7 +87,7 @@ def step_kind(name: str, version: int) -> Callable[[Run], Run]:
                 f"Kind {name!r} of {run.__module__}: expected a name of letters, "
                 "digits and _ that no other module uses."
             )
-        _KINDS[name] = _Kind(run, version)
+        _KINDS[name] = _Kind(run, version, is_shared)
         return run
 
     return register
@@ -131,6 +133,11 @@ class Step:
         """64 hex digits that name the work; equal for equal work, whatever its label."""
         return identify(self.about)
 
+    @property
+    def is_shared(self) -> bool:
+        """True if several processes share the step out, where there are several."""
+        return _KINDS[self.kind].is_shared
+
     def directory(self, root: Path) -> Path:
         """Directory of its results, present or future."""
         return Path(root) / "steps" / directory_name(self.kind, self.identity)
@@ -160,11 +167,8 @@ class Step:
 
         The device is no part of the step: what one has done, the other takes as it is.
         """
-        directory = self.directory(root)
         earlier = self.begin(root)
-        code = _CHILD.format(module=_KINDS[self.kind].run.__module__)
-        arguments = (str(directory), str(earlier), device)
-        return Job(self.label, arguments, directory, ("-c", code)), earlier
+        return job_of(self.directory(root), earlier, device), earlier
 
     def begin(self, root: Path) -> float:
         """Write step.json; the seconds spent on the step before."""
@@ -177,6 +181,13 @@ class Step:
 
     def finish(self, root: Path, seconds: float) -> None:
         """Act on its job's success, after `seconds` in all; here the job itself wrote done.json."""
+
+
+def job_of(directory: Path, earlier: float, device: str) -> Job:
+    """The job that does the step described in `directory`, `earlier` seconds in."""
+    about = read_json(directory / "step.json")
+    code = _CHILD.format(module=_KINDS[about["kind"]].run.__module__)
+    return Job(about["label"], (str(directory), str(earlier), device), directory, ("-c", code))
 
 
 def identify(about: dict[str, Any]) -> str:
@@ -230,12 +241,36 @@ def note_seconds(directory: Path, seconds: float) -> None:
 
 def work(directory: str, earlier: float, device: str = "cpu") -> None:
     """Do the step described in `directory`, `earlier` seconds in; a child's whole program."""
-    try:  # waits for an attempt that is still ending because its parent was killed
-        with exit_on_sigterm(), hold_lock(Path(directory) / "log" / "lock", wait=True):
-            _do_step(Path(directory), earlier, device)
+    try:
+        with exit_on_sigterm(), _taking_part(Path(directory), device) as own_device:
+            _do_step(Path(directory), earlier, own_device)
     except FlexOlmoError as e:
         echo(f"{type(e).__name__}: {e}", err=True)
         sys.exit(2)
+
+
+@contextmanager
+def _taking_part(directory: Path, device: str) -> Iterator[str]:
+    """Be the process that does a step, or one of those that share it out; yields its device.
+
+    What several processes began is ended by a group, if only of one, as its rounding is theirs.
+    """
+    kind = _KINDS.get(read_json(directory / "step.json")["kind"])
+    # of which an attempt may hold that is still ending because its parent was killed
+    lock = hold_lock(directory / "log" / "lock", wait=True)
+    if kind is None or not kind.is_shared:
+        with lock:
+            yield device
+        return
+    from flexolmo.model.parallel import are_several, count, is_first, processes
+
+    mark = directory / "log" / "processes.json"
+    with processes(device, in_group=mark.exists()) as own_device, ExitStack() as stack:
+        if is_first():
+            stack.enter_context(lock)
+        if is_first() and are_several():
+            write_json(mark, count())
+        yield str(own_device)
 
 
 def _do_step(directory: Path, earlier: float, device: str) -> None:
@@ -243,21 +278,28 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
 
     start = time.monotonic()
     about = read_json(directory / "step.json")
-    if read_done(directory).get("identity") == about["identity"]:
-        return
     kind, settings = _KINDS.get(about["kind"]), about["settings"]
     if kind is None or kind.version != about["version"]:
         raise FlexOlmoError(
             f"The code changed during the run: version {about['version']} of kind "
             f"{about['kind']!r} is gone. Start the study again."
         )
+    is_done = read_done(directory).get("identity") == about["identity"]
+    keeps_memory = True
+    if kind.is_shared:
+        from flexolmo.model.parallel import agree, are_several, first_goes_on
+
+        is_done = agree(is_done)
+        keeps_memory = not are_several()
+    if is_done:
+        return
     inputs = {
         role: directory.parent / directory_name(step["kind"], step["identity"])
         for role, step in about["inputs"].items()
     }
     read = {role: _check_outputs(path, path)["outputs"] for role, path in inputs.items()}
     seed = settings.get("seed", 0)
-    set_up(seed, num_threads=1)
+    set_up(seed, num_threads=1, keeps_memory=keeps_memory)
     run = run_record(
         settings,
         seed,
@@ -271,6 +313,8 @@ def _do_step(directory: Path, earlier: float, device: str) -> None:
     context = StepContext(about["label"], settings, inputs, directory, device)
     with explain_full_disk(directory / "done.json"):
         metrics = dict(kind.run(context) or {})
+    if kind.is_shared:
+        first_goes_on()
     files = [
         file for file in directory.rglob("*") if file.relative_to(directory).parts[0] not in _OURS
     ]
@@ -304,9 +348,11 @@ def write_done(directory: Path, **done: Any) -> None:
 
 @contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Make SIGTERM unwind the stack as Ctrl-C does, so that children are ended too."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
+    """Make SIGTERM unwind the stack as Ctrl-C does, so that children are ended too; unless it
+    already does something."""
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may say what
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
         return
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

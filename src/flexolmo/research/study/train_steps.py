@@ -1,9 +1,11 @@
-"""The steps of a study that make models, each in a process of its own, on one thread.
+"""The steps of a study that make models, each in a process of its own, on one thread; training is
+shared out by several where torchrun started them.
 
 Every kind states in its docstring what its inputs are called and what it leaves behind.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from flexolmo.data.batches import TokenSet, open_set, training_batches
 from flexolmo.data.tokenizer import load_tokenizer
 from flexolmo.model.checkpoint import save_anchor
 from flexolmo.model.hidden_statistics import HiddenSums, gather
+from flexolmo.model.parallel import apart, of_first
 from flexolmo.model.router import RouterSettings
 from flexolmo.model.shape import architecture_of
 from flexolmo.model.transformer import Transformer
@@ -52,7 +55,7 @@ from flexolmo.train.loop import TrainSettings
 from flexolmo.train.shrink import compress_expert, count_bytes, heal_expert
 
 
-@step_kind("anchor", version=2)
+@step_kind("anchor", version=2, is_shared=True)
 def anchor(step: StepContext) -> dict[str, Any]:
     """Train the anchor on public text. Input: corpus. Leaves anchor/."""
     public = step.inputs["corpus"] / "prepared" / PUBLIC
@@ -69,7 +72,7 @@ def anchor(step: StepContext) -> dict[str, Any]:
     return {"tokens": made.record["tokens"]}
 
 
-@step_kind("dense", version=1)
+@step_kind("dense", version=1, is_shared=True)
 def dense(step: StepContext) -> dict[str, Any]:
     """Continued training of the whole anchor on one set. Inputs: corpus, anchor."""
     settings = TrainSettings.model_validate(step.settings["train"])
@@ -84,7 +87,7 @@ def dense(step: StepContext) -> dict[str, Any]:
     return {"tokens": settings.tokens}
 
 
-@step_kind("expert", version=2)
+@step_kind("expert", version=2, is_shared=True)
 def expert(step: StepContext) -> dict[str, Any]:
     """Train one owner's expert. Inputs: corpus, anchor. Leaves expert/.
 
@@ -117,7 +120,7 @@ def _leave(step: StepContext, made: Expert, tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "bytes": count_bytes(made.tensors), "architecture": made.architecture}
 
 
-@step_kind("compressed", version=1)
+@step_kind("compressed", version=1, is_shared=True)
 def compressed(step: StepContext) -> dict[str, Any]:
     """A full expert cut to ranks, then healed. Inputs: corpus, anchor, expert. Leaves expert/.
 
@@ -125,13 +128,15 @@ def compressed(step: StepContext) -> dict[str, Any]:
     """
     base = anchor_of(step)
     data = set_of(step, step.settings["set"])
-    small = compress_expert(
-        base,
-        load_expert(step.inputs["expert"] / "expert"),
-        data=data,
-        rank=step.settings["rank"],
-        delta_rank=step.settings["delta_rank"],
-    )
+    with apart():
+        small = compress_expert(
+            base,
+            load_expert(step.inputs["expert"] / "expert"),
+            data=data,
+            rank=step.settings["rank"],
+            delta_rank=step.settings["delta_rank"],
+        )
+    small = replace(small, tensors=of_first(small.tensors))
     train = TrainSettings.model_validate(step.settings["train"])
     made = heal_expert(
         base,
@@ -194,7 +199,7 @@ def rerouted(step: StepContext) -> dict[str, Any]:
     return _leave(step, made, made.record["tokens"])
 
 
-@step_kind("unrestricted", version=1)
+@step_kind("unrestricted", version=1, is_shared=True)
 def unrestricted(step: StepContext) -> dict[str, Any]:
     """One mixture, all its weights trained on all sets together. Inputs: corpus, anchor."""
     base, names = anchor_of(step), step.settings["sets"]
@@ -212,7 +217,7 @@ def unrestricted(step: StepContext) -> dict[str, Any]:
     return {"tokens": settings.tokens}
 
 
-@step_kind("btx", version=1)
+@step_kind("btx", version=1, is_shared=True)
 def btx(step: StepContext) -> dict[str, Any]:
     """Branch-train-mix, then training on public text. Inputs: corpus, anchor, dense.SET."""
     base, names = anchor_of(step), step.settings["sets"]
@@ -282,7 +287,7 @@ def proxy(step: StepContext) -> dict[str, Any]:
     return {"accuracy": found.accuracy}
 
 
-@step_kind("tuned", version=1)
+@step_kind("tuned", version=1, is_shared=True)
 def tuned(step: StepContext) -> dict[str, Any]:
     """The paper's joint tuning of all router rows on proxies and public text (§3.3.3).
 
