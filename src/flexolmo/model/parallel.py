@@ -42,6 +42,7 @@ STATIC_RUN = "none"  # the name that torchrun then gives a run
 GROUP = "FLEXOLMO_GROUP"  # variable: the group of a process that one of torchrun's started
 _FAILED = "flexolmo/failed"  # counts the processes that ended with an error
 _SILENT_SECONDS = 60.0  # after which a process is taken to have ended
+_stores: Any = dist  # which does not declare them all
 _inside: list[int] = []  # W while in `processes`; torch's group alone may be another program's
 
 
@@ -96,7 +97,7 @@ def processes(device: str, in_group: bool = False) -> Iterator[torch.device]:
     if _is_started_by_torchrun():
         store, rank, size = _meet()
     elif in_group:
-        store, rank, size = dist.HashStore(), 0, 1
+        store, rank, size = _stores.HashStore(), 0, 1
         _talk_within_this_machine()
     else:
         yield choose_device(device)
@@ -160,7 +161,7 @@ def _meet() -> tuple[Any, int, int]:
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:  # no other can connect
         _talk_within_this_machine()
     store, rank, size = next(rendezvous("env://"))
-    return dist.PrefixStore(os.environ.get(GROUP, ""), store), rank, size
+    return _stores.PrefixStore(os.environ.get(GROUP, ""), store), rank, size
 
 
 def _talk_within_this_machine() -> None:
@@ -311,7 +312,7 @@ def meeting() -> Iterator[Meeting | None]:
         return
     store, rank, size = _meet()
     with _ending_together(store, rank, size):
-        yield Meeting(dist.PrefixStore("meeting", store), rank, size)
+        yield Meeting(_stores.PrefixStore("meeting", store), rank, size)
 
 
 # --- models and tensors in parts ----------------------------------------------------------------
