@@ -305,7 +305,7 @@ class Meeting:
 
 @contextmanager
 def meeting() -> Iterator[Meeting | None]:
-    """What torchrun started, without a group; None without torchrun. Who prints is as in
+    """Processes that torchrun started, without a group; none without torchrun. Who prints is as in
     `processes`."""
     if not _is_started_by_torchrun():
         yield None

@@ -43,7 +43,7 @@ class Order(Settings):
 
 @contextmanager
 def find_workers(count: int | None, root: Path, device: str) -> Iterator[Workers | None]:
-    """Who runs the steps of the study in `root`: `count` children of this process (none: 2), or
+    """Workers for the study in `root`: `count` children of this process (none: 2), or
     all that torchrun started.
 
     Under torchrun the first process has them all; the others do as it says, and have None once
@@ -181,7 +181,7 @@ class _Elsewhere:
         self._meeting.say(f"{self._key}/stop", "")
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Not here: the other process waits for it, or kills it."""
+        """Return at once: the other process waits for it, or kills it."""
         return self.poll()
 
     def kill(self) -> None:

@@ -69,7 +69,7 @@ class Started(Protocol):
     """A job that was started: a child, or something that answers as one."""
 
     def poll(self) -> int | None:
-        """Its exit code; still running: None."""
+        """Exit code; still running: None."""
 
     def terminate(self) -> None:
         """Ask it to end."""
@@ -82,7 +82,7 @@ class Started(Protocol):
 
 
 class Workers(Protocol):
-    """Who runs jobs."""
+    """Processes that run jobs."""
 
     def has_room(self, is_shared: bool) -> bool:
         """True if another job may be started: one that all share out, or one for one of them."""
