@@ -15,7 +15,7 @@ from flexolmo.terminal import PlainConsole, echo
 
 
 def print_bundle(found: dict[str, Any]) -> None:
-    """What `inspect_bundle` found, without the digest of each tensor."""
+    """Print what `inspect_bundle` found, without the digest of each tensor."""
     table = Table("", found["path"])
     for about, value in _bundle_rows(found):
         table.add_row(about, value)
