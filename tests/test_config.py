@@ -53,6 +53,15 @@ def test_a_recipe_that_is_shipped_goes_by_its_name_and_another_by_its_path(tmp_p
     assert find_recipe("expert.toml") == Path("expert.toml")
     own = write(tmp_path, "seed = 3")
     assert find_recipe(own) == own
+    with pytest.raises(ConfigError, match=r"expert_privat is neither.*expert_private,.*paper/anch"):
+        find_recipe("expert_privat")
+
+
+def test_a_bad_value_from_the_command_line_is_not_blamed_on_the_file_alone(tmp_path):
+    own = write(tmp_path, "seed = 3")
+    told = refusal(ExpertRecipe, own, "privacy.epsilon=1", "train.steps=0")
+    assert told.startswith(f"In {own}, with privacy.epsilon=1, train.steps=0 from the command line")
+    assert refusal(ExpertRecipe, write(tmp_path, "sed = 3")).startswith(f"In {own}:")
 
 
 def test_no_recipe_is_all_defaults():

@@ -4,8 +4,10 @@ import pytest
 
 from flexolmo.numbers import (
     format_change,
+    format_duration,
     format_megabytes,
     format_number,
+    format_parameters,
     format_percent,
     format_seconds,
     format_signed,
@@ -43,3 +45,9 @@ def test_percentages_are_not_broken_over_lines():
 def test_sizes_and_durations():
     assert format_megabytes(1_234_567_890) == "1,234.6"
     assert [format_seconds(s) for s in (59.9, 61, 3661, None)] == ["0:59", "1:01", "1:01:01", "–"]
+    shown = [format_duration(s) for s in (0.93, 38, 119, 120, 7199, 7200, 935_454)]
+    assert shown == [
+        "0.9 seconds", "38 seconds", "119 seconds", "2 minutes", "120 minutes", "2.0 hours",
+        "259.8 hours",
+    ]  # fmt: skip
+    assert [format_parameters(n) for n in (347e6, 4.3e9, 12e9)] == ["347M", "4.3B", "12B"]

@@ -40,16 +40,25 @@ def read_recipe(path: Path | None, schema: type[Schema], overrides: Sequence[str
     values = {} if path is None else _read(path)
     for text in overrides:
         _override(values, text)
-    return parse_settings(
-        _merge(_defaults(schema), values), schema, str(path or "the command line")
-    )
+    where = str(path or "the command line")
+    if path is not None and overrides:
+        where += f", with {', '.join(overrides)} from the command line"
+    return parse_settings(_merge(_defaults(schema), values), schema, where)
 
 
 def find_recipe(name: Path | str) -> Path:
     """The file of a recipe that comes with FlexOlmo, by a name such as expert_private or
-    paper/expert; any other `name` is the path of one's own."""
+    paper/expert; any other `name` is the path of one's own. ConfigError for one without an ending
+    that is neither."""
     shipped = RECIPES / f"{name}.toml"
-    return shipped if shipped.is_file() else Path(name)
+    if shipped.is_file():
+        return shipped
+    if not Path(name).suffix and not Path(name).exists():
+        known = sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.toml"))
+        raise ConfigError(
+            f"{name} is neither a file nor a recipe that comes with FlexOlmo: {', '.join(known)}."
+        )
+    return Path(name)
 
 
 def has_key(path: Path, key: str) -> bool:

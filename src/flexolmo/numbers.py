@@ -58,6 +58,20 @@ def format_count(n: float) -> str:
     return f"{n:.0f}" if n >= 10 or n == int(n) else f"{n:.1f}"
 
 
+def format_parameters(n: float) -> str:
+    """`n` like `format_count`, with B for billions, as sizes of models are told: 347M, 12B."""
+    return format_count(n).replace("G", "B")
+
+
+def format_duration(seconds: float) -> str:
+    """`seconds` in words, by the unit that suits them: 38 seconds, 12 minutes, 259.8 hours."""
+    if seconds < 120:
+        return f"{format_number(seconds, 1 if seconds < 10 else 0)} seconds"
+    if seconds < 7200:
+        return f"{format_number(seconds / 60, 0)} minutes"
+    return f"{format_number(seconds / 3600, 1)} hours"
+
+
 def format_seconds(seconds: float | None) -> str:
     """`seconds` as m:ss or h:mm:ss."""
     if seconds is None:

@@ -38,6 +38,7 @@ def test_a_plan_is_told_to_people_and_to_programs(recipe, pico_anchor_dir, tmp_p
         sum(v for k, v in found["memory_bytes"].items() if k != "total")
     )
     shown = run(recipe, *about, "--write", tmp_path / "launch", "--name", "maths")
+    assert "hours" not in shown.output and "seconds" in shown.output.split("time")[1]
     assert "tokens a second" in shown.output and "It does not fit" not in shown.output
     assert "maths.run" in (tmp_path / "launch" / "torchrun.sh").read_text()
     here = tmp_path / "here.json"
@@ -99,13 +100,16 @@ def test_what_is_wrong_is_said(recipe, pico_anchor_dir, tmp_path):
         (): "Name a recipe",
         (recipe, *anchor): "on what",
         (recipe, "--gpus", "8xH100"): "beside which anchor",
+        (recipe, "--gpus", "8xH100", "--anchor", tmp_path): "give --anchor the directory",
         (recipe, *anchor, "--gpus", "12xH100"): "multiple",
         (recipe, *anchor, "--gpus", "8xH900"): "not in the table",
         (recipe, *anchor, "--gpus", "2xH100", "--processes", 2): "--processes goes with",
         (recipe, *anchor, "--machine", bad): "not what",
         (recipe, *anchor, "--gpus", "1xH100", "--name", "$(id)"): "cannot name an expert",
         (recipe, *anchor, "--gpus", "1xH100", "--price", "inf"): "--price inf",
-        ("nothing", "--gpus", "1xH100"): "does not exist",
+        ("nothing", "--gpus", "1xH100"): "nothing is neither a file nor a recipe",
+        ("nothing.toml", "--gpus", "1xH100"): "does not exist",
+        (recipe, *anchor, "--gpus", "1xH100", "--write", bad): "is a file, expected a directory",
         ("anchor", "--gpus", "1xH100"): "--vocab-size",
         ("anchor", "--gpus", "1xH100", *anchor): "--anchor is for",
         (recipe, *anchor, "--gpus", "1xH100", "--vocab-size", 9): "--vocab-size is for",

@@ -172,7 +172,7 @@ def test_what_is_put_into_parts_comes_out_whole(two):
 def test_what_several_processes_cannot_do_is_refused(two):
     for one in two[0]:
         uneven, private, noised, homeless = one["refused"]
-        assert "batch_size must be a multiple of 4" in uneven
+        assert "make batch_size a multiple of 4" in uneven
         assert "run it without torchrun" in private
         assert private == noised
         assert "without a directory" in homeless

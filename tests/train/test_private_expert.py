@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.release import stated_epsilon
 from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.cli.expert import print_plan
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
 from flexolmo.model.assemble import anchor_matrix
@@ -82,7 +83,7 @@ def test_what_would_be_read_outside_the_budget_is_refused(wrong, said):
 def test_a_set_of_too_few_units_is_refused(pico_anchor, pico_sets):
     train = TrainSettings(steps=3, batch_size=100, seq_len=16, warmup_steps=1)
     many = recipe_of().model_copy(update={"train": train})
-    with pytest.raises(ConfigError, match=r"has 36 units \(document\).* found 100"):
+    with pytest.raises(ConfigError, match=r"has 36 units \(document\).*100 in.*batch_size=6"):
         train_expert(pico_anchor, pico_sets["maths"], "maths", many)
     lax = PrivacySettings(epsilon=8.0, delta=1e-3, unit="sequence")
     train = TrainSettings(steps=3, batch_size=4, seq_len=2, warmup_steps=1)
@@ -183,7 +184,15 @@ def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkey
     assert seen[0].tolist() == unit_offsets(pico_sets["maths"], "sequence", 16).tolist()
 
 
-def test_a_plan_is_made_as_for_any_other(pico_anchor, pico_sets):
+def test_a_plan_tells_the_guarantee_that_training_then_states(
+    pico_anchor, pico_sets, expert, capsys
+):
     plan = plan_training(pico_anchor, pico_sets["maths"], "maths", recipe_of())
     assert plan["steps"] == 3 and plan["step_seconds"] > 0
     assert TOKEN_LEVELS not in plan
+    assert plan["budget"] == expert.record["budget"]
+    print_plan("maths", plan)
+    told = capsys.readouterr().out
+    assert f"{plan['budget']['noise']:.2f} clipping norms; it reads 11\u00a0% of all" in told
+    epsilon = plan["budget"]["epsilon"]
+    assert 7 < epsilon <= 8 and f"epsilon {epsilon:.3g}, delta 1e-06, for each document" in told

@@ -215,9 +215,7 @@ def _signed(bundle: Bundle, findings: Mapping[str, Any]) -> dict[str, Any]:
     """Claims of an owner's manifest and release report."""
     m = bundle.manifest
     budget = stated_budget(m)
-    privacy = None
-    if budget is not None:
-        privacy = f"epsilon {budget.epsilon:.3g}, delta {budget.delta:g}, for each {budget.unit}"
+    privacy = None if budget is None else budget.summary()
     personal = _look(findings, "text", "personal")
     least = _look(findings, "least_documents")
     kinds = None

@@ -63,7 +63,7 @@ DEMANDS = {
 }
 UP_TO_ONE = ("extraction", "membership_auc")  # of DEMANDS: no value is above 1
 NO_PERCENT = ("membership_auc", "epsilon")
-_MISSING = {
+MISSING = {
     "extraction": "the report has no such attack, or one that sampled nothing",
     "membership_auc": "the report has no such attack",
     "epsilon": "the bundle states no guarantee",
@@ -96,6 +96,10 @@ class Budget(Claim):
     noise: Number  # of a step, in clipping norms
     clip_norm: Number
     table_noise: Number
+
+    def summary(self) -> str:
+        """Guarantee in a few words, for people."""
+        return f"epsilon {self.epsilon:.3g}, delta {self.delta:g}, for each {self.unit}"
 
 
 class Figure(Claim):
@@ -311,7 +315,7 @@ def find_excess(
         value = values[demand]
         shown = show_value(demand, limit)
         if value is None:
-            lines.append(f"{name}: {demand}: {_MISSING[demand]}, demanded is at most {shown}")
+            lines.append(f"{name}: {demand}: {MISSING[demand]}, demanded is at most {shown}")
         elif not value <= limit:
             end = "" if demand == "epsilon" else ", the upper end of its interval"
             lines.append(

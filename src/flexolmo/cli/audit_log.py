@@ -53,7 +53,8 @@ def verify(
         echo(f"{log} does not hold up. Found: {report.num_findings:,}.")
         raise typer.Exit(1)
     removed = f", {report.num_removed:,} of them removed and only their hashes left"
-    echo(f"{report.num_entries:,} entries hold{removed if report.num_removed else ''}.")
+    hold = "entry holds" if report.num_entries == 1 else "entries hold"
+    echo(f"{report.num_entries:,} {hold}{removed if report.num_removed else ''}.")
     if report.newest is not None:
         unsigned = report.num_entries - report.newest.size
         echo(

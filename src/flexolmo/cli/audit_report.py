@@ -137,6 +137,7 @@ def verify_report(
     from flexolmo.bundle.release import (
         DEMANDS,
         EXAMPLE,
+        MISSING,
         NO_PERCENT,
         UP_TO_ONE,
         check_release,
@@ -156,7 +157,8 @@ def verify_report(
     values = demanded_values(found, opened.manifest)
     for name, meaning in DEMANDS.items():
         value = values[name]
-        echo(f"{name}: {'not known' if value is None else show_value(name, value)} ({meaning})")
+        told = f"none, {MISSING[name]}" if value is None else show_value(name, value)
+        echo(f"{name}: {told} ({meaning})")
     if require is not None:
         limits = parse_limits(require, DEMANDS, EXAMPLE, up_to_one=UP_TO_ONE, no_percent=NO_PERCENT)
         refuse_excess(find_excess(found.report.name, values, limits))

@@ -10,7 +10,7 @@ import typer
 from flexolmo.cli.anchor import Device, Overrides, Threads
 from flexolmo.cli.keys import PassphraseFile, key, read_passphrase, revoke, rotate_key
 from flexolmo.cli.trust import TrustDirectory
-from flexolmo.numbers import format_megabytes, format_seconds
+from flexolmo.numbers import format_duration, format_megabytes, format_percent
 from flexolmo.terminal import PlainConsole, echo
 
 app = typer.Typer(
@@ -132,6 +132,7 @@ def train(
 
     By several processes, with torchrun: docs/guides/many_processes.md
     """
+    from flexolmo.bundle.release import Budget
     from flexolmo.config import find_recipe, read_recipe
     from flexolmo.data.batches import open_set
     from flexolmo.errors import ConfigError
@@ -187,7 +188,10 @@ def train(
                 print_plan(name, told)
             return
         out = out or Path(f"{name}.run")
-        save_expert(train_expert(start, own, name, settings, out, threads, public=replayed), out)
+        trained = train_expert(start, own, name, settings, out, threads, public=replayed)
+        save_expert(trained, out)
+        if "budget" in trained.record:
+            echo(f"private: {Budget.model_validate(trained.record['budget']).summary()}")
         echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
 
 
@@ -195,14 +199,23 @@ def print_plan(name: str, plan: dict[str, Any]) -> None:
     """A plan of `plan_training` as a table, for a terminal."""
     from rich.table import Table
 
+    from flexolmo.bundle.release import Budget
+
     table = Table("", f"training {name} would take")
-    time = format_seconds(plan["seconds"])
+    time = format_duration(plan["seconds"])
     table.add_row("time", f"about {time}, {plan['steps']:,} steps of {plan['step_seconds']:.3g} s")
     table.add_row("memory", f"{format_megabytes(plan['memory_bytes'])} MB at the peak")
     table.add_row("bundle", f"{plan['weights_bytes']:,} bytes of weights, and a manifest")
     table.add_row("parameters", f"{plan['parameters']:,}")
     table.add_row("tokens", f"{plan['tokens']:,}")
     table.add_row("your text", f"{plan['own_tokens']:,} tokens, read {plan['passes']:.1f} times")
+    if plan["budget"] is not None:
+        budget = Budget.model_validate(plan["budget"])
+        table.add_row("privacy", budget.summary())
+        share = format_percent(budget.sampling_rate, 0)
+        table.add_row(
+            "noise of a step", f"{budget.noise:.2f} clipping norms; it reads {share} of all"
+        )
     PlainConsole().print(table)
 
 

@@ -93,12 +93,16 @@ def plan(
     from flexolmo.errors import ConfigError
 
     require_name(name)
+    if measure is not None and (gpus is not None or machine is not None):
+        raise ConfigError("--measure plans for this machine: leave out --gpus and --machine.")
+    if write is not None and write.exists() and not write.is_dir():
+        raise ConfigError(f"--write {write} is a file, expected a directory. Choose another place.")
     if price is not None and not math.isfinite(price):
         raise ConfigError(f"--price {price} is not a number of money.")
     if recipe is None:
         if measure is None:
             raise ConfigError("Name a recipe, such as paper/expert, or a TOML file.")
-        _measure(measure, gpus, machine, threads)
+        _measure(measure, threads)
         return
     settings, path = _read(recipe, overrides or ())
     config, dtype = _shape(settings, path, anchor, vocab_size)
@@ -108,7 +112,7 @@ def plan(
         from flexolmo.train.count import count_step
 
         count_step(config, settings, processes, dtype)  # refuses before time is spent
-        machine = _measure(measure, gpus, machine, threads)
+        machine = _measure(measure, threads)
     chosen, count = _choose_machine(gpus, machine, processes)
     told = forecast(settings, config, chosen, count, dtype, price)
     if as_json:
@@ -119,14 +123,12 @@ def plan(
         _write(write, settings, told, name, as_json)
 
 
-def _measure(path: Path, gpus: str | None, machine: Path | None, threads: int | None) -> Path:
+def _measure(path: Path, threads: int | None) -> Path:
     """Measure this machine, and write it to `path`."""
     from flexolmo.errors import ConfigError
     from flexolmo.files import write_json
     from flexolmo.train.measure import measure_machine
 
-    if gpus is not None or machine is not None:
-        raise ConfigError("--measure plans for this machine: leave out --gpus and --machine.")
     if path.exists():
         raise ConfigError(f"{path} is there already; give another --measure.")
     found = measure_machine(threads)
@@ -201,6 +203,11 @@ def _shape(
         raise ConfigError(
             "Say beside which anchor: --anchor DIRECTORY, of which config.json is read."
         )
+    if anchor is not None and not (anchor / "config.json").exists():
+        raise ConfigError(
+            f"{anchor} has no config.json: give --anchor the directory of an anchor, or of a stock "
+            "OLMo 2 checkpoint."
+        )
     stock = read_stock_config(anchor or papers_anchor, StockConfig)
     return stock.decoder, stock.dtype or stock.torch_dtype or "float32"
 
@@ -254,13 +261,13 @@ def print_forecast(recipe: str, told: "Forecast") -> None:
 
 def _size_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
     """Rows of the table on what is kept: parameters, the bundle and memory."""
-    from flexolmo.numbers import format_count
+    from flexolmo.numbers import format_parameters
 
-    yield (
-        "parameters",
-        f"{format_count(told.parameters)}, of which {format_count(told.trained_parameters)} learn; "
-        f"{format_count(told.active_parameters)} work on a token",
+    trained, active = (
+        format_parameters(n) for n in (told.trained_parameters, told.active_parameters)
     )
+    whole = format_parameters(told.parameters)
+    yield "parameters", f"{whole}, of which {trained} learn; {active} work on a token"
     if told.bundle_bytes is not None:
         yield "bundle", f"{_size(told.bundle_bytes)} of weights"
     memory = told.memory
@@ -283,10 +290,10 @@ def _size_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
 
 def _time_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
     """Rows of the table on what is spent: FLOPs, time and money."""
-    from flexolmo.numbers import format_number, format_percent, format_seconds
+    from flexolmo.numbers import format_duration, format_number, format_percent
 
     flops = told.flops_a_token
-    yield "FLOPs", f"{flops:.3g} a token, {flops * told.tokens:.3g} in all"
+    yield "FLOPs", f"{_power(flops)} a token, {_power(flops * told.tokens)} in all"
     step = told.step
     yield "tokens", f"{told.tokens:,} in {told.steps:,} steps of {step.total:.3g} s"
     shares = {
@@ -299,10 +306,16 @@ def _time_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
     if told.processes > 1 and told.machine.link_bytes is None:
         yield "", "waiting for others is not known, and left out"
     yield "tokens a second", format_number(told.tokens_a_second, 0)
-    hours = format_number(told.seconds / 3600, 1)
-    yield "time", f"{format_seconds(told.seconds)} ({hours} hours)"
+    days = told.seconds / 86400
+    shown = f" ({format_number(days, 1)} days)" if days >= 2 else ""
+    yield "time", format_duration(told.seconds) + shown
     if told.cost is not None:
-        yield "cost", f"{format_number(told.cost, 2)} at {told.price_an_hour:g} an hour each"
+        yield "cost", f"{format_number(told.cost, 2)} at {told.price_an_hour:.2f} an hour each"
+
+
+def _power(count: float) -> str:
+    """`count` with three digits, as 2.84e21."""
+    return f"{count:.3g}".replace("e+", "e")
 
 
 def _size(size_bytes: float) -> str:

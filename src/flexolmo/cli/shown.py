@@ -49,13 +49,7 @@ def _claim_rows(m: Manifest) -> Iterator[tuple[str, str]]:
     yield "router", f"{m.router.kind}, {m.architecture.num_bigrams:,} word pairs"
     yield "has read", f"{m.tokens_seen:,} tokens"
     budget = stated_budget(m)
-    if budget is None:
-        yield "privacy", "no guarantee for the weights"
-    else:
-        yield (
-            "privacy",
-            f"epsilon {budget.epsilon:.3g}, delta {budget.delta:g}, for each {budget.unit}",
-        )
+    yield "privacy", "no guarantee for the weights" if budget is None else budget.summary()
     yield "data card", m.data_card_digest
     yield "weights", m.weights_digest
 

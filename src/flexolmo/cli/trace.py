@@ -106,7 +106,7 @@ def query(
         told = [asdict(span) | {"text": whole[span.first : span.last]} for span in ranked]
         echo(json.dumps({"sources": names, "spans": told}, indent=2))
     else:
-        _print_spans(whole, ranked)
+        _print_spans(whole, ranked, min_tokens)
 
 
 def _trace(
@@ -129,6 +129,9 @@ def _trace(
         raise ConfigError(f"{source} is served: give --key and --tokenizer too.")
     reader = load_tokenizer(tokenizer)
     remote = RemoteIndex(name, url, read_private_key(key))
+    least = remote.offer().min_tokens
+    if least > min_tokens:
+        echo(f"{name}: the owner answers for spans of at least {least} tokens", err=True)
     spans = remote.find_spans(split_words(text, reader), reader.digest)
     return name, [span for span in spans if span.end - span.start >= min_tokens]
 
@@ -150,11 +153,11 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"The text {path} cannot be traced: {e}.") from None
 
 
-def _print_spans(text: str, spans: "Sequence[Span]") -> None:
+def _print_spans(text: str, spans: "Sequence[Span]", min_tokens: int) -> None:
     from rich.table import Table
 
     if not spans:
-        echo("No span of the text occurs in these sources.")
+        echo(f"No span of at least {min_tokens} tokens occurs in these sources.")
         return
     table = Table("source", "tokens", "bits", "places", "first place", "words")
     for span in spans:

@@ -184,7 +184,7 @@ def _by_source(token_set: TokenSet, split: str) -> Iterator[dict[str, int]]:
     file = check_file(token_set.directory, token_set.card, f"{split}.jsonl.zst")
     sources = token_set.splits[split].sources
     texts = (document.text for document in read_documents(file))
-    with progress("personal data", int(token_set.splits[split].bytes.sum()), "B") as meter:
+    with progress("personal data", int(token_set.splits[split].bytes.sum()), "bytes") as meter:
         held: dict[str, int] = {}
         for text, is_last in zip(texts, _ends(sources), strict=True):
             for kind, matches in find_personal(text).items():

@@ -459,8 +459,8 @@ def refuse_uneven(batch_size: int, accumulate: int, processes: int | None = None
     if batch_size % (size * accumulate):
         raise ConfigError(
             f"A batch of {batch_size} sequences (train.batch_size), read in {accumulate} parts "
-            f"(train.accumulate), cannot be shared by {size} processes: batch_size must be a "
-            f"multiple of {size * accumulate}."
+            f"(train.accumulate), cannot be shared by {size} processes: make batch_size a multiple "
+            f"of {size * accumulate}, or read it in fewer parts."
         )
 
 

@@ -80,7 +80,7 @@ def torchrun_script(launch: Launch) -> str:
         )
     return f"""\
 #!/usr/bin/env bash
-# Trains on {launch.nodes} computer(s) of {launch.per_node} process(es); run it on each of them.
+# Computers: {launch.nodes}. Processes of each: {launch.per_node}. Run it on each computer.
 # Run it again after a stop: it goes on from the last checkpoint.
 # Paths, seen alike by all computers; set a variable of that name for another:
 set -euo pipefail

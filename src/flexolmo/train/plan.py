@@ -7,7 +7,7 @@ import resource
 import statistics
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -16,10 +16,12 @@ from flexolmo.files import size_of_tensors
 from flexolmo.model.assemble import expert_tensors
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.parallel import refuse_several
+from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.runtime import set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, pack_tensors, prepare_training
 from flexolmo.train.loop import Losses, train
+from flexolmo.train.protect import state_budget
 
 TIMED_STEPS = 5  # and one before them, which is slower
 
@@ -43,6 +45,7 @@ def plan_training(
         steps, tokens: optimizer steps, and tokens predicted over all of them.
         own_tokens: tokens of the owner's training text.
         passes: times that text is read.
+        budget: guarantee of private training (`state_budget`); None of any other.
     """
     refuse_several("A plan")
     set_up(recipe.seed, num_threads)
@@ -66,6 +69,10 @@ def plan_training(
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if pair.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(pair.device)
+    budget = None
+    if private is not None and recipe.privacy is not None:
+        router = cast(EvidenceSettings, recipe.router)
+        budget = state_budget(private, recipe.privacy, settings, router)
     return {
         "seconds": preparation + settings.steps * median,
         "step_seconds": median,
@@ -75,5 +82,6 @@ def plan_training(
         "steps": settings.steps,
         "tokens": settings.tokens,
         "own_tokens": own,
+        "budget": budget,
         "passes": settings.steps * settings.batch_size * (1 - recipe.replay) / windows,
     }

@@ -32,8 +32,9 @@ def protect(
     count = len(unit_offsets(data, privacy.unit, settings.seq_len)) - 1
     if settings.batch_size > count:
         raise ConfigError(
-            f"{data.directory} has {count:,} units ({privacy.unit}) to train on: give a "
-            f"train.batch_size of at most that, found {settings.batch_size:,}."
+            f"{data.directory} has {count:,} units ({privacy.unit}) to train on, and a step would "
+            f"read {settings.batch_size:,} in the mean (train.batch_size). Give it fewer, a sixth "
+            f"of the units say: --set train.batch_size={max(1, count // 6)}."
         )
     if privacy.delta * count >= 1:
         raise ConfigError(
