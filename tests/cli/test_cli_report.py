@@ -32,6 +32,8 @@ def test_a_report_is_written_checked_and_refused_when_altered(
     said = works("audit", "report", *given)
     assert "may leave, signed, sha256:" in said and "Not made: canaries" in said
     out = tmp_path / "maths.report"
+    assert "in place of the one before" not in said
+    assert f"{out}, in place of the one before: may leave" in works("audit", "report", *given)
     for name in ("report.json", "page.html"):
         assert stat.S_IMODE((tmp_path / "stays" / name).stat().st_mode) == 0o600
     stays = json.loads((tmp_path / "stays" / "report.json").read_text())

@@ -69,7 +69,8 @@ def test_sources_and_purposes_are_read_to_the_letter():
     for experts in wrong:
         refusal_of(COMPLETION | {"experts": experts})
     for purpose in ("fun", "", ["fun"], 7, {"a": 1}):
-        assert refusal_of(COMPLETION | {"purpose": purpose}).field == "purpose"
+        refused = refusal_of(COMPLETION | {"purpose": purpose})
+        assert refused.field == "purpose" and all(name in str(refused) for name in PURPOSES)
 
 
 @given(name=st.text(max_size=12))

@@ -105,12 +105,13 @@ def report(
     )
     page = render_release(made.report, made.stays).encode()
     write_bytes(stays / "page.html", page, is_private=True)
+    told = f"{out}, in place of the one before" if out.exists() else str(out)
     digest = write_release(out, made.report, shown, private)
     for attack in findings["attacks"]:  # type: ignore[union-attr]
         echo(f"{attack['question']} {attack['verdict']}")  # type: ignore[index,call-overload]
     for name in findings["not_made"]:  # type: ignore[union-attr]
         echo(f"Not made: {name}")
-    echo(f"{out}: may leave, signed, {digest}")
+    echo(f"{told}: may leave, signed, {digest}")
     echo(f"{stays / 'page.html'}: STAYS HERE, quotes your text")
 
 

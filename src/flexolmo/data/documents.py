@@ -186,8 +186,10 @@ def _unit(record: dict[str, Any], field: str, where: str) -> str:
     is_named = isinstance(value, str | int) and not isinstance(value, bool)
     unit = str(value).strip() if is_named else ""
     if not unit:
+        fields = show(", ".join(sorted(record))[:500])
+        found = f"is {value!r}" if field in record else f"is not there, its fields are: {fields}"
         raise DataError(
-            f"{where}: field {field!r} is {value!r}; a string or a whole number was expected "
+            f"{where}: field {field!r} {found}; a string or a whole number was expected "
             "that says whom or what the text is about (--unit-field). Plain files have no fields."
         )
     try:

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from flexolmo.bundle.strict import parse_json
-from flexolmo.bundle.terms import PurposeName
+from flexolmo.bundle.terms import PURPOSES, PurposeName
 from flexolmo.files import canonical_json
 from flexolmo.serving.policy import Wish
 from flexolmo.serving.refusal import Refusal
@@ -238,7 +238,7 @@ BodyKind = TypeVar("BodyKind", CompletionBody, ChatBody)
 _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
     "stop": f"a text of 1 to 200 characters, or a list of up to {MAX_STOPS} of them",
-    "purpose": "a purpose of the vocabulary, or a list of them",
+    "purpose": f"a purpose ({', '.join(PURPOSES)}), or a list of them",
     "content": 'a text, or a list of parts like {"type": "text", "text": "..."}',
 }
 
