@@ -36,13 +36,15 @@ def test_a_sound_installation_has_no_problem_and_every_part_is_named(ask):
         "Python", "command", "packages", "extra eval", "extra docs", "extra test", "memory",
         "free disk", "torch", "GPU", "pip", "npm", "apt-get", "sandbox", "trusted owners",
     }  # fmt: skip
+    for extra in ("serve", "private", "trace", "scale"):
+        assert found[f"extra {extra}"]["state"] == "ok"
 
 
 def test_a_missing_or_old_package_is_a_problem_and_a_missing_extra_is_not(ask, monkeypatch):
     real = metadata.version
 
     def version(name):
-        if name in ("safetensors", "mkdocs-material"):
+        if name in ("safetensors", "mkdocs-material", "opacus"):
             raise metadata.PackageNotFoundError(name)
         return "0.1" if name == "numpy" else real(name)
 
@@ -53,6 +55,8 @@ def test_a_missing_or_old_package_is_a_problem_and_a_missing_extra_is_not(ask, m
     assert "numpy 0.1, not >=2" in found["packages"]["found"]
     assert found["extra docs"]["state"] == "optional"
     assert "[docs]" in found["extra docs"]["advice"]
+    assert found["extra private"]["state"] == "optional"
+    assert "private training; missing: opacus" in found["extra private"]["found"]
 
 
 def test_a_command_that_is_not_on_the_path_comes_with_the_line_that_puts_it_there(ask, monkeypatch):

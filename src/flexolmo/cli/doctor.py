@@ -87,6 +87,8 @@ def _packages() -> Iterator[Check]:
 
     wanted = [Requirement(line) for line in requires("flexolmo") or ()]
     uses = {"": "all that is needed", "eval": "the hub, the harness"}
+    uses |= {"serve": "flexolmo serve, policy", "private": "private training"}
+    uses |= {"trace": "flexolmo trace index", "scale": "data prepare --engine datatrove"}
     uses |= {"docs": "make docs", "test": "make test"}
     for extra, use in uses.items():
         # "None" is the marker of what is always needed
