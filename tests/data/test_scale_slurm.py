@@ -1,10 +1,12 @@
 """On Slurm, as made by `made_slurm`, a preparation gives the bytes of the small path or none."""
 
+import fcntl
 import os
 import random
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -237,7 +239,9 @@ def test_what_sbatch_refuses_is_told_and_nothing_stays_in_the_queue(cluster, tas
     assert len(cluster.jobs()) == 1 and not cluster.queue()
 
 
-@pytest.mark.parametrize("option", ["-p", "p", "--time=1", "array=1", "job-name=x", "clusters=b"])
+@pytest.mark.parametrize(
+    "option", ["-p", "p", "--time=1", "array=1", "job-name=x", "clusters=b", "arr=1", "wa"]
+)
 def test_options_that_would_break_the_jobs_are_refused(cluster, task, option):
     with pytest.raises(ConfigError, match="--slurm-option"):
         prepare_at_scale(task, execution=Execution("slurm", 3, slurm_options=(option,)))
@@ -261,4 +265,25 @@ def test_slurm_needs_its_programs_and_a_number_of_tasks(cluster, task, monkeypat
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="needs sbatch, squeue, scancel, not found here"):
         prepare_at_scale(task, execution=ON_SLURM)
+    with pytest.raises(ConfigError, match="no executor 'swarm': expected local, slurm or ray"):
+        prepare_at_scale(task, execution=Execution("swarm"))
     assert not list(task.out.parent.iterdir())
+
+
+def test_a_part_waits_for_another_process_at_work_on_it(cluster, task, here):
+    prepare_at_scale(task, execution=NO_WAIT)
+    work = next(work_directory(task.out).glob("*/"))
+    log = here / "second.log"
+    log.touch()
+    with open(work / "lock-clean-00001", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(
+            target=lambda: log.write_text(str(in_a_fork(lambda: do_part(work, "clean", 1), log)))
+        )
+        second.start()
+        while "Another process is at work on part 1 of clean: waiting" not in log.read_text():
+            assert second.is_alive()
+        assert not (work / "done-clean-00001.json").exists()
+        fcntl.flock(lock, fcntl.LOCK_UN)  # the other has the file open too
+    second.join()
+    assert log.read_text() == "0" and (work / "done-clean-00001.json").exists()

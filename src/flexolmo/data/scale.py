@@ -111,7 +111,9 @@ def _choose_tasks(execution: Execution) -> int:
 
 
 def _check_executor(executor: str) -> None:
-    """Refuse an executor of which this machine lacks something."""
+    """Refuse an executor that there is not, or of which this machine lacks something."""
+    if executor not in (*_PACKAGES, SLURM):
+        raise ConfigError(f"There is no executor {executor!r}: expected local, slurm or ray.")
     programs = ("sbatch", "squeue", "scancel") if executor == SLURM else ()
     lacking = [program for program in programs if shutil.which(program) is None]
     if lacking:

@@ -17,6 +17,8 @@ from flexolmo.errors import ConfigError, UnfinishedError
 
 _OURS = {"array", "chdir", "dependency", "error", "job-name", "open-mode", "output", "parsable"}
 _NO_USE = {"clusters", "test-only", "wait", "wrap"}
+# settings of a user by which squeue would leave jobs out, and sbatch wait, or submit elsewhere
+_OWN_SETTINGS = ("SQUEUE_", "SBATCH_WAIT", "SBATCH_CLUSTERS")
 _SECONDS = 60  # that an answer may take
 
 
@@ -44,7 +46,8 @@ def check_options(options: Sequence[str]) -> list[str]:
                 f"--slurm-option {option!r}: expected an option of sbatch without its dashes, such "
                 "as partition=cpu or time=12:00:00."
             )
-        if option.partition("=")[0] in _OURS | _NO_USE:
+        given = option.partition("=")[0]  # which sbatch takes for any option that begins so
+        if any(name.startswith(given) for name in _OURS | _NO_USE):
             raise ConfigError(
                 f"--slurm-option {option}: the preparation sets this one itself, or cannot use it. "
                 "Leave it out."
@@ -71,6 +74,7 @@ def submit_parts(
         waits = [f"--dependency=afterok:{ids[-1]}", "--kill-on-invalid-dep=yes"] if ids else []
         asked = _ask(
             "sbatch",
+            *options,
             "--parsable",
             f"--job-name={job_name(work)}",
             f"--array={parts}" + (f"%{most}" if most else ""),
@@ -78,7 +82,6 @@ def submit_parts(
             f"--output={stage}-%a.log",  # under --chdir, for its own % would be filled in
             "--open-mode=append",
             *waits,
-            *options,
             str(script),
         )
         if asked.returncode != 0:
@@ -93,8 +96,7 @@ def submit_parts(
 
 def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a program of Slurm; one that cannot be run, or does not answer, has failed."""
-    # the user's own settings of squeue might leave jobs out
-    plain = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    plain = {name: v for name, v in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
     try:
         return subprocess.run(
             [program, *arguments], capture_output=True, text=True, timeout=_SECONDS, env=plain
