@@ -397,6 +397,7 @@ def draw(laws: Record, path: Path) -> None:
         return fig
 
     save_figure(plot(), path)
+    path.with_suffix(".svg").unlink(missing_ok=True)  # the page shows the other form
 
 
 def table(laws: Record) -> str:
@@ -407,7 +408,8 @@ def table(laws: Record) -> str:
         keys = list(next(iter(by.values())))
         lines += [f"| {part} | {' | '.join(by)} |", "|---" * (1 + len(by)) + "|"]
         for key in keys:
-            shown = [f"{by[place][key]:.4g}" for place in by]
+            values = [by[place][key] for place in by]
+            shown = [f"{v:,.0f}" if v >= 1000 else f"{v:.4g}" for v in values]
             lines.append(f"| {key.replace('_', ' ')} | {' | '.join(shown)} |")
         lines.append("")
     return "\n".join(lines)
