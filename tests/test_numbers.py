@@ -43,7 +43,7 @@ def test_percentages_are_not_broken_over_lines():
 
 
 def test_sizes_and_durations():
-    assert format_megabytes(1_234_567_890) == "1,234.6"
+    assert format_megabytes(1_234_567_890) == "1,234.6" and format_megabytes(38_400) == "0.038"
     assert [format_seconds(s) for s in (59.9, 61, 3661, None)] == ["0:59", "1:01", "1:01:01", "–"]
     shown = [format_duration(s) for s in (0.93, 38, 119, 120, 7199, 7200, 935_454)]
     assert shown == [

@@ -45,8 +45,10 @@ def _as_percent(shown: str) -> str:
 
 
 def format_megabytes(size_bytes: float | None) -> str:
-    """`size_bytes` in millions of bytes, with one digit and without the unit."""
-    return format_number(None if size_bytes is None else size_bytes / 1e6, 1)
+    """`size_bytes` in millions of bytes, without the unit: one digit, below 100 kB three."""
+    if size_bytes is None:
+        return _MISSING
+    return format_number(size_bytes / 1e6, 1 if size_bytes >= 1e5 else 3)
 
 
 def format_count(n: float) -> str:

@@ -133,7 +133,7 @@ def _show_fetched(cards: list[dict[str, Any]], out: Path) -> None:
                 card["name"],
                 source["source"],
                 source["package"] + version,
-                str(source["documents"]),
+                f"{source['documents']:,}",
                 format_megabytes(source["bytes"]),
             )
     PlainConsole().print(table)
@@ -372,9 +372,9 @@ def prepare(
             table.add_row(
                 card["name"],
                 split,
-                str(counts["documents"]),
+                f"{counts['documents']:,}",
                 format_megabytes(counts["bytes"]),
-                str(counts["tokens"]),
+                f"{counts['tokens']:,}",
             )
         lines += _describe_losses(card)
     if lines:
