@@ -23,6 +23,7 @@ spool = "{spool}"
 options = dict(a[2:].partition("=")[::2] for a in sys.argv[1:] if a.startswith("--"))
 (script,) = [a for a in sys.argv[1:] if not a.startswith("--")]
 assert "parsable" in options, sys.argv
+assert not any(name.startswith(("SLURM_CLUSTERS", "SCANCEL_")) for name in os.environ)
 number = str(1000 + len(os.listdir(spool + "/jobs")))
 if os.path.exists(spool + "/down-sbatch") and options["array"] == "0":
     sys.exit("sbatch: error: Batch job submission failed")
@@ -39,6 +40,7 @@ print(number + ";here")
 """
 _SQUEUE = """#!/bin/sh
 [ -e '{spool}/down-squeue' ] && exit 1
+[ -z "$SQUEUE_STATES" ] || exit 2
 [ "$1 $2 $4" = "--all --noheader --format=%T (%r)" ] || exit 2
 for job in '{spool}'/queue-"${{3#--name=}}"-*; do
     [ ! -e "$job" ] || cat "$job"
@@ -120,11 +122,11 @@ class Cluster:
 
     def run(self, asked: list[str], log: Path, sync: Callable[[], object] = int) -> int:
         """Run what a script asked for in a process of its own; its exit status."""
-        assert asked[:2] == ["-m", "flexolmo"], asked
+        assert asked[:3] == ["-P", "-m", "flexolmo"], asked  # -P: where it runs may be /tmp
 
         def main() -> None:
             os.sync = sync
-            sys.argv = ["flexolmo", *asked[2:]]
+            sys.argv = ["flexolmo", *asked[3:]]
             cli.main()
 
         return in_a_fork(main, log)

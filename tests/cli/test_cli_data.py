@@ -10,6 +10,7 @@ from flexolmo.cli.data import app
 from flexolmo.data import slurm
 from flexolmo.data.corpus import FORMAT
 from flexolmo.data.documents import Document, write_documents
+from flexolmo.data.kept_work import work_directory
 from flexolmo.errors import ConfigError, DataError, SourceUnavailable
 from flexolmo.files import digest_file, write_json
 from flexolmo.research.corpora import sources
@@ -92,6 +93,16 @@ def test_an_owner_without_a_public_set_is_told_what_to_give(tmp_path, monkeypatc
     _records(tmp_path / "closed", 0, 5)
     with pytest.raises(ConfigError, match="--public"):
         _run("prepare", "closed", "--name", "hospital")
+
+
+def test_an_owner_is_not_prepared_while_the_public_set_is(tmp_path, monkeypatch, public_set):
+    """With a tokenizer of their own, public text would stay in their set without a word."""
+    monkeypatch.chdir(tmp_path)
+    _records(tmp_path / "closed", 0, 40)
+    work_directory(tmp_path / "prepared" / "public").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is not finished: its parts are in"):
+        _run("prepare", "closed", "--name", "hospital", "--tokenizer", public_set)
+    assert len(list((tmp_path / "prepared").iterdir())) == 1
 
 
 def test_names_missing_or_given_twice_are_refused(tmp_path, monkeypatch):

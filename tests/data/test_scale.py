@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from flexolmo.data import pieces
 from flexolmo.data.corpus import Corpus, open_corpus
 from flexolmo.data.formats import READ_AS_USUAL
-from flexolmo.data.kept_work import hold_work, work_directory
+from flexolmo.data.kept_work import hold_work, remove_work, work_directory
 from flexolmo.data.prepare import Preparation, prepare_set
 from flexolmo.errors import ConfigError, DataError, DiskFullError, FlexOlmoError, UnfinishedError
 from made_sets import SMALL, made_text, word_tokenizer, write_raw
@@ -368,6 +368,44 @@ def test_who_reads_a_file_does_not_change_with_the_file(task, monkeypatch):
     do_part(work, "clean", 1)
     found = [json.loads((work / f"done-clean-0000{part}.json").read_text()) for part in range(2)]
     assert sum(one["found"] for one in found) == 94
+
+
+def test_what_was_moved_after_a_kill_is_found_where_it_is(tmp_path, public_set, monkeypatch):
+    def task_in(place):
+        corpus = open_corpus(place / "in", "owner")
+        return Preparation(corpus, place / "out" / "owner", None, place / "public", (), NEAR)
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    _corpus(here, 2)
+    shutil.copytree(public_set, here / "public")
+    left = _left_by_a_killed_run(task_in(here), 2, monkeypatch)
+    next(left.glob("*/done-clean-00001.json")).unlink()
+    here.rename(there)
+    prepare_at_scale(task_in(there), say=len)
+    assert task_in(there).out.exists() and not here.exists()
+
+
+def test_nobody_goes_on_from_work_whose_removal_was_cut_off(task, monkeypatch):
+    left = _left_by_a_killed_run(task, 2, monkeypatch)
+
+    def cut_off(path):
+        shutil.rmtree(next(path.glob("*/")))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("flexolmo.data.kept_work.shutil", SimpleNamespace(rmtree=cut_off))
+        remove_work(left)
+    prepare_at_scale(task, say=len)
+    assert task.out.exists() and not left.exists()
+
+
+def test_an_old_listing_of_a_directory_hides_no_part_that_is_done(task, monkeypatch):
+    """As on a network file system, of what another machine wrote."""
+    work = next(_left_by_a_killed_run(task, 2, monkeypatch).glob("*/"))
+    with monkeypatch.context() as m:
+        m.setattr(os, "listdir", lambda _: [])
+        do_part(work, "choose", 0)
+    assert (work / "done-choose-00000.json").exists()
 
 
 def test_parts_out_of_turn_and_unknown_ones_are_refused(task, monkeypatch):

@@ -41,6 +41,8 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", 900)
     made = Cluster(tmp_path, seed=3)
     monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
+    for theirs in ("SQUEUE_STATES", "SCANCEL_STATE", "SLURM_CLUSTERS"):  # would mislead programs
+        monkeypatch.setenv(theirs, "x")
     monkeypatch.setattr(slurm, "sys", SimpleNamespace(executable=made.python))
     monkeypatch.setattr(on_slurm, "time", SimpleNamespace(sleep=made.step))
     return made
@@ -161,11 +163,13 @@ def test_while_jobs_live_no_other_run_takes_or_removes_their_work(cluster, task,
     cluster.fail("squeue", False)
     prepare_set(task.corpus, task.out, None, task.public, (), NEAR, say=len)
     assert set(before) < set(work.rglob("*"))
+    assert prepare_at_scale(task, execution=NO_WAIT) is None  # though such a set is there
     shutil.rmtree(task.out)
     assert prepare_at_scale(task, execution=NO_WAIT) is None  # looks, and submits nothing
     assert len(cluster.jobs()) == 4
     said = capsys.readouterr().err
     assert "clean: 0 of 3 parts done" in said and "clean: 1 of 3 parts done" in said
+    assert "Text of a run in tasks stays in" in said
     assert "3 PENDING (Priority)" in said or "4 PENDING (Priority)" in said
     while cluster.step():
         pass
@@ -183,6 +187,21 @@ def test_without_their_jobs_parts_are_done_here(cluster, task, expected):
     assert _files(task.out) == expected[1]
 
 
+def test_jobs_of_a_run_that_was_begun_here_are_guarded_too(cluster, task, monkeypatch):
+    pytest.importorskip("datatrove")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr("flexolmo.data.scale._do_stages", interrupt)
+        prepare_at_scale(task, execution=Execution(tasks=3))
+    assert prepare_at_scale(task, execution=NO_WAIT) is None
+    other = Preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    with pytest.raises(UnfinishedError, match="at work in"):
+        prepare_at_scale(other, execution=NO_WAIT)
+
+
 def test_ctrl_c_stops_the_waiting_alone(cluster, task, expected, capsys):
     def interrupt(_):
         cluster.step()
@@ -195,6 +214,25 @@ def test_ctrl_c_stops_the_waiting_alone(cluster, task, expected, capsys):
     on_slurm.time.sleep = cluster.step
     prepare_at_scale(task, say=len, execution=ON_SLURM)
     assert len(cluster.jobs()) == 4 and _files(task.out) == expected[1]
+
+
+def test_results_that_are_seen_late_are_waited_for(cluster, task):
+    """As on a network file system, of what another machine wrote."""
+    looks = []
+
+    def sleep(_):
+        is_last = cluster.step() and not cluster.queue()
+        if is_last:
+            (result,) = work_directory(task.out).glob("*/done-write-00000.json")
+            looks.append(result.rename(result.with_name("not seen yet")))
+        elif not cluster.queue():
+            looks.append(None)
+            if len(looks) == 4:
+                looks[0].rename(looks[0].with_name("done-write-00000.json"))
+
+    on_slurm.time.sleep = sleep
+    prepare_at_scale(task, say=len, execution=ON_SLURM)
+    assert len(looks) == 4 and not work_directory(task.out).exists()
 
 
 def test_a_part_of_changed_text_or_of_another_public_set_refuses(cluster, task, here):
@@ -211,6 +249,8 @@ def test_a_part_of_changed_text_or_of_another_public_set_refuses(cluster, task, 
     with pytest.raises(UnfinishedError, match=r"part 0: .*has changed since its digest was taken"):
         prepare_at_scale(moved, execution=ON_SLURM)
     changed.write_text(text)
+    assert prepare_at_scale(moved, execution=NO_WAIT) is None
+    assert not list(work_directory(task.out).glob("*/failed-*"))  # reasons of before
     card = public / "card.json"
     card.write_text(card.read_text().replace('"licences"', '"licenses"'))
     work = next(work_directory(task.out).glob("*/"))
@@ -237,6 +277,35 @@ def test_what_sbatch_refuses_is_told_and_nothing_stays_in_the_queue(cluster, tas
     with pytest.raises(UnfinishedError, match="the jobs of choose: sbatch: error: Batch job sub"):
         prepare_at_scale(task, execution=ON_SLURM)
     assert len(cluster.jobs()) == 1 and not cluster.queue()
+    other = Preparation(task.corpus, task.out, None, task.public, (), SMALL)
+    with pytest.raises(ConfigError, match="needs --tasks"):
+        prepare_at_scale(other, execution=Execution("slurm"))
+    assert work_directory(task.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "match"),
+    [
+        ("echo Usage: sbatch", "it answered 'Usage: sbatch"),
+        (r"printf 'no \351' >&2; exit 1", "no \ufffd"),
+    ],
+)
+def test_an_answer_of_sbatch_without_a_number_is_a_refusal(cluster, task, sbatch, match):
+    (cluster.bin / "sbatch").write_text(f"#!/bin/sh\n{sbatch}\n")
+    (cluster.bin / "scancel").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(UnfinishedError, match=match) as refused:
+        prepare_at_scale(task, execution=ON_SLURM)
+    assert "may be in the queue: `scancel --name=flexolmo-" in str(refused.value)
+
+
+def test_ctrl_c_between_jobs_that_are_submitted_is_told(cluster, task, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(on_slurm, "submit_parts", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_at_scale(task, execution=NO_WAIT)
+    assert "The jobs go on alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,7 @@ def prepare(
     from flexolmo.bundle.manifest import PUBLIC
     from flexolmo.data.corpus import open_corpus
     from flexolmo.data.formats import ReadSettings
+    from flexolmo.data.kept_work import work_directory
     from flexolmo.data.prepare import Preparation, prepare_set
     from flexolmo.data.scale import Execution, prepare_at_scale
     from flexolmo.data.settings import PrepareSettings
@@ -329,6 +330,13 @@ def prepare(
     given = load_tokenizer(tokenizer) if tokenizer else None
     if public is None and PUBLIC not in by_name and (out / PUBLIC).is_dir():
         public = out / PUBLIC
+    unfinished = work_directory(out / PUBLIC)
+    if public is None and PUBLIC not in by_name and unfinished.exists():
+        raise ConfigError(
+            "The public set, whose text is kept out of others, is not finished: its parts are in "
+            f"{unfinished}. Give the command that began it again, then this one; or remove that "
+            "directory; or name another prepared set with --public."
+        )
     if public is None and given is None and PUBLIC not in by_name:
         raise ConfigError(
             "Neither a public set nor a tokenizer was given: prepare the public set "

@@ -15,6 +15,7 @@ from pathlib import Path
 from flexolmo.data.slurm import find_jobs, job_name
 from flexolmo.errors import FlexOlmoError, UnfinishedError
 from flexolmo.files import read_json
+from flexolmo.terminal import echo
 
 PLAN = "plan.json"
 SLURM = "slurm"  # the executor that leaves jobs behind
@@ -94,6 +95,7 @@ def remove_work(work: Path) -> None:
     """
     if work.exists():
         refuse_living_jobs(work)
+        (work / PLAN).unlink(missing_ok=True)  # first: after a kill midway nobody goes on from it
         shutil.rmtree(work)
 
 
@@ -134,8 +136,11 @@ def without_dead_work(out: Path) -> Iterator[None]:
 
 def _remove_dead_work(out: Path) -> None:
     if os.path.lexists(work_directory(out)):
-        with suppress(FlexOlmoError), hold_work(out) as work:
-            remove_work(work)
+        try:
+            with hold_work(out) as work:
+                remove_work(work)
+        except FlexOlmoError as e:
+            echo(f"Text of a run in tasks stays in {work_directory(out)}: {e}", err=True)
 
 
 def check_ours(work: Path) -> None:

@@ -5,7 +5,8 @@ Jobs need nobody who waits for them. Knows nothing of what a part does.
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from flexolmo.data.parts import (
     describe_missing,
@@ -47,7 +48,13 @@ def submit_missing(plan: Plan, options: Sequence[str], most: int | None) -> None
         echo(f"{describe_missing(plan)}\nWhat is missing is submitted again.", err=True)
     forget_failures(plan)
     arrays = {stage: show_numbers(parts) for stage, parts in missing.items()}
-    submit_parts(plan.work, arrays, options, most)
+    with _told_of_jobs(plan):
+        submit_parts(plan.work, arrays, options, most)
+
+
+def has_jobs(plan: Plan) -> bool:
+    """True if Slurm says that jobs of this run are in the queue."""
+    return bool(find_jobs(job_name(plan.work)))
 
 
 def is_at_rest(plan: Plan) -> bool:
@@ -68,22 +75,29 @@ def wait_for_jobs(plan: Plan) -> None:
     done = total - sum(map(len, missing_parts(plan).values()))
     told: set[tuple[str, int]] = set()
     looks_at_no_job = 0
+    label = f"{plan.task.corpus.name} on Slurm"
+    with _told_of_jobs(plan), progress(label, total, "parts", done) as meter:
+        while True:
+            jobs = find_jobs(name)
+            looks_at_no_job = looks_at_no_job + 1 if jobs == [] else 0
+            missing = missing_parts(plan)
+            now_done = total - sum(map(len, missing.values()))
+            meter.advance(now_done - done, _describe(plan, missing, jobs))
+            done = now_done
+            for stage, part, reason in failed_parts(plan, missing):
+                if (stage, part) not in told:
+                    told.add((stage, part))
+                    echo(f"Part {part} of {stage} failed: {reason}", err=True)
+            if looks_at_no_job == _LOOKS_TO_BE_SURE or (looks_at_no_job and not missing):
+                return
+            time.sleep(_LOOK_EVERY_SECONDS)
+
+
+@contextmanager
+def _told_of_jobs(plan: Plan) -> Iterator[None]:
+    """Say on Ctrl-C that the jobs go on, and how to look at them or end them."""
     try:
-        with progress(f"{plan.task.corpus.name} on Slurm", total, "parts", done) as meter:
-            while True:
-                jobs = find_jobs(name)
-                looks_at_no_job = looks_at_no_job + 1 if jobs == [] else 0
-                missing = missing_parts(plan)
-                now_done = total - sum(map(len, missing.values()))
-                meter.advance(now_done - done, _describe(plan, missing, jobs))
-                done = now_done
-                for stage, part, reason in failed_parts(plan, missing):
-                    if (stage, part) not in told:
-                        told.add((stage, part))
-                        echo(f"Part {part} of {stage} failed: {reason}", err=True)
-                if looks_at_no_job == _LOOKS_TO_BE_SURE or (looks_at_no_job and not missing):
-                    return
-                time.sleep(_LOOK_EVERY_SECONDS)
+        yield
     except KeyboardInterrupt:
         echo(_describe_waiting(plan), err=True)
         raise

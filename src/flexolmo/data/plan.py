@@ -50,27 +50,16 @@ def begin_plan(
     work.mkdir(mode=0o700)
     if task.tokenizer is not None:
         task.tokenizer.save(work / TOKENIZER_FILE)
-    corpus = task.corpus
-    files = [[str(file.absolute()), digest, file.stat().st_size] for file, digest in corpus.files]
     written = {
         "format": FORMAT,
         "recipe": task.recipe,
         "work": work.name,
-        "executor": executor,
         "tasks": tasks,
-        "may_replace": may_replace,
-        "out": str(task.out.absolute()),
         "has_tokenizer": task.tokenizer is not None,
-        "public": str(task.public.absolute()) if task.public else None,
-        "disjoint_from": [str(other.absolute()) for other in task.disjoint_from],
         "settings": task.settings.model_dump(),
-        "corpus": {
-            "card": corpus.card,
-            "files": files,
-            "settings": asdict(corpus.settings),
-            "source": corpus.source,
-            "not_read": corpus.not_read,
-        },
+        **_describe_run(task, [file.stat().st_size for file, _ in task.corpus.files]),
+        "may_replace": may_replace,
+        "executor": executor,
     }
     _write(directory, written)
     return _make_plan(directory, written)
@@ -79,13 +68,16 @@ def begin_plan(
 def resume_plan(
     directory: Path, task: Preparation, may_replace: bool, executor: str
 ) -> Plan | None:
-    """The plan that a killed run of the same task left in `directory`, if any; noted as ours."""
+    """The plan that a killed run of the same task left in `directory`, if any; noted as ours, with
+    our paths: what it names may have been moved since."""
     if not (directory / PLAN).is_file():
         return None
     written = read_json(directory / PLAN, DataError)
     if written.get("format") != FORMAT or written["recipe"] != task.recipe:
         return None
-    _write(directory, {**written, "may_replace": may_replace, "executor": executor})
+    sizes = [size for _, _, size in written["corpus"]["files"]]
+    run = {**_describe_run(task, sizes), "may_replace": may_replace, "executor": executor}
+    _write(directory, {**written, **run})
     return read_plan(directory / written["work"])
 
 
@@ -112,6 +104,24 @@ def read_plan(work: Path) -> Plan:
             "changed since this preparation was begun. Give the command again to begin anew."
         )
     return plan
+
+
+def _describe_run(task: Preparation, sizes: list[int]) -> dict[str, Any]:
+    """Paths of all that is read and written, and what else is not in the recipe."""
+    corpus = task.corpus
+    files = zip(corpus.files, sizes, strict=True)
+    return {
+        "out": str(task.out.absolute()),
+        "public": str(task.public.absolute()) if task.public else None,
+        "disjoint_from": [str(other.absolute()) for other in task.disjoint_from],
+        "corpus": {
+            "card": corpus.card,
+            "files": [[str(file.absolute()), digest, size] for (file, digest), size in files],
+            "settings": asdict(corpus.settings),
+            "source": corpus.source,
+            "not_read": corpus.not_read,
+        },
+    }
 
 
 def _make_plan(directory: Path, written: dict[str, Any]) -> Plan:

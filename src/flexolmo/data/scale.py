@@ -76,7 +76,7 @@ def prepare_at_scale(
             refuse_living_jobs(directory)
         done = find_finished(task, may_replace)
         plan = resume_plan(directory, task, may_replace, chosen.executor)
-        if done is not None and (plan is None or missing_parts(plan)):
+        if done is not None and (plan is None or _is_left(plan, chosen)):
             remove_work(directory)
             return done
         if plan is not None and chosen.tasks not in (None, plan.tasks):
@@ -84,9 +84,9 @@ def prepare_at_scale(
                 f"A run of {plan.tasks} tasks was stopped here, and {chosen.tasks} were asked for. "
                 f"Leave out --tasks to go on from there, or remove {directory} to begin anew."
             )
+        tasks = plan.tasks if plan else _choose_tasks(chosen)
         with remove_if_refused(directory), explain_full_disk(task.out):
             if plan is None:
-                tasks = _choose_tasks(chosen)
                 plan = begin_plan(directory, task, tasks, may_replace, chosen.executor)
             if not _do_missing(plan, chosen, options):
                 return None
@@ -98,6 +98,13 @@ def prepare_at_scale(
                 raise DataError(f"{task.out} is not as it was written: run this again.")
         remove_work(directory)
         return card
+
+
+def _is_left(plan: Plan, execution: Execution) -> bool:
+    """True if a run lacks parts that nobody does, though the set is there."""
+    if not missing_parts(plan):
+        return False
+    return execution.executor != SLURM or not on_slurm.has_jobs(plan)
 
 
 def _choose_tasks(execution: Execution) -> int:

@@ -17,8 +17,9 @@ from flexolmo.errors import ConfigError, UnfinishedError
 
 _OURS = {"array", "chdir", "dependency", "error", "job-name", "open-mode", "output", "parsable"}
 _NO_USE = {"clusters", "test-only", "wait", "wrap"}
-# settings of a user by which squeue would leave jobs out, and sbatch wait, or submit elsewhere
-_OWN_SETTINGS = ("SQUEUE_", "SBATCH_WAIT", "SBATCH_CLUSTERS")
+# settings of a user by which squeue and scancel would leave jobs out, and sbatch wait, or submit
+# elsewhere
+_OWN_SETTINGS = ("SQUEUE_", "SCANCEL_", "SBATCH_WAIT", "SBATCH_CLUSTERS", "SLURM_CLUSTERS")
 _SECONDS = 60  # that an answer may take
 
 
@@ -84,14 +85,23 @@ def submit_parts(
             *waits,
             str(script),
         )
-        if asked.returncode != 0:
-            _ask("scancel", f"--name={job_name(work)}")
+        number = asked.stdout.strip().partition(";")[0]  # a cluster's name may follow
+        if asked.returncode != 0 or not number.isdecimal():
+            answer = asked.stderr.strip() or f"it answered {asked.stdout[:200]!r}"
             raise UnfinishedError(
-                f"sbatch did not take the jobs of {stage}: {asked.stderr.strip()}. Jobs of stages "
-                "before were cancelled. Give the command again with other --slurm-option; for "
-                f"fewer --tasks, remove {work.parent} first."
+                f"sbatch did not take the jobs of {stage}: {answer}. {_cancel_all(work)} Give the "
+                "command again with other --slurm-option; for fewer --tasks, remove "
+                f"{work.parent} first."
             )
-        ids.append(asked.stdout.strip().partition(";")[0])  # a cluster's name may follow
+        ids.append(number)
+
+
+def _cancel_all(work: Path) -> str:
+    """Cancel the jobs of this run; a sentence that says so, or how to."""
+    name = job_name(work)
+    if _ask("scancel", f"--name={name}").returncode == 0:
+        return "Jobs of stages before were cancelled."
+    return f"Jobs of stages before may be in the queue: `scancel --name={name}` ends them."
 
 
 def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -99,7 +109,13 @@ def _ask(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     plain = {name: v for name, v in os.environ.items() if not name.startswith(_OWN_SETTINGS)}
     try:
         return subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=_SECONDS, env=plain
+            [program, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_SECONDS,
+            env=plain,
         )
     except (OSError, subprocess.TimeoutExpired) as e:
         return subprocess.CompletedProcess([program], 1, "", str(e))
@@ -111,5 +127,6 @@ def was_submitted(work: Path) -> bool:
 
 
 def _script(work: Path, stage: str) -> str:
-    command = [sys.executable, "-m", "flexolmo", "data", "part", str(work), stage]
+    # -P: nothing is imported from where a job runs, which is /tmp where `work` cannot be entered
+    command = [sys.executable, "-P", "-m", "flexolmo", "data", "part", str(work), stage]
     return f'#!/bin/bash\nexec {shlex.join(command)} "$SLURM_ARRAY_TASK_ID"\n'
