@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
+from errno import ENOSPC
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from flexolmo.data.kept_work import work_directory
 from flexolmo.data.parts import do_part
 from flexolmo.data.prepare import Preparation, prepare_set
 from flexolmo.data.scale import Execution, prepare_at_scale
-from flexolmo.errors import ConfigError, DataError, UnfinishedError
+from flexolmo.errors import ConfigError, DataError, DiskFullError, UnfinishedError
 from made_sets import SMALL, made_text, write_raw
 from made_slurm import Cluster, in_a_fork
 
@@ -214,6 +215,16 @@ def test_ctrl_c_stops_the_waiting_alone(cluster, task, expected, capsys):
     on_slurm.time.sleep = cluster.step
     prepare_at_scale(task, say=len, execution=ON_SLURM)
     assert len(cluster.jobs()) == 4 and _files(task.out) == expected[1]
+
+
+def test_a_refusal_while_jobs_live_is_told_and_leaves_their_work(cluster, task, monkeypatch):
+    def full(_):
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(on_slurm, "wait_for_jobs", full)
+    with pytest.raises(DiskFullError, match="No space left"):
+        prepare_at_scale(task, execution=ON_SLURM)
+    assert work_directory(task.out).exists() and len(cluster.queue()) == 4
 
 
 def test_results_that_are_seen_late_are_waited_for(cluster, task):

@@ -77,13 +77,15 @@ def _open_locked(lock: Path, work: Path) -> int:
 
 @contextmanager
 def remove_if_refused(work: Path) -> Iterator[None]:
-    """Remove `work` on a refusal; after any other end it stays, for the next run."""
+    """Remove `work` on a refusal, unless jobs are at work there; after any other end it stays, for
+    the next run."""
     try:
         yield
     except UnfinishedError:
         raise
     except FlexOlmoError:
-        remove_work(work)
+        with suppress(UnfinishedError):
+            remove_work(work)
         raise
 
 
