@@ -116,13 +116,13 @@ class Runner:
 
 
 class Ended:
-    """A process that ended."""
+    """A process that has ended when it is looked at again: none has as soon as it is started."""
 
     def __init__(self, code):
-        self.code = code
+        self.codes = [code, None]
 
     def poll(self):
-        return self.code
+        return self.codes.pop() if len(self.codes) > 1 else self.codes[0]
 
     def terminate(self):
         pass
@@ -145,7 +145,7 @@ def run(out, runner, recipe=RECIPE, sets=None, is_drawn=False):
         if not is_drawn:
             for module in (drawing, page):
                 patch.setattr(module, "save_figure", leave_undrawn)
-        patch.setattr(jobs, "_start", runner)
+        patch.setattr(jobs, "start_child", runner)
         patch.setattr(jobs, "_POLL_SECONDS", 0.0)
         return run_demo(recipe, out, sets)
 
