@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -352,6 +353,11 @@ def test_a_coordinator_builds_adds_removes_and_inspects(works, house, trust_dir,
     claimed = [(name, e["owner"], e["licence"]) for name, e in about["experts"].items()]
     assert len(claimed) == 3 and all(value in told for row in claimed for value in row)
     assert about["anchor_digest"] in told and "active for a token: 2" in told
+    index = (model / "mixture.json").read_text()
+    edited = re.sub(r'("weights_bytes|"tokens_seen)": \d+', r'\1": ["much"]', index)
+    (model / "mixture.json").write_text(edited)  # which is nobody's signature
+    assert "much" in works("mix", "inspect", model)
+    (model / "mixture.json").write_text(index)
     assert read_about(model)["top_k"] == 2
     said = works("mix", "remove", model, *NAMES)
     assert "no owner" in said
@@ -486,6 +492,9 @@ def test_people_see_each_claim_of_a_bundle_and_no_tensor(works, house, trust_dir
     assert all(str(claim) in told for claim in claimed)
     assert not any(name in told for name in claims["tensors"])
     assert "trusted owner Ann" in told and "no guarantee" in told
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = works("expert", "inspect", bundle, "--trust", trust_dir)
+    assert found["key_id"] in re.sub(r"[\s│]", "", narrow)  # people compare all of it
     monkeypatch.delenv("FLEXOLMO_TRUST", raising=False)
     assert "unknown key" in works("expert", "inspect", bundle)
     assert "missing: manifest.json" in works("expert", "inspect", house.anchor_dir)

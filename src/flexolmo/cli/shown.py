@@ -1,11 +1,11 @@
 """Bundles and mixtures as tables for a terminal. All that they claim is shown as text."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
-from rich.table import Table
+from rich.table import Column, Table
 
 from flexolmo.bundle.manifest import Manifest
 from flexolmo.bundle.release import stated_budget
@@ -16,7 +16,7 @@ from flexolmo.terminal import PlainConsole, echo
 
 def print_bundle(found: dict[str, Any]) -> None:
     """Print what `inspect_bundle` found, without the digest of each tensor."""
-    table = Table("", found["path"])
+    table = Table("", Column(found["path"], overflow="fold"))  # digests whole
     for about, value in _bundle_rows(found):
         table.add_row(about, value)
     PlainConsole().print(table)
@@ -77,8 +77,8 @@ def print_mixture(about: dict[str, Any]) -> None:
             str(told.get("serial")),
             str(told.get("licence")),
             _use(told.get("terms")),
-            format_megabytes(told.get("weights_bytes")),
-            format_number(told.get("tokens_seen"), 0),
+            _number(told.get("weights_bytes"), format_megabytes),
+            _number(told.get("tokens_seen"), lambda n: format_number(n, 0)),
         )
     PlainConsole().print(table)
     active = about["top_k"] or "all that are on"
@@ -89,6 +89,11 @@ def print_mixture(about: dict[str, Any]) -> None:
         told = "; ".join(f"{k} at most {v:g}" for k, v in limits.items())
         echo(f"limits of {what}: {told or 'none'}")
     echo("Everything, digests too: --json. Signatures are checked whenever it is loaded.")
+
+
+def _number(value: Any, shown: Callable[[float], str]) -> str:
+    """A number of the index, which nobody signed; what is none, as it stands."""
+    return shown(value) if isinstance(value, int | float) else str(value)
 
 
 def _use(terms: Any) -> str:
