@@ -91,7 +91,8 @@ def take_turns(
 ) -> Record:
     """Median of each figure of each case, over `rounds` after one that is not counted."""
     figures: dict[str, list[Mapping[str, float]]] = {name: [] for name in cases}
-    order, shuffle = list(cases), random.Random(0).shuffle
+    order = list(cases)
+    shuffle = random.Random(0).shuffle
     with progress(label, (rounds + 1) * len(cases), "cases") as meter:
         for turn in range(rounds + 1):
             shuffle(order)
@@ -136,7 +137,8 @@ class Coordination:
         self.room, self.anchor, self.data = room / f"of {owners}", anchor, data
         self.names = [f"owner{i}" for i in range(1, owners + 1)]
         self.room.mkdir()
-        merged, router = make_anchor("pico"), EvidenceSettings()
+        merged = make_anchor("pico")
+        router = EvidenceSettings()
         for domain, name in enumerate([*self.names, "newcomer"], start=1):
             tensors = make_expert(merged, domain, router, "all")
             key = sign_expert(self.room, name, tensors, merged, router)
@@ -148,7 +150,8 @@ class Coordination:
         with tempfile.TemporaryDirectory(dir=self.room) as directory:
             here = Path(directory)
             os.environ["FLEXOLMO_CACHE"] = str(here / "cache")  # nothing was verified before
-            mixture, bundle = here / "mixture", here / "newcomer.bundle"
+            mixture = here / "mixture"
+            bundle = here / "newcomer.bundle"
             old = [self.room / f"{name}.bundle" for name in self.names]
             shutil.copytree(self.room / "newcomer.bundle", bundle)
             anchor = self.room.parent / "anchor"
@@ -226,7 +229,8 @@ def _merge_once(root: Path) -> Record:
 def measure_requests(room: Path, rounds: int) -> Record:
     """Switching one of seven owners off, by size: microseconds, and how long a text then takes
     against all on."""
-    found, owners = {}, owner_names()
+    found = {}
+    owners = owner_names()
     for size in SIZES:
         gc.collect()
         model = make_mixture(size, EvidenceSettings(), "ffn")
@@ -261,9 +265,11 @@ def measure_requests(room: Path, rounds: int) -> Record:
 
 def measure_experts(room: Path, rounds: int) -> Record:
     """Milliseconds by number of FFN experts, of which a linear router picks two on each token."""
-    runs, found = {}, {}
+    runs = {}
+    found = {}
     tokenizer = make_anchor(SIZE).tokenizer
-    long, wide = made_texts(SIZE, 1, 128), made_texts(SIZE, 16, 64)
+    long = made_texts(SIZE, 1, 128)
+    wide = made_texts(SIZE, 16, 64)
     written = {batch: Written(SIZE, batch) for batch in (1, 16)}
     for count in EXPERTS:
         model = make_mixture(SIZE, LINEAR, "ffn", num_experts=count, top_k=2)

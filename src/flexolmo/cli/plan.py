@@ -148,7 +148,8 @@ def _choose_machine(gpus: str | None, path: Path | None, processes: int) -> "tup
             "writes on that machine."
         )
     if path is not None:
-        count, found = processes, read_machine(path)
+        count = processes
+        found = read_machine(path)
     elif processes != 1:
         raise ConfigError("--processes goes with --machine: of --gpus each has one process.")
     else:
@@ -263,9 +264,8 @@ def _size_rows(told: "Forecast") -> Iterator[tuple[str, str]]:
     """Rows of the table on what is kept: parameters, the bundle and memory."""
     from flexolmo.numbers import format_parameters
 
-    trained, active = (
-        format_parameters(n) for n in (told.trained_parameters, told.active_parameters)
-    )
+    trained = format_parameters(told.trained_parameters)
+    active = format_parameters(told.active_parameters)
     whole = format_parameters(told.parameters)
     yield "parameters", f"{whole}, of which {trained} learn; {active} work on a token"
     if told.bundle_bytes is not None:

@@ -221,9 +221,11 @@ def train(
             write_json(run_dir / "run.json", dict(record), is_private=True)
     if private is not None and len(result.losses_nats) < settings.steps:
         private.open(run_dir, identities["identity"], bool(result.losses_nats))
-    a_step, what = settings.batch_size * settings.seq_len, "tok"
-    if private is not None:  # of which some are shorter, or read in several windows
-        a_step, what = settings.batch_size, "unit"
+    what = "tok"
+    a_step = settings.batch_size * settings.seq_len
+    if private is not None:  # its units are of unequal length, or read in several windows
+        what = "unit"
+        a_step = settings.batch_size
     first = len(result.losses_nats)
     last_save = start = time.monotonic()
     before = result.seconds

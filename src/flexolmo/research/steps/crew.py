@@ -136,9 +136,11 @@ class Crew:
 
     def start(self, job: Job, is_shared: bool) -> Started:
         """Start the `job` of a step where there is room."""
-        ranks, group = self._idle()[:1], None
+        ranks = self._idle()[:1]
+        group = None
         if is_shared:
-            ranks, group = list(range(self._meeting.size)), self._groups
+            ranks = list(range(self._meeting.size))
+            group = self._groups
             self._groups += 1
         parts = []
         for rank in ranks:
@@ -171,7 +173,8 @@ class _Elsewhere:
     """A step in a child of another process."""
 
     def __init__(self, found: Meeting, key: str):
-        self._meeting, self._key = found, key
+        self._meeting = found
+        self._key = key
 
     def poll(self) -> int | None:
         code = self._meeting.heard(f"{self._key}/code")
@@ -192,7 +195,9 @@ class _Together:
     """The children of one step, which end together: when one fails, the others are stopped."""
 
     def __init__(self, job: Job, ranks: Sequence[int], parts: Sequence[Started]):
-        self._job, self._ranks, self._parts = job, ranks, parts
+        self._job = job
+        self._ranks = ranks
+        self._parts = parts
         self._failure: int | None = None  # exit code of the part that failed first
         self._is_stopped = False
 
