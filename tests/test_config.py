@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flexolmo
+from flexolmo.audit.summary import Source
 from flexolmo.config import find_recipe, parse_settings, read_recipe
 from flexolmo.errors import ConfigError
 from flexolmo.inference.sampling import Sampling
@@ -62,6 +65,19 @@ def test_a_bad_value_from_the_command_line_is_not_blamed_on_the_file_alone(tmp_p
     told = refusal(ExpertRecipe, own, "privacy.epsilon=1", "train.steps=0")
     assert told.startswith(f"In {own}, with privacy.epsilon=1, train.steps=0 from the command line")
     assert refusal(ExpertRecipe, write(tmp_path, "sed = 3")).startswith(f"In {own}:")
+
+
+@given(st.lists(st.sampled_from(["code", "", 3, True]), max_size=4))
+def test_each_bad_item_of_a_list_is_told_once_and_nothing_of_the_list_beside_it(items):
+    """A list without items is told too, and a list of good ones is read."""
+    bad = [i for i, item in enumerate(items) if not (isinstance(item, str) and item)]
+    try:
+        parse_settings({"languages": items}, Source, "a test")
+    except ConfigError as e:
+        told = [line.partition(": ")[0].strip() for line in str(e).splitlines()[1:]]
+        assert told == ([f"languages.{i}" for i in bad] if items else ["languages"])
+    else:
+        assert items and not bad
 
 
 def test_no_recipe_is_all_defaults():

@@ -80,7 +80,13 @@ def parse_settings(values: dict[str, Any], schema: type[Schema], where: str) -> 
     try:
         return schema.model_validate(values)
     except ValidationError as e:
-        lines = [_explain(problem, schema) for problem in e.errors()]
+        problems = e.errors()
+        places = {problem["loc"] for problem in problems}
+        # of a list without a good item pydantic says too that it is too short
+        repeated = {place[:n] for place in places for n in range(len(place))}
+        lines = [
+            _explain(problem, schema) for problem in problems if problem["loc"] not in repeated
+        ]
         raise ConfigError(f"In {where}:\n  " + "\n  ".join(lines)) from None
 
 

@@ -440,6 +440,10 @@ def read_json(path: Path, error: type[FlexOlmoError] = FlexOlmoError) -> Any:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if not path.parent.exists():
+            raise error(
+                f"{path.parent} does not exist; expected a directory with {path.name}."
+            ) from None
         raise error(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as e:
         raise error(f"{path} is not readable JSON: {e}.") from None

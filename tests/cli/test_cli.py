@@ -173,6 +173,11 @@ def test_what_someone_must_mend_is_said_in_a_sentence(run, house, pico_set_dirs,
         (("eval", "--model", model, "--items", tmp_path / "none"), ["not a directory"]),
         (("eval", "--suite", "mine", "--model", model), ["flexolmo31"]),
         (("mix", "inspect", tmp_path), ["mixture.json"]),
+        (("mix", "inspect", tmp_path / "none"), ["none does not exist", "flexolmo mix build"]),
+        (
+            ("mix", "import", tmp_path / "none", "--dry-run"),
+            ["none does not exist; expected a directory with config.json"],
+        ),
         (("anchor", "inspect", tmp_path), ["anchor.json"]),
         (
             ("mix", "build", tmp_path / "none", house.bundle("amber"), "-o", tmp_path / "m"),

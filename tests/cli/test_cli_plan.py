@@ -75,6 +75,7 @@ def test_what_cannot_be_planned_is_refused_before_it_is_measured(
     here = ["--measure", tmp_path / "here.json"]
     there = tmp_path / "there.json"
     there.write_text("{}")
+    (tmp_path / "slurm.sh").touch()
     anchor = ["--anchor", pico_anchor_dir]
     for words, says in {
         (recipe, *anchor, "--set", "train.stepz=1"): "train.steps",
@@ -85,6 +86,7 @@ def test_what_cannot_be_planned_is_refused_before_it_is_measured(
         ("--machine", there): "leave out --gpus and --machine",
         ("--measure", there): "there already",
         ("--name", "$(id)"): "cannot name",
+        (recipe, *anchor, "--write", tmp_path): "holds slurm.sh already",
     }.items():
         found = run(*here, *words)
         assert isinstance(found.exception, ConfigError), (words, found.output)

@@ -99,6 +99,6 @@ def test_errors_name_the_directory_and_nothing_stays_open(anchor_dir, record):
             open_anchor(anchor_dir, found, None)
         assert "/proc" not in str(caught.value)
         (anchor_dir / name).write_bytes(old)
-    with pytest.raises(CheckpointError, match=r"nothing/anchor\.json does not exist"):
+    with pytest.raises(CheckpointError, match=r"nothing does not exist.*anchor\.json"):
         open_anchor(anchor_dir / "nothing", {}, None)
     assert os.listdir("/proc/self/fd") == before

@@ -197,7 +197,19 @@ def test_the_loss_of_a_step_is_the_mean_over_the_units_read():
     expected = torch.stack(list(losses(0))).mean().item()
     assert compute_gradients(parameters, losses, 0, SETTINGS, private)[0] == pytest.approx(expected)
     private.choose = lambda step: np.zeros(0, np.int64)
-    assert compute_gradients(parameters, losses, 1, SETTINGS, private)[0] == 0
+    assert compute_gradients(parameters, losses, 1, SETTINGS, private)[0] is None
+
+
+def test_a_step_that_reads_nobody_has_no_loss_in_the_runs_metrics(tmp_path):
+    parameters, losses, private = make_toy(noise=1.0)
+    draw = private.choose
+    private.choose = lambda step: draw(step) if step in (1, 4) else np.zeros(0, np.int64)
+    settings = SETTINGS.model_copy(update={"steps": 5, "warmup_steps": 0})
+    result = train(parameters, losses, settings, tmp_path, "test", {}, {}, private)
+    found = read_json(tmp_path / "metrics.json")["loss_nats"]
+    assert found == result.losses_nats
+    assert [x is None for x in found] == [True, False, True, True, False]
+    assert found[1] > 0 and found[4] > 0
 
 
 def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm():

@@ -91,12 +91,13 @@ def plan(
 
     from flexolmo.bundle.manifest import require_name
     from flexolmo.errors import ConfigError
+    from flexolmo.train.launch import refuse_taken
 
     require_name(name)
     if measure is not None and (gpus is not None or machine is not None):
         raise ConfigError("--measure plans for this machine: leave out --gpus and --machine.")
-    if write is not None and write.exists() and not write.is_dir():
-        raise ConfigError(f"--write {write} is a file, expected a directory. Choose another place.")
+    if write is not None:
+        refuse_taken(write)
     if price is not None and not math.isfinite(price):
         raise ConfigError(f"--price {price} is not a number of money.")
     if recipe is None:

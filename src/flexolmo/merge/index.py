@@ -90,6 +90,11 @@ def read_about(model_dir: Path) -> dict[str, Any]:
     """The content of `mixture.json`: anchor digest, router, top_k, and each expert's claims."""
     path = Path(model_dir) / ABOUT
     recover_missing(path.parent)
+    if not path.parent.exists():
+        raise MergeError(
+            f"{model_dir} does not exist. Name the directory of a mixture; flexolmo mix build "
+            "makes one."
+        )
     if not path.is_file():
         raise MergeError(
             f"{model_dir} is not a mixture: it has no {ABOUT}. Make one with flexolmo mix build."

@@ -17,6 +17,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.files import write_bytes
 
 PORT = 29500
+FILES = ("recipe.toml", "torchrun.sh", "slurm.sh", "kubernetes.yaml")
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,32 @@ class Launch:
 
 
 def write_launch(directory: Path, launch: Launch) -> list[Path]:
-    """Write recipe.toml, torchrun.sh, slurm.sh and kubernetes.yaml.
+    """Write FILES.
 
-    Raises ConfigError if one is there, or for a name that no expert can have: scripts hold it.
+    Raises ConfigError for a directory that `refuse_taken` refuses, or for a name that no expert can
+    have: scripts hold it.
     """
     require_name(launch.name)
     directory = Path(directory)
     script = torchrun_script(launch)
     recipe = tomli_w.dumps(launch.recipe)
-    texts = {
-        "recipe.toml": recipe,
-        "torchrun.sh": script,
-        "slurm.sh": slurm_script(launch),
-        "kubernetes.yaml": kubernetes_manifest(launch, script, recipe),
-    }
-    if found := [name for name in texts if (directory / name).exists()]:
-        raise ConfigError(f"{directory} holds {', '.join(found)} already; give another --write.")
+    texts = (recipe, script, slurm_script(launch), kubernetes_manifest(launch, script, recipe))
+    refuse_taken(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        write_bytes(directory / name, text.encode())
-    return [directory / name for name in texts]
+    paths = [directory / name for name in FILES]
+    for path, text in zip(paths, texts, strict=True):
+        write_bytes(path, text.encode())
+    return paths
+
+
+def refuse_taken(directory: Path) -> None:
+    """Raises ConfigError if `directory` is a file, or holds one of FILES."""
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(
+            f"--write {directory} is a file, expected a directory. Choose another place."
+        )
+    if found := [name for name in FILES if (directory / name).exists()]:
+        raise ConfigError(f"{directory} holds {', '.join(found)} already; give another --write.")
 
 
 def torchrun_script(launch: Launch) -> str:

@@ -115,7 +115,8 @@ class TrainSettings(Settings):
 class TrainResult:
     """Losses, time and tokens of a finished run."""
 
-    losses_nats: list[float] = field(default_factory=list)  # one for each step, in nats per token
+    # One for each step, in nats per token; None where private training read no text.
+    losses_nats: list[float | None] = field(default_factory=list)
     seconds: float = 0.0  # training time in seconds, summed over resumptions
     tokens: int = 0  # predicted over the whole run
 
@@ -232,7 +233,7 @@ def train(
     with progress(label, settings.steps * a_step, what, first * a_step) as meter:
         for step in range(first, settings.steps):
             nats, norm = compute_gradients(parameters, loss_of_step, step, settings, private)
-            if not math.isfinite(nats + norm):
+            if not math.isfinite((nats or 0.0) + norm):
                 cause = "Lower the learning rate."
                 if step == 0:
                     cause = "No step was taken yet: it is the first values that are at fault."
@@ -246,7 +247,7 @@ def train(
                 optimizer.step()
                 optimizer.zero_grad()
             result.losses_nats.append(nats)
-            meter.advance(a_step, f"loss {nats:.3f}")
+            meter.advance(a_step, "" if nats is None else f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
             is_due = time.monotonic() - last_save > settings.checkpoint_every_seconds
             if run_dir is not None and (step + 1 == settings.steps or agree(is_due)):
@@ -291,11 +292,11 @@ def compute_gradients(
     step: int,
     settings: TrainSettings,
     private: PrivateSteps | None = None,
-) -> tuple[float, float]:
+) -> tuple[float | None, float]:
     """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped.
 
     With `private`, the gradient is the noised one, and the loss a mean over the units that were
-    read, which may be none.
+    read; None if they were none.
     """
     device = next(iter(parameters.values())).device.type
     is_half = settings.precision == "bfloat16"
@@ -325,7 +326,7 @@ def compute_gradients(
     nats, size = torch.stack([mean(total), norm.float()]).tolist()  # one wait for a GPU
     if size > settings.grad_clip:
         nn.utils.clip_grads_with_norm_(parameters.values(), settings.grad_clip, norm)
-    return nats, size
+    return nats if num_parts else None, size
 
 
 def in_parts(
