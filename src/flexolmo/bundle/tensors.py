@@ -35,7 +35,7 @@ _EXPONENT_BITS: dict[str, tuple[np.dtype[Any], int]] = {
 }
 _TENSOR_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$"
 _PIECE_BYTES = 1 << 20  # a multiple of every dtype's size
-_WORTH_A_THREAD = 64 << 10  # bytes from which handing over a piece costs less than it saves
+_WORTH_A_THREAD = 256 << 10  # bytes from which handing over a piece costs less than it saves
 _OPENING = "The weights are not a safetensors file that a bundle may hold:"
 _ADVICE = "Write them with safetensors, float, int8 or int64 tensors only, without metadata."
 

@@ -38,7 +38,7 @@ from flexolmo.files import (
 from flexolmo.terminal import echo
 
 VERIFY_VARIABLE = "FLEXOLMO_VERIFY"
-SMALLEST_BYTES = 64 << 20  # of files that are worth a statement; less is hashed in 0.1 s
+SMALLEST_BYTES = 8 << 20  # of files that are worth a statement; less is hashed in 0.02 s
 KEY_BYTES = 32
 _MAX_STATEMENT_BYTES = 8 << 20
 _CHECKS = 2  # raised when bundles or anchors are checked for more than before, or more is kept

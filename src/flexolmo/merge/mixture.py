@@ -532,7 +532,7 @@ def _write(
             target = aside / "experts" / f"{name}.bundle"
             with _naming(target, source):
                 known = find_known(source, entry["files"], record)
-                place, options = link_or_copy(source, target, trusted)
+                place, options = link_or_copy(source, target)
                 known = find_again(known, target)
                 opened[name] = _reopen(place, name, about, trusted, known=known, **options)
                 if release and name in release["experts"]:
@@ -547,7 +547,8 @@ def _write(
             target = aside / "incoming"
             watch = SeenWeights(anchor)
             with _naming(target, source):
-                place, options = link_or_copy(source, target, trusted, change.max_bytes)
+                check_signer(source, trusted, change.max_bytes)  # before its weights are touched
+                place, options = link_or_copy(source, target, change.max_bytes)
                 bundle = open_bundle(place, trusted, trusted.allows_unknown, watch=watch, **options)
             m = bundle.manifest
             misfits = find_rollback(seen, m.name, bundle.facts) or find_misfits(

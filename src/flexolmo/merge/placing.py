@@ -10,25 +10,23 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flexolmo.bundle.bundle import MAX_FILE_BYTES, check_signer
-from flexolmo.bundle.trust import TrustedOwners
+from flexolmo.bundle.bundle import MAX_FILE_BYTES
 from flexolmo.bundle.verified import is_ours
 from flexolmo.errors import MergeError
 
 
 def link_or_copy(
-    source: Path, target: Path, trusted: TrustedOwners, max_bytes: int | None = None
+    source: Path, target: Path, max_bytes: int | None = None
 ) -> tuple[Path, dict[str, Any]]:
     """Begin to take a bundle in at `target`; where to open it, and with which options.
 
     It is then read once: where nobody but us can change its files, `target` has links to them and
-    is opened, after a check of the signer; else `source` is, and copied as it is checked.
+    is opened; else `source` is, and copied as it is checked.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     names = sorted(MAX_FILE_BYTES)
     if all(_is_ours(path) for path in (source, *(source / name for name in names))):
-        check_signer(source, trusted, max_bytes)
         try:
             for name in names:
                 os.link(source / name, target / name, follow_symlinks=False)
