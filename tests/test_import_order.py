@@ -44,7 +44,7 @@ ORDER = [
     ["model.assemble"],
     ["train.muon", "train.budget", "train.dp_sgd"],
     ["train.loop"],
-    ["train.blocks", "train.protect", "train.rows"],
+    ["train.blocks", "train.protect", "train.rows", "train.at_once"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
     ["train.shrink", "train.plan", "train.count", "train.launch"],

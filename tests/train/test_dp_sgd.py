@@ -11,12 +11,13 @@ from scipy.stats import binomtest, kstest
 from torch import nn
 
 from flexolmo.data.units import read_unit, unit_offsets
-from flexolmo.errors import CheckpointError
+from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import read_json
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.progress import PROGRESS_FILE
 from flexolmo.train import loop
+from flexolmo.train.at_once import in_groups
 from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.dp_sgd import KEY_FILE, ROUNDING, PrivateSteps
 from flexolmo.train.expert import ExpertRecipe, prepare_training
@@ -86,6 +87,14 @@ KINDS = {
     "beside the anchor": {"beside_anchor": True},
     "sequences": {"privacy": {"unit": "sequence"}},
     "several windows": {"privacy": {"windows": 3}},
+    "clipped for half, four at once": {"privacy": {"units_at_once": 4}},
+    "low rank, several windows, three at once": {
+        "rank": 3,
+        "attention_rank": 2,
+        "embedding_rank": 4,
+        "head_rank": 5,
+        "privacy": {"windows": 3, "units_at_once": 3, "clip_norm": 5.0},
+    },
     "clipped for half": {},
 }
 
@@ -114,7 +123,7 @@ def test_a_steps_gradient_is_the_sum_of_clipped_gradients_found_one_by_one(
         for n, rows in made.private.closed.items():
             grads[n] = grads[n].index_fill(0, rows, 0.0)
         found.append(grads)
-    if kind == "clipped for half":
+    if kind.startswith("clipped for half"):
         norms = [norm_of(grads) for grads in found]
         made.private.clip_norm = float(np.median(norms))
         assert min(norms) < made.private.clip_norm < max(norms)
@@ -173,6 +182,53 @@ def test_gradients_are_those_of_opacus_on_the_stock_model(pico_anchor, pico_anch
             atol=1e-5,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+def test_a_units_gradient_among_others_has_the_bits_it_has_beside_any(
+    pico_anchor, pico_sets, monkeypatch
+):
+    """Or the noise would have to cover more than the unit that comes or goes."""
+    made = prepared(pico_anchor, pico_sets["maths"], privacy={"windows": 2, "units_at_once": 4})
+    added = []
+    monkeypatch.setattr(made.private, "add_each", lambda grads: added.append(grads))
+
+    def gradients(units):
+        added.clear()
+        made.private.choose = lambda step: np.array(units)
+        assert len(list(made.losses(0))) == len(units)
+        return [{n: g[i] for n, g in group.items()} for group in added for i in range(4)]
+
+    first = gradients([3, 7, 11, 13, 20])
+    other = gradients([3, 8, 11])
+    assert same(first[0], other[0])
+    assert same(first[2], other[2])
+    assert not same(first[1], other[1])
+    assert not any(g.any() for g in other[3].values())
+    assert not any(g.any() for last in first[5:] for g in last.values())
+
+
+def test_units_of_any_length_have_their_own_losses_and_gradients_at_once(pico_anchor, pico_sets):
+    made = prepared(pico_anchor, pico_sets["maths"])
+    made.private.clip_norm = 1e6
+    shapes = [(1, 2), (3, 17), (2, 17), (1, 9), (1, 17)]
+    generator = np.random.default_rng(0)
+    units = [generator.integers(0, 300, shape) for shape in shapes]
+    losses = in_groups(
+        lambda step: iter(units), 2, 3, SETTINGS, made.private, made.pair, made.parameters
+    )
+    found = torch.stack(list(losses(0)))
+    own = [language_model_loss(made.pair, torch.from_numpy(ids)) for ids in units]
+    torch.testing.assert_close(found, torch.stack(own).detach())
+    made.private.finish(made.parameters, 0)
+    grads = torch.autograd.grad(sum(own), list(made.parameters.values()))
+    for (n, p), g in zip(made.parameters.items(), grads, strict=True):
+        if n not in made.private.closed:
+            torch.testing.assert_close(p.grad * SETTINGS.batch_size, g, rtol=1e-3, atol=1e-4)
+
+
+def test_several_at_once_are_refused_where_a_units_gradient_cannot_be_told(pico_anchor, pico_sets):
+    with pytest.raises(ConfigError, match="beside_anchor"):
+        prepared(pico_anchor, pico_sets["maths"], beside_anchor=True, privacy={"units_at_once": 4})
 
 
 def make_toy(clip_norm=0.5, noise=0.0, rate=0.5, num_units=40):

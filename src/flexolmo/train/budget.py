@@ -58,6 +58,12 @@ class PrivacySettings(Settings):
     windows: int = Field(
         1, ge=1, description="Windows of train.seq_len tokens of a unit that a step reads at most."
     )
+    units_at_once: int | None = Field(
+        None,
+        ge=1,
+        description="Units whose gradients are found at once, which takes memory for each: the "
+        "same numbers but for rounding. None: 1 on a processor, 32 on a GPU.",
+    )
 
 
 @lru_cache(maxsize=64)

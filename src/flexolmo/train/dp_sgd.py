@@ -6,7 +6,8 @@ noise; all else, optimizers too, follows from that. Source: Abadi et al. 2016 (a
 
 Units go through the model one at a time, so the gradient of each is exact for every kind of
 module, and memory does not grow with the batch. For a stretch of T tokens and a matrix of
-a x b < T^2 numbers this is also less work than finding the norm alone (ghost clipping).
+a x b < T^2 numbers this is also less work than finding the norm alone (ghost clipping). A GPU
+takes groups of them (`train.at_once`).
 
 Sampling and noise follow from a key of the run that the operating system draws. It is kept beside
 the checkpoint until the run ends, so that a run that is killed and goes on takes the very steps
@@ -88,6 +89,21 @@ class PrivateSteps:
         torch._foreach_add_([self._sums[n] for n in found], grads)
         for p in parameters.values():
             p.grad = None
+
+    @torch.no_grad()
+    def add_each(self, grads: Mapping[str, Tensor]) -> None:
+        """Take the gradients of a group of units, [G,...] by parameter, each clipped by itself,
+        into the step's sum. Writes into `grads`."""
+        for name in self.closed.keys() & grads.keys():
+            grads[name].index_fill_(1, self.closed[name], 0.0)
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
+        norm = torch.linalg.vector_norm(norms, dim=0)  # [G]
+        factor = (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
+        if not self._sums:
+            self._sums = {n: torch.zeros_like(g[0]) for n, g in grads.items()}
+        for name, g in grads.items():
+            # no product of matrices, which a GPU makes in TF32: off by more than ROUNDING
+            self._sums[name] += g.mul_(factor.view(-1, *[1] * (g.dim() - 1))).sum(0)
 
     @torch.no_grad()
     def finish(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:

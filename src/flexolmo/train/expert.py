@@ -59,6 +59,7 @@ from flexolmo.model.shape import (
 from flexolmo.model.statistics import UNTOLD, EvidenceSettings, OwnerTable
 from flexolmo.model.transformer import ModelConfig
 from flexolmo.runtime import run_record, set_up
+from flexolmo.train.at_once import choose_group, in_groups
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.compress import prune_width
@@ -72,7 +73,7 @@ from flexolmo.train.loop import (
     read_learnt,
     train,
 )
-from flexolmo.train.protect import in_units, protect, state_budget
+from flexolmo.train.protect import in_units, protect, state_budget, windows_of_units
 from flexolmo.train.rows import find_frequent_rows, find_open_rows, hide_rows, hold_rows
 
 Scope = Literal["ffn", "ffn+head", "all"]
@@ -487,8 +488,12 @@ def prepare_training(
     is_open = find_frequent_rows(first, anchor, cast(EvidenceSettings, router), privacy.row_share)
     closed = (~is_open).nonzero()[:, 0].to(pair.device)
     private.closed = {key: closed for key in parameters.keys() & set(TOKEN_ROWS)}
-    units = in_units(data, privacy, recipe.train, private, recipe.seed, loss_of)
-    return pair, parameters, units, private
+    windows = windows_of_units(data, privacy, recipe.train, private, recipe.seed)
+    size = choose_group(pair, recipe.train, privacy.units_at_once)
+    if size == 1:
+        return pair, parameters, in_units(windows, loss_of), private
+    several = in_groups(windows, size, privacy.windows, recipe.train, private, pair, parameters)
+    return pair, parameters, several, private
 
 
 def expert_loss(pair: MixtureModel, recipe: ExpertRecipe) -> Callable[[Tensor], Tensor]:

@@ -194,7 +194,8 @@ def train(
     """Minimise `loss_of_step(step)` over `parameters`, in place.
 
     Where it gives several losses, each is computed when the one before has given its gradient.
-    With `private`, each is one unit's and is protected.
+    With `private`, each is one unit's and is protected; one that asks for no gradient has given it
+    to `private` already.
 
     With a `run_dir` the state is written there every `checkpoint_every_seconds`, and a later call
     with the same `identity` (config, seed, data: anything that decides the numbers) resumes from
@@ -311,9 +312,10 @@ def compute_gradients(
     total = torch.zeros((), device=next(iter(parameters.values())).device)
     num_parts = 0
     while part is not None:
-        part.backward()
-        if private is not None:
-            private.add(parameters)
+        if private is None or part.requires_grad:
+            part.backward()
+            if private is not None:
+                private.add(parameters)
         total += part.detach()
         num_parts += 1
         with in_precision():

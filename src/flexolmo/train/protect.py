@@ -7,6 +7,7 @@ to it (`train.dp_sgd`). Knows nothing of models.
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,24 +71,34 @@ def state_budget(
     }
 
 
-def in_units(
+def windows_of_units(
     data: TokenSet,
     privacy: PrivacySettings,
     settings: TrainSettings,
     private: PrivateSteps,
     seed: int,
-    loss_of: Callable[[Tensor], Tensor],
-) -> Callable[[int], Iterator[Tensor]]:
-    """Function from a step to the losses of the units that it reads, in nats per token; `loss_of`
-    is the loss of windows [w,T+1]."""
+) -> Callable[[int], Iterator[np.ndarray]]:
+    """Function from a step to the windows of each unit that it reads, int64 [w,T+1]."""
     tokens = data.splits["train"].tokens
     offsets = unit_offsets(data, privacy.unit, settings.seq_len)
 
-    def losses(step: int) -> Iterator[Tensor]:
+    def windows(step: int) -> Iterator[np.ndarray]:
         for unit in private.choose(step).tolist():
             text = tokens[offsets[unit] : offsets[unit + 1]]
             place = (seed, step, unit)
-            ids = read_unit(text, data.eos_id, settings.seq_len, privacy.windows, place)
+            yield read_unit(text, data.eos_id, settings.seq_len, privacy.windows, place)
+
+    return windows
+
+
+def in_units(
+    windows_of_step: Callable[[int], Iterator[np.ndarray]], loss_of: Callable[[Tensor], Tensor]
+) -> Callable[[int], Iterator[Tensor]]:
+    """Function from a step to the losses of the units that it reads, one at a time, in nats per
+    token; `loss_of` is the loss of windows [w,T+1]."""
+
+    def losses(step: int) -> Iterator[Tensor]:
+        for ids in windows_of_step(step):
             yield loss_of(torch.from_numpy(ids))
 
     return losses
