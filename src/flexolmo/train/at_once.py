@@ -24,7 +24,7 @@ from flexolmo.model.transformer import RMSNorm
 from flexolmo.train.dp_sgd import PrivateSteps
 from flexolmo.train.loop import TrainSettings
 
-GPU_UNITS = 32
+GPU_UNITS = 16
 
 
 def choose_group(model: MixtureModel, settings: TrainSettings, asked: int | None) -> int:
