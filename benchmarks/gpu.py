@@ -439,7 +439,9 @@ def make_config(size: str) -> ModelConfig:
 def count_training(kind: str, size: str, share: float | None) -> count.StepCount:
     """Counts of a step as the planner has them, of a text whose `share` the anchor reads too."""
     count.PUBLIC_SHARE = count.PUBLIC_SHARE if share is None else share
-    return count.count_step(make_config(size), recipe_of(kind, size), muon_dtype=torch.bfloat16)
+    return count.count_step(
+        make_config(size), recipe_of(kind, size), muon_dtype=torch.bfloat16, device="cuda"
+    )
 
 
 def show(record: Record) -> str:
