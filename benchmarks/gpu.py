@@ -63,7 +63,7 @@ shapes.SIZES |= {
     "1B": shapes.Size(2048, 16, 16, 8192, 100_352),  # OLMo 2 1B
     "tiny": shapes.SIZES["pico"],
 }
-BATCHES = {"1B": (8, 2048), "tiny": (2, 32)}  # B, T of a part
+BATCHES = {"1B": (8, 2048), "tiny": (2, 32)}  # B, T of each part that is read
 GEMM_WIDTHS = {"1B": 8192, "tiny": 64}
 COPY_BYTES = {"1B": 2**30, "tiny": 2**16}
 PEAK_FLOPS = 989e12  # of an H100 or H200 (SXM), dense, in bfloat16, by the data sheet
@@ -111,10 +111,18 @@ def draw(model: nn.Module) -> None:
             p.normal_(0, 0.02) if p.dim() == 2 else p.fill_(1)
 
 
-def recipe_of(kind: str, size: str) -> AnchorRecipe | ExpertRecipe:
-    """Our defaults for a kind of training, in bfloat16; low rank: a sixteenth of the width."""
+def recipe_of(kind: str, size: str, parts: int) -> AnchorRecipe | ExpertRecipe:
+    """Our defaults for a kind of training, in bfloat16, of batches that are read in so many parts;
+    low rank: a sixteenth of the width."""
     B, T = BATCHES[size]
-    train = TrainSettings(steps=1000, batch_size=B, seq_len=T, precision="bfloat16", compile="off")
+    train = TrainSettings(
+        steps=1000,
+        batch_size=parts * B,
+        accumulate=parts,
+        seq_len=T,
+        precision="bfloat16",
+        compile="off",
+    )
     if kind == "dense":
         return AnchorRecipe(train=train)
     if kind == "all":
@@ -182,10 +190,10 @@ def _batch(recipe: AnchorRecipe | ExpertRecipe) -> tuple[int, int]:
 
 
 class StockProgram:
-    """Plain training of stock transformers' model of the same shape with AdamW, in two parts a
-    step, as its logits of all positions at once do not fit else."""
+    """Plain training of stock transformers' model of the same shape with AdamW, in twice as many
+    parts, as its logits of all positions at once do not fit else."""
 
-    def __init__(self, size: str, device: str):
+    def __init__(self, size: str, device: str, parts: int):
         from transformers import Olmo2Config, Olmo2ForCausalLM
 
         s = shapes.SIZES[size]
@@ -204,7 +212,8 @@ class StockProgram:
         with torch.device(device):
             self.model = Olmo2ForCausalLM(config).train()
         B, T = BATCHES[size]
-        self.ids = torch.randint(1, s.vocab_size, (B, T + 1), device=device)
+        self.parts = 2 * parts
+        self.ids = torch.randint(1, s.vocab_size, (parts * B, T + 1), device=device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True
         )
@@ -216,9 +225,10 @@ class StockProgram:
         """A step as most people write it."""
 
         def losses(_: int) -> Iterator[Tensor]:
-            for ids in self.ids.chunk(2):
+            for ids in self.ids.chunk(self.parts):
                 with torch.autocast(ids.device.type, torch.bfloat16):
-                    yield self.model(ids, labels=ids).loss / 2
+                    loss = self.model(ids, labels=ids).loss / self.parts
+                yield loss
 
         for loss in marks.around(losses)(0):
             loss.backward()
@@ -350,9 +360,10 @@ class Bench:
         program: Program | StockProgram
         if stock:
             make_anchor.cache_clear()
-            program = StockProgram(self.size, self.device)
+            program = StockProgram(self.size, self.device, self.asked.parts)
         else:
-            program = Program(make_anchor(self.size, self.device), recipe_of(kind, self.size))
+            recipe = recipe_of(kind, self.size, self.asked.parts)
+            program = Program(make_anchor(self.size, self.device), recipe)
         program.arrange(how)
         synchronise(self.is_gpu)
         ready = time.monotonic() - began
@@ -383,19 +394,21 @@ class Bench:
         self, kind: str, seconds: dict[str, float], peak: float | None, share: float | None
     ) -> Record:
         """Figures of a step: its speed, MFU, and what the planner foretells."""
-        counted = count_training(kind, self.size, share)
-        told = time_step(counted, self.machine)
+        parts = self.asked.parts
+        counted = count_training(kind, self.size, share, min(parts, 2))
+        told = time_step(counted, self.machine, parts)
         unread = kind != "dense"  # an anchor is held beside what is trained
         beside = 4 * count_anchor(make_config(self.size)) if unread else 0
         memory = find_memory(counted, self.machine, 1, beside)
-        flops = counted.part.flops
+        flops = parts * counted.part.flops
         B, T = BATCHES[self.size]
+        tokens = parts * B * T
         reading = seconds["forward"] + seconds["backward"]
         gemm = self.found["ceilings"]["gemm_flops"]
         return {
-            "tokens_a_second": B * T / seconds["step"],
+            "tokens_a_second": tokens / seconds["step"],
             "ms": {name: 1000 * s for name, s in seconds.items()},
-            "flops_a_token": flops / (B * T),
+            "flops_a_token": flops / tokens,
             "mfu": flops / seconds["step"] / PEAK_FLOPS,
             "mfu_of_gemm": flops / seconds["step"] / gemm,
             # of a batch of so many parts that the update counts little
@@ -424,7 +437,7 @@ class Bench:
             synchronise(self.is_gpu)
         key = "self_cuda_time_total" if self.is_gpu else "self_cpu_time_total"
         table = taken.key_averages().table(
-            sort_by=key, row_limit=25, max_name_column_width=90, top_level_events_only=False
+            sort_by=key, row_limit=40, max_name_column_width=90, top_level_events_only=False
         )
         self.asked.profile.mkdir(parents=True, exist_ok=True)
         write_bytes(self.asked.profile / f"{name}.txt", table.encode())
@@ -436,11 +449,11 @@ def make_config(size: str) -> ModelConfig:
 
 
 @functools.cache
-def count_training(kind: str, size: str, share: float | None) -> count.StepCount:
+def count_training(kind: str, size: str, share: float | None, parts: int) -> count.StepCount:
     """Counts of a step as the planner has them, of a text whose `share` the anchor reads too."""
     count.PUBLIC_SHARE = count.PUBLIC_SHARE if share is None else share
     return count.count_step(
-        make_config(size), recipe_of(kind, size), muon_dtype=torch.bfloat16, device="cuda"
+        make_config(size), recipe_of(kind, size, parts), muon_dtype=torch.bfloat16, device="cuda"
     )
 
 
@@ -483,6 +496,7 @@ def run_all(asked: argparse.Namespace) -> None:
         "software": software_versions(),
         "size": asked.size,
         "part": BATCHES[asked.size],
+        "parts": asked.parts,
         "rounds": asked.rounds,
         "peak_flops": PEAK_FLOPS,
     }
@@ -519,6 +533,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", type=cases, default=list(CASES), help=", ".join(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch", help="sequences and tokens of a part, such as 8x2048")
+    parser.add_argument("--parts", type=int, default=1, help="of a batch, read one by one")
     parser.add_argument("--seconds", type=float, default=90.0, help="after which no case begins")
     parser.add_argument("--profile", type=Path, help="directory for the longest kernels of steps")
     parser.add_argument("--out", type=Path, default=RESULTS)
