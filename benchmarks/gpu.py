@@ -35,17 +35,16 @@ import numpy as np
 import shapes
 import torch
 import training
+from gpu_models import make_anchor, make_config, synchronise
 from packaging.version import Version
 from speed import rounded
 from torch import Tensor, nn
 
-from flexolmo.data.tokenizer import train_tokenizer
 from flexolmo.files import write_bytes, write_json
-from flexolmo.model.checkpoint import Anchor, VerifiedAnchor, build_anchor
+from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.loss import language_model_loss
-from flexolmo.model.parallel import place
 from flexolmo.model.shape import count_anchor
-from flexolmo.model.transformer import ModelConfig, Transformer
+from flexolmo.model.transformer import Transformer
 from flexolmo.runtime import choose_device, set_up, software_versions, source_commit
 from flexolmo.train import blocks, count
 from flexolmo.train.anchor import AnchorRecipe
@@ -59,10 +58,6 @@ Record = dict[str, Any]
 Forward = Callable[[int], Losses]
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-shapes.SIZES |= {
-    "1B": shapes.Size(2048, 16, 16, 8192, 100_352),  # OLMo 2 1B
-    "tiny": shapes.SIZES["pico"],
-}
 BATCHES = {"1B": (8, 2048), "tiny": (2, 32)}  # B, T of each part that is read
 GEMM_WIDTHS = {"1B": 8192, "tiny": 64}
 COPY_BYTES = {"1B": 2**30, "tiny": 2**16}
@@ -72,43 +67,19 @@ WARM_UP = 2
 CASES = {
     "all": 8,
     "all compiled": 15,
-    "ffn": 6,
-    "low rank": 6,
-    "dense": 6,
-    "stock": 8,
     "gradients": 10,
+    "ffn": 6,
     "serving": 10,
+    "low rank": 6,
+    "stock": 8,
+    "dense": 6,
+    "dense compiled": 15,
     "ffn compiled": 15,
     "low rank compiled": 15,
-    "dense compiled": 15,
 }
 
 
 # --- what is trained ----------------------------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=1)
-def make_anchor(size: str, device: str, dtype: torch.dtype = torch.float32) -> Anchor:
-    """An anchor of this size whose random weights are drawn where they stay; not looked over, as
-    its digest means nothing."""
-    shape = shapes.SIZES[size]
-    tokenizer = train_tokenizer(["some words to begin with"], 300)
-    config = ModelConfig(**vars(shape), max_seq_len=4096, eos_token_id=shapes.EOS)
-    with torch.device("meta"):
-        model = Transformer(config)
-    place(model, torch.empty(0, device=device, dtype=dtype))
-    draw(model)
-    public = shapes.public_table(config.vocab_size)
-    rows = 0.02 * torch.randn(config.num_layers, config.d_model)
-    unread = VerifiedAnchor("sha256:" + "0" * 64, {})
-    return build_anchor(model, tokenizer, public, rows, {}, verified=unread)
-
-
-def draw(model: nn.Module) -> None:
-    """Draw matrices from a normal of deviation 0.02, and set norms to 1."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.02) if p.dim() == 2 else p.fill_(1)
 
 
 def recipe_of(kind: str, size: str, parts: int) -> AnchorRecipe | ExpertRecipe:
@@ -284,12 +255,6 @@ class Marks:
         return found | {"step": sum(found.values())}
 
 
-def synchronise(is_gpu: bool) -> None:
-    """Wait for a GPU."""
-    if is_gpu:
-        torch.cuda.synchronize()
-
-
 def time_work(work: Callable[[], object], is_gpu: bool, rounds: int = 10) -> float:
     """Least seconds of `work` over some rounds."""
     found = []
@@ -326,6 +291,7 @@ class Bench:
         self.is_gpu = self.device.startswith("cuda")
         self.end = time.monotonic() + asked.seconds
         self.found: Record = {}
+        self.held: dict[str, Program | StockProgram] = {}  # the last kind, with its memory
 
     @property
     def machine(self) -> Machine:
@@ -346,24 +312,15 @@ class Bench:
         except Exception as e:  # anything may go wrong where nothing ran before
             print(f"{name}:", traceback.format_exc(limit=-6), flush=True)
             record = {"error": f"{type(e).__name__}: {e}".splitlines()[0]}
+            self.held.clear()  # it may be half made
         self.found[name] = record | {"case_seconds": time.monotonic() - start}
         write_json(self.asked.out, rounded(self.found))
         print(f"{name}: {show(record)} ({time.monotonic() - start:.1f} s)", flush=True)
-        gc.collect()
-        if self.is_gpu:
-            torch.cuda.empty_cache()
 
     def train(self, kind: str, how: str) -> Record:
         """Steps of one kind of training."""
         began = time.monotonic()
-        stock = kind == "stock"
-        program: Program | StockProgram
-        if stock:
-            make_anchor.cache_clear()
-            program = StockProgram(self.size, self.device, self.asked.parts)
-        else:
-            recipe = recipe_of(kind, self.size, self.asked.parts)
-            program = Program(make_anchor(self.size, self.device), recipe)
+        program = self.program(kind)
         program.arrange(how)
         synchronise(self.is_gpu)
         ready = time.monotonic() - began
@@ -384,11 +341,32 @@ class Bench:
         if self.asked.profile:
             self.profile(program, f"{kind} {how}".replace(" ", "_"))
         share = getattr(program, "public_share", None)
-        program.end()
-        return self.judge("dense" if stock else kind, seconds, peak, share) | {
+        print(f"  {kind} {how}: {rounded(seconds)}, {peak} bytes", flush=True)
+        return self.judge("dense" if kind == "stock" else kind, seconds, peak, share) | {
             "ready_seconds": ready,
             "warm_up_seconds": warm,
         }
+
+    def program(self, kind: str) -> "Program | StockProgram":
+        """Training of a kind, made ready; what another kind holds is given up first."""
+        if kind not in self.held:
+            self.let_go()
+            if kind == "stock":
+                make_anchor.cache_clear()
+                self.held[kind] = StockProgram(self.size, self.device, self.asked.parts)
+            else:
+                recipe = recipe_of(kind, self.size, self.asked.parts)
+                self.held[kind] = Program(make_anchor(self.size, self.device), recipe)
+        return self.held[kind]
+
+    def let_go(self) -> None:
+        """Give back the memory of what was trained."""
+        for program in self.held.values():
+            program.end()
+        self.held.clear()
+        gc.collect()
+        if self.is_gpu:
+            torch.cuda.empty_cache()
 
     def judge(
         self, kind: str, seconds: dict[str, float], peak: float | None, share: float | None
@@ -441,11 +419,6 @@ class Bench:
         )
         self.asked.profile.mkdir(parents=True, exist_ok=True)
         write_bytes(self.asked.profile / f"{name}.txt", table.encode())
-
-
-def make_config(size: str) -> ModelConfig:
-    """The shape that is trained."""
-    return ModelConfig(**vars(shapes.SIZES[size]), max_seq_len=4096, eos_token_id=shapes.EOS)
 
 
 @functools.cache
@@ -503,9 +476,11 @@ def run_all(asked: argparse.Namespace) -> None:
     bench.run("ceilings", lambda: ceilings(asked.size, asked.device))
     for name in asked.cases:
         if name == "gradients":
+            bench.let_go()
             with compiling():
                 bench.run(name, lambda: gpu_gradients.compare(device, lambda: bench.end))
         elif name == "serving":
+            bench.let_go()
             make_anchor.cache_clear()
             bench.run(name, lambda: gpu_serving.measure(asked.size, device, bench.end))
         else:

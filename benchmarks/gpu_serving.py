@@ -12,7 +12,7 @@ from typing import Any
 
 import shapes
 import torch
-from gpu import draw, make_anchor, synchronise
+from gpu_models import draw, make_anchor, synchronise
 from torch import Tensor
 
 from flexolmo.inference.reader import OwnReader, spread
