@@ -102,8 +102,10 @@ def _chunk_loss(
                 grad_u[part] = own @ matrices[j]
             if grad_w is not None and grad_w.dtype == own.dtype:
                 grad_w.addmm_(own.T, inputs[j][part])
-            elif grad_w is not None:
+            elif grad_w is not None and grad_w.is_cpu:
                 grad_w += own.T @ inputs[j][part]
+            elif grad_w is not None:  # by columns, as the matrix lies: a GPU adds that faster
+                grad_w += (inputs[j][part].T @ own).T
     return loss
 
 
