@@ -257,10 +257,15 @@ class Wild:
 
 
 @pytest.fixture(scope="session")
-def make_wild(pico_anchor):
-    """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32, on the
-    device that FLEXOLMO_TEST_DEVICE names, by default the CPU."""
-    device = torch.device(os.environ.get("FLEXOLMO_TEST_DEVICE", "cpu"))
+def device() -> torch.device:
+    """The device that FLEXOLMO_TEST_DEVICE names, by default the CPU."""
+    return torch.device(os.environ.get("FLEXOLMO_TEST_DEVICE", "cpu"))
+
+
+@pytest.fixture(scope="session")
+def make_wild(pico_anchor, device):
+    """`make_wild(dtype, **changes of ModelConfig)`: a Wild anchor of 2 layers and width 32, on
+    `device`."""
 
     def make(dtype: torch.dtype = torch.float32, **changes) -> Wild:
         config = ModelConfig.model_validate(pico_anchor.config.model_dump() | changes)

@@ -1,5 +1,8 @@
 """Ways to run the blocks in training: all give the same numbers, but for rounding."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +31,13 @@ SCOPES = {
 
 
 @pytest.fixture
-def prepare(pico_anchor, pico_sets):
+def anchor(pico_anchor, device):
+    """`pico_anchor` on the device that is tested."""
+    return replace(pico_anchor, model=copy.deepcopy(pico_anchor.model).to(device))
+
+
+@pytest.fixture
+def prepare(anchor, pico_sets):
     """The pair, its parameters, and their gradients and loss at a step, under some settings."""
 
     def run(scope, step=0, **changes):
@@ -36,14 +45,12 @@ def prepare(pico_anchor, pico_sets):
             beside_anchor=True, train=BRIEF.model_copy(update=changes), **SCOPES[scope]
         )
         data = pico_sets["maths"]
-        first = start_expert(pico_anchor, data, recipe)
+        first = start_expert(anchor, data, recipe)
         g = torch.Generator().manual_seed(7)
         for n, t in first.items():
             if not n.startswith("router."):
                 first[n] = t + 0.05 * torch.randn(t.shape, generator=g)
-        pair, parameters, losses, _ = prepare_training(
-            pico_anchor, data, "maths", recipe, None, first
-        )
+        pair, parameters, losses, _ = prepare_training(anchor, data, "maths", recipe, None, first)
         arrange_blocks(pair, recipe.train, "test")
         nats, _ = compute_gradients(parameters, losses, step, recipe.train)
         return pair, nats, {n: p.grad.clone() for n, p in parameters.items()}

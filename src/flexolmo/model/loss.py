@@ -10,7 +10,9 @@ from torch import Tensor
 
 from flexolmo.model.transformer import Transformer
 
-CHUNK_NUMBERS = 2**21  # logits held at a time
+# Logits held at a time: as many as a processor's cache holds; on a GPU so many that the gradient
+# of the head, which each chunk reads and writes whole, costs little beside the products.
+CHUNK_NUMBERS = {"cpu": 2**21, "cuda": 2**28}
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -37,8 +39,12 @@ class _ChunkedLoss(torch.autograd.Function):
             inputs = [u.to(dtype) for u in factors[::2]]
             matrices = [w.to(dtype) for w in factors[1::2]]
             total = targets.new_zeros((), dtype=torch.float32)
-            for start in range(0, len(targets), chunk):
-                total += _chunk_loss(targets, start, chunk, rows, inputs, matrices, ctx.grads)
+            bounds = [_bounds(at, len(targets), chunk) for at in rows]
+            for i, start in enumerate(range(0, len(targets), chunk)):
+                places = [None if own is None else slice(own[i], own[i + 1]) for own in bounds]
+                total += _chunk_loss(
+                    targets, start, chunk, rows, places, inputs, matrices, ctx.grads
+                )
         return total
 
     @staticmethod
@@ -47,11 +53,22 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in grads))
 
 
+def _bounds(at: Tensor | None, num_rows: int, chunk: int) -> list[int] | None:
+    """Places among the ascending rows `at` where chunks begin, and the last ends: for all chunks at
+    once, as a GPU is waited for to tell them. None: all rows are there."""
+    if at is None:
+        return None
+    starts = torch.arange(0, num_rows + chunk, chunk, device=at.device)
+    found: list[int] = torch.searchsorted(at, starts).tolist()
+    return found
+
+
 def _chunk_loss(
     targets: Tensor,
     start: int,
     chunk: int,
     rows: list[Tensor | None],
+    places: list[slice | None],
     inputs: list[Tensor],
     matrices: list[Tensor],
     grads: list[Tensor | None],
@@ -60,11 +77,10 @@ def _chunk_loss(
     wanted = targets[start : start + chunk, None]  # [c,1]
     logits: Tensor | None = None  # [c,V]
     read = []
-    for u, w, at in zip(inputs, matrices, rows, strict=True):
+    for u, w, at, place in zip(inputs, matrices, rows, places, strict=True):
         part, here = slice(start, start + chunk), None
-        if at is not None:
-            first, last = torch.searchsorted(at, at.new_tensor([start, start + chunk])).tolist()
-            part, here = slice(first, last), at[first:last] - start
+        if at is not None and place is not None:
+            part, here = place, at[place] - start
         read.append((part, here))
         if here is None:
             logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
@@ -86,9 +102,16 @@ def _chunk_loss(
                 grad_u[part] = own @ matrices[j]
             if grad_w is not None and grad_w.dtype == own.dtype:
                 grad_w.addmm_(own.T, inputs[j][part])
-            elif grad_w is not None:
+            elif grad_w is not None and grad_w.is_cpu:
                 grad_w += own.T @ inputs[j][part]
+            elif grad_w is not None:  # by columns, as the matrix lies: a GPU adds that faster
+                grad_w += (inputs[j][part].T @ own).T
     return loss
+
+
+def loss_chunk(vocab_size: int, device: str) -> int:
+    """Positions that are held against the vocabulary at a time on such a device."""
+    return max(128, CHUNK_NUMBERS.get(device, CHUNK_NUMBERS["cpu"]) // vocab_size)
 
 
 def language_model_loss(
@@ -96,15 +119,14 @@ def language_model_loss(
 ) -> Tensor:
     """Mean loss in nats per token of ids[:,1:] given what stands before; ids [B,T+1].
 
-    `chunk` positions at a time are held against the vocabulary; none: as many as a processor's
-    cache holds.
+    `chunk` positions at a time are held against the vocabulary; none: see `loss_chunk`.
     """
     ids = ids.to(model.device)
     targets = ids[:, 1:].flatten()  # [N]
     x, ctx = model.stream(ids[:, :-1], **options)
     parts = model.lm_head.parts(x, ctx)
     if chunk is None:
-        chunk = max(128, CHUNK_NUMBERS // model.config.vocab_size)
+        chunk = loss_chunk(model.config.vocab_size, model.device.type)
     factors = [f for u, w, _ in parts for f in (u, w)]
     rows = [at for _, _, at in parts]
     total = _ChunkedLoss.apply(targets, chunk, rows, *factors)  # type: ignore[no-untyped-call]

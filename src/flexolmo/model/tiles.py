@@ -197,10 +197,10 @@ def _to_try(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Random rows [...,in] and a matrix [in,out] whose rows begin `step` numbers apart."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(shape, generator=generator).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = torch.randn(shape, generator=generator, device=device).to(dtype)
     room = max(step, d_out)
-    weight = torch.randn(shape[-1], room, generator=generator).to(device, dtype)
+    weight = torch.randn(shape[-1], room, generator=generator, device=device).to(dtype)
     return rows, weight[:, :d_out]
 
 

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from flexolmo.errors import ConfigError
 from flexolmo.model.blend import Blend, alone
 from flexolmo.model.deltas import Share
-from flexolmo.model.loss import language_model_loss
+from flexolmo.model.loss import language_model_loss, loss_chunk
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.parallel import place, refuse_uneven
 from flexolmo.model.router import DiscriminantSettings, EvidenceRouter, LinearRouter
@@ -198,9 +198,11 @@ def count_step(
     processes: int = 1,
     dtype: DtypeName = "float32",
     muon_dtype: torch.dtype | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> StepCount:
-    """Counts of a step of `recipe` in one of `processes`, for an anchor of this `config`, whose
-    weights are in `dtype`; Muon's products are in `muon_dtype` (none: as on this machine).
+    """Counts of a step of `recipe` in one of `processes` on such a device, for an anchor of this
+    `config`, whose weights are in `dtype`; Muon's products are in `muon_dtype` (none: as on this
+    machine).
 
     Raises ConfigError for what is not counted: private training, the discriminant router, a batch
     that the processes cannot share.
@@ -214,7 +216,7 @@ def count_step(
     def at(num_layers: int) -> StepCount:
         shallow = config.model_copy(update={"num_layers": num_layers})
         with FakeTensorMode():
-            program = StepProgram(shallow, recipe, dtype)
+            program = StepProgram(shallow, recipe, dtype, loss_chunk(config.vocab_size, device))
             for optimizer in program.optimizers:
                 if isinstance(optimizer, Muon):
                     optimizer.dtype = muon_dtype
@@ -244,8 +246,13 @@ class StepProgram:
     """A step of training on made-up text, to be counted or timed; weights mean nothing."""
 
     def __init__(
-        self, config: ModelConfig, recipe: AnchorRecipe | ExpertRecipe, dtype: DtypeName = "float32"
+        self,
+        config: ModelConfig,
+        recipe: AnchorRecipe | ExpertRecipe,
+        dtype: DtypeName = "float32",
+        chunk: int | None = None,
     ):
+        """`dtype` is that of the anchor's weights, `chunk` as in `language_model_loss`."""
         self.settings = recipe.train.model_copy(update={"compile": "off"})
         self.loss_of: Callable[[Tensor], Tensor]
         like = torch.empty(0, dtype=DTYPES[dtype])
@@ -253,7 +260,7 @@ class StepProgram:
             self.model = Transformer(config)
             place(self.model, like)
             self.parameters = dict(self.model.named_parameters())
-            self.loss_of = partial(language_model_loss, self.model)
+            self.loss_of = partial(language_model_loss, self.model, chunk=chunk)
         else:
             pair = _CountedMixture(config, {_NAME: recipe.shape(config)}, recipe.router)
             self.model = pair
@@ -264,7 +271,7 @@ class StepProgram:
                     place(module, torch.empty(0))  # in float32 always
             pair.requires_grad_(False)
             self.parameters = trainable_parameters(pair, _NAME)
-            self.loss_of = expert_loss(pair, recipe)
+            self.loss_of = expert_loss(pair, recipe, chunk)
         for p in self.parameters.values():
             p.requires_grad_(True)
         arrange_blocks(self.model.train(), self.settings, "")

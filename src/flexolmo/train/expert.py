@@ -496,13 +496,16 @@ def prepare_training(
     return pair, parameters, several, private
 
 
-def expert_loss(pair: MixtureModel, recipe: ExpertRecipe) -> Callable[[Tensor], Tensor]:
-    """Function from ids [B,T+1] to the loss that an expert in `pair` minimises."""
+def expert_loss(
+    pair: MixtureModel, recipe: ExpertRecipe, chunk: int | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Function from ids [B,T+1] to the loss that an expert in `pair` minimises; `chunk` as in
+    `language_model_loss`."""
     learns = isinstance(recipe.router, LinearSettings)
 
     def loss_of(ids: Tensor) -> Tensor:
         logits: list[Tensor] = []  # of a router that learns, one [B,T,2] a layer
-        loss = language_model_loss(pair, ids, router_logits=logits if learns else None)
+        loss = language_model_loss(pair, ids, chunk=chunk, router_logits=logits if learns else None)
         for z in logits:
             loss = loss + recipe.train.z_loss / len(logits) * z.logsumexp(-1).square().mean()
         return loss

@@ -147,7 +147,7 @@ def forecast(
 
     Raises ConfigError as `count_step` and `time_step` do.
     """
-    count = count_step(config, recipe, processes, dtype, machine.muon_dtype)
+    count = count_step(config, recipe, processes, dtype, machine.muon_dtype, machine.device)
     settings = recipe.train
     dense = count_anchor(config)
     if isinstance(recipe, ExpertRecipe):

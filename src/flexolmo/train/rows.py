@@ -5,6 +5,7 @@ the router's table tells of all the same. Source: ours.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -46,13 +47,13 @@ def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:
     """Let no row of embedding and head learn but those in `is_open` [V], so that which rows have
     moved shows no word of a few documents. Source: ours."""
 
-    def clear(p: Tensor) -> None:
-        closed = (~cut(is_open, p)).nonzero()[:, 0]
-        local(cast(Tensor, p.grad)).index_fill_(0, closed.to(p.device), 0.0)
+    def clear(closed: Tensor, p: Tensor) -> None:
+        local(cast(Tensor, p.grad)).index_fill_(0, closed, 0.0)
 
     for key, p in parameters.items():
         if key in TOKEN_ROWS:
-            p.register_post_accumulate_grad_hook(clear)
+            closed = (~cut(is_open, p)).nonzero()[:, 0].to(p.device)
+            p.register_post_accumulate_grad_hook(partial(clear, closed))
 
 
 def hide_rows(
