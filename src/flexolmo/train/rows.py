@@ -47,13 +47,13 @@ def hold_rows(parameters: Mapping[str, nn.Parameter], is_open: Tensor) -> None:
     """Let no row of embedding and head learn but those in `is_open` [V], so that which rows have
     moved shows no word of a few documents. Source: ours."""
 
-    def clear(closed: Tensor, p: Tensor) -> None:
-        local(cast(Tensor, p.grad)).index_fill_(0, closed, 0.0)
+    def clear(is_closed: Tensor, p: Tensor) -> None:
+        local(cast(Tensor, p.grad)).masked_fill_(is_closed, 0.0)
 
     for key, p in parameters.items():
         if key in TOKEN_ROWS:
-            closed = (~cut(is_open, p)).nonzero()[:, 0].to(p.device)
-            p.register_post_accumulate_grad_hook(partial(clear, closed))
+            is_closed = ~cut(is_open, p)[:, None].to(p.device)
+            p.register_post_accumulate_grad_hook(partial(clear, is_closed))
 
 
 def hide_rows(
