@@ -46,7 +46,7 @@ class Share:
             return value if total is None else total + value
         if total is None:  # -0 is what changes no number when added to it
             total = value.new_full((self.num_rows, value.shape[-1]), -0.0)
-        return total.index_add_(0, self.rows, value)
+        return total.index_add_(0, self.rows, value.to(total.dtype))  # products may be in half
 
     def add(self, total: Tensor | None, value: Tensor) -> Tensor:
         """`put` of `weigh`."""
