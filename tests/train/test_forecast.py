@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from flexolmo.train.loop import TrainSettings
 from flexolmo.train.measure import Timed, fit_machine, timed_recipes
 from flexolmo.train.rates import GPUS, NETWORK_BYTES, Machine, find_machine, read_machine, time_step
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 PICO = ModelConfig(vocab_size=64, d_model=32, num_layers=2, num_heads=2, d_ff=48, max_seq_len=32)
 TRAIN = TrainSettings(steps=10, batch_size=4, seq_len=16, warmup_steps=2, optimizer="adamw")
 KINDS = {
@@ -222,6 +224,18 @@ def test_memory_near_the_machines_is_close(part, answer):
     room = told.memory.total / part
     machine = told.machine.model_copy(update={"memory_bytes": room})
     assert replace(told, machine=machine).fits == answer
+
+
+def test_rates_of_an_h100_give_back_the_step_that_was_measured_on_one():
+    found = json.loads((RESULTS / "gpu.json").read_text())
+    about, case = found["about"], found["all"]
+    tokens = about["parts"] * about["part"][0] * about["part"][1]
+    flops = case["flops_a_token"] * tokens / about["parts"]
+    part = Work(bfloat16_flops=flops, moved_bytes=case["plan"]["moved_bytes"])
+    counted = replace(count_step(PICO, KINDS["anchor"]), part=part, update=Work())
+    told = time_step(counted, GPUS["H100"], about["parts"]).total
+    measured = (case["ms"]["forward"] + case["ms"]["backward"]) / 1000
+    assert told == pytest.approx(measured, rel=0.05)
 
 
 def test_time_that_work_does_not_explain_is_refused():

@@ -2,7 +2,7 @@
 
 A machine is a few rates: of matrix products by precision, of bytes that all other operations read
 and write, and of bytes between processes. Those of GPUs are taken here from their data sheets and
-one published run; `measure` finds those of the machine at hand.
+what one was found to reach of its own; `measure` finds those of the machine at hand.
 """
 
 from dataclasses import dataclass
@@ -48,14 +48,14 @@ class Machine(Settings):
         return torch.float32 if self.bfloat16_flops is None else torch.bfloat16
 
 
-# From the data sheets of the SXM modules, of which training reaches a part: MEMORY_PART of the
-# bandwidth, and as much of the products' peak as makes the model give what torchtitan published of
-# Llama 3.1 8B on eight H100 (of 2.4 TB/s) with FSDP2, not compiled: 5,762 tokens a second and GPU
-# (benchmarks/llama3_h100_202412_torchtitan.md in its repository). No GPU was measured by us.
-PRODUCT_PART = 0.64
-MEMORY_PART = 0.9
+# From the data sheets of the SXM modules, of which training reaches a part. The parts are of one
+# H100 that trained a 1B expert, not compiled (benchmarks/results/gpu.json): FLOPs over the seconds
+# of product kernels in a profile, and bytes over all other seconds of the step. On A100, H200 and
+# products in TF32 they are assumed; that of links was measured nowhere.
+PRODUCT_PART = 0.75
+MEMORY_PART = 0.7
 LINK_PART = 0.8
-_SOURCE = "data sheet, times the part that one published run reached; not measured by us"
+_SOURCE = "data sheet, times the parts that training reached on one H100"
 
 
 def _gpu(name: str, bf16: float, tf32: float, memory: float, size: float, link: float) -> Machine:
