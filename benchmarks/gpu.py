@@ -10,6 +10,7 @@ and their gradients are held against float32 on the processor.
     python benchmarks/gpu.py --device cuda --cases gradients,serving --seconds 60 --out more.json
     python benchmarks/gpu.py --device cpu --size tiny --out tiny.json
 
+`results/gpu.json` holds two runs on an H100, by tokens a step, and the gradients there.
 A case is left out where the seconds are used up; one that fails says why, and the next goes on.
 
 B batch, T positions, V vocabulary.
@@ -57,7 +58,6 @@ from flexolmo.train.rates import GPUS, Machine, time_step
 Record = dict[str, Any]
 Forward = Callable[[int], Losses]
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
 BATCHES = {"1B": (8, 2048), "tiny": (2, 32)}  # B, T of each part that is read
 GEMM_WIDTHS = {"1B": 8192, "tiny": 64}
 COPY_BYTES = {"1B": 2**30, "tiny": 2**16}
@@ -511,7 +511,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, default=1, help="of a batch, read one by one")
     parser.add_argument("--seconds", type=float, default=90.0, help="after which no case begins")
     parser.add_argument("--profile", type=Path, help="directory for the longest kernels of steps")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args(words)
     asked.words = words
     if asked.batch:

@@ -23,8 +23,8 @@ from flexolmo.report.drawing import INK, MAX_WIDTH_INCHES, draw_legend, styled
 from flexolmo.report.page import Block, Cell, Items, Picture, Table, Text, save_page
 from flexolmo.research.study.findings import TABLES, Results
 
-# A second of one H100 in bfloat16, at 40 % of its peak: 43 % were measured of a 1B expert that
-# learns whole, with compiled blocks, and 30 % without (docs/speed.md).
+# A second of one H100 in bfloat16, at 40 % of its peak: 43 to 46 % were measured of a 1B expert
+# that learns whole, with compiled blocks, and 30 % without (docs/speed.md).
 GPU_FLOPS = 0.4 * 989e12
 _WORDS = {
     "own_pair": "own pair",
