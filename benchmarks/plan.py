@@ -19,7 +19,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +138,12 @@ def run_processes(size: str, kind: str, num_processes: int) -> list[float]:
     return json.loads(told[0].splitlines()[-1])
 
 
-def measure(sizes: list[str]) -> dict[str, Any]:
-    """Predicted over measured of every size and kind, with what both are."""
+def measure(sizes: list[str], kinds: Sequence[str], numbers: list[int]) -> dict[str, Any]:
+    """Predicted over measured of every size and kind, with what both are; `numbers` of processes
+    are run for their memory."""
     found: dict[str, Any] = {"time": {}, "memory": {}, "time_of_two": {}}
-    with progress("plan", len(sizes) * (1 + 3 * len(KINDS)), "runs") as meter:
+    runs = len(sizes) * (1 + (1 + len(numbers)) * len(kinds))
+    with progress("plan", runs, "runs") as meter:
         timed = {}
         for size in sizes:
             timed[size] = [
@@ -150,14 +152,14 @@ def measure(sizes: list[str]) -> dict[str, Any]:
             meter.advance(note=f"rates, {size}")
         for size in sizes:
             machine = fit_machine([t for s in sizes if s != size for t in timed[s]])
-            for kind in KINDS:
+            for kind in kinds:
                 recipe = recipe_of(kind)
                 counted = count_step(shape_of(*ALL_SIZES[size]), recipe)
                 told = time_step(counted, machine).total
                 taken = time_steps(size, kind)
                 found["time"][f"{size}, {kind}"] = compare(told, taken)
                 meter.advance(note=f"time, {size}, {kind}")
-                for many in (1, 2):
+                for many in numbers:
                     counted = count_step(shape_of(*ALL_SIZES[size]), recipe, many)
                     before, most, taken = run_processes(size, kind, many)
                     alone = GPUS["H100"].model_copy(update={"process_bytes": before})
@@ -173,8 +175,8 @@ def measure(sizes: list[str]) -> dict[str, Any]:
                         found["time_of_two"][f"{size}, {kind}"] = compare(told, taken)
                     meter.advance(note=f"memory, {name}")
     for part in ("time", "memory", "time_of_two"):
-        ratios = [x["ratio"] for x in found[part].values()]
-        found[f"{part}_ratios"] = {"least": min(ratios), "most": max(ratios)}
+        if ratios := [x["ratio"] for x in found[part].values()]:
+            found[f"{part}_ratios"] = {"least": min(ratios), "most": max(ratios)}
     return found
 
 
@@ -187,6 +189,8 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default=",".join(ALL_SIZES))
+    parser.add_argument("--kind", action="append", choices=KINDS, help="One of them. Default: all.")
+    parser.add_argument("--processes", default="1,2", help="Numbers of processes, for memory.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -194,7 +198,8 @@ def main() -> None:
         tell_process(asked.sizes, asked.memory)
         return
     set_up(0, 1)
-    found = measure(asked.sizes.split(","))
+    numbers = [int(x) for x in asked.processes.split(",")]
+    found = measure(asked.sizes.split(","), asked.kind or KINDS, numbers)
     about = {"commit": source_commit(), "load": os.getloadavg()[0], "software": software_versions()}
     write_json(asked.out, found | about)
     print(json.dumps({k: v for k, v in found.items() if "ratios" in k}, indent=2))
