@@ -2,7 +2,9 @@
 
 Each size in turn is left out: rates are fitted to the others, by the very steps that `plan
 --measure` takes, and the one left out is predicted: its steps of `anchor train` and `expert train`
-on texts of their own, and the peak memory of a process, alone and as one of two under torchrun.
+on texts of their own, and the peak memory of a process, alone and as one of two under torchrun;
+of two, also the seconds of a step, of the first one's own work, which plans for processors tell
+without what it waits for the other.
 
     .venv/bin/python benchmarks/plan.py [--sizes 2M,5M,14M,30M] [--out benchmarks/results/plan.json]
 
@@ -17,7 +19,7 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,11 @@ def make_step(size: str, kind: str) -> Callable[[], object]:
 
 def time_steps(size: str, kind: str) -> float:
     """Median seconds of a step, after one that is not counted."""
-    step = make_step(size, kind)
+    return median_seconds(make_step(size, kind))
+
+
+def median_seconds(step: Callable[[], object]) -> float:
+    """Median seconds of a step, after one that is not counted."""
     seconds = []
     for _ in range(ROUNDS + 1):
         start = training.now()
@@ -99,9 +105,9 @@ def time_steps(size: str, kind: str) -> float:
     return statistics.median(seconds[1:])
 
 
-def tell_memory(size: str, kind: str) -> None:
-    """Print the bytes of this process before the model is made, and at its highest in two steps;
-    the first process alone prints."""
+def tell_process(size: str, kind: str) -> None:
+    """Print the bytes of this process before the model is made, and at its highest in two steps,
+    then the seconds of one; the first process alone prints."""
     with processes("cpu"):
         set_up(0, 1, keeps_memory=count() == 1)
         tiny = make_step("2M", "anchor")
@@ -112,11 +118,12 @@ def tell_memory(size: str, kind: str) -> None:
         step = make_step(size, kind)
         for _ in range(2):
             step()
-        print(json.dumps([before, resident_bytes("VmHWM")]))
+        most = resident_bytes("VmHWM")
+        print(json.dumps([before, most, median_seconds(step)]))
 
 
-def peak_memory(size: str, kind: str, num_processes: int) -> list[float]:
-    """What `tell_memory` prints, in processes of their own."""
+def run_processes(size: str, kind: str, num_processes: int) -> list[float]:
+    """What `tell_process` prints, in processes of their own."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = str(held.getsockname()[1])
     running = []
@@ -131,10 +138,12 @@ def peak_memory(size: str, kind: str, num_processes: int) -> list[float]:
     return json.loads(told[0].splitlines()[-1])
 
 
-def measure(sizes: list[str]) -> dict[str, Any]:
-    """Predicted over measured of every size and kind, with what both are."""
-    found: dict[str, Any] = {"time": {}, "memory": {}}
-    with progress("plan", len(sizes) * (1 + 3 * len(KINDS)), "runs") as meter:
+def measure(sizes: list[str], kinds: Sequence[str], numbers: list[int]) -> dict[str, Any]:
+    """Predicted over measured of every size and kind, with what both are; `numbers` of processes
+    are run for their memory."""
+    found: dict[str, Any] = {"time": {}, "memory": {}, "time_of_two": {}}
+    runs = len(sizes) * (1 + (1 + len(numbers)) * len(kinds))
+    with progress("plan", runs, "runs") as meter:
         timed = {}
         for size in sizes:
             timed[size] = [
@@ -143,16 +152,16 @@ def measure(sizes: list[str]) -> dict[str, Any]:
             meter.advance(note=f"rates, {size}")
         for size in sizes:
             machine = fit_machine([t for s in sizes if s != size for t in timed[s]])
-            for kind in KINDS:
+            for kind in kinds:
                 recipe = recipe_of(kind)
                 counted = count_step(shape_of(*ALL_SIZES[size]), recipe)
                 told = time_step(counted, machine).total
                 taken = time_steps(size, kind)
                 found["time"][f"{size}, {kind}"] = compare(told, taken)
                 meter.advance(note=f"time, {size}, {kind}")
-                for many in (1, 2):
+                for many in numbers:
                     counted = count_step(shape_of(*ALL_SIZES[size]), recipe, many)
-                    before, most = peak_memory(size, kind, many)
+                    before, most, taken = run_processes(size, kind, many)
                     alone = GPUS["H100"].model_copy(update={"process_bytes": before})
                     beside = 0.0
                     if isinstance(recipe, ExpertRecipe):  # loaded, and in both cases in memory
@@ -161,10 +170,13 @@ def measure(sizes: list[str]) -> dict[str, Any]:
                     name = f"{size}, {kind}, {many} process{'es' if many > 1 else ''}"
                     found["memory"][name] = compare(memory.total + beside, most)
                     found["memory"][name]["before"] = before
+                    if many > 1:
+                        told = time_step(counted, machine, processes=many).total
+                        found["time_of_two"][f"{size}, {kind}"] = compare(told, taken)
                     meter.advance(note=f"memory, {name}")
-    for part in ("time", "memory"):
-        ratios = [x["ratio"] for x in found[part].values()]
-        found[f"{part}_ratios"] = {"least": min(ratios), "most": max(ratios)}
+    for part in ("time", "memory", "time_of_two"):
+        if ratios := [x["ratio"] for x in found[part].values()]:
+            found[f"{part}_ratios"] = {"least": min(ratios), "most": max(ratios)}
     return found
 
 
@@ -177,14 +189,17 @@ def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default=",".join(ALL_SIZES))
+    parser.add_argument("--kind", action="append", choices=KINDS, help="One of them. Default: all.")
+    parser.add_argument("--processes", default="1,2", help="Numbers of processes, for memory.")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.memory:
-        tell_memory(asked.sizes, asked.memory)
+        tell_process(asked.sizes, asked.memory)
         return
     set_up(0, 1)
-    found = measure(asked.sizes.split(","))
+    numbers = [int(x) for x in asked.processes.split(",")]
+    found = measure(asked.sizes.split(","), asked.kind or KINDS, numbers)
     about = {"commit": source_commit(), "load": os.getloadavg()[0], "software": software_versions()}
     write_json(asked.out, found | about)
     print(json.dumps({k: v for k, v in found.items() if "ratios" in k}, indent=2))

@@ -1,6 +1,7 @@
 """Memory, reading and time that merging, removing, exporting and loading take, in gigabytes.
 
     .venv/bin/python benchmarks/weights.py [--gigabytes 1,2,4,9] [--room DIR] [--out FILE]
+    .venv/bin/python benchmarks/weights.py --jobs digests,build,add,remove   # beside hashing
 
 For each size a mixture of eight owners is made, seeded, of random numbers in bfloat16: stock FFNs
 behind a linear router without bias, so that it can be exported too. It takes three times its size
@@ -10,8 +11,9 @@ on the disk. Every job runs in a process of its own, once what it reads has left
 `anonymous_bytes_before` were there before; `resident_bytes` counts mapped pages of files too
 (VmHWM). `read_bytes` is what read calls gave, and `touched_bytes` what of each file is in the page
 cache afterwards, maps and read-ahead included. `hashing_seconds` are processor seconds to hash the
-files that the job must hash, once, by themselves; the format asks for two digests of a bundle's
-weights, of the file and of each tensor.
+files that the job must hash, once, by themselves. The format asks for two digests of a bundle's
+weights, of the file and of each tensor: the job `digests` reads what `build` reads and computes
+both, in one thread, and nothing else, so what a build takes beside hashing is the difference.
 """
 
 import argparse
@@ -114,12 +116,15 @@ def _bytes_read() -> int:
 
 def watch(work: Callable[[], object]) -> dict[str, Any]:
     """Peaks of memory, bytes read and seconds of `work`."""
-    peak, is_done = _status("RssAnon"), threading.Event()
+    peak = _status("RssAnon")
+    is_done = threading.Event()
+    looking = 0.0  # processor seconds that are not of the work
 
     def look() -> None:
-        nonlocal peak
+        nonlocal peak, looking
         while not is_done.wait(0.005):
             peak = max(peak, _status("RssAnon"))
+        looking = time.thread_time()
 
     watcher = threading.Thread(target=look)
     held = peak
@@ -133,7 +138,7 @@ def watch(work: Callable[[], object]) -> dict[str, Any]:
         watcher.join()
     return {
         "seconds": seconds,
-        "processor_seconds": time.process_time() - processor,
+        "processor_seconds": time.process_time() - processor - looking,
         "anonymous_bytes": peak,
         "anonymous_bytes_before": held,
         "resident_bytes": _status("VmHWM"),
@@ -173,6 +178,22 @@ def _trusted(root: Path) -> Any:
     from flexolmo.bundle.trust import TrustedOwners
 
     return TrustedOwners.load(root / "keys")
+
+
+def digests(root: Path) -> dict[str, Any]:
+    """Compute the digests that a build must compute: one of the anchor, two of each bundle."""
+
+    def work() -> None:
+        piece = memoryview(bytearray(1 << 20))
+        bundles = [root / f"owner{i}.bundle/expert.safetensors" for i in range(1, OWNERS)]
+        for path, count in [(root / "anchor/model.safetensors", 1), *((b, 2) for b in bundles)]:
+            hashes = [hashlib.sha256() for _ in range(count)]
+            with open(path, "rb", buffering=0) as f:
+                while size := f.readinto(piece):
+                    for one in hashes:
+                        one.update(piece[:size])
+
+    return watch(work)
 
 
 def build(root: Path) -> dict[str, Any]:
@@ -244,7 +265,7 @@ def import_(root: Path) -> dict[str, Any]:
 
 JOBS = {
     job.__name__.rstrip("_"): job
-    for job in (build, add, load_two, load_two_verify, export, import_, remove)
+    for job in (digests, build, add, load_two, load_two_verify, export, import_, remove)
 }
 
 
@@ -281,15 +302,15 @@ def hash_alone(root: Path) -> dict[str, float]:
     return seconds
 
 
-def measure(root: Path, gigabytes: float) -> dict[str, Any]:
-    """Everything of a mixture of this size, made in `root`."""
+def measure(root: Path, gigabytes: float, jobs: Sequence[str]) -> dict[str, Any]:
+    """Everything of these jobs on a mixture of this size, made in `root`."""
     make(root, gigabytes)
     hashing = hash_alone(root)
     anchor, *bundles = hashing.values()
     must_hash = {"build": anchor + sum(bundles[:-1]), "add": bundles[-1], "load_two_verify": 0.0}
     must_hash["load_two_verify"] = anchor + sum(bundles) * len(ENABLED) / OWNERS
     found = {}
-    for name in JOBS:
+    for name in jobs:
         figures = run_job(name, root)
         if name in must_hash:
             figures["hashing_seconds"] = must_hash[name]
@@ -310,6 +331,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--gigabytes", default="1,2,4,9", help="Sizes of the mixtures.")
     parser.add_argument("--room", type=Path, help="Directory to work in. Default: a temporary one.")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--jobs", default=",".join(JOBS), help="Jobs, in this order; each needs those before."
+    )
     parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args(words)
     if given.job:
@@ -323,7 +347,7 @@ def main(words: Sequence[str] | None = None) -> None:
     by_size = {}
     for gigabytes in map(float, given.gigabytes.split(",")):
         with tempfile.TemporaryDirectory(prefix="weights-", dir=given.room) as directory:
-            by_size[f"{gigabytes:g}"] = measure(Path(directory), gigabytes)
+            by_size[f"{gigabytes:g}"] = measure(Path(directory), gigabytes, given.jobs.split(","))
     cpu = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
     about = {
         "date": begun,
