@@ -235,7 +235,7 @@ def test_rates_of_an_h100_give_back_the_step_that_was_measured_on_one():
     counted = replace(count_step(PICO, KINDS["anchor"]), part=part, update=Work())
     told = time_step(counted, GPUS["H100"], about["parts"]).total
     measured = (case["ms"]["forward"] + case["ms"]["backward"]) / 1000
-    assert told == pytest.approx(measured, rel=0.05)
+    assert told == pytest.approx(measured, rel=0.02)
 
 
 def test_time_that_work_does_not_explain_is_refused():
