@@ -204,7 +204,7 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
     outputs: dict[str, Tensor] = {}
 
     def add(sums: dict[str, Tensor], key: str, x: Tensor, is_diagonal: bool = False) -> None:
-        x = x.detach().cpu().flatten(0, -2).double()  # [N,.]
+        x = x.detach().flatten(0, -2).double()  # [N,.]
         more = x.square().sum(0) if is_diagonal else x.T @ x
         sums[key] = sums[key] + more if key in sums else more
 
@@ -237,9 +237,8 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
     for hook in hooks:
         hook.remove()
     keys = [k for k in (*readers, "embed_tokens") if f"{k}.weight" in own]
-    return {
-        k: Curvature(inputs[k] / count if k in inputs else None, outputs[k] / count) for k in keys
-    }
+    read, made = ({k: (x / count).cpu() for k, x in sums.items()} for sums in (inputs, outputs))
+    return {k: Curvature(read.get(k), made[k]) for k in keys}
 
 
 def prune_width(
