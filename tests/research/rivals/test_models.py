@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flexolmo.model.checkpoint import load_anchor
+from flexolmo.model.loss import language_model_loss
 from flexolmo.research.rivals.baselines import average_shared
 from flexolmo.research.rivals.models import (
     Reading,
@@ -71,6 +72,20 @@ def test_a_dense_expert_and_a_rival_learn_and_come_back_from_disk(
     again = load_rival(pico_anchor, ["maths", "news"], 2, tmp_path / "moe.safetensors")
     with torch.no_grad():
         assert torch.equal(rival(IDS), again(IDS))
+
+
+def test_a_rival_has_the_same_gradient_in_bfloat16_but_for_rounding(pico_anchor):
+    found = []
+    for is_half in (False, True):
+        rival = rival_mixture(pico_anchor, ["maths", "news"], top_k=2, seed=0)
+        rival.requires_grad_(True).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            loss = language_model_loss(rival, IDS)
+        loss.backward()
+        grads = [p.grad for p in rival.parameters() if p.grad is not None]
+        found.append(torch.cat([g.flatten() for g in grads]))
+    exact, half = found
+    assert 0 < (half - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_reading_comes_back_window_by_window(tmp_path):
