@@ -342,10 +342,10 @@ class Bench:
             self.profile(program, f"{kind} {how}".replace(" ", "_"))
         share = getattr(program, "public_share", None)
         print(f"  {kind} {how}: {rounded(seconds)}, {peak} bytes", flush=True)
-        return self.judge("dense" if kind == "stock" else kind, seconds, peak, share) | {
-            "ready_seconds": ready,
-            "warm_up_seconds": warm,
-        }
+        found = self.judge("dense" if kind == "stock" else kind, seconds, peak, share)
+        if kind == "stock":  # its products are our dense model's; no more is known of it beforehand
+            del found["plan"], found["update_flops"]
+        return found | {"ready_seconds": ready, "warm_up_seconds": warm}
 
     def program(self, kind: str) -> "Program | StockProgram":
         """Training of a kind, made ready; what another kind holds is given up first."""
@@ -435,12 +435,14 @@ def show(record: Record) -> str:
     if "ms" not in record:
         return str(rounded(record))
     ms = ", ".join(f"{k} {v:.1f}" for k, v in record["ms"].items())
-    peak = "" if record["peak_bytes"] is None else f", {record['peak_bytes'] / 1e9:.1f} GB"
+    peak = "" if record["peak_bytes"] is None else f"; {record['peak_bytes'] / 1e9:.1f} GB"
+    told = ""
+    if plan := record.get("plan"):
+        told = f"; plan {plan['ms']:.1f} ms, {plan['memory_bytes'] / 1e9:.1f} GB"
     return (
         f"{record['tokens_a_second']:,.0f} tokens/s, MFU {record['mfu']:.1%} (without update "
         f"{record['mfu_without_update']:.1%}, of a product's "
-        f"{record['mfu_without_update_of_gemm']:.1%}); ms: {ms}; plan {record['plan']['ms']:.1f} "
-        f"ms, {record['plan']['memory_bytes'] / 1e9:.1f} GB{peak}"
+        f"{record['mfu_without_update_of_gemm']:.1%}); ms: {ms}{peak}{told}"
     )
 
 
