@@ -89,7 +89,7 @@ def test_attacks_are_those_that_were_measured(rows, row):
 
 def test_no_document_of_any_private_expert_was_extracted():
     found = {name: r for name, r in RESULTS["extraction"].items() if name.startswith("epsilon")}
-    assert len(found) == 8
+    assert len(found) == 12
     for result in found.values():
         assert result["documents"] == 100
         assert (result["rate"], f"{result['high']:.3f}") == (0.0, "0.037")
