@@ -1,0 +1,95 @@
+"""The page on the mini study's privacy says of private experts what results.json holds."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parents[1] / "docs/privacy/mini"
+RESULTS = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+KEPT, BY_KIND = RESULTS["gain_kept"], RESULTS["gain_kept_by_kind"]
+GAINS = {
+    "documents, 1": "epsilon 1, documents",
+    "documents, 2": "epsilon 2, documents",
+    "documents, 8": "epsilon 8, documents",
+    "documents, trained again with other noise, 8": "epsilon 8, documents, again",
+    "sequences, 8": "epsilon 8, sequences",
+    "no privacy, rank 8, 164 thousand tokens, –": "rank 8, no privacy",
+    "no noise, rank 4, as many tokens as those of documents, –": "rank 4, no noise",
+}
+KINDS = {
+    "word problems made by rule": "word_problems",
+    "SymPy docstrings": "sympy_docstrings",
+    "Maxima manual": "maxima_manual",
+    "GAP manual": "gap_manual",
+}
+ATTACKED = {
+    "anchor": "epsilon 2, documents, anchor",
+    **{
+        f"{unit}, epsilon {epsilon}, {where}": f"epsilon {epsilon}, {unit}, {label}"
+        for unit, epsilon in (("documents", 8), ("documents", 2), ("sequences", 8))
+        for where, label in (("alone", "alone"), ("in the mixture", "on"))
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Cells of every table of the page's last section, by the first of each row."""
+    section = (HERE / "page.md").read_text(encoding="utf-8").split("## Differential privacy")[1]
+    lines = [line for line in section.replace("**", "").splitlines() if line.startswith("| ")]
+    cells = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+    found = {f"{c[0]}, {c[1]}" if len(c) == 6 and c[0] not in KINDS else c[0]: c for c in cells}
+    assert len(found) == len(cells)
+    return found
+
+
+def share(found, is_whole=True):
+    """A share with its interval, as the page writes it."""
+    percent = {name: f"{100 * found[name]:.0f}".replace("-", "−") for name in found}
+    percent = {name: re.sub("^−0$", "0", text) for name, text in percent.items()}
+    interval = f" ({percent['low']}–{percent['high']})" if is_whole else ""
+    return f"{percent['kept']} %{interval}"
+
+
+@pytest.mark.parametrize("row", GAINS)
+def test_gains_are_those_that_were_measured(rows, row):
+    run = GAINS[row]
+    wanted = []
+    for weight in ("documents", "bytes"):
+        bits = RESULTS["bits_per_byte"][
+            f"validation, math, an anchor trained again, {weight} alike"
+        ]
+        wanted += [f"{bits[run]:.3f}", share(KEPT[run][weight])]
+    assert rows[row][2:] == wanted
+
+
+@pytest.mark.parametrize("row", KINDS)
+def test_gains_by_kind_are_those_that_were_measured(rows, row):
+    found = BY_KIND[KINDS[row]]
+    assert rows[row][1:] == [
+        f"{found['training_documents']}, {found['validation_documents']}",
+        share(found["epsilon 1, documents"], is_whole=False),
+        share(found["epsilon 2, documents"], is_whole=False),
+        share(found["epsilon 8, documents"]),
+        share(found["rank 4, no noise"], is_whole=False),
+    ]
+
+
+@pytest.mark.parametrize("row", ATTACKED)
+def test_attacks_are_those_that_were_measured(rows, row):
+    found = RESULTS["membership"][ATTACKED[row]]
+    assert found["off_equals_anchor"]
+    assert rows[row][1:] == [
+        f"{a['auc']:.2f} ({a['low']:.2f}–{a['high']:.2f})" if (a := found.get(attack)) else "–"
+        for attack in ("loss", "min_k", "ratio", "informia")
+    ]
+
+
+def test_no_document_of_any_private_expert_was_extracted():
+    found = {name: r for name, r in RESULTS["extraction"].items() if name.startswith("epsilon")}
+    assert len(found) == 12
+    for result in found.values():
+        assert result["documents"] == 100
+        assert (result["rate"], f"{result['high']:.3f}") == (0.0, "0.037")
