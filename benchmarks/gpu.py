@@ -225,7 +225,7 @@ class Marks:
         self.moments: list[tuple[str, Any]] = []
 
     def put(self, name: str) -> None:
-        """What has been going on since the last mark was `name`."""
+        """Mark the end of `name`, which has been going on since the last mark."""
         moment: Any = time.perf_counter()
         if self.is_gpu:
             moment = torch.cuda.Event(enable_timing=True)

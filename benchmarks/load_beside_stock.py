@@ -157,7 +157,7 @@ def start(name: str, models: Path, where: Path, python: str) -> Any:
 def measure_once(
     name: str, models: Path, python: str, clients: list[int], count: int, seed: int
 ) -> dict[int, dict[str, Any]]:
-    """What one start of a server took for `count` texts, by number of clients."""
+    """Costs of `count` texts to one start of a server, by number of clients."""
     found = {}
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory)

@@ -123,7 +123,7 @@ def tell_process(size: str, kind: str) -> None:
 
 
 def run_processes(size: str, kind: str, num_processes: int) -> list[float]:
-    """What `tell_process` prints, in processes of their own."""
+    """Output of `tell_process`, in processes of their own."""
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = str(held.getsockname()[1])
     running = []

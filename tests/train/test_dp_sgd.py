@@ -17,7 +17,7 @@ from flexolmo.model.loss import language_model_loss
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.progress import PROGRESS_FILE
 from flexolmo.train import loop
-from flexolmo.train.at_once import in_groups
+from flexolmo.train.at_once import choose_group, in_groups
 from flexolmo.train.budget import PrivacySettings
 from flexolmo.train.dp_sgd import KEY_FILE, ROUNDING, PrivateSteps
 from flexolmo.train.expert import ExpertRecipe, prepare_training
@@ -199,12 +199,24 @@ def test_a_units_gradient_among_others_has_the_bits_it_has_beside_any(
         return [{n: g[i] for n, g in group.items()} for group in added for i in range(4)]
 
     first = gradients([3, 7, 11, 13, 20])
-    other = gradients([3, 8, 11])
+    other = gradients([3, 11, 13, 20])  # 7 is gone: all after it have other places
     assert same(first[0], other[0])
-    assert same(first[2], other[2])
+    assert all(same(a, b) for a, b in zip(first[2:5], other[1:], strict=True))
     assert not same(first[1], other[1])
-    assert not any(g.any() for g in other[3].values())
     assert not any(g.any() for last in first[5:] for g in last.values())
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "learnt", "size"), [(4096, 93_000, 16), (100_352, 93_000, 2), (4096, 10**9, 1)]
+)
+def test_a_group_on_a_gpu_is_what_its_memory_has_room_for(vocab_size, learnt, size):
+    config = SimpleNamespace(document_mask=False, vocab_size=vocab_size)
+    model = SimpleNamespace(trains_alone=True, device=torch.device("cuda"), config=config)
+    settings = SETTINGS.model_copy(update={"seq_len": 128})
+    assert choose_group(model, settings, 8, learnt, None) == size
+    assert choose_group(model, settings, 8, learnt, 5) == 5
+    model.device = torch.device("cpu")
+    assert choose_group(model, settings, 8, learnt, None) == 1
 
 
 def test_units_of_any_length_have_their_own_losses_and_gradients_at_once(pico_anchor, pico_sets):

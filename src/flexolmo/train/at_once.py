@@ -25,11 +25,21 @@ from flexolmo.train.dp_sgd import PrivateSteps
 from flexolmo.train.loop import TrainSettings
 
 GPU_UNITS = 16
+# What a group may hold on a GPU, in numbers, each four bytes and each kept a few times over.
+GPU_LOGITS = 2**28
+GPU_GRADIENTS = 2**30
 
 
-def choose_group(model: MixtureModel, settings: TrainSettings, asked: int | None) -> int:
+def choose_group(
+    model: MixtureModel,
+    settings: TrainSettings,
+    num_windows: int,
+    num_learnt: int,
+    asked: int | None,
+) -> int:
     """Units whose gradients are found at once: as many as are `asked` for; with None, one on a
-    processor, and on a GPU GPU_UNITS where that can be.
+    processor, and on a GPU up to GPU_UNITS, as logits of `num_windows` windows and gradients of
+    `num_learnt` numbers leave room.
 
     Raises:
         ConfigError: several are asked for of a model that reads them one at a time alone.
@@ -42,7 +52,10 @@ def choose_group(model: MixtureModel, settings: TrainSettings, asked: int | None
     elif settings.recompute:
         obstacle = "blocks are computed again on the way back (train.recompute)"
     if asked is None:
-        return GPU_UNITS if obstacle is None and model.device.type == "cuda" else 1
+        if obstacle is not None or model.device.type != "cuda":
+            return 1
+        logits = num_windows * settings.seq_len * model.config.vocab_size
+        return max(1, min(GPU_UNITS, GPU_LOGITS // logits, GPU_GRADIENTS // num_learnt))
     if asked > 1 and obstacle is not None:
         raise ConfigError(
             f"privacy.units_at_once is {asked}, but {obstacle}, and then units are read one at a "
@@ -60,8 +73,8 @@ def in_groups(
     model: MixtureModel,
     parameters: Mapping[str, nn.Parameter],
 ) -> Callable[[int], Iterator[Tensor]]:
-    """Function from a step to the losses of the units that it reads, in nats per token, whose
-    gradients `private` has by then: they ask for none.
+    """Function from a step to the losses of the units that it reads, in nats per token. They need
+    no backward pass: `private` is given the gradients as they are found.
 
     `windows_of_step` gives each unit's windows, int64 [w,T+1]; w and T are `num_windows` and
     `settings.seq_len` at most.

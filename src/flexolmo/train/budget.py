@@ -62,7 +62,7 @@ class PrivacySettings(Settings):
         None,
         ge=1,
         description="Units whose gradients are found at once, which takes memory for each: the "
-        "same numbers but for rounding. None: 1 on a processor, 16 on a GPU.",
+        "same numbers but for rounding. None: 1 on a processor, on a GPU up to 16.",
     )
 
 

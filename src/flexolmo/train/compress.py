@@ -205,8 +205,8 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
 
     def add(sums: dict[str, Tensor], key: str, x: Tensor, is_diagonal: bool = False) -> None:
         x = x.detach().flatten(0, -2).double()  # [N,.]
-        more = x.square().sum(0) if is_diagonal else x.T @ x
-        sums[key] = sums[key] + more if key in sums else more
+        more = (x.square().sum(0) if is_diagonal else x.T @ x).cpu()  # all would fill a GPU
+        sums[key] = sums[key].add_(more) if key in sums else more
 
     def watch(key: str) -> Callable[..., None]:
         def note(_module: Any, args: tuple[Tensor, ...], out: Tensor) -> None:
@@ -237,8 +237,9 @@ def measure_curvature(pair: MixtureModel, name: str, data: TokenSet) -> dict[str
     for hook in hooks:
         hook.remove()
     keys = [k for k in (*readers, "embed_tokens") if f"{k}.weight" in own]
-    read, made = ({k: (x / count).cpu() for k, x in sums.items()} for sums in (inputs, outputs))
-    return {k: Curvature(read.get(k), made[k]) for k in keys}
+    return {
+        k: Curvature(inputs[k] / count if k in inputs else None, outputs[k] / count) for k in keys
+    }
 
 
 def prune_width(

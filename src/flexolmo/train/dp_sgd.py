@@ -45,6 +45,7 @@ class PrivateSteps:
         self.rate = rate
         self.noise = noise
         self.clip_norm = clip_norm
+        self.units_at_once = 1  # whose gradients are found together
         self.closed: dict[str, Tensor] = {}  # rows, int64, of a parameter that stay as they are
         self._key = b""
         self._sums: dict[str, Tensor] = {}

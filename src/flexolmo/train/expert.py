@@ -425,6 +425,10 @@ def train_expert(
         router = cast(EvidenceSettings, recipe.router)
         record["budget"] = state_budget(private, recipe.privacy, recipe.train, router)
     identity |= {"is_compiled": True} if record["is_compiled"] else {}
+    if private is not None:  # the group that was chosen counts, not the one asked for
+        del identity["config"]["privacy"]["units_at_once"]
+        if private.units_at_once > 1:
+            identity["units_at_once"] = private.units_at_once
     if start is not None:
         identity["start"] = digest_tensors(start.items())
     if _draws_noise(recipe.router):
@@ -489,7 +493,9 @@ def prepare_training(
     closed = (~is_open).nonzero()[:, 0].to(pair.device)
     private.closed = {key: closed for key in parameters.keys() & set(TOKEN_ROWS)}
     windows = windows_of_units(data, privacy, recipe.train, private, recipe.seed)
-    size = choose_group(pair, recipe.train, privacy.units_at_once)
+    learnt = sum(p.numel() for p in parameters.values())
+    size = choose_group(pair, recipe.train, privacy.windows, learnt, privacy.units_at_once)
+    private.units_at_once = size
     if size == 1:
         return pair, parameters, in_units(windows, loss_of), private
     several = in_groups(windows, size, privacy.windows, recipe.train, private, pair, parameters)

@@ -40,7 +40,7 @@ class Launch:
 
 
 def write_launch(directory: Path, launch: Launch) -> list[Path]:
-    """Write FILES.
+    """Write the recipe and what starts it: FILES, in `directory`.
 
     Raises ConfigError for a directory that `refuse_taken` refuses, or for a name that no expert can
     have: scripts hold it.
@@ -61,11 +61,9 @@ def write_launch(directory: Path, launch: Launch) -> list[Path]:
 def refuse_taken(directory: Path) -> None:
     """Raises ConfigError if `directory` is a file, or holds one of FILES."""
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(
-            f"--write {directory} is a file, expected a directory. Choose another place."
-        )
+        raise ConfigError(f"{directory} is a file, expected a directory. Choose another place.")
     if found := [name for name in FILES if (directory / name).exists()]:
-        raise ConfigError(f"{directory} holds {', '.join(found)} already; give another --write.")
+        raise ConfigError(f"{directory} holds {', '.join(found)} already; choose another place.")
 
 
 def torchrun_script(launch: Launch) -> str:
