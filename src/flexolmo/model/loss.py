@@ -39,12 +39,9 @@ class _ChunkedLoss(torch.autograd.Function):
             inputs = [u.to(dtype) for u in factors[::2]]
             matrices = [w.to(dtype) for w in factors[1::2]]
             total = targets.new_zeros((), dtype=torch.float32)
-            bounds = [_bounds(at, len(targets), chunk) for at in rows]
-            for i, start in enumerate(range(0, len(targets), chunk)):
-                places = [None if own is None else slice(own[i], own[i + 1]) for own in bounds]
-                total += _chunk_loss(
-                    targets, start, chunk, rows, places, inputs, matrices, ctx.grads
-                )
+            pieces = [_pieces(at, len(targets), chunk) for at in rows]
+            for wanted, *read in zip(targets.split(chunk), *pieces, strict=True):
+                total += _chunk_loss(wanted[:, None], read, inputs, matrices, ctx.grads)
         return total
 
     @staticmethod
@@ -53,35 +50,33 @@ class _ChunkedLoss(torch.autograd.Function):
         return (None, None, None, *(None if g is None else g.mul_(scale[0]) for g in grads))
 
 
-def _bounds(at: Tensor | None, num_rows: int, chunk: int) -> list[int] | None:
-    """Places among the ascending rows `at` where chunks begin, and the last ends: for all chunks at
-    once, as a GPU is waited for to tell them. None: all rows are there."""
+Piece = tuple[slice, Tensor | None]
+
+
+def _pieces(at: Tensor | None, num_rows: int, chunk: int) -> list[Piece]:
+    """The part of a u_j that stands in each chunk, and its places there, int64; None: all of them.
+
+    `at` are the ascending positions of u_j's rows among `num_rows`; None: it has a row for each.
+    """
+    starts = range(0, num_rows, chunk)
     if at is None:
-        return None
-    starts = torch.arange(0, num_rows + chunk, chunk, device=at.device)
-    found: list[int] = torch.searchsorted(at, starts).tolist()
-    return found
+        return [(slice(start, start + chunk), None) for start in starts]
+    edges = torch.arange(0, num_rows + chunk, chunk, device=at.device)
+    ends = torch.searchsorted(at, edges).tolist()  # a GPU is waited for once, not for each chunk
+    spans = zip(starts, ends[:-1], ends[1:], strict=True)
+    return [(slice(first, last), at[first:last] - start) for start, first, last in spans]
 
 
 def _chunk_loss(
-    targets: Tensor,
-    start: int,
-    chunk: int,
-    rows: list[Tensor | None],
-    places: list[slice | None],
+    wanted: Tensor,
+    read: list[Piece],
     inputs: list[Tensor],
     matrices: list[Tensor],
     grads: list[Tensor | None],
 ) -> Tensor:
-    """Loss of the positions from `start` on, whose gradients are added to `grads`."""
-    wanted = targets[start : start + chunk, None]  # [c,1]
+    """Loss of one chunk, whose targets are `wanted` [c,1]; its gradients are added to `grads`."""
     logits: Tensor | None = None  # [c,V]
-    read = []
-    for u, w, at, place in zip(inputs, matrices, rows, places, strict=True):
-        part, here = slice(start, start + chunk), None
-        if at is not None and place is not None:
-            part, here = place, at[place] - start
-        read.append((part, here))
+    for u, w, (part, here) in zip(inputs, matrices, read, strict=True):
         if here is None:
             logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
         else:

@@ -90,10 +90,11 @@ def in_groups(
 
     each = vmap(grad_and_value(loss_of), in_dims=(None, 0, 0))
 
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eval()  # as stock computes it, of operations that vmap knows
+
     def losses(step: int) -> Iterator[Tensor]:
-        for module in model.modules():
-            if isinstance(module, RMSNorm):
-                module.eval()  # the way of stock, which torch.func can go
         units = windows_of_step(step)
         while group := list(islice(units, size)):
             ids, weights = fill_up(group, size, num_windows, settings.seq_len)

@@ -83,10 +83,9 @@ class PrivateSteps:
         grads = list(found.values())
         self._close(found)
         norm = nn.utils.get_total_norm(grads)
-        factor = (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
         if not self._sums:
             self._sums = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(grads, self._clipping(norm))
         torch._foreach_add_([self._sums[n] for n in found], grads)
         for p in parameters.values():
             p.grad = None
@@ -99,12 +98,16 @@ class PrivateSteps:
             grads[name].index_fill_(1, self.closed[name], 0.0)
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
         norm = torch.linalg.vector_norm(norms, dim=0)  # [G]
-        factor = (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
+        factor = self._clipping(norm)
         if not self._sums:
             self._sums = {n: torch.zeros_like(g[0]) for n, g in grads.items()}
         for name, g in grads.items():
             # no product of matrices, which a GPU makes in TF32: off by more than ROUNDING
             self._sums[name] += g.mul_(factor.view(-1, *[1] * (g.dim() - 1))).sum(0)
+
+    def _clipping(self, norm: Tensor) -> Tensor:
+        """Factor that brings a gradient of this norm to at most the clipping norm."""
+        return (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
 
     @torch.no_grad()
     def finish(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:

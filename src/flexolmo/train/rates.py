@@ -1,8 +1,8 @@
 """Speed of machines, and the time that a counted step takes on them.
 
 A machine is a few rates: of matrix products by precision, of bytes that all other operations read
-and write, and of bytes between processes. Those of GPUs are taken here from their data sheets and
-what one was found to reach of its own; `measure` finds those of the machine at hand.
+and write, and of bytes between processes. Those of GPUs are taken here from their data sheets, cut
+to what one of them was measured to reach; `measure` finds those of the machine at hand.
 """
 
 from dataclasses import dataclass
