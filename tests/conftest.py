@@ -74,6 +74,16 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """The same of what the tests of a file have loaded, such as torch's compiler: later collections
+    would look through all of it, hundreds of times."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:
     """The prepared set of `texts`, in `where`/prepared."""
     (where / "in").mkdir(parents=True)

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ KINDS = {
 }
 
 
+@cache
+def count_of(kind, processes=1, **changes):
+    """Counts of a step of PICO, which several tests look at; `changes` are of the training."""
+    train = TRAIN.model_copy(update=changes)
+    return count_step(PICO, KINDS[kind].model_copy(update={"train": train}), processes)
+
+
 def test_products_of_a_dense_step_are_six_a_number_and_token_and_attention():
     c, tokens = PICO, TRAIN.batch_size * TRAIN.seq_len
     matrices = c.num_layers * (4 * c.d_model**2 + 3 * c.d_model * c.d_ff)
@@ -65,7 +73,7 @@ def test_products_are_those_that_torch_counts_of_a_real_step():
         language_model_loss(model, torch.zeros(4, 17, dtype=torch.long)).backward()
     attention = 7 * 4 * 16 * 16 * 32 * 2  # this and the next torch's counter lacks
     head = 2 * 64 * 64 * 32  # a product that is added in place
-    found = count_step(PICO, KINDS["anchor"]).part.flops
+    found = count_of("anchor").part.flops
     assert found == theirs.get_total_flops() + attention + head
 
 
@@ -77,7 +85,7 @@ def test_what_is_counted_runs(kind):
     program.read(4)
     program.update()
     assert any(not torch.equal(before[n], p) for n, p in program.parameters.items())
-    assert count_step(PICO, KINDS[kind]).learnt_bytes == 4 * sum(map(torch.numel, before.values()))
+    assert count_of(kind).learnt_bytes == 4 * sum(map(torch.numel, before.values()))
 
 
 def test_layers_that_were_not_counted_follow(monkeypatch):
@@ -94,16 +102,14 @@ def flat(found):
 
 
 def test_parts_and_processes_share_a_step_and_recomputing_spares_memory():
-    base = count_step(PICO, KINDS["anchor"])
-    halves = TRAIN.model_copy(update={"accumulate": 2})
-    half = count_step(PICO, AnchorRecipe(train=halves))
+    base = count_of("anchor")
+    half = count_of("anchor", accumulate=2)
     assert half.part.flops == base.part.flops / 2
-    assert count_step(PICO, KINDS["anchor"], processes=2).part.flops == base.part.flops / 2
-    again = TRAIN.model_copy(update={"recompute": True})
-    found = count_step(PICO, AnchorRecipe(train=again))
+    assert count_of("anchor", 2).part.flops == base.part.flops / 2
+    found = count_of("anchor", recompute=True)
     assert found.part.flops > base.part.flops
     assert found.part_peak_bytes < base.part_peak_bytes
-    both = find_memory(count_step(PICO, KINDS["anchor"], processes=2), GPUS["H100"], 2)
+    both = find_memory(count_of("anchor", 2), GPUS["H100"], 2)
     one = find_memory(base, GPUS["H100"], 1)
     assert both.weights == one.weights / 2
     assert both.optimizer == one.optimizer / 2
@@ -118,7 +124,7 @@ def test_each_process_gathers_the_head_two_blocks_and_the_gradients_of_two(kind)
     if kind == "ffn":
         learnt = 3 * PICO.d_model * PICO.d_ff
         block += learnt
-    counted = count_step(PICO, KINDS[kind], processes=4)
+    counted = count_of(kind, 4)
     found = find_memory(counted, GPUS["H100"], 4, anchor_bytes=1e9)
     assert found.gathered == 4 * 3 / 4 * (head + 2 * block + 2 * learnt)
     assert found.anchor == 0  # its pages are those of its file
@@ -127,7 +133,7 @@ def test_each_process_gathers_the_head_two_blocks_and_the_gradients_of_two(kind)
 
 
 def test_processes_share_the_update_and_wait_for_what_work_does_not_hide():
-    counted = count_step(PICO, KINDS["anchor"])
+    counted = count_of("anchor")
     second = Work(float32_flops=1e12, moved_bytes=1e10)  # and another, of a second each
     counted = replace(counted, part=second, update=second, weight_bytes=4e12, learnt_bytes=2e12)
     machine = Machine(name="mine", source="me", float32_flops=1e12, moved_bytes=1e10, per_node=8)
@@ -150,8 +156,7 @@ def test_rates_are_found_again_from_steps_that_they_made():
     timed = []
     for kind in ("anchor", "paper"):
         for optimizer in ("adamw", "muon"):
-            train = TRAIN.model_copy(update={"optimizer": optimizer})
-            found = count_step(PICO, KINDS[kind].model_copy(update={"train": train}))
+            found = count_of(kind, optimizer=optimizer)
             timed.append(Timed(found, time_step(found, rates).total))
     fitted = fit_machine(timed)
     assert fitted.float32_flops == pytest.approx(rates.float32_flops, rel=1e-3)
@@ -164,8 +169,8 @@ def test_bfloat16_is_timed_where_it_is_offered_and_else_unknown(monkeypatch):
     assert halves == ["anchor, bfloat16"]
     monkeypatch.setattr(measure, "product_dtype", lambda device: torch.float32)
     assert halves[0] not in timed_recipes()
-    whole = [count_step(PICO, KINDS[kind]) for kind in ("anchor", "paper")]
-    half = count_step(PICO, AnchorRecipe(train=TRAIN.model_copy(update={"precision": "bfloat16"})))
+    whole = [count_of(kind) for kind in ("anchor", "paper")]
+    half = count_of("anchor", precision="bfloat16")
     timed = [Timed(c, time_step(c, GPUS["A100"]).total) for c in (*whole, half)]
     fitted = fit_machine(timed)
     assert fitted.bfloat16_flops == pytest.approx(GPUS["A100"].bfloat16_flops, rel=1e-3)
@@ -216,14 +221,12 @@ def test_the_slowest_machine_and_the_fastest_give_a_time():
         assert told.tokens_a_second > 0
 
 
-@pytest.mark.parametrize(
-    ("part", "answer"), [(0.79, "yes"), (0.81, "close"), (1.19, "close"), (1.21, "no")]
-)
-def test_memory_near_the_machines_is_close(part, answer):
+def test_memory_near_the_machines_is_close():
     told = forecast(KINDS["anchor"], PICO, GPUS["H100"])
-    room = told.memory.total / part
-    machine = told.machine.model_copy(update={"memory_bytes": room})
-    assert replace(told, machine=machine).fits == answer
+    for part, answer in [(0.79, "yes"), (0.81, "close"), (1.19, "close"), (1.21, "no")]:
+        room = told.memory.total / part
+        machine = told.machine.model_copy(update={"memory_bytes": room})
+        assert replace(told, machine=machine).fits == answer
 
 
 def test_rates_of_an_h100_give_back_the_step_that_was_measured_on_one():
@@ -232,14 +235,14 @@ def test_rates_of_an_h100_give_back_the_step_that_was_measured_on_one():
     tokens = about["parts"] * about["part"][0] * about["part"][1]
     flops = case["flops_a_token"] * tokens / about["parts"]
     part = Work(bfloat16_flops=flops, moved_bytes=case["plan"]["moved_bytes"])
-    counted = replace(count_step(PICO, KINDS["anchor"]), part=part, update=Work())
+    counted = replace(count_of("anchor"), part=part, update=Work())
     told = time_step(counted, GPUS["H100"], about["parts"]).total
     measured = (case["ms"]["forward"] + case["ms"]["backward"]) / 1000
     assert told == pytest.approx(measured, rel=0.02)
 
 
 def test_time_that_work_does_not_explain_is_refused():
-    found = count_step(PICO, KINDS["anchor"])
+    found = count_of("anchor")
     with pytest.raises(ConfigError, match="idle"):
         fit_machine([Timed(found, 1.0)])
 
@@ -319,4 +322,4 @@ def test_what_depends_on_the_text_is_refused():
     with pytest.raises(ConfigError, match="expert train --plan"):
         count_step(PICO, recipe)
     with pytest.raises(ConfigError, match="multiple of 3"):
-        count_step(PICO, KINDS["anchor"], processes=3)
+        count_of("anchor", 3)

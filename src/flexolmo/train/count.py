@@ -11,7 +11,8 @@ beside the expert, L layers, W processes.
 import gc
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
@@ -310,11 +311,11 @@ def _count(program: StepProgram, processes: int) -> StepCount:
 
     for p in parameters:
         p.register_post_accumulate_grad_hook(cut)
-    with counter:
+    with counter, _young_garbage():
         for _ in range(min(settings.accumulate, 2)):  # the second finds gradients there
             counter.work = Work()
             program.read(rows)
-        gc.collect()
+        gc.collect(0)
         part, part_peak = counter.take()
         program.update()
         update, update_peak = counter.take()
@@ -332,6 +333,19 @@ def _count(program: StepProgram, processes: int) -> StepCount:
         block_learnt_bytes=_size(p for p in block.parameters() if p.requires_grad),
         root_bytes=_size([model.norm.weight, *model.lm_head.parameters()]),
     )
+
+
+@contextmanager
+def _young_garbage() -> Iterator[None]:
+    """Within, what is made stays in the youngest generation: a collection of that alone finds all
+    garbage since, without looking through all that the process has ever made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _size(tensors: Iterable[Tensor]) -> float:
