@@ -4,6 +4,7 @@ One start serves all, as starting takes longer than training. Each stage is a gr
 """
 
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -216,4 +217,5 @@ def work(here, anchor_dir, set_dirs, ports):
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    gc.disable()  # little is made here beside what was imported, which would be looked through
     work(Path(given["here"]), Path(given["anchor"]), given["sets"], given["ports"])

@@ -26,6 +26,16 @@ from made_bundles import TERMS
 
 CONTEXT = DiscriminantSettings(has_context=True)
 TRAIN = TrainSettings(steps=2, batch_size=2, seq_len=16, warmup_steps=1)
+OWN_WINDOWS, PUBLIC_WINDOWS = 4, 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_windows():
+    """Made sets tell themselves apart by a few."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexolmo.train.expert.EMBEDDING_WINDOWS", OWN_WINDOWS)
+        patch.setattr("flexolmo.train.expert.PUBLIC_WINDOWS", PUBLIC_WINDOWS)
+        yield
 
 
 def make_recipe(router):
@@ -48,7 +58,7 @@ def test_an_owners_row_is_from_the_anchor_its_text_and_public_text(pico_anchor, 
                 embedding_windows(pico_sets[n], config.max_seq_len, count),
                 router,
             )
-            for n, count in (("maths", 64), ("public", 256))
+            for n, count in (("maths", OWN_WINDOWS), ("public", PUBLIC_WINDOWS))
         ),
         router,
     )
