@@ -7,10 +7,19 @@ import pytest
 from dp_accounting import pld
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
+from opacus.accountants import PRVAccountant
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 
 from flexolmo.errors import ConfigError
 from flexolmo.model.private_statistics import find_sigma
-from flexolmo.train.budget import LEAST_NOISE, SLACK, PrivacySettings, find_noise, spent_epsilon
+from flexolmo.train.budget import (
+    LEAST_NOISE,
+    SLACK,
+    PrivacySettings,
+    _find_domain,
+    find_noise,
+    spent_epsilon,
+)
 
 DELTA = 1e-6
 
@@ -39,6 +48,19 @@ def test_what_is_spent_is_what_another_accountant_says(case):
     """Ours is an upper bound, by a hundredth above."""
     oracle = accounted(*case)
     assert oracle - 1e-3 <= spent_epsilon(DELTA, *case) <= oracle + 0.02
+
+
+def test_no_loss_is_left_out_that_opacus_would_look_at():
+    for noise, rate, steps, table in CASES[1::2]:
+        history = (
+            [(noise, rate, steps)] if table is None else [(table, 1.0, 1), (noise, rate, steps)]
+        )
+        prvs = [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in history]
+        given = (prvs, [count for *_, count in history], 0.01, DELTA / 1000)
+        theirs, ours = PRVAccountant()._get_domain(*given), _find_domain(*given)
+        assert ours.dt == pytest.approx(theirs.dt)
+        assert theirs.t_max - theirs.dt <= ours.t_max < 1.1 * theirs.t_max
+        assert ours.t_min == pytest.approx(-ours.t_max, abs=2 * ours.dt)
 
 
 def test_a_table_alone_costs_what_its_own_noise_says():
