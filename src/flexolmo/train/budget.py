@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from pydantic import Field
-from scipy.optimize import brentq
 
 from flexolmo.config import Settings
 from flexolmo.data.units import Unit
@@ -97,6 +96,7 @@ def find_noise(
     Raises:
         ConfigError: the table's noise leaves nothing to train with.
     """
+    from scipy.optimize import brentq  # a second to import, which training without noise need not
 
     def overspent(noise: float) -> float:
         return spent_epsilon(settings.delta, noise, rate, steps, table_noise) - settings.epsilon

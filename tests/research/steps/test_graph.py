@@ -179,12 +179,24 @@ def test_the_longest_chain_goes_first(tmp_path, ran):
     assert ran()[:2] == ["chain 1", "chain 2"]
 
 
+def test_of_steps_that_expect_to_take_long_the_longest_goes_first(tmp_path):
+    brief = Step("brief", "add", {"n": 0}, expected_seconds=2.0)
+    after = Step("after", "add", {"n": 1}, {"x": brief}, expected_seconds=5.0)
+    long = Step("long", "add", {"n": 2}, expected_seconds=6.5)
+    assert graph._seconds_to_the_end([brief, after, long], tmp_path) == {
+        brief.identity: 7.0,
+        after.identity: 5.0,
+        long.identity: 6.5,
+    }
+    assert brief.identity == Step("brief", "add", {"n": 0}).identity
+
+
 def test_a_step_starts_as_soon_as_it_can_while_others_run(tmp_path, monkeypatch):
     """One waits to meet another that must itself wait for a third."""
     alive, most, start = [], [], jobs.start_child
 
-    def watch(job):
-        alive.append(start(job))
+    def watch(job, variables):
+        alive.append(start(job, variables))
         most.append(sum(p.poll() is None for p in alive))
         return alive[-1]
 

@@ -22,6 +22,8 @@ if word == "sleep":
     open("finished", "w").close()
 elif word == "say":
     print(*rest, sep="\\n")
+elif word == "threads":
+    print(os.environ["OMP_NUM_THREADS"])
 elif word == "die":
     os.kill(os.getpid(), 9)
 elif word == "fail":
@@ -74,6 +76,20 @@ def test_each_job_runs_in_its_own_directory_and_its_seconds_are_told(tmp_path):
     assert (tmp_path / "one" / "finished").exists()
     assert jobs[1].log == tmp_path / "two" / "log" / "b-b.txt"
     assert jobs[1].log.read_text() == "hi\n"
+
+
+@pytest.mark.parametrize("set_before", [None, "7"])
+@pytest.mark.parametrize(("count", "threads"), [(1, 6), (2, 3), (4, 1), (9, 1)])
+def test_jobs_share_out_the_processors_unless_told_how_many(
+    tmp_path, monkeypatch, count, threads, set_before
+):
+    monkeypatch.setattr(room, "count_cores", lambda: 6)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_before is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_before)
+    job = Job("threads", ("threads",), tmp_path)
+    assert Children(count).start(job, False).wait() == 0
+    assert job.log.read_text() == f"{set_before or threads}\n"
 
 
 def test_a_failing_job_gives_its_last_words_and_the_others_are_stopped_on_the_way_out(

@@ -13,7 +13,7 @@ finished steps are skipped and the step that was cut off resumes.
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,8 +101,7 @@ def run_demo(recipe: DemoRecipe, out: Path, sets: str | None = None) -> dict[str
     demo = _Demo(recipe, Path(out), CLIENTS if everything else None)
     demo.gather(names)
     demo.train()
-    demo.merge_and_measure()
-    demo.attack()
+    demo.merge_measure_and_attack()
     results = demo.results(time.monotonic() - started)
     write_json(Path(out) / "results.json", results)
     write_report(results, Path(out))
@@ -141,7 +140,7 @@ class _Demo:
         return elapsed_seconds(self.stages[label], self.out)
 
     def gather(self, names: Sequence[str]) -> None:
-        """Text: public first, for it trains the tokenizer; then every owner's own."""
+        """Text: public, which trains the tokenizer, and every owner's own."""
 
         def fetch(name: str, directory: str) -> Step:
             clients = f" --clients {','.join(self.clients)}" if self.clients else ""
@@ -161,9 +160,8 @@ class _Demo:
             makes=["prepared/public"],
             after=[public],
         )
-        self.stage("gather public text", [public, self.public])
         fetched = {name: fetch(name, f"owners/{name}") for name in names}
-        self.prepared = {
+        self.prepared = prepared = {
             name: command_step(
                 f"prepare {name}",
                 f"owners/{name}",
@@ -174,9 +172,10 @@ class _Demo:
             for name in names
         }
         try:
-            self.stage("gather owners' text", [*fetched.values(), *self.prepared.values()])
+            self.stage("gather text", [public, self.public, *fetched.values(), *prepared.values()])
         except JobFailed as e:
-            if set(e.codes.values()) != {UNAVAILABLE}:
+            is_public_there = self.public.is_done(self.out)
+            if set(e.codes.values()) != {UNAVAILABLE} or not is_public_there:
                 raise
             self.skipped = {job.directory.name: job.last_words(lines=1) for job in e.codes}
             for name, reason in self.skipped.items():
@@ -235,8 +234,9 @@ class _Demo:
         }
         self.stage("train experts", [*self.keys.values(), *self.experts.values()])
 
-    def merge_and_measure(self) -> None:
-        """Owners sign; the coordinator checks, merges, and reads held-out text."""
+    def merge_measure_and_attack(self) -> None:
+        """Owners sign and attack their bundles; the coordinator checks, merges, and reads held-out
+        text. All in one stage, so that no processor waits for another."""
         packs = {
             (name, suffix): command_step(
                 f"pack {name}{suffix}",
@@ -246,6 +246,7 @@ class _Demo:
                 f"--out outbox{suffix}/{name}.bundle",
                 makes=[f"outbox{suffix}"],
                 after=[self.keys[name], expert],
+                seconds=5.0,
             )
             for (name, suffix), expert in self.experts.items()
         }
@@ -265,6 +266,7 @@ class _Demo:
                 f"mix build anchor {' '.join(bundles)} --trust trusted -o ../model{suffix}",
                 makes=[f"../model{suffix}"],
                 after=[packs[name, suffix] for name in self.names],
+                seconds=5.0,
             )
             merges.append(merge)
             evaluations.append(
@@ -276,6 +278,7 @@ class _Demo:
                     f"--out eval{suffix}",
                     makes=[f"eval{suffix}"],
                     after=[merge],
+                    seconds=75.0,
                 )
             )
         bundles = [f"../owners/{n}/outbox/{n}.bundle" for n in self.names]
@@ -286,8 +289,9 @@ class _Demo:
             f"--trust trusted --seed {self.recipe.seed} --out influence.json",
             makes=["influence.json"],
             after=[packs[name, ""] for name in self.names],
+            seconds=50.0,
         )
-        self.statistics = {
+        statistics = {
             name: command_step(
                 f"audit {name}",
                 f"owners/{name}",
@@ -295,16 +299,19 @@ class _Demo:
                 f"--seed {self.recipe.seed} --out audit.json",
                 makes=["audit.json"],
                 after=[packs[name, ""]],
+                seconds=15.0,
             )
             for name in self.names
         }
-        self.merge = merges[0]
-        self.stage("sign and merge", [*packs.values(), *merges])
-        self.stage("measure", [*evaluations, check, *self.statistics.values()])
+        reports = self._reports(merges[0], statistics)
+        self.stage(
+            "merge, measure and attack",
+            [*packs.values(), *merges, *evaluations, check, *statistics.values(), *reports],
+        )
 
-    def attack(self) -> None:
-        """An owner attacks its expert in the mixture, and signs a release report; the first alone,
-        so that it takes seconds."""
+    def _reports(self, merge: Step, statistics: Mapping[str, Step]) -> list[Step]:
+        """Steps in which an owner attacks its expert in the mixture, and signs a release report;
+        the first alone, so that it takes seconds."""
         steps: list[Step] = []
         for name in self.names[:ATTACKED_OWNERS]:
             attacks = {
@@ -315,7 +322,8 @@ class _Demo:
                     f"--only {name} --trust ../../coordinator/trusted {how} "
                     f"--seed {self.recipe.seed} --out audits/{kind}",
                     makes=[f"audits/{kind}"],
-                    after=[self.merge],
+                    after=[merge],
+                    seconds=20.0,
                 )
                 for kind, how in self._attacks(name).items()
             }
@@ -327,10 +335,11 @@ class _Demo:
                 "--results audit.json --public ../../coordinator/prepared/public "
                 f"--out release/{name}.report --stays audits/report",
                 makes=["release", "audits/report"],
-                after=[*attacks.values(), self.statistics[name], self.public],
+                after=[*attacks.values(), statistics[name], self.public],
+                seconds=10.0,
             )
             steps += [*attacks.values(), report]
-        self.stage("attack and report", steps)
+        return steps
 
     def _attacks(self, name: str) -> dict[str, str]:
         """Options of attacks that read the beginnings of documents, by attack; none if a short

@@ -90,6 +90,7 @@ def command_step(
     after: Iterable[Step] = (),
     files: Mapping[str, str] | None = None,
     is_resumable: bool = False,
+    seconds: float | None = None,
 ) -> CommandStep:
     """The step that runs `command` in `directory` of the root, `after` others.
 
@@ -99,6 +100,7 @@ def command_step(
         files: Files to write there first, by name.
         is_resumable: Run again after a kill, the command goes on from what is there. Else what an
             attempt left is removed before the next.
+        seconds: About how long it takes, so that of several steps the longest may go first.
     """
     settings: dict[str, Any] = {
         "directory": directory,
@@ -107,7 +109,8 @@ def command_step(
         "files": dict(files or {}),
         "is_resumable": is_resumable,
     }
-    return CommandStep(label, "command", settings, {step.label: step for step in after})
+    inputs = {step.label: step for step in after}
+    return CommandStep(label, "command", settings, inputs, seconds)
 
 
 def _has_begun(record: Path, identity: str) -> bool:

@@ -147,7 +147,7 @@ def _run_all(
 def _seconds_to_the_end(steps: Sequence[Step], root: Path) -> dict[str, float]:
     """Seconds of the longest chain from each step to the end, by identity.
 
-    A step is taken to need the average of those of its kind so far.
+    A step is taken to need what it expects, else the average of those of its kind so far.
     """
     seen = defaultdict[str, list[float]](list)
     for file in (root / "steps").glob("*/done.json"):
@@ -156,7 +156,10 @@ def _seconds_to_the_end(steps: Sequence[Step], root: Path) -> dict[str, float]:
     typical = fmean(s for kind in seen.values() for s in kind) if seen else 1.0
     longest = {step.identity: 0.0 for step in steps}
     for step in reversed(steps):  # those that need it have had their turn
-        longest[step.identity] += fmean(seen[step.kind]) if step.kind in seen else typical
+        needs = step.expected_seconds
+        if needs is None:
+            needs = fmean(seen[step.kind]) if step.kind in seen else typical
+        longest[step.identity] += needs
         for needed in step.inputs.values():
             longest[needed.identity] = max(longest[needed.identity], longest[step.identity])
     return longest

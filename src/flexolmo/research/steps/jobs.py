@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, Progress, TaskID, TimeElapsedColumn
 
+from flexolmo.data.workers import count_cores
 from flexolmo.errors import FlexOlmoError
 from flexolmo.files import parse_json
 from flexolmo.numbers import format_seconds
@@ -92,10 +93,16 @@ class Workers(Protocol):
 
 
 class Children:
-    """Jobs as children of this process, up to `count` at a time; each is for one."""
+    """Jobs as children of this process, up to `count` at a time; each is for one.
+
+    They share out the processors by OMP_NUM_THREADS, unless that is set already: threads of more
+    than there is room for wait for one another.
+    """
 
     def __init__(self, count: int):
         self._count = count
+        threads = max(1, count_cores() // count)
+        self._variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
         self._running: list[Started] = []
 
     def has_room(self, is_shared: bool) -> bool:
@@ -103,7 +110,7 @@ class Children:
         return len(self._running) < self._count
 
     def start(self, job: Job, is_shared: bool) -> Started:
-        self._running.append(start_child(job))
+        self._running.append(start_child(job, self._variables))
         return self._running[-1]
 
 

@@ -101,6 +101,7 @@ class Step:
     kind: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     inputs: Mapping[str, "Step"] = field(default_factory=dict)  # role: step
+    expected_seconds: float | None = None  # for the order of steps; no part of the identity
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
