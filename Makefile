@@ -17,7 +17,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt -e '.[test,docs]'
 	touch $@
 
-# Tests start Python many times: it keeps what it has compiled, also where the shell forbids that
+# Tests and the demo start Python many times: it keeps what it has compiled, also where the shell
+# forbids that
 test: setup
 	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -n 2 --dist worksteal
 
@@ -33,7 +34,7 @@ test-vllm: .venv-vllm/.installed
 	.venv-vllm/bin/python -m pytest tests/flexolmo_vllm
 
 demo: setup
-	$(BIN)/flexolmo demo
+	PYTHONDONTWRITEBYTECODE= $(BIN)/flexolmo demo
 
 check: setup
 	$(BIN)/ruff format --check .
