@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from flexolmo.audit.intervals import area, share
 from flexolmo.audit.statistics import (
+    _read_pairs,
     audit_statistics,
     count_bounds,
     find_members,
@@ -45,6 +46,14 @@ def expert(pico_anchor, pico_sets):
 @pytest.fixture(scope="module")
 def found(pico_anchor, pico_sets, expert):
     return audit_statistics(pico_anchor, expert, pico_sets["maths"])
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=5))
+def test_each_different_pair_is_weighed_once_and_every_document_finds_its_own(documents):
+    found = _read_pairs([np.array(ids) for ids in documents], 7)
+    assert found.pairs.tolist() == sorted({7 * u + v for d in documents for u, v in pairwise(d)})
+    told = [[divmod(key, 7) for key in found.pairs[x].tolist()] for x in found.places]
+    assert told == [list(pairwise(ids)) for ids in documents]
 
 
 def test_our_table_and_rows_tell_nothing_of_rare_tokens(found):

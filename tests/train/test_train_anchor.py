@@ -75,7 +75,8 @@ def test_an_anchor_knows_public_training_text_in_other_forms(pico_anchor, pico_s
             written = write_form(forms[0], text, Random(0))
             if written is not None:
                 ids = np.array(tokenizer.encode_batch([written])[0])
-                gains.append(evidence_of_pairs(table, evidence, public, settings, ids).mean())
+                pairs = ids[:-1] * tokenizer.vocab_size + ids[1:]
+                gains.append(evidence_of_pairs(table, evidence, public, settings, pairs).mean())
         assert len(gains) >= 3 and np.mean(gains) > 0.05
 
 

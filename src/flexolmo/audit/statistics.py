@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -249,10 +250,11 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
         ]
         return [ids for ids in found if len(ids) >= LEAST_TOKENS]
 
-    def scores(table: OwnerTable, texts: Sequence[np.ndarray]) -> np.ndarray:
+    def scores(table: OwnerTable, texts: _Texts) -> np.ndarray:
         evidence = weigh_evidence(table, anchor.public, settings)
-        found = (evidence_of_pairs(table, evidence, anchor.public, settings, x) for x in texts)
-        return np.array([x.clip(-settings.clip_nats, settings.clip_nats).mean() for x in found])
+        found = evidence_of_pairs(table, evidence, anchor.public, settings, texts.pairs)
+        found = found.clip(-settings.clip_nats, settings.clip_nats)
+        return np.array([found[places].mean() for places in texts.places])
 
     def fit(chosen: np.ndarray, asked: EvidenceSettings = settings) -> OwnerTable:
         """The table of some documents."""
@@ -273,7 +275,9 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     if len(members) < FOLDS * LEAST_DOCUMENTS or len(others) < LEAST_DOCUMENTS:
         return found | {"too_few": LEAST_DOCUMENTS}
     own = table_of(expert)
-    found["held_out"] = area(scores(own, members), scores(own, others), seed)
+    size = len(anchor.public.unigram)
+    read = _read_pairs(members, size)
+    found["held_out"] = area(scores(own, read), scores(own, _read_pairs(others, size)), seed)
     folds = np.array_split(np.random.default_rng(seed).permutation(len(members)), FOLDS)
     fold_of = np.empty(len(members), int)
     for i, fold in enumerate(folds):
@@ -282,19 +286,33 @@ def find_members(anchor: Anchor, expert: Expert, data: TokenSet, seed: int) -> d
     without = np.zeros(len(members))
     calibrated = np.empty((FOLDS, len(members)))
     for i, fold in enumerate(folds):
-        left = scores(fit(np.flatnonzero(fold_of != i)), members)
+        left = scores(fit(np.flatnonzero(fold_of != i)), read)
         without[fold] = left[fold]
         shadow = fold_of == (i + 1) % FOLDS
         with_it[shadow] = left[shadow]
         target = fit(np.flatnonzero((fold_of != i) & ~shadow))
-        others_say = scores(fit(np.flatnonzero(shadow), attackers), members)
-        calibrated[i] = scores(target, members) - others_say
+        others_say = scores(fit(np.flatnonzero(shadow), attackers), read)
+        calibrated[i] = scores(target, read) - others_say
     found["knows_the_rest"] = share(with_it > without)
     if settings.epsilon is not None:
         sigma = find_sigma(settings.epsilon, settings.delta)
         found["knows_the_rest"]["at_most"] = 0.5 * math.erfc(-0.5 / sigma)
     found["calibrated"] = _area_over_folds(calibrated, fold_of, seed)
     return found
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Pairs of neighbouring tokens in documents, so that each different pair is weighed once."""
+
+    pairs: np.ndarray  # int64 [n] u * V + v, ascending
+    places: list[np.ndarray]  # by document, the place in `pairs` of each of its tokens but one
+
+
+def _read_pairs(documents: Sequence[np.ndarray], vocab_size: int) -> _Texts:
+    found = [ids[:-1] * vocab_size + ids[1:] for ids in documents]
+    pairs, places = np.unique(np.concatenate(found), return_inverse=True)
+    return _Texts(pairs, np.split(places, np.cumsum([len(x) for x in found])[:-1]))
 
 
 def _area_over_folds(values: np.ndarray, fold_of: np.ndarray, seed: int) -> dict[str, Any]:

@@ -296,12 +296,11 @@ def evidence_of_pairs(
     evidence: Evidence,
     public: BigramModel,
     settings: EvidenceSettings,
-    ids: np.ndarray,
+    keys: np.ndarray,
 ) -> np.ndarray:
-    """Evidence of each token but the first of ids [T], float64 [T-1], not clipped."""
+    """Evidence of the second token of pairs [n], float64 [n], not clipped."""
     size = len(public.unigram)
-    first, second = ids[:-1], ids[1:]
-    keys = first * size + second
+    first, second = keys // size, keys % size
     preference = log_probs(public, keys) - public.unigram[second]
     found = evidence.tokens[second].astype(np.float64) + evidence.contexts[first]
     found -= (1.0 - settings.public_order) * preference
@@ -370,10 +369,11 @@ def read_stream(
 def _count(
     keys: np.ndarray, document: np.ndarray, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct keys, how often each occurs, at most so often a document, and in how many."""
+    """Distinct keys, how often each occurs, at most so often a document, and in how many; documents
+    are in ascending order."""
     if not len(keys):
         return keys, np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    order = np.lexsort((document, keys))
+    order = keys.argsort(kind="stable")  # documents stay in their order
     keys, document = keys[order], document[order]
     is_first = np.concatenate([[True], keys[1:] != keys[:-1]])
     is_new = is_first | np.concatenate([[True], document[1:] != document[:-1]])
