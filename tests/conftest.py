@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,6 +45,7 @@ from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
+num_left_out = 0  # modules
 gc.disable()  # until all tests are collected, see below: hardly any of that becomes garbage
 build_commands_once()
 torch.set_num_threads(1)
@@ -69,19 +71,23 @@ ROUTERS = {
 def pytest_collection_finish() -> None:
     """Leave modules and collected tests, millions of objects, out of every later collection of
     garbage."""
-    gc.collect()
-    gc.freeze()
+    leave_out_what_is_loaded()
     gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown(item, nextitem):
-    """The same of what the tests of a file have loaded, such as torch's compiler: later collections
-    would look through all of it, hundreds of times."""
+def pytest_runtest_teardown():
+    """The same of what a test has loaded, such as torch's compiler."""
     yield
-    if nextitem is None or nextitem.path != item.path:
-        gc.collect()
-        gc.freeze()
+    if len(sys.modules) > num_left_out + 200:
+        leave_out_what_is_loaded()
+
+
+def leave_out_what_is_loaded() -> None:
+    global num_left_out
+    gc.collect()
+    gc.freeze()
+    num_left_out = len(sys.modules)
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:
