@@ -2,12 +2,11 @@
 
 import ast
 from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
+from made_source import SOURCE, tree_of
+
 NOT_A_NOUN_OR_VERB = """
 what whatever which whether who whoever where when why how that those as of its is are does from to
 out not with in for on by per at else every-place up-to
@@ -20,12 +19,8 @@ def begins_wrong(text: str) -> bool:
     return words[0] in NOT_A_NOUN_OR_VERB or "-".join(words) in NOT_A_NOUN_OR_VERB
 
 
-@cache
 def trees() -> list[tuple[str, ast.Module]]:
-    return [
-        (str(path.relative_to(SOURCE)), ast.parse(path.read_text(encoding="utf-8")))
-        for path in sorted(SOURCE.rglob("*.py"))
-    ]
+    return [(str(path.relative_to(SOURCE)), tree_of(path)) for path in sorted(SOURCE.rglob("*.py"))]
 
 
 def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:

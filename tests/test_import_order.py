@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src"
+import made_source
+from made_source import SOURCE, called_in, dotted_name
+
 # From the top. A line is one level: a file, a whole room ("data."), or several that do not see
 # each other. A room's own files may import one another as long as there is no circle.
 ORDER = [
@@ -100,10 +102,9 @@ def name_of(path: Path) -> str:
 FILES = {name_of(p): p for p in sorted((SOURCE / "flexolmo").rglob("*.py"))}
 
 
-@cache
 def tree_of(name: str) -> ast.Module:
-    """The file, parsed once: by the process that runs these tests, not by all that collect them."""
-    return ast.parse(FILES[name].read_text())
+    """The file of this name, parsed."""
+    return made_source.tree_of(FILES[name])
 
 
 @cache
@@ -173,8 +174,11 @@ def test_a_file_imports_only_from_above():
 def test_only_the_package_itself_imports_by_a_name_made_at_run_time():
     """It hands out its interface on first use; anywhere else, that would escape these checks."""
     for name in FILES:
-        calls = {ast.unparse(n.func) for n in ast.walk(tree_of(name)) if isinstance(n, ast.Call)}
-        dynamic = calls & {"importlib.import_module", "import_module", "__import__"}
+        dynamic = called_in(FILES[name]).keys() & {
+            "importlib.import_module",
+            "import_module",
+            "__import__",
+        }
         assert not dynamic or name == "__init__", f"{name}: {dynamic}"
 
 
@@ -203,7 +207,7 @@ def test_data_runs_no_other_program(name):
     found = {d.split(".")[0] for d in uses(name, {"subprocess", "multiprocessing", "pty"})}
     allowed = {"data.workers": {"multiprocessing"}, "data.slurm": {"subprocess"}}
     assert found <= allowed.get(name, set())
-    calls = {ast.unparse(n.func) for n in ast.walk(tree_of(name)) if isinstance(n, ast.Call)}
+    calls = called_in(FILES[name])
     assert not {c for c in calls if c.startswith(("os.system", "os.popen", "os.exec", "os.spawn"))}
 
 
@@ -219,9 +223,9 @@ def unpickling_in(tree: ast.Module) -> list[str]:
     """Lines that could read a pickle, other than imports."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+        if isinstance(node, ast.Attribute) and dotted_name(node) == "torch.load":
             found.append(f"{node.lineno}: torch.load")
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("np.load", "numpy.load"):
+        if isinstance(node, ast.Call) and dotted_name(node.func) in ("np.load", "numpy.load"):
             options = {k.arg: ast.unparse(k.value) for k in node.keywords}
             if options.get("allow_pickle") != "False":
                 found.append(f"{node.lineno}: a pickle in an array")

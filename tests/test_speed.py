@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from flexolmo.cli import app
+
 KINDS = ["upstream", "dense", "stock eager", "all", "ffn", "low_rank"]  # none compiled
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -39,6 +41,17 @@ def speed(monkeypatch):
     monkeypatch.setattr(data, "measure", partial(data.measure, megabytes=0.3, size="pico"))
     monkeypatch.setattr(training, "measure", partial(training.measure, kinds=KINDS))
     monkeypatch.setattr(training, "peak_memory", lambda *_: 2**20)  # takes processes
+    monkeypatch.setattr(data, "NUM_OWNERS", 2)
+    time_command = data.time_command
+    monkeypatch.setattr(  # torch takes seconds to load
+        data,
+        "time_command",
+        lambda *words: (
+            time_command(*words)
+            if words[1:] == ()
+            else data.watch(lambda: app([*map(str, words)], standalone_mode=False))["seconds"]
+        ),
+    )
     monkeypatch.setattr(speed, "READ_SHAPES", ((2, 24),))
     monkeypatch.setattr(speed, "WRITE_BATCHES", (2,))
     monkeypatch.setattr(speed, "RANKS", (2,))

@@ -1,20 +1,19 @@
 """Text from outside is shown and never obeyed."""
 
-import ast
 import io
 import os
 import pty
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from rich.table import Table
 
 from flexolmo.terminal import PlainConsole, echo, make_printable
+from made_source import SOURCE, called_in
 
 EVIL = "a\x1b]0;title\x07b[red]c :smile: \x9b2J"
-SOURCE = Path(__file__).parents[1] / "src" / "flexolmo"
+FLEXOLMO = SOURCE / "flexolmo"
 
 
 def test_nothing_invisible_that_acts_is_shown():
@@ -84,11 +83,10 @@ def test_a_directorys_name_sets_no_window_title(tmp_path):
 
 def test_all_printing_goes_through_one_file():
     """rich's and typer's own consoles would obey markup or control characters."""
-    for path in SOURCE.rglob("*.py"):
-        if path == SOURCE / "terminal.py":
+    for path in FLEXOLMO.rglob("*.py"):
+        if path == FLEXOLMO / "terminal.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
-            assert called not in ("print", "typer.echo", "Console", "TextColumn"), (
-                f"{path}:{node.lineno} prints past flexolmo.terminal"
+        for name, line in called_in(path).items():
+            assert name not in ("print", "typer.echo", "Console", "TextColumn"), (
+                f"{path}:{line} prints past flexolmo.terminal"
             )

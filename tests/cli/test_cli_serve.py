@@ -14,7 +14,7 @@ import pytest
 
 from flexolmo.serving.keys import read_keys
 
-# Everything of the command but the model, which a made engine stands for.
+# Everything of the command but the model and torch, for which a made engine stands.
 PROGRAM = """
 import sys, types
 from pathlib import Path
@@ -29,9 +29,14 @@ def open_engine(model, read_owners, settings, experts, verify):
         made.hold()
     return made
 
-module = types.ModuleType("flexolmo.inference.open_engine")
-module.open_engine = open_engine
-sys.modules[module.__name__] = module
+def replace(name, **content):
+    module = types.ModuleType(name)
+    vars(module).update(content)
+    sys.modules[name] = module
+
+replace("flexolmo.inference.open_engine", open_engine=open_engine)
+replace("flexolmo.inference.batching", EngineSettings=types.SimpleNamespace)
+replace("flexolmo.runtime", leave_a_core=lambda: None)
 from flexolmo.cli import main
 main()
 """

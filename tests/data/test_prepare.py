@@ -80,7 +80,7 @@ def test_the_number_of_processes_changes_no_byte(tmp_path, public_set, monkeypat
     raw = write_raw(tmp_path, "owner", texts)
     settings = SMALL.model_copy(update={"near_duplicate": 0.7})
     cards = []
-    for workers, size in ((1, 1 << 20), (1, 700), (4, 700)):
+    for workers, size in ((1, 1 << 20), (1, 700), (2, 700)):
         monkeypatch.setattr(pieces, "_BYTES_AT_ONCE", size)
         monkeypatch.setattr(rows, "BYTES_AT_ONCE", size)
         out = tmp_path / f"p{len(cards)}"

@@ -27,10 +27,10 @@ def clinic(tmp_path_factory):
     where = tmp_path_factory.mktemp("clinic")
     rng = random.Random(0)
     texts = [
-        "".join(rng.choice(WORDS) + rng.choice([" ", " ", ". ", "\n", "", "-"]) for _ in range(60))
-        for _ in range(40)
+        "".join(rng.choice(WORDS) + rng.choice([" ", " ", ". ", "\n", "", "-"]) for _ in range(30))
+        for _ in range(20)
     ]
-    index = made_index(where, texts)
+    index = made_index(where, texts, shard_tokens=400)
     assert len(index.shards) > 2
     return index
 

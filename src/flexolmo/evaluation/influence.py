@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,6 +28,7 @@ from flexolmo.numbers import format_change, format_percent
 from flexolmo.progress import progress
 
 Windows = list[tuple[np.ndarray, int]]
+_Text = tuple[str, str]  # ("text", public or a form), or ("own", who wrote it)
 
 PUBLIC_BYTES = 40_000  # of public text that is read
 FORM_BYTES = 4_000  # of it in each form
@@ -180,46 +181,47 @@ def measure_influence(
             f"{public.directory} has no text in its validation split, on which experts' "
             "influence is measured. Prepare a larger set."
         )
-    texts = {PUBLIC: plain} | form_windows(public, mixture.tokenizer, seq_len, seed)
-    own = own_windows(mixture, OWN_SEQUENCES, min(OWN_TOKENS, seq_len), seed)
-    total = sum(map(_tokens, texts.values())) * (2 + len(names))
-    total += sum(_tokens(own[n]) for n in names) * 2 * len(names)
-    with progress("influence", total, "tok") as meter:
+    texts: dict[_Text, Windows] = {("text", PUBLIC): plain}
+    for form, windows in form_windows(public, mixture.tokenizer, seq_len, seed).items():
+        texts["text", form] = windows
+    shared = list(texts)
+    own = own_windows(mixture, OWN_SEQUENCES, min(OWN_TOKENS, seq_len), seed, names)
+    texts |= {("own", n): windows for n, windows in own.items()}
+    arrangements: dict[frozenset[str], set[_Text]] = {}  # texts to read, by the experts that are on
+    for on in ([], *([n] for n in names), names):
+        arrangements.setdefault(frozenset(on), set()).update(shared)
+    for other in names:
+        theirs: list[list[str]] = [[other], names]
+        for name in names:
+            if name != other:
+                theirs += [other, name], [n for n in names if n != name]
+        for on in theirs:
+            arrangements.setdefault(frozenset(on), set()).add(("own", other))
+    read = _read_arrangements(mixture, texts, arrangements)
 
-        def read(windows: Windows, on: Sequence[str]) -> tuple[float, dict[str, float]]:
-            """Bits per byte, and each expert's weight."""
-            found = read_windows(mixture.model, windows, enabled=on, meter=meter)
-            if not math.isfinite(found.bits):
-                raise MergeError(f"With {', '.join(on)} on, a text has NaN or infinity for bits.")
-            weights = np.mean(found.routing or [], axis=0).tolist()
-            return found.bits_per_byte, dict(zip(mixture.model.expert_names, weights, strict=True))
+    def effect(
+        text: _Text, on: Sequence[str], than: Sequence[str], of: Sequence[str]
+    ) -> dict[str, float]:
+        """The effect of the experts `on`, beside `than`, of which those `of` are new."""
+        bits, weights = read[frozenset(on), text]
+        without, _ = read[frozenset(than), text]
+        change = (bits - without) / max(without, LEAST_BITS)
+        return {"change": change, "weight": sum(weights[n] for n in of)}
 
-        def effect(
-            windows: Windows, on: Sequence[str], without: float, of: Sequence[str]
-        ) -> tuple[float, dict[str, float]]:
-            """Bits per byte with the experts `on`, and the effect of those that are new."""
-            bits, weights = read(windows, on)
-            change = (bits - without) / max(without, LEAST_BITS)
-            return bits, {"change": change, "weight": sum(weights[n] for n in of)}
-
-        experts: dict[str, Any] = {n: {"forms": {}, "others": {}} for n in names}
-        together: dict[str, Any] = {"forms": {}, "others": {}}
-        for text, windows in texts.items():
-            anchor, _ = read(windows, [])
-            for found, on in [*((experts[n], [n]) for n in names), (together, names)]:
-                place = found if text == PUBLIC else found["forms"]
-                _, place[text] = effect(windows, on, anchor, on)
-        for other in names:
-            windows = own[other]
-            alone, _ = read(windows, [other])
-            rest = [n for n in names if n != other]
-            everyone, together["others"][other] = effect(windows, names, alone, rest)
-            for name in rest:
-                _, found = effect(windows, [other, name], alone, [name])
-                without, _ = read(windows, [n for n in names if n != name])
-                left_out = (everyone - without) / max(without, LEAST_BITS)
-                found["change"] = max(found["change"], left_out)
-                experts[name]["others"][other] = found
+    experts: dict[str, Any] = {n: {"forms": {}, "others": {}} for n in names}
+    together: dict[str, Any] = {"forms": {}, "others": {}}
+    for text in shared:
+        for found, on in [*((experts[n], [n]) for n in names), (together, names)]:
+            place = found if text[1] == PUBLIC else found["forms"]
+            place[text[1]] = effect(text, on, [], on)
+    for other in names:
+        rest = [n for n in names if n != other]
+        together["others"][other] = effect(("own", other), names, [other], rest)
+        for name in rest:
+            found = effect(("own", other), [other, name], [other], [name])
+            left_out = effect(("own", other), names, [n for n in names if n != name], [name])
+            found["change"] = max(found["change"], left_out["change"])
+            experts[name]["others"][other] = found
     return {
         "public_digest": public.digest,
         "seed": seed,
@@ -250,5 +252,36 @@ def form_windows(
     return found
 
 
-def _tokens(windows: Windows) -> int:
-    return sum(len(ids) - 1 for ids, _ in windows)
+def _read_arrangements(
+    mixture: LoadedMixture,
+    texts: Mapping[_Text, Windows],
+    arrangements: Mapping[frozenset[str], Collection[_Text]],
+) -> dict[tuple[frozenset[str], _Text], tuple[float, dict[str, float]]]:
+    """Bits per byte and each expert's weight, mean over tokens and layers, of the texts of each
+    arrangement; all that are read with the same experts on are read together.
+
+    Raises MergeError for a text whose bits are not finite.
+    """
+    tokens = {text: sum(len(ids) - 1 for ids, _ in windows) for text, windows in texts.items()}
+    total = sum(tokens[text] for chosen in arrangements.values() for text in chosen)
+    read = {}
+    with progress("influence", total, "tok") as meter:
+        for on, chosen in arrangements.items():
+            ordered = [text for text in texts if text in chosen]
+            windows = [window for text in ordered for window in texts[text]]
+            found = read_windows(mixture.model, windows, enabled=sorted(on), meter=meter)
+            start = 0
+            for text in ordered:
+                part = slice(start, start + len(texts[text]))
+                start = part.stop
+                nats = -sum(float(x.sum(dtype=np.float64)) for x in found.log_probs[part])
+                if not math.isfinite(nats):
+                    names = ", ".join(sorted(on))
+                    raise MergeError(f"With {names} on, a text has NaN or infinity for bits.")
+                weights = np.sum(found.weights[part], axis=0) / tokens[text]  # [E]
+                size = sum(size for _, size in texts[text])
+                read[on, text] = (
+                    nats / math.log(2) / size,
+                    dict(zip(mixture.model.expert_names, weights.tolist(), strict=True)),
+                )
+    return read

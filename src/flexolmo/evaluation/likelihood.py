@@ -38,6 +38,7 @@ class Likelihood:
     routing: list[list[float]] | None  # [L][E] mean weight over tokens, of a mixture
     active: list[list[float]] | None  # [L][E] fraction of tokens on which it ran
     log_probs: list[np.ndarray]  # of each window's predicted tokens in nats, float32 [T]
+    weights: list[np.ndarray]  # of each window, mean over layers and summed over tokens, [E]
 
     @property
     def bits_per_byte(self) -> float:
@@ -70,8 +71,9 @@ def read_windows(
     order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
     ordered = [windows[i] for i in order]
     log_probs = [np.zeros(0, dtype=np.float32)] * len(windows)
+    weights = [np.zeros(0)] * len(windows)
     nats, tokens = 0.0, 0
-    weights: Tensor | None = None  # [2,L,E] weights, and whether any, summed over tokens
+    routed: Tensor | None = None  # [2,L,E] weights, and whether any, summed over tokens
     start = 0
     with torch.inference_mode():
         while start < len(ordered):
@@ -95,15 +97,18 @@ def read_windows(
                 log_probs[place] = -row[: len(own) - 1].cpu().numpy()
             tokens += int(real.sum())
             if routing:
-                said = torch.stack([w[real] for w in routing]).double()  # [L,N,E]
-                step = torch.stack([said.sum(1), (said > 0).double().sum(1)])
-                weights = step if weights is None else weights + step
+                said = torch.stack(routing).double()  # [L,B,T,E]
+                said = said.masked_fill(~real[:, :, None], 0.0)
+                summed = said.sum(2)  # [L,B,E]
+                for place, row in zip(places, summed.mean(0).cpu().numpy(), strict=True):
+                    weights[place] = row
+                step = torch.stack([summed.sum(1), (said > 0).double().sum((1, 2))])
+                routed = step if routed is None else routed + step
             if meter is not None:
                 meter.advance(int(real.sum()))
-    routed, active = [None, None] if weights is None else (weights / tokens).tolist()
-    return Likelihood(
-        nats / math.log(2), sum(size for _, size in windows), tokens, routed, active, log_probs
-    )
+    mean, active = [None, None] if routed is None else (routed / tokens).tolist()
+    size = sum(size for _, size in windows)
+    return Likelihood(nats / math.log(2), size, tokens, mean, active, log_probs, weights)
 
 
 def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

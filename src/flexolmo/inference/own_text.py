@@ -24,9 +24,14 @@ from flexolmo.progress import progress
 
 
 def own_windows(
-    mixture: LoadedMixture, sequences: int = 16, tokens: int = 192, seed: int = 0
+    mixture: LoadedMixture,
+    sequences: int = 16,
+    tokens: int = 192,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
 ) -> dict[str, list[tuple[np.ndarray, int]]]:
-    """Windows of text by each expert, public included, (ids, bytes) as `evaluation_windows` gives.
+    """Windows of text by each expert, (ids, bytes) as `evaluation_windows` gives; without `names`,
+    by all of them, public included.
 
     An expert writes alone, whatever the router would say, and so samples its owner's domain. Each
     window holds one text of `tokens` tokens with no end. MergeError for an expert whose numbers are
@@ -35,7 +40,7 @@ def own_windows(
     eos = mixture.tokenizer.eos_id
     speechless = [*mixture.tokenizer.controls]  # special tokens, which stand for no text
     generator = torch.Generator().manual_seed(seed)
-    names = mixture.model.expert_names
+    names = mixture.model.expert_names if names is None else names
     windows: dict[str, list[tuple[np.ndarray, int]]] = {}
     with progress("write", len(names) * sequences * tokens, "tok") as meter:
 

@@ -8,7 +8,7 @@ names another model than a small random one.
 
 import os
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, takewhile
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"the package {PACKAGE} was not fetched; set FLEXOLMO_NETWORK_TESTS=1 to fetch it",
 )
 
-ITEMS = 3  # of each task or subtask
+ITEMS = 2  # of each task or subtask
 OURS = [
     "arc_easy",
     "arc_challenge",
@@ -62,9 +62,20 @@ OURS = [
 ]
 
 
+class First(Sources):
+    """The first items of each of the package's files; all of those whose options follow without
+    their questions."""
+
+    def requests(self, task, variant):
+        rows = super().requests(task, variant)
+        if task in ("arc_challenge", "csqa", "openbookqa"):
+            return rows
+        return takewhile(lambda row: row["doc_id"] < 100, rows)
+
+
 @pytest.fixture(scope="module")
 def sources():
-    return Sources()
+    return First()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +116,7 @@ def test_our_tasks_get_the_harness_s_scores(engines, sources, name):
     engine's: accuracy of each form, or what was written, judged."""
     (chosen,), _ = choose_items(choose_tasks([name]), sources, 1 if name == "mmlu" else ITEMS)
     task, items = (
-        replace(chosen.task, max_new_tokens=min(40, chosen.task.max_new_tokens)),
+        replace(chosen.task, max_new_tokens=min(12, chosen.task.max_new_tokens)),
         chosen.items[:8],
     )
     settings = RunSettings(batch_size=8)

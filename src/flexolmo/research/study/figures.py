@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
-from matplotlib.transforms import Bbox
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.numbers import format_number, format_percent, format_signed
@@ -348,15 +347,23 @@ def method_colour(method: str) -> str:
     return _RIVAL_COLOUR
 
 
+_ANGLES = np.radians([0, 180, 35, -35, 145, -145, 65, -65, 115, -115, 90, -90])
+_OFFSETS = np.concatenate(  # [offsets,2] of a label from its point, the nearest first
+    [
+        far * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1)
+        for far in (9, 14, 20, 28, 38, 50, 64, 80, 98)
+    ]
+)
+
+
 def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]]) -> None:
     """Write a label near every point where it covers no other; joined by a line where far."""
     renderer = ax.figure.canvas.get_renderer()  # type: ignore[attr-defined]
     pixel = renderer.points_to_pixels(1.0)
     inside = np.array([ax.get_window_extent().extents])
     places = [ax.transData.transform((x, y)) for x, y, *_ in points]
-    taken = [
-        Bbox.from_bounds(x - 6 * pixel, y - 6 * pixel, 12 * pixel, 12 * pixel) for x, y in places
-    ]
+    half = 6 * pixel  # of a point's mark
+    taken = [np.array([x - half, y - half, x + half, y + half]) for x, y in places]
     for (x, y, text, colour, is_bold), place in zip(points, places, strict=True):
         label = ax.annotate(
             wrap_name(text, 40, 1),
@@ -371,21 +378,14 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
         )
         label.set_in_layout(False)
         size = label.get_window_extent(renderer)
-        best, least = (9.0, 0.0), math.inf
-        others = np.array([box.extents for box in taken])
-        for far in (9, 14, 20, 28, 38, 50, 64, 80, 98):
-            for angle in (0, 180, 35, -35, 145, -145, 65, -65, 115, -115, 90, -90):
-                dx = far * math.cos(math.radians(angle)) * pixel
-                dy = far * math.sin(math.radians(angle)) * pixel
-                left = place[0] + dx - size.width * (0.5 - 0.5 * np.sign(round(dx)))
-                box = Bbox.from_bounds(
-                    left, place[1] + dy - size.height / 2, size.width, size.height
-                )
-                covered = _shared(box, others)
-                covered += size.width * size.height - _shared(box, inside)
-                if covered < least - 1e-6:
-                    best, least, chosen = (dx / pixel, dy / pixel), covered, box
-        taken.append(chosen)
+        moved = _OFFSETS * pixel
+        left = place[0] + moved[:, 0] - size.width * (0.5 - 0.5 * np.sign(np.round(moved[:, 0])))
+        bottom = place[1] + moved[:, 1] - size.height / 2
+        boxes = np.stack([left, bottom, left + size.width, bottom + size.height], axis=1)
+        covered = _shared(boxes, np.array(taken)) - _shared(boxes, inside)
+        nearest = int(np.flatnonzero(covered < covered.min() + 1e-6)[0])
+        taken.append(boxes[nearest])
+        best = _OFFSETS[nearest].tolist()
         label.set_position(best)
         side = int(np.sign(round(best[0])))
         label.set_horizontalalignment(("center", "left", "right")[side])
@@ -394,10 +394,12 @@ def _place_labels(ax: Axes, points: Sequence[tuple[float, float, str, str, bool]
             label.arrow_patch.set_visible(False)
 
 
-def _shared(box: Bbox, others: np.ndarray) -> float:
-    """Area in pixels that a box shares with all of `others` [N,4], each x0, y0, x1, y1."""
-    sides = np.minimum(box.max, others[:, 2:]) - np.maximum(box.min, others[:, :2])
-    return float(sides.clip(min=0).prod(axis=1).sum())
+def _shared(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Area in pixels that each of `boxes` [M,4] shares with all of `others` [N,4]; of each box x0,
+    y0, x1, y1. Comes back as [M]."""
+    high = np.minimum(boxes[:, None, 2:], others[:, 2:])
+    sides = high - np.maximum(boxes[:, None, :2], others[:, :2])  # [M,N,2]
+    return sides.clip(min=0).prod(axis=2).sum(axis=1)
 
 
 def plot_kept_gain(results: Results) -> Figure | None:
