@@ -6,7 +6,8 @@ import pytest
 
 from flexolmo.merge import compare
 from flexolmo.merge.mixture import remove_experts
-from made_mixtures import NAMES
+
+NAMES = ("amber", "zinc")
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +30,10 @@ def test_a_certificate_is_made_read_and_checked(house, works, prove, owner_keys,
     texts.write_text("One line.\n")
     said = works(*prove, "--subsets", "all", "--texts", texts, "--seed", 3)
     findings = json.loads((tmp_path / "cert.json").read_text())["certificate"]["findings"]
-    assert len(findings["compared"]["subsets"]) == 4 and findings["plan"]["seed"] == 3
+    assert len(findings["compared"]["subsets"]) == 2 and findings["plan"]["seed"] == 3
     for title in ("Proven by this comparison:", "Declared by the other owners:", "Not covered:"):
         assert f"{title}\n- " in said
-    assert "4 of 4 possible" in said.replace("\n  ", " ") and "As a control zinc" in said
+    assert "2 of 2 possible" in said.replace("\n  ", " ") and "As a control zinc" in said
     model = house.build(NAMES, tmp_path / "m")
     check = ["mix", "verify-optout", tmp_path / "cert.json", "--model", model]
     signer = ["--signer", f"{owner_keys['Ann']}.pub"]

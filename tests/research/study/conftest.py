@@ -1,6 +1,6 @@
 """A finished study that never was, and its page."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pat
     """Three seeds with ablations: results, directory, page."""
     results, out = make_results(3, has_ablations=True), tmp_path_factory.mktemp("study")
     return results, out, write_page(results, out).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def make_root(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`make_root(name)`: a directory for a study. All have their steps in one place, where what
+    several need is done once."""
+    steps = tmp_path_factory.mktemp("steps")
+
+    def make(name: str) -> Path:
+        root = tmp_path_factory.mktemp(name)
+        (root / "steps").symlink_to(steps)
+        return root
+
+    return make
 
 
 @pytest.fixture(scope="module")

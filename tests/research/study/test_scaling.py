@@ -35,8 +35,8 @@ TINY = ScalingRecipe.model_validate(
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, few_tried):
-    root = tmp_path_factory.mktemp("scaling")
+def study(make_root, few_tried):
+    root = make_root("scaling")
     graph = build_scaling_graph(TINY)
     for target in graph.targets:
         do_all(target, root)

@@ -120,8 +120,8 @@ def do_all(step, root):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory, few_tried):
-    root = tmp_path_factory.mktemp("study")
+def study(make_root, few_tried):
+    root = make_root("study")
     graph = build_graph(RECIPE)
     for target in graph.targets:
         do_all(target, root)
