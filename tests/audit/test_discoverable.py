@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.audit.discoverable import (
@@ -42,6 +42,7 @@ def chances_of(logits, sampling):
     return [chances[i] / total if i in kept else 0.0 for i in range(len(chances))]
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 10_000), WAYS)
 def test_all_texts_of_three_tokens_have_their_probabilities(seed, sampling):
     V, T = 4, 3

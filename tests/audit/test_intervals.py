@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from flexolmo.audit.intervals import area, caught, roc
+from flexolmo.audit.intervals import area, area_of, caught, roc
 
 SCORES = st.lists(st.integers(0, 8), min_size=1, max_size=30).map(lambda x: np.array(x, float))
 
@@ -15,7 +15,7 @@ SCORES = st.lists(st.integers(0, 8), min_size=1, max_size=30).map(lambda x: np.a
 def test_area_and_curve_are_scikit_learns(yes, no):
     labels = np.repeat([1, 0], [len(yes), len(no)])
     expected = roc_auc_score(labels, np.concatenate([yes, no]))
-    assert area(yes, no, 0)["auc"] == pytest.approx(expected)
+    assert area_of([(yes, no)]) == pytest.approx(expected)
     curve = roc(yes, no)
     assert curve[0] == [0, 0] and curve[-1] == [1, 1]
     assert auc(*zip(*curve, strict=True)) == pytest.approx(expected)
@@ -25,7 +25,9 @@ def test_area_and_curve_are_scikit_learns(yes, no):
 
 def test_a_long_curve_keeps_its_ends():
     rng = np.random.default_rng(0)
-    curve = roc(rng.normal(size=500), rng.normal(size=500), most=20)
+    yes, no = rng.normal(size=(2, 500))
+    curve = roc(yes, no, most=20)
+    assert area(yes, no, 0)["auc"] == area_of([(yes, no)])
     assert len(curve) == 20 and curve[0] == [0, 0] and curve[-1] == [1, 1]
 
 

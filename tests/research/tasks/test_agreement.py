@@ -63,12 +63,12 @@ OURS = [
 
 
 class First(Sources):
-    """The first items of each of the package's files; all of those whose options follow without
-    their questions."""
+    """The first items of each of the package's files; all where two tasks share a file, or where
+    options without their questions follow at its end."""
 
     def requests(self, task, variant):
         rows = super().requests(task, variant)
-        if task in ("arc_challenge", "csqa", "openbookqa"):
+        if task in ("arc_challenge", "csqa", "openbookqa", "sciriff_yesno"):
             return rows
         items = groupby(rows, key=lambda row: row["doc_id"])
         return (row for _, item in islice(items, 100) for row in item)
