@@ -245,6 +245,17 @@ def test_an_expert_of_no_finite_number_is_refused_by_name(town, village):
         own_windows(mixture, sequences=2, tokens=4)
 
 
+def test_a_text_whose_bits_are_no_number_is_refused(town, monkeypatch):
+    def broken(*args, **options):
+        found = read_windows(*args, **options)
+        found.log_probs[-1][:] = math.nan
+        return found
+
+    monkeypatch.setattr(room, "read_windows", broken)
+    with pytest.raises(MergeError, match="a text has NaN or infinity for bits"):
+        check_bundles([town.bundles["news"]], town.public, town.trusted, anchor_dir=town.anchor)
+
+
 def test_what_cannot_be_measured_is_no_zero(town, tmp_path):
     found = {"forms": {}, "others": {}, "public": {"change": 0.0, "weight": 0.0}}
     assert worst(found, "forms") == worst(found, "others") == (None, "")
