@@ -136,13 +136,15 @@ def test_a_batch_never_holds_more_than_its_tokens_unless_one_window_does(house, 
 def test_routing_is_the_mean_weight_over_tokens(house):
     model = house.mixture(NAMES, "linear").model
     windows = list(evaluation_windows(made_set([6, 9, 4]), "heldout", 256))
-    total = torch.zeros(len(model.layers), 4, dtype=torch.float64)
+    summed = []  # [L,E] of each window
     for ids, _ in windows:
         routing = []
         model(torch.from_numpy(ids[:-1])[None], routing=routing)
-        total += torch.stack([w[0].double().sum(0) for w in routing])
+        summed.append(torch.stack([w[0].double().sum(0) for w in routing]))
     found = read_windows(model, windows)
-    np.testing.assert_allclose(found.routing, (total / 19).tolist(), rtol=1e-5)
+    np.testing.assert_allclose(found.routing, (sum(summed) / 19).tolist(), rtol=1e-5)
+    for weights, expected in zip(found.weights, summed, strict=True):
+        np.testing.assert_allclose(weights, expected.mean(0), rtol=1e-5)
 
 
 def test_a_disabled_expert_has_no_weight(house):
