@@ -10,13 +10,20 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from torch import nn
 
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import save_anchor, stock_config, stock_name, write_stock
 from flexolmo.model.loss import _ChunkedLoss, language_model_loss
 from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.transformer import ModelConfig, RMSNorm, Transformer
+from flexolmo.model.transformer import (
+    FeedForward,
+    ForwardContext,
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+)
 
 SHAPES = {
     "as many key-value heads": {"num_kv_heads": None},
@@ -248,6 +255,44 @@ def test_norms_in_training_are_those_of_torch_with_its_gradients(shape, seed, sc
 
 
 # --- loss ---------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 9), st.integers(1, 40), st.integers(1, 20)),
+    frozen=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@IN_SESSION
+def test_an_ffn_in_training_has_the_bits_of_its_steps_and_keeps_half_of_them(sizes, frozen, seed):
+    rows, d_ff, d_model = sizes
+    torch.manual_seed(seed)
+    ffn = FeedForward(d_model, d_ff).train()
+    for p in ffn.parameters():
+        nn.init.normal_(p, std=2.0).requires_grad_(not frozen)
+    x = torch.randn(rows, d_model, requires_grad=True)
+    weight = torch.randn(rows, d_model)
+    kept = set()
+
+    def note(tensor):
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    def of_steps(_ctx):
+        gate, up = (F.linear(x, m.weight) for m in (ffn.gate_proj, ffn.up_proj))
+        return F.linear(F.silu(gate) * up, ffn.down_proj.weight)
+
+    def differentiate(read):
+        y = read(ForwardContext(torch.float32, x, x, None, None))
+        learnt = [x, *(p for p in ffn.parameters() if p.requires_grad)]
+        return [y, *torch.autograd.grad((y * weight).sum(), learnt)]
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        ffn.read(x, ForwardContext(torch.float32, x, x, None, None))
+    given = {t.data_ptr() for t in (x, *ffn.parameters())}
+    assert len(kept - given) == 2
+    found = differentiate(lambda ctx: ffn.read(x, ctx))
+    for one, other in zip(found, differentiate(of_steps), strict=True):
+        assert torch.equal(one, other)
 
 
 @given(
