@@ -37,14 +37,14 @@ class ProbabilitySettings(Settings):
 
     lanes: int = Field(4, ge=1, description="Experts that read a token at most, K.")
     min_weight: float = Field(
-        0.05, gt=0, lt=1, description="Weight of the router from which on an expert reads."
+        0.04, gt=0, lt=1, description="Weight of the router from which on an expert reads."
     )
-    temperature: float = Field(2.0, gt=0, description="Divisor of each token's log-likelihood.")
+    temperature: float = Field(3.0, gt=0, description="Divisor of each token's log-likelihood.")
     switch_rate: float = Field(
-        0.05, gt=0, lt=1, description="Share of all chance that is spread evenly after each token."
+        0.03, gt=0, lt=1, description="Share of all chance that is spread evenly after each token."
     )
     sharpness: float = Field(
-        0.5, gt=0, description="Power of an expert's chance that weighs what it predicts."
+        0.7, gt=0, description="Power of an expert's chance that weighs what it predicts."
     )
 
 

@@ -13,7 +13,7 @@ from flexolmo.files import save_arrays
 from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader
 from flexolmo.inference.sampling import Sampling
-from flexolmo.model.probabilities import AnyMixture, ProbabilityMixture
+from flexolmo.model.probabilities import AnyMixture, ProbabilityMixture, ProbabilitySettings
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import progress
 from flexolmo.research.rivals.baselines import TextClassifier, likelihood_weights, soup
@@ -48,7 +48,7 @@ def model_of(step: StepContext) -> Transformer | ProbabilityMixture:
         return base.model
     model = mixture_of(step, top_k)
     if what == "probabilities":
-        return ProbabilityMixture(model)
+        return ProbabilityMixture(model, ProbabilitySettings(**step.settings["mix"]))
     if what == "tuned":
         from safetensors.torch import load_file
 
@@ -60,7 +60,8 @@ def model_of(step: StepContext) -> Transformer | ProbabilityMixture:
 def read(step: StepContext) -> dict[str, Any]:
     """A model's predictions of the windows. Inputs: windows, anchor, and those `model_of` needs.
 
-    Settings: what; enabled, owners on (null: all); splits; on, the sets to read (null: all).
+    Settings: what; mix, of probabilities; enabled, owners on (null: all); splits; on, the sets to
+    read (null: all).
     Leaves SPLIT.npz of log-probabilities; metrics: mean weights (routing) and fractions of
     tokens on which an expert ran (active) by set, [L][E].
     """

@@ -11,6 +11,7 @@ from pydantic import Field
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
 from flexolmo.data.corpus import digest_files
+from flexolmo.model.probabilities import ProbabilitySettings
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.research.steps.step import Step
@@ -291,6 +292,7 @@ class SeedSteps:
             "default, probabilities",
             "probabilities",
             {f"expert.{n}": e for n, e in default.items()},
+            mix=ProbabilitySettings().model_dump(),
             splits=["heldout"],
         )
         reads["flexolmo_all_active"] = self.read_mixture(
