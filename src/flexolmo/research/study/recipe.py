@@ -252,6 +252,15 @@ class SeedSteps:
             **(settings | ({"seed": self.seed} if settings.get("rows") else {})),
         )
 
+    def read_probabilities(self, experts: Mapping[str, Step]) -> Step:
+        return self.read(
+            "default, probabilities",
+            "probabilities",
+            {f"expert.{n}": e for n, e in experts.items()},
+            mix=ProbabilitySettings().model_dump(),
+            splits=["heldout"],
+        )
+
     def pairs(self, label: str, experts: Mapping[str, Step]) -> dict[str, Step]:
         """Readings of each owner's own set by the anchor and its expert alone."""
         return {
@@ -288,13 +297,7 @@ class SeedSteps:
                 },
             )
         reads["flexolmo_default"] = self.read_mixture("default", default, top_k=k)
-        reads["flexolmo_probabilities"] = self.read(
-            "default, probabilities",
-            "probabilities",
-            {f"expert.{n}": e for n, e in default.items()},
-            mix=ProbabilitySettings().model_dump(),
-            splits=["heldout"],
-        )
+        reads["flexolmo_probabilities"] = self.read_probabilities(default)
         reads["flexolmo_all_active"] = self.read_mixture(
             "default, all active", default, splits=["heldout"]
         )

@@ -140,12 +140,7 @@ def _score(recipe: ScalingRecipe, cell: Cell, source: Mapping[str, Any]) -> Step
         top_k=study.top_k,
         splits=["heldout"],
     )
-    reads["row.probabilities"] = made.read(
-        "default, probabilities",
-        "probabilities",
-        {f"expert.{n}": e for n, e in default.items()},
-        splits=["heldout"],
-    )
+    reads["row.probabilities"] = made.read_probabilities(default)
     for name, experts in families.items():
         reads[f"row.{name}"] = made.read_mixture(
             name, experts, top_k=study.top_k, splits=["heldout"]
