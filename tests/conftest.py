@@ -45,7 +45,6 @@ from made_mixtures import House, draw_weights
 from made_sets import SMALL, made_text, write_raw
 from made_shell import Shell, make_demo
 
-num_left_out = 0  # modules
 gc.disable()  # until all tests are collected, see below: hardly any of that becomes garbage
 build_commands_once()
 torch.set_num_threads(1)
@@ -61,6 +60,7 @@ SMALL_SETS = PrepareSettings(
     heldout_share=0.05,
     vocab_size=300,
 )
+LEFT_OUT = {"modules": 0}  # how many modules' objects no collection looks at
 ROUTERS = {
     "evidence": EvidenceSettings(),
     "linear": LinearSettings(),
@@ -77,17 +77,18 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown():
-    """The same of what a test has loaded, such as torch's compiler."""
+    """Leave out what a test has loaded too, such as torch's compiler. Cycles among the fixtures
+    that live then are never collected."""
     yield
-    if len(sys.modules) > num_left_out + 200:
+    if len(sys.modules) > LEFT_OUT["modules"] + 200:
         leave_out_what_is_loaded()
 
 
 def leave_out_what_is_loaded() -> None:
-    global num_left_out
+    """Collect garbage, and keep what is left for good."""
     gc.collect()
     gc.freeze()
-    num_left_out = len(sys.modules)
+    LEFT_OUT["modules"] = len(sys.modules)
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:

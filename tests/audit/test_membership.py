@@ -1,13 +1,14 @@
 """The attack on membership, on made mixtures and on models that know their text by heart."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 
 from flexolmo.audit import membership
-from flexolmo.audit.membership import audit_membership
+from flexolmo.audit.membership import _measure, audit_membership
 from flexolmo.audit.reading import read_logits
 from flexolmo.audit.subjects import MODEL, Subject, Subjects
 from flexolmo.audit.texts import MEMBERS, OTHERS, read_beginnings
@@ -89,6 +90,13 @@ def test_a_document_is_read_with_its_own_predictions(attacked, data):
         for said in found[place]:
             assert said.shape == alone.shape
             np.testing.assert_allclose(said, alone, atol=1e-4)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    scores = np.array([1.0, 2.0, 3.0, math.nan])
+    for members, others in ((scores, scores[:3]), (scores[:3], scores)):
+        with pytest.raises(DataError, match="score is NaN or infinite"):
+            _measure(members, others, seed=0)
 
 
 def test_a_set_without_other_documents_is_refused(attacked, data, monkeypatch):

@@ -95,9 +95,10 @@ def test_a_group_without_a_verb_shows_its_verbs(path):
 
 def test_examples_in_help_are_commands_that_exist():
     for path, command in VERBS.items():
+        if hasattr(command, "commands"):
+            continue
         known = {o for p in command.params for o in p.opts}
-        lines = [line.strip() for line in (command.help or "").splitlines()]
-        for line in lines if not hasattr(command, "commands") else ():
+        for line in map(str.strip, (command.help or "").splitlines()):
             words = line[max(line.find("flexolmo "), 0) :].split()
             if words[:1] == ["flexolmo"]:
                 assert tuple(words[1 : 1 + len(path)]) == path

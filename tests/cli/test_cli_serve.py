@@ -34,8 +34,12 @@ def replace(name, **content):
     vars(module).update(content)
     sys.modules[name] = module
 
+def made_settings(memory_bytes):
+    assert memory_bytes > 0
+    return types.SimpleNamespace(memory_bytes=memory_bytes)
+
 replace("flexolmo.inference.open_engine", open_engine=open_engine)
-replace("flexolmo.inference.batching", EngineSettings=types.SimpleNamespace)
+replace("flexolmo.inference.batching", EngineSettings=made_settings)
 replace("flexolmo.runtime", leave_a_core=lambda: None)
 from flexolmo.cli import main
 main()

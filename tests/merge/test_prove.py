@@ -174,7 +174,7 @@ def _watch(event, args):
 
 
 def test_the_mixture_is_rebuilt_without_opening_a_file_of_the_expert(house, tmp_path):
-    sys.addaudithook(_watch)  # for good, and in the way of all that comes after: only once here
+    sys.addaudithook(_watch)  # stays until the process ends, and slows every open
     model = house.build(NAMES, tmp_path / "m", top_k=2)
     opened.clear()
     rebuild_mixture(model, OTHERS, tmp_path / "anew", house.trusted)

@@ -14,6 +14,7 @@ from flexolmo.audit.signals import Signals, scores_of
 from flexolmo.audit.subjects import ANCHOR, OFF, Subjects
 from flexolmo.audit.texts import OTHERS, Beginning, read_beginnings, read_members, refuse_none
 from flexolmo.data.batches import TokenSet
+from flexolmo.errors import DataError
 from flexolmo.inference.reader import Reader
 from flexolmo.runtime import run_record
 
@@ -134,7 +135,15 @@ def _worst_tokens(reader: Reader, ids: np.ndarray, signals: Signals) -> list[dic
 
 
 def _measure(members: np.ndarray, others: np.ndarray, seed: int) -> dict[str, Any]:
-    """AUC, true positive rates and ROC curve of one attack on one subject."""
+    """AUC, true positive rates and ROC curve of one attack on one subject.
+
+    Raises DataError for a score that is not finite, by which nobody would seem caught.
+    """
+    if not (np.isfinite(members).all() and np.isfinite(others).all()):
+        raise DataError(
+            "A document's score is NaN or infinite, so the model's probabilities are: nothing can "
+            "be said of it. See whether it reads this text at all (flexolmo eval sets)."
+        )
     return area(members, others, seed) | {
         "caught": {f"{rate:g}": caught(members, others, rate) for rate in RATES},
         "roc": roc(members, others),

@@ -276,8 +276,10 @@ def _read_arrangements(
                 start = part.stop
                 nats = -sum(float(x.sum(dtype=np.float64)) for x in found.log_probs[part])
                 if not math.isfinite(nats):
-                    names = ", ".join(sorted(on))
-                    raise MergeError(f"With {names} on, a text has NaN or infinity for bits.")
+                    names = ", ".join(sorted(on)) or "no expert"
+                    raise MergeError(
+                        f"With {names} on, text of {text[1]} has NaN or infinity for bits."
+                    )
                 weights = np.sum(found.weights[part], axis=0) / tokens[text]  # [E]
                 size = sum(size for _, size in texts[text])
                 read[on, text] = (

@@ -244,8 +244,9 @@ class FeedForward(nn.Module):
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
         gate, up = self.gate_and_up(x, ctx)
-        if ctx.batch_rows is None and weight is None:
-            return cast(Tensor, _GatedDown.apply(gate, up, self.down_proj.weight))  # type: ignore[no-untyped-call]
+        if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
+            down = self.down_proj.weight.to(gate.dtype)
+            return cast(Tensor, _GatedDown.apply(gate, up, down))  # type: ignore[no-untyped-call]
         inner = F.silu(gate) * up if ctx.batch_rows is None else silu(gate).mul_(up)  # [n,F]
         if weight is not None:
             inner = weight * inner[: len(weight)]
@@ -262,7 +263,8 @@ class FeedForward(nn.Module):
 class _GatedDown(torch.autograd.Function):
     """silu(gate) * up, [n,F] each, times a matrix [D,F]: [n,D], with the bits of its three steps.
 
-    Of four tensors as wide as the FFN that those would keep for the way back, it keeps two.
+    Keeps two tensors as wide as the FFN for the way back, where the three steps would keep four.
+    Gradients have none of their own.
     """
 
     generate_vmap_rule = True
@@ -279,10 +281,13 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, down = ctx.saved_tensors
         (grad,) = grads
-        opened, down_grad = F.silu(gate), None
-        if ctx.needs_input_grad[2]:
-            down_grad = ((opened * up).T @ grad).T.to(down.dtype)  # laid out as the matrix
-        inner_grad = grad @ down.to(grad.dtype)  # [n,F]
+        opened = F.silu(gate)  # [n,F]
+        down_grad = None
+        if ctx.needs_input_grad[2]:  # laid out as the matrix
+            inner = opened * up
+            by_columns = down.stride(0) == 1
+            down_grad = (inner.T @ grad).T if by_columns else grad.T @ inner
+        inner_grad = grad @ down  # [n,F]
         gate_grad = torch.ops.aten.silu_backward(inner_grad * up, gate)
         return gate_grad, inner_grad.mul_(opened), down_grad
 

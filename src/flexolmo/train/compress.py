@@ -258,7 +258,7 @@ def prune_width(
     d_ff = len(tensors["layers.0.gate_proj.weight"])
     if not 1 <= width <= d_ff:
         raise ConfigError(f"Width {width} is not between 1 and {d_ff}, the FFN's own.")
-    model = copy.deepcopy(anchor.model)
+    model = copy.deepcopy(anchor.model).eval()  # in training hooks on `down_proj` see nothing
     sums = [torch.zeros(d_ff, dtype=torch.float64) for _ in model.layers]
 
     def watch(total: Tensor) -> Callable[..., None]:

@@ -391,6 +391,9 @@ def test_finished_steps_and_experts_are_not_done_again(interrupted):
     measured = ["evaluate", "merge-paper", "evaluate-paper", "check bundles"]
     attacked = ["membership code", "extraction code", "audit code", "audit academic", "report code"]
     assert set(seen[4]) == {retried, *measured, *attacked} and len(seen[4]) == 10
+    order = seen[4].index
+    assert order("merge-paper") < order("evaluate-paper")
+    assert max(map(order, attacked)) == order("report code")
 
 
 def test_another_recipe_does_again_only_what_depends_on_it(interrupted):

@@ -56,7 +56,7 @@ ANY_PURPOSE = "--purpose any"
 PURPOSES = {"academic": "--purpose education --purpose general-research --prohibit commercial"}
 # The demo's text is of packages: pages laid out with spaces, and many copies of one text.
 PREPARE = "data prepare --min-bytes=200 --near-duplicates=0.7 --normalise --out prepared"
-ATTACKED_OWNERS = 1  # each takes about ten seconds
+ATTACKED_OWNERS = 1  # each takes about twenty seconds
 ATTACKED_TOKENS = 64  # at most, of a document: attacks take seconds
 SCOPES = {"evidence": "all", "linear": "ffn"}  # what an owner trains; the paper's, the FFN alone
 
@@ -236,7 +236,7 @@ class _Demo:
 
     def merge_measure_and_attack(self) -> None:
         """Owners sign and attack their bundles; the coordinator checks, merges, and reads held-out
-        text. All in one stage, so that no processor waits for another."""
+        text. All in one stage, so that fewer processors wait."""
         packs = {
             (name, suffix): command_step(
                 f"pack {name}{suffix}",

@@ -95,8 +95,8 @@ class Workers(Protocol):
 class Children:
     """Jobs as children of this process, up to `count` at a time; each is for one.
 
-    They share out the processors by OMP_NUM_THREADS, unless that is set already: threads of more
-    than there is room for wait for one another.
+    They share out the processors by OMP_NUM_THREADS, unless that is set already: more threads than
+    processors wait for one another.
     """
 
     def __init__(self, count: int):
