@@ -281,15 +281,16 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, down = ctx.saved_tensors
         (grad,) = grads
-        opened = F.silu(gate)  # [n,F]
-        down_grad = None
-        if ctx.needs_input_grad[2]:  # laid out as the matrix
-            inner = opened * up
-            by_columns = down.stride(0) == 1
-            down_grad = (inner.T @ grad).T if by_columns else grad.T @ inner
         inner_grad = grad @ down  # [n,F]
         gate_grad = torch.ops.aten.silu_backward(inner_grad * up, gate)
-        return gate_grad, inner_grad.mul_(opened), down_grad
+        opened = F.silu(gate)
+        up_grad = inner_grad.mul_(opened)
+        down_grad = None
+        if ctx.needs_input_grad[2]:  # laid out as the matrix
+            inner = opened.mul_(up)
+            by_columns = down.stride(0) == 1
+            down_grad = (inner.T @ grad).T if by_columns else grad.T @ inner
+        return gate_grad, up_grad, down_grad
 
 
 class Attention(nn.Module):
