@@ -63,6 +63,14 @@ def test_no_loss_is_left_out_that_opacus_would_look_at():
         assert ours.t_min == pytest.approx(-ours.t_max, abs=2 * ours.dt)
 
 
+def test_epsilon_is_that_of_opacus_with_its_own_domain():
+    noise, rate, steps = 0.5, 0.1, 20
+    accountant = PRVAccountant()
+    accountant.history = [(noise, rate, steps)]
+    expected = accountant.get_epsilon(DELTA)
+    assert spent_epsilon(DELTA, noise, rate, steps, None) == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_table_alone_costs_what_its_own_noise_says():
     """A step that hardly reads anybody spends nothing."""
     for epsilon in (1.0, 2.0, 4.0):
