@@ -32,7 +32,7 @@ ORDER = [
     ["bundle.bundle"],
     ["bundle.release"],
     ["data."],
-    ["model.statistics", "model.blend", "model.tiles", "model.cache"],
+    ["model.statistics", "model.blend", "model.tiles", "model.cache", "model.gradients"],
     ["model.panels", "model.router"],
     ["model.lanes", "model.spans"],
     ["model.private_statistics", "model.transformer"],

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
+from flexolmo.model.gradients import GatedDown, Normalise
 from flexolmo.model.panels import Panels, can_cut, cut
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import product, silu, spaced
@@ -184,36 +185,12 @@ class RMSNorm(nn.RMSNorm):
             return self._as_stock(x)
         if not self.training:
             return _in_pieces(self._as_stock, x.flatten(0, -2)).view(x.shape)
-        return cast(Tensor, _Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+        return cast(Tensor, Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
 
     def _as_stock(self, x: Tensor) -> Tensor:
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # [...,1]
         return (self.weight * (wide * scale)).to(x.dtype)
-
-
-class _Normalise(torch.autograd.Function):
-    """x [...,D] over the root of its mean square, times a weight [D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = (length.square() / x.shape[-1] + eps).rsqrt()  # [...,1]
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        (grad,) = grads
-        wide = x.to(scale.dtype)
-        weighed = grad * weight
-        along = (weighed * wide).sum(-1, keepdim=True) * scale.pow(3) / -x.shape[-1]  # [...,1]
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = ((grad * wide).mul_(scale)).flatten(0, -2).sum(0)
-        return weighed.mul_(scale).addcmul_(wide, along).to(x.dtype), grad_weight, None
 
 
 class FeedForward(nn.Module):
@@ -246,7 +223,7 @@ class FeedForward(nn.Module):
         gate, up = self.gate_and_up(x, ctx)
         if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
             down = self.down_proj.weight.to(gate.dtype)
-            return cast(Tensor, _GatedDown.apply(gate, up, down))  # type: ignore[no-untyped-call]
+            return cast(Tensor, GatedDown.apply(gate, up, down))  # type: ignore[no-untyped-call]
         inner = F.silu(gate) * up if ctx.batch_rows is None else silu(gate).mul_(up)  # [n,F]
         if weight is not None:
             inner = weight * inner[: len(weight)]
@@ -258,39 +235,6 @@ class FeedForward(nn.Module):
             gate, up = ctx.panels[self].times(x).chunk(2, dim=1)
             return gate, up
         return self.gate_proj(x, ctx), self.up_proj(x, ctx)
-
-
-class _GatedDown(torch.autograd.Function):
-    """silu(gate) * up, [n,F] each, times a matrix [D,F]: [n,D], with the bits of its three steps.
-
-    Keeps two tensors as wide as the FFN for the way back, where the three steps would keep four.
-    Gradients have none of their own.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.silu(gate).mul_(up), down)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, down = ctx.saved_tensors
-        (grad,) = grads
-        inner_grad = grad @ down  # [n,F]
-        gate_grad = torch.ops.aten.silu_backward(inner_grad * up, gate)
-        opened = F.silu(gate)
-        up_grad = inner_grad.mul_(opened)
-        down_grad = None
-        if ctx.needs_input_grad[2]:  # laid out as the matrix
-            inner = opened.mul_(up)
-            by_columns = down.stride(0) == 1
-            down_grad = (inner.T @ grad).T if by_columns else grad.T @ inner
-        return gate_grad, up_grad, down_grad
 
 
 class Attention(nn.Module):

@@ -253,6 +253,7 @@ class SeedSteps:
         )
 
     def read_probabilities(self, experts: Mapping[str, Step]) -> Step:
+        """Reading of held-out text by experts whose probabilities are mixed."""
         return self.read(
             "default, probabilities",
             "probabilities",
