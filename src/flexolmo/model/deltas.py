@@ -35,6 +35,13 @@ class Share:
         """The rows of x [N,...] that the expert reads."""
         return x if self.reads is None else x.index_select(0, self.reads)
 
+    def pieces(self, most: int) -> "list[Share]":
+        """The same in parts of at most so many rows; whole if all positions picked the expert."""
+        if self.rows is None or self.reads is None or len(self.reads) <= most:
+            return [self]
+        parts = zip(*(x.split(most) for x in (self.weight, self.rows, self.reads)), strict=True)
+        return [Share(weight, self.num_rows, rows, reads) for weight, rows, reads in parts]
+
     def weigh(self, value: Tensor) -> Tensor:
         """weight * `value` [n,.], whose rows come of those picked."""
         return self.weight * value[: len(self.weight)]

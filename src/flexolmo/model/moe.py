@@ -48,7 +48,13 @@ from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.spans import Reads
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.tiles import silu
-from flexolmo.model.transformer import FeedForward, ForwardContext, ModelConfig, Transformer
+from flexolmo.model.transformer import (
+    FeedForward,
+    ForwardContext,
+    ModelConfig,
+    Transformer,
+    rows_at_once,
+)
 
 GROUPED_ROWS = 256  # read at once, up to which experts share all work but their products
 
@@ -145,17 +151,20 @@ class Mixture(nn.Module):
         """Weighted sum of the outputs for rows h [N,D]."""
         public = cast(FeedForward, self.expert(PUBLIC))
         mixed, low_rank = None, []
+        most = len(h) if ctx.panels is None else rows_at_once()  # of an expert, which a cache holds
         for share, expert in zip(shares[1:], [*self.experts.values()][1:], strict=True):
             if share and isinstance(expert, LowRankFeedForward):
                 low_rank.append((share, expert))
             elif share:
                 whole = cast(FeedForward, expert)
-                mixed = share.add(mixed, whole.read(share.pick(h), ctx))
+                for part in share.pieces(most):
+                    mixed = part.add(mixed, whole.read(part.pick(h), ctx))
         share = shares[0]
         if low_rank:
             mixed = mix_low_rank(h, mixed, public, share, low_rank, ctx)
         elif share:
-            mixed = share.put(mixed, public.read(share.pick(h), ctx, share.weight))
+            for part in share.pieces(most):
+                mixed = part.put(mixed, public.read(part.pick(h), ctx, part.weight))
         return cast(Tensor, mixed)
 
 

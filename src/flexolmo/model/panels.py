@@ -4,7 +4,8 @@ A row's bits do not depend on how many others are multiplied beside it, so nothi
 tiles: a library sums in the same order for two rows or a hundred, which is tried for each number of
 them. Few rows wait for the matrix, which comes from memory at half of memory's speed where a
 product jumps from line to line; so there is a copy in panels of few columns, each a stretch of
-memory of its own, which are read from end to end. Source: ours.
+memory of its own, which are read from end to end. Many are shared out to the threads: a product of
+its own for each is faster than one for all, and sums in the order of a single thread. Source: ours.
 
 n rows to multiply, P panels.
 """
@@ -22,8 +23,9 @@ from flexolmo.model.tiles import spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which products are faster with the matrix than with its panels
-MOST_ROWS = 128  # multiplied at once, than which more are not faster
-ROWS_STEP = 8  # above PANEL_ROWS, so that few numbers of rows need be tried
+MOST_ROWS = 128  # multiplied at once by a thread, than which more are not faster
+FEWEST_ROWS = 16  # to give a thread of its own
+ROWS_STEP = 8  # of a thread, above PANEL_ROWS, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 NUMBERS_TO_TRY = 2**16 + 1  # that differ
@@ -52,7 +54,7 @@ class Cut:
         found = x.new_empty(n, self.matrix.shape[1])
         for part, place in zip(parts, found.split(rows), strict=True):
             if len(part) > PANEL_ROWS and self._rows(len(part)) == len(part):
-                torch.mm(part, self.matrix, out=place)  # which spares a copy
+                _share_out(part, self.matrix, place)  # which spares a copy
             else:
                 place.copy_(self.times(part))
         return found
@@ -87,21 +89,34 @@ def _cut(matrix: Tensor) -> Tensor:
 def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
     n = x.shape[0]
     if n > PANEL_ROWS:
-        return x @ matrix
+        return _share_out(x, matrix)
     found = torch.bmm(x.expand(panels.shape[0], -1, -1), panels)  # [P,n,WIDTH]
     beside = found.transpose(0, 1).reshape(n, -1)
     width = matrix.shape[1]
     return beside if width == beside.shape[1] else beside[:, :width]
 
 
+def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """Products [n,out] of rows x [n,in], which are even parts for the threads if there are enough."""
+    n, d_in = x.shape
+    parts = torch.get_num_threads()
+    if parts == 1 or n % parts or n < parts * FEWEST_ROWS:
+        return torch.mm(x, matrix, out=out)
+    place = None if out is None else out.view(parts, -1, out.shape[1])
+    found = torch.bmm(x.view(parts, -1, d_in), matrix.expand(parts, -1, -1), out=place)
+    return found.flatten(0, 1) if out is None else out
+
+
 @cache
 def _rows(n: int, *kind: int) -> int:
     """Number of rows to multiply at a time where there are n: as many, fewer, or more, of which
     some are idle. `kind` as for `_keeps_bits`."""
-    if n > MOST_ROWS:
-        return MOST_ROWS
+    *_, num_threads = kind
+    if n > num_threads * MOST_ROWS:
+        return num_threads * MOST_ROWS
     if n > PANEL_ROWS:
-        likely = [-(-n // ROWS_STEP) * ROWS_STEP, PANEL_ROWS]
+        step = num_threads * ROWS_STEP
+        likely = [-(-n // step) * step, PANEL_ROWS]
     else:
         likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
     return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
-from flexolmo.model.gradients import GatedDown, Normalise
+from flexolmo.model.gradients import GatedDown, Normalise, Turn, turn
 from flexolmo.model.panels import Panels, can_cut, cut
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import product, silu, spaced
 
 FEWEST_ROWS = 2  # of a batch that is read from panels
-CHUNK_ROWS = 128  # whole tiles of tokens, on which an FFN works at a time when nothing is learnt
-PIECE_NUMBERS = 2**16  # of a tensor, which a processor's cache holds
+CHUNK_ROWS = 128  # of tokens, on which a thread's FFN works at a time when nothing is learnt
+PIECE_NUMBERS = 2**16  # of a tensor, which the cache of a thread's processor holds
 
 
 class ModelConfig(Settings):
@@ -95,8 +95,8 @@ class ForwardContext:
     """Inputs of every layer beside the residual stream."""
 
     dtype: torch.dtype
-    cos: Tensor  # [B or 1,1,T,C/2] float32
-    sin: Tensor  # [B or 1,1,T,C/2] float32
+    cos: Tensor  # [B or 1,1,T,C] float32, each angle's for both halves of a head
+    sin: Tensor  # the same, of the first half with the opposite sign
     attention_bias: Tensor | None  # [B,1,T,S] additive; None: plain causal
     is_token: Tensor | None  # [B,T] False on left padding; None: all are tokens
     batch_rows: int | None = None  # N in evaluation, see tiles.product; None in training
@@ -181,16 +181,20 @@ class RMSNorm(nn.RMSNorm):
     eps: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training and x.numel() <= PIECE_NUMBERS:
-            return self._as_stock(x)
-        if not self.training:
-            return _in_pieces(self._as_stock, x.flatten(0, -2)).view(x.shape)
-        return cast(Tensor, Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+        if self.training:
+            return cast(Tensor, Normalise.apply(x, self.weight, self.eps))  # type: ignore[no-untyped-call]
+        return _in_pieces(self._as_stock, x.flatten(0, -2)).view(x.shape)
 
-    def _as_stock(self, x: Tensor) -> Tensor:
+    def _as_stock(self, x: Tensor, place: Tensor | None = None) -> Tensor:
+        """[n,D], in `place` if there is one."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale = wide.square().mean(-1, keepdim=True).add_(self.eps).rsqrt_()  # [...,1]
-        return (self.weight * (wide * scale)).to(x.dtype)
+        scale = torch.mul(wide, wide, out=place).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return torch.mul(wide, scale, out=place).mul_(self.weight).to(x.dtype)
+
+
+def rows_at_once() -> int:
+    """Number of tokens that an FFN reads at a time when nothing is learnt."""
+    return CHUNK_ROWS * torch.get_num_threads()
 
 
 class FeedForward(nn.Module):
@@ -213,9 +217,10 @@ class FeedForward(nn.Module):
         """
         if ctx.batch_rows is None or not x.is_cpu:
             return self._read(x, ctx, weight)
+        most = rows_at_once()
         found = [
             self._read(rows, ctx, None if weight is None else weight[start:][: len(rows)])
-            for start, rows in zip(range(0, len(x), CHUNK_ROWS), x.split(CHUNK_ROWS), strict=True)
+            for start, rows in zip(range(0, len(x), most), x.split(most), strict=True)
         ]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -293,24 +298,24 @@ class Attention(nn.Module):
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
     """Positions written into queries or keys x [B,.,T,C], in float32 as stock does."""
 
-    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat(turned, dim=-1).to(x.dtype)
-
-    return _in_pieces(turn, x, ctx.cos, ctx.sin)  # [B or 1,1,T,C/2] twice
+    if torch.is_grad_enabled():
+        return cast(Tensor, Turn.apply(x, ctx.cos, ctx.sin))  # type: ignore[no-untyped-call]
+    return _in_pieces(turn, x, ctx.cos, ctx.sin)
 
 
 def _in_pieces(work: Callable[..., Tensor], x: Tensor, *beside: Tensor) -> Tensor:
     """`work(x, *beside)`, of the shape of x and row by row; where nothing is learnt, in pieces that
-    a processor's cache holds. Each of `beside` has as many rows as x, or one for all."""
-    if x.numel() <= PIECE_NUMBERS or not x.is_cpu or torch.is_grad_enabled():
+    a processor's cache holds, each with its `place`. Each of `beside` has as many rows as x, or one
+    for all."""
+    most = PIECE_NUMBERS * torch.get_num_threads()
+    in_one = x.numel() <= most or not x.is_cpu or x.dtype != torch.float32
+    if in_one or torch.is_grad_enabled():
         return work(x, *beside)
-    rows = max(1, PIECE_NUMBERS * len(x) // x.numel())
     found = torch.empty_like(x)
+    rows = max(1, most * len(x) // x.numel())
     for start in range(0, len(x), rows):
         own = (y if len(y) == 1 else y[start : start + rows] for y in (x, *beside))
-        found[start : start + rows] = work(*own)
+        work(*own, place=found[start : start + rows])
     return found
 
 
@@ -570,4 +575,5 @@ class Transformer(nn.Module):
         exponents = torch.arange(0, c, 2, device=positions.device, dtype=torch.float32) / c
         inverse = 1.0 / (self.config.rope_theta**exponents)  # [C/2]
         angle = positions[:, None, :, None].float() * inverse  # [B or 1,1,T,C/2]
-        return angle.cos(), angle.sin()
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
