@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from flexolmo.model.blend import Blend
 from flexolmo.model.router import slot
-from flexolmo.model.tiles import in_tiles, product, silu
+from flexolmo.model.tiles import product, silu
 from flexolmo.model.transformer import Embedding, FeedForward, ForwardContext, Linear, Part
+
+Fill = Callable[[int], int] | None  # see `ForwardContext.fill`
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Share:
 
     def pieces(self, most: int) -> "list[Share]":
         """The same in parts of at most so many rows; whole if all positions picked the expert."""
-        if self.rows is None or self.reads is None or len(self.reads) <= most:
+        if self.rows is None or self.reads is None or len(self.rows) <= most:
             return [self]
         parts = zip(*(x.split(most) for x in (self.weight, self.rows, self.reads)), strict=True)
         return [Share(weight, self.num_rows, rows, reads) for weight, rows, reads in parts]
@@ -60,31 +62,27 @@ class Share:
         return self.put(total, self.weigh(value))
 
 
-def share_of(weight: Tensor, rows: Tensor, batch_rows: int | None, dtype: torch.dtype) -> Share:
+def share_of(weight: Tensor, rows: Tensor, fill: Fill, dtype: torch.dtype) -> Share:
     """The share of an expert with `weight` [N], picked at positions `rows` [n]."""
-    return _share(weight[rows].to(dtype)[:, None], rows, len(weight), batch_rows)
+    return _share(weight[rows].to(dtype)[:, None], rows, len(weight), fill)
 
 
-def _share(weight: Tensor, rows: Tensor, num_rows: int, batch_rows: int | None) -> Share:
+def _share(weight: Tensor, rows: Tensor, num_rows: int, fill: Fill) -> Share:
     """The share of an expert with `weight` [n,1] at positions `rows` [n] of N."""
     if len(rows) == num_rows:
         return Share(weight, num_rows)
     reads = rows
-    if batch_rows is not None:
-        reads = F.pad(rows, (0, in_tiles(len(rows), batch_rows, rows.device) - len(rows)))
+    if fill is not None:
+        reads = F.pad(rows, (0, fill(len(rows)) - len(rows)))
     return Share(weight, num_rows, rows, reads)
 
 
 def shares_of(
-    weights: Tensor,
-    active: Tensor | None,
-    batch_rows: int | None,
-    dtype: torch.dtype,
-    is_dense: bool = False,
+    weights: Tensor, active: Tensor | None, fill: Fill, dtype: torch.dtype, is_dense: bool = False
 ) -> list[Share | None]:
     """Every expert's share from mixture weights [B,T,E] and mask [B,E]; None: it is not run.
 
-    It is run if some position picked it; in training, with `batch_rows` None, if it is on for some
+    It is run if some position picked it; in training, with `fill` None, if it is on for some
     sequence, for all learn. With `is_dense`, all positions pick all, which need not be looked up.
     """
     weights = weights.flatten(0, 1).T  # [E,N]
@@ -95,10 +93,10 @@ def shares_of(
     chosen = weights[picked].to(dtype)[:, None].split(counts)  # expert by expert
     rows = picked.nonzero()[:, 1].split(counts)
     runs = [n > 0 for n in counts]
-    if batch_rows is None:
+    if fill is None:
         runs = [True] * len(counts) if active is None else active.any(0).tolist()
     return [
-        _share(*one, weights.shape[1], batch_rows) if is_run else None
+        _share(*one, weights.shape[1], fill) if is_run else None
         for one, is_run in zip(zip(chosen, rows, strict=True), runs, strict=True)
     ]
 
@@ -156,7 +154,7 @@ class _Deltas(nn.Module):
             rows = rest.nonzero()[:, 0]
             found = None
             if len(rows) or ctx.batch_rows is None:  # as in `shares_of`
-                found = share_of(rest, rows, ctx.rows_to_fill, ctx.dtype)
+                found = share_of(rest, rows, ctx.fill, ctx.dtype)
             ctx.rests[places] = found
         return cast(Share | None, ctx.rests[places])
 
@@ -271,14 +269,14 @@ def blend_low_rank(
     return blend.join(own, F.linear(F.silu(public_gate) * public_up, public.down_proj.weight))
 
 
-def _union(shares: Sequence[Share], h: Tensor, batch_rows: int | None) -> Share:
+def _union(shares: Sequence[Share], h: Tensor, fill: Fill) -> Share:
     """The share, of weight 1, of the rows of h [N,D] that any of `shares` picks."""
     if any(share.rows is None for share in shares):
         return Share(h.new_ones(len(h), 1), len(h))
     picked = torch.zeros(len(h), dtype=torch.bool, device=h.device)
     for share in shares:
         picked[share.rows] = True
-    return share_of(picked, picked.nonzero()[:, 0], batch_rows, h.dtype)
+    return share_of(picked, picked.nonzero()[:, 0], fill, h.dtype)
 
 
 def mix_low_rank(
@@ -298,7 +296,7 @@ def mix_low_rank(
     shares = [own for own, _ in experts]
     if share is not None:
         shares.append(share)
-    union = _union(shares, h, ctx.rows_to_fill)
+    union = _union(shares, h, ctx.fill)
     gate, up = public.gate_and_up(h, ctx)  # [N,F]
     inner: Tensor | None = None  # input of the down product, [N,F]
     if share is not None:

@@ -89,7 +89,7 @@ class Mixture(nn.Module):
             learns_all = self.training and self.top_k is None and ctx.active is None
             groups = self.group(weights, ctx)
             if groups is None:
-                shares = shares_of(weights, ctx.active, ctx.rows_to_fill, h.dtype, learns_all)
+                shares = shares_of(weights, ctx.active, ctx.fill, h.dtype, learns_all)
             if ctx.router_logits is not None:
                 ctx.router_logits.append(logits)
         assert weights is not None, "a mixture needs weights from its model or its layer"
@@ -264,7 +264,7 @@ class MixtureModel(Transformer):
         if lanes is not None:
             assert self.router is not None, "lanes need a router that decides once for all layers"
             ctx.weights = lanes.weights(len(self.expert_names), active)
-            ctx.shares = shares_of(ctx.weights, active, ctx.rows_to_fill, ctx.dtype)
+            ctx.shares = shares_of(ctx.weights, active, ctx.fill, ctx.dtype)
         elif self.router is not None:
             if self.training and self.trains_alone:
                 last = torch.eye(len(self.expert_names), device=self.device)[-1]
@@ -303,14 +303,14 @@ class MixtureModel(Transformer):
 
     def _share(self, ctx: ForwardContext, weights: Tensor) -> None:
         """Tell the layers who reads what."""
-        ctx.shares = shares_of(weights, ctx.active, ctx.rows_to_fill, ctx.dtype)
+        ctx.shares = shares_of(weights, ctx.active, ctx.fill, ctx.dtype)
         ctx.groups = self.mixtures()[0].group(weights, ctx)
 
     def _at(self, ctx: ForwardContext, rows: slice | Tensor) -> ForwardContext:
         if ctx.weights is None:
             return ctx
         weights = ctx.weights.flatten(0, 1)[rows][None]  # [1,.,E]
-        shares = shares_of(weights, None, ctx.rows_to_fill, ctx.dtype)
+        shares = shares_of(weights, None, ctx.fill, ctx.dtype)
         return replace(ctx, weights=weights, shares=shares, rests={})
 
     def _at_last(self, ctx: ForwardContext, batch_size: int, count: int) -> ForwardContext:
@@ -318,7 +318,7 @@ class MixtureModel(Transformer):
         if ctx.weights is None:
             return ctx
         weights = ctx.weights[:, -count:]
-        shares = shares_of(weights, ctx.active, ctx.rows_to_fill, ctx.dtype)
+        shares = shares_of(weights, ctx.active, ctx.fill, ctx.dtype)
         return replace(ctx, weights=weights, shares=shares, rests={})
 
 

@@ -66,6 +66,12 @@ class Cut:
 Panels = Mapping[nn.Module, Cut]  # of a module's matrices that read the same rows
 
 
+def in_steps(num_rows: int) -> int:
+    """The least number no less than `num_rows` of rows that need hardly ever be filled up."""
+    step = torch.get_num_threads() * ROWS_STEP
+    return num_rows if num_rows <= PANEL_ROWS else -(-num_rows // step) * step
+
+
 def can_cut(weight: Tensor) -> bool:
     """True if products with this matrix may be had so."""
     return weight.is_cpu and weight.dtype == torch.float32
@@ -97,7 +103,7 @@ def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
 
 
 def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """Products [n,out] of rows x [n,in], which are even parts for the threads if there are enough."""
+    """Products [n,out] of rows x [n,in], in even parts for the threads if there are enough."""
     n, d_in = x.shape
     parts = torch.get_num_threads()
     if parts == 1 or n % parts or n < parts * FEWEST_ROWS:
@@ -115,8 +121,7 @@ def _rows(n: int, *kind: int) -> int:
     if n > num_threads * MOST_ROWS:
         return num_threads * MOST_ROWS
     if n > PANEL_ROWS:
-        step = num_threads * ROWS_STEP
-        likely = [-(-n // step) * step, PANEL_ROWS]
+        likely = [in_steps(n), PANEL_ROWS]
     else:
         likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
     return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)

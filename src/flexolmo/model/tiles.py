@@ -115,7 +115,8 @@ def spaced(weight: Tensor) -> Tensor:
 def silu(x: Tensor) -> Tensor:
     """x [n,.] times its sigmoid, bit for bit the same in whatever row. The library's own function
     rounds the last numbers, which do not fill a vector register, in another way."""
-    if _rows_fill_registers(x.shape[-1], x.dtype, x.device, torch.get_num_threads()):
+    threads = torch.get_num_threads()
+    if _rows_fill_registers(x.shape[-1], len(x) % threads == 0, x.dtype, x.device, threads):
         return F.silu(x)
     wide = x if x.dtype == torch.float64 else x.float()
     below = torch.exp(-wide) + 1 if torch.is_grad_enabled() else torch.neg(wide).exp_().add_(1)
@@ -124,19 +125,19 @@ def silu(x: Tensor) -> Tensor:
 
 @cache
 def _rows_fill_registers(
-    width: int, dtype: torch.dtype, device: torch.device, num_threads: int
+    width: int, is_shared: bool, dtype: torch.dtype, device: torch.device, num_threads: int
 ) -> bool:
     """True if `F.silu` of rows so wide keeps their bits, by the way that work is cut up for threads
-    and registers, and by trying."""
-    is_even = num_threads <= 2 and width * dtype.itemsize % (REGISTERS_BYTES * num_threads) == 0
+    and registers, and by trying. `is_shared` if threads have whole rows, as many each."""
+    parts = 1 if is_shared else num_threads  # of a row, at which a thread may begin
+    is_even = num_threads <= 2 and width * dtype.itemsize % (REGISTERS_BYTES * parts) == 0
     if device.type == "cpu" and not is_even:
         return False
     row = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     one = F.silu(row)
     most = 2 * num_threads * -(-WORK_PER_THREAD // width)
-    return all(
-        torch.equal(F.silu(row.repeat(count, 1)), one.expand(count, -1)) for count in (2, 3, most)
-    )
+    counts = (2, 3, most) if parts == num_threads else (2, 4, most)
+    return all(torch.equal(F.silu(row.repeat(n, 1)), one.expand(n, -1)) for n in counts)
 
 
 @cache

@@ -11,6 +11,7 @@ H heads, G key-value heads, C head width, L layers, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,9 +23,9 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.gradients import GatedDown, Normalise, Turn, turn
-from flexolmo.model.panels import Panels, can_cut, cut
+from flexolmo.model.panels import Panels, can_cut, cut, in_steps
 from flexolmo.model.spans import Reads
-from flexolmo.model.tiles import product, silu, spaced
+from flexolmo.model.tiles import in_tiles, product, silu, spaced
 
 FEWEST_ROWS = 2  # of a batch that is read from panels
 CHUNK_ROWS = 128  # of tokens, on which a thread's FFN works at a time when nothing is learnt
@@ -117,10 +118,14 @@ class ForwardContext:
     router_logits: list[Tensor] | None = None  # when a list: layers append logits [B,T,E]
 
     @property
-    def rows_to_fill(self) -> int | None:
-        """`batch_rows`, by which an expert's rows are filled up to tiles; 1, and so to none, where
-        panels are read."""
-        return 1 if self.panels else self.batch_rows
+    def fill(self) -> Callable[[int], int] | None:
+        """Of a number of rows that an expert picked, the number that it reads, so that products
+        need not fill them up; None in training."""
+        if self.batch_rows is None:
+            return None
+        if self.panels:
+            return in_steps
+        return partial(in_tiles, batch_rows=self.batch_rows, device=self.cos.device)
 
 
 def copy_matrix(place: Tensor, values: Tensor) -> None:
