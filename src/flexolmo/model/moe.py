@@ -233,6 +233,12 @@ class MixtureModel(Transformer):
         """The mixture of every layer, from the first."""
         return [cast(Mixture, block.mlp) for block in self.layers]
 
+    def space_weights(self) -> None:
+        super().space_weights()
+        for mixture in self.mixtures():
+            if isinstance(mixture.router, LinearRouter):
+                mixture.router.lay_out()
+
     def expert_mask(self, enabled: Iterable[Iterable[str] | None]) -> Tensor:
         """[B,E] from one set of owners' names per sequence; None enables all, public always is.
 

@@ -28,11 +28,12 @@ from torch import Tensor, nn
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
 from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, weigh_evidence
-from flexolmo.model.tiles import columns
+from flexolmo.model.tiles import COLUMNS, columns
 
 EvidenceState = tuple[Tensor, Tensor]
 MAX_NATS = 300.0  # by which the filter's weights may grow or shrink before they are scaled
 LONG_TEXT = 32  # tokens that the filter reads in blocks
+BIASES = 32  # numbers of a row that fill a processor's registers
 FEW_TEXTS = 4  # of which a processor reads blocks faster than tokens
 
 
@@ -397,6 +398,7 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.settings = settings
         self.names = names
+        self._memory: tuple[Tensor, Tensor | None] | None = None
         self.rows = nn.ModuleDict({slot(n): nn.Linear(d_model, 1, bias=False) for n in names})
         self.raw_bias = nn.ParameterDict(
             {
@@ -419,18 +421,46 @@ class LinearRouter(nn.Module):
         raw = self.bias(name)
         return {"weight": self.row(name).weight} | ({} if raw is None else {"raw_bias": raw})
 
+    def lay_out(self) -> None:
+        """Put all rows in one memory, as a processor multiplies them, and all biases. Changes no
+        number."""
+        rows, free = self._together()
+        if not rows.is_cpu:
+            return
+        self._memory = F.pad(rows, (0, 0, 0, -len(rows) % COLUMNS)).T.contiguous(), free
+        for name, own in zip(self.names, self._memory[0].split(1, dim=1), strict=False):
+            self.row(name).weight.data = own.T
+        if free is not None:
+            for name, one in zip(self.names[1:], free.split(1), strict=False):
+                self.raw_bias[slot(name)].data = one
+
+    def _laid_out(self) -> tuple[Tensor, Tensor | None] | None:
+        """Rows [E or more,D] and free parameters [E-1 or more], with zeros behind them; None if they
+        are not laid out, or have moved since."""
+        if self._memory is None:
+            return None
+        rows, free = self._memory
+        is_there = self.row(PUBLIC).weight.data_ptr() == rows.data_ptr()
+        return (rows.T, free) if is_there else None
+
+    def _together(self) -> tuple[Tensor, Tensor | None]:
+        """A copy of rows [E,D] and of free parameters, which are filled up, as the library rounds
+        the last of many in another way."""
+        rows = torch.cat([self.row(n).weight for n in self.names])
+        if not self.raw_bias:
+            return rows, None
+        free = torch.cat([self.raw_bias[slot(n)] for n in self.names[1:]])
+        return rows, F.pad(free, (0, -len(free) % BIASES))
+
     def forward(self, h: Tensor, batch_rows: int | None) -> Tensor:
         """Logits [B,T,E], in the order of `names`; h [B,T,D], batch_rows as in `product`."""
-        x = h.float().flatten(0, 1)
-        rows = torch.cat([self.row(n).weight for n in self.names]).float()  # [E,D]
-        logits = columns(x, rows, batch_rows)  # [N,E]
-        if self.raw_bias:
-            free = torch.cat([self.raw_bias[slot(n)] for n in self.names[1:]]).float()  # [E-1]
-            if self.settings.bias_form == "clamp":
-                bias = free.clamp(max=0)
-            else:  # one by one, as the library rounds the last of many in another way
-                bias = -torch.cat([F.softplus(one) for one in free.split(1)])
-            logits = logits + F.pad(bias, (1, 0))
+        x, num_experts = h.float().flatten(0, 1), len(self.names)
+        rows, free = (batch_rows and self._laid_out()) or self._together()
+        logits = columns(x, rows.float(), batch_rows)[:, :num_experts]  # [N,E]
+        if free is not None:
+            free = free.float()
+            bias = free.clamp(max=0) if self.settings.bias_form == "clamp" else -F.softplus(free)
+            logits = logits + F.pad(bias[: num_experts - 1], (1, 0))
         return logits.view(*h.shape[:-1], -1)
 
 

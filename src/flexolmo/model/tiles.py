@@ -59,6 +59,8 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     if batch_rows is None:
         return F.linear(x, weight)
     n, (d_out, d_in) = len(x), weight.shape
+    if batch_rows == 1 and n == 1 and d_out > 1 and weight.stride(0) == 1:
+        return x @ weight.T  # a row by itself
     if d_out == 1:  # else the library takes it for a vector, and sums by where a row stands
         return product(x, F.pad(weight.T, (0, 1)).T, batch_rows)[:, :1]
     if weight.stride(0) != 1:
@@ -88,8 +90,10 @@ def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     tile = tile_rows(batch_rows, COLUMNS * d_in)
     if not (x.is_cpu and columns_keep_bits(tile, d_in, x.dtype, torch.get_num_threads())):
         return torch.cat([F.linear(x, row) for row in weight.split(1)], dim=1)
-    blocks = F.pad(weight, (0, 0, 0, -d_out % COLUMNS)).split(COLUMNS)
-    return torch.cat([product(x, block, batch_rows) for block in blocks], dim=1)[:, :d_out]
+    if missing := -d_out % COLUMNS:
+        weight = F.pad(weight, (0, 0, 0, missing))
+    blocks = [product(x, block, batch_rows) for block in weight.split(COLUMNS)]
+    return blocks[0][:, :d_out] if len(blocks) == 1 else torch.cat(blocks, dim=1)[:, :d_out]
 
 
 def _multiply(tiles: Tensor, weight: Tensor) -> Tensor:

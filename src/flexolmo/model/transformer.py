@@ -220,14 +220,14 @@ class FeedForward(nn.Module):
         In evaluation, in pieces that a processor's cache holds, as the elementwise work would else
         wait for memory.
         """
-        if ctx.batch_rows is None or not x.is_cpu:
-            return self._read(x, ctx, weight)
         most = rows_at_once()
+        if ctx.batch_rows is None or not x.is_cpu or len(x) <= most:
+            return self._read(x, ctx, weight)
         found = [
             self._read(rows, ctx, None if weight is None else weight[start:][: len(rows)])
             for start, rows in zip(range(0, len(x), most), x.split(most), strict=True)
         ]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return torch.cat(found)
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
         gate, up = self.gate_and_up(x, ctx)
