@@ -435,7 +435,7 @@ class LinearRouter(nn.Module):
                 self.raw_bias[slot(name)].data = one
 
     def _laid_out(self) -> tuple[Tensor, Tensor | None] | None:
-        """Rows [E or more,D] and free parameters [E-1 or more], with zeros behind them; None if they
+        """Rows [E or more,D] and free parameters [E-1 or more], zeros behind them; None if they
         are not laid out, or have moved since."""
         if self._memory is None:
             return None
