@@ -30,7 +30,7 @@ from shapes import (
 from timing import Run, Turns, fastest
 from torch import Tensor
 
-from flexolmo.inference.decode import Request, decode
+from flexolmo.inference.decode import Request, choose_tokens, decode
 from flexolmo.inference.reader import OwnReader, spread
 from flexolmo.inference.sampling import Sampling
 from flexolmo.model.moe import MixtureModel
@@ -226,13 +226,14 @@ class Written:
             state = (
                 reader.new_state(enabled) if enabled else reader.new_state().select(0 * everyone)
             )
+            state.reserve(PROMPT_TOKENS + NEW_TOKENS)  # as stock's static cache has
             reader.read(self.prompt, state, last=1)
 
         def prepare() -> Callable[[], object]:
             own, steps = state.select(everyone), iter(range(1, NEW_TOKENS + 1))
 
             def choose(logits: Tensor, numbers: Sequence[int]) -> list[int]:
-                logits.argmax(-1).tolist()
+                choose_tokens(logits, [r.sampling for r in requests], ())
                 return self.at(next(steps))
 
             chosen = None if is_sampled else choose

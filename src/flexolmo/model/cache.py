@@ -39,8 +39,7 @@ class LayerCache:
     def select(self, rows: Tensor, length: int) -> "LayerCache":
         """The layer of the sequences `rows` [n], of which `length` positions are written."""
         keys, values = (
-            None if x is None else _rows_of(x[:, :, :length], rows)
-            for x in (self.keys, self.values)
+            None if x is None else _written_of(x, rows, length) for x in (self.keys, self.values)
         )
         context = None if self.context is None else _rows_of(self.context, rows)
         return LayerCache(keys, values, context, is_shared=keys is not None and self._is_one())
@@ -60,6 +59,15 @@ def _with_room(old: Tensor | None, new: Tensor, start: int, size: int) -> Tensor
 def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
     """Sequences `rows` [n] of x; the same memory if there is one to choose from."""
     return x.expand(len(rows), *x.shape[1:]) if len(x) == 1 else x[rows.to(x.device)]
+
+
+def _written_of(x: Tensor, rows: Tensor, length: int) -> Tensor:
+    """`_rows_of` keys or values, of which `length` positions are written, with the same room."""
+    if len(x) == 1:
+        return _rows_of(x, rows)
+    found = x.new_empty(len(rows), *x.shape[1:])
+    found[:, :, :length] = x[:, :, :length][rows.to(x.device)]
+    return found
 
 
 @dataclass
