@@ -1,7 +1,7 @@
 """Gradients of a layer's parts written by hand, which keep less memory for the way back.
 Source: ours.
 
-n rows, D d_model, F d_ff, C width of a head.
+n rows, D d_model, F d_ff.
 """
 
 from typing import Any
@@ -66,30 +66,3 @@ class GatedDown(torch.autograd.Function):
             by_columns = down.stride(0) == 1
             down_grad = (inner.T @ grad).T if by_columns else grad.T @ inner
         return gate_grad, up_grad, down_grad
-
-
-def turn(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None = None) -> Tensor:
-    """x [...,C] times `cos`, plus its halves the other way round times `sin`; in `place` if there
-    is one. Products are in float32 as stock's."""
-    first, second = x.chunk(2, dim=-1)
-    crossed = torch.cat([second, first], dim=-1) * sin
-    return torch.mul(x, cos, out=place).add_(crossed).to(x.dtype)
-
-
-class Turn(torch.autograd.Function):
-    """`turn`, which is turned back by the opposite angle."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return turn(x, cos, sin)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return turn(grads[0], cos, -sin), None, None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
-from flexolmo.model.gradients import GatedDown, Normalise, Turn, turn
+from flexolmo.model.gradients import GatedDown, Normalise
 from flexolmo.model.panels import Panels, can_cut, cut, in_steps
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import in_tiles, product, silu, spaced
@@ -193,7 +193,7 @@ class RMSNorm(nn.RMSNorm):
     def _as_stock(self, x: Tensor, place: Tensor | None = None) -> Tensor:
         """[n,D], in `place` if there is one."""
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        scale = torch.mul(wide, wide, out=place).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        scale = torch.square(wide, out=place).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return torch.mul(wide, scale, out=place).mul_(self.weight).to(x.dtype)
 
 
@@ -303,8 +303,11 @@ class Attention(nn.Module):
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
     """Positions written into queries or keys x [B,.,T,C], in float32 as stock does."""
 
-    if torch.is_grad_enabled():
-        return cast(Tensor, Turn.apply(x, ctx.cos, ctx.sin))  # type: ignore[no-untyped-call]
+    def turn(x: Tensor, cos: Tensor, sin: Tensor, place: Tensor | None = None) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        crossed = torch.cat([second, first], dim=-1) * sin
+        return torch.mul(x, cos, out=place).add_(crossed).to(x.dtype)
+
     return _in_pieces(turn, x, ctx.cos, ctx.sin)
 
 
