@@ -220,8 +220,7 @@ class FeedForward(nn.Module):
         In evaluation, in pieces that a processor's cache holds, as the elementwise work would else
         wait for memory.
         """
-        most = rows_at_once()
-        if ctx.batch_rows is None or not x.is_cpu or len(x) <= most:
+        if ctx.batch_rows is None or not x.is_cpu or len(x) <= (most := rows_at_once()):
             return self._read(x, ctx, weight)
         found = [
             self._read(rows, ctx, None if weight is None else weight[start:][: len(rows)])
@@ -315,9 +314,10 @@ def _in_pieces(work: Callable[..., Tensor], x: Tensor, *beside: Tensor) -> Tenso
     """`work(x, *beside)`, of the shape of x and row by row; where nothing is learnt, in pieces that
     a processor's cache holds, each with its `place`. Each of `beside` has as many rows as x, or one
     for all."""
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype != torch.float32:
+        return work(x, *beside)
     most = PIECE_NUMBERS * torch.get_num_threads()
-    in_one = x.numel() <= most or not x.is_cpu or x.dtype != torch.float32
-    if in_one or torch.is_grad_enabled():
+    if x.numel() <= most:
         return work(x, *beside)
     found = torch.empty_like(x)
     rows = max(1, most * len(x) // x.numel())
