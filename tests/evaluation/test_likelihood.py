@@ -203,6 +203,12 @@ def test_each_row_is_what_a_mixture_built_so_would_measure(house, router):
             s: measure_likelihood(model, t, "heldout").bits_per_byte for s, t in sets.items()
         }
     assert len({x for row in table.values() for x in row.values()}) == 8 * 4
+    own = evaluate_mixture(mixture, sets, "heldout", own_sets=True)["bits_per_byte"]
+    assert own == {
+        row: {s: x for s, x in cells.items() if not alone or s in ("public", row[len("expert ") :])}
+        for row, cells in table.items()
+        for alone in [row.startswith("expert ")]
+    }
 
 
 def test_the_anchors_row_is_stock_transformers_loss(house, pico_sets):

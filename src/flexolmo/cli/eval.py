@@ -195,6 +195,12 @@ def sets(
         int | None,
         typer.Option(min=1, help="Bytes of text to read at most of each set. Default: all."),
     ] = None,
+    own_sets: Annotated[
+        bool,
+        typer.Option(
+            "--own-sets", help="Read each expert alone on its own set and on public text only."
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
 ) -> None:
     """Bits per byte of the anchor, each expert with it, the mixture, and without each owner.
@@ -220,7 +226,13 @@ def sets(
     if len(sets) < len(opened):
         raise ConfigError(f"Sets need different names, found {', '.join(s.name for s in opened)}.")
     results = evaluate_mixture(
-        mixture, sets, split, seq_len=seq_len, max_bytes=max_bytes, mix=parse_mix(mix)
+        mixture,
+        sets,
+        split,
+        seq_len=seq_len,
+        max_bytes=max_bytes,
+        mix=parse_mix(mix),
+        own_sets=own_sets,
     )
     digests = {name: s.digest for name, s in sets.items()}
     config = {
@@ -230,6 +242,7 @@ def sets(
         "router": mixture.about["router"],
         "top_k": mixture.about["top_k"],
         "mix": about_mix(parse_mix(mix)),
+        "own_sets": own_sets,
     }
     results["run"] = run_record(config, 0, {**digests, "anchor": mixture.about["anchor_digest"]})
     write_json(out / "results.json", results)

@@ -133,9 +133,10 @@ def print_table(results: dict[str, Any]) -> None:
     """The table of bits per byte and the bars, for a terminal."""
     from rich.table import Table
 
-    table = Table("bits per byte", *results["bits_per_byte"]["anchor"])
+    sets = results["bits_per_byte"]["anchor"]
+    table = Table("bits per byte", *sets)
     for arrangement, row in results["bits_per_byte"].items():
-        table.add_row(arrangement, *(f"{x:.3f}" for x in row.values()))
+        table.add_row(arrangement, *(f"{row[s]:.3f}" if s in row else "" for s in sets))
     console = PlainConsole()
     console.print(table)
     for bar in results["summary"]["bars"]:

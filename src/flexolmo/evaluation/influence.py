@@ -265,11 +265,14 @@ def _read_arrangements(
     tokens = {text: sum(len(ids) - 1 for ids, _ in windows) for text, windows in texts.items()}
     total = sum(tokens[text] for chosen in arrangements.values() for text in chosen)
     read = {}
+    panels = mixture.model.cut_panels()
     with progress("influence", total, "tok") as meter:
         for on, chosen in arrangements.items():
             ordered = [text for text in texts if text in chosen]
             windows = [window for text in ordered for window in texts[text]]
-            found = read_windows(mixture.model, windows, enabled=sorted(on), meter=meter)
+            found = read_windows(
+                mixture.model, windows, enabled=sorted(on), panels=panels, meter=meter
+            )
             start = 0
             for text in ordered:
                 part = slice(start, start + len(texts[text]))

@@ -21,6 +21,7 @@ from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.batches import TokenSet, evaluation_windows
 from flexolmo.inference.policy import choose_experts
 from flexolmo.merge.mixture import LoadedMixture
+from flexolmo.model.panels import Panels
 from flexolmo.model.probabilities import AnyMixture, Mix, ProbabilityMixture, arrange
 from flexolmo.model.transformer import Transformer
 from flexolmo.progress import Meter, progress
@@ -65,9 +66,11 @@ def read_windows(
     windows: Sequence[tuple[np.ndarray, int]],
     *,
     enabled: Iterable[str] | None = None,
+    panels: Panels | None = None,
     meter: Meter | None = None,
 ) -> Likelihood:
-    """Read (ids, bytes) windows, as `evaluation_windows` gives them, batched by length."""
+    """Read (ids, bytes) windows, as `evaluation_windows` gives them, batched by length; faster with
+    the model's `panels`, see `Transformer.cut_panels`."""
     order = sorted(range(len(windows)), key=lambda i: len(windows[i][0]))
     ordered = [windows[i] for i in order]
     log_probs = [np.zeros(0, dtype=np.float32)] * len(windows)
@@ -88,7 +91,8 @@ def read_windows(
             if isinstance(model, AnyMixture) and enabled is not None:
                 active = model.expert_mask([list(enabled)] * len(batch))
             routing: list[Tensor] = []
-            logits = model(ids[:, :-1], active=active, routing=routing)  # [B,T,V]
+            options = {"panels": panels} if panels else {}
+            logits = model(ids[:, :-1], active=active, routing=routing, **options)  # [B,T,V]
             loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
             ).view(real.shape)
@@ -130,13 +134,15 @@ def evaluate_mixture(
     seq_len: int = 256,
     max_bytes: int | None = None,
     mix: Mix = "states",
+    own_sets: bool = False,
     label: str = "evaluate",
 ) -> dict[str, Any]:
     """Bits per byte of every arrangement on every set, the routing, and a summary.
 
     Arrangements: `anchor`, `expert NAME` (with the anchor alone), `mixture`, `mixture without
-    NAME`. Routing is the whole mixture's mean weight, by set, layer and expert; where `mix` is
-    probabilities, of its predictions. `models_per_token` is how many experts read a token, by set.
+    NAME`. With `own_sets`, an expert alone reads its owner's set and public text only. Routing is
+    the whole mixture's mean weight, by set, layer and expert; where `mix` is probabilities, of its
+    predictions. `models_per_token` is how many experts read a token, by set.
     """
     model = arrange(mixture.model, mix)
     for token_set in sets.values():
@@ -147,17 +153,25 @@ def evaluate_mixture(
     arrangements["mixture"] = names
     arrangements |= {f"mixture without {n}": [m for m in names if m != n] for n in names}
     windows = {s: list(evaluation_windows(t, split, seq_len, max_bytes)) for s, t in sets.items()}
-    total = sum(len(ids) - 1 for w in windows.values() for ids, _ in w) * len(arrangements)
+    asked = {
+        a: [s for s in windows if not own_sets or not a.startswith("expert ") or s in (PUBLIC, *on)]
+        for a, on in arrangements.items()
+    }
+    tokens = {s: sum(len(ids) - 1 for ids, _ in w) for s, w in windows.items()}
+    total = sum(tokens[s] for on_sets in asked.values() for s in on_sets)
+    panels = model.cut_panels()
     table: dict[str, dict[str, float]] = {}
     routing: dict[str, Any] = {}
     read_by: dict[str, float] = {}
     with progress(label, total, "tok") as meter:
         for arrangement, enabled in arrangements.items():
             table[arrangement] = {}
-            for set_name, parts in windows.items():
+            for set_name in asked[arrangement]:
                 meter.note = f"{arrangement} on {set_name}"
                 choose_experts(mixture.terms, only=enabled)  # terms may expire meanwhile
-                found = read_windows(model, parts, enabled=enabled, meter=meter)
+                found = read_windows(
+                    model, windows[set_name], enabled=enabled, panels=panels, meter=meter
+                )
                 table[arrangement][set_name] = found.bits_per_byte
                 if arrangement == "mixture":
                     routing[set_name] = found.routing
