@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
-from flexolmo.model.deltas import DeltaLinear, Share
+from flexolmo.model.deltas import DeltaLinear, Share, shares_of
 from flexolmo.model.loss import language_model_loss
+from flexolmo.model.panels import in_steps
 from flexolmo.model.router import PUBLIC
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.transformer import ForwardContext
@@ -195,9 +196,33 @@ def test_working_in_pieces_changes_nothing(exact, drawn, seed, off, chunk):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", chunk)
         patch.setattr("flexolmo.model.transformer.PIECE_NUMBERS", chunk)
-        for mode in (False, True):
-            found = model.train(mode)(ids, active=active)
+        for mode, panels in ((False, None), (False, model.cut_panels()), (True, None)):
+            found = model.train(mode)(ids, active=active, panels=panels)
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.25, 1.0, math.nan]), min_size=2, max_size=5),
+    rows=st.integers(1, 80),
+    most=st.sampled_from([16, 32, 48]),
+    seed=st.integers(0, 99),
+)
+@settings(derandomize=True, max_examples=60, deadline=None)
+def test_shares_are_the_weights_that_are_not_0_whole_or_in_pieces(weights, rows, most, seed):
+    picks = torch.randint(len(weights), (1, rows, 3), generator=torch.manual_seed(seed))
+    table = torch.tensor(weights)[picks]  # [1,rows,3]
+    for e, share in enumerate(shares_of(table, None, in_steps, torch.float32)):
+        expected = table[0, :, e]
+        if share is None:
+            assert not expected.count_nonzero()
+            continue
+        found, x = torch.zeros(rows), torch.arange(rows)[:, None].float()
+        for part in share.pieces(most):
+            at = torch.arange(rows) if part.rows is None else part.rows
+            assert part.rows is None or len(part.rows) <= most
+            assert torch.equal(part.pick(x)[: len(at), 0], x[at, 0])
+            found[at] += part.weight[:, 0]
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @given(

@@ -297,6 +297,28 @@ def test_linear_logits_are_rows_against_the_state_less_a_softplus():
     assert not LinearRouter(LinearSettings(has_bias=False), NAMES, 8).raw_bias
 
 
+@pytest.mark.parametrize("bias", [{}, {"has_bias": False}, {"bias_form": "clamp"}])
+def test_a_router_laid_out_says_the_same_and_follows_its_parameters(bias):
+    torch.manual_seed(0)
+    router, h = LinearRouter(LinearSettings(**bias), NAMES, 40), torch.randn(2, 3, 40)
+    with torch.inference_mode():
+        before = router(h, 6)
+        router.lay_out()
+        assert torch.equal(router(h, 6), before)
+        assert router._laid_out() is not None
+        for name in NAMES:
+            router.row(name).weight.mul_(2.0)
+        for raw in router.raw_bias.values():
+            raw.sub_(3.0)
+        anew = LinearRouter(LinearSettings(**bias), NAMES, 40)
+        anew.load_state_dict(router.state_dict())
+        assert torch.equal(router(h, 6), anew(h, 6))
+        assert not torch.equal(router(h, 6), before)
+        router.row(PUBLIC).weight.data = torch.zeros(1, 40)
+        assert router._laid_out() is None
+        assert not router(h, 6)[..., NAMES.index(PUBLIC)].any()
+
+
 @given(data=st.data(), experts=st.integers(1, 5), top_k=st.sampled_from([None, 1, 2, 4]))
 @FREQUENT
 def test_weights_are_a_softmax_over_the_enabled_then_top_k(data, experts, top_k):

@@ -222,6 +222,19 @@ def test_a_selected_cache_goes_on_as_its_sequences_would(wild, mixtures, rows, f
             torch.testing.assert_close(row, alone[first + 4 - pads[i] :], rtol=0, atol=2e-5)
 
 
+def test_what_is_left_of_a_batch_keeps_the_room_that_was_taken(wild):
+    model = wild.anchor.model.eval()
+    cache, ids = model.new_cache(), torch.arange(1, 13).view(3, 4)
+    cache.reserve(9)
+    with torch.inference_mode():
+        model(ids, cache=cache)
+        rest = cache.select(torch.tensor([0, 2]))
+        places = [layer.keys.data_ptr() for layer in rest.layers]
+        model(ids[:2], cache=rest)
+    assert [layer.keys.data_ptr() for layer in rest.layers] == places
+    assert rest.layers[0].keys.shape[2] == 9
+
+
 def test_one_sequence_is_selected_many_times_without_copies(wild, mixtures):
     model, ids = mixtures(), wild.ids(1, 6)
     cache = model.new_cache()

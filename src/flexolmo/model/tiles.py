@@ -120,7 +120,10 @@ def silu(x: Tensor) -> Tensor:
     """x [n,.] times its sigmoid, bit for bit the same in whatever row. The library's own function
     rounds the last numbers, which do not fill a vector register, in another way."""
     threads = torch.get_num_threads()
-    if _rows_fill_registers(x.shape[-1], len(x) % threads == 0, x.dtype, x.device, threads):
+    if _rows_fill_registers(x.shape[-1], x.dtype, x.device, threads):
+        is_shared = x.is_cpu and x.numel() > WORK_PER_THREAD
+        if is_shared and len(x) % threads:  # a row apart, so that threads have whole ones
+            return torch.cat([F.silu(x[:-1]), F.silu(x[-1:])])
         return F.silu(x)
     wide = x if x.dtype == torch.float64 else x.float()
     below = torch.exp(-wide) + 1 if torch.is_grad_enabled() else torch.neg(wide).exp_().add_(1)
@@ -129,19 +132,17 @@ def silu(x: Tensor) -> Tensor:
 
 @cache
 def _rows_fill_registers(
-    width: int, is_shared: bool, dtype: torch.dtype, device: torch.device, num_threads: int
+    width: int, dtype: torch.dtype, device: torch.device, num_threads: int
 ) -> bool:
-    """True if `F.silu` of rows so wide keeps their bits, by the way that work is cut up for threads
-    and registers, and by trying. `is_shared` if threads have whole rows, as many each."""
-    parts = 1 if is_shared else num_threads  # of a row, at which a thread may begin
-    is_even = num_threads <= 2 and width * dtype.itemsize % (REGISTERS_BYTES * parts) == 0
-    if device.type == "cpu" and not is_even:
+    """True if `F.silu` of rows so wide, which threads have as many of each, keeps their bits, by
+    the way that work is cut up for threads and registers, and by trying."""
+    is_even = num_threads <= 2 and width * dtype.itemsize % REGISTERS_BYTES == 0
+    if device.type == "cpu" and not (is_even and width <= WORK_PER_THREAD):
         return False
     row = torch.randn(1, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     one = F.silu(row)
     most = 2 * num_threads * -(-WORK_PER_THREAD // width)
-    counts = (2, 3, most) if parts == num_threads else (2, 4, most)
-    return all(torch.equal(F.silu(row.repeat(n, 1)), one.expand(n, -1)) for n in counts)
+    return all(torch.equal(F.silu(row.repeat(n, 1)), one.expand(n, -1)) for n in (2, 4, most))
 
 
 @cache
