@@ -201,8 +201,12 @@ def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
     """Overwrite all that `model` and `panels` hold of an expert. With it off no number changes;
     with it on none is a number any more."""
     tensors = chain(model.named_parameters(), model.named_buffers())
-    cut = ((path, panels[m]) for path, m in model.named_modules() if m in panels)
-    copies = ((path, numbers) for path, c in cut for numbers in (c.matrix, c.panels))
+    paths = {m: path for path, m in model.named_modules()}
+    copies = (
+        (paths[key[1] if isinstance(key, tuple) else key], numbers)
+        for key, own in panels.items()
+        for numbers in (own.matrix, own.panels)
+    )
     for path, tensor in chain(tensors, copies):
         if slot(name) in path.split("."):
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)

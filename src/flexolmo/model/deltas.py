@@ -10,7 +10,7 @@ B batch, T positions, N = B*T, n positions that picked an expert, D d_model, V v
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -198,15 +198,24 @@ class DeltaLinear(Linear):
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         assert ctx is not None
-        flat, n = x.flatten(0, 1), ctx.batch_rows
+        flat = x.flatten(0, 1)
         if ctx.blend is not None and (whole := self.deltas.whole(ctx)):
             y = ctx.blend.multiply(flat, whole[0][1].weight, self.weight)
         else:
-            y = self.deltas.mix(flat, ctx, self, lambda u, m: Linear.read(cast(Linear, m), u, ctx))
+            y = self.mix(flat, ctx, lambda u, m: Linear.read(m, u, ctx))
+        return self.add_low(flat, y, ctx).view(*x.shape[:-1], -1)
+
+    def versions(self) -> list[Linear]:
+        return [self, *(m for m in self.deltas.children() if isinstance(m, Linear))]
+
+    def mix(self, x: Tensor, ctx: ForwardContext, read: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        return self.deltas.mix(x, ctx, self, read)
+
+    def add_low(self, x: Tensor, y: Tensor, ctx: ForwardContext) -> Tensor:
         for share, delta in self.deltas.low(ctx):
-            low = product(share.pick(flat), delta.lora_a, n)
-            y = share.add(y, product(low, delta.lora_b, n))
-        return y.view(*x.shape[:-1], -1)
+            low = product(share.pick(x), delta.lora_a, ctx.batch_rows)
+            y = share.add(y, product(low, delta.lora_b, ctx.batch_rows))
+        return y
 
     def parts(self, x: Tensor, ctx: ForwardContext) -> list[Part]:
         """Factors as in `Linear.parts`, of each expert at the positions that picked it alone."""

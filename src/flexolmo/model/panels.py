@@ -63,7 +63,8 @@ class Cut:
         return _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
 
 
-Panels = Mapping[nn.Module, Cut]  # of a module's matrices that read the same rows
+# Of matrices that read the same rows: those of a module, or of an attention with the first of them
+Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
 
 
 def in_steps(num_rows: int) -> int:

@@ -162,6 +162,18 @@ class Linear(nn.Linear):
             return own.times(x)
         return product(x, self.weight, ctx.batch_rows)
 
+    def versions(self) -> "list[Linear]":
+        """This matrix and whole ones in its place, by owner."""
+        return [self]
+
+    def mix(self, x: Tensor, ctx: ForwardContext, read: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """Products of rows x [n,in] by `read(x, .)` of each version, by their shares."""
+        return read(x, self)
+
+    def add_low(self, x: Tensor, y: Tensor, ctx: ForwardContext) -> Tensor:
+        """y [n,out] + products of rows x [n,in] with low-rank deltas. May write into y."""
+        return y
+
     def parts(self, x: Tensor, ctx: ForwardContext) -> "list[Part]":
         """Factors (u_j, w_j, rows) with `forward` = sum of u_j w_j^T at those rows."""
         return [(x.flatten(0, 1), self.weight, None)]
@@ -292,11 +304,13 @@ class Attention(nn.Module):
         return self.o_proj(y if ctx.lanes is None else ctx.lanes.pick(y), ctx)  # [B,T,D]
 
     def _project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, ...]:
-        matrices = (self.q_proj, self.k_proj, self.v_proj)
-        if ctx.panels and self in ctx.panels:
-            found = ctx.panels[self].times(x.flatten(0, 1))
-            return found.split([m.out_features for m in matrices], dim=1)
-        return tuple(m(x, ctx) for m in matrices)
+        matrices, panels = (self.q_proj, self.k_proj, self.v_proj), ctx.panels
+        if not panels or (self, self.q_proj) not in panels:
+            return tuple(m(x, ctx) for m in matrices)
+        flat = x.flatten(0, 1)
+        found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u))
+        parts = found.split([m.out_features for m in matrices], dim=1)
+        return tuple(m.add_low(flat, y, ctx) for m, y in zip(matrices, parts, strict=True))
 
 
 def _rotate(x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -383,23 +397,21 @@ class Transformer(nn.Module):
     def cut_panels(self) -> Panels:
         """Matrices for the option `panels`, laid out for it, with a second copy; empty where it
         would not help."""
-        together: dict[nn.Module, list[Linear]] = {}
-        alone: dict[nn.Module, list[Linear]] = {}
+        together: dict[Any, list[Linear]] = {}
+        alone: dict[Any, list[Linear]] = {}
         tables = {m for e in self.modules() if isinstance(e, Embedding) for m in e.modules()}
         for module in self.modules():
             if isinstance(module, FeedForward):
                 together[module] = [module.gate_proj, module.up_proj]
             elif isinstance(module, Attention):
-                own = [module.q_proj, module.k_proj, module.v_proj]
-                if all(type(m) is Linear for m in own):
-                    together[module] = own
+                every = (m.versions() for m in (module.q_proj, module.k_proj, module.v_proj))
+                together |= {(module, own[0]): [*own] for own in zip(*every, strict=True)}
             elif isinstance(module, Linear) and module not in tables:
                 alone[module] = [module]
         for own in together.values():
             for m in own:
                 del alone[m]
-        every = (alone | together).items()
-        return {module: cut(own) for module, own in every if can_cut(own[0].weight)}
+        return {key: cut(own) for key, own in (alone | together).items() if can_cut(own[0].weight)}
 
     def new_cache(self) -> Cache:
         """An empty cache for one batch."""
