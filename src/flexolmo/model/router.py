@@ -454,7 +454,8 @@ class LinearRouter(nn.Module):
 
     def forward(self, h: Tensor, batch_rows: int | None) -> Tensor:
         """Logits [B,T,E], in the order of `names`; h [B,T,D], batch_rows as in `product`."""
-        x, num_experts = h.float().flatten(0, 1), len(self.names)
+        x = h.float().flatten(0, 1)
+        num_experts = len(self.names)
         rows, free = (batch_rows and self._laid_out()) or self._together()
         logits = columns(x, rows.float(), batch_rows)[:, :num_experts]  # [N,E]
         if free is not None:

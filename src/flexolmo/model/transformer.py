@@ -119,8 +119,8 @@ class ForwardContext:
 
     @property
     def fill(self) -> Callable[[int], int] | None:
-        """Of a number of rows that an expert picked, the number that it reads, so that products
-        need not fill them up; None in training."""
+        """Number of rows that an expert reads where so many picked it, so that products need not
+        fill them up; None in training."""
         if self.batch_rows is None:
             return None
         if self.panels:
@@ -595,5 +595,6 @@ class Transformer(nn.Module):
         exponents = torch.arange(0, c, 2, device=positions.device, dtype=torch.float32) / c
         inverse = 1.0 / (self.config.rope_theta**exponents)  # [C/2]
         angle = positions[:, None, :, None].float() * inverse  # [B or 1,1,T,C/2]
-        cos, sin = angle.cos(), angle.sin()
+        cos = angle.cos()
+        sin = angle.sin()
         return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
