@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +56,31 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
     right = (x.double() @ torch.cat(weights).double().T).float()
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(m.weight, w) for m, w in zip(matrices, weights, strict=True))
+
+
+@given(
+    half=st.sampled_from([5, 32, 70, 96]),
+    rows=st.integers(1, 150),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 99),
+)
+@settings(derandomize=True, max_examples=40, deadline=None)
+def test_halves_are_gated_alike_for_few_rows_and_for_many(half, rows, threads, seed):
+    draw = torch.Generator().manual_seed(seed)
+    gate, up = matrices = linears([half, half], 64, draw)
+    x = torch.randn(rows, 64, generator=draw)
+    picked = torch.randint(rows, (1 + seed % (2 * PANEL_ROWS),), generator=draw)
+    right = F.silu(x @ gate.weight.T) * (x @ up.weight.T)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            both = cut(matrices)
+            found = both.gated(x)
+            assert torch.equal(both.gated(x[picked]), found[picked])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 def test_no_rows_have_no_products():

@@ -47,7 +47,6 @@ from flexolmo.model.router import (
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.spans import Reads
 from flexolmo.model.statistics import EvidenceSettings
-from flexolmo.model.tiles import silu
 from flexolmo.model.transformer import (
     FeedForward,
     ForwardContext,
@@ -135,9 +134,7 @@ class Mixture(nn.Module):
         read = [(e, n) for e, n in zip([*owners, public], groups.sizes, strict=True) if n]
         sizes = [n for _, n in read]
         rows = h.index_select(0, groups.reads).split(sizes)
-        both = [panels[e].times(x).chunk(2, dim=1) for (e, _), x in zip(read, rows, strict=True)]
-        gate, up = (torch.cat(half) for half in zip(*both, strict=True))  # [R,F]
-        inner = [*(silu(gate) * up).split(sizes)]
+        inner = [panels[e].gated(x) for (e, _), x in zip(read, rows, strict=True)]  # [n,F]
         own = len(groups.reads) - groups.sizes[-1]
         if groups.sizes[-1]:
             inner[-1] = groups.weight[own:] * inner[-1]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.errors import ConfigError
-from flexolmo.model.tiles import spaced
+from flexolmo.model.tiles import WORK_PER_THREAD, silu, spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which products are faster with the matrix than with its panels
@@ -59,6 +59,19 @@ class Cut:
                 place.copy_(self.times(part))
         return found
 
+    def gated(self, x: Tensor) -> Tensor:
+        """silu of the first half of `times`, times the other half, [n,out of all / 2]."""
+        n = x.shape[0]
+        rows = self._rows(n)
+        half = self.matrix.shape[1] // 2
+        if not n <= rows <= PANEL_ROWS or half % WIDTH or half > WORK_PER_THREAD:
+            gate, up = self.times(x).chunk(2, dim=1)
+            return silu(gate).mul_(up)
+        if rows > n:
+            x = torch.cat([x, x.new_zeros(rows - n, x.shape[1])])
+        gate, up = _by_panel(x, self.panels).chunk(2)
+        return silu(gate).mul_(up).transpose(0, 1).reshape(rows, -1)[:n]
+
     def _rows(self, n: int) -> int:
         return _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
 
@@ -97,10 +110,14 @@ def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
     n = x.shape[0]
     if n > PANEL_ROWS:
         return _share_out(x, matrix)
-    found = torch.bmm(x.expand(panels.shape[0], -1, -1), panels)  # [P,n,WIDTH]
-    beside = found.transpose(0, 1).reshape(n, -1)
+    beside = _by_panel(x, panels).transpose(0, 1).reshape(n, -1)
     width = matrix.shape[1]
     return beside if width == beside.shape[1] else beside[:, :width]
+
+
+def _by_panel(x: Tensor, panels: Tensor) -> Tensor:
+    """Products [P,n,WIDTH] of rows x [n,in] with panels [P,in,WIDTH]."""
+    return torch.bmm(x.expand(panels.shape[0], -1, -1), panels)
 
 
 def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

@@ -241,6 +241,9 @@ class FeedForward(nn.Module):
         return torch.cat(found)
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
+        if ctx.panels and self in ctx.panels:
+            inner = ctx.panels[self].gated(x)  # [n,F]
+            return self.down_proj(inner if weight is None else weight * inner[: len(weight)], ctx)
         gate, up = self.gate_and_up(x, ctx)
         if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
             down = self.down_proj.weight.to(gate.dtype)
