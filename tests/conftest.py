@@ -39,6 +39,7 @@ from flexolmo.model.statistics import UNTOLD, BigramModel, EvidenceSettings, log
 from flexolmo.model.transformer import ModelConfig, Transformer
 from flexolmo.train.anchor import AnchorRecipe, AnchorShape, train_anchor
 from flexolmo.train.loop import TrainSettings
+from flexolmo.train.rows import hide_rows
 from made_commands import build_commands_once
 from made_documents import write_documents
 from made_mixtures import House, draw_weights
@@ -174,8 +175,7 @@ def make_levels(
 
     tokens = torch.randn(size, generator=generator).mul(1.5).softmax(0)
     tensors["router.token_levels"] = levels(tokens, torch.from_numpy(public.unigram))
-    if not any(name.startswith(("embed_tokens", "lm_head")) for name in tensors):
-        tensors["router.token_levels"][::7] = UNTOLD
+    tensors["router.token_levels"][::7] = UNTOLD
     if "router.bigram_keys" in tensors:
         keys = torch.randperm(size**2, generator=generator)
         is_told = tensors["router.token_levels"] != UNTOLD
@@ -232,7 +232,7 @@ class Wild:
             tensors[name] = t
         if isinstance(router, EvidenceSettings):
             make_levels(tensors, self.anchor.public, generator)
-        return tensors
+        return tensors | hide_rows(self.anchor, tensors)
 
     def rich_shapes(self, router: RouterSettings, names: str | list[str]) -> dict[str, ExpertShape]:
         """By name: experts that hold all that `router` allows, whole and low-rank in turn."""

@@ -40,7 +40,7 @@ ORDER = [
     ["model.shape", "model.groups"],
     ["model.deltas"],
     ["model.moe"],
-    ["model.probabilities"],
+    ["model.probabilities", "model.untold_rows"],
     ["model.stock", "model.hidden_statistics"],
     ["model.checkpoint"],
     ["model.assemble"],

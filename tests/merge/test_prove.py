@@ -511,6 +511,22 @@ def test_numbers_that_no_owner_signed_are_found(house, try_to_prove, monkeypatch
         try_to_prove(house.mixture_dir(NAMES))
 
 
+@pytest.mark.parametrize("token", [0, 1])
+def test_rows_of_a_head_that_do_not_follow_from_what_was_signed_are_found(
+    house, try_to_prove, monkeypatch, token
+):
+    """Token 0 is one that the table does not tell of, whose row moves with others."""
+
+    def tune(loaded):
+        expert_tensors(loaded.model, "amber")["lm_head.lora_b"].data[token, 0] += 1e-6
+
+    with (
+        loading(monkeypatch, tune),
+        pytest.raises(ProofError, match=r"amber: lm_head\.lora_b in memory is not what"),
+    ):
+        try_to_prove(house.mixture_dir(NAMES, "rich"))
+
+
 def test_numbers_finer_than_their_owner_signed_are_found(
     house, try_to_prove, monkeypatch, tmp_path
 ):

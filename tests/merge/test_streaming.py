@@ -18,6 +18,8 @@ from flexolmo.merge import mixture as mixture_room
 from flexolmo.merge.export import export_stock
 from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture, remove_experts
 from flexolmo.model import checkpoint as checkpoint_room
+from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.untold_rows import find_untold_rows
 from made_mixtures import NAMES, flip, tree
 
 
@@ -280,6 +282,22 @@ def test_a_mapped_mixture_is_exported_as_a_loaded_one_is(house, tmp_path):
         mapped = load_mixture(model, house.trusted, is_mapped=True).model
         loaded = house.mixture(NAMES, router).model
         torch.testing.assert_close(mapped(ids), loaded(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [4, 32])
+def test_rows_move_in_a_mapped_head_and_not_in_its_file(house, tmp_path, rank):
+    tensors = house.wild.expert(EvidenceSettings(), 0, head_rank=rank)
+    bundle = house.write(tmp_path, "amber", tensors, "rich")
+    build_mixture(house.anchor_dir, [bundle], tmp_path / "m", house.trusted)
+    before = tree(tmp_path / "m")
+    loaded, mapped = (
+        load_mixture(tmp_path / "m", house.trusted, is_mapped=x) for x in (False, True)
+    )
+    rows = find_untold_rows(mapped.model, "amber")
+    assert weights_of(tmp_path / "m", "amber") in mapped.mapped
+    assert torch.equal(rows.matrix, find_untold_rows(loaded.model, "amber").matrix)
+    assert not torch.equal(rows.matrix, tensors[rows.key])
+    assert tree(tmp_path / "m") == before
 
 
 @pytest.mark.parametrize("verify", [False, True])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError, PolicyError
 from flexolmo.model import probabilities
+from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.lanes import Lanes
 from flexolmo.model.probabilities import ProbabilityMixture, ProbabilitySettings, _Seats, arrange
 from flexolmo.model.router import LinearSettings, slot
@@ -60,7 +61,8 @@ def alone(wild, name):
         EvidenceSettings(), sum(name.encode()), **wild.shape(**WHOLE).model_dump()
     )
     state = dict(wild.anchor.model.state_dict())
-    for key, values in tensors.items():
+    model = assemble_mixture(wild.anchor, {name: tensors}, EvidenceSettings())
+    for key, values in expert_tensors(model, name).items():
         if "router" not in key:
             for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 key = key.replace(f".{part}", f".self_attn.{part}")

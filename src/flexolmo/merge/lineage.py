@@ -25,6 +25,7 @@ from flexolmo.model.assemble import expert_tensors
 from flexolmo.model.checkpoint import anchor_files, digest_data
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.router import DiscriminantSettings, slot
+from flexolmo.model.untold_rows import find_untold_rows
 from flexolmo.train.expert import ExpertRecipe
 
 STATED = {"beside_anchor", "replay", "router", "scope"}  # that say what an expert was made of
@@ -163,13 +164,22 @@ def _claims(manifest: Manifest, entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _find_unsigned(model: MixtureModel, manifest: Manifest) -> Iterator[str]:
-    """A line for each tensor of the expert in memory that is not the one its owner signed."""
+    """A line for each tensor of the expert in memory that is not the one its owner signed, or does
+    not follow from it and the anchor."""
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    untold = find_untold_rows(model, manifest.name)
     for key, tensor in expert_tensors(model, manifest.name).items():
         entry = manifest.tensors[key]
-        signed = tensor.detach().to(dtypes[entry.dtype])  # a mixture may have widened it
+        moving = untold if untold is not None and untold.key == key else None
+        held = tensor.detach()
+        if moving is not None:
+            held = moving.put_back(held)
+        signed = held.to(dtypes[entry.dtype])  # a mixture may have widened it
         is_signed = digest_data(signed) == entry.digest
-        if not (is_signed and has_same_bits(signed.to(tensor.dtype), tensor)):
+        again = signed.to(tensor.dtype)
+        if moving is not None:
+            moving.move(again)
+        if not (is_signed and has_same_bits(again, tensor)):
             yield f"{key} in memory is not what its owner signed"
 
 

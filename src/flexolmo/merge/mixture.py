@@ -65,7 +65,7 @@ from flexolmo.merge.known import (
 )
 from flexolmo.merge.placing import link_or_copy, place_files
 from flexolmo.merge.rollback import Seen, find_rollback, join_seen, seen_of
-from flexolmo.model.assemble import frame_mixture, weigh_table
+from flexolmo.model.assemble import finish_expert, frame_mixture
 from flexolmo.model.checkpoint import Anchor
 from flexolmo.model.moe import MixtureModel
 from flexolmo.model.statistics import EvidenceSettings
@@ -349,7 +349,7 @@ def _load(
             if weights is not None:
                 map_expert(model, name, weights)
                 mapped[path / WEIGHTS_FILE] = bundle.verified.identity if bundle.verified else None
-            weigh_table(model, anchor, name)
+            finish_expert(model, anchor, name)
             if known is None:
                 remember_bundle(path, bundle, record)
     facts = {name: bundle.facts for name, bundle in bundles.items()}

@@ -33,6 +33,7 @@ from flexolmo.model.shape import (
 )
 from flexolmo.model.statistics import EvidenceSettings, are_bigram_keys, in_public_steps
 from flexolmo.model.transformer import Block, Linear
+from flexolmo.model.untold_rows import move_untold_rows
 
 
 def assemble_mixture(
@@ -66,7 +67,7 @@ def assemble_mixture(
     with torch.no_grad():
         for name, tensors in experts.items():
             _copy_expert(model, name, tensors, takes_over)
-            weigh_table(model, anchor, name)
+            finish_expert(model, anchor, name)
     return model
 
 
@@ -81,16 +82,18 @@ def frame_mixture(
     the shapes are given.
 
     What stands in that room means nothing until every one of `expert_tensors` has been copied in
-    and `weigh_table` called. Raises MergeError as `assemble_mixture` does.
+    and `finish_expert` called. Raises MergeError as `assemble_mixture` does.
     """
     _refuse(_find_misfits(anchor, experts, router))
     return _frame(anchor, experts, router, top_k, is_shared=True)
 
 
-def weigh_table(model: MixtureModel, anchor: Anchor, name: str) -> None:
-    """Find the evidence that follows from an expert's table, if the router has one."""
+def finish_expert(model: MixtureModel, anchor: Anchor, name: str) -> None:
+    """Find what follows from an expert's table, if the router has one: evidence, and rows of the
+    head at tokens that it does not tell of (see `untold_rows`)."""
     if isinstance(model.settings, EvidenceSettings):
         cast(EvidenceRouter, model.router).table(name).weigh(anchor.public, model.settings)
+        move_untold_rows(model, name)
 
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -443,6 +443,7 @@ def train_expert(
         record["processes"] = count()
         first_goes_on()
         tensors |= read_learnt(run_dir)
+    tensors |= hide_rows(anchor, tensors)  # a mixture moves rows of the head, see untold_rows
     return Expert(
         name,
         anchor.digest,

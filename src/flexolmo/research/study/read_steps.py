@@ -61,7 +61,7 @@ def read(step: StepContext) -> dict[str, Any]:
     """A model's predictions of the windows. Inputs: windows, anchor, and those `model_of` needs.
 
     Settings: what; mix, of probabilities; enabled, owners on (null: all); splits; on, the sets to
-    read (null: all).
+    read (null: all); rarest, by which rows of heads moved (`untold_rows`), for the record.
     Leaves SPLIT.npz of log-probabilities; metrics: mean weights (routing) and fractions of
     tokens on which an expert ran (active) by set, [L][E].
     """

@@ -14,6 +14,7 @@ from flexolmo.data.corpus import digest_files
 from flexolmo.model.probabilities import ProbabilitySettings
 from flexolmo.model.router import DiscriminantSettings, RouterSettings
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.untold_rows import RAREST
 from flexolmo.research.steps.step import Step
 from flexolmo.research.study import (
     measure_steps,  # noqa: F401  (kinds of steps)
@@ -237,10 +238,11 @@ class SeedSteps:
         }
 
     def read(self, label: str, what: str, inputs: Mapping[str, Step], **settings: Any) -> Step:
+        moved = {"rarest": RAREST} if any(_has_head(s) for s in inputs.values()) else {}
         return Step(
             f"{self.prefix}: read {label}",
             "read",
-            {"what": what, **settings},
+            {"what": what, **settings, **moved},
             {"windows": self.windows, **self.base, **inputs},
         )
 
@@ -545,6 +547,14 @@ class SeedSteps:
                 **{f"row.{n}": s for n, s in reads.items()},
             },
         )
+
+
+def _has_head(step: Step) -> bool:
+    """True if it makes an expert with a head of its own, some rows of which a mixture moves."""
+    recipe = step.settings.get("recipe", {})
+    return recipe.get("scope", "ffn") != "ffn" or any(
+        _has_head(s) for role, s in step.inputs.items() if role == "expert"
+    )
 
 
 def _embedder(rows: str | None) -> dict[str, Step]:
