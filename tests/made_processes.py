@@ -24,8 +24,9 @@ from flexolmo.research.steps.step import StepContext
 from flexolmo.research.study import train_steps
 from flexolmo.train import loop
 from flexolmo.train.blocks import arrange_blocks
-from flexolmo.train.expert import ExpertRecipe, prepare_training, train_expert
+from flexolmo.train.expert import ExpertRecipe, prepare_training, start_expert, train_expert
 from flexolmo.train.loop import TrainSettings, train
+from flexolmo.train.rows import hide_rows
 
 GENTLE = TrainSettings(  # steps so small that rounding stays rounding
     steps=4, batch_size=4, seq_len=16, warmup_steps=2, learning_rate=1e-3, muon_learning_rate=2e-4
@@ -156,6 +157,19 @@ def round_trip(anchor, sets):
     return ok
 
 
+def moved_head(anchor, sets, kind):
+    """The matrix of an expert's head in a mixture, where rows that no table tells of have moved."""
+    data, recipe = sets["maths"], recipe_of(kind)
+    start = start_expert(anchor, data, recipe)
+    key = "lm_head.lora_b" if kind == "low rank" else "lm_head.weight"
+    start[key] = start[key] + matrices(start[key].shape)
+    start |= hide_rows(anchor, start)
+    _, parameters, _, _ = prepare_training(anchor, data, "maths", recipe, None, start)
+    head = whole(parameters[key].detach())
+    assert not torch.equal(head, start[key])
+    return head.tolist()
+
+
 def command(port, *arguments):
     """Exit code of the command line, in a group of its own."""
     os.environ["MASTER_PORT"] = port
@@ -180,6 +194,7 @@ def work(here, anchor_dir, set_dirs, ports):
         }
         found["resumed"] = losses_of(anchor, sets, "whole", here / "stopped", threads=7)
         found["moved"] = moved_parts(rank)
+        found["heads"] = [moved_head(anchor, sets, kind) for kind in ("whole", "low rank")]
         found["is round"] = round_trip(anchor, sets)
         found["apart"] = losses_apart(anchor, sets, here / f"of {rank}", here / "stopped")
         uneven = GENTLE.model_copy(update={"batch_size": 6, "accumulate": 2})

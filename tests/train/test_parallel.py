@@ -27,6 +27,7 @@ from made_processes import (
     do_step,
     losses_of,
     matrices,
+    moved_head,
     recipe_of,
     square,
 )
@@ -163,6 +164,13 @@ def test_matrices_are_whole_where_they_are_worked_on(two):
     for i, shape in enumerate(SHAPES):
         parts = [torch.tensor(one["moved"][i]).view(shape[0], -1, shape[2]) for one in found]
         torch.testing.assert_close(torch.cat(parts, dim=1), square(matrices(shape)))
+
+
+def test_rows_of_a_head_move_in_several_processes_as_in_one(two, pico_anchor, pico_sets):
+    for i, kind in enumerate(("whole", "low rank")):
+        expected = torch.tensor(moved_head(pico_anchor, pico_sets, kind))
+        for one in two[0]:
+            torch.testing.assert_close(torch.tensor(one["heads"][i]), expected)
 
 
 def test_what_is_put_into_parts_comes_out_whole(two):

@@ -36,7 +36,7 @@ class UntoldRows:
     is_rarest: Tensor  # bool [V] tokens whose mean move is theirs
 
     def move(self, rows: Tensor) -> None:
-        """Put them in their place in `rows`, of which `matrix` is one, or a copy of it.
+        """Put the untold rows in their place in `rows`, of which `matrix` is one, or a copy of it.
 
         Of several processes all must ask for it.
         """
@@ -63,7 +63,7 @@ class UntoldRows:
 
 
 def find_untold_rows(model: MixtureModel, name: str) -> UntoldRows | None:
-    """Those of expert `name` in `model`, whose table is there already; None if no row moves."""
+    """The rows of expert `name` that move, its table being in `model`; None if there are none."""
     head, router = model.lm_head, model.router
     if router is None or not isinstance(head, DeltaLinear) or name not in head.deltas.places:
         return None
@@ -89,7 +89,7 @@ def find_untold_rows(model: MixtureModel, name: str) -> UntoldRows | None:
 
 @torch.no_grad()
 def move_untold_rows(model: MixtureModel, name: str) -> None:
-    """Move those of expert `name`, whose tensors `model` holds as they are in its bundle."""
+    """Move such rows of expert `name`, whose tensors `model` holds as they are in its bundle."""
     rows = find_untold_rows(model, name)
     if rows is not None:
         rows.move(rows.matrix)
