@@ -200,6 +200,18 @@ def test_a_directory_of_text_is_named_whole(monkeypatch, tmp_path):
     assert later.inputs["windows"].inputs["corpus"].identity != corpus.identity
 
 
+def test_only_experts_with_heads_are_read_anew_when_other_rows_move(monkeypatch):
+    def identities():
+        reads = build_graph(RECIPE).scores[0].inputs
+        return {n: s.identity for n, s in reads.items() if s.kind == "read"}
+
+    before = identities()
+    monkeypatch.setattr("flexolmo.research.study.recipe.RAREST", 0.3)
+    changed = {n.split(".")[0] for n, x in identities().items() if x != before[n]}
+    assert changed >= {"flexolmo_default", "flexolmo_probabilities", "low_rank", "pair_on_mixed"}
+    assert not changed & {"dense", "flexolmo_paper", "soup_mean", "unrestricted_2x", "btx"}
+
+
 def test_a_jointly_tuned_router_differs_from_the_untuned_one(study):
     graph, root = study
     routing = read_json(graph.scores[0].directory(root) / "scores.json")["routing"]
