@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from hypothesis import settings
 
 from flexolmo.bundle.signing import create_key
+from flexolmo.data import batches
 from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import prepare_set
@@ -73,6 +74,7 @@ def pytest_collection_finish() -> None:
     """Leave modules and collected tests, millions of objects, out of every later collection of
     garbage."""
     leave_out_what_is_loaded()
+    gc.set_threshold(20_000, 20)  # what is left to look through is little
     gc.enable()
 
 
@@ -90,6 +92,15 @@ def leave_out_what_is_loaded() -> None:
     gc.collect()
     gc.freeze()
     LEFT_OUT["modules"] = len(sys.modules)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_windows() -> Iterator[int]:
+    """As many windows of a text stand for its domain; here, where all is made, a few do."""
+    shipped = batches.EMBEDDING_WINDOWS
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "EMBEDDING_WINDOWS", 4)
+        yield shipped
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:

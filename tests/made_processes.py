@@ -1,16 +1,17 @@
-"""Two processes that train, and what they found: run by `test_parallel`, each with its rank.
+"""Two processes that train, and what they found: forks of `test_parallel`'s, each with its rank.
 
-One start serves all, as starting takes longer than training. Each stage is a group of its own.
+One start serves all, and a fork spares the imports, which take longer than training. Each stage is
+a group of its own.
 """
 
 import contextlib
-import gc
 import json
 import os
 import shutil
 import signal
 import sys
-from pathlib import Path
+import time
+import traceback
 
 import torch
 
@@ -229,8 +230,32 @@ def work(here, anchor_dir, set_dirs, ports):
     (here / "survivor.json").write_text(json.dumps([rank, code, parallel.are_several()]))
 
 
-if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    gc.disable()  # little is made here beside what was imported, which would be looked through
-    work(Path(given["here"]), Path(given["anchor"]), given["sets"], given["ports"])
+def in_two_processes(here, *given):
+    """Do `work` in two processes; what each printed, and what it said of errors."""
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            try:
+                for number, name in ((1, "out"), (2, "err")):
+                    os.dup2(os.open(here / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), number)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": "0"}
+                os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
+                work(here, *given)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+        children.append(child)
+    late = time.monotonic() + 300
+    while children and time.monotonic() < late:
+        time.sleep(0.05)
+        children = [child for child in children if os.waitpid(child, os.WNOHANG) == (0, 0)]
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    return [tuple((here / f"{n}{rank}").read_text() for n in ("out", "err")) for rank in range(2)]

@@ -1,11 +1,12 @@
 """A directory as after `make demo`, and a shell that runs what the documentation says in it.
 
 Replaced, so that it takes seconds: `make demo` (the same files, of a model of one layer on made
-text), `make test` (nothing), and the start of each `flexolmo`, which is a fork of one process that
-has imported torch already. Commands, options, files and the shell are real.
+text), `make test` (nothing), and the start of each `flexolmo` and `python`, which is a fork of one
+process that has imported torch already. Commands, scripts, options, files and the shell are real.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import ModuleType
 
 import typer.main
 
@@ -92,12 +94,15 @@ done
 
 def serve(address: str) -> None:
     """Fork for every client and run the command line as its process; never returns."""
+    gc.disable()
     for name in PRELOADED:
         importlib.import_module(name)
     from flexolmo.cli import app, main
 
     build_commands_once()
     typer.main.get_command(app)
+    gc.freeze()  # what is loaded is never garbage; a fork that looks through it copies it, too
+    gc.enable()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen()
@@ -128,7 +133,10 @@ def _serve_one(client: socket.socket, main) -> int:
     os.environ.clear()
     os.environ.update(environment)
     try:
-        main()
+        if Path(sys.argv[0]).name == "flexolmo":
+            main()
+        else:
+            _run_script()
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -138,6 +146,16 @@ def _serve_one(client: socket.socket, main) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     return code
+
+
+def _run_script() -> None:
+    """Do as `python FILE` or `python - < FILE` would."""
+    _, name, *arguments = sys.argv
+    sys.argv = [name, *arguments]
+    sys.modules["__main__"] = script = ModuleType("__main__")
+    text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    sys.path.insert(0, os.getcwd() if name == "-" else str(Path(name).resolve().parent))
+    exec(compile(text, name, "exec"), vars(script))
 
 
 class Shell:
@@ -154,7 +172,7 @@ class Shell:
         tools = {
             "bin/make": MAKE,
             "venv/flexolmo": CLIENT.format(python=sys.executable, address=self.address),
-            "venv/python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+            "venv/python": CLIENT.format(python=sys.executable, address=self.address),
             "venv/activate": ACTIVATE.format(bin=directory / "venv"),
         }
         for name, text in tools.items():

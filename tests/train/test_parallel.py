@@ -1,10 +1,7 @@
 """Two processes equal one."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-import made_processes
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.model import parallel
 from flexolmo.model.checkpoint import load_anchor
@@ -25,6 +21,7 @@ from made_processes import (
     SHAPES,
     STEPS,
     do_step,
+    in_two_processes,
     losses_of,
     matrices,
     moved_head,
@@ -73,26 +70,8 @@ def two(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs
     here = tmp_path_factory.mktemp("two")
     (here / "inputs").symlink_to(inputs)
     losses_of(pico_anchor, pico_sets, "whole", here / "stopped", stop_after=2)
-    about = {
-        "here": str(here),
-        "anchor": str(pico_anchor_dir),
-        "sets": {n: str(p) for n, p in pico_set_dirs.items()},
-        "ports": free_ports(5 + len(STEPS)),
-    }
-    running = []
-    for rank in range(2):
-        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        variables |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, made_processes.__file__, json.dumps(about)],
-                env=os.environ | variables,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    printed = [p.communicate(timeout=300) for p in running]
+    ports = free_ports(5 + len(STEPS))
+    printed = in_two_processes(here, pico_anchor_dir, pico_set_dirs, ports)
     assert (here / "found1.json").exists(), printed
     found = [json.loads((here / f"found{rank}.json").read_text()) for rank in range(2)]
     return found, printed, here

@@ -33,7 +33,7 @@ OWN_WINDOWS, PUBLIC_WINDOWS = 4, 12
 def few_windows():
     """Made sets tell themselves apart by a few."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flexolmo.train.expert.EMBEDDING_WINDOWS", OWN_WINDOWS)
+        patch.setattr("flexolmo.data.batches.EMBEDDING_WINDOWS", OWN_WINDOWS)
         patch.setattr("flexolmo.train.expert.PUBLIC_WINDOWS", PUBLIC_WINDOWS)
         yield
 

@@ -255,14 +255,15 @@ def evaluation_windows(
 
 
 def embedding_windows(
-    token_set: TokenSet, max_seq_len: int, count: int = EMBEDDING_WINDOWS
+    token_set: TokenSet, max_seq_len: int, count: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Windows of training text that stand for a set's domain: int64 [1, T], at most `count`.
+    """Windows of training text that stand for a set's domain: int64 [1, T], at most `count`, by
+    default EMBEDDING_WINDOWS.
 
     T is below `max_seq_len`, the positions of the model that reads them, and at most 256.
     """
     length = len(token_set.splits["train"].tokens)
     seq_len = min(256, max_seq_len - 1, length - 1)
     batches = training_batches(token_set, "train", 1, seq_len, seed=0)
-    for step in range(min(count, batches.num_windows)):
+    for step in range(min(count or EMBEDDING_WINDOWS, batches.num_windows)):
         yield batches.batch(step)[:, :-1]

@@ -23,7 +23,7 @@ from flexolmo.bundle.manifest import PUBLIC, build_manifest, require_name
 from flexolmo.bundle.serials import take_serial
 from flexolmo.bundle.terms import Terms
 from flexolmo.config import Settings
-from flexolmo.data.batches import EMBEDDING_WINDOWS, TokenSet, embedding_windows, training_batches
+from flexolmo.data.batches import TokenSet, embedding_windows, training_batches
 from flexolmo.data.units import unit_offsets
 from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.files import (
@@ -295,7 +295,7 @@ def start_router(
             )
         own_sums, public_sums = (
             gather(anchor.model, embedding_windows(s, config.max_seq_len, n), router)
-            for s, n in ((data, EMBEDDING_WINDOWS), (public, PUBLIC_WINDOWS))
+            for s, n in ((data, None), (public, PUBLIC_WINDOWS))
         )
         return discriminant_tensors(own_sums, public_sums, router)
     row = mean_hidden_state(anchor.model, embedding_windows(data, config.max_seq_len))
