@@ -46,7 +46,7 @@ class Share:
 
     def weigh(self, value: Tensor) -> Tensor:
         """weight * `value` [n,.], whose rows come of those picked."""
-        return self.weight * value[: len(self.weight)]
+        return self.weight * value[: self.weight.shape[0]]
 
     def put(self, total: Tensor | None, value: Tensor) -> Tensor:
         """`total` [N,.] (None: nothing yet) + `value` [n,.] at the positions that picked the

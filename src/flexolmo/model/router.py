@@ -163,10 +163,11 @@ class LevelTable(nn.Module):
         """Log-probability over public text's, float32 [n], of ids [n]; `pairs` [n] are
         before * V + id, `order` [n] what public text's preference for the pair takes off."""
         found = self.contexts.index_select(0, before) + self.tokens.index_select(0, ids) - order
-        if not len(self.bigram_keys):
+        keys = self.bigram_keys
+        if not keys.shape[0]:
             return found
-        place = torch.searchsorted(self.bigram_keys, pairs).clamp_(max=len(self.bigram_keys) - 1)
-        is_listed = self.bigram_keys.index_select(0, place) == pairs
+        place = torch.searchsorted(keys, pairs).clamp_(max=keys.shape[0] - 1)
+        is_listed = keys.index_select(0, place) == pairs
         return torch.where(is_listed, self.pairs.index_select(0, place), found)
 
 

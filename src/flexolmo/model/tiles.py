@@ -10,7 +10,7 @@ n rows to multiply, N rows of the whole batch.
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -58,27 +58,42 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     """
     if batch_rows is None:
         return F.linear(x, weight)
-    n, (d_out, d_in) = len(x), weight.shape
+    n = x.shape[0]
+    d_out, d_in = weight.shape
     if batch_rows == 1 and n == 1 and d_out > 1 and weight.stride(0) == 1:
         return x @ weight.T  # a row by itself
     if d_out == 1:  # else the library takes it for a vector, and sums by where a row stands
         return product(x, F.pad(weight.T, (0, 1)).T, batch_rows)[:, :1]
     if weight.stride(0) != 1:
         weight = weight.T.contiguous().T
-    tile = tile_rows(batch_rows, d_out * d_in, x.device)
-    threads = torch.get_num_threads()
-    all_tiles = -(-batch_rows // tile)
-    in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * threads) else None
-    kind = (weight.stride(1), x.dtype, x.device, threads)
-    least = least_tiles(tile, in_all, d_in, d_out, *kind)
+    kind = (d_in, d_out, weight.stride(1), x.dtype, x.device, torch.get_num_threads())
+    tile, least = _tiles_of(batch_rows, *kind)
     if n == tile and least == 1:
         return x @ weight.T
     count = max(-(-n // tile), least)
     if count * tile != n:
         x = F.pad(x, (0, 0, 0, count * tile - n))
-    if tile >= LOW_ROWS and _is_whole(count, tile, least, d_in, d_out, *kind):
+    if tile >= LOW_ROWS and _is_whole(count, tile, least, *kind):
         return (x @ weight.T)[:n]
     return _multiply(x.view(count, tile, d_in), weight.T)[:n]
+
+
+@lru_cache(maxsize=4096)
+def _tiles_of(
+    batch_rows: int,
+    d_in: int,
+    d_out: int,
+    step: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int,
+) -> tuple[int, int]:
+    """Height of a tile for a batch of so many rows, and the least number of tiles; the other
+    arguments are those of `least_tiles`."""
+    tile = tile_rows(batch_rows, d_out * d_in, device)
+    all_tiles = -(-batch_rows // tile)
+    in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * num_threads) else None
+    return tile, least_tiles(tile, in_all, d_in, d_out, step, dtype, device, num_threads)
 
 
 def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:

@@ -154,7 +154,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         if ctx is None or ctx.batch_rows is None:
             return F.linear(x, self.weight)
-        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], len(self.weight))
+        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.out_features)
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""
@@ -250,7 +250,7 @@ class FeedForward(nn.Module):
             return cast(Tensor, GatedDown.apply(gate, up, down))  # type: ignore[no-untyped-call]
         inner = F.silu(gate) * up if ctx.batch_rows is None else silu(gate).mul_(up)  # [n,F]
         if weight is not None:
-            inner = weight * inner[: len(weight)]
+            inner = weight * inner[: weight.shape[0]]
         return self.down_proj(inner, ctx)
 
     def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
