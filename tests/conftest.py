@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from pkgutil import resolve_name
 
 # Read when torch is loaded, here and in the processes that tests start: one thread unless a test
 # says otherwise, and none that keeps a core busy while it waits for work.
@@ -25,7 +26,6 @@ import torch
 from hypothesis import settings
 
 from flexolmo.bundle.signing import create_key
-from flexolmo.data import batches
 from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.data.corpus import open_corpus
 from flexolmo.data.prepare import prepare_set
@@ -62,6 +62,11 @@ SMALL_SETS = PrepareSettings(
     heldout_share=0.05,
     vocab_size=300,
 )
+FEW_WINDOWS = {
+    "flexolmo.data.batches.EMBEDDING_WINDOWS": 4,
+    "flexolmo.train.compress.CURVATURE_WINDOWS": 8,
+    "flexolmo.train.compress.PRUNING_WINDOWS": 8,
+}
 LEFT_OUT = {"modules": 0}  # how many modules' objects no collection looks at
 ROUTERS = {
     "evidence": EvidenceSettings(),
@@ -95,12 +100,21 @@ def leave_out_what_is_loaded() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shipped_windows() -> Iterator[int]:
-    """As many windows of a text stand for its domain; here, where all is made, a few do."""
-    shipped = batches.EMBEDDING_WINDOWS
+def shipped_windows() -> Iterator[dict[str, int]]:
+    """By name, how many windows of a text stand for all of it. Of text that is made a few do, those
+    of FEW_WINDOWS, which all tests have but those that ask for `as_shipped`."""
+    shipped = {name: resolve_name(name) for name in FEW_WINDOWS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "EMBEDDING_WINDOWS", 4)
+        for name, count in FEW_WINDOWS.items():
+            patch.setattr(name, count)
         yield shipped
+
+
+@pytest.fixture
+def as_shipped(shipped_windows, monkeypatch) -> None:
+    """For tests of these numbers: as many windows as a user has."""
+    for name, count in shipped_windows.items():
+        monkeypatch.setattr(name, count)
 
 
 def prepare_made_set(where: Path, name: str, texts: list[str], public: Path | None) -> Path:

@@ -2,7 +2,8 @@
 
 Replaced, so that it takes seconds: `make demo` (the same files, of a model of one layer on made
 text), `make test` (nothing), and the start of each `flexolmo` and `python`, which is a fork of one
-process that has imported torch already. Commands, scripts, options, files and the shell are real.
+process that has imported torch already, and reads and writes less text than a user's where no
+option says how much. Commands, scripts, options, files and the shell are real.
 """
 
 import contextlib
@@ -29,6 +30,15 @@ from made_commands import build_commands_once
 ROOT = Path(__file__).parents[1]
 SECONDS = 600
 MADE_SETS = (("public", "public", 150), ("code", "maths", 60), ("academic", "news", 60))
+SMALLER = {
+    "flexolmo.data.batches.EMBEDDING_WINDOWS": 4,
+    "flexolmo.evaluation.influence.OWN_SEQUENCES": 4,
+    "flexolmo.evaluation.influence.OWN_TOKENS": 24,
+    "flexolmo.evaluation.influence.PUBLIC_BYTES": 3000,
+    "flexolmo.merge.compare.SEQUENCE_TOKENS": 16,
+    "flexolmo.merge.compare.WRITTEN_TOKENS": 2,
+    "flexolmo.research.tasks.stories.MAX_NEW_TOKENS": 32,  # read when the next is imported
+}
 PRELOADED = (
     "flexolmo.audit.access",
     "flexolmo.inference.generate",
@@ -95,6 +105,9 @@ done
 def serve(address: str) -> None:
     """Fork for every client and run the command line as its process; never returns."""
     gc.disable()
+    for name, number in SMALLER.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, number)
     for name in PRELOADED:
         importlib.import_module(name)
     from flexolmo.cli import app, main

@@ -53,7 +53,11 @@ def test_every_tutorial_is_tested_and_leads_to_the_next():
     assert all(re.search(r"^```sh\n\. \.venv/bin/activate", text, re.M) for text in pages.values())
 
 
-@pytest.mark.parametrize("line", ["flexolmo --version", "exit 1", "cat nothing | grep nothing"])
+LINES = ["flexolmo --version", "exit 1", "cat nothing | grep nothing"]
+LINES += [f". .venv/bin/activate; echo '{code}' | python -" for code in ("import no", "exit(2)")]
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_a_line_that_fails_is_seen(shell, demo_root, line):
     with pytest.raises(AssertionError):
         shell.run(f"{line}\necho went on", demo_root)

@@ -103,17 +103,22 @@ def choose_device(name: str) -> torch.device:
 
 def software_versions() -> dict[str, str]:
     """Versions of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in ("flexolmo", "torch", "numpy", "safetensors", "tokenizers", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    packages = ("flexolmo", "torch", "numpy", "safetensors", "tokenizers", "transformers")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
 
+@cache
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+@cache
 def source_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+changes"; None outside a checkout."""
+    """Commit of the checkout this package runs from, with "+changes", when this process first asked
+    for it; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

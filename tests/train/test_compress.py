@@ -101,7 +101,7 @@ def test_with_both_sides_known_no_matrix_of_that_rank_costs_less(
     torch.testing.assert_close(a.square().sum(1), b.square().sum(0))
 
 
-def test_curvature_is_what_a_small_change_costs(wild, pico_sets):
+def test_curvature_is_what_a_small_change_costs(wild, pico_sets, as_shipped):
     """Inputs and outputs against hand-made sums of x x^T and of gradients, layer by layer."""
     expert, data = wild.expert(ROUTER, 0, **WHOLE), pico_sets["maths"]
     pair = assemble_mixture(wild.anchor, {"maths": expert}, ROUTER)
@@ -317,7 +317,9 @@ def test_at_full_width_nothing_is_left_out(wild, pico_sets):
 
 @pytest.mark.parametrize("d_ff", [48, 20, 70])
 @pytest.mark.parametrize("width", [1, 7, 19])
-def test_the_columns_that_matter_most_are_kept_as_they_were(wild, pico_sets, d_ff, width):
+def test_the_columns_that_matter_most_are_kept_as_they_were(
+    wild, pico_sets, d_ff, width, as_shipped
+):
     """The importance of columns is computed here layer by layer, without hooks."""
     expert, data = wild.expert(ROUTER, 0, d_ff), pico_sets["maths"]
     small = prune_width(wild.anchor, expert, data, width)

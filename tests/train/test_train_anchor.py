@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from flexolmo.data import batches
 from flexolmo.data.batches import TrainingBatches, embedding_windows
 from flexolmo.data.forms import FAMILIES, write_form
 from flexolmo.data.tokenizer import load_tokenizer, train_tokenizer
@@ -200,12 +199,9 @@ def test_a_stock_checkpoint_becomes_an_anchor(make_wild, pico_anchor, pico_sets,
         torch.testing.assert_close(again(ids).logits, stock(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_a_domain_is_at_most_64_windows_of_its_text(
-    pico_sets, pico_anchor, shipped_windows, monkeypatch
-):
-    monkeypatch.setattr(batches, "EMBEDDING_WINDOWS", shipped_windows)
+def test_a_domain_is_at_most_64_windows_of_its_text(pico_sets, pico_anchor, as_shipped):
     windows = list(embedding_windows(pico_sets["public"], pico_anchor.config.max_seq_len))
-    assert len(windows) == shipped_windows == 64
+    assert len(windows) == 64
     assert all(w.shape[0] == 1 and w.shape[1] <= 256 for w in windows)
 
 

@@ -154,7 +154,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         if ctx is None or ctx.batch_rows is None:
             return F.linear(x, self.weight)
-        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.out_features)
+        return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.weight.shape[0])
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""

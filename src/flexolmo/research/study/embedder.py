@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 from flexolmo.data.batches import TokenSet, embedding_windows
@@ -46,6 +45,8 @@ def fetch_embedder(out: Path) -> str:
 
 def embed_set(data: TokenSet, anchor_config: ModelConfig, embedder: Path) -> Tensor:
     """A set's domain embedding in the model's width, float32 [D], of unit length."""
+    import transformers  # takes a second, which every step of a study would wait
+
     model = transformers.AutoModel.from_pretrained(embedder, use_safetensors=True).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(embedder)
     ours = load_tokenizer(data.directory)

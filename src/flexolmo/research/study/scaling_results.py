@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from flexolmo.files import read_json, write_json
 from flexolmo.model.shape import ExpertShape, count_anchor, expert_shapes
@@ -125,6 +124,8 @@ def fit_lines(cells: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
 
 def predict(line: Mapping[str, Any], parameters: float, tokens: float) -> dict[str, float]:
     """Value of a line at one more cell, and that cell's 95 % interval by Student's t."""
+    from scipy import stats  # takes half a second, which every study would wait
+
     x = np.array([1.0, *_place(parameters, tokens)])
     value = float(x @ [line["at"], line["per_tenfold_parameters"], line["per_tenfold_tokens"]])
     spread = line["residual"] * np.sqrt(1 + x @ np.array(line["covariance"]) @ x)
