@@ -15,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import typer.main
+
 from flexolmo import cli
 
 _SBATCH = """#!{python} -IS
@@ -73,6 +75,7 @@ class Cluster:
         self.draw = random.Random(seed)
         self.faults: dict[tuple[str, int], str] = {}  # of the next try of a part
         self.late: list[list[str]] = []  # asked for, and not begun when Slurm gave them up
+        typer.main.get_command(cli.app)  # built here, once, and not in every fork
 
     def jobs(self) -> dict[str, dict]:
         """Jobs that were submitted, by number."""

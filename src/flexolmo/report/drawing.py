@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
@@ -69,16 +70,17 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 def save_figure(fig: Figure, path: Path, dpi: int = 160, *, is_private: bool = False) -> None:
     """Write `fig` as `path`, a PNG, and as an SVG beside it, each all or nothing, with no date.
 
-    Its parts are laid out once, for both.
+    Its parts are laid out once, for both: `savefig` would draw all of it once more for each.
     """
+    path = Path(path)
     with rc_context(STYLE):
         fig.set_dpi(dpi)
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
-    for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-        file = Path(path).with_suffix(f".{kind}")
-        with rc_context(STYLE), write_aside(file, is_private=is_private) as aside:
-            fig.savefig(aside, format=kind, dpi=dpi, metadata=metadata)
+        with write_aside(path.with_suffix(".png"), is_private=is_private) as aside:
+            FigureCanvasAgg(fig).print_png(aside)
+        with write_aside(path.with_suffix(".svg"), is_private=is_private) as aside:
+            FigureCanvasSVG(fig).print_svg(aside, metadata={"Date": None})
 
 
 # --- text ------------------------------------------------------------------------------------
