@@ -60,6 +60,7 @@ from flexolmo.model.transformer import ModelConfig, Transformer
 
 ANCHOR_VERSION = 3
 FORMLESS_VERSIONS = (1, 2)  # are read too
+WORTH_THREADS_BYTES = 1 << 22  # of tensors; fewer are hashed before threads have started
 MAX_FORMS = 16  # tables of public text in other forms
 SIGNATURE_FILE = "anchor.sig"
 _FILES = (
@@ -196,8 +197,11 @@ def _look_over(
     """Digest and largest numbers; CheckpointError if nobody could use them."""
     state = model.state_dict()
     tensors = state | _public_tensors(public, router_rows, forms)
-    with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
-        found = dict(zip(tensors, pool.map(look_at, tensors.values()), strict=True))
+    if sum(t.nbytes for t in tensors.values()) < WORTH_THREADS_BYTES:
+        found = {name: look_at(tensor) for name, tensor in tensors.items()}
+    else:
+        with ThreadPoolExecutor(4) as pool:  # hashing leaves the interpreter to others
+            found = dict(zip(tensors, pool.map(look_at, tensors.values()), strict=True))
     largest = {name: found[name][1] for name in state}
     _refuse_nonfinite(largest | {"router_rows": found["public.router_rows"][1]})
     unsaid = set() if model.config.document_mask else {"document_mask"}
