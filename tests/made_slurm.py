@@ -152,6 +152,12 @@ class Cluster:
 
 def in_a_fork(do: Callable[[], object], log: Path) -> int:
     """Call `do` in a process of its own, which prints to the end of `log`; its exit status."""
+    return os.waitstatus_to_exitcode(os.waitpid(start_fork(do, log), 0)[1])
+
+
+def start_fork(do: Callable[[], object], log: Path) -> int:
+    """Number of a process that calls `do` and prints to the end of `log`, started by the main
+    thread: what torch leaves to a thread does not outlive a fork in another."""
     child = os.fork()
     if child == 0:
         code = 1
@@ -165,4 +171,4 @@ def in_a_fork(do: Callable[[], object], log: Path) -> int:
             traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
