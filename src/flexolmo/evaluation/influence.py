@@ -21,7 +21,7 @@ from flexolmo.data.batches import TokenSet, evaluation_windows
 from flexolmo.data.forms import FORMS, write_form
 from flexolmo.data.tokenizer import Tokenizer
 from flexolmo.errors import ConfigError, DataError, MergeError
-from flexolmo.evaluation.likelihood import read_windows
+from flexolmo.evaluation.likelihood import panels_of, read_windows
 from flexolmo.inference.own_text import own_windows
 from flexolmo.merge.mixture import Admission, LoadedMixture, add_experts, build_mixture
 from flexolmo.numbers import format_change, format_percent
@@ -265,7 +265,7 @@ def _read_arrangements(
     tokens = {text: sum(len(ids) - 1 for ids, _ in windows) for text, windows in texts.items()}
     total = sum(tokens[text] for chosen in arrangements.values() for text in chosen)
     read = {}
-    panels = mixture.model.cut_panels()
+    panels = panels_of(mixture.model)
     with progress("influence", total, "tok") as meter:
         for on, chosen in arrangements.items():
             ordered = [text for text in texts if text in chosen]

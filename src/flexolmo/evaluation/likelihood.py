@@ -27,6 +27,7 @@ from flexolmo.model.transformer import Transformer
 from flexolmo.progress import Meter, progress
 
 BATCH_TOKENS = 4096
+COPIED_BYTES = 2**31  # of weights, of which a second copy may be made to read faster
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,12 @@ def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
     return ids, real
 
 
+def panels_of(model: Transformer | ProbabilityMixture) -> Panels | None:
+    """Panels to read many windows with; None where their copy of the weights would be large."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    return model.cut_panels() if size <= COPIED_BYTES else None
+
+
 def evaluate_mixture(
     mixture: LoadedMixture,
     sets: Mapping[str, TokenSet],
@@ -159,7 +166,7 @@ def evaluate_mixture(
     }
     tokens = {s: sum(len(ids) - 1 for ids, _ in w) for s, w in windows.items()}
     total = sum(tokens[s] for on_sets in asked.values() for s in on_sets)
-    panels = model.cut_panels()
+    panels = panels_of(model)
     table: dict[str, dict[str, float]] = {}
     routing: dict[str, Any] = {}
     read_by: dict[str, float] = {}
