@@ -8,7 +8,7 @@ import numpy as np
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.data.tokenizer import Tokenizer
-from flexolmo.evaluation.likelihood import read_windows
+from flexolmo.evaluation.likelihood import panels_of, read_windows
 from flexolmo.files import save_arrays
 from flexolmo.inference.decode import continue_ids
 from flexolmo.inference.reader import OwnReader
@@ -66,6 +66,7 @@ def read(step: StepContext) -> dict[str, Any]:
     tokens on which an expert ran (active) by set, [L][E].
     """
     model, settings = model_of(step), step.settings
+    panels = panels_of(model)
     routing: dict[str, Any] = {}
     active: dict[str, Any] = {}
     for split in settings.get("splits", SPLITS):
@@ -75,7 +76,9 @@ def read(step: StepContext) -> dict[str, Any]:
             f"{step.label}, {split}", sum(len(i) - 1 for n in chosen for i, _ in text[n]), "tok"
         ) as meter:
             found = {
-                n: read_windows(model, text[n], enabled=settings.get("enabled"), meter=meter)
+                n: read_windows(
+                    model, text[n], enabled=settings.get("enabled"), panels=panels, meter=meter
+                )
                 for n in chosen
             }
         Reading({n: f.log_probs for n, f in found.items()}).save(step.out / f"{split}.npz")
