@@ -62,9 +62,18 @@ def registry(tmp_path, monkeypatch):
     return links
 
 
-def test_what_a_download_leaves_out_or_mends_is_counted(tmp_path, registry, monkeypatch):
+@pytest.fixture
+def copied(registry, monkeypatch):
+    """The same folder, of which `cp` gets the wheel: for tests of what is in it, as pip takes half
+    a second."""
+    wheel = str(registry / "tiny_texts-1.0-py3-none-any.whl")
+    monkeypatch.setattr(fetch, "_download_command", lambda *asked: ["cp", wheel, str(asked[-1])])
+    return registry
+
+
+def test_what_a_download_leaves_out_or_mends_is_counted(tmp_path, copied, monkeypatch):
     texts = {f"tiny/{i}.txt": made_text(i).encode() + b"\xff" * (i == 4) for i in range(9)}
-    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", texts)
+    _wheel(copied / "tiny_texts-1.0-py3-none-any.whl", texts)
     room = 4 * len(made_text(0)) + 200
     small = Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0-1.0", _extract, room)
     monkeypatch.setattr(sources, "SOURCES", (small,))
@@ -93,11 +102,11 @@ def _extract_long(package: Archive):
 
 @pytest.mark.parametrize("count, is_loud", [(1, False), (9, True)])
 def test_a_loss_is_said_when_it_is_over_a_fifth_and_stays_with_the_set(
-    tmp_path, registry, monkeypatch, count, is_loud
+    tmp_path, copied, monkeypatch, count, is_loud
 ):
     texts = {f"tiny/{i}.txt": made_text(i) for i in range(9)}
     texts |= {f"tiny/short{i}.txt": made_text(i)[:99] for i in range(count)}
-    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", texts)
+    _wheel(copied / "tiny_texts-1.0-py3-none-any.whl", texts)
     monkeypatch.setattr(
         sources,
         "SOURCES",
@@ -120,8 +129,8 @@ def test_a_loss_is_said_when_it_is_over_a_fifth_and_stays_with_the_set(
 
 
 @pytest.mark.parametrize("content", ['{"year": ', "[" * 100_000, '{"year": 1900}', "[]"])
-def test_a_package_laid_out_otherwise_is_a_message(tmp_path, registry, monkeypatch, content):
-    _wheel(registry / "tiny_texts-1.0-py3-none-any.whl", {"p/data/1900_x.json": content})
+def test_a_package_laid_out_otherwise_is_a_message(tmp_path, copied, monkeypatch, content):
+    _wheel(copied / "tiny_texts-1.0-py3-none-any.whl", {"p/data/1900_x.json": content})
     extract = extract_system.presidential_messages
     monkeypatch.setattr(
         sources, "SOURCES", (Source("news", "tiny", "pip", "tiny-texts", "1.0", "CC0", extract),)
