@@ -279,7 +279,7 @@ class _Demo:
                     f"--out eval{suffix}",
                     makes=[f"eval{suffix}"],
                     after=[merge],
-                    seconds=55.0 if suffix else 75.0,
+                    seconds=75.0,
                 )
             )
         bundles = [f"../owners/{n}/outbox/{n}.bundle" for n in self.names]
