@@ -6,6 +6,7 @@ differently when it has another number of rows.
 """
 
 import copy
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain, combinations
 
@@ -89,7 +90,21 @@ def mixtures(make_wild):
     return get
 
 
-panels_of = cache(lambda model: model.cut_panels())
+@cache
+def panels_of(model):
+    """Of a model laid out as a reader does."""
+    model.space_weights()
+    return model.cut_panels()
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run(model, prompt, decode, masks, is_token, has_panels=False):
@@ -114,6 +129,7 @@ CASES = st.fixed_dictionaries(
         "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
         "length": st.integers(1, 24),
         "has_panels": st.booleans(),
+        "threads": st.sampled_from([1, 1, 2]),
         "has_grad": st.booleans(),  # without, an FFN works a piece at a time
         "steps": st.integers(0, 3),
         "padding": st.lists(st.integers(0, 23), min_size=5, max_size=5),
@@ -137,7 +153,7 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
     if case["is_padded"]:
         first = torch.tensor([p % length for p in case["padding"][: len(masks)]])
         is_token = torch.arange(length)[None] >= first[:, None]
-    with torch.set_grad_enabled(case["has_grad"]):
+    with torch.set_grad_enabled(case["has_grad"]), threads(case["threads"]):
         rest = (is_token, case["has_panels"])
         merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, *rest)
         for subset in set(masks):

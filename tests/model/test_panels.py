@@ -59,7 +59,7 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
 
 
 @given(
-    half=st.sampled_from([5, 32, 70, 96]),
+    half=st.sampled_from([5, 32, 70, 96, 1056]),
     rows=st.integers(1, 150),
     threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),

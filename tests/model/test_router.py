@@ -1,5 +1,6 @@
 """Routers against plain double loops in float64."""
 
+import copy
 import math
 from itertools import combinations, pairwise, product
 from pathlib import Path
@@ -314,9 +315,17 @@ def test_a_router_laid_out_says_the_same_and_follows_its_parameters(bias):
         anew.load_state_dict(router.state_dict())
         assert torch.equal(router(h, 6), anew(h, 6))
         assert not torch.equal(router(h, 6), before)
-        router.row(PUBLIC).weight.data = torch.zeros(1, 40)
-        assert router._laid_out() is None
-        assert not router(h, 6)[..., NAMES.index(PUBLIC)].any()
+        again = copy.deepcopy(router)
+        assert again._memory is None and torch.equal(again(h, 6), anew(h, 6))
+        router.row("b").weight.data = torch.zeros(1, 40)
+        anew.row("b").weight.zero_()
+        assert torch.equal(router(h, 6), anew(h, 6))
+        assert router._memory is None
+        again.lay_out()
+        assert again.double()._memory is None
+    router.lay_out()
+    router(h, 6).sum().backward()
+    assert all(row.weight.grad.any() for row in router.rows.values())
 
 
 @given(data=st.data(), experts=st.integers(1, 5), top_k=st.sampled_from([None, 1, 2, 4]))

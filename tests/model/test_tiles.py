@@ -122,6 +122,7 @@ def test_silu_keeps_its_bits_in_whatever_row(width, rows, threads, seed):
         with torch.inference_mode():
             assert torch.equal(silu(x[place:]), silu(x)[place:])
             assert torch.equal(silu(x[place : place + 1].clone()), silu(x)[place : place + 1])
+            assert torch.equal(silu(torch.cat([x, x], 1)[:, :width]), silu(x))
     finally:
         torch.set_num_threads(before)
 

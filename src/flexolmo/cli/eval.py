@@ -198,7 +198,8 @@ def sets(
     own_sets: Annotated[
         bool,
         typer.Option(
-            "--own-sets", help="Read each expert alone on its own set and on public text only."
+            "--own-sets",
+            help="Read each expert alone on the sets named as it and public only, where given.",
         ),
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,

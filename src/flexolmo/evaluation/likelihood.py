@@ -27,7 +27,7 @@ from flexolmo.model.transformer import Transformer
 from flexolmo.progress import Meter, progress
 
 BATCH_TOKENS = 4096
-COPIED_BYTES = 2**31  # of weights, of which a second copy may be made to read faster
+COPIED_BYTES = 2**30  # of weights that may be held up to twice more to read faster
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _pad(batch: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 
 def panels_of(model: Transformer | ProbabilityMixture) -> Panels | None:
-    """Panels to read many windows with; None where their copy of the weights would be large."""
+    """Panels to read many windows with; None where copies of the weights would be large."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return model.cut_panels() if size <= COPIED_BYTES else None
 

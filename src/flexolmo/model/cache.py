@@ -62,9 +62,10 @@ def _rows_of(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _written_of(x: Tensor, rows: Tensor, length: int) -> Tensor:
-    """`_rows_of` keys or values, of which `length` positions are written, with the same room."""
+    """`_rows_of` keys or values, of which `length` positions are written. Copies have the same room
+    behind these; shared memory is left by whoever goes on, so it is without."""
     if len(x) == 1:
-        return _rows_of(x, rows)
+        return _rows_of(x[:, :, :length], rows)
     found = x.new_empty(len(rows), *x.shape[1:])
     found[:, :, :length] = x[:, :, :length][rows.to(x.device)]
     return found

@@ -38,7 +38,8 @@ class Share:
         return x if self.reads is None else x.index_select(0, self.reads)
 
     def pieces(self, most: int) -> "list[Share]":
-        """The same in parts of at most so many rows; whole if all positions picked the expert."""
+        """The same in parts of at most so many rows, a multiple of those that `fill` counts in;
+        whole if all positions picked the expert."""
         if self.rows is None or self.reads is None or len(self.rows) <= most:
             return [self]
         parts = zip(*(x.split(most) for x in (self.weight, self.rows, self.reads)), strict=True)

@@ -4,8 +4,8 @@ Experts go by name: `public` is the anchor's own FFN, the others are owners'. Kn
 nor owners' rights; the caller says which experts are active for each sequence.
 
 A disabled expert changes no bit: its router logit is dropped before the softmax, so no position
-of the sequence picks it; and products are computed in tiles, whose rows keep their bits whatever
-else is in the batch.
+of the sequence picks it; and products are computed in tiles or with panels, whose rows keep their
+bits whatever else is in the batch.
 
 B batch, T positions, D d_model, E experts.
 """
@@ -148,7 +148,7 @@ class Mixture(nn.Module):
         """Weighted sum of the outputs for rows h [N,D]."""
         public = cast(FeedForward, self.expert(PUBLIC))
         mixed, low_rank = None, []
-        most = len(h) if ctx.panels is None else rows_at_once()  # of an expert, which a cache holds
+        most = rows_at_once() if ctx.panels else len(h)  # of an expert, which a cache holds
         for share, expert in zip(shares[1:], [*self.experts.values()][1:], strict=True):
             if share and isinstance(expert, LowRankFeedForward):
                 low_rank.append((share, expert))

@@ -81,7 +81,8 @@ Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
 
 
 def in_steps(num_rows: int) -> int:
-    """The least number no less than `num_rows` of rows that need hardly ever be filled up."""
+    """Number of rows to multiply where there are `num_rows`: as many, or, above PANEL_ROWS, the
+    next number that this many threads share evenly."""
     step = torch.get_num_threads() * ROWS_STEP
     return num_rows if num_rows <= PANEL_ROWS else -(-num_rows // step) * step
 
@@ -171,5 +172,9 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
             at = torch.arange(n) % REFERENCE_ROWS
             if not torch.equal(_multiply(rows[at], matrix, panels), right[at]):
                 return False
+            if n > PANEL_ROWS:
+                place = rows.new_empty(n, d_out)
+                if not torch.equal(_share_out(rows[at], matrix, place), right[at]):
+                    return False
             compared += n * d_out
     return True

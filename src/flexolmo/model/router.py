@@ -17,7 +17,7 @@ K top_k.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -399,7 +399,8 @@ class LinearRouter(nn.Module):
         super().__init__()
         self.settings = settings
         self.names = names
-        self._memory: tuple[Tensor, Tensor | None] | None = None
+        self._memory: tuple[Tensor, Tensor | None] | None = None  # see `lay_out`
+        self._places: list[int] = []
         self.rows = nn.ModuleDict({slot(n): nn.Linear(d_model, 1, bias=False) for n in names})
         self.raw_bias = nn.ParameterDict(
             {
@@ -422,27 +423,41 @@ class LinearRouter(nn.Module):
         raw = self.bias(name)
         return {"weight": self.row(name).weight} | ({} if raw is None else {"raw_bias": raw})
 
+    @torch.no_grad()
     def lay_out(self) -> None:
-        """Put all rows in one memory, as a processor multiplies them, and all biases. Changes no
-        number."""
+        """Put all rows in one memory, as a processor multiplies them, and all biases, where this
+        spares copies. Changes no number."""
         rows, free = self._together()
-        if not rows.is_cpu:
+        if not rows.is_cpu or len(rows) > COLUMNS:
             return
-        self._memory = F.pad(rows, (0, 0, 0, -len(rows) % COLUMNS)).T.contiguous(), free
-        for name, own in zip(self.names, self._memory[0].split(1, dim=1), strict=False):
-            self.row(name).weight.data = own.T
+        columns = F.pad(rows, (0, 0, 0, COLUMNS - len(rows))).T.contiguous()
+        for row, own in zip(self.rows.values(), columns.split(1, dim=1), strict=False):
+            row.weight.data = own.T
         if free is not None:
-            for name, one in zip(self.names[1:], free.split(1), strict=False):
-                self.raw_bias[slot(name)].data = one
+            for raw, one in zip(self.raw_bias.values(), free.split(1), strict=False):
+                raw.data = one
+        self._memory = columns.T, free
+        self._places = self._where()
+
+    def _where(self) -> list[int]:
+        """Addresses of all parameters."""
+        every = [*(row.weight for row in self.rows.values()), *self.raw_bias.values()]
+        return [p.data_ptr() for p in every]
 
     def _laid_out(self) -> tuple[Tensor, Tensor | None] | None:
-        """Rows [E or more,D] and free parameters [E-1 or more], zeros behind them; None if they
-        are not laid out, or have moved since."""
-        if self._memory is None:
-            return None
-        rows, free = self._memory
-        is_there = self.row(PUBLIC).weight.data_ptr() == rows.data_ptr()
-        return (rows.T, free) if is_there else None
+        """Rows [COLUMNS,D] and free parameters, with 0 behind those of experts; None if they are
+        not laid out, a parameter has another memory since, or rows are to have gradients."""
+        if self._memory is not None and self._places != self._where():
+            self._memory = None
+        return None if torch.is_grad_enabled() else self._memory
+
+    def _apply(self, *arguments: Any, **options: Any) -> "LinearRouter":
+        self._memory = None  # parameters move
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_memory": None}  # a copy has other memory
 
     def _together(self) -> tuple[Tensor, Tensor | None]:
         """A copy of rows [E,D] and of free parameters, which are filled up, as the library rounds

@@ -104,7 +104,7 @@ def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     d_out, d_in = weight.shape
     tile = tile_rows(batch_rows, COLUMNS * d_in)
     if not (x.is_cpu and columns_keep_bits(tile, d_in, x.dtype, torch.get_num_threads())):
-        return torch.cat([F.linear(x, row) for row in weight.split(1)], dim=1)
+        return torch.cat([F.linear(x, row.contiguous()) for row in weight.split(1)], dim=1)
     if missing := -d_out % COLUMNS:
         weight = F.pad(weight, (0, 0, 0, missing))
     blocks = [product(x, block, batch_rows) for block in weight.split(COLUMNS)]

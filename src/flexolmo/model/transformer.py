@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
@@ -119,8 +120,8 @@ class ForwardContext:
 
     @property
     def fill(self) -> Callable[[int], int] | None:
-        """Number of rows that an expert reads where so many picked it, so that products need not
-        fill them up; None in training."""
+        """Function from the number of rows that picked an expert to the number that it reads, so
+        that products need not fill them up; None in training."""
         if self.batch_rows is None:
             return None
         if self.panels:
@@ -312,7 +313,8 @@ class Attention(nn.Module):
             return tuple(m(x, ctx) for m in matrices)
         flat = x.flatten(0, 1)
         found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u))
-        parts = found.split([m.out_features for m in matrices], dim=1)
+        ends = accumulate((m.out_features for m in matrices), initial=0)
+        parts = (found[:, start:end] for start, end in pairwise(ends))
         return tuple(m.add_low(flat, y, ctx) for m, y in zip(matrices, parts, strict=True))
 
 
