@@ -1,4 +1,4 @@
-# make demo   set up, then the whole story on real text (about eleven minutes on two cores)
+# make demo   set up, then the whole story on real text (about nine minutes on two cores)
 # make test   set up, then the tests
 # make check  set up, then ruff format, ruff, mypy and a strict build of the documentation
 # make docs   set up, then the documentation in site/

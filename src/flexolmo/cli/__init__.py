@@ -27,7 +27,7 @@ app = typer.Typer(
     a signed bundle. A coordinator merges bundles into one mixture. Whoever runs it switches each
     source on or off, per request and completely.
 
-    The whole story on real text, in about twelve minutes:  flexolmo demo
+    The whole story on real text, in about nine minutes:  flexolmo demo
     """,
 )
 app.add_typer(data.app, name="data")
