@@ -22,10 +22,10 @@ from flexolmo.errors import ConfigError
 from flexolmo.model.tiles import WORK_PER_THREAD, silu, spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
-PANEL_ROWS = 32  # above which products are faster with the matrix than with its panels
+PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
 MOST_ROWS = 128  # multiplied at once by a thread, than which more are not faster
-FEWEST_ROWS = 16  # to give a thread of its own
-ROWS_STEP = 8  # of a thread, above PANEL_ROWS, so that few numbers of rows need be tried
+FEWEST_ROWS = 64  # for each of several threads, that all should read the whole matrix
+ROWS_STEP = 8  # of a thread, where panels are not read, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 NUMBERS_TO_TRY = 2**16 + 1  # that differ
@@ -53,7 +53,7 @@ class Cut:
             return torch.cat([self.times(part) for part in parts])
         found = x.new_empty(n, self.matrix.shape[1])
         for part, place in zip(parts, found.split(rows), strict=True):
-            if len(part) > PANEL_ROWS and self._rows(len(part)) == len(part):
+            if len(part) > most_in_panels() and self._rows(len(part)) == len(part):
                 _share_out(part, self.matrix, place)  # which spares a copy
             else:
                 place.copy_(self.times(part))
@@ -64,7 +64,7 @@ class Cut:
         n = x.shape[0]
         rows = self._rows(n)
         half = self.matrix.shape[1] // 2
-        if not n <= rows <= PANEL_ROWS or half % WIDTH or half > WORK_PER_THREAD:
+        if not n <= rows <= most_in_panels() or half % WIDTH or half > WORK_PER_THREAD:
             gate, up = self.times(x).chunk(2, dim=1)
             return silu(gate).mul_(up)
         if rows > n:
@@ -80,11 +80,17 @@ class Cut:
 Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
 
 
+def most_in_panels() -> int:
+    """Number of rows up to which products are faster with panels, which threads share."""
+    num_threads = torch.get_num_threads()
+    return PANEL_ROWS if num_threads == 1 else FEWEST_ROWS * num_threads - 1
+
+
 def in_steps(num_rows: int) -> int:
-    """Number of rows to multiply where there are `num_rows`: as many, or, above PANEL_ROWS, the
-    next number that this many threads share evenly."""
+    """Number of rows to multiply where there are `num_rows`: as many, or, without panels, the next
+    number that all threads share evenly."""
     step = torch.get_num_threads() * ROWS_STEP
-    return num_rows if num_rows <= PANEL_ROWS else -(-num_rows // step) * step
+    return num_rows if num_rows <= most_in_panels() else -(-num_rows // step) * step
 
 
 def can_cut(weight: Tensor) -> bool:
@@ -109,7 +115,7 @@ def _cut(matrix: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
     n = x.shape[0]
-    if n > PANEL_ROWS:
+    if n > most_in_panels():
         return _share_out(x, matrix)
     beside = _by_panel(x, panels).transpose(0, 1).reshape(n, -1)
     width = matrix.shape[1]
@@ -122,10 +128,10 @@ def _by_panel(x: Tensor, panels: Tensor) -> Tensor:
 
 
 def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """Products [n,out] of rows x [n,in], in even parts for the threads if there are enough."""
+    """Products [n,out] of rows x [n,in], in even parts for the threads."""
     n, d_in = x.shape
     parts = torch.get_num_threads()
-    if parts == 1 or n % parts or n < parts * FEWEST_ROWS:
+    if parts == 1 or n % parts:
         return torch.mm(x, matrix, out=out)
     place = None if out is None else out.view(parts, -1, out.shape[1])
     found = torch.bmm(x.view(parts, -1, d_in), matrix.expand(parts, -1, -1), out=place)
@@ -139,8 +145,8 @@ def _rows(n: int, *kind: int) -> int:
     *_, num_threads = kind
     if n > num_threads * MOST_ROWS:
         return num_threads * MOST_ROWS
-    if n > PANEL_ROWS:
-        likely = [in_steps(n), PANEL_ROWS]
+    if n > most_in_panels():
+        likely = [in_steps(n), most_in_panels()]
     else:
         likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
     return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)
@@ -150,7 +156,7 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
     """True if each of n rows has the bits that it has among REFERENCE_ROWS, which must have them
     in whatever place. Found by trying, with rows of the matrix that begin `step` numbers apart.
     Raises ConfigError if these have not."""
-    if n <= PANEL_ROWS:
+    if n <= most_in_panels():
         d_out = min(-(-d_out // WIDTH) * WIDTH, COLUMNS_TO_TRY)  # whole panels, all read alike
         step = d_out
     compared = 0
@@ -172,7 +178,7 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
             at = torch.arange(n) % REFERENCE_ROWS
             if not torch.equal(_multiply(rows[at], matrix, panels), right[at]):
                 return False
-            if n > PANEL_ROWS:
+            if n > most_in_panels():
                 place = rows.new_empty(n, d_out)
                 if not torch.equal(_share_out(rows[at], matrix, place), right[at]):
                     return False
