@@ -24,7 +24,7 @@ from flexolmo.model.tiles import WORK_PER_THREAD, silu, spaced
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
 MOST_ROWS = 128  # multiplied at once by a thread, than which more are not faster
-FEWEST_ROWS = 64  # for each of several threads, that all should read the whole matrix
+THREAD_ROWS = 64  # for each of several threads, from which on all may read the whole matrix
 ROWS_STEP = 8  # of a thread, where panels are not read, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
@@ -46,8 +46,7 @@ class Cut:
         if rows == n:
             return _multiply(x, self.matrix, self.panels)
         if rows > n:
-            filled = torch.cat([x, x.new_zeros(rows - n, x.shape[1])])  # in less time than `pad`
-            return _multiply(filled, self.matrix, self.panels)[:n]
+            return _multiply(_filled(x, rows), self.matrix, self.panels)[:n]
         parts = x.split(rows)
         if torch.is_grad_enabled():
             return torch.cat([self.times(part) for part in parts])
@@ -67,9 +66,7 @@ class Cut:
         if not n <= rows <= most_in_panels() or half % WIDTH or half > WORK_PER_THREAD:
             gate, up = self.times(x).chunk(2, dim=1)
             return silu(gate).mul_(up)
-        if rows > n:
-            x = torch.cat([x, x.new_zeros(rows - n, x.shape[1])])
-        gate, up = _by_panel(x, self.panels).chunk(2)
+        gate, up = _by_panel(_filled(x, rows), self.panels).chunk(2)
         return silu(gate).mul_(up).transpose(0, 1).reshape(rows, -1)[:n]
 
     def _rows(self, n: int) -> int:
@@ -83,7 +80,7 @@ Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
 def most_in_panels() -> int:
     """Number of rows up to which products are faster with panels, which threads share."""
     num_threads = torch.get_num_threads()
-    return PANEL_ROWS if num_threads == 1 else FEWEST_ROWS * num_threads - 1
+    return PANEL_ROWS if num_threads == 1 else THREAD_ROWS * num_threads - 1
 
 
 def in_steps(num_rows: int) -> int:
@@ -120,6 +117,12 @@ def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
     beside = _by_panel(x, panels).transpose(0, 1).reshape(n, -1)
     width = matrix.shape[1]
     return beside if width == beside.shape[1] else beside[:, :width]
+
+
+def _filled(x: Tensor, rows: int) -> Tensor:
+    """x [n,in] with rows of 0 below, [rows,in]."""
+    n, d_in = x.shape
+    return x if rows == n else torch.cat([x, x.new_zeros(rows - n, d_in)])  # faster than `pad`
 
 
 def _by_panel(x: Tensor, panels: Tensor) -> Tensor:
