@@ -6,7 +6,6 @@ differently when it has another number of rows.
 """
 
 import copy
-from contextlib import contextmanager
 from functools import cache
 from itertools import chain, combinations
 
@@ -21,6 +20,7 @@ from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
+from made_threads import threads
 
 OWNERS = ("amber", "basalt", "cobalt")
 SUBSETS = list(chain.from_iterable(combinations(OWNERS, n) for n in range(4)))
@@ -95,16 +95,6 @@ def panels_of(model):
     """Of a model laid out as a reader does."""
     model.space_weights()
     return model.cut_panels()
-
-
-@contextmanager
-def threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def run(model, prompt, decode, masks, is_token, has_panels=False):

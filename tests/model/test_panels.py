@@ -10,6 +10,7 @@ from flexolmo.errors import ConfigError
 from flexolmo.model import panels
 from flexolmo.model.panels import MOST_ROWS, PANEL_ROWS, cut
 from flexolmo.model.transformer import Linear
+from made_threads import threads
 
 
 def linears(widths, d_in, draw):
@@ -32,11 +33,11 @@ def tried_anew():
     widths=st.lists(st.sampled_from([2, 5, 32, 40, 96]), min_size=1, max_size=3),
     d_in=st.sampled_from([1, 2, 33, 64, 300, 1376]),
     rows=st.one_of(st.integers(1, 70), st.sampled_from([127, 128, 129, 192, 300])),
-    threads=st.sampled_from([1, 2]),
+    num_threads=st.sampled_from([1, 2]),
     data=st.data(),
 )
 @settings(derandomize=True, max_examples=40, deadline=None)
-def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows, threads, data):
+def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows, num_threads, data):
     """However many are multiplied: from panels, with the matrix, or a part at a time."""
     draw = torch.Generator().manual_seed(rows)
     matrices = linears(widths, d_in, draw)
@@ -44,15 +45,10 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
     x = torch.randn(rows, d_in, generator=draw)
     sizes = st.one_of(st.integers(1, 20), st.integers(PANEL_ROWS, 2 * PANEL_ROWS))
     picked = torch.randint(rows, (data.draw(sizes),), generator=draw)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            both = cut(matrices)
-            found = both.times(x)
-            assert torch.equal(both.times(x[picked]), found[picked])
-    finally:
-        torch.set_num_threads(before)
+    with threads(num_threads), torch.no_grad():
+        both = cut(matrices)
+        found = both.times(x)
+        assert torch.equal(both.times(x[picked]), found[picked])
     right = (x.double() @ torch.cat(weights).double().T).float()
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(m.weight, w) for m, w in zip(matrices, weights, strict=True))
@@ -61,25 +57,20 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
 @given(
     half=st.sampled_from([5, 32, 70, 96, 1056]),
     rows=st.integers(1, 150),
-    threads=st.sampled_from([1, 2]),
+    num_threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
 @settings(derandomize=True, max_examples=40, deadline=None)
-def test_halves_are_gated_alike_for_few_rows_and_for_many(half, rows, threads, seed):
+def test_halves_are_gated_alike_for_few_rows_and_for_many(half, rows, num_threads, seed):
     draw = torch.Generator().manual_seed(seed)
     gate, up = matrices = linears([half, half], 64, draw)
     x = torch.randn(rows, 64, generator=draw)
     picked = torch.randint(rows, (1 + seed % (2 * PANEL_ROWS),), generator=draw)
     right = F.silu(x @ gate.weight.T) * (x @ up.weight.T)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.no_grad():
-            both = cut(matrices)
-            found = both.gated(x)
-            assert torch.equal(both.gated(x[picked]), found[picked])
-    finally:
-        torch.set_num_threads(before)
+    with threads(num_threads), torch.no_grad():
+        both = cut(matrices)
+        found = both.gated(x)
+        assert torch.equal(both.gated(x[picked]), found[picked])
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 from flexolmo.errors import ConfigError
 from flexolmo.model import tiles
 from flexolmo.model.tiles import MAX_TILE_ROWS, columns, in_tiles, product, silu, spaced, tile_rows
+from made_threads import threads
 
 WIDTHS = st.sampled_from([1, 2, 3, 5, 8, 20, 32, 33, 70, 256])
 
 
 @pytest.fixture(params=[1, 2])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+def some_threads(request):
+    with threads(request.param):
+        yield request.param
 
 
 @given(
@@ -46,7 +45,7 @@ def check_rows_keep_their_bits(batch_rows, widths, dtype, is_turned, data):
     assert torch.equal(product(other, weight, batch_rows)[rows], whole[rows])
 
 
-def test_rows_keep_their_bits(threads):
+def test_rows_keep_their_bits(some_threads):
     check_rows_keep_their_bits()
 
 
@@ -60,7 +59,7 @@ def test_rows_keep_their_bits(threads):
         (55, 1024, 128, torch.bfloat16),
     ],
 )
-def test_rows_keep_their_bits_where_few_numbers_tell(batch_rows, d_in, d_out, dtype, threads):
+def test_rows_keep_their_bits_where_few_numbers_tell(batch_rows, d_in, d_out, dtype, some_threads):
     for seed in range(60):
         draw = torch.Generator().manual_seed(seed)
         x = torch.randn(batch_rows, d_in, generator=draw).to(dtype)
@@ -109,22 +108,17 @@ def test_a_gap_between_columns_changes_no_number_and_rows_keep_their_bits(shape,
 @given(
     width=st.sampled_from([1, 33, 64, 96, 704, 1376]),
     rows=st.integers(1, 200),
-    threads=st.sampled_from([1, 2]),
+    num_threads=st.sampled_from([1, 2]),
     seed=st.integers(0, 99),
 )
 @settings(derandomize=True, max_examples=60, deadline=None)
-def test_silu_keeps_its_bits_in_whatever_row(width, rows, threads, seed):
+def test_silu_keeps_its_bits_in_whatever_row(width, rows, num_threads, seed):
     x = 4 * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     place = seed % rows
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.inference_mode():
-            assert torch.equal(silu(x[place:]), silu(x)[place:])
-            assert torch.equal(silu(x[place : place + 1].clone()), silu(x)[place : place + 1])
-            assert torch.equal(silu(torch.cat([x, x], 1)[:, :width]), silu(x))
-    finally:
-        torch.set_num_threads(before)
+    with threads(num_threads), torch.inference_mode():
+        assert torch.equal(silu(x[place:]), silu(x)[place:])
+        assert torch.equal(silu(x[place : place + 1].clone()), silu(x)[place : place + 1])
+        assert torch.equal(silu(torch.cat([x, x], 1)[:, :width]), silu(x))
 
 
 @given(length=st.integers(1, 100), start=st.integers(0, 40), seed=st.integers(0, 99))
