@@ -28,12 +28,11 @@ from torch import Tensor, nn
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
 from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, weigh_evidence
-from flexolmo.model.tiles import COLUMNS, columns
+from flexolmo.model.tiles import COLUMNS, REGISTERS_BYTES, columns
 
 EvidenceState = tuple[Tensor, Tensor]
 MAX_NATS = 300.0  # by which the filter's weights may grow or shrink before they are scaled
 LONG_TEXT = 32  # tokens that the filter reads in blocks
-BIASES = 32  # numbers of a row that fill a processor's registers
 FEW_TEXTS = 4  # of which a processor reads blocks faster than tokens
 
 
@@ -466,13 +465,14 @@ class LinearRouter(nn.Module):
         if not self.raw_bias:
             return rows, None
         free = torch.cat([self.raw_bias[slot(n)] for n in self.names[1:]])
-        return rows, F.pad(free, (0, -len(free) % BIASES))
+        return rows, F.pad(free, (0, -len(free) % (REGISTERS_BYTES // free.element_size())))
 
     def forward(self, h: Tensor, batch_rows: int | None) -> Tensor:
         """Logits [B,T,E], in the order of `names`; h [B,T,D], batch_rows as in `product`."""
         x = h.float().flatten(0, 1)
         num_experts = len(self.names)
-        rows, free = (batch_rows and self._laid_out()) or self._together()
+        laid_out = None if batch_rows is None else self._laid_out()
+        rows, free = laid_out or self._together()
         logits = columns(x, rows.float(), batch_rows)[:, :num_experts]  # [N,E]
         if free is not None:
             free = free.float()
