@@ -92,7 +92,7 @@ def read_windows(
             if isinstance(model, AnyMixture) and enabled is not None:
                 active = model.expert_mask([list(enabled)] * len(batch))
             routing: list[Tensor] = []
-            options = {"panels": panels} if panels else {}
+            options = {"panels": panels} if panels else {}  # of which stock knows nothing
             logits = model(ids[:, :-1], active=active, routing=routing, **options)  # [B,T,V]
             loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
@@ -155,15 +155,15 @@ def evaluate_mixture(
     for token_set in sets.values():
         token_set.check_tokenizer(mixture.tokenizer.digest, "the mixture")
     names = mixture.expert_names
+    alone = {f"expert {n}": n for n in names}
     arrangements: dict[str, list[str]] = {"anchor": []}
-    arrangements |= {f"expert {n}": [n] for n in names}
+    arrangements |= {arrangement: [n] for arrangement, n in alone.items()}
     arrangements["mixture"] = names
     arrangements |= {f"mixture without {n}": [m for m in names if m != n] for n in names}
     windows = {s: list(evaluation_windows(t, split, seq_len, max_bytes)) for s, t in sets.items()}
-    asked = {
-        a: [s for s in windows if not own_sets or not a.startswith("expert ") or s in (PUBLIC, *on)]
-        for a, on in arrangements.items()
-    }
+    asked = {arrangement: list(windows) for arrangement in arrangements}
+    if own_sets:
+        asked |= {a: [s for s in windows if s in (PUBLIC, n)] for a, n in alone.items()}
     tokens = {s: sum(len(ids) - 1 for ids, _ in w) for s, w in windows.items()}
     total = sum(tokens[s] for on_sets in asked.values() for s in on_sets)
     panels = panels_of(model)
