@@ -14,6 +14,7 @@ import time
 import traceback
 
 import torch
+import torch.distributed as dist
 
 from flexolmo.cli import main
 from flexolmo.data.batches import open_set
@@ -56,6 +57,7 @@ STEPS = {  # of a study, by kind: settings and inputs
     ),
     "tuned": ({"sets": ["maths"]}, {"expert.maths": "linear maths", "proxy.maths": "proxy maths"}),
 }
+STAGES = 5  # of `work`, beside the steps
 SHAPES = [(3, 5, 4), (4, 4, 7), (1, 9, 2), (2, 1, 3)]  # n, a, b: even and uneven over two
 
 
@@ -215,7 +217,7 @@ def work(here, anchor_dir, set_dirs, ports):
     found["expert"] = command(ports[2], "expert", "train", *own, f"--out={here / 'expert'}")
     found["bad"] = command(ports[3], "expert", "train", *own, "--set=train.batch_size=3")
     found["steps"] = {}
-    for kind, port in zip(STEPS, ports[5:], strict=True):
+    for kind, port in zip(STEPS, ports[STAGES:], strict=True):
         os.environ["MASTER_PORT"] = port
         with processes("cpu") as device:
             found["steps"][kind] = do_step(kind, here / kind, here / "inputs", str(device))
@@ -231,7 +233,15 @@ def work(here, anchor_dir, set_dirs, ports):
 
 
 def in_two_processes(here, *given):
-    """Do `work` in two processes; what each printed, and what it said of errors."""
+    """Do `work` in two processes; what each printed, and what it said of errors.
+
+    As torchrun does, this one holds the stores by which they meet, whose ports nobody else can take.
+    """
+    stores = [
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for _ in range(STAGES + len(STEPS))
+    ]
+    ports = [str(store.port) for store in stores]
     children = []
     for rank in range(2):
         child = os.fork()
@@ -242,8 +252,8 @@ def in_two_processes(here, *given):
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": "0"}
                 os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-                os.environ["MASTER_ADDR"] = "127.0.0.1"
-                work(here, *given)
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+                work(here, *given, ports)
             except BaseException:
                 traceback.print_exc()
             finally:

@@ -1,7 +1,6 @@
 """Two processes equal one."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -35,14 +34,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def free_ports(count):
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [str(s.getsockname()[1]) for s in held]
-    for s in held:
-        s.close()
-    return ports
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs):
     """What steps of a study are given: text, an anchor, experts and a proxy."""
@@ -70,8 +61,7 @@ def two(tmp_path_factory, pico_anchor, pico_anchor_dir, pico_sets, pico_set_dirs
     here = tmp_path_factory.mktemp("two")
     (here / "inputs").symlink_to(inputs)
     losses_of(pico_anchor, pico_sets, "whole", here / "stopped", stop_after=2)
-    ports = free_ports(5 + len(STEPS))
-    printed = in_two_processes(here, pico_anchor_dir, pico_set_dirs, ports)
+    printed = in_two_processes(here, pico_anchor_dir, pico_set_dirs)
     assert (here / "found1.json").exists(), printed
     found = [json.loads((here / f"found{rank}.json").read_text()) for rank in range(2)]
     return found, printed, here
