@@ -235,7 +235,7 @@ def work(here, anchor_dir, set_dirs, ports):
 def in_two_processes(here, *given):
     """Do `work` in two processes; what each printed, and what it said of errors.
 
-    As torchrun does, this one holds the stores by which they meet, whose ports nobody else can take.
+    As torchrun does, this one holds the stores by which they meet: nobody else takes their ports.
     """
     stores = [
         dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
