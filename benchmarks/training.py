@@ -150,8 +150,7 @@ class StackedExperts(nn.Module):
 
     def forward(self, h: Tensor, ctx: ForwardContext) -> Tensor:
         logits = F.linear(h, self.router).float()  # [B,T,E]
-        assert ctx.router_logits is not None
-        ctx.router_logits.append(logits)
+        self.logits = logits  # not in ctx's list, whose length would have each layer compiled anew
         weights = logits.softmax(-1)
         mixed = torch.zeros_like(h)
         for e in range(2):
@@ -165,10 +164,10 @@ def upstream_step(anchor: Anchor, size: str, is_compiled: bool = False) -> Step:
     model = Transformer(anchor.config)
     model.load_state_dict(anchor.model.state_dict())
     model.requires_grad_(False)
-    stacked = []
-    for block in model.layers:
-        block.mlp = StackedExperts(anchor.config.d_model, anchor.config.d_ff)
-        stacked += list(block.mlp.parameters())
+    experts = [StackedExperts(anchor.config.d_model, anchor.config.d_ff) for _ in model.layers]
+    for block, layer in zip(model.layers, experts, strict=True):
+        block.mlp = layer
+    stacked = [p for layer in experts for p in layer.parameters()]
     if is_compiled:
         for block in model.layers:
             block.compile(dynamic=False)
@@ -176,11 +175,10 @@ def upstream_step(anchor: Anchor, size: str, is_compiled: bool = False) -> Step:
 
     def loss_of(step: int) -> Tensor:
         ids = read(step)
-        logits: list[Tensor] = []
-        found = model(ids[:, :-1], router_logits=logits)  # [B,T,V]
+        found = model(ids[:, :-1])  # [B,T,V]
         loss = F.cross_entropy(found.flatten(0, 1), ids[:, 1:].flatten())
-        for z in logits:
-            loss = loss + 1e-3 / len(logits) * z.logsumexp(-1).square().mean()
+        for layer in experts:
+            loss = loss + 1e-3 / len(experts) * layer.logits.logsumexp(-1).square().mean()
         return loss
 
     return zeroed_step(model.train(), stacked, loss_of)

@@ -40,7 +40,7 @@ def anchor(pico_anchor, device):
 def prepare(anchor, pico_sets):
     """The pair, its parameters, and their gradients and loss at a step, under some settings."""
 
-    def run(scope, step=0, **changes):
+    def run(scope, step=0, anchor=anchor, **changes):
         recipe = ExpertRecipe(
             beside_anchor=True, train=BRIEF.model_copy(update=changes), **SCOPES[scope]
         )
@@ -120,9 +120,27 @@ needs_compiling = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def deep_anchor(anchor):
+    """The anchor with its two layers twice over: a program for each of four would show."""
+    model = Transformer(anchor.config.model_copy(update={"num_layers": 4}))
+    weights = anchor.model.state_dict()
+    again = {
+        n.replace(f"layers.{i}.", f"layers.{i + 2}."): t
+        for i in range(2)
+        for n, t in weights.items()
+        if f"layers.{i}." in n
+    }
+    model.load_state_dict(weights | again)
+    rows = anchor.router_rows.repeat(2, 1)
+    return replace(anchor, model=model.to(anchor.model.device), router_rows=rows)
+
+
 @needs_compiling
-@pytest.mark.parametrize("scope", ["all", "low rank", "paper"])
-def test_compiled_blocks_give_the_same_step_and_are_compiled_once(prepare, scope, monkeypatch):
+@pytest.mark.parametrize("scope", SCOPES)
+def test_compiled_blocks_give_the_same_step_and_are_compiled_once(
+    prepare, scope, deep_anchor, monkeypatch
+):
     """One program for all layers, and one more if the first has nothing to hand back. Without the
     C++ compiler, which takes long."""
     compile_ = torch.compile
@@ -133,11 +151,11 @@ def test_compiled_blocks_give_the_same_step_and_are_compiled_once(prepare, scope
     counted = torch._dynamo.utils.counters
     counted.clear()
     for step in range(3):
-        _, nats, expected = prepare(scope, step)
-        _, found_nats, found = prepare(scope, step, compile="on")
+        _, nats, expected = prepare(scope, step, deep_anchor)
+        _, found_nats, found = prepare(scope, step, deep_anchor, compile="on")
         assert found_nats == pytest.approx(nats, rel=1e-5)
         close(found, expected, rtol=1e-3)
-    assert counted["stats"]["unique_graphs"] == (1 if scope == "all" else 2)
+    assert counted["stats"]["unique_graphs"] == (1 if scope in ("all", "deltas") else 2)
     assert not counted["graph_break"]
 
 

@@ -5,6 +5,7 @@ decided by the run's size alone, never by a clock: a run that is resumed decides
 """
 
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,7 +65,12 @@ def _run_compiled(compiled: Any) -> Any:
             for rows in (ctx.blend.public_rows, ctx.blend.public_weight, ctx.blend.own_rows):
                 if rows is not None:
                     torch._dynamo.maybe_mark_dynamic(rows, 0)
-        found: Tensor = compiled(block, x, ctx, layer)
+        if ctx.router_logits is None:
+            found: Tensor = compiled(block, x, ctx, layer)
+            return found
+        logits: list[Tensor] = []  # one that grows would differ from layer to layer
+        found = compiled(block, x, replace(ctx, router_logits=logits), layer)
+        ctx.router_logits += logits
         return found
 
     return run
