@@ -109,7 +109,8 @@ def bar_of(row: Row) -> str:
 def markdown_table(results: Mapping[str, Any]) -> str:
     """The table, with two threads' figures after one thread's; rows without any are left out."""
     runs = [results[k] if k else results for k in ("", "two_threads") if not k or k in results]
-    sizes = [s for s in ("pico", "S", "M", "L") if any(s in results.get(p, {}) for p in PARTS)]
+    measured = {size for run in runs for part in PARTS for size in run.get(part, ())}
+    sizes = [s for s in ("pico", "S", "M", "L") if s in measured]
     lines = [
         f"| one thread{' / two' if len(runs) > 1 else ''} | bar | {' | '.join(sizes)} |",
         "|---|---|" + "---|" * len(sizes),
