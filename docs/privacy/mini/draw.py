@@ -1,6 +1,7 @@
 """Draw the page's figures from results.json beside it: python docs/privacy/mini/draw.py."""
 
 import json
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def draw_batch_and_rank(results: dict[str, Any]) -> Figure:
     runs = results["gain_kept_by_batch_and_rank"]
     fig = Figure(figsize=(MAX_WIDTH_INCHES, 3.6))
     axes = fig.subplots(1, 2, sharey=True)
-    for ax, varied, same in zip(axes, ("batch_size", "rank"), ("rank", "batch_size"), strict=True):
+    for ax, (varied, same) in zip(axes, permutations(RECIPE), strict=True):
         curve = {
             name: np.log2(run[varied])
             for name, run in sorted(runs.items(), key=lambda item: item[1][varied])
@@ -124,9 +125,6 @@ def draw_batch_and_rank(results: dict[str, Any]) -> Figure:
 
 if __name__ == "__main__":
     results = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
-    for name, figure in (
-        ("gain", draw_gain(results)),
-        ("batch_and_rank", draw_batch_and_rank(results)),
-    ):
-        save_figure(figure, HERE / f"{name}.png")
+    for name, draw in (("gain", draw_gain), ("batch_and_rank", draw_batch_and_rank)):
+        save_figure(draw(results), HERE / f"{name}.png")
         (HERE / f"{name}.svg").unlink()  # the page shows the other form
