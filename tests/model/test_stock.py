@@ -85,9 +85,14 @@ def spoil(source, target, tensors=None, **changes):
     return target
 
 
-def stock_logits(directory, **options):
+def stock_logits(directory, by_columns=False, **options):
+    model = AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+    if by_columns:  # as our matrices lie, which changes the last bits of some processors' products
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = module.weight.data.T.contiguous().T
     with torch.inference_mode():
-        return AutoModelForCausalLM.from_pretrained(directory, **options).eval()(IDS).logits
+        return model(IDS).logits
 
 
 def our_logits(directory, in_tiles=False):
@@ -116,7 +121,8 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 @pytest.mark.parametrize("dtype", CLOSE)
 def test_a_dense_checkpoint_gives_stocks_logits_bit_for_bit_in_its_precision(made, dtype):
-    ours, theirs = our_logits(made("olmo2", dtype)), stock_logits(made("olmo2", dtype))
+    ours = our_logits(made("olmo2", dtype))
+    theirs = stock_logits(made("olmo2", dtype), by_columns=True)
     assert ours.dtype == dtype and torch.equal(ours, theirs)
     assert ours.float().std() > 0.3
     in_tiles = our_logits(made("olmo2", dtype), in_tiles=True)  # as they are read by default

@@ -24,6 +24,7 @@ from flexolmo.model.cache import Cache
 from flexolmo.model.deltas import (
     DeltaEmbedding,
     DeltaLinear,
+    LowRank,
     LowRankFeedForward,
     Share,
     blend_low_rank,
@@ -47,6 +48,7 @@ from flexolmo.model.router import (
 from flexolmo.model.shape import ATTENTION_PARTS, ExpertShape
 from flexolmo.model.spans import Reads
 from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.tiles import spaced
 from flexolmo.model.transformer import (
     FeedForward,
     ForwardContext,
@@ -103,7 +105,7 @@ class Mixture(nn.Module):
     def group(self, weights: Tensor, ctx: ForwardContext) -> Groups | None:
         """Groups of a small batch from its weights [B,T,E], where experts are whole, of one width
         and in panels."""
-        is_small = weights.shape[:2].numel() <= GROUPED_ROWS
+        is_small = 1 < weights.shape[:2].numel() <= GROUPED_ROWS
         return groups_of(weights, ctx.dtype) if ctx.panels and self.is_even and is_small else None
 
     def _logits(
@@ -235,6 +237,10 @@ class MixtureModel(Transformer):
         for mixture in self.mixtures():
             if isinstance(mixture.router, LinearRouter):
                 mixture.router.lay_out()
+        for module in self.modules():
+            if isinstance(module, LowRank):
+                for p in module.parameters():
+                    p.data = spaced(p.data)
 
     def expert_mask(self, enabled: Iterable[Iterable[str] | None]) -> Tensor:
         """[B,E] from one set of owners' names per sequence; None enables all, public always is.

@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 ENOUGH_ROWS = 2048  # numbers of a tile's rows
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
+ENOUGH_WORK = 2**13  # products of two numbers: a library may have a way of its own for fewer
 
 
 def tile_rows(batch_rows: int, numbers: int, device: torch.device = CPU) -> int:
@@ -59,9 +60,9 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     if batch_rows is None:
         return F.linear(x, weight)
     n = x.shape[0]
+    if missing := _missing_columns(weight):
+        return product(x, _widened(weight, missing), batch_rows)[:, : weight.shape[0]]
     d_out, d_in = weight.shape
-    if d_out == 1:  # else the library takes it for a vector, and sums by where a row stands
-        return product(x, F.pad(weight.T, (0, 1)).T, batch_rows)[:, :1]
     if weight.stride(0) != 1:
         weight = weight.T.contiguous().T
     kind = (d_in, d_out, weight.stride(1), x.dtype, x.device, torch.get_num_threads())
@@ -90,7 +91,8 @@ def _tiles_of(
     arguments are those of `least_tiles`."""
     tile = tile_rows(batch_rows, d_out * d_in, device)
     all_tiles = -(-batch_rows // tile)
-    in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * num_threads) else None
+    most = _most_tiles(tile * d_in * d_out, num_threads)
+    in_all = all_tiles if all_tiles <= most else None
     return tile, least_tiles(tile, in_all, d_in, d_out, step, dtype, device, num_threads)
 
 
@@ -117,15 +119,47 @@ def _multiply(tiles: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(tiles, weight.expand(count, d_in, -1)).flatten(0, 1)
 
 
+def _missing_columns(weight: Tensor) -> int:
+    """Columns that `weight` [out,in] lacks to be multiplied so that rows keep their bits: products
+    whose rows do not start on lines of a cache are summed by where they start, on AMD's processors;
+    and a single column is taken for a vector, and summed by where a row stands."""
+    d_out = weight.shape[0]
+    return -d_out % (LINE_BYTES // weight.element_size()) if weight.is_cpu else int(d_out == 1)
+
+
+def _widened(weight: Tensor, missing: int) -> Tensor:
+    """`weight` [out,in] with `missing` more columns, of any numbers: those that stand between its
+    own, or a copy with 0."""
+    d_out, d_in = weight.shape
+    wide = d_out + missing
+    end = weight.storage_offset() + (d_in - 1) * weight.stride(1) + wide
+    is_held = end * weight.element_size() <= weight.untyped_storage().nbytes()
+    if _is_spaced(weight) and is_held and not torch.is_grad_enabled():
+        return weight.as_strided((wide, d_in), weight.stride())
+    return F.pad(weight.T, (0, missing)).T
+
+
+def _is_spaced(weight: Tensor) -> bool:
+    """True if `weight` [out,in] lies by columns, each on lines of its own."""
+    width = weight.shape[0] * weight.element_size()
+    step = weight.stride(1) * weight.element_size()
+    return weight.stride(0) == 1 and step >= width and step % LINE_BYTES == 0
+
+
 def spaced(weight: Tensor) -> Tensor:
-    """`weight` [out,in] by columns, as `Linear` lays it out; where these would start on the same
-    lines of a processor's cache, with a gap between them. Low tiles multiply up to twice as fast.
+    """`weight` [out,in] by columns, each on lines of a processor's cache of its own, with a gap
+    between them where all would start on the same few lines. Low tiles multiply up to twice as
+    fast.
     """
     size = weight.element_size()
-    if not weight.is_cpu or weight.stride(1) * size % STEP_BYTES:
+    if not weight.is_cpu or (_is_spaced(weight) and weight.stride(1) * size % STEP_BYTES):
         return weight
     d_out, d_in = weight.shape
-    columns = weight.new_empty(d_in, d_out + LINE_BYTES // size)[:, :d_out]
+    line = LINE_BYTES // size
+    step = -(-d_out // line) * line
+    if step * size % STEP_BYTES == 0:
+        step += line
+    columns = weight.new_zeros(d_in, step)[:, :d_out]
     return columns.copy_(weight.T).T
 
 
@@ -207,6 +241,11 @@ def _is_whole(
         return torch.equal(found, right[::2].expand_as(found))
 
 
+def _most_tiles(work: int, num_threads: int) -> int:
+    """Number of tiles, of so much `work` each, within which rows must begin to keep their bits."""
+    return max(MOST_TILES, 2 * num_threads, -(-ENOUGH_WORK // work))
+
+
 def _to_try(
     seed: int,
     shape: tuple[int, ...],
@@ -215,11 +254,18 @@ def _to_try(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Random rows [...,in] and a matrix [in,out] whose rows begin `step` numbers apart."""
+    """Random rows [...,in] and a matrix [in,out] whose rows begin `step` numbers apart. Every other
+    tile's products sum to nothing, so that what is left of them is how they were rounded, which
+    tells another order of sums where half precision would hide it."""
     generator = torch.Generator(device).manual_seed(seed)
+    *_, d_in = shape
+    half = d_in // 2
     rows = torch.randn(shape, generator=generator, device=device).to(dtype)
     room = max(step, d_out)
-    weight = torch.randn(shape[-1], room, generator=generator, device=device).to(dtype)
+    weight = torch.randn(d_in, room, generator=generator, device=device).to(dtype)
+    weight[half : 2 * half] = weight[:half]
+    weight[2 * half :] = 0
+    rows[..., half : 2 * half][1::2] = -rows[..., :half][1::2]
     return rows, weight[:, :d_out]
 
 
@@ -240,7 +286,7 @@ def least_tiles(
     may cut one product up, but not many. A batch has `in_all` tiles, or more than are tried.
     Raises ConfigError if there is no such number on this machine.
     """
-    most = in_all or max(MOST_TILES, 2 * num_threads)
+    most = in_all or _most_tiles(tile * d_in * d_out, num_threads)
     tiles = in_all or 2 * most
     if tiles * tile == 1:
         return 1  # a row by itself

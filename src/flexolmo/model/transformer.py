@@ -24,11 +24,10 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.gradients import GatedDown, Normalise
-from flexolmo.model.panels import Panels, can_cut, cut, in_steps
+from flexolmo.model.panels import Panels, can_cut, cut, fewest_rows, in_steps
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import in_tiles, product, silu, spaced
 
-FEWEST_ROWS = 2  # of a batch that is read from panels
 CHUNK_ROWS = 128  # of tokens, on which a thread's FFN works at a time when nothing is learnt
 PIECE_NUMBERS = 2**16  # of a tensor, which the cache of a thread's processor holds
 
@@ -160,7 +159,7 @@ class Linear(nn.Linear):
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""
         if ctx.panels and (own := ctx.panels.get(self)) is not None:
-            return own.times(x)
+            return own.times(x, ctx.batch_rows)
         return product(x, self.weight, ctx.batch_rows)
 
     def versions(self) -> "list[Linear]":
@@ -243,7 +242,7 @@ class FeedForward(nn.Module):
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
         if ctx.panels and self in ctx.panels:
-            inner = ctx.panels[self].gated(x)  # [n,F]
+            inner = ctx.panels[self].gated(x, ctx.batch_rows)  # [n,F]
             return self.down_proj(inner if weight is None else weight * inner[: len(weight)], ctx)
         gate, up = self.gate_and_up(x, ctx)
         if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
@@ -257,7 +256,7 @@ class FeedForward(nn.Module):
     def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Both products of rows x [n,D], [n,F] each."""
         if ctx.panels and self in ctx.panels:
-            gate, up = ctx.panels[self].times(x).chunk(2, dim=1)
+            gate, up = ctx.panels[self].times(x, ctx.batch_rows).chunk(2, dim=1)
             return gate, up
         return self.gate_proj(x, ctx), self.up_proj(x, ctx)
 
@@ -312,7 +311,9 @@ class Attention(nn.Module):
         if not panels or (self, self.q_proj) not in panels:
             return tuple(m(x, ctx) for m in matrices)
         flat = x.flatten(0, 1)
-        found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u))
+        found = self.q_proj.mix(
+            flat, ctx, lambda u, m: panels[self, m].times(u, ctx.batch_rows)
+        )
         ends = accumulate((m.out_features for m in matrices), initial=0)
         parts = (found[:, start:end] for start, end in pairwise(ends))
         return tuple(m.add_low(flat, y, ctx) for m, y in zip(matrices, parts, strict=True))
@@ -564,7 +565,7 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
         batch_rows = ids.numel() if self.in_tiles and not self.training else None
-        is_batch = batch_rows is not None and batch_rows >= FEWEST_ROWS
+        reads_panels = batch_rows is not None and batch_rows >= fewest_rows()
         return ForwardContext(
             dtype,
             cos,
@@ -573,7 +574,7 @@ class Transformer(nn.Module):
             is_token,
             batch_rows,
             active,
-            panels=panels if is_batch else None,
+            panels=panels if reads_panels else None,
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,
