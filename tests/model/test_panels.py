@@ -49,6 +49,8 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
         both = cut(matrices)
         found = both.times(x)
         assert torch.equal(both.times(x[picked]), found[picked])
+        alone = both.times(x[:1], batch_rows=1)
+    torch.testing.assert_close(alone, found[:1], rtol=1e-4, atol=1e-4)
     right = (x.double() @ torch.cat(weights).double().T).float()
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(m.weight, w) for m, w in zip(matrices, weights, strict=True))
@@ -71,6 +73,8 @@ def test_halves_are_gated_alike_for_few_rows_and_for_many(half, rows, num_thread
         both = cut(matrices)
         found = both.gated(x)
         assert torch.equal(both.gated(x[picked]), found[picked])
+        alone = both.gated(x[:1], batch_rows=1)
+    torch.testing.assert_close(alone, found[:1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
@@ -121,3 +125,9 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
             assert seen == [72]
         if n > MOST_ROWS:
             assert seen == [MOST_ROWS, 5]
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("AMD EPYC 9654", 1), ("Intel(R) Xeon(R)", 2)])
+def test_one_row_is_read_from_panels_where_that_is_faster(monkeypatch, name, fewest):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    assert panels.fewest_rows.__wrapped__() == fewest

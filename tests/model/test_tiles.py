@@ -70,6 +70,52 @@ def test_rows_keep_their_bits_where_few_numbers_tell(batch_rows, d_in, d_out, dt
 
 
 @given(
+    batch_rows=st.integers(2, 60),
+    half=st.sampled_from([2, 4, 8, 16, 50]),
+    d_out=st.sampled_from([5, 32, 48, 64, 96, 257]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 99),
+)
+@settings(derandomize=True, max_examples=80, deadline=None)
+def check_sums_keep_their_order(batch_rows, half, d_out, dtype, seed):
+    """Sums of nothing but how they were rounded, which half precision does not hide."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch_rows, half, generator=draw).to(dtype)
+    weight = torch.randn(half, d_out, generator=draw).to(dtype)
+    x, weight = torch.cat([x, -x], 1), torch.cat([weight, weight]).T
+    rows = torch.randperm(batch_rows, generator=draw)[: 1 + seed % batch_rows]
+    whole = product(x, weight, batch_rows)
+    assert torch.equal(product(x[rows], weight, batch_rows), whole[rows])
+
+
+def test_sums_keep_their_order(some_threads):
+    check_sums_keep_their_order()
+
+
+@given(
+    d_in=st.integers(1, 40),
+    d_out=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+    is_cut_short=st.booleans(),
+)
+@settings(derandomize=True, max_examples=40, deadline=None)
+def test_what_stands_between_columns_is_never_used(d_in, d_out, dtype, is_cut_short):
+    draw = torch.Generator().manual_seed(d_in)
+    x = torch.randn(5, d_in, generator=draw).to(dtype)
+    weight = torch.randn(d_in, d_out, generator=draw).to(dtype).T
+    found = spaced(weight)
+    step = found.stride(1)
+    numbers = torch.full((d_in * step,), float("nan"), dtype=dtype)
+    if is_cut_short:  # memory ends with the last number
+        numbers = numbers[: (d_in - 1) * step + d_out].clone()
+    place = numbers.as_strided((d_out, d_in), (1, step))
+    place.copy_(weight)
+    with torch.no_grad():
+        assert torch.equal(product(x, place, 5), product(x, found, 5))
+    assert torch.equal(product(x, place, 5), product(x, weight, 5))
+
+
+@given(
     batch_rows=st.sampled_from([1, 2, 7, 16, 33, 300]),
     d_in=WIDTHS,
     d_out=st.integers(1, 40),

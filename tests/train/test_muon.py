@@ -65,3 +65,18 @@ def test_directions_are_kept_and_lengths_made_equal(rows, columns, count, seed, 
     expected = u * s[:, None] @ v
     found = orthogonalise(x, (3.4445, -4.775, 2.0315), 5, 1e-7)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("has", "dtype"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_products_are_in_half_precision_where_the_processor_has_it(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    assert muon.product_dtype(torch.device("cpu")) == dtype
+    assert muon.product_dtype(torch.device("cuda")) == torch.bfloat16

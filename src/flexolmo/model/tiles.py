@@ -33,7 +33,6 @@ CPU = torch.device("cpu")
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 ENOUGH_ROWS = 2048  # numbers of a tile's rows
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
-ENOUGH_WORK = 2**13  # products of two numbers: a library may have a way of its own for fewer
 
 
 def tile_rows(batch_rows: int, numbers: int, device: torch.device = CPU) -> int:
@@ -91,8 +90,7 @@ def _tiles_of(
     arguments are those of `least_tiles`."""
     tile = tile_rows(batch_rows, d_out * d_in, device)
     all_tiles = -(-batch_rows // tile)
-    most = _most_tiles(tile * d_in * d_out, num_threads)
-    in_all = all_tiles if all_tiles <= most else None
+    in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * num_threads) else None
     return tile, least_tiles(tile, in_all, d_in, d_out, step, dtype, device, num_threads)
 
 
@@ -241,11 +239,6 @@ def _is_whole(
         return torch.equal(found, right[::2].expand_as(found))
 
 
-def _most_tiles(work: int, num_threads: int) -> int:
-    """Number of tiles, of so much `work` each, within which rows must begin to keep their bits."""
-    return max(MOST_TILES, 2 * num_threads, -(-ENOUGH_WORK // work))
-
-
 def _to_try(
     seed: int,
     shape: tuple[int, ...],
@@ -255,7 +248,7 @@ def _to_try(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """Random rows [...,in] and a matrix [in,out] whose rows begin `step` numbers apart. Every other
-    tile's products sum to nothing, so that what is left of them is how they were rounded, which
+    row's products sum to nothing, so that what is left of them is how they were rounded, which
     tells another order of sums where half precision would hide it."""
     generator = torch.Generator(device).manual_seed(seed)
     *_, d_in = shape
@@ -265,7 +258,8 @@ def _to_try(
     weight = torch.randn(d_in, room, generator=generator, device=device).to(dtype)
     weight[half : 2 * half] = weight[:half]
     weight[2 * half :] = 0
-    rows[..., half : 2 * half][1::2] = -rows[..., :half][1::2]
+    every = rows.view(-1, d_in)
+    every[1::2, half : 2 * half] = -every[1::2, :half]
     return rows, weight[:, :d_out]
 
 
@@ -286,7 +280,7 @@ def least_tiles(
     may cut one product up, but not many. A batch has `in_all` tiles, or more than are tried.
     Raises ConfigError if there is no such number on this machine.
     """
-    most = in_all or _most_tiles(tile * d_in * d_out, num_threads)
+    most = in_all or max(MOST_TILES, 2 * num_threads)
     tiles = in_all or 2 * most
     if tiles * tile == 1:
         return 1  # a row by itself

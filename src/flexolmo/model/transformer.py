@@ -311,9 +311,7 @@ class Attention(nn.Module):
         if not panels or (self, self.q_proj) not in panels:
             return tuple(m(x, ctx) for m in matrices)
         flat = x.flatten(0, 1)
-        found = self.q_proj.mix(
-            flat, ctx, lambda u, m: panels[self, m].times(u, ctx.batch_rows)
-        )
+        found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u, ctx.batch_rows))
         ends = accumulate((m.out_features for m in matrices), initial=0)
         parts = (found[:, start:end] for start, end in pairwise(ends))
         return tuple(m.add_low(flat, y, ctx) for m, y in zip(matrices, parts, strict=True))

@@ -20,8 +20,10 @@ BATCH_NUMBERS = 2**18  # of matrices orthogonalised together, which a processor'
 def product_dtype(device: torch.device) -> torch.dtype:
     """Precision of the orthogonalisation: bfloat16 as in torch, float32 on processors that have
     no products in it and imitate them, several times slower than in float32."""
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
-        return torch.float32
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities()
+        if not any(has.get(name, False) for name in ("amx_bf16", "avx512_bf16")):
+            return torch.float32
     return torch.bfloat16
 
 
