@@ -187,10 +187,27 @@ def test_a_tile_depends_on_the_shapes_alone_and_holds_any_group():
                 assert in_tiles(batch_rows, batch_rows, torch.device(device)) % tile == 0
 
 
-def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):
-    def by_count(tiles_, weight):
-        return (tiles_ * (1 + 1e-3 * len(tiles_))).flatten(0, 1) @ weight
+def by_count(tiles_, weight):
+    """A library whose products depend on the number of tiles."""
+    return (tiles_ * (1 + 1e-2 * len(tiles_))).flatten(0, 1) @ weight
 
+
+def test_half_precision_that_loses_bits_is_multiplied_in_float32(monkeypatch):
+    real = tiles._multiply
+    monkeypatch.setattr(
+        tiles, "_multiply", lambda x, w: (by_count if x.dtype == torch.bfloat16 else real)(x, w)
+    )
+    tiles.least_tiles.cache_clear()
+    tiles._tiles_of.cache_clear()
+    x, weight = torch.randn(100, 30).bfloat16(), torch.randn(40, 30).bfloat16()
+    found = product(x, weight, 100)
+    assert torch.equal(found, product(x.float(), weight.float(), 100).bfloat16())
+    assert torch.equal(product(x[7:9], weight, 100), found[7:9])
+    tiles.least_tiles.cache_clear()
+    tiles._tiles_of.cache_clear()
+
+
+def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):
     monkeypatch.setattr(tiles, "_multiply", by_count)
     with pytest.raises(ConfigError, match=r"depend on what is multiplied beside them.*one thread"):
         tiles.least_tiles.__wrapped__(8, None, 4, 5, 5, torch.float32, torch.device("cpu"), 1)

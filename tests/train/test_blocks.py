@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from packaging.version import Version
+from torch import nn
 
 from flexolmo.errors import ConfigError
 from flexolmo.model.loss import language_model_loss
@@ -101,10 +102,10 @@ def test_bfloat16_is_for_products_alone(prepare, scope):
     assert found_nats != nats
     assert found_nats == pytest.approx(nats, rel=0.02)
     assert {p.dtype for p in pair.parameters()} == {torch.float32}
+    least = 1e-3 * nn.utils.get_total_norm(expected.values())  # of a bias may be all rounding
     for n, g in found.items():
         assert g.dtype == torch.float32
-        difference = (g - expected[n]).norm() / expected[n].norm()
-        assert difference < 0.1, n
+        assert (g - expected[n]).norm() < 0.1 * expected[n].norm().clamp(min=least), n
 
 
 def test_a_batch_that_cannot_be_cut_is_refused():

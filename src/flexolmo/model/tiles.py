@@ -66,6 +66,8 @@ def product(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
         weight = weight.T.contiguous().T
     kind = (d_in, d_out, weight.stride(1), x.dtype, x.device, torch.get_num_threads())
     tile, least = _tiles_of(batch_rows, *kind)
+    if not least:
+        return product(x.float(), weight.float(), batch_rows).to(x.dtype)
     if n == tile and least == 1:
         return x @ weight.T
     count = max(-(-n // tile), least)
@@ -86,12 +88,18 @@ def _tiles_of(
     device: torch.device,
     num_threads: int,
 ) -> tuple[int, int]:
-    """Height of a tile for a batch of so many rows, and the least number of tiles; the other
-    arguments are those of `least_tiles`."""
+    """Height of a tile for a batch of so many rows, and the least number of tiles; 0 where rows
+    keep their bits in float32 alone, on a processor. The other arguments are those of
+    `least_tiles`."""
     tile = tile_rows(batch_rows, d_out * d_in, device)
     all_tiles = -(-batch_rows // tile)
     in_all = all_tiles if all_tiles <= max(MOST_TILES, 2 * num_threads) else None
-    return tile, least_tiles(tile, in_all, d_in, d_out, step, dtype, device, num_threads)
+    try:
+        return tile, least_tiles(tile, in_all, d_in, d_out, step, dtype, device, num_threads)
+    except ConfigError:
+        if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
+            raise
+        return tile, 0
 
 
 def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
