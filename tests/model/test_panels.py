@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError
 from flexolmo.model import panels
-from flexolmo.model.panels import MOST_ROWS, PANEL_ROWS, cut
+from flexolmo.model.panels import PANEL_ROWS, cut
 from flexolmo.model.transformer import Linear
 from made_threads import threads
 
@@ -114,8 +114,9 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
 
     monkeypatch.setattr(torch, "bmm", worse)
     monkeypatch.setattr(panels, "_multiply", note)
-    x = torch.randn(MOST_ROWS + 2, 9)
-    for n in (1, 2, 7, 20, 50, 70, MOST_ROWS + 2):
+    monkeypatch.setattr(panels, "MOST_ROWS", 512)
+    x = torch.randn(514, 9)
+    for n in (1, 2, 7, 20, 50, 70, 330, 514):
         both.times(x[:n])
         seen.clear()
         torch.testing.assert_close(both.times(x[:n]), x[:n] @ both.matrix)
@@ -123,11 +124,7 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
             assert seen == [PANEL_ROWS, 50 - PANEL_ROWS]
         if n == 70:
             assert seen == [72]
-        if n > MOST_ROWS:
-            assert seen == [MOST_ROWS, 5]
-
-
-@pytest.mark.parametrize(("name", "fewest"), [("AMD EPYC 9654", 1), ("Intel(R) Xeon(R)", 2)])
-def test_one_row_is_read_from_panels_where_that_is_faster(monkeypatch, name, fewest):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
-    assert panels.fewest_rows.__wrapped__() == fewest
+        if n == 330:
+            assert seen == [256, 80]
+        if n == 514:
+            assert seen == [512, 5]

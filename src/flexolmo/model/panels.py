@@ -19,11 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.errors import ConfigError
-from flexolmo.model.tiles import WORK_PER_THREAD, silu, spaced
+from flexolmo.model.tiles import WORK_PER_THREAD, is_amd, silu, spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
-MOST_ROWS = 128  # multiplied at once by a thread, than which more are not faster
+SOME_ROWS = 128  # of a thread; of more, as many times so many, so that few numbers need be tried
+MOST_ROWS = 512 if is_amd() else 128  # multiplied at once by a thread; more are not faster
+# Of a batch that is read from panels: the library multiplies a single row by them 1.1 to 2.5 times
+# as fast as by the matrix on AMD's processors (Zen 4), on Intel's 0.8 to 0.9 times.
+FEWEST_ROWS = 1 if is_amd() else 2
 THREAD_ROWS = 64  # for each of several threads, from which on all may read the whole matrix
 ROWS_STEP = 8  # of a thread, where panels are not read, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
@@ -78,14 +82,6 @@ class Cut:
 
 # Of matrices that read the same rows: those of a module, or of an attention with the first of them
 Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
-
-
-@cache
-def fewest_rows() -> int:
-    """Number of rows of a batch from which on it is read faster with panels: one on AMD's
-    processors, where the library multiplies a single row by panels 1.1 to 2.5 times as fast as by
-    the matrix (Zen 4); two on others (Intel's: 0.8 to 0.9 times)."""
-    return 1 if "AMD" in str(torch.cpu.get_capabilities().get("cpu_name")) else 2
 
 
 def most_in_panels() -> int:
@@ -159,8 +155,11 @@ def _rows(n: int, *kind: int) -> int:
     *_, num_threads = kind
     if n > num_threads * MOST_ROWS:
         return num_threads * MOST_ROWS
+    some = num_threads * SOME_ROWS
+    if n > some and n % some:
+        return n - n % some
     if n > most_in_panels():
-        likely = [in_steps(n), most_in_panels()]
+        likely = [in_steps(n), min(n, some), most_in_panels()]
     else:
         likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
     return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)

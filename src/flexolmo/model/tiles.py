@@ -35,6 +35,12 @@ ENOUGH_ROWS = 2048  # numbers of a tile's rows
 MOST_TILES = 4  # that may be needed, with few threads, before the library's rows keep their bits
 
 
+@cache
+def is_amd() -> bool:
+    """True on an AMD processor, whose products the library computes by other ways than Intel's."""
+    return "AMD" in str(torch.cpu.get_capabilities().get("cpu_name"))
+
+
 def tile_rows(batch_rows: int, numbers: int, device: torch.device = CPU) -> int:
     """Height of a tile for a batch of N rows and a matrix of so many `numbers`."""
     part, most = 4, 16 if numbers <= SMALL_NUMBERS else MAX_TILE_ROWS

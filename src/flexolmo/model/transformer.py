@@ -24,11 +24,11 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.gradients import GatedDown, Normalise
-from flexolmo.model.panels import Panels, can_cut, cut, fewest_rows, in_steps
+from flexolmo.model.panels import FEWEST_ROWS, MOST_ROWS, Panels, can_cut, cut, in_steps
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import in_tiles, product, silu, spaced
 
-CHUNK_ROWS = 128  # of tokens, on which a thread's FFN works at a time when nothing is learnt
+CHUNK_ROWS = MOST_ROWS  # of tokens, on which a thread's FFN works at a time without learning
 PIECE_NUMBERS = 2**16  # of a tensor, which the cache of a thread's processor holds
 
 
@@ -563,7 +563,7 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
         batch_rows = ids.numel() if self.in_tiles and not self.training else None
-        reads_panels = batch_rows is not None and batch_rows >= fewest_rows()
+        reads_panels = batch_rows is not None and batch_rows >= FEWEST_ROWS
         return ForwardContext(
             dtype,
             cos,
