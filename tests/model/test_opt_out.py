@@ -58,7 +58,6 @@ def small_pieces():
         patch.setattr("flexolmo.model.transformer.PIECE_NUMBERS", 500)
         patch.setattr("flexolmo.model.panels.MOST_ROWS", 40)
         patch.setattr("flexolmo.model.moe.GROUPED_ROWS", 20)
-        patch.setattr("flexolmo.model.panels.SOME_ROWS", 20)
         patch.setattr("flexolmo.model.transformer.FEWEST_ROWS", 1)
         yield
 

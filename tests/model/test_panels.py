@@ -116,7 +116,7 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
     monkeypatch.setattr(panels, "_multiply", note)
     monkeypatch.setattr(panels, "MOST_ROWS", 512)
     x = torch.randn(514, 9)
-    for n in (1, 2, 7, 20, 50, 70, 330, 514):
+    for n in (1, 2, 7, 20, 50, 70, 514):
         both.times(x[:n])
         seen.clear()
         torch.testing.assert_close(both.times(x[:n]), x[:n] @ both.matrix)
@@ -124,7 +124,5 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
             assert seen == [PANEL_ROWS, 50 - PANEL_ROWS]
         if n == 70:
             assert seen == [72]
-        if n == 330:
-            assert seen == [256, 80]
         if n == 514:
             assert seen == [512, 5]

@@ -23,7 +23,6 @@ from flexolmo.model.tiles import WORK_PER_THREAD, is_amd, silu, spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
-SOME_ROWS = 128  # of a thread; of more, as many times so many, so that few numbers need be tried
 MOST_ROWS = 512 if is_amd() else 128  # multiplied at once by a thread; more are not faster
 # Of a batch that is read from panels: the library multiplies a single row by them 1.1 to 2.5 times
 # as fast as by the matrix on AMD's processors (Zen 4), on Intel's 0.8 to 0.9 times.
@@ -155,11 +154,8 @@ def _rows(n: int, *kind: int) -> int:
     *_, num_threads = kind
     if n > num_threads * MOST_ROWS:
         return num_threads * MOST_ROWS
-    some = num_threads * SOME_ROWS
-    if n > some and n % some:
-        return n - n % some
     if n > most_in_panels():
-        likely = [in_steps(n), min(n, some), most_in_panels()]
+        likely = [in_steps(n), most_in_panels()]
     else:
         likely = [*range(max(n, 1), REFERENCE_ROWS)] or [n]
     return next((rows for rows in likely if _keeps_bits(rows, *kind)), REFERENCE_ROWS)
