@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from flexolmo.errors import PolicyError
+from flexolmo.model import panels
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.loss import language_model_loss
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, mixture_weights
@@ -59,7 +60,9 @@ def small_pieces():
         patch.setattr("flexolmo.model.panels.MOST_ROWS", 40)
         patch.setattr("flexolmo.model.moe.GROUPED_ROWS", 20)
         patch.setattr("flexolmo.model.transformer.FEWEST_ROWS", 1)
+        panels._rows.cache_clear()
         yield
+    panels._rows.cache_clear()
 
 
 def same_bits(a, b):

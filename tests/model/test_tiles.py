@@ -112,6 +112,9 @@ def test_what_stands_between_columns_is_never_used(d_in, d_out, dtype, is_cut_sh
     place.copy_(weight)
     with torch.no_grad():
         assert torch.equal(product(x, place, 5), product(x, found, 5))
+        if missing := tiles._missing_columns(place):
+            is_shared = tiles._widened(place, missing).data_ptr() == place.data_ptr()
+            assert is_shared != is_cut_short
     assert torch.equal(product(x, place, 5), product(x, weight, 5))
 
 
@@ -192,19 +195,25 @@ def by_count(tiles_, weight):
     return (tiles_ * (1 + 1e-2 * len(tiles_))).flatten(0, 1) @ weight
 
 
-def test_half_precision_that_loses_bits_is_multiplied_in_float32(monkeypatch):
+@pytest.fixture
+def tried_anew():
+    """What was found by trying is forgotten, before and after."""
+    for found in (tiles.least_tiles, tiles._tiles_of):
+        found.cache_clear()
+    yield
+    for found in (tiles.least_tiles, tiles._tiles_of):
+        found.cache_clear()
+
+
+def test_half_precision_that_loses_bits_is_multiplied_in_float32(monkeypatch, tried_anew):
     real = tiles._multiply
     monkeypatch.setattr(
         tiles, "_multiply", lambda x, w: (by_count if x.dtype == torch.bfloat16 else real)(x, w)
     )
-    tiles.least_tiles.cache_clear()
-    tiles._tiles_of.cache_clear()
     x, weight = torch.randn(100, 30).bfloat16(), torch.randn(40, 30).bfloat16()
     found = product(x, weight, 100)
     assert torch.equal(found, product(x.float(), weight.float(), 100).bfloat16())
     assert torch.equal(product(x[7:9], weight, 100), found[7:9])
-    tiles.least_tiles.cache_clear()
-    tiles._tiles_of.cache_clear()
 
 
 def test_a_machine_on_which_rows_do_not_keep_their_bits_is_refused(monkeypatch):

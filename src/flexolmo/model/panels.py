@@ -24,6 +24,8 @@ from flexolmo.model.tiles import WORK_PER_THREAD, is_amd, silu, spaced
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
 MOST_ROWS = 512 if is_amd() else 128  # multiplied at once by a thread; more are not faster
+LARGE_ROWS = 128  # the same by matrices of more than QUICK_NUMBERS, where each trial takes long
+QUICK_NUMBERS = 2**22
 # Of a batch that is read from panels: the library multiplies a single row by them 1.1 to 2.5 times
 # as fast as by the matrix on AMD's processors (Zen 4), on Intel's 0.8 to 0.9 times.
 FEWEST_ROWS = 1 if is_amd() else 2
@@ -42,11 +44,11 @@ class Cut:
     matrix: Tensor  # [in,out of all], the memory of the matrices themselves
     panels: Tensor  # [P,in,WIDTH] a copy, filled up with 0
 
-    def times(self, x: Tensor, batch_rows: int | None = None) -> Tensor:
-        """Products [n,out of all] of rows x [n,in]; each row's bits are its own. One row that is
-        all of a batch has no company to keep them in, and is multiplied by itself."""
+    def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
+        """Products [n,out of all] of rows x [n,in]; each row's bits are its own. A row that is
+        alone in its batch has no company to keep them in, and is multiplied by itself."""
         n = x.shape[0]
-        rows = self._rows(n, batch_rows)
+        rows = n if is_alone else self._rows(n)
         if rows == n:
             return _multiply(x, self.matrix, self.panels)
         if rows > n:
@@ -62,20 +64,18 @@ class Cut:
                 place.copy_(self.times(part))
         return found
 
-    def gated(self, x: Tensor, batch_rows: int | None = None) -> Tensor:
+    def gated(self, x: Tensor, is_alone: bool = False) -> Tensor:
         """silu of the first half of `times`, times the other half, [n,out of all / 2]."""
         n = x.shape[0]
-        rows = self._rows(n, batch_rows)
+        rows = n if is_alone else self._rows(n)
         half = self.matrix.shape[1] // 2
         if not n <= rows <= most_in_panels() or half % WIDTH or half > WORK_PER_THREAD:
-            gate, up = self.times(x, batch_rows).chunk(2, dim=1)
+            gate, up = self.times(x, is_alone).chunk(2, dim=1)
             return silu(gate).mul_(up)
         gate, up = _by_panel(_filled(x, rows), self.panels).chunk(2)
         return silu(gate).mul_(up).transpose(0, 1).reshape(rows, -1)[:n]
 
-    def _rows(self, n: int, batch_rows: int | None = None) -> int:
-        if batch_rows == 1:
-            return 1
+    def _rows(self, n: int) -> int:
         return _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
 
 
@@ -151,9 +151,10 @@ def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
 def _rows(n: int, *kind: int) -> int:
     """Number of rows to multiply at a time where there are n: as many, fewer, or more, of which
     some are idle. `kind` as for `_keeps_bits`."""
-    *_, num_threads = kind
-    if n > num_threads * MOST_ROWS:
-        return num_threads * MOST_ROWS
+    d_in, d_out, _, num_threads = kind
+    each = MOST_ROWS if d_in * d_out <= QUICK_NUMBERS else min(LARGE_ROWS, MOST_ROWS)
+    if n > num_threads * each:
+        return num_threads * each
     if n > most_in_panels():
         likely = [in_steps(n), most_in_panels()]
     else:

@@ -116,7 +116,7 @@ def columns(x: Tensor, weight: Tensor, batch_rows: int | None) -> Tensor:
     d_out, d_in = weight.shape
     tile = tile_rows(batch_rows, COLUMNS * d_in)
     if not (x.is_cpu and columns_keep_bits(tile, d_in, x.dtype, torch.get_num_threads())):
-        return torch.cat([F.linear(x, row.contiguous()) for row in weight.split(1)], dim=1)
+        return torch.cat([product(x, row, batch_rows) for row in weight.split(1)], dim=1)
     if missing := -d_out % COLUMNS:
         weight = F.pad(weight, (0, 0, 0, missing))
     blocks = [product(x, block, batch_rows) for block in weight.split(COLUMNS)]
@@ -271,9 +271,9 @@ def _to_try(
     room = max(step, d_out)
     weight = torch.randn(d_in, room, generator=generator, device=device).to(dtype)
     weight[half : 2 * half] = weight[:half]
-    weight[2 * half :] = 0
-    every = rows.view(-1, d_in)
-    every[1::2, half : 2 * half] = -every[1::2, :half]
+    cancelled = rows.view(-1, d_in)[1::2]
+    cancelled[:, half : 2 * half] = -cancelled[:, :half]
+    cancelled[:, 2 * half :] = 0
     return rows, weight[:, :d_out]
 
 

@@ -101,6 +101,7 @@ class ForwardContext:
     attention_bias: Tensor | None  # [B,1,T,S] additive; None: plain causal
     is_token: Tensor | None  # [B,T] False on left padding; None: all are tokens
     batch_rows: int | None = None  # N in evaluation, see tiles.product; None in training
+    is_alone: bool = False  # True for a batch of one row, whose bits no other row can move
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
@@ -159,7 +160,7 @@ class Linear(nn.Linear):
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Rows x [n,in] times the matrix, [n,out]."""
         if ctx.panels and (own := ctx.panels.get(self)) is not None:
-            return own.times(x, ctx.batch_rows)
+            return own.times(x, ctx.is_alone)
         return product(x, self.weight, ctx.batch_rows)
 
     def versions(self) -> "list[Linear]":
@@ -242,7 +243,7 @@ class FeedForward(nn.Module):
 
     def _read(self, x: Tensor, ctx: ForwardContext, weight: Tensor | None) -> Tensor:
         if ctx.panels and self in ctx.panels:
-            inner = ctx.panels[self].gated(x, ctx.batch_rows)  # [n,F]
+            inner = ctx.panels[self].gated(x, ctx.is_alone)  # [n,F]
             return self.down_proj(inner if weight is None else weight * inner[: len(weight)], ctx)
         gate, up = self.gate_and_up(x, ctx)
         if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
@@ -256,7 +257,7 @@ class FeedForward(nn.Module):
     def gate_and_up(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Both products of rows x [n,D], [n,F] each."""
         if ctx.panels and self in ctx.panels:
-            gate, up = ctx.panels[self].times(x, ctx.batch_rows).chunk(2, dim=1)
+            gate, up = ctx.panels[self].times(x, ctx.is_alone).chunk(2, dim=1)
             return gate, up
         return self.gate_proj(x, ctx), self.up_proj(x, ctx)
 
@@ -311,7 +312,7 @@ class Attention(nn.Module):
         if not panels or (self, self.q_proj) not in panels:
             return tuple(m(x, ctx) for m in matrices)
         flat = x.flatten(0, 1)
-        found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u, ctx.batch_rows))
+        found = self.q_proj.mix(flat, ctx, lambda u, m: panels[self, m].times(u, ctx.is_alone))
         ends = accumulate((m.out_features for m in matrices), initial=0)
         parts = (found[:, start:end] for start, end in pairwise(ends))
         return tuple(m.add_low(flat, y, ctx) for m, y in zip(matrices, parts, strict=True))
@@ -571,6 +572,7 @@ class Transformer(nn.Module):
             bias,
             is_token,
             batch_rows,
+            batch_rows == 1,
             active,
             panels=panels if reads_panels else None,
             cache=None if cache is None else cache.layers,
