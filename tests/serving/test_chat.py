@@ -52,7 +52,9 @@ def test_a_templates_control_tokens_are_tokens(template, marked):
 
 
 @given(
-    text=st.text(max_size=20)
+    text=st.text(
+        st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1"), max_size=20
+    )  # which are refused
     | st.lists(
         st.sampled_from(["<|turn|>", "<|end|>", "<|endoftext|>", "a", "\n", "{{ 7*7 }}"])
     ).map("".join)
