@@ -101,13 +101,13 @@ class ForwardContext:
     attention_bias: Tensor | None  # [B,1,T,S] additive; None: plain causal
     is_token: Tensor | None  # [B,T] False on left padding; None: all are tokens
     batch_rows: int | None = None  # N in evaluation, see tiles.product; None in training
-    is_alone: bool = False  # True for a batch of one row, whose bits no other row can move
     active: Tensor | None = None  # [B,E] per-sequence expert mask; None: all loaded experts
     weights: Tensor | None = None  # [B,T,E] when one routing decision serves every layer
     shares: Any = None  # the same by expert, see deltas.Share
     rests: dict[Any, Any] = field(default_factory=dict)  # see deltas._Deltas.rest
     groups: Any = None  # the same of a small batch, see groups.Groups
     panels: Panels | None = None  # of a batch in evaluation
+    is_alone: bool = False  # True for a batch of one row, whose bits no other row can move
     blend: Any = None  # when one owner's expert learns beside the anchor, see blend.Blend
     texts: Any = None  # for discriminant routers, see router.Texts
     lanes: Any = None  # when several models read each text, see lanes.Lanes
@@ -572,9 +572,9 @@ class Transformer(nn.Module):
             bias,
             is_token,
             batch_rows,
-            batch_rows == 1,
             active,
             panels=panels if reads_panels else None,
+            is_alone=batch_rows == 1 and lanes is None,
             cache=None if cache is None else cache.layers,
             start=past,
             room=0 if cache is None else cache.room,
