@@ -138,6 +138,7 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
 
 def test_large_matrices_are_tried_for_few_numbers_of_rows(monkeypatch, tried_anew):
     monkeypatch.setattr(panels, "MOST_ROWS", 512)
+    monkeypatch.setattr(panels, "ROWS_STEP", 8)
     monkeypatch.setattr(panels, "_keeps_bits", lambda *kind: True)
     assert panels._rows(300, 64, 2**16, 2**16, 1) == 304
     assert panels._rows(300, 65, 2**16, 2**16, 1) == 128

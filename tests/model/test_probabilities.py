@@ -319,6 +319,19 @@ def test_who_comes_to_a_lane_has_before_it_all_that_the_leader_read(wild, mixtur
     assert torch.allclose(said[6], fourth[0, 0], atol=1e-4)
 
 
+def test_a_row_is_alone_where_nothing_else_can_be_in_its_batch(mixture):
+    model, ids = mixture(), torch.tensor([[5, 9], [40, 7]])
+
+    def is_alone(ids, **options):
+        return model.stream(ids, **options)[1].is_alone
+
+    assert is_alone(ids[:1, :1])
+    assert not is_alone(ids[:, :1])
+    assert not is_alone(ids[:1])
+    # another model may come to read it too
+    assert not is_alone(ids[:1, :1], lanes=Lanes(torch.tensor([[0]]), torch.zeros(1, 1, dtype=int)))
+
+
 @given(seed=st.integers(0, 10**6), owners_on=st.sampled_from(SUBSETS))
 @IN_SESSION
 def test_who_did_not_read_is_judged_by_the_table(mixture, seed, owners_on):

@@ -30,7 +30,8 @@ QUICK_NUMBERS = 2**22
 # as fast as by the matrix on AMD's processors (Zen 4), on Intel's 0.8 to 0.9 times.
 FEWEST_ROWS = 1 if is_amd() else 2
 THREAD_ROWS = 64  # for each of several threads, from which on all may read the whole matrix
-ROWS_STEP = 8  # of a thread, where panels are not read, so that few numbers of rows need be tried
+# Of a thread, where panels are not read: few numbers of rows need be tried, and few stand idle.
+ROWS_STEP = 4 if is_amd() else 8
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 NUMBERS_TO_TRY = 2**16 + 1  # that differ
