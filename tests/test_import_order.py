@@ -34,7 +34,7 @@ ORDER = [
     ["data."],
     ["model.statistics", "model.blend", "model.tiles", "model.cache", "model.gradients"],
     ["model.panels", "model.router"],
-    ["model.lanes", "model.spans"],
+    ["model.packed", "model.lanes", "model.spans"],
     ["model.private_statistics", "model.transformer"],
     ["model.loss", "model.parallel"],
     ["model.shape", "model.groups"],

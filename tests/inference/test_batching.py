@@ -16,6 +16,7 @@ from flexolmo.model.router import LinearSettings
 from flexolmo.model.spans import BLOCK
 from flexolmo.model.statistics import EvidenceSettings
 from made_engines import SMALL, Heard, ask, hear, open_engine_on
+from made_layouts import numbers_of
 from made_mixtures import IN_SESSION, NAMES
 
 ROUTERS = {"evidence": EvidenceSettings(), "linear": LinearSettings(), "rich": EvidenceSettings()}
@@ -187,7 +188,7 @@ def test_no_number_of_a_withdrawn_expert_stays_in_memory(mixtures, tokenizer):
         engine.withdraw(["zinc"], "revoked")
         for name in ("zinc", "amber"):
             expert = layer.expert(name)
-            held = [p for m in (expert, expert.down_proj) for p in vars(stepper.panels[m]).values()]
+            held = [t for m in (expert, expert.down_proj) for t in numbers_of(stepper.panels[m])]
             for numbers in (*held, *expert.parameters()):
                 is_gone = numbers.isnan()
                 assert bool(is_gone.any()) == bool(is_gone.all()) == (name == "zinc")

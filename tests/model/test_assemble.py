@@ -9,6 +9,7 @@ from flexolmo.model.router import PUBLIC, LinearSettings
 from flexolmo.model.shape import count_parameters, expert_shapes
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.model.untold_rows import find_untold_rows
+from made_layouts import LAYOUTS, laid_out, numbers_of
 
 SHAPES = {
     "whole": {},
@@ -26,26 +27,28 @@ def shapes_for(router):
     return {n: s for n, s in SHAPES.items() if not (is_linear and "head_rank" in s)}
 
 
-def test_of_an_erased_expert_no_number_is_left_and_all_others_are(wild, router):
-    for shape in shapes_for(router).values():
-        shapes = {n: wild.shape(**shape) for n in ("amber", "zinc")}
-        model = wild.mixture(router, list(shapes), shapes=shapes)
-        model.space_weights()
-        panels = model.cut_panels()
-        kept = {key: (own.matrix.clone(), own.panels.clone()) for key, own in panels.items()}
-        erase_expert(model, "zinc", panels)
-        alone = wild.mixture(router, ["amber"], shapes={"amber": shapes["amber"]}).cut_panels()
-        gone = {k for k, own in panels.items() if own.matrix.isnan().any()}
-        assert len(gone) == len(panels) - len(alone)
-        for key, own in panels.items():
-            for now, before in zip((own.matrix, own.panels), kept[key], strict=True):
-                assert now.isnan().all() if key in gone else torch.equal(now, before)
-        for path, t in model.state_dict().items():
-            is_float = t.is_floating_point()
-            if "expert_zinc" in path.split("."):
-                assert t.isnan().all() if is_float else not t.any(), path
-            else:
-                assert not is_float or not t.isnan().any(), path
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_an_erased_expert_no_number_is_left_and_all_others_are(wild, router, layout):
+    with laid_out(layout):
+        for shape in shapes_for(router).values():
+            shapes = {n: wild.shape(**shape) for n in ("amber", "zinc")}
+            model = wild.mixture(router, list(shapes), shapes=shapes)
+            model.space_weights()
+            panels = model.cut_panels()
+            kept = {key: [t.clone() for t in numbers_of(own)] for key, own in panels.items()}
+            erase_expert(model, "zinc", panels)
+            alone = wild.mixture(router, ["amber"], shapes={"amber": shapes["amber"]}).cut_panels()
+            gone = {k for k, own in panels.items() if numbers_of(own)[0].isnan().any()}
+            assert len(gone) == len(panels) - len(alone)
+            for key, own in panels.items():
+                for now, before in zip(numbers_of(own), kept[key], strict=True):
+                    assert now.isnan().all() if key in gone else torch.equal(now, before)
+            for path, t in model.state_dict().items():
+                is_float = t.is_floating_point()
+                if "expert_zinc" in path.split("."):
+                    assert t.isnan().all() if is_float else not t.any(), path
+                else:
+                    assert not is_float or not t.isnan().any(), path
 
 
 def test_everything_inherited_is_the_anchors_bit_for_bit(wild, router):

@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
 from flexolmo.errors import PolicyError
-from flexolmo.model import panels
+from flexolmo.model import packed, panels
 from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.loss import language_model_loss
+from flexolmo.model.panels import IN_PANELS
 from flexolmo.model.router import DiscriminantSettings, LinearSettings, mixture_weights
 from flexolmo.model.statistics import EvidenceSettings
+from made_layouts import LAYOUTS, laid_out
 from made_threads import threads
 
 OWNERS = ("amber", "basalt", "cobalt")
@@ -53,16 +55,22 @@ IN_SESSION = settings(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces():
-    """So that texts as short as here are worked on in several, and one row is read from panels."""
+    """So that texts as short as here are worked on in several."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexolmo.model.transformer.CHUNK_ROWS", 32)
         patch.setattr("flexolmo.model.transformer.PIECE_NUMBERS", 500)
         patch.setattr("flexolmo.model.panels.MOST_ROWS", 40)
         patch.setattr("flexolmo.model.moe.GROUPED_ROWS", 20)
-        patch.setattr("flexolmo.model.transformer.FEWEST_ROWS", 1)
-        panels._rows.cache_clear()
+        patch.setattr("flexolmo.model.packed.MOST_ROWS", 40)
+        forget_trials()
         yield
+    forget_trials()
+
+
+def forget_trials():
+    """As `MOST_ROWS` is another."""
     panels._rows.cache_clear()
+    packed._rows.cache_clear()
 
 
 def same_bits(a, b):
@@ -95,21 +103,23 @@ def mixtures(make_wild):
 
 
 @cache
-def panels_of(model):
+def panels_of(model, layout):
     """Of a model laid out as a reader does."""
     model.space_weights()
     return model.cut_panels()
 
 
-def run(model, prompt, decode, masks, is_token, has_panels=False):
+def run(model, prompt, decode, masks, is_token, layout=None):
     """Logits of the prompt, then of each decoded column, all through one cache."""
     store = model.new_cache()
     active = None if masks is None else model.expert_mask(masks)
-    options = {"cache": store, "active": active, "panels": panels_of(model) if has_panels else None}
-    return [
-        model(prompt, is_token=is_token, **options),
-        *(model(column, **options) for column in decode),
-    ]
+    with laid_out(layout or IN_PANELS):
+        panels = panels_of(model, layout) if layout else None
+        options = {"cache": store, "active": active, "panels": panels}
+        return [
+            model(prompt, is_token=is_token, **options),
+            *(model(column, **options) for column in decode),
+        ]
 
 
 CASES = st.fixed_dictionaries(
@@ -122,7 +132,7 @@ CASES = st.fixed_dictionaries(
         ),
         "masks": st.lists(st.sampled_from(SUBSETS), min_size=1, max_size=5),
         "length": st.integers(1, 24),
-        "has_panels": st.booleans(),
+        "layout": st.sampled_from([None, *LAYOUTS]),
         "threads": st.sampled_from([1, 1, 2]),
         "has_grad": st.booleans(),  # without, an FFN works a piece at a time
         "steps": st.integers(0, 3),
@@ -148,7 +158,7 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
         first = torch.tensor([p % length for p in case["padding"][: len(masks)]])
         is_token = torch.arange(length)[None] >= first[:, None]
     with torch.set_grad_enabled(case["has_grad"]), threads(case["threads"]):
-        rest = (is_token, case["has_panels"])
+        rest = (is_token, case["layout"])
         merged = run(mixtures(*key, OWNERS, *more), prompt, decode, masks, *rest)
         for subset in set(masks):
             rows = torch.tensor([i for i, m in enumerate(masks) if m == subset])
@@ -158,15 +168,15 @@ def test_disabled_is_never_merged_in_every_row_of_a_mixed_batch(mixtures, case):
                 assert same_bits(got[rows], expected[rows])
 
 
-@given(case=CASES)
+@given(case=CASES, layout=st.sampled_from(LAYOUTS))
 @settings(IN_SESSION, max_examples=60)
-def test_panels_change_the_last_bits_alone(mixtures, case):
+def test_a_layout_changes_the_last_bits_alone(mixtures, case, layout):
     model = mixtures(case["kind"], "float32", OWNERS, case["top_k"], case["parts"])
     ids = mixtures.wilds["float32"].ids(len(case["masks"]), case["length"] + 1, case["seed"])
     with torch.inference_mode():
         right, found = (
-            run(model, ids[:, :-1], [ids[:, -1:]], case["masks"], None, has_panels)
-            for has_panels in (False, True)
+            run(model, ids[:, :-1], [ids[:, -1:]], case["masks"], None, own)
+            for own in (None, layout)
         )
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 

@@ -49,8 +49,6 @@ def test_rows_have_the_matrices_products_and_keep_their_bits(widths, d_in, rows,
         both = cut(matrices)
         found = both.times(x)
         assert torch.equal(both.times(x[picked]), found[picked])
-        alone = both.times(x[:1], is_alone=True)
-    torch.testing.assert_close(alone, found[:1], rtol=1e-4, atol=1e-4)
     right = (x.double() @ torch.cat(weights).double().T).float()
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(m.weight, w) for m, w in zip(matrices, weights, strict=True))
@@ -73,22 +71,12 @@ def test_halves_are_gated_alike_for_few_rows_and_for_many(half, rows, num_thread
         both = cut(matrices)
         found = both.gated(x)
         assert torch.equal(both.gated(x[picked]), found[picked])
-        alone = both.gated(x[:1], is_alone=True)
-    torch.testing.assert_close(alone, found[:1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-4)
 
 
 def test_no_rows_have_no_products():
     both = cut(linears([2, 5], 7, torch.Generator()))
     assert both.times(torch.ones(0, 7)).shape == (0, 7)
-
-
-def test_a_row_that_is_alone_is_multiplied_alone(monkeypatch):
-    both, seen, real = cut(linears([64, 64], 48, torch.Generator())), [], torch.bmm
-    monkeypatch.setattr(torch, "bmm", lambda x, w: seen.append(x.shape[1]) or real(x, w))
-    both.times(torch.ones(1, 48), is_alone=True)
-    both.gated(torch.ones(1, 48), is_alone=True)
-    assert seen == [1, 1]
 
 
 def test_matrices_and_what_is_multiplied_are_one_memory():
@@ -134,12 +122,3 @@ def test_rows_that_lose_their_bits_in_some_numbers_are_multiplied_otherwise(
             assert seen == [72]
         if n == 514:
             assert seen == [512, 5]
-
-
-def test_large_matrices_are_tried_for_few_numbers_of_rows(monkeypatch, tried_anew):
-    monkeypatch.setattr(panels, "MOST_ROWS", 512)
-    monkeypatch.setattr(panels, "ROWS_STEP", 8)
-    monkeypatch.setattr(panels, "_keeps_bits", lambda *kind: True)
-    assert panels._rows(300, 64, 2**16, 2**16, 1) == 304
-    assert panels._rows(300, 65, 2**16, 2**16, 1) == 128
-    assert panels._rows(100, 65, 2**16, 2**16, 1) == 104

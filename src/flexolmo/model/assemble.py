@@ -205,14 +205,12 @@ def erase_expert(model: MixtureModel, name: str, panels: Panels) -> None:
     with it on none is a number any more."""
     tensors = chain(model.named_parameters(), model.named_buffers())
     paths = {m: path for path, m in model.named_modules()}
-    copies = (
-        (paths[key[1] if isinstance(key, tuple) else key], numbers)
-        for key, own in panels.items()
-        for numbers in (own.matrix, own.panels)
-    )
-    for path, tensor in chain(tensors, copies):
+    for path, tensor in tensors:
         if slot(name) in path.split("."):
             tensor.fill_(math.nan if tensor.is_floating_point() else 0)
+    for key, own in panels.items():
+        if slot(name) in paths[key[1] if isinstance(key, tuple) else key].split("."):
+            own.erase()
 
 
 def _copy_anchor(model: MixtureModel, anchor: Anchor, is_shared: bool) -> None:

@@ -10,7 +10,9 @@ its own for each is faster than one for all, and sums in the order of a single t
 n rows to multiply, P panels.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -19,41 +21,52 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexolmo.errors import ConfigError
-from flexolmo.model.tiles import WORK_PER_THREAD, is_amd, silu, spaced
+from flexolmo.model.tiles import WORK_PER_THREAD, silu, spaced
 
 WIDTH = 32  # columns of a panel, which the library multiplies by its fastest kernel
 PANEL_ROWS = 32  # above which one thread multiplies faster with the matrix than with its panels
-MOST_ROWS = 512 if is_amd() else 128  # multiplied at once by a thread; more are not faster
-LARGE_ROWS = 128  # the same by matrices of more than QUICK_NUMBERS, where each trial takes long
-QUICK_NUMBERS = 2**22
-# Of a batch that is read from panels: the library multiplies a single row by them 1.1 to 2.5 times
-# as fast as by the matrix on AMD's processors (Zen 4), on Intel's 0.8 to 0.9 times.
-FEWEST_ROWS = 1 if is_amd() else 2
+MOST_ROWS = 128  # multiplied at once by a thread; more are not faster
+FEWEST_ROWS = 2  # of a batch that is read from panels; a single row is read faster without
 THREAD_ROWS = 64  # for each of several threads, from which on all may read the whole matrix
-# Of a thread, where panels are not read: few numbers of rows need be tried, and few stand idle.
-ROWS_STEP = 4 if is_amd() else 8
+ROWS_STEP = 8  # of a thread, where panels are not read, so that few numbers of rows need be tried
 REFERENCE_ROWS = 16
 ENOUGH_NUMBERS = 20_000  # to compare before rows count as keeping their bits
 NUMBERS_TO_TRY = 2**16 + 1  # that differ
 COLUMNS_TO_TRY = 64 * WIDTH  # in panels
 
 
+class Products(ABC):
+    """Products with matrices [out,in] that read the same rows, side by side."""
+
+    @abstractmethod
+    def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
+        """Products [n,out of all] of rows x [n,in]; each row's bits are its own. A row that is
+        alone in its batch has no company to keep them in, and may have others."""
+
+    def gated(self, x: Tensor, is_alone: bool = False) -> Tensor:
+        """silu of the first half of `times`, times the other half, [n,out of all / 2]."""
+        gate, up = self.times(x, is_alone).chunk(2, dim=1)
+        return silu(gate).mul_(up)
+
+    @abstractmethod
+    def erase(self) -> None:
+        """Overwrite all numbers with NaN."""
+
+
 @dataclass(frozen=True)
-class Cut:
-    """Matrices [out,in] of one height side by side."""
+class Cut(Products):
+    """Matrices in panels, and as they are."""
 
     matrix: Tensor  # [in,out of all], the memory of the matrices themselves
     panels: Tensor  # [P,in,WIDTH] a copy, filled up with 0
 
     def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
-        """Products [n,out of all] of rows x [n,in]; each row's bits are its own. A row that is
-        alone in its batch has no company to keep them in, and is multiplied by itself."""
         n = x.shape[0]
-        rows = n if is_alone else self._rows(n)
+        rows = self._rows(n)
         if rows == n:
             return _multiply(x, self.matrix, self.panels)
         if rows > n:
-            return _multiply(_filled(x, rows), self.matrix, self.panels)[:n]
+            return _multiply(filled(x, rows), self.matrix, self.panels)[:n]
         parts = x.split(rows)
         if torch.is_grad_enabled():
             return torch.cat([self.times(part) for part in parts])
@@ -66,22 +79,33 @@ class Cut:
         return found
 
     def gated(self, x: Tensor, is_alone: bool = False) -> Tensor:
-        """silu of the first half of `times`, times the other half, [n,out of all / 2]."""
         n = x.shape[0]
-        rows = n if is_alone else self._rows(n)
+        rows = self._rows(n)
         half = self.matrix.shape[1] // 2
         if not n <= rows <= most_in_panels() or half % WIDTH or half > WORK_PER_THREAD:
-            gate, up = self.times(x, is_alone).chunk(2, dim=1)
-            return silu(gate).mul_(up)
-        gate, up = _by_panel(_filled(x, rows), self.panels).chunk(2)
-        return silu(gate).mul_(up).transpose(0, 1).reshape(rows, -1)[:n]
+            return super().gated(x)
+        return gated_by_panel(filled(x, rows), self.panels)[:n]
+
+    def erase(self) -> None:
+        self.matrix.fill_(math.nan)
+        self.panels.fill_(math.nan)
 
     def _rows(self, n: int) -> int:
         return _rows(n, *self.matrix.shape, self.matrix.stride(0), torch.get_num_threads())
 
 
 # Of matrices that read the same rows: those of a module, or of an attention with the first of them
-Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Cut]
+Panels = Mapping[nn.Module | tuple[nn.Module, nn.Module], Products]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to lay out matrices that is fast on some processors."""
+
+    lay_out: Callable[[Sequence[nn.Linear]], Products]
+    in_steps: Callable[[int], int]  # number of rows to multiply where there are so many
+    fewest_rows: int  # of a batch, from which on it is faster
+    most_rows: int  # multiplied at once by a thread
 
 
 def most_in_panels() -> int:
@@ -108,31 +132,41 @@ def cut(matrices: Sequence[nn.Linear]) -> Cut:
         every = spaced(torch.cat([m.weight.T for m in matrices], dim=1).T)  # [out of all,in]
         for m, part in zip(matrices, every.split([m.out_features for m in matrices]), strict=True):
             m.weight.data = part
-        return Cut(every.T, _cut(every.T))
+        return Cut(every.T, in_panels(every.T))
 
 
-def _cut(matrix: Tensor) -> Tensor:
+IN_PANELS = Layout(cut, in_steps, FEWEST_ROWS, MOST_ROWS)
+
+
+def in_panels(matrix: Tensor) -> Tensor:
     """Panels [P,in,WIDTH] of a matrix [in,out]."""
-    filled = F.pad(matrix, (0, -matrix.shape[1] % WIDTH))
-    return filled.view(len(matrix), -1, WIDTH).transpose(0, 1).contiguous()
+    wide = F.pad(matrix, (0, -matrix.shape[1] % WIDTH))
+    return wide.view(len(matrix), -1, WIDTH).transpose(0, 1).contiguous()
 
 
 def _multiply(x: Tensor, matrix: Tensor, panels: Tensor) -> Tensor:
     n = x.shape[0]
     if n > most_in_panels():
         return _share_out(x, matrix)
-    beside = _by_panel(x, panels).transpose(0, 1).reshape(n, -1)
+    beside = by_panel(x, panels).transpose(0, 1).reshape(n, -1)
     width = matrix.shape[1]
     return beside if width == beside.shape[1] else beside[:, :width]
 
 
-def _filled(x: Tensor, rows: int) -> Tensor:
+def filled(x: Tensor, rows: int) -> Tensor:
     """x [n,in] with rows of 0 below, [rows,in]."""
     n, d_in = x.shape
     return x if rows == n else torch.cat([x, x.new_zeros(rows - n, d_in)])  # faster than `pad`
 
 
-def _by_panel(x: Tensor, panels: Tensor) -> Tensor:
+def gated_by_panel(x: Tensor, panels: Tensor) -> Tensor:
+    """silu of rows x [n,in] times the first half of the panels, times x times the other half, of
+    whole panels each, [n,out / 2]."""
+    gate, up = by_panel(x, panels).chunk(2)
+    return silu(gate).mul_(up).transpose(0, 1).reshape(len(x), -1)
+
+
+def by_panel(x: Tensor, panels: Tensor) -> Tensor:
     """Products [P,n,WIDTH] of rows x [n,in] with panels [P,in,WIDTH]."""
     return torch.bmm(x.expand(panels.shape[0], -1, -1), panels)
 
@@ -152,10 +186,9 @@ def _share_out(x: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
 def _rows(n: int, *kind: int) -> int:
     """Number of rows to multiply at a time where there are n: as many, fewer, or more, of which
     some are idle. `kind` as for `_keeps_bits`."""
-    d_in, d_out, _, num_threads = kind
-    each = MOST_ROWS if d_in * d_out <= QUICK_NUMBERS else min(LARGE_ROWS, MOST_ROWS)
-    if n > num_threads * each:
-        return num_threads * each
+    *_, num_threads = kind
+    if n > num_threads * MOST_ROWS:
+        return num_threads * MOST_ROWS
     if n > most_in_panels():
         likely = [in_steps(n), most_in_panels()]
     else:
@@ -178,7 +211,7 @@ def _keeps_bits(n: int, d_in: int, d_out: int, step: int, num_threads: int) -> b
             some = torch.randn(min(NUMBERS_TO_TRY, d_in * step), generator=generator)
             some = some.repeat(-(-d_in * step // len(some)))
             matrix = some[: d_in * step].view(d_in, step)[:, :d_out]
-            panels = _cut(matrix)
+            panels = in_panels(matrix)
             right = _multiply(rows, matrix, panels)
             if not torch.equal(_multiply(rows.flip(0), matrix, panels).flip(0), right):
                 raise ConfigError(

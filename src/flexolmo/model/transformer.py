@@ -24,11 +24,13 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.gradients import GatedDown, Normalise
-from flexolmo.model.panels import FEWEST_ROWS, MOST_ROWS, Panels, can_cut, cut, in_steps
+from flexolmo.model.packed import PACKED, is_faster
+from flexolmo.model.panels import IN_PANELS, Panels, can_cut
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import in_tiles, product, silu, spaced
 
-CHUNK_ROWS = MOST_ROWS  # of tokens, on which a thread's FFN works at a time without learning
+LAYOUT = PACKED if is_faster() else IN_PANELS
+CHUNK_ROWS = LAYOUT.most_rows  # of tokens, on which a thread's FFN works at a time without learning
 PIECE_NUMBERS = 2**16  # of a tensor, which the cache of a thread's processor holds
 
 
@@ -125,7 +127,7 @@ class ForwardContext:
         if self.batch_rows is None:
             return None
         if self.panels:
-            return in_steps
+            return LAYOUT.in_steps
         return partial(in_tiles, batch_rows=self.batch_rows, device=self.cos.device)
 
 
@@ -416,7 +418,8 @@ class Transformer(nn.Module):
         for own in together.values():
             for m in own:
                 del alone[m]
-        return {key: cut(own) for key, own in (alone | together).items() if can_cut(own[0].weight)}
+        found = (alone | together).items()
+        return {key: LAYOUT.lay_out(own) for key, own in found if can_cut(own[0].weight)}
 
     def new_cache(self) -> Cache:
         """An empty cache for one batch."""
@@ -564,7 +567,7 @@ class Transformer(nn.Module):
             bias = bias.masked_fill(~(visible | itself), -math.inf)
         cos, sin = self._angles(positions)
         batch_rows = ids.numel() if self.in_tiles and not self.training else None
-        reads_panels = batch_rows is not None and batch_rows >= FEWEST_ROWS
+        reads_panels = batch_rows is not None and batch_rows >= LAYOUT.fewest_rows
         return ForwardContext(
             dtype,
             cos,
