@@ -6,11 +6,12 @@ from contextlib import contextmanager
 import pytest
 from torch import Tensor
 
-from flexolmo.model.packed import PACKED, is_faster
+from flexolmo.model.onednn import IS_FASTER
+from flexolmo.model.packed import PACKED
 from flexolmo.model.panels import IN_PANELS, Layout, Products
 
 # packed matrices are made, and tried, on the processors alone for which they are
-LAYOUTS = [IN_PANELS, *([PACKED] if is_faster() else [])]
+LAYOUTS = [IN_PANELS, *([PACKED] if IS_FASTER else [])]
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from flexolmo.errors import ConfigError
 from flexolmo.model import packed
-from flexolmo.model.packed import is_faster, pack
+from flexolmo.model.onednn import IS_FASTER
+from flexolmo.model.packed import pack
 from flexolmo.model.transformer import Linear
 from made_layouts import numbers_of
 from made_threads import threads
 
-pytestmark = pytest.mark.skipif(not is_faster(), reason="matrices are packed on AMD's processors")
+pytestmark = pytest.mark.skipif(not IS_FASTER, reason="matrices are packed on AMD's processors")
 
 
 def linears(widths, d_in, draw):
@@ -102,22 +103,20 @@ def test_of_what_is_erased_no_number_is_left():
 
 
 def test_a_library_whose_rows_know_their_place_is_refused(monkeypatch, tried_anew):
-    both, real = pack(linears([33], 7, torch.Generator())), packed._multiply
-    monkeypatch.setattr(
-        packed, "_multiply", lambda x, w: real(x, w) + torch.arange(len(x))[:, None]
-    )
+    both, real = pack(linears([33], 7, torch.Generator())), packed.multiply
+    monkeypatch.setattr(packed, "multiply", lambda x, w: real(x, w) + torch.arange(len(x))[:, None])
     with pytest.raises(ConfigError, match="where they stand"):
         both.times(torch.ones(3, 7))
 
 
 def test_rows_that_lose_their_bits_in_some_numbers_go_in_others(monkeypatch, tried_anew):
-    both, real, seen = pack(linears([40], 9, torch.Generator())), packed._multiply, []
+    both, real, seen = pack(linears([40], 9, torch.Generator())), packed.multiply, []
 
     def worse(x, w):
         seen.append(len(x))
         return real(x, w) + (1e-3 if len(x) not in (16, 20) else 0)
 
-    monkeypatch.setattr(packed, "_multiply", worse)
+    monkeypatch.setattr(packed, "multiply", worse)
     for n, expected in ((20, [20]), (3, [16]), (35, [16, 16, 16])):
         both.times(torch.ones(n, 9))
         seen.clear()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from flexolmo.model.onednn import linear
 
 MOST_IDLE = 1 / 16  # of positions that the expert may read in vain, as picking others costs as much
 
@@ -38,7 +39,7 @@ class Blend:
         """`join` of the products of `split` with matrices [out,in], [N,out]; no gradient of the
         anchor's."""
         if self.is_alone:
-            return F.linear(x, own)
+            return linear(x, own)
         kept = (self.own_weight, self.own_rows, self.public_weight, self.public_rows)
         return cast(Tensor, _Multiply.apply(x, own, public, *kept))  # type: ignore[no-untyped-call]
 
@@ -139,10 +140,10 @@ class _Multiply(torch.autograd.Function):
         mine = own_weight.index_select(0, public_rows).to(x.dtype)
         public_weight = public_weight.to(x.dtype)
         ctx.save_for_backward(x, own, public, mine, own_rows, public_weight, public_rows)
-        y = _pick(x, own_rows) @ own.T
+        y = linear(_pick(x, own_rows), own)
         if own_rows is not None:
             y = _put(y, own_rows, len(x))
-        said = x.index_select(0, public_rows) @ public.T
+        said = linear(x.index_select(0, public_rows), public)
         both = mine * y.index_select(0, public_rows) + public_weight * said
         return y.index_copy_(0, public_rows, both)
 
@@ -154,10 +155,10 @@ class _Multiply(torch.autograd.Function):
         at_own = _pick(grad.index_copy(0, public_rows, mine * at_public), own_rows)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = at_own @ own
+            grad_x = linear(at_own, own.T)
             if own_rows is not None:
                 grad_x = _put(grad_x, own_rows, len(x))
-            grad_x = grad_x.index_add_(0, public_rows, (public_weight * at_public) @ public)
+            grad_x = grad_x.index_add_(0, public_rows, linear(public_weight * at_public, public.T))
             grad_x = grad_x.to(ctx.dtypes[0])
         grad_own = (at_own.T @ _pick(x, own_rows)).to(ctx.dtypes[1])
         return grad_x, grad_own, None, None, None, None, None

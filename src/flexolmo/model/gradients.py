@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexolmo.model.onednn import linear
+
 
 class Normalise(torch.autograd.Function):
     """x [...,D] over the root of its mean square, times a weight [D]."""
@@ -46,7 +48,7 @@ class GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return F.linear(F.silu(gate).mul_(up), down)
+        return linear(F.silu(gate).mul_(up), down)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -56,7 +58,7 @@ class GatedDown(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, down = ctx.saved_tensors
         (grad,) = grads
-        inner_grad = grad @ down  # [n,F]
+        inner_grad = linear(grad, down.T)  # [n,F]
         gate_grad = torch.ops.aten.silu_backward(inner_grad * up, gate)
         opened = F.silu(gate)
         up_grad = inner_grad.mul_(opened)

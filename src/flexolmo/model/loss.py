@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from flexolmo.model.onednn import linear
 from flexolmo.model.transformer import Transformer
 
 # Logits held at a time: as many as a processor's cache holds; on a GPU so many that the gradient
@@ -78,11 +79,11 @@ def _chunk_loss(
     logits: Tensor | None = None  # [c,V]
     for u, w, (part, here) in zip(inputs, matrices, read, strict=True):
         if here is None:
-            logits = u[part] @ w.T if logits is None else logits.addmm_(u[part], w.T)
+            logits = linear(u[part], w) if logits is None else logits.addmm_(u[part], w.T)
         else:
             if logits is None:
                 logits = u.new_zeros(len(wanted), len(w))
-            logits.index_add_(0, here, u[part] @ w.T)
+            logits.index_add_(0, here, linear(u[part], w))
     assert logits is not None
     log_probs = logits.log_softmax(-1, dtype=torch.float32)
     loss = -log_probs.gather(1, wanted).sum()
@@ -94,7 +95,7 @@ def _chunk_loss(
             own = grad if here is None else grad.index_select(0, here)  # [.,V]
             grad_u, grad_w = grads[2 * j], grads[2 * j + 1]
             if grad_u is not None:
-                grad_u[part] = own @ matrices[j]
+                grad_u[part] = linear(own, matrices[j].T)
             if grad_w is not None and grad_w.dtype == own.dtype:
                 grad_w.addmm_(own.T, inputs[j][part])
             elif grad_w is not None and grad_w.is_cpu:

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from flexolmo.errors import ConfigError
+from flexolmo.model import onednn
+from flexolmo.model.onednn import multiply
 from flexolmo.model.panels import (
     ENOUGH_NUMBERS,
     NUMBERS_TO_TRY,
@@ -30,7 +32,7 @@ from flexolmo.model.panels import (
     gated_by_panel,
     in_panels,
 )
-from flexolmo.model.tiles import WORK_PER_THREAD, is_amd
+from flexolmo.model.tiles import WORK_PER_THREAD
 
 FEW_ROWS = 64  # up to which any number is multiplied as it is, from ROWS_STEP on
 ROWS_STEP = 4  # in which larger numbers of rows go, so that few need be tried
@@ -53,7 +55,7 @@ class Packed(Products):
             return by_panel(x, self.panels).transpose(0, 1).reshape(n, -1)[:, :width]
         rows = _rows(n, x.shape[1], width, torch.get_num_threads())
         if rows >= n:
-            return _multiply(filled(x, rows), self.packed)[:n]
+            return multiply(filled(x, rows), self.packed)[:n]
         return torch.cat([self.times(part) for part in x.split(rows)])
 
     def gated(self, x: Tensor, is_alone: bool = False) -> Tensor:
@@ -68,16 +70,11 @@ class Packed(Products):
         ctypes.memset(op.data_ptr(self.packed), 0xFF, op._nbytes(self.packed))  # bits of NaN
 
 
-def is_faster() -> bool:
-    """True if products with packed matrices are the fastest on this machine."""
-    return is_amd() and torch.backends.mkldnn.is_available()
-
-
 def pack(matrices: Sequence[nn.Linear]) -> Packed:
     """Copy matrices that read the same rows, packed side by side."""
     with torch.no_grad():
         every = torch.cat([m.weight for m in matrices]).contiguous()  # [out of all,in]
-        return Packed(_pack(every), in_panels(every.T))
+        return Packed(onednn.pack(every), in_panels(every.T))
 
 
 def in_steps(num_rows: int) -> int:
@@ -88,18 +85,6 @@ def in_steps(num_rows: int) -> int:
 
 
 PACKED = Layout(pack, in_steps, fewest_rows=1, most_rows=MOST_ROWS)
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """`weight` [out,in] in oneDNN's layout."""
-    found: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return found
-
-
-def _multiply(x: Tensor, packed: Tensor) -> Tensor:
-    """Products [n,out] of rows x [n,in]."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return found
 
 
 @cache
@@ -121,16 +106,16 @@ def _keeps_bits(n: int, d_in: int, d_out: int) -> bool:
             rows = torch.randn(REFERENCE_ROWS, d_in, generator=generator)
             some = torch.randn(min(NUMBERS_TO_TRY, d_in * d_out), generator=generator)
             some = some.repeat(-(-d_in * d_out // len(some)))
-            packed = _pack(some[: d_in * d_out].view(d_out, d_in))
-            right = _multiply(rows, packed)
-            if not torch.equal(_multiply(rows.flip(0), packed).flip(0), right):
+            packed = onednn.pack(some[: d_in * d_out].view(d_out, d_in))
+            right = multiply(rows, packed)
+            if not torch.equal(multiply(rows.flip(0), packed).flip(0), right):
                 raise ConfigError(
                     f"On this machine, rows of a packed product of {REFERENCE_ROWS} x {d_in} with "
                     f"{d_in} x {d_out} depend on where they stand, so that switching an expert off "
                     "could not be exact. Use one thread."
                 )
             at = torch.arange(n) % REFERENCE_ROWS
-            if not torch.equal(_multiply(rows[at], packed), right[at]):
+            if not torch.equal(multiply(rows[at], packed), right[at]):
                 return False
             compared += n * d_out
     return True

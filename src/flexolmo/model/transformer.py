@@ -24,12 +24,13 @@ from flexolmo.config import Settings
 from flexolmo.errors import ConfigError
 from flexolmo.model.cache import Cache, LayerCache
 from flexolmo.model.gradients import GatedDown, Normalise
-from flexolmo.model.packed import PACKED, is_faster
+from flexolmo.model.onednn import IS_FASTER, linear
+from flexolmo.model.packed import PACKED
 from flexolmo.model.panels import IN_PANELS, Panels, can_cut
 from flexolmo.model.spans import Reads
 from flexolmo.model.tiles import in_tiles, product, silu, spaced
 
-LAYOUT = PACKED if is_faster() else IN_PANELS
+LAYOUT = PACKED if IS_FASTER else IN_PANELS
 CHUNK_ROWS = LAYOUT.most_rows  # of tokens, on which a thread's FFN works at a time without learning
 PIECE_NUMBERS = 2**16  # of a tensor, which the cache of a thread's processor holds
 
@@ -156,7 +157,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         if ctx is None or ctx.batch_rows is None:
-            return F.linear(x, self.weight)
+            return linear(x, self.weight)
         return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.weight.shape[0])
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
