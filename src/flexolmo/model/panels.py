@@ -40,8 +40,8 @@ class Products(ABC):
 
     @abstractmethod
     def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
-        """Products [n,out of all] of rows x [n,in]; each row's bits are its own. A row that is
-        alone in its batch has no company to keep them in, and may have others."""
+        """Products [n,out of all] of rows x [n,in], without gradients; each row's bits are its own.
+        A row that is alone in its batch has no company to keep them in, and may have others."""
 
     def gated(self, x: Tensor, is_alone: bool = False) -> Tensor:
         """silu of the first half of `times`, times the other half, [n,out of all / 2]."""
