@@ -1,4 +1,4 @@
-"""Products by oneDNN: the numbers and gradients of torch's own, by every way that training takes."""
+"""Products by oneDNN: numbers and gradients of torch's own, by every way that training takes."""
 
 import pytest
 import torch

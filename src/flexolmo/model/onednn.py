@@ -65,7 +65,8 @@ class _Linear(torch.autograd.Function):
         grad_x = linear(grad, weight.T) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:  # laid out as the matrix
-            rows, grad = x.flatten(0, -2), grad.flatten(0, -2)
+            rows = x.flatten(0, -2)
+            grad = grad.flatten(0, -2)
             by_columns = weight.stride(0) == 1
             grad_weight = (rows.T @ grad).T if by_columns else grad.T @ rows
         return grad_x, grad_weight

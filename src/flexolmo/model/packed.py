@@ -50,7 +50,8 @@ class Packed(Products):
     panels: Tensor  # [P,in,WIDTH] filled up with 0
 
     def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
-        n, width = len(x), len(self.packed)
+        n = len(x)
+        width = len(self.packed)
         if is_alone:
             return by_panel(x, self.panels).transpose(0, 1).reshape(n, -1)[:, :width]
         rows = _rows(n, x.shape[1], width, torch.get_num_threads())
