@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from flexolmo.model.onednn import IS_FASTER
-from flexolmo.model.packed import PACKED
+from flexolmo.model.packed import PACKED, Packed
 from flexolmo.model.panels import IN_PANELS, Layout, Products
 
 # packed matrices are made, and tried, on the processors alone for which they are
@@ -22,5 +22,8 @@ def laid_out(layout: Layout) -> Iterator[None]:
 
 
 def numbers_of(products: Products) -> list[Tensor]:
-    """All that is held, where it can be looked into."""
-    return [t.to_dense() if t.is_mkldnn else t for t in vars(products).values()]
+    """All that is held beside the matrices, where it can be looked into."""
+    if isinstance(products, Packed):
+        panels = [products.panels] if "panels" in vars(products) else []
+        return [products.packed.to_dense(), *panels]
+    return [products.matrix, products.panels]

@@ -94,9 +94,19 @@ def test_a_row_that_is_alone_is_multiplied_alone(monkeypatch):
     assert seen == [1, 1]
 
 
+def test_panels_are_made_for_a_row_that_is_alone():
+    both = pack(linears([33, 5], 7, torch.Generator()))
+    both.times(torch.ones(3, 7))
+    assert "panels" not in vars(both)
+    with torch.inference_mode():
+        both.times(torch.ones(1, 7), is_alone=True)
+    assert "panels" in vars(both) and not both.panels.is_inference()
+
+
 def test_of_what_is_erased_no_number_is_left():
     """Nor of what stands between them in memory."""
     both = pack(linears([33, 5], 7, torch.Generator()))
+    both.times(torch.ones(1, 7), is_alone=True)
     both.erase()
     assert all(numbers.isnan().all() for numbers in numbers_of(both))
     assert both.times(torch.zeros(5, 7)).isnan().all()

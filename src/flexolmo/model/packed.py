@@ -12,7 +12,7 @@ import ctypes
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,16 @@ QUICK_NUMBERS = 2**22
 
 @dataclass(frozen=True)
 class Packed(Products):
-    """Matrices packed, and in panels for a row that is alone."""
+    """Matrices packed."""
 
     packed: Tensor  # [out of all,in] in oneDNN's layout
-    panels: Tensor  # [P,in,WIDTH] filled up with 0
+    weights: Sequence[Tensor]  # [out,in] each, as the matrices hold them
+
+    @cached_property
+    def panels(self) -> Tensor:
+        """[P,in,WIDTH], filled up with 0; made for the first row that is alone."""
+        with torch.inference_mode(False), torch.no_grad():
+            return in_panels(torch.cat([*self.weights]).T)
 
     def times(self, x: Tensor, is_alone: bool = False) -> Tensor:
         n = len(x)
@@ -66,16 +72,17 @@ class Packed(Products):
         return super().gated(x, is_alone)
 
     def erase(self) -> None:
-        self.panels.fill_(math.nan)
+        if "panels" in vars(self):
+            self.panels.fill_(math.nan)
         op = torch.ops.mkldnn
         ctypes.memset(op.data_ptr(self.packed), 0xFF, op._nbytes(self.packed))  # bits of NaN
 
 
 def pack(matrices: Sequence[nn.Linear]) -> Packed:
     """Copy matrices that read the same rows, packed side by side."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         every = torch.cat([m.weight for m in matrices]).contiguous()  # [out of all,in]
-        return Packed(onednn.pack(every), in_panels(every.T))
+        return Packed(onednn.pack(every), [m.weight for m in matrices])
 
 
 def in_steps(num_rows: int) -> int:
