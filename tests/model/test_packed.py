@@ -10,19 +10,10 @@ from flexolmo.errors import ConfigError
 from flexolmo.model import packed
 from flexolmo.model.onednn import IS_FASTER
 from flexolmo.model.packed import pack
-from flexolmo.model.transformer import Linear
-from made_layouts import numbers_of
+from made_layouts import linears, numbers_of
 from made_threads import threads
 
 pytestmark = pytest.mark.skipif(not IS_FASTER, reason="matrices are packed on AMD's processors")
-
-
-def linears(widths, d_in, draw):
-    """Random matrices, as a model holds them."""
-    found = [Linear(d_in, width) for width in widths]
-    for m in found:
-        m.weight.data.copy_(torch.randn(m.weight.shape, generator=draw))
-    return found
 
 
 @pytest.fixture

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 from flexolmo.errors import ConfigError
 from flexolmo.model import panels
 from flexolmo.model.panels import PANEL_ROWS, cut
-from flexolmo.model.transformer import Linear
+from made_layouts import linears
 from made_threads import threads
-
-
-def linears(widths, d_in, draw):
-    """Random matrices, as a model holds them."""
-    found = [Linear(d_in, width) for width in widths]
-    for m in found:
-        m.weight.data.copy_(torch.randn(m.weight.shape, generator=draw))
-    return found
 
 
 @pytest.fixture
