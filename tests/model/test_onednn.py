@@ -82,3 +82,16 @@ def test_other_precisions_are_left_to_torch():
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert torch.equal(linear(x, weight), multiply(x, weight))
+
+
+def test_what_is_read_as_stock_reads_it_is_left_to_torch(make_wild, monkeypatch):
+    wild = make_wild()
+    model, seen, real = wild.anchor.model, [], onednn.multiply
+    monkeypatch.setattr(onednn, "multiply", lambda *given: seen.append(given) or real(*given))
+    monkeypatch.setattr(model, "in_tiles", False)
+    ids = wild.ids(2, 9, 0)
+    model.eval()(ids)
+    assert not seen
+    model.train()(ids)
+    model.eval()
+    assert seen

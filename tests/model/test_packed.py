@@ -98,7 +98,10 @@ def test_of_what_is_erased_no_number_is_left():
     """Nor of what stands between them in memory."""
     both = pack(linears([33, 5], 7, torch.Generator()))
     both.times(torch.ones(1, 7), is_alone=True)
-    both.erase()
+    later = pack(linears([33, 5], 7, torch.Generator()))
+    for own in (both, later):
+        own.erase()
+    assert later.times(torch.ones(1, 7), is_alone=True).isnan().all()
     assert all(numbers.isnan().all() for numbers in numbers_of(both))
     assert both.times(torch.zeros(5, 7)).isnan().all()
 

@@ -1,8 +1,6 @@
 """Products by oneDNN, which on AMD's processors is faster than MKL, torch's choice there too.
 
 Source: ours.
-
-n rows to multiply.
 """
 
 from typing import Any, cast
@@ -42,7 +40,9 @@ def _of_shape(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """`F.linear`, by the library that is fastest."""
-    if IS_FASTER and x.numel() * weight.shape[0] >= MANY_PRODUCTS:
+    # compiled for any number of rows, as each side of such a bound would be a program of its own
+    is_large = torch.compiler.is_compiling() or x.numel() * weight.shape[0] >= MANY_PRODUCTS
+    if IS_FASTER and is_large:
         is_plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
         if is_plain and not torch.is_autocast_enabled("cpu"):
             return cast(Tensor, _Linear.apply(x, weight))  # type: ignore[no-untyped-call]

@@ -1,9 +1,9 @@
 """Matrices in oneDNN's own layout, by which AMD's processors multiply fastest.
 
-MKL, which torch uses else, reads a matrix at half of memory's speed there for 4 to 16 rows, and is
-a seventh slower for hundreds. A row that is alone in its batch is faster still from panels. A row's
-bits do not depend on how many others are multiplied beside it, which is tried for each number of
-them. The layout cannot be looked into, so this is a copy. Source: ours.
+MKL, which torch uses otherwise, reads a matrix at half of memory's speed there for 4 to 16 rows,
+and is a seventh slower for hundreds. A row that is alone in its batch is faster still from panels.
+A row's bits do not depend on how many others are multiplied beside it, which is tried for each
+number of them. The layout cannot be looked into, so this is a copy. Source: ours.
 
 n rows to multiply, P panels.
 """
@@ -36,15 +36,15 @@ from flexolmo.model.tiles import WORK_PER_THREAD
 
 FEW_ROWS = 64  # up to which any number is multiplied as it is, from ROWS_STEP on
 ROWS_STEP = 4  # in which larger numbers of rows go, so that few need be tried
-MOST_ROWS = 512  # of a thread that need be tried, and as many times as this at once
-MOST_TIMES = 4
+MOST_ROWS = 512  # of a thread, above which only multiples are multiplied at once
+MOST_TIMES = 4  # of that
 LARGE_ROWS = 128  # the same by matrices of more than QUICK_NUMBERS, where each trial takes long
 QUICK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True)
 class Packed(Products):
-    """Matrices packed."""
+    """Matrices packed, and in panels once a row is alone."""
 
     packed: Tensor  # [out of all,in] in oneDNN's layout
     weights: Sequence[Tensor]  # [out,in] each, as the matrices hold them
@@ -72,6 +72,9 @@ class Packed(Products):
         return super().gated(x, is_alone)
 
     def erase(self) -> None:
+        with torch.no_grad():
+            for weight in self.weights:
+                weight.fill_(math.nan)
         if "panels" in vars(self):
             self.panels.fill_(math.nan)
         op = torch.ops.mkldnn

@@ -157,7 +157,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, ctx: ForwardContext | None = None) -> Tensor:
         if ctx is None or ctx.batch_rows is None:
-            return linear(x, self.weight)
+            return linear(x, self.weight) if self.training else F.linear(x, self.weight)
         return self.read(x.flatten(0, -2), ctx).view(*x.shape[:-1], self.weight.shape[0])
 
     def read(self, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -249,7 +249,8 @@ class FeedForward(nn.Module):
             inner = ctx.panels[self].gated(x, ctx.is_alone)  # [n,F]
             return self.down_proj(inner if weight is None else weight * inner[: len(weight)], ctx)
         gate, up = self.gate_and_up(x, ctx)
-        if ctx.batch_rows is None and weight is None:  # a hook on `down_proj` sees nothing of it
+        # a hook on `down_proj` sees nothing of it
+        if self.training and ctx.batch_rows is None and weight is None:
             down = self.down_proj.weight.to(gate.dtype)
             return cast(Tensor, GatedDown.apply(gate, up, down))  # type: ignore[no-untyped-call]
         inner = F.silu(gate) * up if ctx.batch_rows is None else silu(gate).mul_(up)  # [n,F]

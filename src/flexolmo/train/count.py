@@ -164,9 +164,9 @@ def _flops_of(func: Any, given: list[Tensor], made: list[Tensor]) -> float:
         return 2.0 * given[0].numel() * given[1].shape[-1]
     if func in (_ATEN.addmm.default, _ATEN.addmm_.default, _ATEN.baddbmm.default):
         return 2.0 * given[1].numel() * given[2].shape[-1]
-    if func is torch.ops.mkldnn._linear_pointwise.default:
-        return 2.0 * given[0].numel() * given[1].shape[0]
     name = func.name()
+    if name == "mkldnn::_linear_pointwise":
+        return 2.0 * given[0].numel() * given[1].shape[0]
     if "scaled_dot_product" not in name:
         return 0.0
     is_backward = "backward" in name
