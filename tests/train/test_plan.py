@@ -10,7 +10,7 @@ from flexolmo.cli import app
 from flexolmo.model.router import LinearSettings
 from flexolmo.train.expert import ExpertRecipe, pack_expert, train_expert
 from flexolmo.train.loop import TrainSettings
-from flexolmo.train.plan import TIMED_STEPS, plan_training
+from flexolmo.train.plan import plan_training
 from made_bundles import TERMS
 
 TRAIN = TrainSettings(steps=40, batch_size=2, seq_len=16, warmup_steps=3)
@@ -49,8 +49,16 @@ def test_a_bundle_is_of_the_size_that_was_told(
     assert told["memory_bytes"] > told["weights_bytes"]
 
 
-def test_the_time_is_that_of_the_median_step(pico_anchor, pico_sets, monkeypatch):
-    clock, taken = iter([0.0, 10.0, 11.0, 20.0, 22.0, 24.0, 25.0, 33.0, 35.0]), []
+@pytest.mark.parametrize(
+    ("begun", "step"),
+    [
+        ([11.0, 20.0, 22.0, 24.0, 25.0, 33.0, 35.0], 2.0),  # the first, of 9 seconds, is left out
+        ([11.0, 12.0, 28.0, 45.0], 16.5),  # no other is begun after half a minute
+        ([11.0, 111.0], 100.0),
+    ],
+)
+def test_the_time_is_that_of_the_median_step(pico_anchor, pico_sets, monkeypatch, begun, step):
+    clock, taken = iter([0.0, 10.0, *begun]), []
 
     class Clock:
         @staticmethod
@@ -60,8 +68,8 @@ def test_the_time_is_that_of_the_median_step(pico_anchor, pico_sets, monkeypatch
 
     monkeypatch.setattr("flexolmo.train.plan.time", Clock)
     told = plan_training(pico_anchor, pico_sets["maths"], "maths", ExpertRecipe(train=TRAIN))
-    assert len(taken) == TIMED_STEPS + 4  # the first step, of 9 seconds, does not count
-    assert told["step_seconds"] == 2.0 and told["seconds"] == 10.0 + 40 * 2.0
+    assert len(taken) == 2 + len(begun)
+    assert told["step_seconds"] == step and told["seconds"] == 10.0 + 40 * step
 
 
 def test_a_plan_is_printed_and_leaves_nothing(

@@ -1,11 +1,13 @@
 """The time, memory and bytes that training an expert will take, told before it begins.
 
-A few steps are timed here, with the owner's anchor, text and settings; nothing is kept of them.
+A few steps are timed here, with the owner's anchor, text and settings, and fewer where each takes
+long; nothing is kept of them.
 """
 
 import resource
 import statistics
 import time
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, cast
 
@@ -23,7 +25,12 @@ from flexolmo.train.expert import ExpertRecipe, pack_tensors, prepare_training
 from flexolmo.train.loop import Losses, train
 from flexolmo.train.protect import state_budget
 
-TIMED_STEPS = 5  # and one before them, which is slower
+TIMED_STEPS = 5  # at most, and one before them, which is slower
+TIMED_SECONDS = 30.0  # after which no other step is begun
+
+
+class _EnoughTimedError(Exception):
+    """No other step need be timed."""
 
 
 def plan_training(
@@ -38,7 +45,7 @@ def plan_training(
 
     Returns:
         seconds: estimate on this machine, from the median step; without writing checkpoints.
-        step_seconds: that median.
+        step_seconds: that median; of the first step if that alone took TIMED_SECONDS.
         memory_bytes: peak of this process so far (on a GPU, of torch's memory there).
         weights_bytes: size of the bundle's weights, exact.
         parameters: numbers that learn.
@@ -57,13 +64,16 @@ def plan_training(
 
     def timed_loss(step: int) -> Losses:
         begun.append(time.monotonic())
+        if begun[-1] - begun[0] > TIMED_SECONDS:
+            raise _EnoughTimedError
         return loss_of_step(step)
 
     few = recipe.train.model_copy(update={"steps": TIMED_STEPS + 1, "warmup_steps": 0})
-    train(parameters, timed_loss, few, None, f"plan of {name}", {}, {}, private)
-    begun.append(time.monotonic())
-    steps = [end - start for start, end in pairwise(begun[1:])]
-    median = statistics.median(steps)
+    with suppress(_EnoughTimedError):
+        train(parameters, timed_loss, few, None, f"plan of {name}", {}, {}, private)
+        begun.append(time.monotonic())
+    steps = [end - start for start, end in pairwise(begun)]
+    median = statistics.median(steps[1:] or steps)
     settings, own = recipe.train, len(data.splits["train"].tokens)
     windows = (own - 1) // settings.seq_len
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
