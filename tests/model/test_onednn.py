@@ -54,6 +54,13 @@ def test_products_and_gradients_are_those_of_torch(shape, width, by_columns, lea
         assert mine[-1].stride() == weight.stride()
 
 
+def test_the_input_of_a_matrix_that_does_not_learn_is_not_kept():
+    x, weight = drawn((6,), 7, True, 0)
+    for learns in (True, False):
+        kept = linear(x, weight.requires_grad_(learns)).grad_fn.saved_tensors
+        assert [t is None for t in kept] == [not learns, False]
+
+
 @pytest.mark.parametrize("of_weight", [None, 0])
 def test_gradients_of_each_example_are_those_of_torch(of_weight):
     x, weight = (t.detach() for t in drawn((4, 3), 7, True, 0))
