@@ -47,7 +47,7 @@ ORDER = [
     ["model.assemble"],
     ["train.muon", "train.budget", "train.dp_sgd"],
     ["train.loop"],
-    ["train.blocks", "train.protect", "train.rows", "train.at_once"],
+    ["train.blocks", "train.protect", "train.rows", "train.at_once", "train.first_router"],
     ["train.anchor", "train.compress"],
     ["train.expert"],
     ["train.shrink", "train.plan", "train.count", "train.launch"],

@@ -23,6 +23,7 @@ from flexolmo.train.expert import (
     prepare_training,
     reroute_expert,
     save_expert,
+    start_expert,
     train_expert,
 )
 from flexolmo.train.loop import TrainSettings
@@ -170,7 +171,7 @@ def test_a_finished_run_is_not_trained_further(pico_anchor, pico_sets, expert, r
 def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkeypatch):
     """The table's sum holds a vector of length 1 for each unit, so it moves by 1 with any."""
     from flexolmo.data.units import unit_offsets
-    from flexolmo.train import expert as module
+    from flexolmo.train import first_router as module
 
     seen = []
     real = module.tabulate
@@ -180,7 +181,7 @@ def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkey
     recipe = recipe_of().model_copy(
         update={"privacy": PrivacySettings(epsilon=8.0, unit="sequence")}
     )
-    module.start_expert(pico_anchor, pico_sets["maths"], recipe)
+    start_expert(pico_anchor, pico_sets["maths"], recipe)
     assert seen[0].tolist() == unit_offsets(pico_sets["maths"], "sequence", 16).tolist()
 
 

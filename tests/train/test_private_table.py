@@ -15,15 +15,14 @@ from flexolmo.merge.mixture import add_experts, build_mixture, load_mixture
 from flexolmo.model.statistics import EvidenceSettings, count_tokens
 from flexolmo.train import loop
 from flexolmo.train.expert import (
-    NOISED_TABLE,
     ExpertRecipe,
     load_expert,
     pack_expert,
     reroute_expert,
     save_expert,
-    start_router,
     train_expert,
 )
+from flexolmo.train.first_router import NOISED_TABLE, start_router
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.rows import moved_rows
 from flexolmo.train.shrink import compress_expert

@@ -18,9 +18,9 @@ from flexolmo.train.expert import (
     pack_expert,
     reroute_expert,
     save_expert,
-    start_router,
     train_expert,
 )
+from flexolmo.train.first_router import start_router
 from flexolmo.train.loop import TrainSettings
 from made_bundles import TERMS
 
@@ -34,7 +34,7 @@ def few_windows():
     """Made sets tell themselves apart by a few."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flexolmo.data.batches.EMBEDDING_WINDOWS", OWN_WINDOWS)
-        patch.setattr("flexolmo.train.expert.PUBLIC_WINDOWS", PUBLIC_WINDOWS)
+        patch.setattr("flexolmo.train.first_router.PUBLIC_WINDOWS", PUBLIC_WINDOWS)
         yield
 
 

@@ -35,9 +35,9 @@ from flexolmo.train.expert import (
     prepare_training,
     save_expert,
     start_expert,
-    start_table,
     train_expert,
 )
+from flexolmo.train.first_router import start_table
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.rows import find_open_rows, hide_rows
 from flexolmo.train.shrink import compress_expert, heal_expert

@@ -18,7 +18,8 @@ from flexolmo.model.private_statistics import tabulate
 from flexolmo.model.statistics import EvidenceSettings
 from flexolmo.progress import progress
 from flexolmo.runtime import run_record
-from flexolmo.train.expert import Expert, table_tensors
+from flexolmo.train.expert import Expert
+from flexolmo.train.first_router import table_tensors
 
 Windows = list[tuple[np.ndarray, int]]
 
