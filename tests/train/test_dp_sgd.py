@@ -65,8 +65,7 @@ def texts_of(data, private, step, unit="document", windows=1):
                 tokens[offsets[u] : offsets[u + 1]],
                 data.eos_id,
                 SETTINGS.seq_len,
-                windows,
-                (0, step, int(u)),
+                private.draw(step, int(u), windows),
             )
         )
         for u in private.choose(step)
@@ -300,6 +299,43 @@ def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm():
     assert max(moves) > 0.99 * private.clip_norm > min(moves)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 3e38])
+def test_a_unit_without_a_finite_gradient_counts_as_none(at_once, bad):
+    """Or whether training ends would depend on one unit; 3e38 has a square that is infinite."""
+    parameters, _, private = make_toy()
+    private.open(None, "identity", False)
+    real = {n: torch.ones_like(p) for n, p in parameters.items()}
+    wrong = {n: g.clone() for n, g in real.items()}
+    wrong["embed"][2, 1] = bad
+    if at_once:
+        private.add_each({n: torch.stack([wrong[n], real[n], wrong[n]]) for n in real})
+    for grads in () if at_once else (wrong, real, wrong):
+        for n, p in parameters.items():
+            p.grad = grads[n].clone()
+        private.add(parameters)
+    private.finish(parameters, 0)
+    total = torch.cat([p.grad.flatten() for p in parameters.values()]) * private.rate * 40
+    torch.testing.assert_close(
+        total, torch.full_like(total, 0.5 / len(total) ** 0.5), rtol=1e-3, atol=0
+    )
+
+
+def test_only_units_with_a_finite_loss_are_in_the_mean():
+    parameters, losses, private = make_toy()
+    private.open(None, "identity", False)
+    own = list(losses(0))
+
+    def with_bad(step):
+        yield from losses(step)
+        yield parameters["embed"].sum() * torch.nan
+
+    found = compute_gradients(parameters, with_bad, 0, SETTINGS, private)
+    assert found[0] == pytest.approx(torch.stack(own).mean().item()) and np.isfinite(found[1])
+    private.choose = lambda step: np.zeros(0, np.int64)
+    assert np.isnan(compute_gradients(parameters, with_bad, 1, SETTINGS, private)[0])
+
+
 # --- noise and sampling -------------------------------------------------------------------------
 
 
@@ -355,8 +391,32 @@ def test_no_seed_gives_noise_or_sample_again():
         np.random.seed(0)
         private = PrivateSteps(1000, 0.5, 1.0, 1.0)
         private.open(None, "identity", False)
-        found.append(private.choose(0).tolist())
-    assert found[0] != found[1]
+        found.append((private.choose(0).tolist(), private.draw(0, 3, 4).tolist()))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+
+
+def test_no_seed_says_which_windows_of_a_unit_are_read(pico_anchor, pico_sets):
+    """Nor a unit's number, which changes where another unit comes or goes. One run reads the same
+    ones again, as it must after a kill."""
+    asked = {"privacy": {"windows": 2}}
+    first, second = (prepared(pico_anchor, pico_sets["maths"], **asked, seed=5) for _ in range(2))
+    read = [
+        [t.tolist() for t in texts_of(pico_sets["maths"], made.private, step, windows=2)]
+        for made, step in ((first, 0), (first, 0), (first, 1), (second, 0))
+    ]
+    assert read[0] == read[1]
+    for other in read[2:]:
+        alike = [a == b for a, b in zip(read[0], other, strict=True) if len(a) > 1]
+        assert len(alike) > 3 and sum(alike) < len(alike) / 2
+
+
+def test_numbers_drawn_for_a_unit_are_even_and_of_its_own():
+    """False alarm: 1 in 10^6 each."""
+    private = PrivateSteps(40, 0.5, 1.0, 1.0)
+    private.open(None, "identity", False)
+    drawn = np.array([private.draw(s, u, 25) for s in range(20) for u in range(20)]) / 2.0**64
+    assert kstest(drawn.flatten(), "uniform").pvalue > 1e-6
+    assert len(np.unique(drawn)) == drawn.size
 
 
 # --- runs that are killed -----------------------------------------------------------------------

@@ -45,18 +45,16 @@ def unit_offsets(token_set: TokenSet, unit: Unit, seq_len: int) -> np.ndarray:
     return np.append(firsts + seq_len * np.arange(counts.sum()), sources[-1])
 
 
-def read_unit(
-    text: np.ndarray, eos_id: int, seq_len: int, most_windows: int, seed: tuple[int, ...]
-) -> np.ndarray:
-    """Windows of one unit's tokens `text` to learn from, int64 [w, T + 1], w <= `most_windows`.
+def read_unit(text: np.ndarray, eos_id: int, seq_len: int, drawn: np.ndarray) -> np.ndarray:
+    """Windows of one unit's tokens `text` to learn from, int64 [w, T + 1].
 
     A unit of at most `seq_len` tokens is one window, all of it, after an end of text. Of a longer
-    one as many windows as cover it, and no more than allowed, each from a place that `seed` draws.
+    one as many windows as cover it, and no more than the random uint64 `drawn` [.], each of which
+    says where one begins.
     """
     ids = np.concatenate([[eos_id], text]).astype(np.int64)
     places = len(ids) - seq_len
     if places <= 1:
         return ids[None]
-    count = min(most_windows, -(-len(text) // seq_len))
-    drawn = np.random.Philox(np.random.SeedSequence(seed)).random_raw(count)
-    return np.stack([ids[start : start + seq_len + 1] for start in (drawn % places).astype(int)])
+    starts = drawn[: -(-len(text) // seq_len)] % np.uint64(places)
+    return np.stack([ids[start : start + seq_len + 1] for start in starts.astype(int)])

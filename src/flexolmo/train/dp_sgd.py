@@ -9,10 +9,11 @@ module, and memory does not grow with the batch. For a stretch of T tokens and a
 a x b < T^2 numbers this is also less work than finding the norm alone (ghost clipping). A GPU
 takes groups of them (`train.at_once`).
 
-Sampling and noise follow from a key of the run that the operating system draws. It is kept beside
-the checkpoint until the run ends, so that a run that is killed and goes on takes the very steps
-that it would have taken: a step done twice tells no more than once, and nobody can stop a run and
-draw again until he likes what comes out. Other settings, text or anchor give other noise.
+Sampling, places of windows and noise follow from a key of the run that the operating system draws.
+It is kept beside the checkpoint until the run ends, so that a run that is killed and goes on takes
+the very steps that it would have taken: a step done twice tells no more than once. Other settings,
+text or anchor give other noise, and so does another directory: who draws until he likes what comes
+out has spent a budget each time.
 """
 
 import hashlib
@@ -76,6 +77,14 @@ class PrivateSteps:
         drawn = np.frombuffer(self._stream(step, "units")(8 * self.num_units), dtype=np.uint64)
         return np.flatnonzero((drawn >> np.uint64(11)) * 2.0**-53 < self.rate)
 
+    def draw(self, step: int, unit: int, count: int) -> np.ndarray:
+        """Random numbers, uint64 [count], for what `step` reads of one unit.
+
+        They are secret like the sample: were they to follow from a seed and the unit's number, one
+        unit less would give all after it other windows, and noise would have to cover these too.
+        """
+        return np.frombuffer(self._stream(step, f"unit {unit}")(8 * count), dtype=np.uint64)
+
     @torch.no_grad()
     def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Take one unit's gradient out of `parameters`, clipped, into the step's sum."""
@@ -85,8 +94,9 @@ class PrivateSteps:
         norm = nn.utils.get_total_norm(grads)
         if not self._sums:
             self._sums = {n: torch.zeros_like(p) for n, p in parameters.items()}
-        torch._foreach_mul_(grads, self._clipping(norm))
-        torch._foreach_add_([self._sums[n] for n in found], grads)
+        if norm.isfinite():  # else it counts as none, or one unit would decide of all
+            torch._foreach_mul_(grads, self._clipping(norm))
+            torch._foreach_add_([self._sums[n] for n in found], grads)
         for p in parameters.values():
             p.grad = None
 
@@ -99,15 +109,18 @@ class PrivateSteps:
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
         norm = torch.linalg.vector_norm(norms, dim=0)  # [G]
         factor = self._clipping(norm)
+        lost = norm.isfinite().logical_not().nonzero()[:, 0]  # which count as none, as in `add`
         if not self._sums:
             self._sums = {n: torch.zeros_like(g[0]) for n, g in grads.items()}
         for name, g in grads.items():
+            if len(lost):
+                g.index_fill_(0, lost, 0.0)
             # no product of matrices, which a GPU makes in TF32: off by more than ROUNDING
             self._sums[name] += g.mul_(factor.view(-1, *[1] * (g.dim() - 1))).sum(0)
 
     def _clipping(self, norm: Tensor) -> Tensor:
         """Factor that brings a gradient of this norm to at most the clipping norm."""
-        return (self.clip_norm * (1 - ROUNDING) / norm).clamp(max=1.0)
+        return (self.clip_norm * (1 - ROUNDING) / norm).nan_to_num(0.0).clamp(max=1.0)
 
     @torch.no_grad()
     def finish(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:

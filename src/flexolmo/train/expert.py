@@ -354,7 +354,7 @@ def prepare_training(
     is_open = find_frequent_rows(first, anchor, cast(EvidenceSettings, router), privacy.row_share)
     closed = (~is_open).nonzero()[:, 0].to(pair.device)
     private.closed = {key: closed for key in parameters.keys() & set(TOKEN_ROWS)}
-    windows = windows_of_units(data, privacy, recipe.train, private, recipe.seed)
+    windows = windows_of_units(data, privacy, recipe.train, private)
     learnt = sum(p.numel() for p in parameters.values())
     size = choose_group(pair, recipe.train, privacy.windows, learnt, privacy.units_at_once)
     private.units_at_once = size

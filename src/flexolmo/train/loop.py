@@ -297,7 +297,7 @@ def compute_gradients(
     """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped.
 
     With `private`, the gradient is the noised one, and the loss a mean over the units that were
-    read; None if they were none.
+    read, but for those whose own is not finite; None if none was read.
     """
     device = next(iter(parameters.values())).device.type
     is_half = settings.precision == "bfloat16"
@@ -310,19 +310,25 @@ def compute_gradients(
         parts = iter([given] if isinstance(given, Tensor) else given)
         part = next(parts, None)
     total = torch.zeros((), device=next(iter(parameters.values())).device)
+    of_units: list[Tensor] = []
     num_parts = 0
     while part is not None:
         if private is None or part.requires_grad:
             part.backward()
             if private is not None:
                 private.add(parameters)
-        total += part.detach()
+        if private is None:
+            total += part.detach()
+        else:
+            of_units.append(part.detach())
         num_parts += 1
         with in_precision():
             part = next(parts, None)
     if private is not None:
         private.finish(parameters, step)
-        total /= max(num_parts, 1)
+        if of_units:
+            losses = torch.stack(of_units)
+            total = losses[losses.isfinite()].mean()  # NaN if there is none
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(grads))
     nats, size = torch.stack([mean(total), norm.float()]).tolist()  # one wait for a GPU

@@ -72,11 +72,7 @@ def state_budget(
 
 
 def windows_of_units(
-    data: TokenSet,
-    privacy: PrivacySettings,
-    settings: TrainSettings,
-    private: PrivateSteps,
-    seed: int,
+    data: TokenSet, privacy: PrivacySettings, settings: TrainSettings, private: PrivateSteps
 ) -> Callable[[int], Iterator[np.ndarray]]:
     """Function from a step to the windows of each unit that it reads, int64 [w,T+1]."""
     tokens = data.splits["train"].tokens
@@ -85,8 +81,8 @@ def windows_of_units(
     def windows(step: int) -> Iterator[np.ndarray]:
         for unit in private.choose(step).tolist():
             text = tokens[offsets[unit] : offsets[unit + 1]]
-            place = (seed, step, unit)
-            yield read_unit(text, data.eos_id, settings.seq_len, privacy.windows, place)
+            drawn = private.draw(step, unit, privacy.windows)
+            yield read_unit(text, data.eos_id, settings.seq_len, drawn)
 
     return windows
 
