@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import auc, roc_auc_score, roc_curve
 
-from flexolmo.audit.intervals import area, area_of, caught, roc
+from flexolmo.audit.intervals import area, area_of, caught, roc, share
 
 SCORES = st.lists(st.integers(0, 8), min_size=1, max_size=30).map(lambda x: np.array(x, float))
 
@@ -29,6 +29,17 @@ def test_a_long_curve_keeps_its_ends():
     curve = roc(yes, no, most=20)
     assert area(yes, no, 0)["auc"] == area_of([(yes, no)])
     assert len(curve) == 20 and curve[0] == [0, 0] and curve[-1] == [1, 1]
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_a_few_scores_that_lie_apart_leave_room(some, others):
+    """A resample of them lies apart too, so resampling alone would say that all is known."""
+    least = share(np.ones(min(some, others)))["interval"]
+    for yes, no in ((some, others), (others, some)):
+        found = area(np.arange(yes) + 100.0, np.arange(no) * 1.0, 0)
+        assert found == {"auc": 1.0, "interval": least} and least[0] < 0.9
+        found = area(np.arange(yes) * 1.0, np.arange(no) + 100.0, 0)
+        assert found["auc"] == 0 and found["interval"] == pytest.approx([0, 1 - least[0]])
 
 
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.001, 0.01, 0.1, 0.5]))

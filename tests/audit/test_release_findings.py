@@ -92,12 +92,15 @@ def test_a_report_says_what_was_promised_attacked_and_not(attacked, given_result
         opened(attacked).digests["manifest.json"],
     ):
         assert said in page, said
+    assert "membership_auc" not in made.report.measures  # of so few documents no limit is judged
     extraction = made.report.measures["extraction"]
     found = read_json(attacked.results["extraction"] / "extraction.json")["subjects"]
     highs = [found[s]["extracted"]["interval"][1] for s in ("alone", "on")]
     assert extraction.high == pytest.approx(max(highs), abs=1e-4)
-    membership = read_json(attacked.results["membership"] / "membership.json")["subjects"]
-    highs = [x["interval"][1] for s in ("alone", "on") for x in membership[s].values()]
+    (found,) = [r for r in given_results if r.audit == "membership"]
+    found.found["documents"] |= {"members": 30, "others": 20}
+    made = make_findings(opened(attacked), pico_sets["maths"], [found])
+    highs = [x["interval"][1] for s in ("alone", "on") for x in found.found["subjects"][s].values()]
     assert made.report.measures["membership_auc"].high == pytest.approx(max(highs), abs=1e-4)
 
 
@@ -262,6 +265,7 @@ def test_an_attack_that_succeeds_is_not_hidden_by_one_that_knows_little(
     summary = summarise(found, None)
     assert summary.level == "much" and "zlib" in summary.headline.measure
     assert "leaves 97 open" in summary.verdict
+    found.found["documents"] |= {"members": 20, "others": 20}
     made = make_findings(opened(attacked), pico_sets["maths"], [found])
     assert made.report.measures["membership_auc"].high == 0.97
 

@@ -164,7 +164,8 @@ def test_the_upper_end_of_an_interval_is_held_against_a_limit(copied):
     assert lines == [
         "amber: extraction is 1.00\u00a0%, the upper end of its interval, demanded is at most "
         "0.50\u00a0%",
-        "amber: epsilon: the bundle states no guarantee, demanded is at most 8",
+        "amber: epsilon: the bundle states no guarantee, or none that training here can give, "
+        "demanded is at most 8",
     ]
 
 
@@ -189,6 +190,11 @@ def test_no_report_and_a_spoilt_one_are_each_a_line(copied, tmp_path):
         ({"epsilon": 10**400}, None),
         ({"delta": 1}, None),
         ({"delta": 0.0}, None),
+        ({"delta": 0.001}, 7.9961),
+        ({"delta": 0.002}, None),
+        ({"neighbours": "none"}, None),
+        ({"accountant": "ours"}, None),
+        ({"sampling": "all"}, None),
         ({"noise": 10**400}, None),
         ({"unit": "house"}, None),
         ({"more": 1}, None),

@@ -1,7 +1,9 @@
 """A private expert from training to bundle: what is refused, what is stated, what stays at home."""
 
 import json
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -10,6 +12,7 @@ from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.release import stated_epsilon
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.cli.expert import print_plan
+from flexolmo.data.units import read_unit, unit_offsets
 from flexolmo.errors import ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
 from flexolmo.model.assemble import anchor_matrix
@@ -28,6 +31,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.plan import plan_training
+from flexolmo.train.protect import tokens_of_a_reading
 from flexolmo.train.rows import find_frequent_rows, moved_rows
 from flexolmo.train.shrink import compress_expert, curvature_of, heal_expert
 from made_bundles import TERMS
@@ -37,7 +41,7 @@ PRIVATE = {"privacy": {"epsilon": 8.0}, "router": {"kind": "evidence", "epsilon"
 
 def recipe_of(**changes):
     return ExpertRecipe(
-        privacy=PrivacySettings(epsilon=8.0, row_share=0.002),
+        privacy=PrivacySettings(epsilon=8.0, row_share=0.002, windows=2),
         router=EvidenceSettings(epsilon=4.0, level_nats=0.1),
         train=TrainSettings(
             steps=3, batch_size=4, seq_len=16, warmup_steps=1, checkpoint_every_seconds=1e-9
@@ -115,7 +119,7 @@ def test_the_bundle_states_one_budget_and_no_loss(
     assert manifest.recipe["privacy"]["epsilon"] == 8.0
     assert stated_epsilon(manifest) == stated["epsilon"]
     assert manifest.recipe["router"]["epsilon"] == manifest.router.settings["epsilon"] == 4.0
-    assert manifest.tokens_seen == 3 * 4 * 16  # whoever was read
+    assert manifest.tokens_seen == 3 * 4 * 2 * 16  # whoever was read
     losses = json.loads((run_dir / "metrics.json").read_text())["loss_nats"]
     assert len(losses) == 3 and any(losses)  # a step may draw nobody: of 100 runs, in four
     told = (bundle / "manifest.json").read_text()
@@ -170,7 +174,6 @@ def test_a_finished_run_is_not_trained_further(pico_anchor, pico_sets, expert, r
 
 def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkeypatch):
     """The table's sum holds a vector of length 1 for each unit, so it moves by 1 with any."""
-    from flexolmo.data.units import unit_offsets
     from flexolmo.train import first_router as module
 
     seen = []
@@ -185,11 +188,31 @@ def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkey
     assert seen[0].tolist() == unit_offsets(pico_sets["maths"], "sequence", 16).tolist()
 
 
+@pytest.mark.parametrize(
+    ("unit", "length"), [("document", 16), ("document", 256), ("sequence", 16)]
+)
+def test_tokens_of_a_reading_are_those_of_all_windows(pico_sets, unit, length):
+    data = pico_sets["maths"]
+    privacy = PrivacySettings(epsilon=8.0, unit=unit, windows=3)
+    tokens, offsets = data.splits["train"].tokens, unit_offsets(data, unit, length)
+    drawn = np.arange(3, dtype=np.uint64)
+    read = [
+        read_unit(tokens[start:end], data.eos_id, length, drawn)[:, 1:].size
+        for start, end in pairwise(offsets)
+    ]
+    assert (unit, length) == ("document", 16) or len(set(read)) > 1
+    settings = recipe_of().train.model_copy(update={"seq_len": length})
+    assert tokens_of_a_reading(data, privacy, settings) == sum(read)
+
+
 def test_a_plan_tells_the_guarantee_that_training_then_states(
     pico_anchor, pico_sets, expert, capsys
 ):
     plan = plan_training(pico_anchor, pico_sets["maths"], "maths", recipe_of())
     assert plan["steps"] == 3 and plan["step_seconds"] > 0
+    once = tokens_of_a_reading(pico_sets["maths"], recipe_of().privacy, recipe_of().train)
+    assert plan["tokens"] == round(3 * 4 / 36 * once) <= expert.record["tokens"]
+    assert plan["passes"] == plan["tokens"] / plan["own_tokens"]
     assert TOKEN_LEVELS not in plan
     assert plan["budget"] == expert.record["budget"]
     print_plan("maths", plan)

@@ -34,7 +34,11 @@ def area(
     no_strata: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Area under the ROC curve, the chance that a score of `yes` is above one of `no` (ties count
-    half), and its 95 % bootstrap interval; with strata, pairs of one stratum alone count."""
+    half), and its 95 % bootstrap interval; with strata, pairs of one stratum alone count.
+
+    Where every pair is ordered alike, so are those of every resample; the interval is then Wilson's
+    of as many pairs as have no document in common.
+    """
     if yes_strata is None or no_strata is None:
         yes_strata = np.zeros(len(yes), int)
         no_strata = np.zeros(len(no), int)
@@ -54,8 +58,12 @@ def area(
         )
         for _ in range(RESAMPLES)
     ]
+    area = area_of(both)
     bounds = [float(x) for x in np.quantile(found, [0.025, 0.975])]
-    return {"auc": area_of(both), "interval": bounds}
+    if area in (0.0, 1.0):
+        apart = sum(min(len(ours), len(theirs)) for ours, theirs in both)
+        bounds = share(np.full(apart, area))["interval"]
+    return {"auc": area, "interval": bounds}
 
 
 def area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:

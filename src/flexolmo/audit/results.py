@@ -33,6 +33,7 @@ ATTACKS = {
 LEVELS = ("little", "some", "much", "unclear")  # of what an attack found
 FEW = 0.55  # AUC up to which an attack found little
 MANY = 0.65  # AUC from which one found much
+LEAST_ATTACKED = 20  # documents of either kind, of which a limit on membership can be judged
 LITTLE_EXTRACTED = 0.01  # share of documents, at the upper end of its interval
 
 
@@ -328,7 +329,8 @@ def _membership(found: Mapping[str, Any], _: float | None) -> Summary:
     settings = found["run"]["config"] | {"members": counts["members"], "others": counts["others"]}
     texts = counts["members"]
     control = _control(found)
-    return Summary(rows + others, decides, level, verdict, texts, settings, control, highest)
+    limited = highest if min(counts["members"], counts["others"]) >= LEAST_ATTACKED else None
+    return Summary(rows + others, decides, level, verdict, texts, settings, control, limited)
 
 
 def _extraction(found: Mapping[str, Any], _: float | None) -> Summary:

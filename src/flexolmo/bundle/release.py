@@ -22,14 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from pydantic import (
-    AfterValidator,
-    Field,
-    JsonValue,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from flexolmo.bundle.bundle import MANIFEST_FILE, SIGNATURE_FILE, SIGNER_FILE, Bundle
 from flexolmo.bundle.manifest import Count, Created, Manifest, Name, Owner
@@ -65,15 +58,15 @@ UP_TO_ONE = ("extraction", "membership_auc")  # of DEMANDS: no value is above 1
 NO_PERCENT = ("membership_auc", "epsilon")
 MISSING = {
     "extraction": "the report has no such attack, or one that sampled nothing",
-    "membership_auc": "the report has no such attack",
-    "epsilon": "the bundle states no guarantee",
+    "membership_auc": "the report has no such attack, or one on too few documents",
+    "epsilon": "the bundle states no guarantee, or none that training here can give",
 }
+LARGEST_DELTA = 1e-3  # that a recipe may ask for
 EXAMPLE = "extraction<=0.2%,membership_auc<=0.55,epsilon<=8"
 
 Measure = Literal["extraction", "membership_auc"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[float, Field(gt=0, le=1e9)]
-Stated = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 def _check_length(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
@@ -83,14 +76,18 @@ def _check_length(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 class Budget(Claim):
-    """Guarantee of weights and table together, as `train.protect` writes it into a recipe."""
+    """Guarantee of weights and table together, as `train.protect` writes it into a recipe.
+
+    Other words than its own, or a delta that no recipe may ask for, are no guarantee. Whether the
+    numbers fit one another is not looked at: all of it is the owner's word.
+    """
 
     unit: Literal["document", "sequence", "unit"]
-    neighbours: Stated
+    neighbours: Literal["one unit added or removed"]
     epsilon: Annotated[float, Field(gt=0, le=1e6)]
-    delta: Annotated[float, Field(gt=0, lt=1)]
-    accountant: Stated
-    sampling: Stated
+    delta: Annotated[float, Field(gt=0, le=LARGEST_DELTA)]
+    accountant: Literal["PRV (Opacus)"]
+    sampling: Literal["Poisson"]
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Positive
     noise: Number  # of a step, in clipping norms

@@ -47,8 +47,9 @@ def _claim_rows(m: Manifest) -> Iterator[tuple[str, str]]:
     yield "for the anchor", m.anchor_digest
     yield "learned", _learned(m)
     yield "router", f"{m.router.kind}, {m.architecture.num_bigrams:,} word pairs"
-    yield "has read", f"{m.tokens_seen:,} tokens"
     budget = stated_budget(m)
+    read = f"{m.tokens_seen:,} tokens"
+    yield "has read", read if budget is None else f"{read} at most, in the mean"
     yield "privacy", "no guarantee for the weights" if budget is None else budget.summary()
     yield "data card", m.data_card_digest
     yield "weights", m.weights_digest

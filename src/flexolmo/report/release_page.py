@@ -327,6 +327,14 @@ def _training(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
     training = found["training"]
     recipe = training["recipe"]
     steps = recipe.get("train", {}) if isinstance(recipe.get("train"), dict) else {}
+    read = f"sequences of {steps.get('seq_len', '–')} tokens"
+    tokens = f"{training['tokens_seen']:,}"
+    if isinstance(privacy := recipe.get("privacy"), dict):
+        read = (
+            f"units ({privacy.get('unit', '–')}) in the mean, of each up to "
+            f"{privacy.get('windows', '–')} windows of {steps.get('seq_len', '–')} tokens"
+        )
+        tokens = f"at most {tokens} in the mean"
     yield Text("What was trained", "h2")
     rows: list[Row] = [
         ["Parts that training could change", str(recipe.get("scope", "–"))],
@@ -335,10 +343,10 @@ def _training(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
         ["Bytes of weights", f"{format_megabytes(training['weights_bytes'])} MB"],
         [
             "Training",
-            f"{steps.get('steps', '–')} steps of {steps.get('batch_size', '–')} sequences of "
-            f"{steps.get('seq_len', '–')} tokens, {steps.get('optimizer', '–')}",
+            f"{steps.get('steps', '–')} steps of {steps.get('batch_size', '–')} {read}, "
+            f"{steps.get('optimizer', '–')}",
         ],
-        ["Tokens read", f"{training['tokens_seen']:,}"],
+        ["Tokens read", tokens],
         ["Router", str(training["router"]["kind"])],
         ["Packed", training["packed"]],
         ["Software", ", ".join(f"{k} {v}" for k, v in training["software"].items())],

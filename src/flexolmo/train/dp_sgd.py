@@ -47,6 +47,7 @@ class PrivateSteps:
         self.noise = noise
         self.clip_norm = clip_norm
         self.units_at_once = 1  # whose gradients are found together
+        self.most_windows = 1  # that a step reads of a unit
         self.closed: dict[str, Tensor] = {}  # rows, int64, of a parameter that stay as they are
         self._key = b""
         self._sums: dict[str, Tensor] = {}

@@ -118,7 +118,7 @@ class TrainResult:
     # One for each step, in nats per token; None where private training read no text.
     losses_nats: list[float | None] = field(default_factory=list)
     seconds: float = 0.0  # training time in seconds, summed over resumptions
-    tokens: int = 0  # predicted over the whole run
+    tokens: int = 0  # predicted over the whole run; of private training in the mean, and at most
 
 
 def rate_fraction(step: int, settings: TrainSettings) -> float:
@@ -215,7 +215,7 @@ def train(
     optimizers = build_optimizers(parameters, settings)
     device = next(iter(parameters.values())).device.type
     identities = _identify({**identity, **({} if device == "cpu" else {"device": device})})
-    result = TrainResult(tokens=settings.tokens)
+    result = TrainResult(tokens=settings.tokens * (1 if private is None else private.most_windows))
     if run_dir is not None:
         _resume(run_dir / CHECKPOINT, parameters, optimizers, result, identities)
         refuse_apart(len(result.losses_nats), run_dir)

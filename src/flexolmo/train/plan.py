@@ -23,7 +23,7 @@ from flexolmo.runtime import set_up
 from flexolmo.train.blocks import arrange_blocks
 from flexolmo.train.expert import ExpertRecipe, pack_tensors, prepare_training
 from flexolmo.train.loop import Losses, train
-from flexolmo.train.protect import state_budget
+from flexolmo.train.protect import state_budget, tokens_of_a_reading
 
 TIMED_STEPS = 5  # at most, and one before them, which is slower
 TIMED_SECONDS = 30.0  # after which no other step is begun
@@ -49,7 +49,8 @@ def plan_training(
         memory_bytes: peak of this process so far (on a GPU, of torch's memory there).
         weights_bytes: size of the bundle's weights, exact.
         parameters: numbers that learn.
-        steps, tokens: optimizer steps, and tokens predicted over all of them.
+        steps, tokens: optimizer steps, and tokens predicted over all of them; of private training
+            in the mean.
         own_tokens: tokens of the owner's training text.
         passes: times that text is read.
         budget: guarantee of private training (`state_budget`); None of any other.
@@ -75,7 +76,9 @@ def plan_training(
     steps = [end - start for start, end in pairwise(begun)]
     median = statistics.median(steps[1:] or steps)
     settings, own = recipe.train, len(data.splits["train"].tokens)
-    windows = (own - 1) // settings.seq_len
+    tokens = settings.tokens
+    own_tokens = tokens * (1 - recipe.replay)
+    once = (own - 1) // settings.seq_len * settings.seq_len
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if pair.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(pair.device)
@@ -83,6 +86,9 @@ def plan_training(
     if private is not None and recipe.privacy is not None:
         router = cast(EvidenceSettings, recipe.router)
         budget = state_budget(private, recipe.privacy, settings, router)
+        a_step = private.rate * tokens_of_a_reading(data, recipe.privacy, settings)
+        tokens = own_tokens = round(settings.steps * a_step)
+        once = own
     return {
         "seconds": preparation + settings.steps * median,
         "step_seconds": median,
@@ -90,8 +96,8 @@ def plan_training(
         "weights_bytes": size_of_tensors(pack_tensors(expert_tensors(pair, name), recipe)),
         "parameters": sum(p.numel() for p in parameters.values()),
         "steps": settings.steps,
-        "tokens": settings.tokens,
+        "tokens": tokens,
         "own_tokens": own,
         "budget": budget,
-        "passes": settings.steps * settings.batch_size * (1 - recipe.replay) / windows,
+        "passes": own_tokens / once,
     }

@@ -44,7 +44,9 @@ def protect(
         )
     rate = settings.batch_size / count
     noise = find_noise(privacy, rate, settings.steps, _table_noise(router))
-    return PrivateSteps(count, rate, noise, privacy.clip_norm)
+    private = PrivateSteps(count, rate, noise, privacy.clip_norm)
+    private.most_windows = 1 if privacy.unit == "sequence" else privacy.windows
+    return private
 
 
 def state_budget(
@@ -69,6 +71,13 @@ def state_budget(
         "clip_norm": private.clip_norm,
         "table_noise": table,
     }
+
+
+def tokens_of_a_reading(data: TokenSet, privacy: PrivacySettings, settings: TrainSettings) -> int:
+    """Tokens predicted by a step that reads every unit of the set."""
+    sizes = np.diff(unit_offsets(data, privacy.unit, settings.seq_len))  # [n]
+    windows = np.minimum(-(-sizes // settings.seq_len), privacy.windows)
+    return int(np.where(sizes <= settings.seq_len, sizes, windows * settings.seq_len).sum())
 
 
 def windows_of_units(
