@@ -94,7 +94,9 @@ def test_a_coordinator_demands_reports(works, run, given, attacked, house, tmp_p
     code, _, err = run(*build, "--require", "extraction<=20")
     assert code == 2 and "demands nothing" in err
     code, _, err = run(*build, "--require", "membership_auc<=0.01")
-    assert code == 2 and "maths: membership_auc is" in err and not (tmp_path / "m").exists()
+    assert code == 2 and "maths: membership_auc: the report has no such attack, or one on" in err
+    code, _, err = run(*build, "--require", "extraction<=0.01%")
+    assert code == 2 and "maths: extraction is" in err and not (tmp_path / "m").exists()
     works(*build, "--require", limits)
     kept = read_about(tmp_path / "m")["release"]
     assert kept["limits"] == {"extraction": 0.99}

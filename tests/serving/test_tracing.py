@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -137,6 +138,22 @@ def test_an_answer_comes_without_the_trace_of_a_source_that_fails_or_is_slow(
     monkeypatch.setattr(tracing, "find_spans", lambda *_, **__: time.sleep(0.5) or [])
     (trace,) = traces_of(ask("alice"))
     assert trace["spans"] == [] and set(trace["untraced"]) == {"notes", "papers"}
+
+
+def test_spans_are_ranked_by_their_rarity_in_public_text_whatever_is_told(index):
+    (long, _), (short, _) = documents_of(index)[:2]
+    rare = next(i for i in short[45:55] if i not in long[40:80])
+    decode = index.tokenizer.decode
+    text = f"{decode(long[40:80])} -- {decode(short[40:60])}"
+    sources = {"papers": Named(index, "papers"), "notes": Named(index, "notes")}
+    bits = np.ones(index.tokenizer.vocab_size)
+    order = []
+    for bits[rare] in (1.0, 1000.0):
+        tracer = Tracer(sources, "yes", bits)
+        (trace,) = tracer.trace([text], sources, index.tokenizer)
+        assert {s.bits for s in trace.spans} == {None} and len(trace.spans) >= 4
+        order.append([decode([rare]) in text[s.first : s.last] for s in trace.spans])
+    assert not any(order[0][:2]) and all(order[1][:2])
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from flexolmo.bundle.signing import create_key, read_private_key
 from flexolmo.errors import BusyError, ConfigError, DataError, PolicyError
 from flexolmo.trace.questions import MAX_IDS, MAX_SPANS, Answer, Found, Offer, read_question
-from flexolmo.trace.remote import RemoteIndex, _in_questions, ask_spans
+from flexolmo.trace.remote import CutShortError, RemoteIndex, _in_questions, ask_spans
 from flexolmo.trace.words import Words
 from made_traces import places_of, slow_spans
 
@@ -101,6 +101,21 @@ def test_a_service_that_answers_less_is_spent_and_one_that_answers_more_is_wrong
         remote.find_spans(WORDS, DIGEST)
     numbers = [question.number for question in remote.asked]
     assert numbers == sorted(set(numbers))
+
+
+@pytest.mark.parametrize(("number", "kept"), [(0, []), (1, [(0, 2)]), (2, [(0, 5)])])
+def test_what_was_found_before_a_budget_ended_is_kept(remote, number, kept):
+    """First a span of two tokens, then the longest from there, of all five, then no answer."""
+    answers = [Answer(answered=1, found=FOUND)] * number + [Answer(answered=0, found=None)]
+    remote._exchange = lambda body, kind: remote.replies[Offer] if kind is Offer else answers.pop(0)
+    places = [(2 * i, 2 * i + 1) for i in range(5)]
+    words = Words("a b c d e", [1, 2, 3, 4, 5], places, [0, 1, 2, 3, 4, 5])
+    if number == 2:  # all of the text was found, so nothing is left to ask
+        assert [(s.start, s.end) for s in remote.find_spans(words, DIGEST)] == kept
+        return
+    with pytest.raises(CutShortError, match="budget") as e:
+        remote.find_spans(words, DIGEST)
+    assert [(s.start, s.end) for s in e.value.spans] == kept
 
 
 def test_another_source_or_another_tokenizer_is_never_asked(remote):

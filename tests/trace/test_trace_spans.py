@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexolmo.errors import DataError
-from flexolmo.trace.spans import Span, find_spans, maximal_spans, rank_spans
+from flexolmo.trace.spans import Span, find_spans, maximal_spans, rank_by_bits, rank_spans
 from flexolmo.trace.words import MAX_TEXT_TOKENS, Words, split_words
 from made_traces import documents_of, made_index, places_of, slow_spans
 
@@ -100,9 +100,11 @@ def test_the_rarest_and_longest_come_first():
     def made(bits, size):
         return Span("a", 0, size, 0, 1, bits=bits)
 
-    common, rare, untold, longer = made(8.0, 9), made(40.0, 4), made(None, 9), made(None, 12)
-    assert rank_spans([common, untold, rare, longer]) == [rare, common, longer, untold]
-    assert rank_spans([common, rare], keep=1) == [rare]
+    common, rare, untold, longer = made(8.0, 9), made(40.0, 4), made(None, 10), made(None, 12)
+    assert rank_by_bits([common, rare]) == [rare, common]
+    assert rank_by_bits([common, untold, rare, longer]) == [longer, untold, common, rare]
+    assert rank_by_bits([common, rare], keep=1) == [rare]
+    assert rank_spans([common, longer, rare], lambda s: s.end == 4) == [rare, longer, common]
 
 
 def test_the_bits_of_a_span_are_those_of_its_tokens_in_the_text(clinic):

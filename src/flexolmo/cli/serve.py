@@ -202,7 +202,7 @@ def serve(
         identity=identity,
         limits=limits,
         tells_shares=report_shares,
-        tracer=open_tracer(trace, trace_level, trace_key) if trace else None,
+        tracer=open_tracer(trace, trace_level, trace_key, anchor) if trace else None,
     )
     run_server(gateway, Upkeep(gateway, sources, seen), server, is_open_to_all=auth is None)
 
@@ -228,10 +228,11 @@ def open_engine_of(
     )
 
 
-def open_tracer(sources: Sequence[str], level: "Level", key: Path | None) -> "Tracer":
-    """The tracer of sources given as NAME=INDEX or NAME=URL; ConfigError for any other word."""
+def open_tracer(sources: Sequence[str], level: "Level", key: Path | None, anchor: Path) -> "Tracer":
+    """The tracer of sources given as NAME=INDEX or NAME=URL, which ranks by public text of the
+    anchor in that directory; ConfigError for any other word."""
     from flexolmo.bundle.signing import read_private_key
-    from flexolmo.serving.tracing import Tracer
+    from flexolmo.serving.tracing import Tracer, read_public_bits
     from flexolmo.trace.index import open_index
     from flexolmo.trace.remote import RemoteIndex
 
@@ -246,7 +247,7 @@ def open_tracer(sources: Sequence[str], level: "Level", key: Path | None) -> "Tr
             raise ConfigError(f"--trace {source} is served: give --trace-key too.")
         else:
             opened[name] = RemoteIndex(name, place, read_private_key(key))
-    return Tracer(opened, level)
+    return Tracer(opened, level, read_public_bits(anchor))
 
 
 def require_packages() -> None:

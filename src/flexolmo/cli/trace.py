@@ -86,7 +86,7 @@ def query(
     import json
     from dataclasses import asdict
 
-    from flexolmo.trace.spans import rank_spans
+    from flexolmo.trace.spans import rank_by_bits
 
     if html is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html}: a name that ends with .html was expected.")
@@ -97,7 +97,7 @@ def query(
         name, spans = _trace(source, whole, min_tokens, key, tokenizer)
         names.append(name)
         found += spans
-    ranked = rank_spans(found, keep)
+    ranked = rank_by_bits(found, keep)
     if html is not None:
         from flexolmo.report.trace_page import write_trace_page
 
@@ -123,7 +123,7 @@ def _trace(
         return index.name, find_spans(index, split_words(text, index.tokenizer), min_tokens)
     from flexolmo.bundle.signing import read_private_key
     from flexolmo.data.tokenizer import load_tokenizer
-    from flexolmo.trace.remote import RemoteIndex
+    from flexolmo.trace.remote import CutShortError, RemoteIndex
 
     if key is None or tokenizer is None:
         raise ConfigError(f"{source} is served: give --key and --tokenizer too.")
@@ -132,7 +132,13 @@ def _trace(
     least = remote.offer().min_tokens
     if least > min_tokens:
         echo(f"{name}: the owner answers for spans of at least {least} tokens", err=True)
-    spans = remote.find_spans(split_words(text, reader), reader.digest)
+    try:
+        spans: Sequence[Span] = remote.find_spans(split_words(text, reader), reader.digest)
+    except CutShortError as e:
+        if not e.spans:
+            raise
+        spans = e.spans
+        echo(f"{e} There may be more spans than these.", err=True)
     return name, [span for span in spans if span.end - span.start >= min_tokens]
 
 

@@ -40,9 +40,17 @@ Reply = TypeVar("Reply", bound=Claim)
 Ask = Callable[[Sequence[tuple[int, int]]], tuple[int, Found] | None]
 
 
+class CutShortError(BusyError):
+    """A text of which the owner answered only the first questions; `spans` are those found."""
+
+    def __init__(self, message: str, spans: Sequence[Span]):
+        super().__init__(message)
+        self.spans = spans
+
+
 def ask_spans(
     cuts: Sequence[int], min_tokens: int, ask: Ask
-) -> list[tuple[tuple[int, int], Found]]:
+) -> Iterator[tuple[tuple[int, int], Found]]:
     """Every maximal span of at least `min_tokens`, in order, from few answers that one occurs.
 
     First it is asked, of all starts, for the shortest span that reaches beyond the last one found;
@@ -52,7 +60,6 @@ def ask_spans(
         ask: number of the first of these spans that occurs, and what is told of it; None if none
             does.
     """
-    spans: list[tuple[tuple[int, int], Found]] = []
     furthest = 0
     starts = list(cuts[:-1])
     while True:
@@ -63,13 +70,17 @@ def ask_spans(
                 shortest.append((start, cuts[k]))
         first = ask(shortest) if shortest else None
         if first is None:
-            return spans
+            return
         start, end = shortest[first[0]]
         longer = [(start, cut) for cut in reversed(cuts) if cut > end]
-        longest = ask(longer) if longer else None
+        try:
+            longest = ask(longer) if longer else None
+        except BusyError:
+            yield (start, end), first[1]
+            raise
         if longest is not None:
             first, end = longest, longer[longest[0]][1]
-        spans.append(((start, end), first[1]))
+        yield (start, end), first[1]
         furthest = end
         starts = [later for later in starts if later > start]
 
@@ -117,7 +128,7 @@ class RemoteIndex:
         Raises:
             DataError: the owner's index is of another tokenizer, or the answer is malformed.
             PolicyError: the owner refuses.
-            BusyError: the budget for today is spent.
+            CutShortError: a budget is spent.
         """
         offer = self.offer()
         if offer.tokenizer != tokenizer_digest:
@@ -134,9 +145,14 @@ class RemoteIndex:
                     return spans.index(some[answer.answered - 1]), answer.found
             return None
 
-        with self._asking:
-            found = ask_spans(words.cuts, max(1, offer.min_tokens), ask)
-        return [self._span(words, place, told) for place, told in found]
+        found: list[Span] = []
+        try:
+            with self._asking:
+                for place, told in ask_spans(words.cuts, max(1, offer.min_tokens), ask):
+                    found.append(self._span(words, place, told))
+        except BusyError as e:
+            raise CutShortError(str(e), found) from None
+        return found
 
     def _ask(self, spans: list[list[int]]) -> Answer:
         """The answer to one question; BusyError unless all its spans were answered."""

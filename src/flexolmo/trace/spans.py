@@ -119,10 +119,15 @@ def _make_reach(index: Index, whole: bytes, min_tokens: int) -> Callable[[int], 
     return reach
 
 
-def rank_spans(spans: Sequence[Span], keep: int | None = None) -> list[Span]:
-    """`spans` with the least likely first, those without figures by length; at most `keep`.
+def rank_spans(spans: Sequence[Span], rarity: Callable[[Span], float]) -> list[Span]:
+    """`spans` with those of most `rarity` first, then the longest.
 
-    The fewer the bits, the more such a span is a common phrase that any text may have.
+    The smaller it is, the more such a span is a common phrase that any text may have.
     """
-    ranked = sorted(spans, key=lambda s: (-(s.bits or 0.0), s.start - s.end, s.start, s.source))
-    return ranked[:keep]
+    return sorted(spans, key=lambda s: (-rarity(s), s.start - s.end, s.start, s.source))
+
+
+def rank_by_bits(spans: Sequence[Span], keep: int | None = None) -> list[Span]:
+    """At most `keep` of `spans`, ranked by bits where all have them, else by length."""
+    have_all = all(s.bits is not None for s in spans)
+    return rank_spans(spans, lambda s: (s.bits or 0.0) if have_all else 0.0)[:keep]
