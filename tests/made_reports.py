@@ -29,7 +29,7 @@ BUDGET = {  # as `train.protect` states one
     "epsilon": 7.9961,
     "delta": 1e-6,
     "accountant": "PRV (Opacus)",
-    "sampling": "Poisson",
+    "sampling": "Poisson, of windows drawn in secret",
     "sampling_rate": 0.1634,
     "steps": 20,
     "noise": 0.9123,

@@ -194,7 +194,7 @@ def test_no_report_and_a_spoilt_one_are_each_a_line(copied, tmp_path):
         ({"delta": 0.002}, None),
         ({"neighbours": "none"}, None),
         ({"accountant": "ours"}, None),
-        ({"sampling": "all"}, None),
+        ({"sampling": "Poisson"}, None),  # from before windows were secret
         ({"noise": 10**400}, None),
         ({"unit": "house"}, None),
         ({"more": 1}, None),

@@ -87,7 +87,7 @@ class Budget(Claim):
     epsilon: Annotated[float, Field(gt=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, le=LARGEST_DELTA)]
     accountant: Literal["PRV (Opacus)"]
-    sampling: Literal["Poisson"]
+    sampling: Literal["Poisson, of windows drawn in secret"]  # "Poisson" alone proved too little
     sampling_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Positive
     noise: Number  # of a step, in clipping norms

@@ -64,7 +64,7 @@ def state_budget(
         "epsilon": spent_epsilon(privacy.delta, private.noise, private.rate, settings.steps, table),
         "delta": privacy.delta,
         "accountant": "PRV (Opacus)",
-        "sampling": "Poisson",
+        "sampling": "Poisson, of windows drawn in secret",
         "sampling_rate": private.rate,
         "steps": settings.steps,
         "noise": private.noise,
