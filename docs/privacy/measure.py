@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexolmo.audit.extraction import ExtractionSettings, audit_extraction
 from flexolmo.audit.membership import audit_membership
 from flexolmo.audit.reading import read_logits
 from flexolmo.audit.subjects import ALONE, MODEL, open_subjects
@@ -41,8 +42,9 @@ WINDOWS = 128  # tokens of a window of validation text
 RESAMPLES = 1000
 MEMBERS = 400  # of a private expert's documents, which may have been read
 EXTRACTED = 100  # documents that extraction attacks at most
-PRIVATE = {"epsilon_8": 8.0, "epsilon_2": 2.0, "epsilon_8_rank_8": 8.0}
-RANKS = {"epsilon_8_rank_8": 8}
+PRIVATE = {"epsilon_8": 8.0, "epsilon_2": 2.0, "canaries_epsilon_8": 8.0}
+PLANTED = ("canaries", "canaries_epsilon_8")  # trained on a copy of the set with canaries
+NEAR = {"three_epochs": 4, "control": 4}  # tokens that near-verbatim text may have replaced
 TABLE_EPSILON = 2.0  # of the table, in the recipe of private experts
 DRAWS = ("epsilon 2, draw 1", "epsilon 2, draw 2", "epsilon 2, draw 3")
 TRUST = ("--trust-any-signer",)
@@ -76,10 +78,21 @@ class Owner:
 
     def set_for(self, model: str) -> Path:
         """The prepared set that a model is trained on."""
+        if model in PLANTED:
+            return self._plant()
         if model not in EPOCHS:
             return self.prepared / self.name
         every = self._prepare("beginnings", lambda split, place: True)
         return self._prepare(model, lambda s, i: s != "train" or i < EPOCHS[model][0], every)
+
+    def _plant(self) -> Path:
+        """The set with canaries in it; beside it the file that says which."""
+        made = self.out / "sets" / "planted" / self.name
+        if not made.exists():
+            made.parent.mkdir(parents=True, exist_ok=True)
+            flexolmo("audit", "canaries", "plant", "--data", self.prepared / self.name,
+                     "--out", made, "--key", made.with_suffix(".key"))  # fmt: skip
+        return made
 
     def _prepare(
         self, label: str, is_kept: Callable[[str, int], bool], start: Path | None = None
@@ -122,16 +135,18 @@ class Owner:
         arguments = [f"train.{s}" for s in STUDYS]
         recipe = "expert"
         options: list[object] = []
-        if model in EPOCHS:
+        if model == "canaries":  # every window once
+            count = open_set(self.set_for(model)).card["splits"]["train"]["tokens"]
+            arguments += [f"train.steps={count // (4 * 512)}"]
+        elif model in EPOCHS:
             count, epochs = EPOCHS[model]
             arguments = ["train.batch_size=4", f"train.seq_len={WINDOW}"]
             arguments += [f"train.steps={count * epochs // 4}"]
         elif model in PRIVATE:
             recipe = "expert_private"
             arguments = [f"train.batch_size={self.batch_size}"]
-            if model in RANKS:
-                parts = ("rank", "attention_rank", "embedding_rank", "head_rank")
-                arguments += [f"{part}={RANKS[model]}" for part in parts]
+            if model in PLANTED:  # which a document's one window holds whole; less to wait for
+                arguments += ["privacy.windows=1"]
             options = ["--dp-epsilon", PRIVATE[model]]
         run, key = self.out / model / "run", self.out / model / "key.pem"
         sets = [x for a in arguments for x in ("--set", a)]
@@ -146,22 +161,38 @@ class Owner:
         return done
 
     def attack(self, model: str) -> None:
-        """Membership of all, and extraction by samples from all but the dense model."""
+        """Membership and extraction; of experts with canaries whether these are found."""
         made, data = self.train(model), self.set_for(model)
-        found = self.out / model / "membership" / "membership.json"
-        most = MEMBERS if model in PRIVATE else 1000
-        if not found.exists() and model == "dense":
-            # which documents it has read, its expert's recipe says: both read the same batches
+        if model in PLANTED:
+            found = self.out / model / "canaries" / "canaries.json"
+            if not found.exists():
+                flexolmo("audit", "canaries", "measure", "--model", made, "--data", data, *TRUST,
+                         "--key", data.with_suffix(".key"), "--out", found.parent)  # fmt: skip
+            return
+        # which documents the dense model has read, its expert's recipe says: both read the same
+        subjects = None
+        if model == "dense":
             subjects = open_subjects(made, open_set(data), reference=self.anchor)
             recipe = recipe_of(self.train("expert"), self.name)
-            write_json(found, audit_membership(replace(subjects, recipe=recipe), open_set(data))[0])
+            subjects = replace(subjects, recipe=recipe)
+        found = self.out / model / "membership" / "membership.json"
+        most = MEMBERS if model in PRIVATE else 1000
+        if not found.exists() and subjects is not None:
+            write_json(found, audit_membership(subjects, open_set(data))[0])
         elif not found.exists():
             flexolmo("audit", "membership", "--model", made, "--data", data, *TRUST,
                      "--out", found.parent, "--max-documents", most)  # fmt: skip
         found = self.out / model / "extraction" / "extraction.json"
-        if not found.exists() and model != "dense":
+        if not found.exists() and subjects is not None:
+            settings = ExtractionSettings(max_documents=EXTRACTED)
+            parts = found.parent / "parts"
+            said = audit_extraction(subjects, open_set(data), settings, parts, say=print)
+            assert said is not None
+            write_json(found, said[0])
+        elif not found.exists():
             flexolmo("audit", "extraction", "--model", made, "--data", data, *TRUST,
-                     "--out", found.parent, "--max-documents", EXTRACTED)  # fmt: skip
+                     "--out", found.parent, "--max-documents", EXTRACTED,
+                     "--near-tokens", NEAR.get(model, 0))  # fmt: skip
 
 
 def recipe_of(mixture: Path, name: str) -> ExpertRecipe:
@@ -254,9 +285,22 @@ def measure_table(owner: Owner) -> dict[str, Any]:
 
 
 def attacks_on(owner: Owner, model: str) -> dict[str, dict[str, Any]]:
-    """Figures of both attacks on a model, by attack and subject, four digits each."""
-    found: dict[str, dict[str, Any]] = {"membership": {}, "extraction": {}}
+    """Figures of the attacks on a model, by attack and subject, four digits each."""
+    found: dict[str, dict[str, Any]] = {"membership": {}, "extraction": {}, "canaries": {}}
     directory = owner.out / model
+    if model in PLANTED:
+        said = read_json(directory / "canaries" / "canaries.json")
+        for subject, figures in said["subjects"].items():
+            best = figures["epsilon"]
+            found["canaries"][subject] = {
+                "canaries": said["canaries"],
+                "planted": said["planted"],
+                "auc": round(figures["membership"]["auc"], 4),
+                "guesses": best["guesses"],
+                "right": best["right"],
+                "epsilon_at_least": round(best["epsilon"], 4),
+            }
+        return found
     said = read_json(directory / "membership" / "membership.json")
     for subject, by_attack in said["subjects"].items():
         row: dict[str, Any] = {k: said["documents"][k] for k in ("members", "others")}
@@ -269,8 +313,6 @@ def attacks_on(owner: Owner, model: str) -> dict[str, dict[str, Any]]:
                 share = round(figures["caught"][rate]["share"], 4)
                 row[attack][f"tpr_at_{name}_percent"] = share
         found["membership"][subject] = row
-    if model == "dense":
-        return found
     said = read_json(directory / "extraction" / "extraction.json")
     for subject, figures in said["subjects"].items():
         low, high = figures["extracted"]["interval"]
@@ -281,7 +323,18 @@ def attacks_on(owner: Owner, model: str) -> dict[str, dict[str, Any]]:
             "low": round(low, 4),
             "high": round(high, 4),
         }
+        if "near" in figures:
+            found["extraction"][subject]["near_within_a_million"] = {
+                **{kind: _within_a_million(figures[kind]) for kind in ("exact", "near")},
+                "tokens_replaced": NEAR[model],
+            }
     return found
+
+
+def _within_a_million(curve: dict[str, Any]) -> float:
+    """Share of documents that a million attempts write with a probability of 0.9."""
+    place = curve["attempts"].index(1_000_000)
+    return round(curve["discoverable"]["0.9"][place]["share"], 4)
 
 
 def describe_run(owner: Owner, model: str) -> dict[str, Any]:
@@ -301,8 +354,8 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="directory of a study")
     parser.add_argument("owner", help="one of its sets")
     parser.add_argument("out", type=Path, help="directory for models, attacks and results.json")
-    every = ["expert", "dense", *EPOCHS, *PRIVATE]
-    parser.add_argument("--models", default=",".join(every[:-1]), help=f"of {', '.join(every)}")
+    every = ["expert", "dense", *EPOCHS, *dict.fromkeys([*PRIVATE, *PLANTED])]
+    parser.add_argument("--models", default=",".join(every), help="those of the default that count")
     parser.add_argument("--batch-size", type=int, default=200, help="units a private step reads")
     parser.add_argument("--train-only", action="store_true", help="attack nothing")
     asked = parser.parse_args()
@@ -315,7 +368,8 @@ def main() -> None:
             owner.attack(model)
     if asked.train_only:
         return
-    results: dict[str, Any] = {"membership": {}, "extraction": {}, "epsilon": {}, "runs": {}}
+    kinds = ("membership", "extraction", "canaries", "epsilon", "runs")
+    results: dict[str, Any] = {kind: {} for kind in kinds}
     for model in models:
         for attack, by_subject in attacks_on(owner, model).items():
             for subject, row in by_subject.items():
@@ -324,7 +378,7 @@ def main() -> None:
             results["runs"][model] = describe_run(owner, model)
         if model in PRIVATE:
             results["epsilon"][model] = round(results["runs"][model]["budget"]["epsilon"], 4)
-    results |= measure_gain(owner, [m for m in models if m in PRIVATE])
+    results |= measure_gain(owner, [m for m in models if m in PRIVATE and m not in PLANTED])
     if "dense" in models:
         results["gap_closed_by_table"] = measure_table(owner)
     write_json(owner.out / "results.json", results)
