@@ -11,6 +11,7 @@ import torch
 from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import encode_public, read_private_key
 from flexolmo.bundle.terms import PURPOSES
+from flexolmo.data.batches import open_set
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
@@ -566,3 +567,33 @@ def test_private_training_is_asked_for_in_three_options(train):
     assert load_expert(out).record["config"]["router"]["epsilon"] == 6
     code, err, _ = train("--dp-unit", "sequence", name="third")
     assert code == 2 and "go with --dp-epsilon" in err
+    code, err, _ = train("--dp-epsilon", 8, "--dp-unit", "patient", name="third")
+    assert code == 2 and "--dp-unit 'patient': expected" in err and "prepared without one" in err
+
+
+def test_all_texts_of_a_patient_are_protected_as_one(run, pico_anchor_dir, pico_set_dirs, tmp_path):
+    """By the field's own name; a set of patients has no single document to protect."""
+    text = "on day {day} patient {i} said word {i} and word {day} and that the head hurts again"
+    records = [
+        {"text": " ".join([text.format(i=i, day=day)] * 4), "patient": i}
+        for i in range(90)
+        for day in range(2)
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, records)))
+    prepared = ["--name", "clinic", "--unit-field", "patient", "--public", pico_set_dirs["public"]]
+    code, _, err = run("data", "prepare", tmp_path / "in.jsonl", *prepared, "--out", tmp_path)
+    assert code == 0, err
+    trained = ["--data", tmp_path / "clinic", "--name", "clinic", "--anchor", pico_anchor_dir]
+    trained += ["--recipe", "expert_private", "--dp-epsilon", "50", "--out", tmp_path / "run"]
+    for key in ("train.steps=2", "train.batch_size=10", "train.warmup_steps=0", "rank=2"):
+        trained += ["--set", key]
+    code, _, err = run("expert", "train", *trained, "--dp-unit", "document")
+    assert code == 2 and "all texts of one 'patient' together" in err
+    code, _, err = run("expert", "train", *trained, "--dp-unit", "patients")
+    assert code == 2 and "which is 'patient'" in err
+    code, _, err = run("expert", "train", *trained, "--dp-unit", "patient")
+    assert code == 0, err
+    budget = load_expert(tmp_path / "run").record["budget"]
+    patients = open_set(tmp_path / "clinic").card["splits"]["train"]["source_documents"]
+    assert budget["unit"] == "unit" and 50 < patients <= 90
+    assert budget["sampling_rate"] == 10 / patients

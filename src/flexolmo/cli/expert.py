@@ -90,8 +90,9 @@ def train(
     dp_unit: Annotated[
         str | None,
         typer.Option(
-            help="Text that is protected as one: document, sequence, or unit (all texts of one "
-            "value of data prepare --unit-field); needs --dp-epsilon.",
+            help="Text that is protected as one: document, sequence, or all texts of one value of "
+            "data prepare --unit-field (unit, or that field's name, such as patient); needs "
+            "--dp-epsilon.",
             show_default="document",
         ),
     ] = None,
@@ -153,7 +154,7 @@ def train(
             "privacy.epsilon": dp_epsilon,
             "privacy.delta": dp_delta,
             "router.delta": dp_delta,
-            "privacy.unit": dp_unit,
+            "privacy.unit": None if dp_unit is None else name_unit(dp_unit, data),
         }
         if dp_epsilon is not None and not any(
             o.startswith("router.epsilon=") for o in overrides or ()
@@ -193,6 +194,29 @@ def train(
         if "budget" in trained.record:
             echo(f"private: {Budget.model_validate(trained.record['budget']).summary()}")
         echo(f"{out}: expert {name} is trained; sign it with flexolmo expert pack {out}")
+
+
+def name_unit(asked: str, data: Path) -> str:
+    """The unit of privacy that is meant, where the set's own field stands for `unit`.
+
+    Raises ConfigError for another word.
+    """
+    from typing import get_args
+
+    from flexolmo.data.prepared import read_card
+    from flexolmo.data.units import Unit
+    from flexolmo.errors import ConfigError
+
+    if asked in get_args(Unit):
+        return asked
+    field = read_card(data).get("unit_field")
+    if asked == field:
+        return "unit"
+    has = "it was prepared without one" if field is None else f"which is {field!a}"
+    raise ConfigError(
+        f"--dp-unit {asked!a}: expected document, sequence, unit, or the field of {data} that "
+        f"`data prepare --unit-field` named ({has})."
+    )
 
 
 def print_plan(name: str, plan: dict[str, Any]) -> None:
