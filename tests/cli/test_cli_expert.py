@@ -12,6 +12,7 @@ from flexolmo.bundle.bundle import open_bundle
 from flexolmo.bundle.signing import encode_public, read_private_key
 from flexolmo.bundle.terms import PURPOSES
 from flexolmo.data.batches import open_set
+from flexolmo.data.units import unit_offsets
 from flexolmo.evaluation.likelihood import measure_likelihood
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.train.compress import compress_rank, prune_width
@@ -594,6 +595,6 @@ def test_all_texts_of_a_patient_are_protected_as_one(run, pico_anchor_dir, pico_
     code, _, err = run("expert", "train", *trained, "--dp-unit", "patient")
     assert code == 0, err
     budget = load_expert(tmp_path / "run").record["budget"]
-    patients = open_set(tmp_path / "clinic").card["splits"]["train"]["source_documents"]
+    patients = len(unit_offsets(open_set(tmp_path / "clinic"), "unit", 128)) - 1
     assert budget["unit"] == "unit" and 50 < patients <= 90
     assert budget["sampling_rate"] == 10 / patients
