@@ -34,12 +34,42 @@ ATTACKED = {
 }
 
 
+ATTACKED_FIRST = {
+    "anchor": "math, anchor",
+    "dense model of the same text": "dense_math, model",
+    "study's expert, alone": "math, alone",
+    "study's expert, in the mixture": "math, on",
+    "three epochs, alone": "three_epochs, alone",
+    "three epochs, in the mixture": "three_epochs, on",
+    "control, 68 epochs, alone": "control_68_epochs, alone",
+    "control, 68 epochs, in the mixture": "control_68_epochs, on",
+}
+
+
+def cells_of(section):
+    """Cells of each row of every table."""
+    lines = [line for line in section.replace("**", "").splitlines() if line.startswith("| ")]
+    return [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+
+
+def aucs(found, attacks=("loss", "min_k", "ratio", "informia")):
+    """Figures of the attacks on one model, as a page writes them."""
+    written = []
+    for attack in attacks:
+        figures = found.get(attack)
+        if figures is None:
+            written.append("–")
+            continue
+        auc, low, high = (f"{figures[name]:.2f}" for name in ("auc", "low", "high"))
+        written.append(auc if low == high else f"{auc} ({low}–{high})")
+    return written
+
+
 @pytest.fixture(scope="module")
 def rows():
     """Cells of every table of the page's last section, by the first of each row."""
     section = (HERE / "page.md").read_text(encoding="utf-8").split("## Differential privacy")[1]
-    lines = [line for line in section.replace("**", "").splitlines() if line.startswith("| ")]
-    cells = [[c.strip() for c in line.strip("| ").split(" | ")] for line in lines]
+    cells = cells_of(section)
     found = {f"{c[0]}, {c[1]}" if len(c) == 6 and c[0] not in KINDS else c[0]: c for c in cells}
     assert len(found) == len(cells)
     return found
@@ -81,10 +111,14 @@ def test_gains_by_kind_are_those_that_were_measured(rows, row):
 def test_attacks_are_those_that_were_measured(rows, row):
     found = RESULTS["membership"][ATTACKED[row]]
     assert found["off_equals_anchor"]
-    assert rows[row][1:] == [
-        f"{a['auc']:.2f} ({a['low']:.2f}–{a['high']:.2f})" if (a := found.get(attack)) else "–"
-        for attack in ("loss", "min_k", "ratio", "informia")
-    ]
+    assert rows[row][1:] == aucs(found)
+
+
+@pytest.mark.parametrize("row", ATTACKED_FIRST)
+def test_first_attacks_are_those_that_were_measured(row):
+    section = (HERE / "page.md").read_text(encoding="utf-8").split("## Extraction")[0]
+    (cells,) = [c for c in cells_of(section) if c[0] == row]
+    assert cells[1:] == aucs(RESULTS["membership"][ATTACKED_FIRST[row]])
 
 
 def test_no_document_of_any_private_expert_was_extracted():
