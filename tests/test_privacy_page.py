@@ -1,4 +1,4 @@
-"""The page on the mini study's privacy says of private experts what results.json holds."""
+"""The pages on the mini study's privacy say what the results beside them hold."""
 
 import json
 import re
@@ -127,3 +127,82 @@ def test_no_document_of_any_private_expert_was_extracted():
     for result in found.values():
         assert result["documents"] == 100
         assert (result["rate"], f"{result['high']:.3f}") == (0.0, "0.037")
+
+
+# --- the forum ------------------------------------------------------------------------------------
+
+FORUM = Path(__file__).parents[1] / "docs/privacy/forum"
+FOUND = json.loads((FORUM / "results.json").read_text(encoding="utf-8"))
+MODELS = {
+    "study's expert": "expert",
+    "three epochs": "three_epochs",
+    "control, 86 epochs": "control",
+    "epsilon 8": "epsilon_8",
+    "epsilon 2": "epsilon_2",
+}
+
+
+def forum_rows(heading):
+    """Cells of the tables of one section, by the first of each row."""
+    page = (FORUM / "page.md").read_text(encoding="utf-8")
+    return {c[0]: c[1:] for c in cells_of(page.split(f"## {heading}")[1].split("## ")[0])}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("where", "subject"), [("alone", "alone"), ("in the mixture", "on")])
+def test_attacks_on_the_forums_members_are_those_that_were_measured(model, where, subject):
+    found = FOUND["membership"][f"{MODELS[model]}, {subject}"]
+    assert found["off_equals_anchor"]
+    row = [f"{found['members']}, {found['others']}", *aucs(found)]
+    assert forum_rows("Membership")[f"{model}, {where}"] == row
+
+
+@pytest.mark.parametrize("label", ["anchor", "dense model of the same text"])
+def test_attacks_on_models_without_an_expert_are_those_that_were_measured(label):
+    found = FOUND["membership"]["expert, anchor" if label == "anchor" else "dense, model"]
+    assert forum_rows("Membership")[label][1:] == aucs(found)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_extraction_from_the_forum_is_what_was_measured(model):
+    found = [FOUND["extraction"][f"{MODELS[model]}, {s}"] for s in ("alone", "on", "off")]
+    assert all(x["off_equals_anchor"] for x in found)
+    shares = [[100 * x[name] for name in ("rate", "low", "high")] for x in found]
+    shown = [f"{rate:.0f} % ({low:.1f}–{high:.1f})" for rate, low, high in shares]
+    row = [str(found[0]["documents"]), *(text.replace("(0.0–", "(0–") for text in shown)]
+    assert forum_rows("Extraction")[model] == row
+
+
+@pytest.mark.parametrize("model", ["epsilon 2", "epsilon 8"])
+def test_gains_of_the_forum_are_those_that_were_measured(model):
+    row = []
+    for weight in ("documents", "bytes"):
+        bits = FOUND["bits_per_byte"][weight][MODELS[model]]
+        row += [f"{bits:.3f}", share(FOUND["gain_kept"][MODELS[model]][weight])]
+    assert forum_rows("Differential privacy")[model] == row
+
+
+def test_the_forums_budgets_are_what_was_asked_for():
+    assert {m: round(e) for m, e in FOUND["epsilon"].items()} == {
+        "epsilon_8": 8,
+        "epsilon_2": 2,
+        "canaries_epsilon_8": 8,
+    }
+    assert all(e <= asked for e, asked in zip(FOUND["epsilon"].values(), (8, 2, 8), strict=True))
+
+
+@pytest.mark.parametrize("model", ["canaries", "canaries_epsilon_8"])
+def test_canaries_prove_what_the_page_says(model):
+    rows = forum_rows("Canaries")
+    label = "no privacy" if model == "canaries" else "epsilon 8"
+    for subject, where in (("alone", "alone"), ("on", "in the mixture"), ("off", "off")):
+        found = FOUND["canaries"][f"{model}, {subject}"]
+        (row,) = [
+            cells for name, cells in rows.items() if name.startswith(label) and name.endswith(where)
+        ]
+        assert row == [
+            f"{found['planted']} of {found['canaries']}",
+            f"{found['auc']:.2f}",
+            f"{found['right']} of {found['guesses']}",
+            f"{found['epsilon_at_least']:.2f}",
+        ]
