@@ -31,7 +31,7 @@ from flexolmo.data.batches import TokenSet, open_set
 from flexolmo.files import read_json, write_json
 from flexolmo.inference.reader import OwnReader, Reader, open_reader
 from flexolmo.model.assemble import assemble_mixture
-from flexolmo.model.checkpoint import load_anchor, save_anchor
+from flexolmo.model.checkpoint import build_anchor, load_anchor, save_anchor
 from flexolmo.research.rivals.models import train_dense
 from flexolmo.train.expert import ExpertRecipe, load_expert, reroute_expert
 
@@ -130,7 +130,8 @@ class Owner:
             anchor = load_anchor(self.anchor)
             data = open_set(self.set_for(model))
             trained = train_dense(anchor, data, settings, 0, self.out / model)
-            save_anchor(replace(anchor, model=trained), done)
+            kept = (anchor.public, anchor.router_rows, anchor.record, anchor.format_version)
+            save_anchor(build_anchor(trained, anchor.tokenizer, *kept, anchor.forms), done)
             return done
         arguments = [f"train.{s}" for s in STUDYS]
         recipe = "expert"
