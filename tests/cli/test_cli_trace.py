@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from flexolmo.bundle.signing import create_key
@@ -117,12 +118,15 @@ def test_an_index_is_served_to_a_client_by_signed_questions(works, run, place):
     assert "entries hold" in said or "1 entry holds" in said
 
 
-def test_indexes_of_a_server_are_given_by_name(place):
+def test_indexes_of_a_server_are_given_by_name(place, pico_anchor, pico_anchor_dir):
     from flexolmo.cli.serve import open_tracer
 
     create_key(place / "key.pem")
     words = [f"notes={place / 'index'}", "bank=https://bank.example"]
-    sources = open_tracer(words, "yes", place / "key.pem").sources
+    tracer = open_tracer(words, "yes", place / "key.pem", pico_anchor_dir)
+    sources = tracer.sources
+    shares = np.exp(pico_anchor.public.unigram)
+    np.testing.assert_allclose(tracer._public_bits, -np.log2(shares), rtol=1e-5)
     assert {name: source.name for name, source in sources.items()} == {
         "notes": "clinic",
         "bank": "bank",
@@ -136,7 +140,7 @@ def test_indexes_of_a_server_are_given_by_name(place):
         (["bank=http://bank.example"], place / "key.pem"),
     ):
         with pytest.raises(ConfigError):
-            open_tracer(wrong, "yes", key)
+            open_tracer(wrong, "yes", key, pico_anchor_dir)
 
 
 def test_settings_of_a_service_are_checked(run, place):

@@ -128,6 +128,6 @@ def rank_spans(spans: Sequence[Span], rarity: Callable[[Span], float]) -> list[S
 
 
 def rank_by_bits(spans: Sequence[Span], keep: int | None = None) -> list[Span]:
-    """At most `keep` of `spans`, ranked by bits where all have them, else by length."""
+    """The first `keep` of `spans`, ranked by bits where all have them, else by length."""
     have_all = all(s.bits is not None for s in spans)
     return rank_spans(spans, lambda s: (s.bits or 0.0) if have_all else 0.0)[:keep]
