@@ -333,7 +333,23 @@ def test_only_units_with_a_finite_loss_are_in_the_mean():
     found = compute_gradients(parameters, with_bad, 0, SETTINGS, private)
     assert found[0] == pytest.approx(torch.stack(own).mean().item()) and np.isfinite(found[1])
     private.choose = lambda step: np.zeros(0, np.int64)
-    assert np.isnan(compute_gradients(parameters, with_bad, 1, SETTINGS, private)[0])
+    nats, norm = compute_gradients(parameters, with_bad, 1, SETTINGS, private)
+    assert nats is None and np.isfinite(norm)
+
+
+def test_a_run_whose_only_unit_has_no_loss_goes_on_and_one_whose_weights_are_lost_ends(tmp_path):
+    parameters, _, private = make_toy(noise=1.0)
+
+    def lost(step):
+        yield parameters["embed"].sum() * torch.nan
+
+    settings = SETTINGS.model_copy(update={"steps": 3})
+    result = train(parameters, lost, settings, None, "toy", {}, {}, private)
+    assert result.losses_nats == [None] * 3
+    with torch.no_grad():
+        parameters["embed"][0, 0] = torch.inf
+    with pytest.raises(CheckpointError, match="not all weights are finite"):
+        train(parameters, lost, settings, None, "toy", {}, {}, private)
 
 
 # --- noise and sampling -------------------------------------------------------------------------
@@ -396,8 +412,8 @@ def test_no_seed_gives_noise_or_sample_again():
 
 
 def test_no_seed_says_which_windows_of_a_unit_are_read(pico_anchor, pico_sets):
-    """Nor a unit's number, which changes where another unit comes or goes. One run reads the same
-    ones again, as it must after a kill."""
+    """Another run and another step read others; one run the same ones again, as it must after a
+    kill."""
     asked = {"privacy": {"windows": 2}}
     first, second = (prepared(pico_anchor, pico_sets["maths"], **asked, seed=5) for _ in range(2))
     read = [

@@ -231,7 +231,8 @@ def print_plan(name: str, plan: dict[str, Any]) -> None:
     table.add_row("memory", f"{format_megabytes(plan['memory_bytes'])} MB at the peak")
     table.add_row("bundle", f"{plan['weights_bytes']:,} bytes of weights, and a manifest")
     table.add_row("parameters", f"{plan['parameters']:,}")
-    table.add_row("tokens", f"{plan['tokens']:,}")
+    in_the_mean = "" if plan["budget"] is None else " in the mean"
+    table.add_row("tokens", f"{plan['tokens']:,}{in_the_mean}")
     table.add_row("your text", f"{plan['own_tokens']:,} tokens, read {plan['passes']:.1f} times")
     if plan["budget"] is not None:
         budget = Budget.model_validate(plan["budget"])

@@ -329,10 +329,13 @@ def _training(report: ReleaseReport, found: Mapping[str, Any]) -> Iterator[Block
     steps = recipe.get("train", {}) if isinstance(recipe.get("train"), dict) else {}
     read = f"sequences of {steps.get('seq_len', '–')} tokens"
     tokens = f"{training['tokens_seen']:,}"
-    if isinstance(privacy := recipe.get("privacy"), dict):
+    privacy = recipe.get("privacy")
+    if found["guarantee"]["budget"] is not None and isinstance(privacy, dict):
+        unit = privacy.get("unit", "–")
+        windows = 1 if unit == "sequence" else privacy.get("windows", "–")
         read = (
-            f"units ({privacy.get('unit', '–')}) in the mean, of each up to "
-            f"{privacy.get('windows', '–')} windows of {steps.get('seq_len', '–')} tokens"
+            f"units ({unit}) in the mean, of each up to {windows} windows of "
+            f"{steps.get('seq_len', '–')} tokens"
         )
         tokens = f"at most {tokens} in the mean"
     yield Text("What was trained", "h2")

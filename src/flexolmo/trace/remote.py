@@ -128,7 +128,7 @@ class RemoteIndex:
         Raises:
             DataError: the owner's index is of another tokenizer, or the answer is malformed.
             PolicyError: the owner refuses.
-            CutShortError: a budget is spent.
+            CutShortError: a budget is spent, or the service is busy.
         """
         offer = self.offer()
         if offer.tokenizer != tokenizer_digest:

@@ -286,7 +286,9 @@ def train_expert(
         router = cast(EvidenceSettings, recipe.router)
         record["budget"] = state_budget(private, recipe.privacy, recipe.train, router)
     identity |= {"is_compiled": True} if record["is_compiled"] else {}
-    if private is not None:  # the group that was chosen counts, not the one asked for
+    if private is not None:  # a run that was begun with other sampling may not go on as this one
+        identity["sampling"] = record["budget"]["sampling"]
+        # the group that was chosen counts, not the one asked for
         del identity["config"]["privacy"]["units_at_once"]
         if private.units_at_once > 1:
             identity["units_at_once"] = private.units_at_once

@@ -247,6 +247,11 @@ def train(
                     group["lr"] = peak * rate_fraction(step, settings)
                 optimizer.step()
                 optimizer.zero_grad()
+            if private is not None and not all(p.isfinite().all() for p in parameters.values()):
+                raise CheckpointError(
+                    f"{label}: after step {step} not all weights are finite. Lower the learning "
+                    "rate, in a run of its own: what this one has drawn counts too."
+                )
             result.losses_nats.append(nats)
             meter.advance(a_step, "" if nats is None else f"loss {nats:.3f}")
             result.seconds = before + time.monotonic() - start
@@ -297,7 +302,7 @@ def compute_gradients(
     """Leave the step's gradient, clipped, in `parameters`; loss in nats, and norm unclipped.
 
     With `private`, the gradient is the noised one, and the loss a mean over the units that were
-    read, but for those whose own is not finite; None if none was read.
+    read, but for those whose own is not finite; None if there are none.
     """
     device = next(iter(parameters.values())).device.type
     is_half = settings.precision == "bfloat16"
@@ -328,7 +333,9 @@ def compute_gradients(
         private.finish(parameters, step)
         if of_units:
             losses = torch.stack(of_units)
-            total = losses[losses.isfinite()].mean()  # NaN if there is none
+            losses = losses[losses.isfinite()]
+            num_parts = len(losses)
+            total = losses.sum() / max(num_parts, 1)
     grads = [p.grad for p in parameters.values() if p.grad is not None]
     norm = whole(nn.utils.get_total_norm(grads))
     nats, size = torch.stack([mean(total), norm.float()]).tolist()  # one wait for a GPU
