@@ -182,6 +182,36 @@ def test_gains_of_the_forum_are_those_that_were_measured(model):
     assert forum_rows("Differential privacy")[model] == row
 
 
+@pytest.mark.parametrize(
+    ("label", "run"), [("anchor", "anchor"), ("no privacy, whole matrices", "expert")]
+)
+def test_both_ends_of_the_forums_gain_are_those_that_were_measured(label, run):
+    bits = [f"{FOUND['bits_per_byte'][w][run]:.3f}" for w in ("documents", "bytes")]
+    assert forum_rows("Differential privacy")[label][::2] == bits
+
+
+def test_the_forums_table_costs_what_was_measured():
+    rows = {c: v for c, v in forum_rows("The table alone").items() if c[0] in "eo"}
+    found = FOUND["gap_closed_by_table"]
+    assert list(rows.values()) == [
+        [f"{found[w][table]:.3f}" for w in ("documents", "bytes")] for table in found["documents"]
+    ]
+
+
+def test_figures_in_the_forums_text_are_those_that_were_measured():
+    page = " ".join((FORUM / "page.md").read_text(encoding="utf-8").split())
+    best = max(
+        (x for x in FOUND["membership"]["epsilon_8, alone"].values() if isinstance(x, dict)),
+        key=lambda x: x["auc"],
+    )
+    anchor = FOUND["membership"]["epsilon_8, anchor"]["zlib"]["auc"]
+    assert best == FOUND["membership"]["epsilon_8, alone"]["zlib"]
+    assert f"compressed size, {best['auc']:.3f} (" in page and f"{anchor:.3f}. As of" in page
+    within = FOUND["extraction"]["control, alone"]["near_within_a_million"]
+    assert f"{100 * within['exact']:.0f} % word for word" in page
+    assert within["near"] == within["exact"]
+
+
 def test_the_forums_budgets_are_what_was_asked_for():
     assert {m: round(e) for m, e in FOUND["epsilon"].items()} == {
         "epsilon_8": 8,
