@@ -58,12 +58,12 @@ def area(
         )
         for _ in range(RESAMPLES)
     ]
-    area = area_of(both)
+    auc = area_of(both)
     bounds = [float(x) for x in np.quantile(found, [0.025, 0.975])]
-    if area in (0.0, 1.0):
+    if auc in (0.0, 1.0):
         apart = sum(min(len(ours), len(theirs)) for ours, theirs in both)
-        bounds = share(np.full(apart, area))["interval"]
-    return {"auc": area, "interval": bounds}
+        bounds = share(np.full(apart, auc))["interval"]
+    return {"auc": auc, "interval": bounds}
 
 
 def area_of(strata: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
