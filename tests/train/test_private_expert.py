@@ -9,11 +9,11 @@ import torch
 from pydantic import ValidationError
 
 from flexolmo.bundle.bundle import open_bundle
-from flexolmo.bundle.release import stated_epsilon
+from flexolmo.bundle.release import LARGEST_DELTA, stated_epsilon
 from flexolmo.bundle.trust import TrustedOwners
 from flexolmo.cli.expert import print_plan
 from flexolmo.data.units import read_unit, unit_offsets
-from flexolmo.errors import ConfigError
+from flexolmo.errors import CheckpointError, ConfigError
 from flexolmo.merge.mixture import build_mixture, load_mixture
 from flexolmo.model.assemble import anchor_matrix
 from flexolmo.model.private_statistics import find_sigma
@@ -31,7 +31,7 @@ from flexolmo.train.expert import (
 )
 from flexolmo.train.loop import TrainSettings
 from flexolmo.train.plan import plan_training
-from flexolmo.train.protect import tokens_of_a_reading
+from flexolmo.train.protect import state_budget, tokens_of_a_reading
 from flexolmo.train.rows import find_frequent_rows, moved_rows
 from flexolmo.train.shrink import compress_expert, curvature_of, heal_expert
 from made_bundles import TERMS
@@ -170,6 +170,24 @@ def test_nothing_more_is_read_of_a_private_experts_text(pico_anchor, pico_sets, 
 def test_a_finished_run_is_not_trained_further(pico_anchor, pico_sets, expert, run_dir):
     again = train_expert(pico_anchor, pico_sets["maths"], "maths", recipe_of(), run_dir)
     assert all(torch.equal(t, expert.tensors[n]) for n, t in again.tensors.items())
+
+
+def test_a_run_that_sampled_otherwise_does_not_go_on(pico_anchor, pico_sets, tmp_path, monkeypatch):
+    """Or its bundle would state a guarantee that the steps before did not keep."""
+    given = (pico_anchor, pico_sets["maths"], "maths", recipe_of(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "flexolmo.train.expert.state_budget",
+            lambda *asked: state_budget(*asked) | {"sampling": "Poisson"},
+        )
+        train_expert(*given)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        train_expert(*given)
+
+
+def test_a_recipe_may_ask_for_no_delta_that_is_no_guarantee():
+    (most,) = [m.le for m in PrivacySettings.model_fields["delta"].metadata if hasattr(m, "le")]
+    assert most == LARGEST_DELTA
 
 
 def test_sequences_are_protected_by_the_table_too(pico_anchor, pico_sets, monkeypatch):
