@@ -120,7 +120,8 @@ def opacus_step(stock: Path, ids: Tensor, is_ghost: bool) -> Step:
 
 
 def measure(size: str, rounds: int) -> dict[str, Any]:
-    """Figures of every shape: ours over Opacus' faster way, above 1 where ours takes longer."""
+    """Figures of every shape: speed of ours over each of Opacus' ways, above 1 where ours is
+    faster."""
     anchor = shapes.make_anchor(training_size(size))
     found = {}
     with tempfile.TemporaryDirectory() as directory:

@@ -35,7 +35,7 @@ from flexolmo.model.checkpoint import build_anchor, load_anchor, save_anchor
 from flexolmo.research.rivals.models import train_dense
 from flexolmo.train.expert import ExpertRecipe, load_expert, reroute_expert
 
-STUDYS = ("steps=160", "batch_size=4", "seq_len=512")  # of [train] in the study's recipe
+STUDY_TRAIN = ("steps=160", "batch_size=4", "seq_len=512")  # of [train] in the study's recipe
 WINDOW = 320  # tokens of a beginning with the end of text after it: one window of training
 EPOCHS = {"three_epochs": (341, 3), "control": (40, 86)}  # beginnings, how often each is read
 WINDOWS = 128  # tokens of a window of validation text
@@ -133,7 +133,7 @@ class Owner:
             kept = (anchor.public, anchor.router_rows, anchor.record, anchor.format_version)
             save_anchor(build_anchor(trained, anchor.tokenizer, *kept, anchor.forms), done)
             return done
-        arguments = [f"train.{s}" for s in STUDYS]
+        arguments = [f"train.{s}" for s in STUDY_TRAIN]
         recipe = "expert"
         options: list[object] = []
         if model == "canaries":  # every window once
@@ -356,7 +356,7 @@ def main() -> None:
     parser.add_argument("owner", help="one of its sets")
     parser.add_argument("out", type=Path, help="directory for models, attacks and results.json")
     every = ["expert", "dense", *EPOCHS, *dict.fromkeys([*PRIVATE, *PLANTED])]
-    parser.add_argument("--models", default=",".join(every), help="those of the default that count")
+    parser.add_argument("--models", default=",".join(every), help="models, comma-separated")
     parser.add_argument("--batch-size", type=int, default=200, help="units a private step reads")
     parser.add_argument("--train-only", action="store_true", help="attack nothing")
     asked = parser.parse_args()
