@@ -92,6 +92,21 @@ def test_a_document_is_read_with_its_own_predictions(attacked, data):
             np.testing.assert_allclose(said, alone, atol=1e-4)
 
 
+def test_a_batch_holds_no_more_logits_than_its_bound(attacked, data, monkeypatch):
+    """Also where its longest text is a hundred times its shortest."""
+    reader = attacked().models[1].reader
+    most = 4 * 90 * reader.tokenizer.vocab_size
+    monkeypatch.setattr("flexolmo.audit.reading.NUMBERS_AT_ONCE", most)
+    said = []
+    read = OwnReader.read
+    monkeypatch.setattr(OwnReader, "read", lambda *a, **k: said.append(read(*a, **k)) or said[-1])
+    (long,) = read_beginnings(data, MEMBERS, least=90, length=90, most=1, seed=0)
+    rows = [long.ids[:2]] * 20 + [long.ids] * 6 + [long.ids[:40]] * 6
+    assert len(list(read_logits([reader], rows))) == len(rows)
+    assert max(x.numel() for x in said) <= most
+    assert len(said) < len(rows) / 2
+
+
 def test_scores_that_are_no_numbers_are_refused():
     scores = np.array([1.0, 2.0, 3.0, math.nan])
     for members, others in ((scores, scores[:3]), (scores[:3], scores)):

@@ -21,8 +21,8 @@ def read_logits(
     readers: Sequence[Reader], rows: Sequence[np.ndarray], meter: Meter | None = None
 ) -> Iterator[tuple[int, list[Tensor]]]:
     """The place of each row of ids [T+1], and the logits [T,V] of every reader at all but its first
-    id; rows of one length come together, the shortest first."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    id; rows of one length come together, the longest first."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     start = 0
     while start < len(order):
         width = len(rows[order[start]]) * readers[0].tokenizer.vocab_size
