@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from flexolmo.files import read_json, write_json
 from flexolmo.inference.reader import OwnReader, Reader, open_reader
 from flexolmo.model.assemble import assemble_mixture
 from flexolmo.model.checkpoint import build_anchor, load_anchor, save_anchor
+from flexolmo.model.probabilities import Mix, arrange
 from flexolmo.research.rivals.models import train_dense
 from flexolmo.train.expert import ExpertRecipe, load_expert, reroute_expert
 
@@ -254,7 +255,7 @@ def measure_gain(owner: Owner, models: list[str]) -> dict[str, Any]:
 
 def measure_table(owner: Owner) -> dict[str, Any]:
     """Gap that the mixture of the expert without privacy closes, 1 being the dense model, with the
-    threshold's table and with tables of the private experts' share of epsilon."""
+    threshold's table and with tables of the private experts' share of epsilon, by what is mixed."""
     token_set = open_set(owner.set_for("expert"))
     split = token_set.splits["validation"]
     sizes = np.bincount(split.sources, split.bytes)  # [n]
@@ -268,17 +269,20 @@ def measure_table(owner: Owner) -> dict[str, Any]:
     for label, router in ({"threshold": expert.router} | dict.fromkeys(DRAWS, private)).items():
         made = expert if label == "threshold" else reroute_expert(expert, anchor, token_set, router)
         model = assemble_mixture(anchor, {owner.name: made.tensors}, router)
-        readers[label] = OwnReader(model, anchor.tokenizer, [owner.name])
+        for mix in get_args(Mix):
+            mixed = arrange(model, mix)
+            readers[f"{mix}, {label}"] = OwnReader(mixed, anchor.tokenizer, [owner.name])
     bits = {name: bits_of_documents(reader, token_set) for name, reader in readers.items()}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {mix: {"documents": {}, "bytes": {}} for mix in get_args(Mix)}
     for weight in ("documents", "bytes"):
         alike = weight == "documents"
         mean = {n: (b / sizes).mean() if alike else b.sum() / sizes.sum() for n, b in bits.items()}
-        found[weight] = {
-            label: round(float((mean["anchor"] - m) / (mean["anchor"] - mean["dense"])), 4)
-            for label, m in mean.items()
-            if label not in ("anchor", "dense")
-        }
+        whole = mean.pop("anchor") - mean["dense"]
+        for name, value in mean.items():
+            mix, _, label = name.partition(", ")
+            if label:
+                closed = 1 + (mean["dense"] - value) / whole
+                found[mix][weight][label] = round(float(closed), 4)
     return found
 
 

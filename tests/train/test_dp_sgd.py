@@ -1,7 +1,9 @@
 """Private steps: gradients held against one at a time and against Opacus; sampling; noise; keys."""
 
+import hashlib
 import shutil
 import stat
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -277,6 +279,56 @@ def test_a_step_that_reads_nobody_has_no_loss_in_the_runs_metrics(tmp_path):
     assert found == result.losses_nats
     assert [x is None for x in found] == [True, False, True, True, False]
     assert found[1] > 0 and found[4] > 0
+
+
+def without(data, place):
+    """The set without the source document `place` of its training text."""
+    split = data.splits["train"]
+    start, end = split.source_offsets[place : place + 2]
+    is_kept = split.sources != place
+    sizes = np.diff(split.offsets)[is_kept]
+    sources = split.sources[is_kept]
+    rest = replace(
+        split,
+        tokens=np.delete(split.tokens, slice(start, end)),
+        offsets=np.concatenate([[0], np.cumsum(sizes)]),
+        bytes=split.bytes[is_kept],
+        sources=sources - (sources > place),
+    )
+    return replace(data, splits={**data.splits, "train": rest})
+
+
+def read_every(data):
+    """Functions in place of `choose` and `draw`: all documents, numbers that follow from each one's
+    text."""
+    split = data.splits["train"]
+    texts = np.split(split.tokens, split.source_offsets[1:-1])
+
+    def draw(step, unit, count):
+        return np.frombuffer(hashlib.shake_128(texts[unit].tobytes()).digest(8 * count), np.uint64)
+
+    return lambda step: np.arange(len(texts)), draw
+
+
+@pytest.mark.parametrize("place", [0, 3, 20])
+@pytest.mark.parametrize("kind", ["several windows", "low rank, several windows, three at once"])
+def test_a_document_less_moves_a_whole_step_by_its_own_clipped_gradient(
+    pico_anchor, pico_sets, kind, place
+):
+    """Where all others are read alike, as their random numbers are as likely to be, whatever their
+    numbers in the set."""
+    data = pico_sets["maths"]
+    both = [data, without(data, place)]
+    made = [prepared(pico_anchor, x, **KINDS[kind], seed=0) for x in both]
+    sums = []
+    for x, run in zip(both, made, strict=True):
+        run.private.closed = made[0].private.closed  # of one table, a release of its own
+        run.private.clip_norm = 0.01  # so all are clipped
+        run.private.choose, run.private.draw = read_every(x)
+        compute_gradients(run.parameters, run.losses, 0, SETTINGS, run.private)
+        sums.append({n: p.grad * SETTINGS.batch_size for n, p in run.parameters.items()})
+    moved = norm_of({n: g - sums[1][n] for n, g in sums[0].items()})
+    assert moved == pytest.approx(0.01, rel=0.01)
 
 
 def test_no_unit_moves_the_sum_by_more_than_the_clipping_norm():
