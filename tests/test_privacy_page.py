@@ -25,15 +25,22 @@ KINDS = {
     "GAP manual": "gap_manual",
 }
 ATTACKED = {
-    "anchor": "epsilon 2, documents, anchor",
+    "anchor, of sequences": "epsilon 8, sequences, anchor",
+    "sequences, epsilon 8, alone": "epsilon 8, sequences, alone",
+    "sequences, epsilon 8, in the mixture": "epsilon 8, sequences, on",
+}
+ATTACKED_NOW = {
+    "anchor": "epsilon_8, anchor",
+    "dense model of the same text, 160 steps": "dense, model",
+    "no privacy, 160 steps, alone": "expert, alone",
+    "no privacy, 160 steps, in the mixture": "expert, on",
     **{
-        f"{unit}, epsilon {epsilon}, {where}": f"epsilon {epsilon}, {unit}, {label}"
-        for unit, epsilon in (("documents", 8), ("documents", 2), ("sequences", 8))
+        f"epsilon {epsilon}, {where}": f"epsilon_{epsilon}, {label}"
+        for epsilon in (8, 2)
         for where, label in (("alone", "alone"), ("in the mixture", "on"))
     },
 }
-
-
+NO_PRIVACY = "no privacy, whole matrices, 160 steps"
 ATTACKED_FIRST = {
     "anchor": "math, anchor",
     "dense model of the same text": "dense_math, model",
@@ -65,11 +72,28 @@ def aucs(found, attacks=("loss", "min_k", "ratio", "informia")):
     return written
 
 
+def table_rows(cells):
+    """The other cells of each row of tables, by the first."""
+    assert len({c[0] for c in cells}) == len(cells)
+    return {c[0]: c[1:] for c in cells}
+
+
+def halves():
+    """What the page's last section says of experts under the guarantee, and of the curves."""
+    page = (HERE / "page.md").read_text(encoding="utf-8")
+    return page.split("## Differential privacy")[1].split("### Curves")
+
+
+@pytest.fixture(scope="module")
+def now():
+    """Rows of the tables of experts under the guarantee."""
+    return table_rows(cells_of(halves()[0]))
+
+
 @pytest.fixture(scope="module")
 def rows():
-    """Cells of every table of the page's last section, by the first of each row."""
-    section = (HERE / "page.md").read_text(encoding="utf-8").split("## Differential privacy")[1]
-    cells = cells_of(section)
+    """Cells of every table of the curves, by the first of each row."""
+    cells = cells_of(halves()[1])
     found = {f"{c[0]}, {c[1]}" if len(c) == 6 and c[0] not in KINDS else c[0]: c for c in cells}
     assert len(found) == len(cells)
     return found
@@ -121,6 +145,57 @@ def test_first_attacks_are_those_that_were_measured(row):
     assert cells[1:] == aucs(RESULTS["membership"][ATTACKED_FIRST[row]])
 
 
+@pytest.mark.parametrize("row", ATTACKED_NOW)
+def test_attacks_on_experts_under_the_guarantee_are_those_that_were_measured(now, row):
+    found = RESULTS["membership"][ATTACKED_NOW[row]]
+    assert found["off_equals_anchor"] or row.startswith("dense")
+    assert now[row] == [f"{found['members']}, {found['others']}", *aucs(found)]
+
+
+def gains(found, run):
+    """Bits per byte of a private expert and the share of the gain that it keeps, as a page has."""
+    return [
+        text
+        for weight in ("documents", "bytes")
+        for text in (
+            f"{found['bits_per_byte'][weight][run]:.3f}",
+            share(found["gain_kept"][run][weight]),
+        )
+    ]
+
+
+@pytest.mark.parametrize("epsilon", [2, 8])
+def test_gains_under_the_guarantee_are_those_that_were_measured(now, epsilon):
+    assert now[f"epsilon {epsilon}"] == gains(RESULTS, f"epsilon_{epsilon}")
+    assert RESULTS["epsilon"][f"epsilon_{epsilon}"] <= epsilon
+    budget = RESULTS["runs"][f"epsilon_{epsilon}"]["budget"]
+    assert budget["sampling"] == "Poisson, of windows drawn in secret"
+
+
+def test_both_ends_of_the_gain_are_those_that_were_measured(now):
+    for label, run in {"the anchor": "anchor", NO_PRIVACY: "expert"}.items():
+        bits = [RESULTS["bits_per_byte"][weight][run] for weight in ("documents", "bytes")]
+        assert now[label][::2] == [f"{x:.3f}" for x in bits]
+
+
+def costs(found):
+    """Rows of a table of gaps closed, as a page writes them, without labels."""
+    tables = [found[mix][w] for mix in ("states", "probabilities") for w in ("documents", "bytes")]
+    return [[f"{t[label]:.3f}" for t in tables] for label in tables[0]]
+
+
+def test_the_table_costs_what_was_measured(now):
+    rows = [row for label, row in now.items() if label.startswith(("of 20", "epsilon 2, draw"))]
+    assert rows == costs(RESULTS["gap_closed_by_table"])
+
+
+@pytest.mark.parametrize("directory", [HERE, HERE.parent / "forum"])
+def test_where_probabilities_are_mixed_a_private_table_costs_at_most_three_hundredths(directory):
+    found = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    for tables in found["gap_closed_by_table"]["probabilities"].values():
+        assert tables["threshold"] - min(tables.values()) <= 0.03
+
+
 def test_no_document_of_any_private_expert_was_extracted():
     found = {name: r for name, r in RESULTS["extraction"].items() if name.startswith("epsilon")}
     assert len(found) == 12
@@ -145,7 +220,7 @@ MODELS = {
 def forum_rows(heading):
     """Cells of the tables of one section, by the first of each row."""
     page = (FORUM / "page.md").read_text(encoding="utf-8")
-    return {c[0]: c[1:] for c in cells_of(page.split(f"## {heading}")[1].split("## ")[0])}
+    return table_rows(cells_of(page.split(f"## {heading}")[1].split("## ")[0]))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -175,11 +250,7 @@ def test_extraction_from_the_forum_is_what_was_measured(model):
 
 @pytest.mark.parametrize("model", ["epsilon 2", "epsilon 8"])
 def test_gains_of_the_forum_are_those_that_were_measured(model):
-    row = []
-    for weight in ("documents", "bytes"):
-        bits = FOUND["bits_per_byte"][weight][MODELS[model]]
-        row += [f"{bits:.3f}", share(FOUND["gain_kept"][MODELS[model]][weight])]
-    assert forum_rows("Differential privacy")[model] == row
+    assert forum_rows("Differential privacy")[model] == gains(FOUND, MODELS[model])
 
 
 @pytest.mark.parametrize(
@@ -192,10 +263,7 @@ def test_both_ends_of_the_forums_gain_are_those_that_were_measured(label, run):
 
 def test_the_forums_table_costs_what_was_measured():
     rows = {c: v for c, v in forum_rows("The table alone").items() if c[0] in "eo"}
-    found = FOUND["gap_closed_by_table"]
-    assert list(rows.values()) == [
-        [f"{found[w][table]:.3f}" for w in ("documents", "bytes")] for table in found["documents"]
-    ]
+    assert list(rows.values()) == costs(FOUND["gap_closed_by_table"])
 
 
 def test_figures_in_the_forums_text_are_those_that_were_measured():

@@ -16,7 +16,7 @@ from flexolmo.model.assemble import assemble_mixture, expert_tensors
 from flexolmo.model.lanes import Lanes
 from flexolmo.model.probabilities import ProbabilityMixture, ProbabilitySettings, _Seats, arrange
 from flexolmo.model.router import LinearSettings, slot
-from flexolmo.model.statistics import EvidenceSettings
+from flexolmo.model.statistics import UNTOLD, EvidenceSettings
 from flexolmo.model.transformer import Transformer
 
 OWNERS = ("amber", "basalt", "cobalt")
@@ -106,6 +106,23 @@ def test_where_everybody_reads_it_is_the_posterior_over_whole_models(wild, mixtu
         said = torch.stack([m(text[None])[0].double().log_softmax(-1) for m in models]).numpy()
         by_hand = posterior_by_hand(said, text.tolist(), wild.anchor.config.eos_token_id, choice)
         np.testing.assert_allclose(found[row].numpy(), by_hand, atol=2e-4)
+
+
+def test_an_expert_whose_table_tells_of_every_token_reads_from_a_smaller_weight_on(wild, mixture):
+    """So does one with noise; a table that leaves a token out has none."""
+    choice = ProbabilitySettings(lanes=4, min_weight=0.999, private_min_weight=1e-30)
+    ids = wild.ids(2, 40, seed=3)
+    readers = []
+    for level in (1, UNTOLD):
+        model = mixture()
+        for name in OWNERS:
+            model.router.table(name).token_levels[:] = 1
+            model.router.table(name).token_levels[7] = level
+        weights = []
+        ProbabilityMixture(model, choice)(ids, routing=weights)
+        readers.append((weights[0][..., 1:] > 0).sum(-1).float())  # [B,T] owners
+    assert (readers[0] == len(OWNERS)).all()
+    assert readers[1].mean() < 1  # the likeliest, public among them; two where they are alike
 
 
 @pytest.mark.parametrize("parts", sorted(PARTS))

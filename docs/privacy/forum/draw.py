@@ -12,12 +12,7 @@ from flexolmo.report.drawing import GREY, MAX_WIDTH_INCHES, MUTED, note_below, s
 HERE = Path(__file__).parent
 OWNERS = {  # legend: directory of results, names of its runs at epsilon 2 and 8, place, colour
     "forum, 4,162 documents": (".", ("epsilon_2", "epsilon_8"), -0.15, "#0072B2"),
-    "mathematics, 1,224": (
-        "../mini",
-        ("epsilon 2, documents", "epsilon 8, documents"),
-        0.15,
-        "#D55E00",
-    ),
+    "mathematics, 1,224": ("../mini", ("epsilon_2", "epsilon_8"), 0.15, "#D55E00"),
 }
 WEIGHTS = {"documents": ("documents alike", "o", True), "bytes": ("bytes alike", "s", False)}
 MODELS = {

@@ -39,6 +39,13 @@ class ProbabilitySettings(Settings):
     min_weight: float = Field(
         0.04, gt=0, lt=1, description="Weight of the router from which on an expert reads."
     )
+    private_min_weight: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="The same of an expert whose table has noise, and so tells of every token: it "
+        "knows less of what is its own. Never above min_weight.",
+    )
     temperature: float = Field(3.0, gt=0, description="Divisor of each token's log-likelihood.")
     switch_rate: float = Field(
         0.03, gt=0, lt=1, description="Share of all chance that is spread evenly after each token."
@@ -190,7 +197,9 @@ class ProbabilityMixture(nn.Module):
         here = ids.to(self.device), None if is_token is None else is_token.to(self.device)
         evidence = self.router.read(*here, state)  # [S,T,B]
         logs, state = self.router(*here, active, state)
-        routed = mixture_weights(logs, active, K, self.settings.min_weight).cpu().numpy()
+        routed = mixture_weights(logs, active, K).cpu().numpy()
+        least = np.minimum(routed.max(-1, keepdims=True), self._least_weights())
+        routed = np.where(routed >= least, routed, 0.0)
         on_padding = np.eye(routed.shape[-1])[0]  # public alone
         routed = np.where(real[..., None].numpy(), routed, on_padding)
         seats = _Seats(B, K) if past is None else past.seats.copy()
@@ -239,6 +248,13 @@ class ProbabilityMixture(nn.Module):
             np.put_along_axis(found, chosen % found.shape[1], weights, 1)  # nobody's to the last
             routing.append(torch.from_numpy(found[:, :-1]).float().transpose(1, 2).to(self.device))
         return said.mix(torch.from_numpy(weights)[:, :, T - asked :].float())
+
+    def _least_weights(self) -> np.ndarray:
+        """Weight of the router from which on each expert reads, float32 [E]."""
+        least = self.settings.min_weight
+        private = min(least, self.settings.private_min_weight)
+        own = [private if self.router.table(n).tells_all else least for n in self.expert_names[1:]]
+        return np.array([least, *own], dtype=np.float32)
 
     def _active(self, cache: LaneCache, active: Tensor | None, count: int) -> Tensor | None:
         """The expert mask of `count` texts, [B,E]; PolicyError if it is not that of their start."""

@@ -27,7 +27,13 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
-from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, weigh_evidence
+from flexolmo.model.statistics import (
+    UNTOLD,
+    BigramModel,
+    EvidenceSettings,
+    OwnerTable,
+    weigh_evidence,
+)
 from flexolmo.model.tiles import COLUMNS, REGISTERS_BYTES, columns
 
 EvidenceState = tuple[Tensor, Tensor]
@@ -146,6 +152,11 @@ class LevelTable(nn.Module):
         """The table that the bundle holds."""
         parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
         return OwnerTable(*(t.cpu().numpy() for t in parts))
+
+    @property
+    def tells_all(self) -> bool:
+        """Whether the table tells of every token, as one with noise does."""
+        return bool((self.token_levels != UNTOLD).all())
 
     def fill(self, table: OwnerTable) -> None:
         """Take the numbers of a table of this size."""
