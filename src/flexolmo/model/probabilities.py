@@ -40,7 +40,7 @@ class ProbabilitySettings(Settings):
         0.04, gt=0, lt=1, description="Weight of the router from which on an expert reads."
     )
     private_min_weight: float = Field(
-        0.01,
+        0.02,
         gt=0,
         lt=1,
         description="The same of an expert whose table has noise, and so tells of every token: it "
