@@ -190,15 +190,17 @@ def test_the_table_costs_what_was_measured(now):
 
 
 @pytest.mark.parametrize("directory", [HERE, HERE.parent / "forum"])
-def test_where_probabilities_are_mixed_a_private_table_costs_at_most_three_hundredths(directory):
+def test_where_probabilities_are_mixed_a_private_table_costs_at_most_two_hundredths(directory):
     found = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    for tables in found["gap_closed_by_table"]["probabilities"].values():
-        assert tables["threshold"] - min(tables.values()) <= 0.03
+    tables = found["gap_closed_by_table"]["probabilities"]["documents"]
+    assert len(tables) == 4
+    assert 0 < tables["threshold"] - min(tables.values()) <= 0.02
 
 
 def test_no_document_of_any_private_expert_was_extracted():
-    found = {name: r for name, r in RESULTS["extraction"].items() if name.startswith("epsilon")}
-    assert len(found) == 12
+    runs = ("epsilon_8", "epsilon_2", "epsilon 8, sequences")
+    found = {f"{run}, {s}" for run in runs for s in ("alone", "on", "off", "anchor")}
+    found = {name: RESULTS["extraction"][name] for name in found}
     for result in found.values():
         assert result["documents"] == 100
         assert (result["rate"], f"{result['high']:.3f}") == (0.0, "0.037")

@@ -315,8 +315,8 @@ def read_every(data):
 def test_a_document_less_moves_a_whole_step_by_its_own_clipped_gradient(
     pico_anchor, pico_sets, kind, place
 ):
-    """Where all others are read alike, as their random numbers are as likely to be, whatever their
-    numbers in the set."""
+    """All others get the same random draws here, whatever their places in the set; real draws are
+    alike at every place."""
     data = pico_sets["maths"]
     both = [data, without(data, place)]
     made = [prepared(pico_anchor, x, **KINDS[kind], seed=0) for x in both]
@@ -325,6 +325,10 @@ def test_a_document_less_moves_a_whole_step_by_its_own_clipped_gradient(
         run.private.closed = made[0].private.closed  # of one table, a release of its own
         run.private.clip_norm = 0.01  # so all are clipped
         run.private.choose, run.private.draw = read_every(x)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # from zero, half of the factors have no gradient
+            for p in run.parameters.values():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
         compute_gradients(run.parameters, run.losses, 0, SETTINGS, run.private)
         sums.append({n: p.grad * SETTINGS.batch_size for n, p in run.parameters.items()})
     moved = norm_of({n: g - sums[1][n] for n, g in sums[0].items()})

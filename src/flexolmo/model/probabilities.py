@@ -43,8 +43,8 @@ class ProbabilitySettings(Settings):
         0.02,
         gt=0,
         lt=1,
-        description="The same of an expert whose table has noise, and so tells of every token: it "
-        "knows less of what is its own. Never above min_weight.",
+        description="The same of an expert whose table tells of every token, as one with noise "
+        "does, which knows less of what is its own. Never above min_weight.",
     )
     temperature: float = Field(3.0, gt=0, description="Divisor of each token's log-likelihood.")
     switch_rate: float = Field(

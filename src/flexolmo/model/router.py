@@ -27,13 +27,7 @@ from torch import Tensor, nn
 
 from flexolmo.bundle.manifest import PUBLIC
 from flexolmo.config import Settings
-from flexolmo.model.statistics import (
-    UNTOLD,
-    BigramModel,
-    EvidenceSettings,
-    OwnerTable,
-    weigh_evidence,
-)
+from flexolmo.model.statistics import BigramModel, EvidenceSettings, OwnerTable, weigh_evidence
 from flexolmo.model.tiles import COLUMNS, REGISTERS_BYTES, columns
 
 EvidenceState = tuple[Tensor, Tensor]
@@ -138,6 +132,7 @@ class LevelTable(nn.Module):
         self.tokens: Tensor
         self.contexts: Tensor
         self.pairs: Tensor
+        self.tells_all = False  # of every token, as a table with noise does
         # as a bundle holds them
         self.register_buffer("token_levels", torch.zeros(vocab_size, dtype=torch.int8))  # [V]
         self.register_buffer("bigram_keys", torch.zeros(num_bigrams, dtype=torch.long))  # [n]
@@ -153,11 +148,6 @@ class LevelTable(nn.Module):
         parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
         return OwnerTable(*(t.cpu().numpy() for t in parts))
 
-    @property
-    def tells_all(self) -> bool:
-        """Whether the table tells of every token, as one with noise does."""
-        return bool((self.token_levels != UNTOLD).all())
-
     def fill(self, table: OwnerTable) -> None:
         """Take the numbers of a table of this size."""
         parts = (self.token_levels, self.bigram_keys, self.bigram_levels)
@@ -166,6 +156,7 @@ class LevelTable(nn.Module):
 
     def weigh(self, public: BigramModel, settings: EvidenceSettings) -> None:
         """Find the evidence that follows from the levels."""
+        self.tells_all = bool(self.table.is_told.all())
         for name, values in vars(weigh_evidence(self.table, public, settings)).items():
             getattr(self, name).copy_(torch.from_numpy(values))
 
