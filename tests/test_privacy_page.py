@@ -197,6 +197,20 @@ def test_where_probabilities_are_mixed_a_private_table_costs_at_most_two_hundred
     assert 0 < tables["threshold"] - min(tables.values()) <= 0.02
 
 
+@pytest.mark.parametrize(("label", "owner"), [("forum", "forum"), ("mathematics", "mini")])
+def test_the_decision_on_private_tables_quotes_these_figures(label, owner):
+    docs = HERE.parents[1]
+    found = json.loads((docs / f"privacy/{owner}/results.json").read_text(encoding="utf-8"))
+    cells = cells_of((docs / "decisions/private_tables.md").read_text(encoding="utf-8"))
+    wanted = []
+    for mix in ("states", "probabilities"):
+        gaps = found["gap_closed_by_table"][mix]["documents"]
+        ends = gaps["threshold"], min(gaps.values())
+        wanted += [f"{x:.3f}" for x in (*ends, ends[0] - ends[1])]
+    (row,) = [c[1:] for c in cells if c[0].startswith(f"{label} (")]
+    assert row == wanted
+
+
 def test_no_document_of_any_private_expert_was_extracted():
     runs = ("epsilon_8", "epsilon_2", "epsilon 8, sequences")
     found = {f"{run}, {s}" for run in runs for s in ("alone", "on", "off", "anchor")}
