@@ -291,6 +291,8 @@ def test_figures_in_the_forums_text_are_those_that_were_measured():
     anchor = FOUND["membership"]["epsilon_8, anchor"]["zlib"]["auc"]
     assert best == FOUND["membership"]["epsilon_8, alone"]["zlib"]
     assert f"compressed size, {best['auc']:.3f} (" in page and f"{anchor:.3f}. As of" in page
+    for kept in FOUND["gain_kept_with_one_window"].values():
+        assert f"{100 * kept['documents']:.0f} and {100 * kept['bytes']:.0f} %" in page
     within = FOUND["extraction"]["control, alone"]["near_within_a_million"]
     assert f"{100 * within['exact']:.0f} % word for word" in page
     assert within["near"] == within["exact"]

@@ -93,7 +93,7 @@ def test_a_document_is_read_with_its_own_predictions(attacked, data):
 
 
 def test_a_batch_holds_no_more_logits_than_its_bound(attacked, data, monkeypatch):
-    """Also where its longest text is a hundred times its shortest."""
+    """Also where its longest text is many times its shortest."""
     reader = attacked().models[1].reader
     most = 4 * 90 * reader.tokenizer.vocab_size
     monkeypatch.setattr("flexolmo.audit.reading.NUMBERS_AT_ONCE", most)
